@@ -1,0 +1,70 @@
+# Every command that people, hooks and CI use. `make help` lists them.
+
+PYTHON ?= python3
+VENV ?= .venv
+# The release that is tested, and where builds of it without CUDA are (an unpinned torch from PyPI brings gigabytes
+# of CUDA). For a CUDA build: make build TORCH_INDEX=https://download.pytorch.org/whl/cu130
+TORCH ?= torch==2.13.0
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+BUILD_TOOLS := scikit-build-core==1.1.2 cmake==4.4.4 ninja==1.13.2 pybind11==3.1.0
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+CXX_SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/*.cu csrc/cuda/*.h)
+export PYTHONUNBUFFERED := 1
+export TOKENIZERS_PARALLELISM := false
+
+.DEFAULT_GOAL := help
+.PHONY: help build demo test check verify fmt protos docs bench clean
+
+help:  ## list the commands
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/\1|\2/' | column -t -s '|'
+
+build: $(VENV)/.built  ## set up .venv and compile the extension
+
+demo: build  ## serve the embedded model, ask it questions, show the byte account
+	@$(BIN)/python scripts/demo.py
+
+test: build  ## run the tests
+	$(BIN)/python -m pytest
+
+check: build  ## lint, types, formatting, and that everything generated is up to date
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES)
+	$(BIN)/buf lint
+	$(BIN)/python scripts/generate_protos.py --check
+	$(BIN)/python scripts/generate_docs.py --check
+
+verify: check test  ## what takes longer: a wheel in an environment of its own, benchmarks
+	PATH="$(abspath $(BIN)):$$PATH" scripts/verify_wheel.sh
+	$(MAKE) bench
+
+fmt: build  ## format Python and C++
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_SOURCES)
+
+protos: build  ## regenerate trimserve/v1 from protos/
+	$(BIN)/python scripts/generate_protos.py
+
+docs: build  ## regenerate the tables of docs/ and README.md
+	$(BIN)/python scripts/generate_docs.py
+
+bench: build  ## measure the ops; writes benchmarks/results/
+	$(BIN)/python benchmarks/bench_ops.py --out benchmarks/results/ops.json
+
+clean:  ## remove everything that was built
+	rm -rf $(VENV) build dist out
+
+$(VENV)/.tools: Makefile
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	# First from the index without CUDA; where that cannot be reached, from pip's own.
+	$(PIP) --retries 0 --no-deps --index-url $(TORCH_INDEX) $(TORCH) || $(PIP) $(TORCH)
+	$(PIP) $(TORCH) $(BUILD_TOOLS)
+	touch $@
+
+$(VENV)/.built: $(VENV)/.tools pyproject.toml CMakeLists.txt $(CXX_SOURCES)
+	$(PIP) --no-build-isolation --editable '.[dev]'
+	touch $@

@@ -1,0 +1,1 @@
+"""The recipe of the embedded model: data, training, evaluation. Not part of the installed package."""

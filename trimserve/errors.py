@@ -1,0 +1,86 @@
+"""Every error that trimserve raises on purpose.
+
+    TrimserveError
+    ├── InvalidRequest     the caller can fix it: names the field, the bound and what was got
+    ├── EngineBusy         the queue is full: try again later
+    ├── EngineStopped      starting, draining or dead: another replica may serve it
+    ├── DeadlinePassed     the request's deadline came before its end
+    ├── RequestFailed      this request failed inside the model; others are not affected
+    └── CheckpointError    a checkpoint that cannot be served as it is: refused at load time
+
+`server/interceptors.py` has the one table from these to gRPC status codes. This file knows nothing about gRPC.
+"""
+
+__all__ = [
+    "CheckpointError",
+    "DeadlinePassed",
+    "EngineBusy",
+    "EngineStopped",
+    "InvalidRequest",
+    "RequestFailed",
+    "TrimserveError",
+]
+
+
+class TrimserveError(Exception):
+    """Root of the tree; never raised itself."""
+
+    reason: str = "UNSPECIFIED"
+    """Stable upper-snake-case word for machines, sent as `ErrorInfo.reason`."""
+
+
+class InvalidRequest(TrimserveError):
+    """The request breaks a documented bound; nothing was computed for it."""
+
+    reason = "INVALID_REQUEST"
+
+    def __init__(self, field: str, message: str) -> None:
+        """Name what is wrong and where.
+
+        Args:
+            field: path of the field in `GenerateRequest`, such as `trim.k_ratio` or `messages[1].parts[0].image`.
+            message: what was expected and what was got, such as `must be in (0, 1], got 1.5`.
+        """
+        super().__init__(f"{field}: {message}")
+        self.field = field
+        self.message = message
+
+
+class EngineBusy(TrimserveError):
+    """The queue is full; nothing was computed for the request."""
+
+    reason = "QUEUE_FULL"
+
+    def __init__(self, message: str, retry_after_seconds: float = 1.0) -> None:
+        """Say what is full.
+
+        Args:
+            message: what is full, its size and the knob that sets it.
+            retry_after_seconds: a hint for the client, sent as `RetryInfo`.
+        """
+        super().__init__(message)
+        self.retry_after_seconds = retry_after_seconds
+
+
+class EngineStopped(TrimserveError):
+    """The engine takes no request now: it is starting, draining or has died."""
+
+    reason = "ENGINE_STOPPED"
+
+
+class DeadlinePassed(TrimserveError):
+    """The request's deadline passed while it was queued or running."""
+
+    reason = "DEADLINE_PASSED"
+
+
+class RequestFailed(TrimserveError):
+    """The model failed on this one request; the cause is in the server's log."""
+
+    reason = "REQUEST_FAILED"
+
+
+class CheckpointError(TrimserveError):
+    """A checkpoint that is not an Mllama, or asks for something that trimserve cannot honour."""
+
+    reason = "CHECKPOINT_REFUSED"

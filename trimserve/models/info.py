@@ -1,0 +1,79 @@
+"""What a loaded model is, in plain numbers: geometry, limits and defaults.
+
+Made once by `loading.py`, read by every layer above. It knows no tensor.
+"""
+
+from dataclasses import dataclass
+
+__all__ = ["GenerationDefaults", "ModelInfo"]
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationDefaults:
+    """What unset sampling fields of a request mean: the checkpoint's `generation_config.json`."""
+
+    temperature: float
+    """0 is greedy."""
+    top_p: float
+    """1 is off."""
+    top_k: int
+    """0 is off."""
+    min_p: float
+    """0 is off."""
+    repetition_penalty: float
+    """1 is off."""
+    max_new_tokens: int
+    """Tokens; further bounded by the room that the prompt leaves in the context."""
+    eos_token_ids: tuple[int, ...]
+    """Tokens that end generation."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """Identity, geometry and limits of a loaded model."""
+
+    model_id: str
+    revision: str
+    """Commit hash of a hub checkpoint, content hash of a folder."""
+    dtype: str
+    """`float32`, `bfloat16` or `float16`."""
+    device: str
+    num_parameters: int
+    vocab_size: int
+    """Rows of the logits; the id of `<|image|>` lies past it."""
+    image_token_id: int
+    max_model_len: int
+    """Prompt and generated tokens together."""
+    max_images: int
+    """Images of one request."""
+    num_self_attention_layers: int
+    num_cross_attention_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    hidden_size: int
+    tile_size: int
+    """Pixels along the side of one tile."""
+    patch_size: int
+    """Pixels along the side of one patch."""
+    max_tiles: int
+    """Tiles of one image."""
+    features_per_tile: int
+    """Patches of a tile and its class token."""
+    kv_bytes_per_position: int
+    """Bytes of K and V that one position of one layer takes."""
+    default_k_ratio: float
+    """Budget per head of a request that names none, in (0, 1]."""
+    policies: tuple[str, ...]
+    """Names that `trim.policy` takes."""
+    generation_defaults: GenerationDefaults
+
+    @property
+    def cross_kv_bytes_per_feature(self) -> int:
+        """Bytes of K and V that one visual feature takes over all cross-attention layers."""
+        return self.kv_bytes_per_position * self.num_cross_attention_layers
+
+    @property
+    def self_kv_bytes_per_token(self) -> int:
+        """Bytes of K and V that one text token takes over all self-attention layers."""
+        return self.kv_bytes_per_position * self.num_self_attention_layers

@@ -1,0 +1,27 @@
+"""What prefill of one request came to: the answer of `Mllama.prefill`, read by the engine."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from trimserve.models.trimming import ImageSelection
+
+__all__ = ["Prefilled"]
+
+
+@dataclass(frozen=True, slots=True)
+class Prefilled:
+    """Logits after the prompt and the account of its visual features."""
+
+    logits: Tensor
+    """float32 [vocab_size], of the token after the prompt."""
+    num_padding: tuple[int, ...]
+    """Features of padding tiles, per image."""
+    num_valid: tuple[int, ...]
+    """Features of real tiles, per image."""
+    num_kept: tuple[int, ...]
+    """Features left after trimming, per image."""
+    num_held: int
+    """Features that decoding holds: those of `num_kept` that the last prompt row sees."""
+    selections: tuple[ImageSelection, ...] = ()
+    """One per image when the request asked for it."""
