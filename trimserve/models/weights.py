@@ -27,7 +27,7 @@ FUSED = {
 }
 """Linear layers of a decoder layer's module whose weights are rows of one tensor, in this order."""
 
-_SLICE_BYTES = 32 << 20
+_SLICE_BYTES = 8 << 20
 
 # Names in checkpoints saved before transformers 4.52, Meta's among them, and what they are called now.
 _RENAMED_PREFIXES = {

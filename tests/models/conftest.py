@@ -1,0 +1,60 @@
+"""A random checkpoint as trimserve and as the peer load it, shared by the tests of this folder."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.models.peer import Peer
+from tests.models.random_checkpoint import Geometry, save_random_checkpoint
+from trimserve.config import EngineConfig, ModelConfig
+from trimserve.engine.kv_pool import KVPool, SequenceKV
+from trimserve.models.loading import load_model
+from trimserve.models.mllama import Mllama
+from trimserve.models.prompt import Prompt
+from trimserve.models.trimming import TrimParams
+
+NO_TRIM = TrimParams(enabled=False)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One checkpoint, loaded twice."""
+
+    folder: Path
+    ours: Mllama
+    peer: Peer
+
+    @property
+    def pool(self) -> KVPool:
+        """A fresh pool of the model's geometry."""
+        return KVPool(self.ours.info, getattr(torch, self.ours.info.dtype), torch.device("cpu"))
+
+    def logits(self, prompt: Prompt, trim: TrimParams = NO_TRIM) -> tuple[Tensor, SequenceKV]:
+        """Logits of every prompt row, and the keys and values."""
+        prepared = self.ours.prepare(prompt)
+        kv = self.pool.allocate(len(prepared.token_ids) + 16)
+        rows = self.ours.prompt_rows(prepared, self.ours.encode_images(prepared), trim, kv)
+        return self.ours.logits([rows], prepared.token_ids), kv
+
+
+@pytest.fixture(scope="session")
+def make_pair(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pair]:
+    """Save a random checkpoint of a geometry and load it with both."""
+
+    def make(geometry: Geometry, seed: int = 0, **model_config: str) -> Pair:
+        folder = tmp_path_factory.mktemp("checkpoint")
+        save_random_checkpoint(folder, geometry, seed)
+        ours = load_model(ModelConfig(model=str(folder), **model_config), EngineConfig())
+        return Pair(folder, ours, Peer(folder))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def pair(make_pair: Callable[..., Pair]) -> Pair:
+    """The usual geometry."""
+    return make_pair(Geometry())

@@ -1,0 +1,223 @@
+"""Our Mllama against transformers' with Meta's semantics, row by row and token by token."""
+
+import io
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image as PilImage
+
+from tests.models.conftest import NO_TRIM, Pair
+from tests.models.peer import Peer
+from tests.models.random_checkpoint import Geometry, draw_geometry
+from tests.tolerances import LOGITS, LOGITS_BFLOAT16
+from trimserve.models.loading import load_model
+from trimserve.models.prompt import ChatPrompt, Image, Message, Prompt, RawPrompt, Text
+from trimserve.models.trimming import TrimParams
+from trimserve.config import EngineConfig, ModelConfig
+
+ONE = "<|image|>What is this?"
+TWO_APART = "First<|image|>one, then<|image|>another: compare"
+THREE_MIXED = "<|image|><|image|>a pair, and later<|image|>the third"
+
+
+def noise(tiles: tuple[int, int], tile_size: int, seed: int = 0) -> PilImage.Image:
+    """An image that the processor cuts into tiles (high, wide)."""
+    shape = (tiles[0] * tile_size, tiles[1] * tile_size, 3)
+    return PilImage.fromarray(np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8))
+
+
+def encoded(image: PilImage.Image) -> Image:
+    """The image as a client sends it."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return Image(buffer.getvalue(), "image/png")
+
+
+def raw(text: str, images: list[PilImage.Image]) -> RawPrompt:
+    """A raw prompt."""
+    return RawPrompt(text, tuple(encoded(image) for image in images))
+
+
+def assert_logits_equal(pair: Pair, prompt: Prompt, images: list[PilImage.Image]) -> None:
+    """Every row's logits equal the peer's, on logits that vary and depend on the images."""
+    token_ids = list(pair.ours.prepare(prompt).token_ids)
+    expected = pair.peer.logits(token_ids, images)
+    assert expected.std() >= 1
+    if images:
+        swapped = [noise((1, 1), pair.ours.info.tile_size, seed=99), *images[1:]]
+        last_images = [*images[:-1], noise((1, 1), pair.ours.info.tile_size, seed=98)]
+        for others in (swapped, last_images):
+            assert (pair.peer.logits(token_ids, others) - expected).abs().max() > 100 * LOGITS
+    logits, _ = pair.logits(prompt)
+    torch.testing.assert_close(logits, expected, atol=LOGITS, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("text", "grids"),
+    [
+        (ONE, [(1, 1)]),
+        (ONE, [(1, 2)]),
+        (ONE, [(2, 2)]),
+        ("rows before the image " + ONE, [(3, 1)]),
+        (TWO_APART, [(1, 1), (2, 2)]),
+        (THREE_MIXED, [(2, 1), (1, 1), (2, 2)]),
+        ("no image at all", []),
+    ],
+)
+def test_logits_of_every_row_equal_the_peer(pair: Pair, text: str, grids: list[tuple[int, int]]) -> None:
+    images = [noise(grid, pair.ours.info.tile_size, seed) for seed, grid in enumerate(grids)]
+    assert_logits_equal(pair, raw(text, images), images)
+
+
+def test_logits_of_a_chat_equal_the_peer(pair: Pair) -> None:
+    images = [noise((1, 2), pair.ours.info.tile_size, 1), noise((1, 1), pair.ours.info.tile_size, 2)]
+    first, second = (encoded(image) for image in images)
+    turns = (
+        Message("user", (first, Text("What is this?"))),
+        Message("assistant", (Text("A noise."),)),
+        Message("user", (Text("And this:"), second)),
+    )
+    assert_logits_equal(pair, ChatPrompt(turns), images)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_logits_equal_the_peer_in_drawn_geometries(make_pair: Callable[..., Pair], seed: int) -> None:
+    geometry = draw_geometry(seed)
+    pair = make_pair(geometry, seed)
+    wide = min(geometry.max_tiles, 3)
+    images = [noise((1, wide), geometry.tile_size, 1), noise((1, 1), geometry.tile_size, 2)]
+    assert_logits_equal(pair, raw(TWO_APART, images), images)
+
+
+def test_text_only_logits_equal_unpatched_transformers(pair: Pair) -> None:
+    prompt = raw("just words", [])
+    expected = Peer(pair.folder, mended=False).logits(list(pair.ours.prepare(prompt).token_ids), [])
+    torch.testing.assert_close(pair.logits(prompt)[0], expected, atol=LOGITS, rtol=0)
+
+
+def test_intermediate_features_are_layer_inputs_unless_outputs_are_asked_for(pair: Pair) -> None:
+    images = [noise((1, 2), pair.ours.info.tile_size)]
+    prompt = raw(ONE, images)
+    token_ids = list(pair.ours.prepare(prompt).token_ids)
+    with_outputs = Peer(pair.folder, intermediate_inputs=False).logits(token_ids, images)
+    assert (pair.logits(prompt)[0] - with_outputs).abs().max() > 100 * LOGITS
+    config = ModelConfig(model=str(pair.folder), intermediate_features="outputs")
+    switched = Pair(pair.folder, load_model(config, EngineConfig()), pair.peer)
+    torch.testing.assert_close(switched.logits(prompt)[0], with_outputs, atol=LOGITS, rtol=0)
+
+
+def test_rows_before_the_image_do_not_leak_it(pair: Pair) -> None:
+    text = "a long beginning " + ONE
+    tile_size = pair.ours.info.tile_size
+    prompts = [raw(text, [noise((1, 1), tile_size, seed)]) for seed in (1, 2)]
+    token_ids = list(pair.ours.prepare(prompts[0]).token_ids)
+    num_before = token_ids.index(pair.ours.info.image_token_id)
+    first, second = (pair.logits(prompt)[0] for prompt in prompts)
+    assert torch.equal(first[:num_before], second[:num_before])
+    leaky = Peer(pair.folder, mask_attention_output=False)
+    leaks = [leaky.logits(token_ids, [noise((1, 1), tile_size, seed)])[:num_before] for seed in (1, 2)]
+    assert (leaks[0] - leaks[1]).abs().max() > 100 * LOGITS
+
+
+def test_decoded_rows_see_what_the_last_prompt_row_sees(pair: Pair) -> None:
+    images = [noise((1, 1), pair.ours.info.tile_size, 1), noise((2, 1), pair.ours.info.tile_size, 2)]
+    prompt = raw(TWO_APART, images)
+    token_ids = list(pair.ours.prepare(prompt).token_ids)
+    _, kv = pair.logits(prompt)
+    assert kv.cross_length == 2 * pair.ours.info.features_per_tile  # the first image is out of sight
+    continuation = [5, 17, 9]
+    expected = pair.peer.logits(token_ids + continuation, images)[len(token_ids) :]
+    blind = pair.peer.inputs(token_ids + continuation, images)
+    blind["cross_attention_mask"][:, len(token_ids) :] = 0
+    with torch.inference_mode():
+        assert (pair.peer.model(**blind).logits[0, len(token_ids) :] - expected).abs().max() > 100 * LOGITS
+    decoded = torch.cat([pair.ours.decode([token], [kv]) for token in continuation])
+    torch.testing.assert_close(decoded, expected, atol=LOGITS, rtol=0)
+
+
+@pytest.mark.parametrize(("text", "grids"), [(ONE, [(2, 2)]), (THREE_MIXED, [(2, 1), (1, 1), (2, 2)])])
+@pytest.mark.parametrize("k_ratio", [0.05, 0.3])
+def test_trimmed_logits_equal_the_peer_on_features_that_the_rule_keeps(
+    pair: Pair, text: str, grids: list[tuple[int, int]], k_ratio: float
+) -> None:
+    images = [noise(grid, pair.ours.info.tile_size, seed) for seed, grid in enumerate(grids)]
+    prepared = pair.ours.prepare(raw(text, images))
+    features = pair.ours.encode_images(prepared)
+    kv = pair.pool.allocate(len(prepared.token_ids) + 2)
+    rows = pair.ours.prompt_rows(prepared, features, TrimParams(k_ratio=k_ratio), kv)
+    logits = pair.ours.logits([rows], prepared.token_ids)
+    continuation = [7, 3]
+    decoded = torch.cat([pair.ours.decode([token], [kv]) for token in continuation])
+
+    num_prompt = len(prepared.token_ids)
+    expected, kept = pair.peer.trimmed_logits(
+        [*prepared.token_ids, *continuation], images, k_ratio, num_prompt
+    )
+    assert rows.vision is not None and rows.vision.selection is not None
+    assert rows.vision.selection.kept.tolist() == kept
+    assert len(kept) < sum(len(image) for image in features)
+    torch.testing.assert_close(torch.cat([logits, decoded]), expected, atol=LOGITS, rtol=0)
+    untrimmed = pair.peer.logits([*prepared.token_ids, *continuation], images)
+    assert (untrimmed - expected).abs().max() > 100 * LOGITS
+
+
+def test_k_ratio_one_is_bit_for_bit_the_untrimmed_path(pair: Pair) -> None:
+    prompt = raw(ONE, [noise((2, 2), pair.ours.info.tile_size)])
+    assert torch.equal(pair.logits(prompt, TrimParams(k_ratio=1.0))[0], pair.logits(prompt, NO_TRIM)[0])
+
+
+def test_a_mixed_ragged_batch_equals_each_alone(pair: Pair) -> None:
+    tile = pair.ours.info.tile_size
+    requests = [
+        (raw("no image at all", []), NO_TRIM),
+        (raw(ONE, [noise((2, 2), tile, 1)]), TrimParams(k_ratio=0.1)),
+        (raw(THREE_MIXED, [noise((1, 1), tile, seed) for seed in (2, 3, 4)]), NO_TRIM),
+        (raw("rows before " + ONE, [noise((1, 1), tile, 5)]), TrimParams(k_ratio=0.3, max_kept_fraction=0.4)),
+    ]
+    alone = [pair.logits(*request) for request in requests]
+    rows, token_ids = [], []
+    for prompt, trim in requests:
+        prepared = pair.ours.prepare(prompt)
+        kv = pair.pool.allocate(len(prepared.token_ids) + 16)
+        rows.append(pair.ours.prompt_rows(prepared, pair.ours.encode_images(prepared), trim, kv))
+        token_ids += prepared.token_ids
+    together = pair.ours.logits(rows, token_ids)
+    torch.testing.assert_close(together, torch.cat([logits for logits, _ in alone]), atol=LOGITS, rtol=0)
+    assert [row.kv.cross_length for row in rows] == [kv.cross_length for _, kv in alone]
+
+    tokens = [3, 14, 15, 9]
+    decoded = pair.ours.decode(tokens, [row.kv for row in rows])
+    one_by_one = [pair.ours.decode([token], [kv]) for token, (_, kv) in zip(tokens, alone, strict=True)]
+    torch.testing.assert_close(decoded, torch.cat(one_by_one), atol=LOGITS, rtol=0)
+
+
+def test_padding_tiles_are_neither_projected_nor_cached(pair: Pair) -> None:
+    _, kv = pair.logits(raw(ONE, [noise((1, 1), pair.ours.info.tile_size)]))
+    assert kv.cross_length == pair.ours.info.features_per_tile
+
+
+def test_the_cap_bounds_what_is_kept_of_each_image(pair: Pair) -> None:
+    images = [noise((2, 2), pair.ours.info.tile_size, 1), noise((1, 1), pair.ours.info.tile_size, 2)]
+    prepared = pair.ours.prepare(raw("<|image|><|image|>both", images))
+    features = pair.ours.encode_images(prepared)
+    kv = pair.pool.allocate(len(prepared.token_ids))
+    trim = TrimParams(k_ratio=0.9, max_kept_fraction=0.25, return_selection=True)
+    prefilled = pair.ours.prefill(prepared, features, trim, kv)
+    assert prefilled.num_kept == (10, 2)  # floor of a quarter of 40 and of 10
+    assert prefilled.num_held == kv.cross_length == 12
+    for selection, kept in zip(prefilled.selections, prefilled.num_kept, strict=True):
+        assert sum(byte.bit_count() for byte in selection.kept) == kept
+        assert len(selection.picks_by_head) == pair.ours.info.num_heads
+
+
+def test_bfloat16_logits_follow_float32(make_pair: Callable[..., Pair]) -> None:
+    pair = make_pair(Geometry(), dtype="bfloat16")
+    image = noise((1, 1), pair.ours.info.tile_size)
+    prompt = raw(ONE, [image])
+    expected = pair.peer.logits(list(pair.ours.prepare(prompt).token_ids), [image])
+    logits, kv = pair.logits(prompt)
+    assert pair.ours.info.dtype == "bfloat16"
+    assert kv.cross(0)[0].dtype == torch.bfloat16
+    assert (logits - expected).std() < LOGITS_BFLOAT16 * expected.std()

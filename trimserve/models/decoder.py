@@ -1,0 +1,285 @@
+"""The text decoder over a ragged batch: flat rows of several sequences, no padding, semantics of Meta's model code.
+
+Text rows see images by the processor's rule; a row that sees none passes a cross-attention layer unchanged (both
+of its branches are zero there). In a prefill with trimming, the first cross-attention layer attends to all valid
+features, scores them and keeps some; the following layers project, cache and attend to those only. Scoring and
+gathering are `ops`, choosing is `trimming.py`, storage is the caller's.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import MllamaForConditionalGeneration
+
+from trimserve import ops
+from trimserve.models.trimming import Selection, TrimParams, select
+from trimserve.models.visibility import feature_visibility
+from trimserve.models.weights import FUSED, fused_weight
+
+__all__ = ["KeyValues", "RaggedDecoder", "SequenceRows", "VisionRows"]
+
+
+class KeyValues(Protocol):
+    """Where one sequence's keys and values lie; layers are counted among their own kind (`engine/kv_pool.py`)."""
+
+    length: int
+    cross_length: int
+
+    def append_self(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Store rows [T, Hkv, Dh] behind `length`; all rows so far, [length + T, Hkv, Dh]."""
+
+    def advance(self, num_positions: int) -> None:
+        """Count rows that every layer has appended."""
+
+    def reserve_cross(self, num_features: int) -> None:
+        """Make room for the features that decoding sees."""
+
+    def write_cross(self, layer: int, keys: Tensor, values: Tensor) -> None:
+        """Store [cross_length, Hkv, Dh]."""
+
+    def cross(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values [cross_length, Hkv, Dh]."""
+
+
+@dataclass(slots=True)
+class VisionRows:
+    """The images of one sequence during its prefill."""
+
+    features: Tensor
+    """[N, hidden_size], the images' features one after another; [M, hidden_size] after selection."""
+    num_features: tuple[int, ...]
+    """Features of each image; after selection those that are kept."""
+    visible_images: list[tuple[int, int]]
+    """Of each row: the half-open range of images that it sees."""
+    trim: TrimParams
+    selection: Selection | None = field(default=None, init=False)
+
+    @property
+    def offsets(self) -> list[int]:
+        """Where each image's features begin, and the end of the last."""
+        return [0, *accumulate(self.num_features)]
+
+    @property
+    def held_range(self) -> tuple[int, int]:
+        """The features that the last row sees."""
+        first, last = self.visible_images[-1]
+        return self.offsets[first], self.offsets[last]
+
+
+@dataclass(slots=True)
+class SequenceRows:
+    """One sequence's rows in a ragged batch."""
+
+    num_rows: int
+    kv: KeyValues
+    vision: VisionRows | None = None
+    """Only in prefill; when decoding, rows see what `kv` holds."""
+
+    def visible_runs(self) -> list[tuple[int, int, int, int]]:
+        """(first row, end row, first feature, end feature) of consecutive rows that see the same features."""
+        if self.vision is None:
+            return [(0, self.num_rows, 0, self.kv.cross_length)] if self.kv.cross_length else []
+        offsets = self.vision.offsets
+        images = self.vision.visible_images
+        starts = [row for row in range(self.num_rows) if row == 0 or images[row] != images[row - 1]]
+        runs = []
+        for start, end in zip(starts, [*starts[1:], self.num_rows], strict=True):
+            first, last = images[start]
+            if first < last:
+                runs.append((start, end, offsets[first], offsets[last]))
+        return runs
+
+
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """What every layer needs to know of one forward pass."""
+
+    sequences: Sequence[SequenceRows]
+    cos: Tensor
+    """[R, 1, Dh]"""
+    sin: Tensor
+    seeing: Tensor | None
+    """int64 [S], the flat rows that see an image; None: every row does."""
+    num_seeing: tuple[int, ...]
+    """How many of those each sequence has."""
+
+
+class RaggedDecoder:
+    """The decoder of one checkpoint, over a transformers model's weights."""
+
+    def __init__(self, model: MllamaForConditionalGeneration) -> None:
+        """Borrow the weights of a model that `weights.load_weights` has built."""
+        config = model.config.text_config
+        text = model.model.language_model
+        self._embed: nn.Embedding = text.embed_tokens
+        self._rotary: nn.Module = text.rotary_emb
+        self._norm: nn.Module = text.norm
+        self._lm_head: nn.Linear = model.lm_head
+        head_dim = config.hidden_size // config.num_attention_heads
+        cross = set(config.cross_attention_layers)
+        self._layers: list[_SelfLayer | _CrossLayer] = []
+        for index, layer in enumerate(text.layers):
+            kind = _CrossLayer if index in cross else _SelfLayer
+            index_of_kind = sum((earlier in cross) == (index in cross) for earlier in range(index))
+            self._layers.append(kind(layer, index_of_kind, head_dim))
+
+    def forward(self, token_ids: Tensor, sequences: Sequence[SequenceRows], *, all_rows: bool = False) -> Tensor:
+        """Run rows of several sequences through all layers and store their keys and values.
+
+        Args:
+            token_ids: int64 [R], the sequences' new rows one after another.
+            sequences: whose `num_rows` sum to R; a sequence is prefilled in one pass.
+            all_rows: logits of every row instead of each sequence's last.
+        Returns:
+            float32 logits [B, vocab_size], or [R, vocab_size].
+        """
+        hidden = self._embed(token_ids)
+        batch = self._batch(hidden, sequences)
+        for layer in self._layers:
+            hidden = layer.forward(hidden, batch)
+        for sequence in sequences:
+            sequence.kv.advance(sequence.num_rows)
+        if not all_rows:
+            ends = torch.tensor([sequence.num_rows for sequence in sequences], device=hidden.device).cumsum(0)
+            hidden = hidden[ends - 1]
+        logits: Tensor = self._lm_head(self._norm(hidden))
+        return logits.float()
+
+    def _batch(self, hidden: Tensor, sequences: Sequence[SequenceRows]) -> _Batch:
+        positions = torch.cat([torch.arange(s.kv.length, s.kv.length + s.num_rows) for s in sequences])
+        cos, sin = self._rotary(hidden, positions.to(hidden.device)[None])
+        seeing = []
+        num_seeing = []
+        start = 0
+        for sequence in sequences:
+            rows = [start + row for first, end, _, _ in sequence.visible_runs() for row in range(first, end)]
+            seeing += rows
+            num_seeing.append(len(rows))
+            start += sequence.num_rows
+        index = None if len(seeing) == start else torch.tensor(seeing, dtype=torch.int64, device=hidden.device)
+        return _Batch(sequences, cos[0, :, None], sin[0, :, None], index, tuple(num_seeing))
+
+
+class _Layer:
+    """What self- and cross-attention layers share: the norms and the MLP."""
+
+    def __init__(self, layer: nn.Module, index: int, head_dim: int) -> None:
+        self._index = index
+        self._head_dim = head_dim
+        self._scale = head_dim**-0.5
+        self._layer = layer
+        self._gate_up = fused_weight(layer.mlp, FUSED["mlp"])
+
+    def _mlp(self, hidden: Tensor) -> Tensor:
+        mlp = self._layer.mlp
+        gate, up = F.linear(self._layer.post_attention_layernorm(hidden), self._gate_up).chunk(2, dim=-1)
+        output: Tensor = mlp.down_proj(mlp.act_fn(gate) * up)
+        return output
+
+    def _heads(self, rows: Tensor) -> Tensor:
+        """[R, heads * Dh] -> [R, heads, Dh]."""
+        return rows.view(rows.shape[0], -1, self._head_dim)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool = False) -> Tensor:
+        """[T, H, Dh] over [L, Hkv, Dh] -> [T, H * Dh]."""
+        attended = F.scaled_dot_product_attention(
+            q.transpose(0, 1)[None],
+            k.transpose(0, 1)[None],
+            v.transpose(0, 1)[None],
+            is_causal=is_causal,
+            scale=self._scale,
+            enable_gqa=q.shape[1] != k.shape[1],
+        )
+        return attended[0].transpose(0, 1).flatten(1)
+
+
+class _SelfLayer(_Layer):
+    def __init__(self, layer: nn.Module, index: int, head_dim: int) -> None:
+        super().__init__(layer, index, head_dim)
+        self._qkv = fused_weight(layer.self_attn, FUSED["self_attn"])
+        self._split = [getattr(layer.self_attn, name).out_features for name in FUSED["self_attn"]]
+
+    def forward(self, hidden: Tensor, batch: _Batch) -> Tensor:
+        qkv = F.linear(self._layer.input_layernorm(hidden), self._qkv)
+        q, k, v = (self._heads(part) for part in qkv.split(self._split, dim=-1))
+        q, k = _rotate(q, batch.cos, batch.sin), _rotate(k, batch.cos, batch.sin)
+        rows = [sequence.num_rows for sequence in batch.sequences]
+        attended = []
+        for sequence, *qkv_rows in zip(batch.sequences, q.split(rows), k.split(rows), v.split(rows), strict=True):
+            q_rows, k_rows, v_rows = qkv_rows
+            keys, values = sequence.kv.append_self(self._index, k_rows, v_rows)
+            attended.append(self._attend(q_rows, keys, values, is_causal=sequence.num_rows > 1))
+        hidden = hidden + self._layer.self_attn.o_proj(torch.cat(attended))
+        return hidden + self._mlp(hidden)
+
+
+class _CrossLayer(_Layer):
+    def __init__(self, layer: nn.Module, index: int, head_dim: int) -> None:
+        super().__init__(layer, index, head_dim)
+        self._kv = fused_weight(layer.cross_attn, FUSED["cross_attn"])
+
+    def forward(self, hidden: Tensor, batch: _Batch) -> Tensor:
+        if not any(batch.num_seeing):
+            return hidden
+        residual = hidden if batch.seeing is None else hidden[batch.seeing]
+        attention = self._layer.cross_attn
+        q = attention.q_norm(self._heads(attention.q_proj(self._layer.input_layernorm(residual))))
+        attended = [
+            self._attend_sequence(rows, sequence)
+            for rows, sequence in zip(q.split(batch.num_seeing), batch.sequences, strict=True)
+            if len(rows)
+        ]
+        residual = residual + self._layer.cross_attn_attn_gate.tanh() * attention.o_proj(torch.cat(attended))
+        residual = residual + self._layer.cross_attn_mlp_gate.tanh() * self._mlp(residual)
+        return residual if batch.seeing is None else hidden.index_copy(0, batch.seeing, residual)
+
+    def _attend_sequence(self, q: Tensor, sequence: SequenceRows) -> Tensor:
+        """Queries [S, H, Dh] of the rows that see something -> [S, H * Dh]; a prefill also selects and stores."""
+        vision = sequence.vision
+        keys, values = sequence.kv.cross(self._index) if vision is None else self._project(vision.features)
+        runs = sequence.visible_runs()
+        pieces = q.split([end_row - first_row for first_row, end_row, _, _ in runs])
+        attended = torch.cat(
+            [
+                self._attend(piece, keys[first:end], values[first:end])
+                for piece, (_, _, first, end) in zip(pieces, runs, strict=True)
+            ]
+        )
+        if vision is not None:
+            self._store(q, keys, values, sequence.kv, vision)
+        return attended
+
+    def _project(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        keys, values = (self._heads(part) for part in F.linear(features, self._kv).chunk(2, dim=-1))
+        return self._layer.cross_attn.k_norm(keys), values
+
+    def _store(self, q: Tensor, keys: Tensor, values: Tensor, kv: KeyValues, vision: VisionRows) -> None:
+        """Trim in the first cross-attention layer; cache what the last row, and so every decoded row, sees."""
+        if self._index == 0 and vision.trim.can_drop:
+            keys, values = self._trim(q, keys, values, vision)
+        first, end = vision.held_range
+        if self._index == 0:
+            kv.reserve_cross(end - first)
+        kv.write_cross(self._index, keys[first:end], values[first:end])
+
+    def _trim(self, q: Tensor, keys: Tensor, values: Tensor, vision: VisionRows) -> tuple[Tensor, Tensor]:
+        """Select in the first cross-attention layer; `vision` holds the kept features afterwards."""
+        seeing = [images for images in vision.visible_images if images[0] < images[1]]
+        visibility = feature_visibility(seeing, vision.num_features).to(q.device)
+        scores = ops.headwise_scores(q, keys, visibility, self._scale)
+        selection = select(scores, vision.num_features, vision.trim)
+        vision.features, keys, values = ops.gather_kv(vision.features, keys, values, selection.kept)
+        vision.num_features = selection.num_kept
+        vision.selection = selection
+        return keys, values
+
+
+def _rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding of [R, heads, Dh]; cos and sin are [R, 1, Dh]."""
+    left, right = heads.chunk(2, dim=-1)
+    return heads * cos + torch.cat([-right, left], dim=-1) * sin

@@ -1,0 +1,156 @@
+"""One loaded Mllama: prompt and images in, visual features, keys and values, and logits out.
+
+Puts `processor.py`, `vision.py` and `decoder.py` together for one caller, the engine. It knows nothing about
+queues, sampling or text.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+from transformers import MllamaForConditionalGeneration
+
+from trimserve.models.decoder import KeyValues, RaggedDecoder, SequenceRows, VisionRows
+from trimserve.models.images import PreparedImage
+from trimserve.models.info import ModelInfo
+from trimserve.models.prefilled import Prefilled
+from trimserve.models.processor import PreparedPrompt, Processor
+from trimserve.models.prompt import Prompt
+from trimserve.models.trimming import ImageSelection, Selection, TrimParams, bitmap
+from trimserve.models.vision import IntermediateFeatures, VisionEncoder
+from trimserve.models.visibility import visible_images
+
+__all__ = ["Mllama"]
+
+
+class Mllama:
+    """A model that is ready to serve."""
+
+    def __init__(
+        self,
+        model: MllamaForConditionalGeneration,
+        processor: Processor,
+        info: ModelInfo,
+        intermediate_features: IntermediateFeatures = "inputs",
+    ) -> None:
+        """Use `loading.load_model`."""
+        self._processor = processor
+        self._vision = VisionEncoder(model, intermediate_features)
+        self._decoder = RaggedDecoder(model)
+        self._device = model.device
+        self._info = info
+
+    @property
+    def info(self) -> ModelInfo:
+        """Geometry, limits and defaults."""
+        return self._info
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer, for incremental detokenisation."""
+        return self._processor.tokenizer
+
+    def prepare(self, prompt: Prompt) -> PreparedPrompt:
+        """Tokenise and decode images; pure and thread-safe.
+
+        Raises:
+            InvalidRequest: bad image, image count, empty or too long prompt.
+        """
+        return self._processor.prepare(prompt)
+
+    @torch.inference_mode()
+    def encode_images(self, prompt: PreparedPrompt) -> list[Tensor]:
+        """Visual features of each image: [num_tiles * features_per_tile, hidden_size], real tiles only."""
+        return [
+            self._vision.encode(image.pixel_values, image.aspect_ratio_id, image.num_tiles) for image in prompt.images
+        ]
+
+    @torch.inference_mode()
+    def prefill(
+        self, prompt: PreparedPrompt, features: Sequence[Tensor], trim: TrimParams, kv: KeyValues
+    ) -> Prefilled:
+        """Run the prompt and fill `kv`.
+
+        Args:
+            prompt: token ids [T] and images.
+            features: `encode_images(prompt)`.
+            trim: how to trim; without images it has no effect.
+            kv: empty, with room for T positions.
+        Returns:
+            The logits that follow the prompt and the account of its visual features.
+        """
+        rows = self.prompt_rows(prompt, features, trim, kv)
+        logits = self._decoder.forward(self._ids(prompt.token_ids), [rows])[0]
+        vision = rows.vision
+        num_valid = tuple(len(image) for image in features)
+        max_features = self._info.max_tiles * self._info.features_per_tile
+        wants_selection = vision is not None and trim.return_selection
+        return Prefilled(
+            logits=logits,
+            num_padding=tuple(max_features - n for n in num_valid),
+            num_valid=num_valid,
+            num_kept=vision.num_features if vision else (),
+            num_held=kv.cross_length,
+            selections=self._selections(prompt.images, num_valid, vision.selection) if wants_selection else (),
+        )
+
+    @torch.inference_mode()
+    def decode(self, token_ids: Sequence[int], kvs: Sequence[KeyValues]) -> Tensor:
+        """One step of several sequences.
+
+        Args:
+            token_ids: [B], each sequence's last token.
+            kvs: [B], each one position longer afterwards.
+        Returns:
+            float32 logits [B, vocab_size].
+        """
+        return self._decoder.forward(self._ids(token_ids), [SequenceRows(1, kv) for kv in kvs])
+
+    @torch.inference_mode()
+    def logits(self, rows: Sequence[SequenceRows], token_ids: Sequence[int]) -> Tensor:
+        """Logits [R, vocab_size] of every row of a ragged batch; for evaluation and tests."""
+        return self._decoder.forward(self._ids(token_ids), rows, all_rows=True)
+
+    def prompt_rows(
+        self, prompt: PreparedPrompt, features: Sequence[Tensor], trim: TrimParams, kv: KeyValues
+    ) -> SequenceRows:
+        """A prompt as rows of a ragged batch; `features` as in `prefill`."""
+        vision = None
+        if features:
+            visible = visible_images(prompt.token_ids, self._info.image_token_id)
+            counts = tuple(len(image) for image in features)
+            vision = VisionRows(torch.cat(list(features)), counts, visible, trim)
+        return SequenceRows(len(prompt.token_ids), kv, vision)
+
+    def _ids(self, token_ids: Sequence[int]) -> Tensor:
+        return torch.tensor(list(token_ids), dtype=torch.int64, device=self._device)
+
+    def _selections(
+        self, images: Sequence[PreparedImage], num_valid: Sequence[int], selection: Selection | None
+    ) -> tuple[ImageSelection, ...]:
+        selections = []
+        start = 0
+        for image, n in zip(images, num_valid, strict=True):
+            kept, picks = torch.arange(n), ()
+            if selection is not None:
+                kept = _within(selection.kept, start, n)
+                picks = tuple(bitmap(_within(head, start, n), n) for head in selection.picks)
+            selections.append(
+                ImageSelection(
+                    tiles_high=image.tiles_high,
+                    tiles_wide=image.tiles_wide,
+                    features_per_tile=self._info.features_per_tile,
+                    content_height=image.content_height,
+                    content_width=image.content_width,
+                    kept=bitmap(kept, n),
+                    picks_by_head=picks,
+                )
+            )
+            start += n
+        return tuple(selections)
+
+
+def _within(indices: Tensor, start: int, num_features: int) -> Tensor:
+    """The indices in [start, start + num_features), counted from `start`."""
+    return indices[(indices >= start) & (indices < start + num_features)] - start
