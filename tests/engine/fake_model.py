@@ -1,0 +1,232 @@
+"""A model in miniature: the next token is a function of the token ids that its KV really holds.
+
+Whoever mixes up rows, loses a position or reuses released KV gets other tokens. Some prompts misbehave on
+purpose, so that tests can aim a failure at one request.
+"""
+
+import io
+import math
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from PIL import Image as PILImage
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
+from torch import Tensor
+
+from trimserve.engine.kv_pool import SequenceKV
+from trimserve.engine.model import Prefilled
+from trimserve.engine.request import GenerationRequest, SamplingParams
+from trimserve.errors import InvalidRequest
+from trimserve.models.info import GenerationDefaults, ModelInfo
+from trimserve.models.prompt import Image, Prompt, RawPrompt, TokenPrompt
+from trimserve.models.trimming import TrimParams
+
+__all__ = [
+    "BREAKS_DECODE",
+    "BREAKS_PREFILL",
+    "BREAKS_PREPARE",
+    "END",
+    "IMAGE",
+    "KILLS_THE_ENGINE",
+    "LOGITS_ARE_NAN",
+    "FakeModel",
+    "FakePrompt",
+    "byte_tokenizer",
+    "request",
+]
+
+END = 256
+"""The end token; ids below are bytes."""
+IMAGE = 257
+"""The image token, past the logits."""
+FEATURES_PER_TILE = 5
+
+BREAKS_PREPARE = RawPrompt("!prepare")
+BREAKS_PREFILL = RawPrompt("!prefill")
+BREAKS_DECODE = RawPrompt("!decode")
+LOGITS_ARE_NAN = RawPrompt("!nan")
+KILLS_THE_ENGINE = RawPrompt("!kill")
+
+
+class Killed(BaseException):
+    """What no handler for ordinary exceptions catches."""
+
+
+@dataclass(frozen=True)
+class FakePrompt:
+    """Token ids, and for each image its number of tiles."""
+
+    token_ids: tuple[int, ...]
+    images: tuple[int, ...] = ()
+
+
+@dataclass
+class FakeModel:
+    """Answers at random, or as `replies` says: the text that follows a prompt's text, then the end token."""
+
+    replies: dict[str, str | tuple[int, ...]] = field(default_factory=dict)
+    max_model_len: int = 128
+    before_prepare: Callable[[], object] = bool
+    before_prefill: Callable[[], object] = bool
+    before_decode: Callable[[], object] = bool
+    batch_sizes: list[int] = field(default_factory=list)
+    """Rows of each decode so far."""
+    threads: set[str] = field(default_factory=set)
+    """Names of the threads that ran prefill or decode."""
+
+    def __post_init__(self) -> None:
+        self.tokenizer: Tokenizer = byte_tokenizer()
+        self.info = ModelInfo(
+            model_id="fake",
+            revision="0",
+            dtype="float32",
+            device="cpu",
+            num_parameters=0,
+            vocab_size=257,
+            image_token_id=IMAGE,
+            max_model_len=self.max_model_len,
+            max_images=4,
+            num_self_attention_layers=2,
+            num_cross_attention_layers=3,
+            num_heads=2,
+            num_kv_heads=1,
+            head_dim=1,
+            hidden_size=2,
+            tile_size=8,
+            patch_size=4,
+            max_tiles=4,
+            features_per_tile=FEATURES_PER_TILE,
+            kv_bytes_per_position=8,
+            default_k_ratio=0.5,
+            policies=("trimmed",),
+            generation_defaults=GenerationDefaults(
+                temperature=0.0,
+                top_p=1.0,
+                top_k=0,
+                min_p=0.0,
+                repetition_penalty=1.0,
+                max_new_tokens=20,
+                eos_token_ids=(END,),
+            ),
+        )
+
+    def prepare(self, prompt: Prompt) -> FakePrompt:
+        self.before_prepare()
+        if prompt == BREAKS_PREPARE:
+            raise Killed  # as a panic in the tokenizer's compiled code would
+        match prompt:
+            case RawPrompt(text="") | TokenPrompt(token_ids=()):
+                raise InvalidRequest("prompt", "must not be empty")
+            case RawPrompt(text, images):
+                token_ids = tuple(text.encode())
+            case TokenPrompt(token_ids, images):
+                pass
+            case _:
+                raise NotImplementedError
+        return FakePrompt(token_ids, tuple(map(_num_tiles, images)))
+
+    def encode_images(self, prompt: FakePrompt) -> list[Tensor]:
+        return [torch.ones(num_tiles * FEATURES_PER_TILE, 2) for num_tiles in prompt.images]
+
+    def prefill(
+        self, prompt: FakePrompt, features: Sequence[Tensor], trim: TrimParams, kv: SequenceKV
+    ) -> Prefilled:
+        self.before_prefill()
+        self.threads.add(threading.current_thread().name)
+        if _text(prompt.token_ids) == BREAKS_PREFILL.text:
+            raise RuntimeError("prefill broke")
+        num_valid = tuple(len(rows) for rows in features)
+        num_kept = tuple(math.ceil(trim.k_ratio * valid) if trim.enabled else valid for valid in num_valid)
+        # As with decoded rows of a real model: only the last image is still seen.
+        num_held = num_kept[-1] if num_kept else 0
+        kv.reserve_cross(num_held)
+        return Prefilled(
+            logits=self._forward(prompt.token_ids, kv),
+            num_padding=tuple((4 - num_tiles) * FEATURES_PER_TILE for num_tiles in prompt.images),
+            num_valid=num_valid,
+            num_kept=num_kept,
+            num_held=num_held,
+        )
+
+    def decode(self, token_ids: Sequence[int], kvs: Sequence[SequenceKV]) -> Tensor:
+        self.before_decode()
+        self.batch_sizes.append(len(kvs))
+        self.threads.add(threading.current_thread().name)
+        return torch.stack(
+            [self._forward([token_id], kv) for token_id, kv in zip(token_ids, kvs, strict=True)]
+        )
+
+    def _forward(self, token_ids: Sequence[int], kv: SequenceKV) -> Tensor:
+        rows = torch.tensor(token_ids, dtype=torch.float32).reshape(-1, 1, 1)
+        for layer in range(self.info.num_self_attention_layers):
+            keys, _ = kv.append_self(layer, rows, -rows)
+        kv.advance(len(token_ids))
+        history = [int(key) for key in keys.flatten()]
+        text = _text(history)
+        if text.startswith(BREAKS_DECODE.text) and len(history) > len(BREAKS_DECODE.text) + 1:
+            raise RuntimeError("decode broke")
+        if text.startswith(KILLS_THE_ENGINE.text):
+            raise Killed
+        if text.startswith(LOGITS_ARE_NAN.text) and len(history) > len(LOGITS_ARE_NAN.text) + 1:
+            return torch.full((257,), torch.nan)
+        return self._logits(history, text)
+
+    def _logits(self, history: list[int], text: str) -> Tensor:
+        for prompt, reply in self.replies.items():
+            if text.startswith(prompt):
+                answer = (*(reply.encode() if isinstance(reply, str) else reply), END)
+                position = len(history) - len(prompt.encode())
+                return torch.nn.functional.one_hot(torch.tensor(answer[position]), 257).float() * 50
+        # Printable ASCII, never the end token.
+        generator = torch.Generator().manual_seed(hash(tuple(history)) % 2**63)
+        logits = torch.full((257,), -100.0)
+        logits[32:127] = torch.randn(95, generator=generator) * 2
+        return logits
+
+
+def request(
+    prompt: str | Prompt, *, name: str = "r", priority: int = 0, **sampling: object
+) -> GenerationRequest:
+    """A request for `FakeModel`; further keywords are those of `SamplingParams`."""
+    return GenerationRequest(
+        request_id=name,
+        prompt=RawPrompt(prompt) if isinstance(prompt, str) else prompt,
+        sampling=SamplingParams(**sampling),  # type: ignore[arg-type]  # keywords of every type
+        trim=TrimParams(k_ratio=0.5),
+        priority=priority,
+    )
+
+
+def byte_tokenizer(merges: Sequence[tuple[str, str]] = ()) -> Tokenizer:
+    """A byte-level BPE: ids 0 to 255 are bytes, 256 is special, then come `merges` of the byte alphabet."""
+    vocab = {letter: byte for byte, letter in enumerate(_byte_alphabet())}
+    vocab["<|end|>"] = END
+    for left, right in merges:
+        vocab.setdefault(left + right, len(vocab))
+    tokenizer = Tokenizer(BPE(vocab, list(merges)))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|end|>"])
+    return tokenizer
+
+
+def _byte_alphabet() -> list[str]:
+    # The alphabet of every byte-level BPE: printable bytes are themselves, the others move past U+00FF.
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    moved = iter(range(256, 512))
+    return [chr(byte if byte in printable else next(moved)) for byte in range(256)]
+
+
+def _text(token_ids: Sequence[int]) -> str:
+    return bytes(token_id for token_id in token_ids if token_id < 256).decode(errors="replace")
+
+
+def _num_tiles(image: Image) -> int:
+    if image.data.isdigit():
+        return int(image.data)
+    with PILImage.open(io.BytesIO(image.data)) as opened:
+        opened.load()
+    return 1

@@ -1,0 +1,375 @@
+"""The engine step by step, driven by a fake model: endings, batches, cancellation, failures, bytes, times."""
+
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.engine.fake_model import (
+    BREAKS_DECODE,
+    BREAKS_PREFILL,
+    END,
+    IMAGE,
+    LOGITS_ARE_NAN,
+    FakeModel,
+    request,
+)
+from trimserve.engine.engine import Engine
+from trimserve.engine.kv_pool import PAGE_POSITIONS, KVPool
+from trimserve.engine.model import Prefilled
+from trimserve.engine.request import (
+    Finished,
+    FinishReason,
+    GenerationChunk,
+    GenerationRequest,
+    ImageUsage,
+    Started,
+    TokenDelta,
+)
+from trimserve.engine.sequence import Sequence, SequenceState, account_cross_kv
+from trimserve.errors import InvalidRequest, RequestFailed, TrimserveError
+from trimserve.models.prompt import Image, Prompt, RawPrompt, TokenPrompt
+
+Output = list[GenerationChunk | TrimserveError]
+
+
+def start(engine: Engine, wanted: GenerationRequest) -> tuple[Sequence, Output]:
+    """Queue a request; its chunks gather in the list."""
+    output: Output = []
+    sequence = engine.prepare(wanted, output.append, time.monotonic())
+    engine.add(sequence)
+    return sequence, output
+
+
+def run(engine: Engine, *wanted: GenerationRequest) -> list[Output]:
+    """Generate all to the end."""
+    outputs = [start(engine, one)[1] for one in wanted]
+    while engine.has_work:
+        engine.step()
+    return outputs
+
+
+def alone(model: FakeModel, wanted: GenerationRequest) -> Output:
+    """Generate one in an engine of its own."""
+    [output] = run(Engine(model, max_batch=1), wanted)
+    return output
+
+
+def deltas(output: Output) -> list[TokenDelta]:
+    return [chunk for chunk in output if isinstance(chunk, TokenDelta)]
+
+
+def text(output: Output) -> str:
+    return "".join(delta.text for delta in deltas(output))
+
+
+def finished(output: Output) -> Finished:
+    last = output[-1]
+    assert isinstance(last, Finished), last
+    return last
+
+
+def test_the_first_chunk_is_started_the_last_is_finished_and_between_come_tokens() -> None:
+    output = alone(FakeModel({"hi": "yes"}), request("hi", name="mine", seed=5))
+    assert output[0] == Started(request_id="mine", num_prompt_tokens=2, images=(), seed=5)
+    assert [(delta.text, delta.token_ids) for delta in deltas(output)] == [
+        ("y", (ord("y"),)),
+        ("e", (ord("e"),)),
+        ("s", (ord("s"),)),
+        ("", (END,)),
+    ]
+    last = finished(output)
+    assert (last.reason, last.matched_stop) == (FinishReason.STOP, END)
+    assert (last.num_prompt_tokens, last.num_generated_tokens) == (2, 4)
+
+
+ENDINGS = [  # sampling, text, tokens, reason, matched
+    ({}, "one two", 8, FinishReason.STOP, END),
+    ({"max_new_tokens": 3}, "one", 3, FinishReason.LENGTH, None),
+    ({"max_new_tokens": 7}, "one two", 7, FinishReason.LENGTH, None),
+    ({"max_new_tokens": 8}, "one two", 8, FinishReason.STOP, END),  # the end comes with the last token
+    ({"stop_token_ids": (ord("t"),)}, "one ", 5, FinishReason.STOP, ord("t")),
+    ({"stop_strings": ("e tw",)}, "on", 6, FinishReason.STOP, "e tw"),
+    ({"stop_strings": ("two",), "max_new_tokens": 7}, "one ", 7, FinishReason.STOP, "two"),
+    ({"stop_strings": ("two!",)}, "one two", 8, FinishReason.STOP, END),  # held back, given at the end
+    ({"stop_strings": ("o",), "min_new_tokens": 2}, "one tw", 7, FinishReason.STOP, "o"),
+    (
+        {"stop_token_ids": (ord("o"),), "min_new_tokens": 9, "max_new_tokens": 3},
+        None,
+        3,
+        FinishReason.LENGTH,
+        None,
+    ),
+]
+
+
+@pytest.mark.parametrize(("sampling", "expected", "num_tokens", "reason", "matched"), ENDINGS)
+def test_endings(
+    sampling: dict[str, Any], expected: str | None, num_tokens: int, reason: FinishReason, matched: object
+) -> None:
+    output = alone(FakeModel({"count": "one two"}), request("count", **sampling))
+    last = finished(output)
+    assert (last.num_generated_tokens, last.reason, last.matched_stop) == (num_tokens, reason, matched)
+    if expected is not None:
+        assert text(output) == expected
+
+
+def test_ignore_eos_goes_on_and_the_end_token_has_no_text() -> None:
+    model = FakeModel({"go": (ord("a"), END, ord("b"))})
+    output = alone(model, request("go", ignore_eos=True, max_new_tokens=3))
+    assert [delta.token_ids for delta in deltas(output)] == [(ord("a"),), (END,), (ord("b"),)]
+    assert (text(output), finished(output).reason) == ("ab", FinishReason.LENGTH)
+
+
+def test_a_cut_code_point_is_flushed_at_the_end() -> None:
+    output = alone(FakeModel({"go": "😀"}), request("go", max_new_tokens=3))
+    assert [delta.text for delta in deltas(output)] == ["", "", "\ufffd"]
+
+
+def test_unset_max_new_tokens_is_the_default_or_the_room_left() -> None:
+    for max_model_len, expected in [(128, 20), (15, 5)]:
+        output = alone(FakeModel(max_model_len=max_model_len), request("0123456789"))
+        assert finished(output).num_generated_tokens == expected
+
+
+def test_the_whole_context_can_be_used_and_not_one_token_more() -> None:
+    model = FakeModel(max_model_len=15)
+    output = alone(model, request("0123456789", max_new_tokens=5))
+    assert finished(output).num_generated_tokens == 5
+    with pytest.raises(InvalidRequest, match="room for 5, got 6") as raised:
+        alone(model, request("0123456789", max_new_tokens=6))
+    assert raised.value.field == "sampling.max_new_tokens"
+    with pytest.raises(InvalidRequest, match="15 tokens in a context of 15 leaves no room"):
+        alone(model, request("0123456789abcde"))
+
+
+MIXED: list[GenerationRequest] = [
+    request("greedy"),
+    request("sampled", temperature=1.0, seed=3, num_top_logprobs=2),
+    request(
+        TokenPrompt((IMAGE, 65, IMAGE, 66), (Image(b"1"), Image(b"3"))), temperature=0.7, seed=4, top_p=0.9
+    ),
+    request("short", max_new_tokens=2),
+    request("penalized", repetition_penalty=1.3, presence_penalty=0.5, temperature=0.5, seed=9),
+    request("long", max_new_tokens=40, temperature=2.0, seed=2**64 - 1),
+]
+
+
+@pytest.mark.parametrize("max_batch", [1, 2, 4])
+def test_a_batch_gives_what_each_alone_gives(max_batch: int) -> None:
+    model = FakeModel()
+    together = run(Engine(model, max_batch=max_batch), *MIXED)
+    assert max(model.batch_sizes) == max_batch
+    for wanted, output in zip(MIXED, together, strict=True):
+        expected = alone(FakeModel(), wanted)
+        assert output[:-1] == expected[:-1]
+        assert finished(output).reason == finished(expected).reason
+        assert finished(output).cross_kv == finished(expected).cross_kv
+
+
+def test_the_same_seed_gives_the_same_tokens_and_another_seed_others() -> None:
+    first, again, other = (
+        text(alone(FakeModel(), request("dice", temperature=1.5, seed=seed))) for seed in (1, 1, 2)
+    )
+    assert first == again != other
+
+
+def test_requests_join_and_leave_between_steps() -> None:
+    model = FakeModel({"a": "aaaa", "b": "bbbbbb"})
+    engine = Engine(model, max_batch=4)
+    _, first = start(engine, request("a"))
+    engine.step()
+    _, second = start(engine, request("b"))
+    while engine.has_work:
+        engine.step()
+    # Prefill gives the first token, so "aaaa" and the end token take 4 decodes, "bbbbbb" 6.
+    assert model.batch_sizes == [1, 2, 2, 2, 1, 1, 1]
+    assert (text(first), text(second)) == ("aaaa", "bbbbbb")
+
+
+def test_a_step_admits_one_request_and_never_more_than_the_batch_holds() -> None:
+    model = FakeModel()
+    engine = Engine(model, max_batch=3)
+    for number in range(5):
+        start(engine, request(f"p{number}", max_new_tokens=10))
+    for _ in range(5):
+        engine.step()
+    assert model.batch_sizes == [1, 2, 3, 3, 3]
+
+
+def test_larger_priority_first_and_first_come_first_served_among_equals() -> None:
+    engine = Engine(FakeModel(), max_batch=1)
+    order: list[str] = []
+
+    def note(chunk: GenerationChunk | TrimserveError) -> None:
+        if isinstance(chunk, Started):
+            order.append(chunk.request_id)
+
+    for number, (name, priority) in enumerate([("a", 0), ("b", 0), ("c", 5), ("d", -1), ("e", 5)]):
+        engine.add(engine.prepare(request("p", name=name, priority=priority, max_new_tokens=2), note, number))
+    while engine.has_work:
+        engine.step()
+    assert order == ["c", "e", "a", "b", "d"]
+
+
+@pytest.mark.parametrize("num_steps", [0, 1, 5])
+def test_cancelling_frees_everything_at_once_and_says_nothing(num_steps: int) -> None:
+    engine = Engine(FakeModel(), max_batch=2)
+    prompt = TokenPrompt((IMAGE, 65), (Image(b"2"),))
+    others = [start(engine, request("other", max_new_tokens=30)) for _ in range(2 if num_steps == 0 else 1)]
+    sequence, output = start(engine, request(prompt, max_new_tokens=30))
+    for _ in range(num_steps + 1):
+        engine.step()
+    before = len(output)
+    assert (before > 0) == (num_steps > 0)
+    engine.cancel(sequence)
+    engine.cancel(sequence)
+    assert engine.pool.used_cross_bytes == 0
+    while engine.has_work:
+        engine.step()
+    assert engine.pool.used_self_bytes == 0
+    assert len(output) == before
+    assert sequence.state is SequenceState.ENDED
+    assert all(
+        text(other) == text(alone(FakeModel(), request("other", max_new_tokens=30))) for _, other in others
+    )
+
+
+@pytest.mark.parametrize("bad", [BREAKS_PREFILL, BREAKS_DECODE, LOGITS_ARE_NAN])
+def test_a_failing_request_ends_alone(bad: RawPrompt, caplog: pytest.LogCaptureFixture) -> None:
+    model = FakeModel()
+    engine = Engine(model, max_batch=3)
+    wanted = [request("left", temperature=1.0), request(bad, name="bad"), request("right")]
+    left, failed, right = run(engine, *wanted)
+    assert isinstance(failed[-1], RequestFailed)
+    assert not any(isinstance(chunk, Finished | TrimserveError) for chunk in failed[:-1])
+    assert "request bad failed" in caplog.text
+    assert left[:-1] == alone(FakeModel(), wanted[0])[:-1]
+    assert right[:-1] == alone(FakeModel(), wanted[2])[:-1]
+    assert engine.pool.used_self_bytes == engine.pool.used_cross_bytes == 0
+    assert text(run(engine, request("next"))[0]) == text(alone(FakeModel(), request("next")))
+
+
+def test_kv_is_held_in_whole_pages_while_running_and_released_before_the_last_chunk() -> None:
+    engine = Engine(FakeModel(), max_batch=1)
+    held: list[tuple[int, int]] = []
+    prompt = TokenPrompt((IMAGE, 65, IMAGE, 66), (Image(b"4"), Image(b"4")))
+
+    def note(_: GenerationChunk | TrimserveError) -> None:
+        held.append((engine.pool.used_self_bytes, engine.pool.used_cross_bytes))
+
+    engine.add(engine.prepare(request(prompt, max_new_tokens=14), note, 0.0))
+    while engine.has_work:
+        engine.step()
+    # 4 + 14 positions: 2 pages in 2 layers; 10 of the last image's 20 features are kept: 1 page in 3 layers.
+    assert set(held[:-1]) == {(2 * PAGE_POSITIONS * 2 * 8, PAGE_POSITIONS * 3 * 8)}
+    assert held[-1] == (0, 0)
+
+
+def test_usage_names_padding_valid_and_kept_features_of_each_image() -> None:
+    output = alone(FakeModel(), request(TokenPrompt((IMAGE, IMAGE, 66), (Image(b"1"), Image(b"3")))))
+    assert isinstance(output[0], Started)
+    assert output[0].images == (ImageUsage(15, 5, 3), ImageUsage(5, 15, 8))
+    page = PAGE_POSITIONS * 3 * 8
+    account = finished(output).cross_kv
+    # 40 padded, 20 valid, 11 kept, 8 held features: 3, 2, 1 and 1 pages.
+    assert (account.untrimmed, account.held) == (2 * page, page)
+    assert (account.saved_by_padding, account.saved_by_trimming, account.saved_by_visibility) == (
+        page,
+        page,
+        0,
+    )
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 4000), st.integers(1, 4000), st.floats(0.0, 1.0)), max_size=4),
+    st.data(),
+)
+def test_bytes_add_up_to_the_padded_cache(images: list[tuple[int, int, float]], data: st.DataObject) -> None:
+    num_kept = tuple(max(1, math.floor(valid * fraction)) for _, valid, fraction in images)
+    num_held = data.draw(st.integers(0, sum(num_kept)))
+    pool = KVPool(FakeModel().info, torch.float32, torch.device("cpu"))
+    kv = pool.allocate(1)
+    kv.reserve_cross(num_held)
+    prefilled = Prefilled(
+        logits=torch.zeros(1),
+        num_padding=tuple(padding for padding, _, _ in images),
+        num_valid=tuple(valid for _, valid, _ in images),
+        num_kept=num_kept,
+        num_held=num_held,
+    )
+    account = account_cross_kv(prefilled, kv, pool)
+    saved = (account.saved_by_padding, account.saved_by_trimming, account.saved_by_visibility)
+    assert pool.cross_bytes(sum(padding + valid for padding, valid, _ in images)) == account.held + sum(saved)
+    assert min(saved) >= 0
+    assert account.held == pool.used_cross_bytes
+
+
+def test_stages_add_up_to_the_total() -> None:
+    model = FakeModel(
+        before_prepare=_sleep(0.01),
+        before_prefill=_sleep(0.02),
+        before_decode=_sleep(0.005),
+        max_model_len=64,
+    )
+    engine = Engine(model, max_batch=1)
+    first, second = run(engine, request("a", max_new_tokens=5), request("b", max_new_tokens=5))
+    for output in (first, second):
+        times = finished(output).timings
+        stages = (times.queue_seconds, times.preprocess_seconds, times.vision_seconds, times.prefill_seconds)
+        assert sum(stages) + times.decode_seconds == pytest.approx(times.total_seconds)
+        assert times.preprocess_seconds >= 0.01
+        assert times.prefill_seconds >= 0.02
+        assert times.decode_seconds >= 4 * 0.005
+        assert sum(stages) <= times.time_to_first_token_seconds < times.total_seconds
+    # The second waited for the first.
+    assert finished(second).timings.queue_seconds >= 0.02 + 4 * 0.005
+
+
+PROMPTS: st.SearchStrategy[Prompt] = st.one_of(
+    st.text(st.sampled_from("abc"), min_size=1, max_size=5).map(RawPrompt),
+    st.just(TokenPrompt((IMAGE, 65), (Image(b"2"),))),
+    st.sampled_from([BREAKS_PREFILL, BREAKS_DECODE, LOGITS_ARE_NAN]),
+)
+
+
+@settings(max_examples=30)
+@given(
+    st.lists(st.tuples(PROMPTS, st.integers(1, 8), st.integers(0, 12), st.none() | st.integers(0, 12))),
+    st.integers(1, 4),
+)
+def test_whatever_comes_and_goes_nothing_is_lost(
+    arrivals: list[tuple[Prompt, int, int, int | None]], max_batch: int
+) -> None:
+    engine = Engine(FakeModel(), max_batch=max_batch)
+    live: list[tuple[GenerationRequest, Sequence, Output, int | None]] = []
+    for step in range(200):
+        for prompt, max_new_tokens, arrives, cancelled in arrivals:
+            if arrives == step:
+                wanted = request(prompt, max_new_tokens=max_new_tokens, temperature=1.0)
+                live.append((wanted, *start(engine, wanted), cancelled))
+        for _, sequence, _, cancelled in live:
+            if cancelled == step:
+                engine.cancel(sequence)
+        engine.step()
+    assert not engine.has_work
+    assert engine.pool.used_self_bytes == engine.pool.used_cross_bytes == 0
+    for wanted, _, output, cancelled in live:
+        expected = alone(FakeModel(), wanted)
+        if output and isinstance(output[-1], Finished):
+            assert output[:-1] == expected[:-1]
+        elif output and isinstance(output[-1], TrimserveError):
+            assert isinstance(expected[-1], RequestFailed)
+            assert output[:-1] == expected[:-1]
+        else:
+            assert cancelled is not None
+            assert output == expected[: len(output)]
+
+
+def _sleep(seconds: float) -> Callable[[], None]:
+    return lambda: time.sleep(seconds)

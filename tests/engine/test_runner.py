@@ -1,0 +1,407 @@
+"""The runner on a real event loop: streams, bounds, cancellation, deadlines, starting, stopping, dying."""
+
+import asyncio
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing, asynccontextmanager
+
+import pytest
+
+from tests.engine.fake_model import (
+    BREAKS_DECODE,
+    BREAKS_PREFILL,
+    BREAKS_PREPARE,
+    KILLS_THE_ENGINE,
+    LOGITS_ARE_NAN,
+    FakeModel,
+    request,
+)
+from trimserve.engine.request import (
+    Finished,
+    GenerationChunk,
+    GenerationRequest,
+    Started,
+    TokenDelta,
+)
+from trimserve.engine.runner import Runner
+from trimserve.errors import DeadlinePassed, EngineBusy, EngineStopped, InvalidRequest, RequestFailed
+from trimserve.models.prompt import Image, RawPrompt, TokenPrompt
+
+
+class Gate:
+    """Holds a thread of the model in one place until it is opened; waits no longer than a test would."""
+
+    def __init__(self) -> None:
+        """Open."""
+        self._is_open = threading.Event()
+        self._is_open.set()
+
+    def close(self) -> None:
+        self._is_open.clear()
+
+    def open(self) -> None:
+        self._is_open.set()
+
+    def __call__(self) -> None:
+        assert self._is_open.wait(20)
+
+
+@asynccontextmanager
+async def running(
+    model: FakeModel, *, max_batch: int = 4, max_queue: int = 8, num_preprocess_workers: int = 2
+) -> AsyncIterator[Runner]:
+    """A started runner, stopped at the end."""
+    runner = Runner(
+        lambda: model,
+        max_batch=max_batch,
+        max_queue=max_queue,
+        num_preprocess_workers=num_preprocess_workers,
+    )
+    await runner.start()
+    try:
+        yield runner
+    finally:
+        await runner.stop(0.0)
+
+
+async def collect(
+    runner: Runner, wanted: GenerationRequest, deadline: float | None = None
+) -> list[GenerationChunk]:
+    return [chunk async for chunk in runner.submit(wanted, deadline=deadline)]
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Wait until something is so; the test's own time limit ends it otherwise."""
+    while not condition():  # noqa: ASYNC110  # what is waited for happens on another thread
+        await asyncio.sleep(0.001)
+
+
+def text(chunks: list[GenerationChunk]) -> str:
+    return "".join(chunk.text for chunk in chunks if isinstance(chunk, TokenDelta))
+
+
+def held_bytes(runner: Runner) -> int:
+    status = runner.status()
+    return status.self_kv_bytes + status.cross_kv_bytes + status.cross_kv_untrimmed_bytes
+
+
+LONG = request("long", ignore_eos=True, max_new_tokens=120)
+
+
+async def test_chunks_arrive_in_order_and_say_the_reply() -> None:
+    async with running(FakeModel({"hi": "hello 😀"})) as runner:
+        first, *middle, last = await collect(runner, request("hi", name="mine"))
+        assert isinstance(first, Started)
+        assert first.request_id == "mine"
+        assert isinstance(last, Finished)
+        assert all(isinstance(chunk, TokenDelta) for chunk in middle)
+        assert text(middle) == "hello 😀"
+
+
+async def test_many_requests_at_once_get_what_each_gets_alone() -> None:
+    wanted = [request(f"prompt {n}", temperature=1.0, seed=n, max_new_tokens=5 + n) for n in range(10)]
+    model = FakeModel(before_decode=lambda: time.sleep(0.001))
+    async with running(model, max_queue=10) as runner:
+        alone = [await collect(runner, one) for one in wanted]
+        model.batch_sizes.clear()
+        together = await asyncio.gather(*(collect(runner, one) for one in wanted))
+        assert [chunks[:-1] for chunks in together] == [chunks[:-1] for chunks in alone]
+        assert 1 < max(model.batch_sizes) <= 4
+
+
+async def test_the_model_runs_on_the_engine_thread_only() -> None:
+    model = FakeModel()
+    async with running(model) as runner:
+        await collect(runner, request("hi"))
+    assert model.threads == {"trimserve-engine"}
+
+
+async def test_the_event_loop_is_free_while_the_model_computes() -> None:
+    gate = Gate()
+    async with running(FakeModel(before_prefill=gate)) as runner:
+        gate.close()
+        task = asyncio.create_task(collect(runner, request("hi")))
+        await until(lambda: runner.status().num_running == 1)
+        await asyncio.sleep(0.01)
+        assert not task.done()
+        gate.open()
+        assert text(await task)
+
+
+async def test_status_counts_what_waits_and_runs_and_what_it_holds() -> None:
+    gate = Gate()
+    async with running(FakeModel(before_decode=gate), max_batch=1, max_queue=3) as runner:
+        idle = runner.status()
+        assert (idle.is_ready, idle.num_running, idle.num_waiting) == (True, 0, 0)
+        assert (idle.max_batch, idle.max_queue) == (1, 3)
+        assert held_bytes(runner) == 0
+        gate.close()
+        image = runner.info.image_token_id
+        prompt = TokenPrompt((image, 65), (_image(4),))
+        tasks = [asyncio.create_task(collect(runner, request(prompt))) for _ in range(3)]
+        await until(lambda: runner.status().cross_kv_untrimmed_bytes > 0)
+        status = runner.status()
+        assert (status.num_running, status.num_waiting) == (1, 2)
+        # 20 valid features are 2 pages, the 10 kept ones 1 page, of 16 positions in 3 layers.
+        assert (status.cross_kv_untrimmed_bytes, status.cross_kv_bytes) == (2 * 16 * 3 * 8, 16 * 3 * 8)
+        assert status.self_kv_bytes > 0
+        assert status.uptime_seconds > idle.uptime_seconds > 0
+        gate.open()
+        await asyncio.gather(*tasks)
+        assert (runner.status().num_running, runner.status().num_waiting, held_bytes(runner)) == (0, 0, 0)
+
+
+async def test_a_full_queue_refuses_naming_its_size() -> None:
+    gate = Gate()
+    async with running(FakeModel(before_decode=gate), max_batch=1, max_queue=2) as runner:
+        gate.close()
+        tasks = [asyncio.create_task(collect(runner, request("hi"))) for _ in range(3)]
+        await until(lambda: runner.status().num_waiting == 2)
+        with pytest.raises(EngineBusy, match=r"queue of 2 \(max_queue\) is full"):
+            await collect(runner, request("one too many"))
+        gate.open()
+        await asyncio.gather(*tasks)
+        assert await collect(runner, request("there is room again"))
+
+
+async def test_requests_being_prepared_count_as_waiting() -> None:
+    gate = Gate()
+    async with running(FakeModel(before_prepare=gate), max_batch=1, max_queue=0) as runner:
+        gate.close()
+        task = asyncio.create_task(collect(runner, request("hi")))
+        await until(lambda: runner.status().num_waiting == 1)
+        with pytest.raises(EngineBusy):
+            await collect(runner, request("one too many"))
+        gate.open()
+        await task
+
+
+async def test_what_preparing_refuses_reaches_the_caller() -> None:
+    async with running(FakeModel()) as runner:
+        with pytest.raises(InvalidRequest, match="must not be empty"):
+            await collect(runner, request(""))
+        with pytest.raises(InvalidRequest, match="room for 126, got 1000") as raised:
+            await collect(runner, request("hi", max_new_tokens=1000))
+        assert raised.value.field == "sampling.max_new_tokens"
+        assert runner.status().num_waiting == 0
+
+
+@pytest.mark.parametrize("bad", [BREAKS_PREPARE, BREAKS_PREFILL, BREAKS_DECODE, LOGITS_ARE_NAN])
+async def test_a_failing_request_leaves_the_others_alone(bad: RawPrompt) -> None:
+    async with running(FakeModel()) as runner:
+        expected = await collect(runner, request("good"))
+        good, failed = await asyncio.gather(
+            collect(runner, request("good")), collect(runner, request(bad)), return_exceptions=True
+        )
+        assert isinstance(failed, RequestFailed)
+        assert not isinstance(good, BaseException)
+        assert good[:-1] == expected[:-1]
+        assert held_bytes(runner) == 0
+
+
+@pytest.mark.parametrize("place", ["prepare", "queue", "prefill", "decode"])
+@pytest.mark.parametrize("how", ["cancel", "deadline"])
+async def test_a_request_that_nobody_waits_for_ends_within_a_step(place: str, how: str) -> None:
+    gates = {"prepare": Gate(), "prefill": Gate(), "decode": Gate()}
+    model = FakeModel(
+        before_prepare=gates["prepare"], before_prefill=gates["prefill"], before_decode=gates["decode"]
+    )
+    async with running(model, max_batch=1) as runner:
+        gate = gates["decode" if place == "queue" else place]
+        gate.close()
+        other = None
+        if place == "queue":
+            other = asyncio.create_task(collect(runner, request("other")))
+            await until(lambda: runner.status().num_running == 1)
+        deadline = time.monotonic() + 0.05 if how == "deadline" else None
+        task = asyncio.create_task(collect(runner, LONG, deadline))
+        if place in ("prepare", "queue"):
+            await until(lambda: task.done() or runner.status().num_waiting == 1)
+        else:
+            await until(lambda: task.done() or runner.status().num_running == 1)
+        if how == "cancel":
+            task.cancel()
+        # The answer comes at once, while the model is still busy.
+        with pytest.raises(asyncio.CancelledError if how == "cancel" else DeadlinePassed):
+            await task
+        assert runner.status().num_waiting == 0
+        num_decodes = len(model.batch_sizes)
+        gate.open()
+        if other is not None:
+            assert text(await other)
+        else:
+            await until(lambda: held_bytes(runner) == 0)
+            assert len(model.batch_sizes) <= num_decodes + 1
+        assert held_bytes(runner) == 0
+        assert await collect(runner, request("next"))
+
+
+async def test_closing_the_stream_frees_the_request_while_it_runs() -> None:
+    model = FakeModel(before_decode=lambda: time.sleep(0.002))
+    async with running(model) as runner:
+        async with aclosing(runner.submit(LONG)) as chunks:
+            async for chunk in chunks:
+                if isinstance(chunk, TokenDelta):
+                    break
+        await until(lambda: held_bytes(runner) == 0)
+        assert len(model.batch_sizes) < 60
+
+
+async def test_a_deadline_says_where_the_request_was() -> None:
+    async with running(FakeModel(before_decode=lambda: time.sleep(0.02)), max_batch=1) as runner:
+        task = asyncio.create_task(collect(runner, LONG))
+        await until(lambda: runner.status().num_running == 1)
+        with pytest.raises(DeadlinePassed, match="while the request was waiting"):
+            await collect(runner, LONG, time.monotonic() + 0.3)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        with pytest.raises(DeadlinePassed, match="while the request was running"):
+            await collect(runner, LONG, time.monotonic() + 0.3)
+        with pytest.raises(DeadlinePassed):
+            await collect(runner, LONG, time.monotonic() - 1)
+        assert await collect(runner, request("hi"), time.monotonic() + 60)
+
+
+async def test_a_runner_that_has_not_started_refuses() -> None:
+    runner = Runner(FakeModel, max_batch=1, max_queue=1, num_preprocess_workers=1)
+    assert not runner.status().is_ready
+    assert runner.status().uptime_seconds == 0
+    with pytest.raises(EngineStopped, match="has not started"):
+        await collect(runner, request("hi"))
+    with pytest.raises(EngineStopped):
+        _ = runner.info
+    await runner.stop(0.0)
+
+
+async def test_start_raises_what_loading_failed_with() -> None:
+    def load() -> FakeModel:
+        raise FileNotFoundError("no such checkpoint")
+
+    runner = Runner(load, max_batch=1, max_queue=1, num_preprocess_workers=1)
+    with pytest.raises(FileNotFoundError, match="no such checkpoint"):
+        await runner.start()
+    assert not runner.status().is_ready
+
+
+async def test_start_raises_what_the_warm_up_failed_with() -> None:
+    def fail() -> None:
+        raise RuntimeError("no such instruction")
+
+    runner = Runner(
+        lambda: FakeModel(before_prefill=fail), max_batch=1, max_queue=1, num_preprocess_workers=1
+    )
+    with pytest.raises(RequestFailed, match="warm-up"):
+        await runner.start()
+    assert not runner.status().is_ready
+    assert not _engine_threads()
+
+
+async def test_requests_are_refused_until_warm() -> None:
+    gate = Gate()
+    gate.close()
+    runner = Runner(
+        lambda: FakeModel(before_prefill=gate), max_batch=1, max_queue=1, num_preprocess_workers=1
+    )
+    task = asyncio.create_task(runner.start())
+    await until(lambda: bool(_engine_threads()))
+    with pytest.raises(EngineStopped, match="is starting"):
+        await collect(runner, request("hi"))
+    assert not runner.status().is_ready
+    gate.open()
+    await task
+    assert runner.status().is_ready
+    await runner.stop(0.0)
+
+
+async def test_a_runner_stopped_while_it_warms_up_never_becomes_ready() -> None:
+    gate = Gate()
+    gate.close()
+    runner = Runner(
+        lambda: FakeModel(before_prefill=gate), max_batch=1, max_queue=1, num_preprocess_workers=1
+    )
+    starting = asyncio.create_task(runner.start())
+    await until(lambda: runner.status().num_running == 1)
+    stopping = asyncio.create_task(runner.stop(20.0))
+    await asyncio.sleep(0)
+    gate.open()
+    with pytest.raises(EngineStopped, match="while it warmed up"):
+        await starting
+    await stopping
+    assert not runner.status().is_ready
+    assert not _engine_threads()
+
+
+async def test_stop_lets_accepted_requests_finish_and_refuses_new_ones() -> None:
+    async with running(FakeModel(before_decode=lambda: time.sleep(0.002)), max_batch=1) as runner:
+        tasks = [asyncio.create_task(collect(runner, request("hi", max_new_tokens=10))) for _ in range(3)]
+        await until(lambda: runner.status().num_running == 1)
+        stopping = asyncio.create_task(runner.stop(20.0))
+        await asyncio.sleep(0)
+        with pytest.raises(EngineStopped, match="is stopping"):
+            await collect(runner, request("late"))
+        assert not runner.status().is_ready
+        assert all(isinstance(chunks[-1], Finished) for chunks in await asyncio.gather(*tasks))
+        await stopping
+        assert not _engine_threads()
+        with pytest.raises(EngineStopped, match="has stopped"):
+            await collect(runner, request("late"))
+
+
+async def test_stop_ends_what_is_left_after_the_grace() -> None:
+    gate = Gate()
+    model = FakeModel(before_decode=lambda: time.sleep(0.01), before_prepare=gate)
+    async with running(model, max_batch=1) as runner:
+        tasks = [asyncio.create_task(collect(runner, LONG)) for _ in range(2)]
+        await until(lambda: runner.status().num_running == 1)
+        gate.close()
+        tasks.append(asyncio.create_task(collect(runner, LONG)))
+        await until(lambda: runner.status().num_waiting == 2)
+        stopping = asyncio.create_task(runner.stop(0.02))
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+        assert [type(result) for result in results] == [EngineStopped] * 3
+        gate.open()
+        await stopping
+        assert held_bytes(runner) == 0
+        assert not _engine_threads()
+        await runner.stop(1.0)
+
+
+async def test_a_dying_engine_thread_ends_every_request() -> None:
+    async with running(FakeModel(), max_batch=2) as runner:
+        tasks = [
+            asyncio.create_task(collect(runner, wanted))
+            for wanted in (LONG, request(KILLS_THE_ENGINE, max_new_tokens=9), request("in the queue"))
+        ]
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+        assert isinstance(results[1], EngineStopped)
+        assert "the engine died" in str(results[1])
+        assert all(isinstance(result, EngineStopped | list) for result in results)
+        await until(lambda: not runner.status().is_ready)
+        with pytest.raises(EngineStopped, match="the engine died"):
+            await collect(runner, request("late"))
+
+
+async def test_an_idle_engine_sleeps() -> None:
+    async with running(FakeModel()) as runner:
+        await collect(runner, request("hi"))
+        before = time.process_time()
+        await asyncio.sleep(0.2)
+        assert time.process_time() - before < 0.05
+
+
+async def test_equal_request_ids_do_not_meet() -> None:
+    async with running(FakeModel({"a": "first", "b": "second"})) as runner:
+        one, other = await asyncio.gather(
+            collect(runner, request("a", name="same")), collect(runner, request("b", name="same"))
+        )
+        assert (text(one), text(other)) == ("first", "second")
+
+
+def _engine_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "trimserve-engine"]
+
+
+def _image(num_tiles: int) -> Image:
+    return Image(str(num_tiles).encode())

@@ -1,0 +1,1 @@
+"""Several requests generate together: scheduling, KV, sampling, text."""

@@ -1,0 +1,351 @@
+"""The asyncio front of the engine.
+
+    event loop      submit() -> queue bound, deadline -> chunks of one request, in order
+    worker threads  Model.prepare
+    engine thread   Engine.step, the only place where the model runs
+
+Loop and workers send commands (add, cancel) to the engine thread, which takes them between steps; chunks come
+back with `call_soon_threadsafe`. It knows nothing of the wire.
+"""
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import AsyncGenerator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing, suppress
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from trimserve.engine.engine import Engine
+from trimserve.engine.model import Model
+from trimserve.engine.request import Finished, GenerationChunk, GenerationRequest, SamplingParams
+from trimserve.engine.sequence import Sequence, SequenceState
+from trimserve.errors import (
+    DeadlinePassed,
+    EngineBusy,
+    EngineStopped,
+    InvalidRequest,
+    RequestFailed,
+    TrimserveError,
+)
+from trimserve.models.info import ModelInfo
+from trimserve.models.prompt import Image, TokenPrompt
+from trimserve.models.trimming import TrimParams
+
+__all__ = ["EngineStatus", "Runner"]
+
+log = logging.getLogger(__name__)
+
+_ONE_PIXEL_PNG = bytes.fromhex(
+    "89504e470d0a1a0a0000000d49484452000000010000000108000000003a7e9b55"
+    "0000000a49444154789c636800000082008177cd72b60000000049454e44ae426082"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStatus:
+    """What the engine is doing at this moment."""
+
+    is_ready: bool
+    """Warm and taking requests."""
+    num_running: int
+    """Requests with a place in the batch."""
+    num_waiting: int
+    """Requests being prepared or in the queue."""
+    max_batch: int
+    max_queue: int
+    self_kv_bytes: int
+    """Held now, whole pages."""
+    cross_kv_bytes: int
+    """Held now, whole pages."""
+    cross_kv_untrimmed_bytes: int
+    """What the requests that hold `cross_kv_bytes` would hold untrimmed."""
+    uptime_seconds: float
+    """Since the engine became ready; 0 before."""
+
+
+@dataclass(eq=False, slots=True)
+class _Stream:
+    """One submitted request, from its first moment to its last chunk."""
+
+    request: GenerationRequest
+    submitted_at: float
+    chunks: asyncio.Queue[GenerationChunk | TrimserveError] = field(default_factory=asyncio.Queue)
+    is_open: bool = True
+    """Changed by the event loop only, under the runner's lock."""
+    sequence: Sequence | None = None
+    """None while the prompt is being prepared."""
+
+    @property
+    def state(self) -> SequenceState:
+        return SequenceState.WAITING if self.sequence is None else self.sequence.state
+
+
+class Runner:
+    """Runs an engine beside an event loop. All methods belong to that loop's thread."""
+
+    def __init__(
+        self,
+        load_model: Callable[[], Model[Any]],
+        *,
+        max_batch: int,
+        max_queue: int,
+        num_preprocess_workers: int,
+    ) -> None:
+        """Start nothing yet.
+
+        Args:
+            load_model: called once by `start`, in a thread.
+            max_batch: requests that decode at the same time, at least 1.
+            max_queue: requests that may wait, prepared or not, beyond the free places of the batch.
+            num_preprocess_workers: threads that tokenise and decode images, at least 1.
+        """
+        self._load_model = load_model
+        self._max_batch = max_batch
+        self._max_queue = max_queue
+        self._workers = ThreadPoolExecutor(num_preprocess_workers, thread_name_prefix="trimserve-prepare")
+        self._engine: Engine | None = None
+        self._thread: threading.Thread | None = None
+        self._refusal: str | None = "the engine has not started"
+        """Why no request is taken now; None when they are."""
+        self._ready_at: float | None = None
+        self._streams: set[_Stream] = set()
+        self._is_idle = asyncio.Event()
+        self._is_idle.set()
+        # Its lock guards what several threads change: the commands and a stream's `is_open`.
+        self._wake = threading.Condition()
+        self._commands: list[Callable[[], None]] = []
+        self._is_leaving = False
+        self._loop: asyncio.AbstractEventLoop
+
+    @property
+    def info(self) -> ModelInfo:
+        """The loaded model.
+
+        Raises:
+            EngineStopped: it is not loaded yet.
+        """
+        return self._loaded.info
+
+    async def start(self) -> None:
+        """Load the model, start the engine thread, warm up with a tiny generation, take requests. Once.
+
+        Raises:
+            Exception: what loading or warming up failed with; nothing is left running.
+        """
+        self._refusal = starting = "the engine is starting"
+        self._loop = asyncio.get_running_loop()
+        try:
+            model = await asyncio.to_thread(self._load_model)
+            if self._refusal != starting:
+                raise EngineStopped("the engine was stopped while its model was loaded")
+            self._engine = Engine(model, max_batch=self._max_batch)
+            self._thread = threading.Thread(
+                target=self._run, args=(self._engine,), name="trimserve-engine", daemon=True
+            )
+            self._thread.start()
+            async with aclosing(self._generate(_warm_up_request(model.info), None)) as chunks:
+                async for _ in chunks:
+                    pass
+            if self._refusal != starting:
+                raise EngineStopped("the engine was stopped while it warmed up")
+        except BaseException:
+            await self.stop(0.0)
+            raise
+        self._refusal, self._ready_at = None, time.monotonic()
+
+    async def submit(
+        self, request: GenerationRequest, *, deadline: float | None = None
+    ) -> AsyncGenerator[GenerationChunk, None]:
+        """Generate; closing the generator, or cancelling who awaits it, ends the request within one step.
+
+        Args:
+            request: what to generate.
+            deadline: value of `time.monotonic()` after which nobody wants the answer.
+        Yields:
+            `Started`, then `TokenDelta`s, then `Finished`.
+        Raises:
+            EngineStopped: not ready, draining or dead.
+            EngineBusy: the queue is full.
+            InvalidRequest: what the tokenizer, the images' pixels or the context length refuse.
+            DeadlinePassed: the deadline came first.
+            RequestFailed: the model failed on this request.
+        """
+        if self._refusal is not None:
+            raise EngineStopped(self._refusal)
+        async with aclosing(self._generate(request, deadline)) as chunks:
+            async for chunk in chunks:
+                yield chunk
+
+    def status(self) -> EngineStatus:
+        """What the engine is doing now."""
+        states = [stream.state for stream in self._streams]
+        running = [stream.sequence for stream in self._streams if stream.state is SequenceState.RUNNING]
+        pool = None if self._engine is None else self._engine.pool
+        return EngineStatus(
+            is_ready=self._refusal is None,
+            num_running=len(running),
+            num_waiting=states.count(SequenceState.WAITING),
+            max_batch=self._max_batch,
+            max_queue=self._max_queue,
+            self_kv_bytes=pool.used_self_bytes if pool else 0,
+            cross_kv_bytes=pool.used_cross_bytes if pool else 0,
+            cross_kv_untrimmed_bytes=sum(sequence.cross_kv.untrimmed for sequence in running if sequence),
+            uptime_seconds=0.0 if self._ready_at is None else time.monotonic() - self._ready_at,
+        )
+
+    async def stop(self, grace_seconds: float) -> None:
+        """Refuse new requests, let the accepted ones finish, end what is left with `EngineStopped`.
+
+        Returns when the engine thread and the workers have ended; a second call does nothing more.
+
+        Args:
+            grace_seconds: how long accepted requests may go on, at least 0.
+        """
+        self._refusal = "the engine is stopping"
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._is_idle.wait(), grace_seconds)
+        for stream in tuple(self._streams):
+            self._deliver(stream, EngineStopped("the engine stopped before the request ended"))
+        self._command(self._leave)
+        await asyncio.to_thread(self._join)
+        self._refusal = "the engine has stopped"
+
+    # ---- event loop ----
+
+    async def _generate(
+        self, request: GenerationRequest, deadline: float | None
+    ) -> AsyncGenerator[GenerationChunk, None]:
+        stream, timer = self._open(request), None
+        try:
+            if deadline is not None:
+                remaining = deadline - time.monotonic()
+                timer = self._loop.call_later(remaining, self._expire, stream)
+            self._workers.submit(self._prepare, stream)
+            while True:
+                chunk = await stream.chunks.get()
+                if isinstance(chunk, TrimserveError):
+                    raise chunk
+                yield chunk
+                if isinstance(chunk, Finished):
+                    return
+        finally:
+            if timer is not None:
+                timer.cancel()
+            self._close(stream)
+
+    def _open(self, request: GenerationRequest) -> _Stream:
+        num_live = sum(stream.state is not SequenceState.ENDED for stream in self._streams)
+        if num_live >= self._max_batch + self._max_queue:
+            raise EngineBusy(
+                f"{num_live} requests run or wait: the queue of {self._max_queue} (max_queue) is full"
+            )
+        stream = _Stream(request, time.monotonic())
+        self._streams.add(stream)
+        self._is_idle.clear()
+        return stream
+
+    def _deliver(self, stream: _Stream, item: GenerationChunk | TrimserveError) -> None:
+        if stream.is_open:
+            stream.chunks.put_nowait(item)
+            if isinstance(item, Finished | TrimserveError):
+                self._close(stream)
+
+    def _close(self, stream: _Stream) -> None:
+        with self._wake:
+            stream.is_open = False
+        if stream.sequence is not None and stream.state is not SequenceState.ENDED:
+            self._command(partial(self._loaded.cancel, stream.sequence))
+        self._streams.discard(stream)
+        if not self._streams:
+            self._is_idle.set()
+
+    def _expire(self, stream: _Stream) -> None:
+        doing = "being prepared" if stream.sequence is None else stream.state.value
+        self._deliver(stream, DeadlinePassed(f"the deadline passed while the request was {doing}"))
+
+    def _die(self, error: BaseException) -> None:
+        self._refusal = f"the engine died: {error!r}"
+        for stream in tuple(self._streams):
+            self._deliver(stream, EngineStopped(self._refusal))
+
+    def _join(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+        self._workers.shutdown(cancel_futures=True)
+
+    @property
+    def _loaded(self) -> Engine:
+        if self._engine is None:
+            raise EngineStopped(self._refusal)
+        return self._engine
+
+    # ---- worker threads ----
+
+    def _prepare(self, stream: _Stream) -> None:
+        if not stream.is_open:
+            return
+        engine, send = self._loaded, partial(self._send, stream)
+        try:
+            sequence = engine.prepare(stream.request, send, stream.submitted_at)
+        except InvalidRequest as error:
+            send(error)
+        except BaseException:  # a panic in compiled code is no Exception
+            log.exception("preparing request %s failed", stream.request.request_id)
+            send(RequestFailed(f"preparing request {stream.request.request_id} failed"))
+        else:
+            with self._wake:
+                if stream.is_open:
+                    stream.sequence = sequence
+                    self._command(partial(engine.add, sequence))
+
+    # ---- engine thread ----
+
+    def _run(self, engine: Engine) -> None:
+        try:
+            while not self._is_leaving:
+                for command in self._take_commands(engine):
+                    command()
+                engine.step()
+        except BaseException as error:
+            log.critical("the engine thread dies", exc_info=True)
+            with suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(self._die, error)
+
+    def _take_commands(self, engine: Engine) -> list[Callable[[], None]]:
+        """Wait until there is something to do."""
+        with self._wake:
+            self._wake.wait_for(lambda: self._commands or engine.has_work)
+            commands, self._commands = self._commands, []
+            return commands
+
+    def _leave(self) -> None:
+        self._is_leaving = True
+
+    # ---- any thread ----
+
+    def _command(self, command: Callable[[], None]) -> None:
+        with self._wake:
+            self._commands.append(command)
+            self._wake.notify()
+
+    def _send(self, stream: _Stream, item: GenerationChunk | TrimserveError) -> None:
+        with suppress(RuntimeError):  # the event loop is closed: nobody listens any more
+            self._loop.call_soon_threadsafe(self._deliver, stream, item)
+
+
+def _warm_up_request(info: ModelInfo) -> GenerationRequest:
+    # With an image, so that the first client does not pay for what is made ready on first use.
+    has_image = info.max_images > 0
+    return GenerationRequest(
+        request_id="warm-up",
+        prompt=TokenPrompt(
+            token_ids=(info.image_token_id, 0) if has_image else (0,),
+            images=(Image(_ONE_PIXEL_PNG, "image/png"),) if has_image else (),
+        ),
+        sampling=SamplingParams(max_new_tokens=2, ignore_eos=True),
+        trim=TrimParams(k_ratio=info.default_k_ratio),
+    )

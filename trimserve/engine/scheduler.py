@@ -1,0 +1,51 @@
+"""Who waits and who runs: the most urgent waiting sequence gets the next free place of the batch.
+
+It knows neither model nor KV. The bound of the queue is kept in `runner.py`, where requests enter, before
+their images are decoded.
+"""
+
+from bisect import insort
+
+from trimserve.engine.sequence import Sequence, SequenceState
+
+__all__ = ["Scheduler"]
+
+
+class Scheduler:
+    """The waiting and the running sequences."""
+
+    def __init__(self, max_batch: int) -> None:
+        """Start empty.
+
+        Args:
+            max_batch: sequences that run at the same time, at least 1.
+        """
+        self.running: list[Sequence] = []
+        """In the order of admission."""
+        self._waiting: list[Sequence] = []
+        self._max_batch = max_batch
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would do anything."""
+        return bool(self.running or self._waiting)
+
+    def add(self, sequence: Sequence) -> None:
+        """Put a sequence into the queue: larger priority first, then who was submitted first."""
+        insort(self._waiting, sequence, key=lambda waiting: (-waiting.request.priority, waiting.submitted_at))
+
+    def admit(self) -> Sequence | None:
+        """Move the head of the queue into the batch; None when nobody waits or the batch is full."""
+        if not self._waiting or len(self.running) >= self._max_batch:
+            return None
+        sequence = self._waiting.pop(0)
+        sequence.state = SequenceState.RUNNING
+        self.running.append(sequence)
+        return sequence
+
+    def remove(self, sequence: Sequence) -> None:
+        """Forget a sequence, wherever it is."""
+        sequence.state = SequenceState.ENDED
+        for sequences in (self._waiting, self.running):
+            if sequence in sequences:
+                sequences.remove(sequence)

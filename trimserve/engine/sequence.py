@@ -1,0 +1,211 @@
+"""One request inside the engine: what it has generated, what it holds, when each stage ended.
+
+Made where the request enters, changed by the engine thread only. It knows no other request.
+"""
+
+import time
+from collections.abc import Callable
+from enum import Enum
+
+from tokenizers import Tokenizer
+
+from trimserve.engine.detokenizer import Detokenizer
+from trimserve.engine.kv_pool import KVPool, SequenceKV
+from trimserve.engine.model import Prefilled, PreparedPrompt
+from trimserve.engine.request import (
+    CrossKvBytes,
+    Finished,
+    FinishReason,
+    GenerationChunk,
+    GenerationRequest,
+    ImageUsage,
+    Started,
+    Timings,
+    TokenDelta,
+)
+from trimserve.engine.sampling import SampledToken, SamplingState
+from trimserve.errors import InvalidRequest, TrimserveError
+from trimserve.models.info import ModelInfo
+
+__all__ = ["Sequence", "SequenceState", "Sink", "account_cross_kv"]
+
+Sink = Callable[[GenerationChunk | TrimserveError], None]
+"""Takes what a request produces; `Finished` or an error is the last. Must not raise."""
+
+
+class SequenceState(Enum):
+    """Where a request is."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    """It has a place in the batch."""
+    ENDED = "ended"
+
+
+class Sequence:
+    """A prepared request and everything that generation adds to it."""
+
+    def __init__(
+        self,
+        request: GenerationRequest,
+        prepared: PreparedPrompt,
+        info: ModelInfo,
+        tokenizer: Tokenizer,
+        sink: Sink,
+        *,
+        submitted_at: float,
+        preprocess_seconds: float,
+    ) -> None:
+        """Check that prompt and answer fit into the context.
+
+        Args:
+            request: what was asked.
+            prepared: its prompt.
+            info: of the model.
+            tokenizer: of the model.
+            sink: takes the chunks, on the engine thread.
+            submitted_at: `time.monotonic()` when the request came.
+            preprocess_seconds: how long preparing took.
+        Raises:
+            InvalidRequest: the prompt leaves no room for `max_new_tokens`, or for one token.
+        """
+        params = request.sampling
+        ends = () if params.ignore_eos else info.generation_defaults.eos_token_ids
+        self.request = request
+        self.prepared = prepared
+        self.sink = sink
+        self.submitted_at = submitted_at
+        self.state = SequenceState.WAITING
+        self.max_new_tokens = _max_new_tokens(params.max_new_tokens, len(prepared.token_ids), info)
+        self.sampling = SamplingState(params, prepared.token_ids, frozenset((*ends, *params.stop_token_ids)))
+        self.cross_kv = CrossKvBytes(0, 0, 0, 0, 0)
+        """Zero before prefill."""
+        self.finish_reason: FinishReason | None = None
+        """None while more tokens are wanted."""
+        self._kv: SequenceKV | None = None
+        self._matched_stop: str | int | None = None
+        self._detokenizer = Detokenizer(tokenizer, params.stop_strings)
+        self._preprocess_seconds = preprocess_seconds
+        self._admitted_at = self._encoded_at = self._prefilled_at = self._first_token_at = submitted_at
+
+    @property
+    def kv(self) -> SequenceKV:
+        """Keys and values, from admission to the end."""
+        assert self._kv is not None, "a sequence holds KV only while it runs"
+        return self._kv
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens of the prompt."""
+        return len(self.sampling.prompt_token_ids)
+
+    @property
+    def num_generated_tokens(self) -> int:
+        """Tokens drawn until now, an end token among them."""
+        return len(self.sampling.generated_token_ids)
+
+    def hold(self, pool: KVPool) -> None:
+        """Reserve the text positions of prompt and answer; the request runs from here on."""
+        self._admitted_at = time.monotonic()
+        self._kv = pool.allocate(self.num_prompt_tokens + self.max_new_tokens)
+
+    def release(self) -> None:
+        """Give back what is held, if anything."""
+        if self._kv is not None:
+            self._kv.release()
+            self._kv = None
+
+    def encoded(self) -> None:
+        """Note that the images are encoded."""
+        self._encoded_at = time.monotonic()
+
+    def started(self, prefilled: Prefilled, pool: KVPool) -> Started:
+        """Note that the prompt is in the KV and say what became of it."""
+        self._prefilled_at = time.monotonic()
+        self.cross_kv = account_cross_kv(prefilled, self.kv, pool)
+        counts = zip(prefilled.num_padding, prefilled.num_valid, prefilled.num_kept, strict=True)
+        return Started(
+            request_id=self.request.request_id,
+            num_prompt_tokens=self.num_prompt_tokens,
+            images=tuple(ImageUsage(padding, valid, kept) for padding, valid, kept in counts),
+            seed=self.request.sampling.seed,
+            selections=prefilled.selections,
+        )
+
+    def append(self, sampled: SampledToken) -> TokenDelta:
+        """Take the next token; sets `finish_reason` when it is the last.
+
+        The text of an end or stop token is not part of the answer; the token itself is counted and sent.
+        """
+        token_id, detokenizer = sampled.token_id, self._detokenizer
+        if not self.num_generated_tokens:
+            self._first_token_at = time.monotonic()
+        self.sampling.generated_token_ids.append(token_id)
+        watch = self.num_generated_tokens >= self.request.sampling.min_new_tokens
+        is_end = token_id in self.sampling.end_token_ids
+        is_last = is_end or self.num_generated_tokens >= self.max_new_tokens
+        text = "" if is_end else detokenizer.add(token_id, watch=watch)
+        if is_last:
+            text += detokenizer.finish(watch=watch)
+        if is_end or detokenizer.matched_stop is not None:
+            self.finish_reason = FinishReason.STOP
+            self._matched_stop = token_id if detokenizer.matched_stop is None else detokenizer.matched_stop
+        elif is_last:
+            self.finish_reason = FinishReason.LENGTH
+        return TokenDelta(text, (token_id,), () if sampled.logprob is None else (sampled.logprob,))
+
+    def finished(self) -> Finished:
+        """The last chunk; the request ends now."""
+        assert self.finish_reason is not None, "only an ended sequence has a last chunk"
+        return Finished(
+            reason=self.finish_reason,
+            matched_stop=self._matched_stop,
+            num_prompt_tokens=self.num_prompt_tokens,
+            num_generated_tokens=self.num_generated_tokens,
+            cross_kv=self.cross_kv,
+            timings=self._timings(time.monotonic()),
+        )
+
+    def _timings(self, ended_at: float) -> Timings:
+        # Stages follow each other without a gap: they add up to the total.
+        return Timings(
+            queue_seconds=self._admitted_at - self.submitted_at - self._preprocess_seconds,
+            preprocess_seconds=self._preprocess_seconds,
+            vision_seconds=self._encoded_at - self._admitted_at,
+            prefill_seconds=self._prefilled_at - self._encoded_at,
+            decode_seconds=ended_at - self._prefilled_at,
+            time_to_first_token_seconds=self._first_token_at - self.submitted_at,
+            total_seconds=ended_at - self.submitted_at,
+        )
+
+
+def account_cross_kv(prefilled: Prefilled, kv: SequenceKV, pool: KVPool) -> CrossKvBytes:
+    """Who saved how many bytes of cross-attention KV; each step of the way in whole pages.
+
+    Args:
+        prefilled: counts of padding, valid and kept features.
+        kv: what the request really holds.
+        pool: knows the size of a page.
+    """
+    valid, kept = sum(prefilled.num_valid), sum(prefilled.num_kept)
+    padded_bytes = pool.cross_bytes(sum(prefilled.num_padding) + valid)
+    untrimmed_bytes, kept_bytes = pool.cross_bytes(valid), pool.cross_bytes(kept)
+    return CrossKvBytes(
+        untrimmed=untrimmed_bytes,
+        held=kv.cross_bytes,
+        saved_by_padding=padded_bytes - untrimmed_bytes,
+        saved_by_trimming=untrimmed_bytes - kept_bytes,
+        saved_by_visibility=kept_bytes - kv.cross_bytes,
+    )
+
+
+def _max_new_tokens(wanted: int | None, num_prompt_tokens: int, info: ModelInfo) -> int:
+    room = info.max_model_len - num_prompt_tokens
+    context = f"a prompt of {num_prompt_tokens} tokens in a context of {info.max_model_len}"
+    if room < 1:
+        raise InvalidRequest("prompt", f"{context} leaves no room for an answer")
+    if wanted is None:
+        return min(info.generation_defaults.max_new_tokens, room)
+    if wanted > room:
+        raise InvalidRequest("sampling.max_new_tokens", f"{context} leaves room for {room}, got {wanted}")
+    return wanted
