@@ -5,7 +5,6 @@ Only safetensors are read and no code of a checkpoint is run.
 
 import hashlib
 import json
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,6 +13,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from transformers import GenerationConfig, MllamaConfig
 
+import trimserve
 from trimserve.config import EngineConfig, ModelConfig
 from trimserve.errors import CheckpointError
 from trimserve.models.info import GenerationDefaults, ModelInfo
@@ -35,7 +35,7 @@ _HASHED_BYTES = 1 << 20
 
 def embedded_model_folder() -> Path:
     """Where the embedded model lies."""
-    return Path(str(files("trimserve"))) / "assets" / EMBEDDED_MODEL
+    return Path(trimserve.__file__).parent / "assets" / EMBEDDED_MODEL
 
 
 def load_model(config: ModelConfig, limits: EngineConfig) -> Mllama:

@@ -104,8 +104,8 @@ class Processor:
 
         Raises:
             InvalidRequest: an empty prompt, one that leaves no room for a new token, ids outside the
-                vocabulary, image tokens and images that do not match in number, too many images, an image that
-                `decode_image` refuses, or a conversation that `ChatEncoder.encode` refuses.
+                vocabulary, image tokens and images that do not match in number, too many images, an image
+                that `decode_image` refuses, or a conversation that `ChatEncoder.encode` refuses.
         """
         field, images = _field_of(prompt), _images_of(prompt)
         if len(images) > self._info.max_images:
