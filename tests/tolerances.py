@@ -21,5 +21,5 @@ HEADWISE_SCORES: Tolerance = {"rtol": 1e-5, "atol": 1e-9}
 # shapes and of another attention kernel, about 1e-5. A wrong mask moves them by 0.1 and more.
 LOGITS = 1e-4
 
-# Share of the logits' standard deviation that rounding weights and activations to 8 bits of mantissa may take.
+# Share of the logits' standard deviation that rounding weights and activations to bfloat16 may take.
 LOGITS_BFLOAT16 = 0.1

@@ -1,0 +1,83 @@
+// Signatures of all kernels: raw pointers and counts, no torch. ops.cpp has checked and allocated everything.
+//
+// A kernel works on the half-open range [begin, end) of the dimension named here, so that ops.cpp can hand
+// ranges to torch's thread pool; ranges write disjoint memory. Strides count elements between rows; a row
+// itself is contiguous. Dimensions: T text rows, N visual features, H query heads, Hkv key/value heads,
+// Dh head size, K picks of one head, M kept features.
+
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace trimserve {
+
+enum class DType { kFloat32, kBFloat16, kFloat16 };
+
+// q [T, H, Dh] and k [N, Hkv, Dh] of `dtype`; visibility [T, 2]; scores [H, N].
+struct HeadwiseScoresArgs {
+  const void* q;
+  const void* k;
+  const std::int32_t* visibility;
+  float* scores;
+  DType dtype;
+  std::int64_t num_rows;      // T
+  std::int64_t num_features;  // N
+  std::int64_t num_heads;     // H
+  std::int64_t num_kv_heads;  // Hkv
+  std::int64_t head_dim;      // Dh
+  std::int64_t q_stride;
+  std::int64_t k_stride;
+  float scale;
+};
+
+// One image's features: `size` of them from `begin` on. A head's picks of it start at `picks_begin` of its
+// row.
+struct Segment {
+  std::int64_t begin;
+  std::int64_t size;
+  std::int64_t k;
+  std::int64_t picks_begin;
+};
+
+// scores [H, N]; picks [H, K].
+struct HeadwiseTopkArgs {
+  const float* scores;
+  std::int64_t* picks;
+  const Segment* segments;
+  std::int64_t num_segments;
+  std::int64_t num_features;  // N
+  std::int64_t num_picks;     // K
+};
+
+// Rows of one tensor that are to be copied: `row_bytes` each, `stride_bytes` apart in the source.
+struct GatherRows {
+  const std::byte* source;
+  std::byte* destination;
+  std::int64_t row_bytes;
+  std::int64_t stride_bytes;
+};
+
+namespace cpu {
+
+// Floats of workspace that one call of headwise_scores needs.
+std::int64_t headwise_scores_workspace(const HeadwiseScoresArgs& args);
+
+// Range over heads.
+void headwise_scores(const HeadwiseScoresArgs& args, std::int64_t begin, std::int64_t end, float* workspace);
+
+// Range over heads. workspace: one key for each feature of the longest segment.
+void headwise_topk(const HeadwiseTopkArgs& args, std::int64_t begin, std::int64_t end,
+                   std::uint32_t* workspace);
+
+// Serial. Returns num_kept. picks: num_picks values in [0, num_features); kept: room for
+// min(num_picks, num_features); is_kept: num_features bytes of workspace.
+std::int64_t union_indices(const std::int64_t* picks, std::int64_t num_picks, std::int64_t num_features,
+                           std::int64_t* kept, std::uint8_t* is_kept);
+
+// Range over kept rows.
+void gather_kv(const GatherRows* tensors, std::int64_t num_tensors, const std::int64_t* kept,
+               std::int64_t begin, std::int64_t end);
+
+}  // namespace cpu
+}  // namespace trimserve

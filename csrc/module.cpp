@@ -1,0 +1,36 @@
+// The host-side Python module: what this build is. No torch in here, so it tells even when torch does not
+// load.
+
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <string>
+
+namespace py = pybind11;
+
+namespace {
+
+std::string torch_target_version() {
+  constexpr std::uint64_t version =
+      TRIMSERVE_TORCH_TARGET_VERSION;  // major, minor, patch in the top three bytes
+  return std::to_string(version >> 56) + "." + std::to_string((version >> 48) & 0xff);
+}
+
+py::dict build_info() {
+  const std::string git_sha = TRIMSERVE_GIT_SHA;
+  py::dict info;
+  info["version"] = TRIMSERVE_VERSION;
+  info["compiler"] = TRIMSERVE_COMPILER;
+  info["build_type"] = TRIMSERVE_BUILD_TYPE;
+  info["torch_target_version"] = torch_target_version();
+  info["cuda_architectures"] = py::list();
+  info["git_sha"] = git_sha.empty() ? py::object(py::none()) : py::object(py::str(git_sha));
+  return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_host, m) {
+  m.doc() = "Host-side code of trimserve that needs no torch.";
+  m.def("build_info", &build_info, "Facts about this build, as a dict of plain values.");
+}

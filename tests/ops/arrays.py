@@ -1,0 +1,39 @@
+"""Tensors laid out the hard way: off alignment, strided, with sentinels around them."""
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+__all__ = ["LAYOUTS", "misaligned", "with_strided_columns", "with_strided_rows"]
+
+
+def misaligned(tensor: Tensor, offset: int, sentinel: float) -> tuple[Tensor, Tensor]:
+    """Copy a tensor into the middle of a buffer full of `sentinel`, `offset` elements off its alignment.
+
+    Returns:
+        The copy, a view, and the buffer.
+    """
+    guard = 64
+    buffer = tensor.new_full((2 * guard + tensor.numel() + offset,), sentinel)
+    start = guard + offset
+    view = buffer[start : start + tensor.numel()].view(tensor.shape)
+    view.copy_(tensor)
+    return view, buffer
+
+
+def with_strided_rows(tensor: Tensor) -> Tensor:
+    """Give the same values with a gap behind every row, as a slice of a fused projection has."""
+    wide = tensor.new_full((tensor.shape[0], 2 * tensor[:1].numel() + 3), 7)
+    row_size = tensor.shape[1:].numel()
+    view = wide[:, 2 : 2 + row_size].unflatten(1, tensor.shape[1:]) if tensor.dim() > 1 else wide[:, 2]
+    view.copy_(tensor)
+    return view
+
+
+def with_strided_columns(tensor: Tensor) -> Tensor:
+    """Give the same values with the dimensions stored in reverse order."""
+    order = list(range(tensor.dim()))[::-1]
+    return tensor.permute(order).contiguous().permute(order)
+
+
+LAYOUTS: list[Callable[[Tensor], Tensor]] = [with_strided_rows, with_strided_columns]

@@ -1,0 +1,48 @@
+"""The specification of every op in plain PyTorch: what the compiled kernels are compared with.
+
+Written to be read, not to be fast. Arguments and results are those of the op of the same name; nothing is
+checked.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["gather_kv", "headwise_scores", "headwise_topk", "union_indices"]
+
+
+def headwise_scores(q: Tensor, k: Tensor, visibility: Tensor, scale: float) -> Tensor:
+    """Define `trimserve.ops.headwise_scores`; computes in float64."""
+    num_heads, num_kv_heads, num_features = q.shape[1], k.shape[1], k.shape[0]
+    keys = k.double().repeat_interleave(num_heads // num_kv_heads, dim=1)  # [N, H, Dh]
+    logits = torch.einsum("thd,nhd->htn", q.double(), keys) * scale
+    feature = torch.arange(num_features, device=q.device)
+    is_seen = (visibility[:, :1] <= feature) & (feature < visibility[:, 1:])  # [T, N]
+    weights = logits.masked_fill(~is_seen, -torch.inf).softmax(dim=-1)
+    total = torch.where(is_seen, weights, 0.0).sum(dim=1)  # [H, N]
+    return (total / is_seen.sum(dim=0).clamp(min=1)).float()
+
+
+def headwise_topk(scores: Tensor, segments: Sequence[int], k: Sequence[int]) -> Tensor:
+    """Define `trimserve.ops.headwise_topk`."""
+    picks, begin = [], 0
+    for size, num_picks in zip(segments, k, strict=True):
+        # Ascending order of the negated scores is larger first, NaN last; stable is tie to lower index.
+        order = (-scores[:, begin : begin + size]).sort(dim=1, stable=True).indices
+        picks.append(order[:, :num_picks].sort(dim=1).values + begin)
+        begin += size
+    return torch.cat(picks, dim=1) if picks else scores.new_empty((scores.shape[0], 0), dtype=torch.int64)
+
+
+def union_indices(picks: Tensor, num_features: int) -> tuple[Tensor, Tensor]:
+    """Define `trimserve.ops.union_indices`."""
+    merged = picks.unique()
+    kept = merged.new_full((min(picks.numel(), num_features),), -1)
+    kept[: merged.numel()] = merged
+    return kept, torch.tensor(merged.numel(), device=picks.device)
+
+
+def gather_kv(features: Tensor, keys: Tensor, values: Tensor, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Define `trimserve.ops.gather_kv`."""
+    return features[kept], keys[kept], values[kept]
