@@ -55,9 +55,7 @@ def test_a_file_imports_only_what_its_layer_may(path: Path) -> None:
 
 
 def test_the_compiled_modules_are_loaded_only_in_ops() -> None:
-    loaders = {
-        part(path) for path in MODULES if "load_library(" in path.read_text() or "_host" in path.read_text()
-    }
+    loaders = {part(path) for path in MODULES if "load_library(" in path.read_text() or "_host" in path.read_text()}
     assert loaders <= {"ops"}
 
 

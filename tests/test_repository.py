@@ -11,9 +11,7 @@ import trimserve
 
 ROOT = Path(__file__).parent.parent
 MODULES = sorted(path for path in (ROOT / "trimserve").rglob("*.py") if path.parent.name != "v1")
-DOCUMENTS = [
-    path for path in ROOT.rglob("*.md") if not set(path.relative_to(ROOT).parts) & {".venv", "build", "out"}
-]
+DOCUMENTS = [path for path in ROOT.rglob("*.md") if not set(path.relative_to(ROOT).parts) & {".venv", "build", "out"}]
 
 
 def module_name(path: Path) -> str:
@@ -27,7 +25,7 @@ def test_public_definitions_have_docstrings(path: Path) -> None:
     definitions = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
     if path.stat().st_size:
         assert ast.get_docstring(tree), path
-    outer = [tree, *(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name[0] != "_")]
+    outer: list[ast.Module | ast.ClassDef] = [tree, *(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name[0] != "_")]
     for parent in outer:
         for node in parent.body:
             if isinstance(node, definitions) and not node.name.startswith("_"):

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -45,7 +46,7 @@ class Pair:
 def make_pair(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pair]:
     """Save a random checkpoint of a geometry and load it with both."""
 
-    def make(geometry: Geometry, seed: int = 0, **model_config: str) -> Pair:
+    def make(geometry: Geometry, seed: int = 0, **model_config: Any) -> Pair:
         folder = tmp_path_factory.mktemp("checkpoint")
         save_random_checkpoint(folder, geometry, seed)
         ours = load_model(ModelConfig(model=str(folder), **model_config), EngineConfig())

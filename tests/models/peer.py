@@ -6,6 +6,7 @@ its later cross-attention layers. Nothing here calls trimserve.
 
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -27,11 +28,11 @@ class Peer:
 
     def __init__(self, folder: Path, *, mended: bool = True, **mends: bool) -> None:
         """Load it; `mends` are those of `training.mended.mend`."""
-        self.model = MllamaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+        self.model: Any = MllamaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
         if mended:
             mend(self.model, **mends)
         self.processor = AutoProcessor.from_pretrained(folder)
-        self.images = MllamaImageProcessorPil.from_pretrained(folder)
+        self.images: Any = MllamaImageProcessorPil.from_pretrained(folder)
 
     def inputs(self, token_ids: list[int], images: list[Image.Image]) -> dict[str, Tensor]:
         """What the processor makes of token ids and images."""
@@ -41,23 +42,23 @@ class Peer:
             num_tiles = pixels.pop("num_tiles")
             locations = get_cross_attention_token_mask(token_ids, self.model.config.image_token_index)
             max_tiles = self.model.config.vision_config.max_num_tiles
-            mask = convert_sparse_cross_attention_mask_to_dense(
-                [locations], num_tiles, max_tiles, len(token_ids)
-            )
+            mask = convert_sparse_cross_attention_mask_to_dense([locations], num_tiles, max_tiles, len(token_ids))
             inputs |= {**pixels, "cross_attention_mask": torch.from_numpy(mask)}
         return inputs
 
     @torch.inference_mode()
     def logits(self, token_ids: list[int], images: list[Image.Image]) -> Tensor:
         """Logits [T, vocab_size] of every row."""
-        return self.model(**self.inputs(token_ids, images)).logits[0]
+        logits: Tensor = self.model(**self.inputs(token_ids, images)).logits[0]
+        return logits
 
     @torch.inference_mode()
     def generate(self, token_ids: list[int], images: list[Image.Image], max_new_tokens: int) -> list[int]:
         """Greedy continuation."""
         inputs = self.inputs(token_ids, images)
         output = self.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-        return output[0, len(token_ids) :].tolist()
+        continuation: list[int] = output[0, len(token_ids) :].tolist()
+        return continuation
 
     @torch.inference_mode()
     def trimmed_logits(
@@ -100,9 +101,7 @@ class Peer:
             else:
                 seen, states = mask[:, kept], features[:, kept]
             rows = seen.any(dim=1)[None, None, :, None].float()
-            bias = (
-                torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)[None, None] * rows
-            )
+            bias = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)[None, None] * rows
             hidden = layer(
                 hidden,
                 cross_attention_states=states,
@@ -117,7 +116,7 @@ class Peer:
 
     def _select(
         self,
-        attention: torch.nn.Module,
+        attention: Any,
         hidden: Tensor,
         features: Tensor,
         mask: Tensor,

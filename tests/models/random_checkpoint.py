@@ -71,9 +71,7 @@ def _config(geometry: Geometry, tokens: TinyTokens) -> MllamaConfig:
             "max_num_tiles": geometry.max_tiles,
             "vision_output_dim": vision_width * (1 + len(geometry.intermediate_layers)),
             "intermediate_layers_indices": list(geometry.intermediate_layers),
-            "supported_aspect_ratios": [
-                list(ratio) for ratio in get_all_supported_aspect_ratios(geometry.max_tiles)
-            ],
+            "supported_aspect_ratios": [list(ratio) for ratio in get_all_supported_aspect_ratios(geometry.max_tiles)],
         },
         text_config={
             "vocab_size": tokens.vocab_size,

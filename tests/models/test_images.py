@@ -37,12 +37,7 @@ def png(width: int, height: int, bit_depth: int, color_type: int, rows: bytes) -
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
     header = struct.pack(">IIBBBBB", width, height, bit_depth, color_type, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", header)
-        + chunk(b"IDAT", zlib.compress(rows))
-        + chunk(b"IEND", b"")
-    )
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
 
 def gradient(width: int = 24, height: int = 16) -> Image.Image:
@@ -139,6 +134,8 @@ def test_16_bit_colour_is_scaled_not_clipped() -> None:
 
 def test_cmyk_palette_greyscale_and_bilevel_become_rgb() -> None:
     assert decode(encode(Image.new("CMYK", (8, 8), (255, 0, 0, 0)), "TIFF")).getpixel((0, 0)) == (0, 255, 255)
+    cyan = np.asarray(decode(encode(Image.new("CMYK", (8, 8), (255, 0, 0, 0)), "JPEG")), dtype=int)
+    assert np.abs(cyan - (0, 255, 255)).max() <= 8
     assert decode(encode(gradient().quantize(256))).mode == "RGB"
     assert decode(encode(Image.new("L", (2, 2), 99))).getpixel((0, 0)) == (99, 99, 99)
     assert decode(encode(Image.new("1", (2, 2), 1))).getpixel((0, 0)) == (255, 255, 255)

@@ -89,9 +89,17 @@ def test_sharded_checkpoints_with_current_and_with_old_names_load(checkpoint: Pa
             "quant_method bitsandbytes is not supported",
         ),
         ("config.json", lambda c: c["text_config"].update(num_hidden_layers=6), "parameters are in no file"),
-        ("config.json", lambda c: c["text_config"].update(intermediate_size=64), r"must be \[64, 64\], got \[64, 48\]"),
+        (
+            "config.json",
+            lambda c: c["text_config"].update(intermediate_size=64),
+            r"must be \[64, 64\], got \[64, 48\]",
+        ),
         ("config.json", lambda c: c["text_config"].update(num_hidden_layers=4), "is not part of an Mllama"),
-        ("preprocessor_config.json", lambda c: c["size"].update(height=32, width=32), "the vision config takes"),
+        (
+            "preprocessor_config.json",
+            lambda c: c["size"].update(height=32, width=32),
+            "the vision config takes",
+        ),
     ],
 )
 def test_a_checkpoint_that_cannot_be_honoured_is_refused_by_name(

@@ -12,6 +12,7 @@ from tests.models.conftest import NO_TRIM, Pair
 from tests.models.peer import Peer
 from tests.models.random_checkpoint import Geometry, draw_geometry
 from tests.tolerances import LOGITS, LOGITS_BFLOAT16
+from trimserve.models.decoder import SequenceRows
 from trimserve.models.loading import load_model
 from trimserve.models.prompt import ChatPrompt, Image, Message, Prompt, RawPrompt, Text
 from trimserve.models.trimming import TrimParams
@@ -152,9 +153,7 @@ def test_trimmed_logits_equal_the_peer_on_features_that_the_rule_keeps(
     decoded = torch.cat([pair.ours.decode([token], [kv]) for token in continuation])
 
     num_prompt = len(prepared.token_ids)
-    expected, kept = pair.peer.trimmed_logits(
-        [*prepared.token_ids, *continuation], images, k_ratio, num_prompt
-    )
+    expected, kept = pair.peer.trimmed_logits([*prepared.token_ids, *continuation], images, k_ratio, num_prompt)
     assert rows.vision is not None and rows.vision.selection is not None
     assert rows.vision.selection.kept.tolist() == kept
     assert len(kept) < sum(len(image) for image in features)
@@ -177,7 +176,8 @@ def test_a_mixed_ragged_batch_equals_each_alone(pair: Pair) -> None:
         (raw("rows before " + ONE, [noise((1, 1), tile, 5)]), TrimParams(k_ratio=0.3, max_kept_fraction=0.4)),
     ]
     alone = [pair.logits(*request) for request in requests]
-    rows, token_ids = [], []
+    rows: list[SequenceRows] = []
+    token_ids: list[int] = []
     for prompt, trim in requests:
         prepared = pair.ours.prepare(prompt)
         kv = pair.pool.allocate(len(prepared.token_ids) + 16)

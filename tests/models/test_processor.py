@@ -21,7 +21,7 @@ from trimserve.models.processor import Processor
 from trimserve.models.prompt import ChatPrompt, Image, Message, Prompt, RawPrompt, Text, TokenPrompt
 
 TILE = 28
-MAX_MODEL_LEN = 64
+MAX_MODEL_LEN = 128
 MAX_IMAGES = 3
 
 
@@ -93,7 +93,7 @@ RAW_TEXTS = [
 @pytest.mark.parametrize("text", RAW_TEXTS)
 def test_raw_prompt_encodes_as_transformers_does(processor: Processor, folder: Path, text: str) -> None:
     num_images = text.count("<|image|>")
-    peer = AutoProcessor.from_pretrained(folder)  # type: ignore[no-untyped-call]
+    peer = AutoProcessor.from_pretrained(folder)
     images = [PilImage.new("RGB", (TILE, TILE))] * num_images or None
     theirs = peer(text=text, images=images, add_special_tokens=False)["input_ids"][0]
     prepared = processor.prepare(RawPrompt(text, (picture(),) * num_images))
@@ -141,14 +141,14 @@ BAD_PROMPTS: list[tuple[Prompt, str, str]] = [
     (TokenPrompt(()), "prompt_token_ids", "must have at least 1 token, got 0"),
     (ChatPrompt(()), "chat.messages", "must have at least one message, got 0"),
     (
-        RawPrompt("z" * 70),
+        RawPrompt("z" * 130),
         "raw_prompt",
-        "must have at most 63 tokens (the context less one new token), got 71",
+        "must have at most 127 tokens (the context less one new token), got 131",
     ),
     (
-        TokenPrompt((1,) * 64),
+        TokenPrompt((1,) * 128),
         "prompt_token_ids",
-        "must have at most 63 tokens (the context less one new token), got 64",
+        "must have at most 127 tokens (the context less one new token), got 128",
     ),
     (
         TokenPrompt((1, 329)),
@@ -205,7 +205,7 @@ def test_huge_text_is_refused_before_it_is_tokenised(
 ) -> None:
     monkeypatch.delattr(processor, "_tokenizer")
     monkeypatch.delattr(processor, "_chat")
-    with pytest.raises(InvalidRequest, match="context of 64 tokens, got 2000000 characters"):
+    with pytest.raises(InvalidRequest, match="context of 128 tokens, got 2000000 characters"):
         processor.prepare(make("long word " * 200_000))
 
 
@@ -217,8 +217,7 @@ def test_ids_that_only_the_tokenizer_knows_are_refused(folder: Path, info: Model
 
 def test_preparing_in_many_threads_gives_the_same(processor: Processor) -> None:
     prompts = [
-        ChatPrompt((Message("user", (picture(TILE * (1 + i % 4)), Text(f"<|eot_id|> {i}"))),))
-        for i in range(24)
+        ChatPrompt((Message("user", (picture(TILE * (1 + i % 4)), Text(f"<|eot_id|> {i}"))),)) for i in range(24)
     ]
     expected = [processor.prepare(prompt) for prompt in prompts]
     with ThreadPoolExecutor(8) as pool:

@@ -21,9 +21,7 @@ CASES = [  # token ids, images seen by each row
     ([1, IMAGE, IMAGE, IMAGE], [(0, 0), (0, 1), (0, 2), (0, 3)]),
 ]
 
-prompts = st.lists(st.sampled_from([1, IMAGE]), min_size=1, max_size=24).filter(
-    lambda ids: ids.count(IMAGE) <= 5
-)
+prompts = st.lists(st.sampled_from([1, IMAGE]), min_size=1, max_size=24).filter(lambda ids: ids.count(IMAGE) <= 5)
 
 
 def transformers_mask(token_ids: list[int], num_tiles: list[int], max_tiles: int) -> np.ndarray:
@@ -34,9 +32,7 @@ def transformers_mask(token_ids: list[int], num_tiles: list[int], max_tiles: int
 
 
 @pytest.mark.parametrize(("token_ids", "expected"), CASES)
-def test_rows_see_from_their_image_to_the_next_group(
-    token_ids: list[int], expected: list[tuple[int, int]]
-) -> None:
+def test_rows_see_from_their_image_to_the_next_group(token_ids: list[int], expected: list[tuple[int, int]]) -> None:
     assert visible_images(token_ids, IMAGE) == expected
 
 
@@ -53,15 +49,11 @@ def test_visible_images_equal_transformers_mask(token_ids: list[int]) -> None:
 
 
 @given(prompts, st.lists(st.integers(1, 4), min_size=5, max_size=5))
-def test_feature_ranges_equal_transformers_mask_of_valid_tiles(
-    token_ids: list[int], tiles: list[int]
-) -> None:
+def test_feature_ranges_equal_transformers_mask_of_valid_tiles(token_ids: list[int], tiles: list[int]) -> None:
     features_per_tile = 3
     num_tiles = tiles[: token_ids.count(IMAGE)]
     mask = transformers_mask(token_ids, num_tiles, 4)
-    valid = np.concatenate(
-        [mask[:, m, :count] for m, count in enumerate(num_tiles)] or [mask[:, :0, 0]], axis=1
-    )
+    valid = np.concatenate([mask[:, m, :count] for m, count in enumerate(num_tiles)] or [mask[:, :0, 0]], axis=1)
     expected = valid.repeat(features_per_tile, axis=1)
 
     num_features = [count * features_per_tile for count in num_tiles]

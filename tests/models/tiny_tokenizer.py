@@ -89,7 +89,7 @@ def save_tiny_processor(directory: Path, *, tile_size: int, max_tiles: int) -> T
         max_tiles: tiles of one image.
     """
     tokenizer = _train_tokenizer()
-    PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+    PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token="<|begin_of_text|>",
         eos_token="<|eot_id|>",
@@ -98,9 +98,7 @@ def save_tiny_processor(directory: Path, *, tile_size: int, max_tiles: int) -> T
         clean_up_tokenization_spaces=False,
         processor_class="MllamaProcessor",
     ).save_pretrained(directory)
-    image_processor = MllamaImageProcessorPil(
-        size={"height": tile_size, "width": tile_size}, max_image_tiles=max_tiles
-    )
+    image_processor = MllamaImageProcessorPil(size={"height": tile_size, "width": tile_size}, max_image_tiles=max_tiles)
     image_processor.save_pretrained(directory)
     ids = tokenizer.get_vocab()
     return TinyTokens(
@@ -124,9 +122,7 @@ def _train_tokenizer() -> Tokenizer:
         vocab_size=320, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
     tokenizer.train_from_iterator(_sentences(), trainer)
-    tokenizer.add_special_tokens(
-        [AddedToken(token, special=True) for token in (*SPECIAL_TOKENS, "<|image|>")]
-    )
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in (*SPECIAL_TOKENS, "<|image|>")])
     bos_id = tokenizer.token_to_id("<|begin_of_text|>")
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<|begin_of_text|> $A", special_tokens=[("<|begin_of_text|>", bos_id)]

@@ -12,14 +12,18 @@ from itertools import accumulate
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from transformers import MllamaForConditionalGeneration
+from transformers.models.mllama.modeling_mllama import (
+    MllamaCrossAttentionDecoderLayer,
+    MllamaSelfAttentionDecoderLayer,
+)
 
 from trimserve import ops
 from trimserve.models.trimming import Selection, TrimParams, select
 from trimserve.models.visibility import feature_visibility
-from trimserve.models.weights import FUSED, fused_weight
+from trimserve.models.weights import FUSED, fused_weight, text_config
 
 __all__ = ["KeyValues", "RaggedDecoder", "SequenceRows", "VisionRows"]
 
@@ -114,19 +118,22 @@ class RaggedDecoder:
 
     def __init__(self, model: MllamaForConditionalGeneration) -> None:
         """Borrow the weights of a model that `weights.load_weights` has built."""
-        config = model.config.text_config
         text = model.model.language_model
-        self._embed: nn.Embedding = text.embed_tokens
-        self._rotary: nn.Module = text.rotary_emb
-        self._norm: nn.Module = text.norm
-        self._lm_head: nn.Linear = model.lm_head
+        config = text_config(model.config)
         head_dim = config.hidden_size // config.num_attention_heads
-        cross = set(config.cross_attention_layers)
+        self._embed = text.embed_tokens
+        self._rotary = text.rotary_emb
+        self._norm = text.norm
+        self._lm_head = model.lm_head
         self._layers: list[_SelfLayer | _CrossLayer] = []
-        for index, layer in enumerate(text.layers):
-            kind = _CrossLayer if index in cross else _SelfLayer
-            index_of_kind = sum((earlier in cross) == (index in cross) for earlier in range(index))
-            self._layers.append(kind(layer, index_of_kind, head_dim))
+        num_self = num_cross = 0
+        for layer in text.layers:
+            if isinstance(layer, MllamaCrossAttentionDecoderLayer):
+                self._layers.append(_CrossLayer(layer, num_cross, head_dim))
+                num_cross += 1
+            elif isinstance(layer, MllamaSelfAttentionDecoderLayer):
+                self._layers.append(_SelfLayer(layer, num_self, head_dim))
+                num_self += 1
 
     def forward(self, token_ids: Tensor, sequences: Sequence[SequenceRows], *, all_rows: bool = False) -> Tensor:
         """Run rows of several sequences through all layers and store their keys and values.
@@ -166,19 +173,23 @@ class RaggedDecoder:
 
 
 class _Layer:
-    """What self- and cross-attention layers share: the norms and the MLP."""
+    """What self- and cross-attention layers share: the shape of heads, attention and the MLP."""
 
-    def __init__(self, layer: nn.Module, index: int, head_dim: int) -> None:
+    def __init__(
+        self, layer: MllamaSelfAttentionDecoderLayer | MllamaCrossAttentionDecoderLayer, index: int, head_dim: int
+    ) -> None:
         self._index = index
         self._head_dim = head_dim
         self._scale = head_dim**-0.5
-        self._layer = layer
+        self._input_norm = layer.input_layernorm
+        self._mlp_norm = layer.post_attention_layernorm
         self._gate_up = fused_weight(layer.mlp, FUSED["mlp"])
+        self._activation = layer.mlp.act_fn
+        self._down = layer.mlp.down_proj
 
     def _mlp(self, hidden: Tensor) -> Tensor:
-        mlp = self._layer.mlp
-        gate, up = F.linear(self._layer.post_attention_layernorm(hidden), self._gate_up).chunk(2, dim=-1)
-        output: Tensor = mlp.down_proj(mlp.act_fn(gate) * up)
+        gate, up = F.linear(self._mlp_norm(hidden), self._gate_up).chunk(2, dim=-1)
+        output: Tensor = self._down(self._activation(gate) * up)
         return output
 
     def _heads(self, rows: Tensor) -> Tensor:
@@ -199,13 +210,15 @@ class _Layer:
 
 
 class _SelfLayer(_Layer):
-    def __init__(self, layer: nn.Module, index: int, head_dim: int) -> None:
+    def __init__(self, layer: MllamaSelfAttentionDecoderLayer, index: int, head_dim: int) -> None:
         super().__init__(layer, index, head_dim)
-        self._qkv = fused_weight(layer.self_attn, FUSED["self_attn"])
-        self._split = [getattr(layer.self_attn, name).out_features for name in FUSED["self_attn"]]
+        attention = layer.self_attn
+        self._qkv = fused_weight(attention, FUSED["self_attn"])
+        self._split = [linear.out_features for linear in (attention.q_proj, attention.k_proj, attention.v_proj)]
+        self._output = attention.o_proj
 
     def forward(self, hidden: Tensor, batch: _Batch) -> Tensor:
-        qkv = F.linear(self._layer.input_layernorm(hidden), self._qkv)
+        qkv = F.linear(self._input_norm(hidden), self._qkv)
         q, k, v = (self._heads(part) for part in qkv.split(self._split, dim=-1))
         q, k = _rotate(q, batch.cos, batch.sin), _rotate(k, batch.cos, batch.sin)
         rows = [sequence.num_rows for sequence in batch.sequences]
@@ -214,13 +227,14 @@ class _SelfLayer(_Layer):
             q_rows, k_rows, v_rows = qkv_rows
             keys, values = sequence.kv.append_self(self._index, k_rows, v_rows)
             attended.append(self._attend(q_rows, keys, values, is_causal=sequence.num_rows > 1))
-        hidden = hidden + self._layer.self_attn.o_proj(torch.cat(attended))
+        hidden = hidden + self._output(torch.cat(attended))
         return hidden + self._mlp(hidden)
 
 
 class _CrossLayer(_Layer):
-    def __init__(self, layer: nn.Module, index: int, head_dim: int) -> None:
+    def __init__(self, layer: MllamaCrossAttentionDecoderLayer, index: int, head_dim: int) -> None:
         super().__init__(layer, index, head_dim)
+        self._layer = layer
         self._kv = fused_weight(layer.cross_attn, FUSED["cross_attn"])
 
     def forward(self, hidden: Tensor, batch: _Batch) -> Tensor:
@@ -228,7 +242,7 @@ class _CrossLayer(_Layer):
             return hidden
         residual = hidden if batch.seeing is None else hidden[batch.seeing]
         attention = self._layer.cross_attn
-        q = attention.q_norm(self._heads(attention.q_proj(self._layer.input_layernorm(residual))))
+        q = attention.q_norm(self._heads(attention.q_proj(self._input_norm(residual))))
         attended = [
             self._attend_sequence(rows, sequence)
             for rows, sequence in zip(q.split(batch.num_seeing), batch.sequences, strict=True)

@@ -12,6 +12,8 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from transformers import GenerationConfig, MllamaConfig
+from transformers.models.mllama.configuration_mllama import MllamaTextConfig
+from transformers.models.mllama.image_processing_pil_mllama import get_all_supported_aspect_ratios
 
 import trimserve
 from trimserve.config import EngineConfig, ModelConfig
@@ -20,7 +22,7 @@ from trimserve.models.info import GenerationDefaults, ModelInfo
 from trimserve.models.mllama import Mllama
 from trimserve.models.processor import Processor
 from trimserve.models.trimming import POLICIES
-from trimserve.models.weights import load_weights
+from trimserve.models.weights import load_weights, text_config, vision_config
 
 __all__ = ["EMBEDDED_MODEL", "embedded_model_folder", "load_model"]
 
@@ -49,13 +51,15 @@ def load_model(config: ModelConfig, limits: EngineConfig) -> Mllama:
     Raises:
         CheckpointError: not found, not an Mllama, not in safetensors, or with a quantization or adapter.
     """
-    folder, revision = _locate(config.model, config.revision)
+    model_id = config.model or EMBEDDED_MODEL
+    folder, revision = _locate(model_id, config.revision)
     model_config = _read_config(folder)
     dtype = _dtype(config.dtype, model_config)
     device = torch.device("cpu")
-    generation = _generation_defaults(folder, model_config, limits.default_max_new_tokens)
+    generation = _generation_defaults(folder, text_config(model_config), limits.default_max_new_tokens)
     trimserve_json = _read_json(folder / "trimserve.json")
-    text, vision = model_config.text_config, model_config.vision_config
+    text, vision = text_config(model_config), vision_config(model_config)
+    tile_size, patch_size = _square(vision.image_size), _square(vision.patch_size)
     max_model_len = text.max_position_embeddings
     if config.max_model_len is not None:
         if config.max_model_len > max_model_len:
@@ -63,9 +67,9 @@ def load_model(config: ModelConfig, limits: EngineConfig) -> Mllama:
         max_model_len = config.max_model_len
     model = load_weights(folder, model_config, dtype, device)
     head_dim = text.hidden_size // text.num_attention_heads
-    num_cross = len(text.cross_attention_layers)
+    num_cross = len(text.cross_attention_layers or [])
     info = ModelInfo(
-        model_id=config.model or EMBEDDED_MODEL,
+        model_id=model_id,
         revision=revision,
         dtype=str(dtype).removeprefix("torch."),
         device=str(device),
@@ -80,10 +84,10 @@ def load_model(config: ModelConfig, limits: EngineConfig) -> Mllama:
         num_kv_heads=text.num_key_value_heads,
         head_dim=head_dim,
         hidden_size=text.hidden_size,
-        tile_size=vision.image_size,
-        patch_size=vision.patch_size,
+        tile_size=tile_size,
+        patch_size=patch_size,
         max_tiles=vision.max_num_tiles,
-        features_per_tile=(vision.image_size // vision.patch_size) ** 2 + 1,
+        features_per_tile=(tile_size // patch_size) ** 2 + 1,
         kv_bytes_per_position=2 * text.num_key_value_heads * head_dim * dtype.itemsize,
         default_k_ratio=config.k_ratio or trimserve_json.get("k_ratio", _DEFAULT_K_RATIO),
         policies=POLICIES,
@@ -95,17 +99,15 @@ def load_model(config: ModelConfig, limits: EngineConfig) -> Mllama:
     return Mllama(model, processor, info, config.intermediate_features)
 
 
-def _locate(model: str | None, revision: str | None) -> tuple[Path, str]:
+def _locate(model: str, revision: str | None) -> tuple[Path, str]:
     """The folder of a checkpoint and its revision."""
-    folder = embedded_model_folder() if model in (None, EMBEDDED_MODEL) else Path(str(model))
+    folder = embedded_model_folder() if model == EMBEDDED_MODEL else Path(model)
     if folder.is_dir():
         if revision is not None:
             raise CheckpointError(f"revision {revision}: {folder} is a folder; only hub models have revisions")
         return folder, _content_hash(folder)
     try:
-        snapshot = snapshot_download(
-            str(model), revision=revision, allow_patterns=["*.json", "*.safetensors", "*.jinja"]
-        )
+        snapshot = snapshot_download(model, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.jinja"])
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise CheckpointError(f"{model}: neither a folder nor a hub model that can be had: {error}") from error
     return Path(snapshot), Path(snapshot).name
@@ -148,9 +150,23 @@ def _read_config(folder: Path) -> MllamaConfig:
     if (folder / "adapter_config.json").exists():
         raise CheckpointError(f"{folder}: adapter_config.json: adapters are not supported; merge it into the weights")
     try:
-        return MllamaConfig.from_pretrained(folder)
+        config = MllamaConfig.from_pretrained(folder)
     except ValueError as error:
         raise CheckpointError(f"{folder}/config.json: {error}") from error
+    vision = vision_config(config)
+    expected = [list(ratio) for ratio in get_all_supported_aspect_ratios(vision.max_num_tiles)]
+    if vision.supported_aspect_ratios != expected:
+        raise CheckpointError(
+            f"{folder}/config.json: supported_aspect_ratios must be those of the image processor for "
+            f"{vision.max_num_tiles} tiles, {expected}, got {vision.supported_aspect_ratios}"
+        )
+    return config
+
+
+def _square(side: int | list[int] | tuple[int, int]) -> int:
+    if not isinstance(side, int):
+        raise CheckpointError(f"image_size and patch_size must be the side of a square, got {side}")
+    return side
 
 
 def _dtype(name: str, config: MllamaConfig) -> torch.dtype:
@@ -161,10 +177,10 @@ def _dtype(name: str, config: MllamaConfig) -> torch.dtype:
     return dtype
 
 
-def _generation_defaults(folder: Path, config: MllamaConfig, max_new_tokens: int) -> GenerationDefaults:
+def _generation_defaults(folder: Path, config: MllamaTextConfig, max_new_tokens: int) -> GenerationDefaults:
     has_file = (folder / "generation_config.json").exists()
     generation = GenerationConfig.from_pretrained(folder) if has_file else GenerationConfig()
-    eos = generation.eos_token_id if generation.eos_token_id is not None else config.text_config.eos_token_id
+    eos = generation.eos_token_id if generation.eos_token_id is not None else config.eos_token_id
     samples = bool(generation.do_sample)
     return GenerationDefaults(
         temperature=_or(generation.temperature, 1.0) if samples else 0.0,

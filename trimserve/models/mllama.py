@@ -67,9 +67,7 @@ class Mllama:
         ]
 
     @torch.inference_mode()
-    def prefill(
-        self, prompt: PreparedPrompt, features: Sequence[Tensor], trim: TrimParams, kv: KeyValues
-    ) -> Prefilled:
+    def prefill(self, prompt: PreparedPrompt, features: Sequence[Tensor], trim: TrimParams, kv: KeyValues) -> Prefilled:
         """Run the prompt and fill `kv`.
 
         Args:
@@ -85,14 +83,16 @@ class Mllama:
         vision = rows.vision
         num_valid = tuple(len(image) for image in features)
         max_features = self._info.max_tiles * self._info.features_per_tile
-        wants_selection = vision is not None and trim.return_selection
+        selections: tuple[ImageSelection, ...] = ()
+        if vision is not None and trim.return_selection:
+            selections = self._selections(prompt.images, num_valid, vision.selection)
         return Prefilled(
             logits=logits,
             num_padding=tuple(max_features - n for n in num_valid),
             num_valid=num_valid,
             num_kept=vision.num_features if vision else (),
             num_held=kv.cross_length,
-            selections=self._selections(prompt.images, num_valid, vision.selection) if wants_selection else (),
+            selections=selections,
         )
 
     @torch.inference_mode()
@@ -132,7 +132,8 @@ class Mllama:
         selections = []
         start = 0
         for image, n in zip(images, num_valid, strict=True):
-            kept, picks = torch.arange(n), ()
+            kept = torch.arange(n)
+            picks: tuple[bytes, ...] = ()
             if selection is not None:
                 kept = _within(selection.kept, start, n)
                 picks = tuple(bitmap(_within(head, start, n), n) for head in selection.picks)

@@ -85,9 +85,7 @@ class Processor:
         """
         tokenizer = _load_tokenizer(folder, info)
         image_processor = _load_image_processor(folder, info)
-        return cls(
-            tokenizer, image_processor, info, max_image_pixels=max_image_pixels, template_date=template_date
-        )
+        return cls(tokenizer, image_processor, info, max_image_pixels=max_image_pixels, template_date=template_date)
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -109,9 +107,7 @@ class Processor:
         """
         field, images = _field_of(prompt), _images_of(prompt)
         if len(images) > self._info.max_images:
-            raise InvalidRequest(
-                "images", f"must be at most {self._info.max_images} images, got {len(images)}"
-            )
+            raise InvalidRequest("images", f"must be at most {self._info.max_images} images, got {len(images)}")
         token_ids = self._token_ids(field, prompt)
         self._check_token_ids(field, token_ids, len(images))
         prepared = tuple(
@@ -142,9 +138,7 @@ class Processor:
         # Before tokenising, which would take seconds and gigabytes for a text of 64 MiB.
         if num_characters > self._max_characters:
             bound = f"the context of {self._info.max_model_len} tokens"
-            raise InvalidRequest(
-                field, f"must leave room for a new token in {bound}, got {num_characters} characters"
-            )
+            raise InvalidRequest(field, f"must leave room for a new token in {bound}, got {num_characters} characters")
 
     def _check_token_ids(self, field: str, token_ids: Sequence[int], num_images: int) -> None:
         info = self._info

@@ -35,9 +35,7 @@ def visible_images(token_ids: Sequence[int], image_token_id: int) -> list[tuple[
     return ranges
 
 
-def feature_visibility(
-    image_ranges: Sequence[tuple[int, int]], num_features_per_image: Sequence[int]
-) -> Tensor:
+def feature_visibility(image_ranges: Sequence[tuple[int, int]], num_features_per_image: Sequence[int]) -> Tensor:
     """Turn ranges of images into ranges of features, which lie one image after the other.
 
     Args:

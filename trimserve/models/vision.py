@@ -15,6 +15,8 @@ from torch.nn import functional as F
 from transformers import MllamaForConditionalGeneration
 from transformers.models.mllama.modeling_mllama import MllamaVisionEncoderLayer
 
+from trimserve.models.weights import vision_config
+
 __all__ = ["IntermediateFeatures", "VisionEncoder"]
 
 IntermediateFeatures = Literal["inputs", "outputs"]
@@ -34,7 +36,7 @@ class VisionEncoder:
         """
         self._vision = model.model.vision_model
         self._projector: nn.Linear = model.model.multi_modal_projector
-        indices = model.config.vision_config.intermediate_layers_indices
+        indices = vision_config(model.config).intermediate_layers_indices or []
         # The output of layer i is the input of layer i + 1, so both choices are a list of layer inputs.
         self._intermediate_inputs = [i + (intermediate_features == "outputs") for i in indices]
 
@@ -98,7 +100,8 @@ def _real_rows_first(
     return num_tiles * num_patches, is_padding.flatten().argsort(stable=True)
 
 
-def _encoder_layer(layer: MllamaVisionEncoderLayer, hidden: Tensor, real: int) -> Tensor:
+def _encoder_layer(layer: nn.Module, hidden: Tensor, real: int) -> Tensor:
+    assert isinstance(layer, MllamaVisionEncoderLayer)
     attention = _attend(layer, layer.input_layernorm(hidden), real)
     if layer.is_gated:
         attention = layer.gate_attn.tanh() * attention

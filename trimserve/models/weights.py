@@ -14,11 +14,12 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import MllamaConfig, MllamaForConditionalGeneration
+from transformers.models.mllama.configuration_mllama import MllamaTextConfig, MllamaVisionConfig
 from transformers.models.mllama.modeling_mllama import MllamaRotaryEmbedding
 
 from trimserve.errors import CheckpointError
 
-__all__ = ["FUSED", "fused_weight", "load_weights"]
+__all__ = ["FUSED", "fused_weight", "load_weights", "text_config", "vision_config"]
 
 FUSED = {
     "self_attn": ("q_proj", "k_proj", "v_proj"),
@@ -54,10 +55,10 @@ def load_weights(
         CheckpointError: no safetensors files, a parameter is missing or has another shape, or a tensor is unknown.
     """
     with torch.device("meta"):
-        model = MllamaForConditionalGeneration._from_config(config, dtype=dtype, attn_implementation="sdpa")
+        model: MllamaForConditionalGeneration = MllamaForConditionalGeneration._from_config(config, dtype=dtype)
     _give_storage(model, device)
     # Computed from the config, not stored: the one thing that the meta device has no values of.
-    model.model.language_model.rotary_emb = MllamaRotaryEmbedding(config.text_config).to(device)
+    model.model.language_model.rotary_emb = MllamaRotaryEmbedding(text_config(config)).to(device)
 
     missing = dict(model.named_parameters())
     for file in _files(folder):
@@ -68,7 +69,20 @@ def load_weights(
             _read(file, name, parameter.data)
     if missing:
         raise CheckpointError(f"{folder}: {len(missing)} parameters are in no file, the first is {min(missing)}")
-    return model.eval().requires_grad_(False)
+    model.eval().requires_grad_(False)
+    return model
+
+
+def text_config(config: MllamaConfig) -> MllamaTextConfig:
+    """The decoder's part of a config, which transformers types as anything."""
+    assert isinstance(config.text_config, MllamaTextConfig)
+    return config.text_config
+
+
+def vision_config(config: MllamaConfig) -> MllamaVisionConfig:
+    """The vision encoder's part of a config."""
+    assert isinstance(config.vision_config, MllamaVisionConfig)
+    return config.vision_config
 
 
 def fused_weight(module: nn.Module, names: tuple[str, ...]) -> Tensor:

@@ -1,0 +1,148 @@
+"""Geometry and words of the explanation picture."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+
+from trimserve.explain import draw_explanation
+from trimserve.models.trimming import ImageSelection
+
+SIDE = 4
+TILE = 8 * SIDE
+PER_TILE = SIDE * SIDE + 1
+GRIDS = [(1, 1), (1, 2), (2, 1), (2, 2), (1, 3), (1, 4), (3, 1), (4, 1)]
+
+
+def bitmap(features: set[int], num_features: int) -> bytes:
+    bits = np.isin(np.arange(num_features), list(features)).astype(np.uint8)
+    return np.packbits(bits, bitorder="little").tobytes()
+
+
+def patch(tiles_wide: int, row: int, column: int) -> int:
+    """Feature at a row and column of the whole patch grid."""
+    tile = (row // SIDE) * tiles_wide + column // SIDE
+    return tile * PER_TILE + 1 + (row % SIDE) * SIDE + column % SIDE
+
+
+def draw(
+    kept: set[int],
+    heads: list[set[int]],
+    grid: tuple[int, int] = (1, 1),
+    question: str = "What?",
+    answer: str = "This.",
+) -> Image.Image:
+    num_features = grid[0] * grid[1] * PER_TILE
+    selection = ImageSelection(
+        tiles_high=grid[0],
+        tiles_wide=grid[1],
+        features_per_tile=PER_TILE,
+        content_height=grid[0] * TILE,
+        content_width=grid[1] * TILE,
+        kept=bitmap(kept, num_features),
+        picks_by_head=tuple(bitmap(picks, num_features) for picks in heads),
+    )
+    white = Image.new("RGB", (selection.content_width, selection.content_height), "white")
+    return draw_explanation(white, selection, tile_size=TILE, question=question, answer=answer)
+
+
+def brightness(page: Image.Image) -> np.ndarray[Any, np.dtype[np.float64]]:
+    return np.asarray(page.convert("L"), dtype=float)
+
+
+def texts_of(monkeypatch: pytest.MonkeyPatch, *args: Any, **kwargs: Any) -> str:
+    """Every text that a drawing writes."""
+    texts: list[str] = []
+
+    def remember(_: ImageDraw.ImageDraw, __: Any, text: str, **___: Any) -> None:
+        texts.append(text)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ImageDraw.ImageDraw, "text", remember)
+        draw(*args, **kwargs)
+    return "\n".join(texts)
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_kept_patch_is_lit_at_its_place(grid: tuple[int, int]) -> None:
+    rows, columns = grid[0] * SIDE, grid[1] * SIDE
+    here, there = (1, columns - 1), (rows - 2, 2)
+    heads = [{patch(grid[1], *here)}, {patch(grid[1], *there)}]
+    change = brightness(draw(heads[0], heads, grid)) - brightness(draw(heads[1], heads, grid))
+
+    lit, dimmed = np.argwhere(change > 100), np.argwhere(change < -100)
+    width = 1160 if columns > 2 * rows else 570
+    size = min(width / columns, 720 / rows)  # pixels of a patch
+    for changed in (lit, dimmed):
+        assert np.allclose(np.ptp(changed, axis=0) + 1, size, atol=2)
+    moved = lit.mean(axis=0) - dimmed.mean(axis=0)
+    assert np.allclose(moved, (np.array(here) - there) * size, atol=2)
+
+
+def test_more_votes_are_brighter_in_the_heat_panel() -> None:
+    few, many = patch(1, 0, 0), patch(1, 3, 3)
+    kept = {few, many}
+    upper = brightness(draw(kept, [{few}, kept, {many}, {many}]))
+    lower = brightness(draw(kept, [{many}, kept, {few}, {few}]))
+    change = (upper - lower)[:-200, 600:]  # the right panel, without the strip
+    assert np.argwhere(change > 50).mean(axis=0).min() > np.argwhere(change < -50).mean(axis=0).max()
+
+
+def test_class_tokens_do_not_draw() -> None:
+    heads = [{5}, {5}]
+    first, second = draw({0, 5}, heads, (1, 2)), draw({PER_TILE, 5}, heads, (1, 2))
+    assert first.tobytes() == second.tobytes()
+
+
+def test_every_head_has_its_own_picks_in_the_strip() -> None:
+    kept = {1, 16}
+    page = draw(kept, [{1}, {16}, kept])
+    other = draw(kept, [{1}, kept, {16}])  # as many votes
+    changed = np.argwhere(brightness(page) != brightness(other))
+    pitch = 146  # of the strip's columns, from the margin of 20 on
+    assert changed[:, 0].min() > page.height - 200
+    assert 20 + pitch <= changed[:, 1].min() < 20 + 2 * pitch < changed[:, 1].max() < 20 + 3 * pitch
+
+
+@pytest.mark.parametrize("num_heads", [1, 8, 12, 32, 64])
+@pytest.mark.parametrize("grid", GRIDS)
+def test_any_number_of_heads_and_tiles_fits_the_page(grid: tuple[int, int], num_heads: int) -> None:
+    picks = set(range(1, 9))
+    page = draw(picks, [picks] * num_heads, grid)
+    margin = brightness(page)[:, -20:]
+    assert page.mode == "RGB"
+    assert page.width == 1200
+    assert page.height < 2200
+    assert np.ptp(margin) == 0
+
+
+def test_caption_tells_the_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = texts_of(monkeypatch, {0, 1, 2, 3}, [{0, 1, 2}, {1, 2, 3}], (1, 2), question="Why?", answer="So.")
+    assert "Why?" in text
+    assert "So." in text
+    assert "kept_fraction 0.118: 4 of 34 features kept, 1 x 2 tiles, class tokens 1 of 2." in text
+    assert "Each of 2 heads picked 3." in text
+    assert "capped" not in text
+    assert "head 1" in text
+
+
+def test_cap_is_mentioned_where_it_dropped_picks(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = texts_of(monkeypatch, {1, 2}, [{1, 2}, {2, 3}])
+    assert "Together they picked 3; the request capped them." in text
+
+
+def test_trimming_off_is_said_and_draws_no_votes(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = texts_of(monkeypatch, set(range(PER_TILE)), [])
+    assert "kept_fraction 1.000: 17 of 17 features kept" in text
+    assert "Trimming is off: nothing is dropped." in text
+    assert "head" not in text
+    assert "votes" not in text
+
+
+def test_texts_of_any_length_fit() -> None:
+    short = draw({1}, [{1}])
+    long = draw({1}, [{1}], question="", answer="many words " * 2000)
+    endless = draw({1}, [{1}], question="x" * 5000)
+    assert long.height - short.height < 150
+    assert endless.size == short.size

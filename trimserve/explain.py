@@ -1,0 +1,232 @@
+"""A picture of what trimming kept of an image: one look tells what the question made the model look at.
+
+Draws from an image and its `ImageSelection` alone, with Pillow; it knows nothing about models or servers.
+"""
+
+from collections.abc import Sequence
+from math import isqrt
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+from trimserve.models.trimming import ImageSelection
+
+__all__ = ["draw_explanation"]
+
+Picture = Image.Image
+Grid = NDArray[np.float32]
+"""One number per patch, [rows, columns] over the whole tile grid."""
+
+_WIDTH: Final = 1200
+_GAP: Final = 20
+_SMALL_GAP: Final = 8
+_MAX_LINES: Final = 4
+_MAX_HEIGHT: Final = 720
+_BACKGROUND: Final = (22, 24, 29)
+_PADDING: Final = (92, 96, 106)
+_TILE_LINE: Final = (0, 190, 255)
+_INK: Final = (236, 238, 242)
+_FAINT_INK: Final = (160, 166, 176)
+_ANSWER: Final = (255, 204, 92)
+_HEAT: Final = ((68, 1, 84), (187, 55, 84), (249, 142, 9), (252, 255, 164))
+"""Colours of few to many votes, evenly spaced."""
+_DIMMED: Final = 0.22
+"""Brightness that a dropped patch keeps, as a share of its own."""
+_HEAT_OPACITY: Final = 0.75
+
+
+def draw_explanation(
+    image: Picture, selection: ImageSelection, *, tile_size: int, question: str, answer: str
+) -> Picture:
+    """Draw the image as the model saw it, with what was kept lit.
+
+    From top to bottom: question, answer and counts; the image with dropped patches dimmed beside (or above)
+    the votes, how many heads picked each patch; and each query head's own picks. Class tokens have no place
+    in the image and are counted only.
+
+    Args:
+        image: upright RGB, before any resizing.
+        selection: what was kept of it.
+        tile_size: pixels along the side of one tile.
+        question: caption.
+        answer: caption.
+    Returns:
+        RGB, 1200 pixels wide.
+    """
+    seen = _as_the_model_saw_it(image, selection, tile_size)
+    kept = _patch_grid(selection.kept, selection)
+    heads = [_patch_grid(picks, selection) for picks in selection.picks_by_head]
+    is_wide = seen.width > 2 * seen.height
+    width = _WIDTH - 2 * _GAP if is_wide else (_WIDTH - 3 * _GAP) // 2
+    panel = _fit(seen, width, _MAX_HEIGHT)
+    is_padded = seen.size != (selection.content_width, selection.content_height)
+    title = "kept features lit, padding plain grey" if is_padded else "kept features lit"
+    panels = [_titled(_text(title, 16), _with_tiles(_lit(panel, kept), selection))]
+    if heads:
+        votes = np.sum(np.stack(heads), axis=0)
+        heat = _with_tiles(_heat(panel, votes / max(1, votes.max())), selection)
+        panels.append(_titled(_legend(int(votes.max()), len(heads)), heat))
+    blocks = [
+        _captions(question, answer, selection),
+        _stacked(panels, _GAP) if is_wide else _beside(panels, _GAP),
+    ]
+    if heads:
+        blocks.append(_head_strip(seen, heads))
+    content = _stacked(blocks, _GAP)
+    page = Image.new("RGB", (_WIDTH, content.height + 2 * _GAP), _BACKGROUND)
+    page.paste(content, (_GAP, _GAP))
+    return page
+
+
+def _patch_grid(bitmap: bytes, selection: ImageSelection) -> Grid:
+    """1 where the bitmap has a patch, 0 elsewhere; class tokens left out."""
+    high, wide, side = selection.tiles_high, selection.tiles_wide, isqrt(selection.features_per_tile - 1)
+    patches = _bits(bitmap, selection).reshape(high, wide, -1)[:, :, 1:].reshape(high, wide, side, side)
+    return patches.swapaxes(1, 2).reshape(high * side, wide * side).astype(np.float32)
+
+
+def _bits(bitmap: bytes, selection: ImageSelection) -> NDArray[np.uint8]:
+    num_features = selection.tiles_high * selection.tiles_wide * selection.features_per_tile
+    return np.unpackbits(np.frombuffer(bitmap, np.uint8), count=num_features, bitorder="little")
+
+
+def _as_the_model_saw_it(image: Picture, selection: ImageSelection, tile_size: int) -> Picture:
+    size = (selection.tiles_wide * tile_size, selection.tiles_high * tile_size)
+    canvas = Image.new("RGB", size, _PADDING)
+    content = (selection.content_width, selection.content_height)
+    canvas.paste(image.resize(content, Image.Resampling.BILINEAR))
+    return canvas
+
+
+def _fit(picture: Picture, max_width: int, max_height: int) -> Picture:
+    scale = min(max_width / picture.width, max_height / picture.height)
+    size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
+    return picture.resize(size, Image.Resampling.BICUBIC)
+
+
+def _over(picture: Picture, grid: Grid) -> Picture:
+    """The grid, in [0, 1], as a mask of the picture's size."""
+    mask = Image.fromarray(np.round(grid * 255).astype(np.uint8))
+    return mask.resize(picture.size, Image.Resampling.NEAREST)
+
+
+def _lit(picture: Picture, grid: Grid) -> Picture:
+    """The picture where the grid is 1, a dark grey one elsewhere."""
+    return Image.composite(picture, _dark(picture, _DIMMED), _over(picture, grid))
+
+
+def _heat(picture: Picture, votes: Grid) -> Picture:
+    """A dark grey picture under the colours of the votes, in [0, 1]; no colour where nobody voted."""
+    colors = Image.fromarray(_heat_colors(votes)).resize(picture.size, Image.Resampling.NEAREST)
+    opacity = np.where(votes > 0, np.float32(_HEAT_OPACITY), np.float32(0))
+    return Image.composite(colors, _dark(picture, 2 * _DIMMED), _over(picture, opacity))
+
+
+def _dark(picture: Picture, brightness: float) -> Picture:
+    return Image.blend(Image.new("RGB", picture.size), picture.convert("L").convert("RGB"), brightness)
+
+
+def _heat_colors(values: Grid) -> NDArray[np.uint8]:
+    stops = np.linspace(0, 1, len(_HEAT))
+    channels = [np.interp(values, stops, channel) for channel in zip(*_HEAT, strict=True)]
+    return np.stack(channels, axis=-1).astype(np.uint8)
+
+
+def _with_tiles(picture: Picture, selection: ImageSelection) -> Picture:
+    draw = ImageDraw.Draw(picture)
+    for row in range(1, selection.tiles_high):
+        y = round(picture.height * row / selection.tiles_high)
+        draw.line([(0, y), (picture.width, y)], fill=_TILE_LINE)
+    for column in range(1, selection.tiles_wide):
+        x = round(picture.width * column / selection.tiles_wide)
+        draw.line([(x, 0), (x, picture.height)], fill=_TILE_LINE)
+    return picture
+
+
+def _legend(most: int, num_heads: int) -> Picture:
+    gradient = np.tile(np.linspace(0, 1, 120, dtype=np.float32), (14, 1))
+    bar = Image.blend(Image.new("RGB", (120, 14)), Image.fromarray(_heat_colors(gradient)), _HEAT_OPACITY)
+    return _beside([_text("votes: 1 head", 16), bar, _text(f"{most} of {num_heads} heads", 16)], _SMALL_GAP)
+
+
+def _head_strip(seen: Picture, heads: Sequence[Grid]) -> Picture:
+    is_tall = seen.height > 2 * seen.width
+    columns = 16 if is_tall or len(heads) > 32 else 8
+    width = (_WIDTH - 2 * _GAP - (columns - 1) * _SMALL_GAP) // columns
+    thumbnail = _fit(seen, width, 4 * width)
+    cells = [_titled(_text(f"head {head}", 12), _lit(thumbnail, grid)) for head, grid in enumerate(heads)]
+    rows = [_beside(cells[at : at + columns], _SMALL_GAP) for at in range(0, len(cells), columns)]
+    return _stacked(rows, _SMALL_GAP)
+
+
+def _captions(question: str, answer: str, selection: ImageSelection) -> Picture:
+    lines = [
+        *(_text(line, 24, _INK) for line in _wrapped(question, 24)),
+        *(_text(line, 20, _ANSWER) for line in _wrapped(answer, 20)),
+        *(_text(line, 16) for line in _wrapped(_account(selection), 16)),
+    ]
+    return _stacked(lines, _SMALL_GAP)
+
+
+def _account(selection: ImageSelection) -> str:
+    """The counts in words."""
+    kept = _bits(selection.kept, selection)
+    grid = f"{selection.tiles_high} x {selection.tiles_wide} tiles"
+    fraction = f"kept_fraction {kept.mean():.3f}: {kept.sum()} of {kept.size} features kept, {grid}"
+    if not selection.picks_by_head:
+        return f"{fraction}. Trimming is off: nothing is dropped."
+    picks = np.stack([_bits(head, selection) for head in selection.picks_by_head])
+    class_tokens = kept[:: selection.features_per_tile]
+    account = (
+        f"{fraction}, class tokens {class_tokens.sum()} of {class_tokens.size}. "
+        f"Each of {len(picks)} heads picked {picks.sum(axis=1).max()}."
+    )
+    num_picked = int(picks.any(axis=0).sum())
+    capped = num_picked > kept.sum()
+    return f"{account} Together they picked {num_picked}; the request capped them." if capped else account
+
+
+def _wrapped(text: str, size: int) -> list[str]:
+    """Lines that fit the page, at most `_MAX_LINES`."""
+    font = ImageFont.load_default(size)
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if not lines[-1] or font.getlength(longer) <= _WIDTH - 2 * _GAP:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return lines if len(lines) <= _MAX_LINES else [*lines[: _MAX_LINES - 1], f"{lines[_MAX_LINES - 1]} ..."]
+
+
+def _text(text: str, size: int, color: tuple[int, int, int] = _FAINT_INK) -> Picture:
+    font = ImageFont.load_default(size)
+    picture = Image.new("RGB", (max(1, round(font.getlength(text))), round(1.3 * size)), _BACKGROUND)
+    ImageDraw.Draw(picture).text((0, 0), text, fill=color, font=font)
+    return picture
+
+
+def _titled(title: Picture, picture: Picture) -> Picture:
+    return _stacked([title, picture], _SMALL_GAP // 2)
+
+
+def _stacked(pictures: Sequence[Picture], gap: int) -> Picture:
+    height = sum(picture.height for picture in pictures) + gap * (len(pictures) - 1)
+    page = Image.new("RGB", (max(picture.width for picture in pictures), height), _BACKGROUND)
+    y = 0
+    for picture in pictures:
+        page.paste(picture, (0, y))
+        y += picture.height + gap
+    return page
+
+
+def _beside(pictures: Sequence[Picture], gap: int) -> Picture:
+    width = sum(picture.width for picture in pictures) + gap * (len(pictures) - 1)
+    page = Image.new("RGB", (width, max(picture.height for picture in pictures)), _BACKGROUND)
+    x = 0
+    for picture in pictures:
+        page.paste(picture, (x, 0))
+        x += picture.width + gap
+    return page
