@@ -1,0 +1,109 @@
+"""`make demo`: serve the embedded model, ask it about sample images, show the byte account, metrics and a picture."""
+
+import json
+import re
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from trimserve.client import Client, make_request
+from trimserve.models.loading import embedded_model_folder
+from trimserve.v1 import generation_pb2 as pb
+
+SAMPLES = embedded_model_folder().parent / "samples"
+PICTURE = Path("out/explain.png")
+METRICS = (
+    "tokens_total",
+    "kept_fraction_sum",
+    "kept_fraction_count",
+    "bytes_saved_total",
+    "first_token_seconds_sum",
+)
+
+console = Console()
+
+
+def main() -> None:
+    """Run the demo."""
+    PICTURE.parent.mkdir(exist_ok=True)
+    command = [sys.executable, "-m", "trimserve", "serve", "--port", "0", "--metrics-port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            address, metrics = _addresses(server)
+            console.rule(f"trimserve serves its embedded model on {address}")
+            show(address, metrics)
+        finally:
+            server.terminate()
+            server.communicate()
+    if server.returncode:
+        raise SystemExit(f"the server ended with status {server.returncode}")
+
+
+def show(address: str, metrics: str) -> None:
+    """Ask, and print what there is to see."""
+    samples = json.loads((SAMPLES / "samples.json").read_text())
+    with Client(address) as client:
+        first, second = samples[0], samples[-1]
+        console.print(f"[bold]unary[/]   {first['file']}: {first['question']}")
+        response = client.generate(make_request(first["question"], [SAMPLES / first["file"]]))
+        console.print(f"        [green]{response.text}[/]   (expected: {first['answer']})")
+        console.print(f"[bold]stream[/]  {second['file']}: {second['question']}\n        ", end="")
+        events = list(_printed(client, make_request(second["question"], [SAMPLES / second["file"]])))
+        console.print(f"   (expected: {second['answer']})")
+    console.print(_account({"unary": (response.usage, response.cross_kv_bytes), "stream": _last(events)}))
+    console.rule(f"http://{metrics}/metrics")
+    with urllib.request.urlopen(f"http://{metrics}/metrics") as page:
+        for line in page.read().decode().splitlines():
+            if line.startswith("trimserve_") and any(name in line for name in METRICS):
+                console.print(line, highlight=False, soft_wrap=True)
+    console.rule("what the question made the model look at")
+    explain = [
+        "explain",
+        "--address",
+        address,
+        "--image",
+        str(SAMPLES / first["file"]),
+        "--prompt",
+        first["question"],
+    ]
+    subprocess.run([sys.executable, "-m", "trimserve", *explain, "--out", str(PICTURE)], check=True)
+
+
+def _printed(client: Client, request: pb.GenerateRequest) -> list[pb.GenerateStreamResponse]:
+    events = []
+    for event in client.stream(request):
+        console.print(event.delta.text, end="", style="green", highlight=False)
+        events.append(event)
+    return events
+
+
+def _last(events: list[pb.GenerateStreamResponse]) -> tuple[pb.Usage, pb.CrossKvBytes]:
+    return events[-1].finished.usage, events[-1].finished.cross_kv_bytes
+
+
+def _account(answers: dict[str, tuple[pb.Usage, pb.CrossKvBytes]]) -> Table:
+    table = Table(title="cross-attention KV of each answer, bytes in whole pages")
+    for column in ("", "kept_fraction", "untrimmed", "held", "saved by trimming", "saved by padding"):
+        table.add_column(column, justify="right")
+    for name, (usage, account) in answers.items():
+        [image] = usage.images
+        fraction = f"{image.kept_features}/{image.valid_features} = {image.kept_features / image.valid_features:.2f}"
+        sizes = (account.untrimmed, account.held, account.saved_by_trimming, account.saved_by_padding)
+        table.add_row(name, fraction, *(f"{size:,}" for size in sizes))
+    return table
+
+
+def _addresses(server: subprocess.Popen[str]) -> tuple[str, str]:
+    assert server.stdout is not None
+    for line in server.stdout:
+        if found := re.search(r"gRPC on (\S+), metrics on (\S+)", line):
+            return found[1], found[2]
+    raise SystemExit("the server ended before it served; run `trimserve serve` to see why")
+
+
+if __name__ == "__main__":
+    main()
