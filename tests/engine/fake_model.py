@@ -131,9 +131,7 @@ class FakeModel:
     def encode_images(self, prompt: FakePrompt) -> list[Tensor]:
         return [torch.ones(num_tiles * FEATURES_PER_TILE, 2) for num_tiles in prompt.images]
 
-    def prefill(
-        self, prompt: FakePrompt, features: Sequence[Tensor], trim: TrimParams, kv: SequenceKV
-    ) -> Prefilled:
+    def prefill(self, prompt: FakePrompt, features: Sequence[Tensor], trim: TrimParams, kv: SequenceKV) -> Prefilled:
         self.before_prefill()
         self.threads.add(threading.current_thread().name)
         if _text(prompt.token_ids) == BREAKS_PREFILL.text:
@@ -155,9 +153,7 @@ class FakeModel:
         self.before_decode()
         self.batch_sizes.append(len(kvs))
         self.threads.add(threading.current_thread().name)
-        return torch.stack(
-            [self._forward([token_id], kv) for token_id, kv in zip(token_ids, kvs, strict=True)]
-        )
+        return torch.stack([self._forward([token_id], kv) for token_id, kv in zip(token_ids, kvs, strict=True)])
 
     def _forward(self, token_ids: Sequence[int], kv: SequenceKV) -> Tensor:
         rows = torch.tensor(token_ids, dtype=torch.float32).reshape(-1, 1, 1)
@@ -187,9 +183,7 @@ class FakeModel:
         return logits
 
 
-def request(
-    prompt: str | Prompt, *, name: str = "r", priority: int = 0, **sampling: object
-) -> GenerationRequest:
+def request(prompt: str | Prompt, *, name: str = "r", priority: int = 0, **sampling: object) -> GenerationRequest:
     """A request for `FakeModel`; further keywords are those of `SamplingParams`."""
     return GenerationRequest(
         request_id=name,

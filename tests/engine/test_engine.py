@@ -151,9 +151,7 @@ def test_the_whole_context_can_be_used_and_not_one_token_more() -> None:
 MIXED: list[GenerationRequest] = [
     request("greedy"),
     request("sampled", temperature=1.0, seed=3, num_top_logprobs=2),
-    request(
-        TokenPrompt((IMAGE, 65, IMAGE, 66), (Image(b"1"), Image(b"3"))), temperature=0.7, seed=4, top_p=0.9
-    ),
+    request(TokenPrompt((IMAGE, 65, IMAGE, 66), (Image(b"1"), Image(b"3"))), temperature=0.7, seed=4, top_p=0.9),
     request("short", max_new_tokens=2),
     request("penalized", repetition_penalty=1.3, presence_penalty=0.5, temperature=0.5, seed=9),
     request("long", max_new_tokens=40, temperature=2.0, seed=2**64 - 1),
@@ -173,9 +171,7 @@ def test_a_batch_gives_what_each_alone_gives(max_batch: int) -> None:
 
 
 def test_the_same_seed_gives_the_same_tokens_and_another_seed_others() -> None:
-    first, again, other = (
-        text(alone(FakeModel(), request("dice", temperature=1.5, seed=seed))) for seed in (1, 1, 2)
-    )
+    first, again, other = (text(alone(FakeModel(), request("dice", temperature=1.5, seed=seed))) for seed in (1, 1, 2))
     assert first == again != other
 
 
@@ -235,9 +231,7 @@ def test_cancelling_frees_everything_at_once_and_says_nothing(num_steps: int) ->
     assert engine.pool.used_self_bytes == 0
     assert len(output) == before
     assert sequence.state is SequenceState.ENDED
-    assert all(
-        text(other) == text(alone(FakeModel(), request("other", max_new_tokens=30))) for _, other in others
-    )
+    assert all(text(other) == text(alone(FakeModel(), request("other", max_new_tokens=30))) for _, other in others)
 
 
 @pytest.mark.parametrize("bad", [BREAKS_PREFILL, BREAKS_DECODE, LOGITS_ARE_NAN])

@@ -65,9 +65,7 @@ async def running(
         await runner.stop(0.0)
 
 
-async def collect(
-    runner: Runner, wanted: GenerationRequest, deadline: float | None = None
-) -> list[GenerationChunk]:
+async def collect(runner: Runner, wanted: GenerationRequest, deadline: float | None = None) -> list[GenerationChunk]:
     return [chunk async for chunk in runner.submit(wanted, deadline=deadline)]
 
 
@@ -204,9 +202,7 @@ async def test_a_failing_request_leaves_the_others_alone(bad: RawPrompt) -> None
 @pytest.mark.parametrize("how", ["cancel", "deadline"])
 async def test_a_request_that_nobody_waits_for_ends_within_a_step(place: str, how: str) -> None:
     gates = {"prepare": Gate(), "prefill": Gate(), "decode": Gate()}
-    model = FakeModel(
-        before_prepare=gates["prepare"], before_prefill=gates["prefill"], before_decode=gates["decode"]
-    )
+    model = FakeModel(before_prepare=gates["prepare"], before_prefill=gates["prefill"], before_decode=gates["decode"])
     async with running(model, max_batch=1) as runner:
         gate = gates["decode" if place == "queue" else place]
         gate.close()
@@ -289,9 +285,7 @@ async def test_start_raises_what_the_warm_up_failed_with() -> None:
     def fail() -> None:
         raise RuntimeError("no such instruction")
 
-    runner = Runner(
-        lambda: FakeModel(before_prefill=fail), max_batch=1, max_queue=1, num_preprocess_workers=1
-    )
+    runner = Runner(lambda: FakeModel(before_prefill=fail), max_batch=1, max_queue=1, num_preprocess_workers=1)
     with pytest.raises(RequestFailed, match="warm-up"):
         await runner.start()
     assert not runner.status().is_ready
@@ -301,9 +295,7 @@ async def test_start_raises_what_the_warm_up_failed_with() -> None:
 async def test_requests_are_refused_until_warm() -> None:
     gate = Gate()
     gate.close()
-    runner = Runner(
-        lambda: FakeModel(before_prefill=gate), max_batch=1, max_queue=1, num_preprocess_workers=1
-    )
+    runner = Runner(lambda: FakeModel(before_prefill=gate), max_batch=1, max_queue=1, num_preprocess_workers=1)
     task = asyncio.create_task(runner.start())
     await until(lambda: bool(_engine_threads()))
     with pytest.raises(EngineStopped, match="is starting"):
@@ -318,9 +310,7 @@ async def test_requests_are_refused_until_warm() -> None:
 async def test_a_runner_stopped_while_it_warms_up_never_becomes_ready() -> None:
     gate = Gate()
     gate.close()
-    runner = Runner(
-        lambda: FakeModel(before_prefill=gate), max_batch=1, max_queue=1, num_preprocess_workers=1
-    )
+    runner = Runner(lambda: FakeModel(before_prefill=gate), max_batch=1, max_queue=1, num_preprocess_workers=1)
     starting = asyncio.create_task(runner.start())
     await until(lambda: runner.status().num_running == 1)
     stopping = asyncio.create_task(runner.stop(20.0))

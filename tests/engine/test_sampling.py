@@ -48,9 +48,7 @@ def test_greedy_takes_the_largest_and_ties_go_to_the_lower_id() -> None:
 
 
 @given(st.integers(0, 99), st.floats(0.5, 2.0), st.lists(st.integers(0, 49)), st.lists(st.integers(0, 49)))
-def test_repetition_penalty_is_transformers(
-    seed: int, penalty: float, prompt: list[int], generated: list[int]
-) -> None:
+def test_repetition_penalty_is_transformers(seed: int, penalty: float, prompt: list[int], generated: list[int]) -> None:
     logits = random_logits(seed)
     ids = torch.tensor([prompt + generated], dtype=torch.int64)
     expected = peer.RepetitionPenaltyLogitsProcessor(penalty)(ids, logits[None].clone())[0]
@@ -65,9 +63,7 @@ def test_presence_and_frequency_penalties_count_generated_tokens_only() -> None:
 
 
 def test_bias_is_added_and_ids_past_the_vocabulary_are_ignored() -> None:
-    params = SamplingParams(
-        logit_bias={1: 2.5, 9: 1.0}, repetition_penalty=2.0, presence_penalty=1.0, min_new_tokens=9
-    )
+    params = SamplingParams(logit_bias={1: 2.5, 9: 1.0}, repetition_penalty=2.0, presence_penalty=1.0, min_new_tokens=9)
     penalized = apply_penalties(torch.ones(3), state(params, prompt=(9, 2), generated=(9,), ends=(9,)))
     assert penalized.tolist() == [1.0, 3.5, 0.5]
 
@@ -86,9 +82,7 @@ def test_end_tokens_are_impossible_before_min_new_tokens() -> None:
     top_p=st.floats(0.05, 1.0),
     min_p=st.floats(0.0, 1.0),
 )
-def test_filters_are_transformers(
-    seed: int, temperature: float, top_k: int, top_p: float, min_p: float
-) -> None:
+def test_filters_are_transformers(seed: int, temperature: float, top_k: int, top_p: float, min_p: float) -> None:
     logits = random_logits(seed)
     warpers = LogitsProcessorList([peer.TemperatureLogitsWarper(temperature)])
     if top_k:
@@ -118,9 +112,7 @@ def test_top_p_keeps_the_smallest_set_that_reaches_it_and_top_k_keeps_ties() -> 
 @pytest.mark.parametrize("temperature", [1e-30, 1e-4])
 def test_a_tiny_temperature_is_greedy(temperature: float) -> None:
     logits = random_logits(1)
-    assert drawn(logits[None], [state(SamplingParams(temperature=temperature, top_p=0.9))]) == [
-        logits.argmax()
-    ]
+    assert drawn(logits[None], [state(SamplingParams(temperature=temperature, top_p=0.9))]) == [logits.argmax()]
 
 
 def test_drawn_tokens_follow_the_filtered_distribution() -> None:
@@ -165,8 +157,7 @@ def test_noise_is_the_documented_splitmix64(seed: int, position: int) -> None:
 
 def test_a_row_draws_the_same_in_every_batch() -> None:
     states = [
-        state(SamplingParams(temperature=1.0, seed=seed, top_p=0.9), generated=(1,) * (seed % 3))
-        for seed in range(8)
+        state(SamplingParams(temperature=1.0, seed=seed, top_p=0.9), generated=(1,) * (seed % 3)) for seed in range(8)
     ]
     logits = torch.stack([random_logits(seed) for seed in range(8)])
     alone = [drawn(logits[row : row + 1], states[row : row + 1])[0] for row in range(8)]

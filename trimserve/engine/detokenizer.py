@@ -66,9 +66,7 @@ class Detokenizer:
         if self.matched_stop is not None:
             return ""
         text = self._held + text
-        matches = [
-            (start + len(stop), start) for stop in self._stop_strings if (start := text.find(stop)) >= 0
-        ]
+        matches = [(start + len(stop), start) for stop in self._stop_strings if (start := text.find(stop)) >= 0]
         if matches:
             end, start = min(matches)
             self.matched_stop, self._held = text[start:end], ""

@@ -51,9 +51,7 @@ class Model(Protocol[Prompted]):
     def encode_images(self, prompt: Prompted) -> list[Tensor]:
         """Visual features of each image, [tiles * features_per_tile, hidden_size], real tiles only."""
 
-    def prefill(
-        self, prompt: Prompted, features: Sequence[Tensor], trim: TrimParams, kv: SequenceKV
-    ) -> Prefilled:
+    def prefill(self, prompt: Prompted, features: Sequence[Tensor], trim: TrimParams, kv: SequenceKV) -> Prefilled:
         """Run the prompt, fill `kv` and return the logits that follow it."""
 
     def decode(self, token_ids: Sequence[int], kvs: Sequence[SequenceKV]) -> Tensor:

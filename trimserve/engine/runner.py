@@ -240,9 +240,7 @@ class Runner:
     def _open(self, request: GenerationRequest) -> _Stream:
         num_live = sum(stream.state is not SequenceState.ENDED for stream in self._streams)
         if num_live >= self._max_batch + self._max_queue:
-            raise EngineBusy(
-                f"{num_live} requests run or wait: the queue of {self._max_queue} (max_queue) is full"
-            )
+            raise EngineBusy(f"{num_live} requests run or wait: the queue of {self._max_queue} (max_queue) is full")
         stream = _Stream(request, time.monotonic())
         self._streams.add(stream)
         self._is_idle.clear()

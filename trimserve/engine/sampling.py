@@ -78,9 +78,7 @@ def apply_penalties(logits: Tensor, state: SamplingState) -> Tensor:
     if params.repetition_penalty != 1.0:
         ids = _known_ids({*state.prompt_token_ids, *generated}, logits)
         seen = logits[ids]
-        logits[ids] = torch.where(
-            seen < 0, seen * params.repetition_penalty, seen / params.repetition_penalty
-        )
+        logits[ids] = torch.where(seen < 0, seen * params.repetition_penalty, seen / params.repetition_penalty)
     if params.presence_penalty or params.frequency_penalty:
         counts = Counter(generated)
         ids = _known_ids(counts, logits)
