@@ -1,0 +1,215 @@
+"""Generates the tables of docs/ from the code they describe; `--check` only compares.
+
+Text between `<!-- generated: NAME -->` and `<!-- end -->` comes from here, all else is written by hand.
+
+Usage: python scripts/generate_docs.py [--check]
+"""
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from google.protobuf.descriptor_pb2 import (  # noqa: E402 the root must be on the path first
+    DescriptorProto,
+    EnumDescriptorProto,
+    FieldDescriptorProto,
+    FileDescriptorProto,
+    FileDescriptorSet,
+    ServiceDescriptorProto,
+)
+
+from trimserve.config import Config  # noqa: E402
+from trimserve.server.metrics import Declared, Metrics  # noqa: E402
+
+SCALARS = {value: name.removeprefix("TYPE_").lower() for name, value in FieldDescriptorProto.Type.items()}
+
+
+def configuration() -> str:
+    """Every knob of `trimserve/config.py`, one table for each section."""
+    schema = Config.model_json_schema()
+    lines: list[str] = []
+    for section, reference in schema["properties"].items():
+        definition = schema["$defs"][reference["$ref"].rpartition("/")[2]]
+        lines += [f"## {section}", "", definition["description"], ""]
+        lines += ["| knob | type | default | range | meaning |", "| --- | --- | --- | --- | --- |"]
+        for knob, field in definition["properties"].items():
+            kind, bounds = _type_and_range(field)
+            default = "unset" if field["default"] is None else f"`{field['default']}`"
+            lines.append(f"| `{knob}` | {kind} | {default} | {bounds} | {field['description']} |")
+        lines.append("")
+    return "\n".join(lines[:-1])
+
+
+def _type_and_range(field: dict[str, Any]) -> tuple[str, str]:
+    """How the docs call a JSON schema's type, and its bounds."""
+    options = field.get("anyOf", [field])
+    schema = next(option for option in options if option.get("type") != "null")
+    if "enum" in schema:
+        return "choice", ", ".join(f"`{value}`" for value in schema["enum"])
+    kind = {"integer": "integer", "number": "number", "string": "text", "boolean": "switch"}[schema["type"]]
+    symbols = {"exclusiveMinimum": ">", "minimum": "≥", "exclusiveMaximum": "<", "maximum": "≤"}
+    bounds = [f"{symbol} {schema[key]:g}" for key, symbol in symbols.items() if key in schema]
+    return kind, ", ".join(bounds)
+
+
+def metrics() -> str:
+    """Every metric of `trimserve/server/metrics.py`."""
+    lines = ["| name | type | labels | meaning |", "| --- | --- | --- | --- |"]
+    declared = Metrics().declared
+    for metric in declared:
+        labels = "<br>".join(_label(name, values) for name, values in metric.labels.items())
+        lines.append(f"| `{metric.name}` | {metric.kind} | {labels} | {metric.help} |")
+    lines += ["", "Buckets:", "", "| histogram | upper ends |", "| --- | --- |"]
+    return "\n".join([*lines, *(_bucket_row(metric) for metric in declared if metric.buckets)])
+
+
+def _label(name: str, values: tuple[str, ...]) -> str:
+    return f"`{name}`: {', '.join(values)}" if values else f"`{name}`"
+
+
+def _bucket_row(metric: Declared) -> str:
+    return f"| `{metric.name}` | {', '.join(f'{end:.12g}' for end in metric.buckets)} |"
+
+
+def descriptors() -> list[FileDescriptorProto]:
+    """The protos of `protos/`, parsed, with comments."""
+    protos = ROOT / "protos"
+    paths = sorted(str(path) for path in protos.rglob("*.proto"))
+    with tempfile.NamedTemporaryFile() as file:
+        command = [sys.executable, "-m", "grpc_tools.protoc", f"-I{protos}", "--include_source_info"]
+        subprocess.run([*command, f"--descriptor_set_out={file.name}", *paths], check=True)
+        return list(FileDescriptorSet.FromString(Path(file.name).read_bytes()).file)
+
+
+def comments(file: FileDescriptorProto) -> dict[tuple[int, ...], str]:
+    """The comment before each element of a file, by its path of descriptor field numbers and indices."""
+    return {
+        tuple(location.path): " ".join(location.leading_comments.split())
+        for location in file.source_code_info.location
+        if location.leading_comments
+    }
+
+
+def api() -> str:
+    """Services, messages and enums of the protos, in their order."""
+    return "\n".join(line for file in descriptors() for line in _file(file)).rstrip()
+
+
+def _file(file: FileDescriptorProto) -> Iterator[str]:
+    said = comments(file)
+    for index, service in enumerate(file.service):
+        yield from _service(service, said, (6, index))
+    for index, message in enumerate(file.message_type):
+        yield from _message(message, said, (4, index))
+    for index, enum in enumerate(file.enum_type):
+        yield from _enum(enum, said, (5, index))
+
+
+def _heading(name: str, path: tuple[int, ...], said: dict[tuple[int, ...], str]) -> list[str]:
+    return [f"### {name}", "", said[path], ""]
+
+
+def _service(service: ServiceDescriptorProto, said: dict[tuple[int, ...], str], path: tuple[int, ...]) -> Iterator[str]:
+    yield from _heading(service.name, path, said)
+    yield from ("| rpc | request | response | meaning |", "| --- | --- | --- | --- |")
+    for index, method in enumerate(service.method):
+        stream = "stream of " if method.server_streaming else ""
+        request, response = _link(method.input_type), _link(method.output_type)
+        yield _row(f"`{method.name}`", request, stream + response, said[*path, 2, index])
+    yield ""
+
+
+def _message(message: DescriptorProto, said: dict[tuple[int, ...], str], path: tuple[int, ...]) -> Iterator[str]:
+    yield from _heading(message.name, path, said)
+    if not message.field:
+        return
+    nested = {entry.name: entry for entry in message.nested_type}
+    yield from ("| field | number | type | meaning |", "| --- | --- | --- | --- |")
+    for index, field in enumerate(message.field):
+        is_choice = field.HasField("oneof_index") and not field.proto3_optional
+        group = f"one of `{message.oneof_decl[field.oneof_index].name}`: " if is_choice else ""
+        yield _row(f"`{field.name}`", str(field.number), _type(field, nested), group + said[*path, 2, index])
+    yield ""
+
+
+def _enum(enum: EnumDescriptorProto, said: dict[tuple[int, ...], str], path: tuple[int, ...]) -> Iterator[str]:
+    yield from _heading(enum.name, path, said)
+    yield from ("| value | number | meaning |", "| --- | --- | --- |")
+    for index, value in enumerate(enum.value):
+        yield _row(f"`{value.name}`", str(value.number), said[*path, 2, index])
+    yield ""
+
+
+def _type(field: FieldDescriptorProto, nested: dict[str, DescriptorProto]) -> str:
+    name = field.type_name.rpartition(".")[2]
+    if name in nested:  # a map is a repeated message of key and value
+        key, value = nested[name].field
+        return f"map of {_type(key, {})} to {_type(value, {})}"
+    kind = _link(field.type_name) if name else SCALARS[field.type]
+    if field.label == FieldDescriptorProto.LABEL_REPEATED:
+        return f"repeated {kind}"
+    return f"optional {kind}" if field.proto3_optional else kind
+
+
+def _link(type_name: str) -> str:
+    name = type_name.rpartition(".")[2]
+    return f"[{name}](#{name.lower()})"
+
+
+def _row(*cells: str) -> str:
+    return "| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |"
+
+
+TABLES: dict[str, tuple[str, Callable[[], str]]] = {
+    "configuration": ("docs/configuration.md", configuration),
+    "metrics": ("docs/metrics.md", metrics),
+    "api": ("docs/api.md", api),
+}
+"""Marker name -> document, and what generates the text."""
+
+
+def filled(name: str) -> tuple[Path, str, str]:
+    """A document with fresh text between its markers.
+
+    Args:
+        name: key of `TABLES`.
+    Returns:
+        Its path, its text as it is, and its text as it should be.
+    Raises:
+        ValueError: the markers are missing.
+    """
+    document, generate = TABLES[name]
+    path = ROOT / document
+    text = path.read_text()
+    begin, end = f"<!-- generated: {name} -->", "<!-- end -->"
+    pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
+    if not pattern.search(text):
+        raise ValueError(f"{document}: must have {begin} and {end}")
+    body = f"{begin}\n\n{generate()}\n\n{end}"
+    return path, text, pattern.sub(lambda _: body, text)
+
+
+def main() -> int:
+    """Generate or compare; the exit status is 1 when the comparison finds a difference."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="change nothing, fail on a difference")
+    check = parser.parse_args().check
+    stale = [(path, wanted) for path, text, wanted in (filled(name) for name in TABLES) if text != wanted]
+    for path, wanted in stale:
+        if check:
+            print(f"{path.relative_to(ROOT)} is out of step with the code; run `make docs`")
+        else:
+            path.write_text(wanted)
+    return 1 if check and stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,226 @@
+"""A runner without a model: plays a script of chunks, errors and pauses, and remembers what it was asked."""
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from enum import Enum, auto
+
+from trimserve.config import Config, EngineConfig, ServerConfig
+from trimserve.engine.request import (
+    CrossKvBytes,
+    Finished,
+    FinishReason,
+    GenerationChunk,
+    GenerationRequest,
+    ImageUsage,
+    Started,
+    Timings,
+    TokenDelta,
+    TokenLogprob,
+)
+from trimserve.errors import DeadlinePassed, EngineStopped
+from trimserve.models.info import GenerationDefaults, ModelInfo
+from trimserve.models.trimming import ImageSelection
+from trimserve.v1 import generation_pb2 as pb
+
+DEFAULTS = GenerationDefaults(
+    temperature=0.6,
+    top_p=0.9,
+    top_k=50,
+    min_p=0.05,
+    repetition_penalty=1.1,
+    max_new_tokens=32,
+    eos_token_ids=(7, 8),
+)
+
+INFO = ModelInfo(
+    model_id="fake",
+    revision="cafe",
+    dtype="float32",
+    device="cpu",
+    num_parameters=123,
+    vocab_size=1000,
+    image_token_id=1000,
+    max_model_len=128,
+    max_images=3,
+    num_self_attention_layers=6,
+    num_cross_attention_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    hidden_size=64,
+    tile_size=28,
+    patch_size=14,
+    max_tiles=4,
+    features_per_tile=5,
+    kv_bytes_per_position=256,
+    default_k_ratio=0.2,
+    policies=("trimmed", "other"),
+    generation_defaults=DEFAULTS,
+)
+
+CONFIG = Config(
+    engine=EngineConfig(max_image_bytes=1000, max_image_pixels=5000),
+    server=ServerConfig(port=0, metrics_port=0),
+)
+
+SELECTION = ImageSelection(
+    tiles_high=1,
+    tiles_wide=2,
+    features_per_tile=5,
+    content_height=28,
+    content_width=50,
+    kept=b"\x0f\x00",
+    picks_by_head=(b"\x03\x00", b"\x0c\x00"),
+)
+
+STARTED = Started(
+    request_id="fake",
+    num_prompt_tokens=20,
+    images=(ImageUsage(padding_features=10, valid_features=10, kept_features=4),),
+    seed=2**64 - 1,
+    selections=(SELECTION,),
+)
+
+DELTAS = (
+    TokenDelta("Hel", (5,), (TokenLogprob(-0.5, ((5, -0.5), (6, -1.5))),)),
+    TokenDelta("lo ☃", (6, 9), (TokenLogprob(-0.25, ()), TokenLogprob(-0.75, ()))),
+    TokenDelta("!", ()),
+)
+
+FINISHED = Finished(
+    reason=FinishReason.STOP,
+    matched_stop="\n",
+    num_prompt_tokens=20,
+    num_generated_tokens=3,
+    cross_kv=CrossKvBytes(
+        untrimmed=8192, held=2048, saved_by_padding=4096, saved_by_trimming=5120, saved_by_visibility=1024
+    ),
+    timings=Timings(
+        queue_seconds=0.001,
+        preprocess_seconds=0.002,
+        vision_seconds=0.003,
+        prefill_seconds=0.004,
+        decode_seconds=0.005,
+        time_to_first_token_seconds=0.011,
+        total_seconds=0.015,
+    ),
+)
+
+CHUNKS: tuple[GenerationChunk, ...] = (STARTED, *DELTAS, FINISHED)
+
+
+class Pause(Enum):
+    """A moment in a script."""
+
+    UNTIL_RELEASED = auto()
+
+
+Script = Sequence[GenerationChunk | Exception | Pause]
+
+
+@dataclass(frozen=True)
+class Status:
+    """What the fake says of itself."""
+
+    is_ready: bool
+    num_running: int
+    num_waiting: int = 2
+    max_batch: int = 16
+    max_queue: int = 64
+    self_kv_bytes: int = 1111
+    cross_kv_bytes: int = 2222
+    cross_kv_untrimmed_bytes: int = 3333
+    uptime_seconds: float = 4.5
+
+
+class FakeRunner:
+    """Plays `script` for every request."""
+
+    def __init__(self, script: Script = CHUNKS, *, start_error: Exception | None = None) -> None:
+        """Remember the script; `start` raises `start_error` when there is one."""
+        self.script = script
+        self.requests: list[GenerationRequest] = []
+        self.deadlines: list[float | None] = []
+        self.num_running = 0
+        self.is_ready = False
+        self.start_gate: asyncio.Event | None = None
+        """When set, `start` waits for it."""
+        self.paused = asyncio.Event()
+        """Set once a request has come to a pause."""
+        self.released = asyncio.Event()
+        self.cancelled = asyncio.Event()
+        self.stop_graces: list[float] = []
+        self._start_error = start_error
+        self._stopped = asyncio.Event()
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    @property
+    def info(self) -> ModelInfo:
+        return INFO
+
+    async def start(self) -> None:
+        if self.start_gate is not None:
+            await self.start_gate.wait()
+        if self._start_error is not None:
+            raise self._start_error
+        self.is_ready = True
+
+    async def submit(
+        self, request: GenerationRequest, *, deadline: float | None = None
+    ) -> AsyncGenerator[GenerationChunk, None]:
+        if not self.is_ready:
+            raise EngineStopped("the fake takes no requests now")
+        self.requests.append(request)
+        self.deadlines.append(deadline)
+        self.num_running += 1
+        self._idle.clear()
+        try:
+            for item in self.script:
+                match item:
+                    case Pause.UNTIL_RELEASED:
+                        await self._pause(deadline)
+                    case Exception():
+                        raise item
+                    case _:
+                        yield item
+        except (asyncio.CancelledError, GeneratorExit):
+            self.cancelled.set()
+            raise
+        finally:
+            self.num_running -= 1
+            if not self.num_running:
+                self._idle.set()
+
+    async def _pause(self, deadline: float | None) -> None:
+        self.paused.set()
+        events = [asyncio.ensure_future(event.wait()) for event in (self.released, self._stopped)]
+        timeout = None if deadline is None else deadline - time.monotonic()
+        try:
+            done, _ = await asyncio.wait(events, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for event in events:
+                event.cancel()
+        if not done:
+            raise DeadlinePassed("the fake was too slow")
+        if self._stopped.is_set():
+            raise EngineStopped("the fake was stopped")
+
+    def status(self) -> Status:
+        return Status(self.is_ready, self.num_running)
+
+    async def stop(self, grace_seconds: float) -> None:
+        self.is_ready = False
+        self.stop_graces.append(grace_seconds)
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._idle.wait(), grace_seconds)
+        self._stopped.set()
+
+
+def chat_request(text: str = "Hello") -> pb.GenerateRequest:
+    """The simplest valid request."""
+    message = pb.Message(role=pb.ROLE_USER, parts=[pb.Part(text=text)])
+    return pb.GenerateRequest(chat=pb.Chat(messages=[message]))

@@ -1,0 +1,248 @@
+"""The server's life: listening, warm-up, health, reflection, drain, signals, threads."""
+
+import asyncio
+import signal
+import subprocess
+import sys
+import time
+from typing import Any
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
+from tests.server.conftest import Loopback
+from tests.server.fakes import CHUNKS, CONFIG, DELTAS, FINISHED, STARTED, FakeRunner, Pause, chat_request
+from trimserve.client import Client
+from trimserve.config import Config, ServerConfig
+from trimserve.server.app import InProcessServer, Server, running_server
+from trimserve.v1 import generation_pb2_grpc, model_pb2, model_pb2_grpc
+
+NAMES = ("", "trimserve.v1.GenerationService", "trimserve.v1.ModelService")
+SERVING = health_pb2.HealthCheckResponse.SERVING
+NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+def health(channel: grpc.aio.Channel) -> Any:
+    """The health service's stub, whose methods the type stubs do not have."""
+    return health_pb2_grpc.HealthStub(channel)
+
+
+async def states(channel: grpc.aio.Channel) -> set[int]:
+    """What health says of the server and of each service."""
+    stub = health(channel)
+    return {(await stub.Check(health_pb2.HealthCheckRequest(service=name))).status for name in NAMES}
+
+
+async def test_health_is_not_serving_and_calls_are_refused_until_warm() -> None:
+    runner = FakeRunner()
+    runner.start_gate = asyncio.Event()
+    server = Server(runner, CONFIG)
+    await server.listen()
+    warm_up = asyncio.ensure_future(server.warm_up())
+    async with grpc.aio.insecure_channel(server.address) as channel:
+        assert await states(channel) == {NOT_SERVING}
+        for call in (
+            generation_pb2_grpc.GenerationServiceStub(channel).Generate(chat_request()),
+            model_pb2_grpc.ModelServiceStub(channel).GetModel(model_pb2.GetModelRequest()),
+        ):
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await call
+            assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
+        status = await model_pb2_grpc.ModelServiceStub(channel).GetServerStatus(model_pb2.GetServerStatusRequest())
+        assert not status.is_ready
+        runner.start_gate.set()
+        await warm_up
+        assert await states(channel) == {SERVING}
+    await server.stop(0)
+
+
+async def test_health_of_an_unknown_service_is_not_found(loopback: Loopback) -> None:
+    stub = health(loopback.channel)
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await stub.Check(health_pb2.HealthCheckRequest(service="other"))
+    assert caught.value.code() == grpc.StatusCode.NOT_FOUND
+
+
+async def test_watchers_hear_of_an_engine_that_died_also_when_another_watcher_left(
+    loopback: Loopback,
+) -> None:
+    stub = health(loopback.channel)
+    leaver, stayer = (stub.Watch(health_pb2.HealthCheckRequest(service=NAMES[1])) for _ in range(2))
+    assert (await leaver.read()).status == SERVING
+    assert (await stayer.read()).status == SERVING
+    leaver.cancel()
+    await asyncio.sleep(0.05)
+    loopback.runner.is_ready = False
+    assert (await asyncio.wait_for(stayer.read(), 5)).status == NOT_SERVING
+
+
+async def test_watching_an_unknown_service_says_so(loopback: Loopback) -> None:
+    watch = health(loopback.channel).Watch(health_pb2.HealthCheckRequest(service="other"))
+    assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
+
+
+async def listed(channel: grpc.aio.Channel) -> set[str]:
+    make_stub: Any = reflection_pb2_grpc.ServerReflectionStub
+    stub = make_stub(channel)
+    call = stub.ServerReflectionInfo(iter([reflection_pb2.ServerReflectionRequest(list_services="")]))
+    return {service.name for service in (await call.read()).list_services_response.service}
+
+
+async def test_reflection_lists_every_service(loopback: Loopback) -> None:
+    others = {"grpc.health.v1.Health", "grpc.reflection.v1alpha.ServerReflection"}
+    assert await listed(loopback.channel) == {*NAMES[1:], *others}
+
+
+async def test_reflection_can_be_off() -> None:
+    config = Config(server=ServerConfig(port=0, metrics_port=None, reflection=False))
+    async with (
+        running_server(FakeRunner(), config) as server,
+        grpc.aio.insecure_channel(server.address) as channel,
+    ):
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await listed(channel)
+        assert caught.value.code() == grpc.StatusCode.UNIMPLEMENTED
+
+
+async def test_draining_refuses_new_requests_and_finishes_running_ones(loopback: Loopback) -> None:
+    loopback.runner.script = (STARTED, Pause.UNTIL_RELEASED, *DELTAS, FINISHED)
+    running = asyncio.ensure_future(loopback.generation.Generate(chat_request()))
+    await asyncio.wait_for(loopback.runner.paused.wait(), 5)
+    watch = health(loopback.channel).Watch(health_pb2.HealthCheckRequest())
+    assert (await watch.read()).status == SERVING
+    stopping = asyncio.ensure_future(loopback.server.stop(20))
+    assert (await asyncio.wait_for(watch.read(), 5)).status == NOT_SERVING
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await loopback.generation.Generate(chat_request())
+    assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
+    loopback.runner.released.set()
+    assert (await running).text == "Hello ☃!"
+    begin = time.monotonic()
+    await stopping
+    assert time.monotonic() - begin < 5  # an open watch does not hold the server for the whole grace
+    assert loopback.runner.stop_graces == [20]
+
+
+async def test_draining_cuts_requests_at_the_end_of_the_grace(loopback: Loopback) -> None:
+    loopback.runner.script = (STARTED, Pause.UNTIL_RELEASED)
+    stream = loopback.generation.GenerateStream(chat_request())
+    await stream.read()
+    await loopback.server.stop(0.1)
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await stream.read()
+    assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
+
+
+async def test_a_failed_start_is_raised_and_closes_the_server() -> None:
+    with pytest.raises(ValueError, match="no such model"):
+        async with running_server(FakeRunner(start_error=ValueError("no such model")), CONFIG):
+            pytest.fail("it must not serve")
+
+
+async def test_a_port_that_is_taken_is_an_error(loopback: Loopback) -> None:
+    assert loopback.server.metrics_address is not None
+    grpc_port, metrics_port = (
+        int(address.rpartition(":")[2]) for address in (loopback.server.address, loopback.server.metrics_address)
+    )
+    for taken in (
+        ServerConfig(port=grpc_port, metrics_port=None),
+        ServerConfig(port=0, metrics_port=metrics_port),
+    ):
+        with pytest.raises((RuntimeError, OSError), match=r"bind|in use"):
+            async with running_server(FakeRunner(), Config(server=taken)):
+                pytest.fail("it must not serve")
+
+
+async def test_more_calls_than_allowed_are_refused() -> None:
+    config = Config(server=ServerConfig(port=0, metrics_port=None, max_concurrent_rpcs=1))
+    runner = FakeRunner((STARTED, Pause.UNTIL_RELEASED, FINISHED))
+    async with (
+        running_server(runner, config) as server,
+        grpc.aio.insecure_channel(server.address) as channel,
+    ):
+        stub = generation_pb2_grpc.GenerationServiceStub(channel)
+        first = asyncio.ensure_future(stub.Generate(chat_request()))
+        await asyncio.wait_for(runner.paused.wait(), 5)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await stub.Generate(chat_request())
+        assert caught.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+        runner.released.set()
+        await first
+
+
+async def test_a_default_deadline_holds_for_calls_without_one() -> None:
+    config = Config(server=ServerConfig(port=0, metrics_port=None, default_deadline_seconds=0.2))
+    async with (
+        running_server(FakeRunner((STARTED, Pause.UNTIL_RELEASED)), config) as server,
+        grpc.aio.insecure_channel(server.address) as channel,
+    ):
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await generation_pb2_grpc.GenerationServiceStub(channel).Generate(chat_request())
+        assert caught.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
+
+
+def test_a_server_in_a_thread_serves_a_program_without_an_event_loop() -> None:
+    with InProcessServer(FakeRunner(CHUNKS), CONFIG) as server, Client(server.address) as client:
+        assert client.generate("Hello").text == "Hello ☃!"
+        assert server.metrics_address is not None
+    with pytest.raises(grpc.RpcError), Client(server.address) as client:
+        client.generate("Hello", timeout_seconds=5)
+
+
+def test_a_server_in_a_thread_raises_what_its_start_raised() -> None:
+    server = InProcessServer(FakeRunner(start_error=ValueError("no such model")), CONFIG)
+    with pytest.raises(ValueError, match="no such model"), server:
+        pytest.fail("it must not serve")
+
+
+PROGRAM = """
+import asyncio, sys
+from tests.server.fakes import CHUNKS, STARTED, FINISHED, FakeRunner, Pause
+from trimserve.config import Config, ServerConfig
+from trimserve.server.app import serve
+
+runner = FakeRunner((STARTED, Pause.UNTIL_RELEASED, FINISHED))
+config = Config(server=ServerConfig(port=0, metrics_port=0, drain_grace_seconds={grace}, log_format="json"))
+
+async def main():
+    if {gated}:
+        runner.start_gate = asyncio.Event()
+    await serve(runner, config, on_serving=lambda server: print(server.address, flush=True))
+
+asyncio.run(main())
+"""
+
+
+def run_server(grace: float, *, gated: bool = False) -> subprocess.Popen[str]:
+    program = PROGRAM.format(grace=grace, gated=gated)
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, "-c", program], **pipes)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_drains_cuts_at_the_grace_and_exits_cleanly(number: signal.Signals) -> None:
+    with run_server(0.3) as process:
+        assert process.stdout is not None
+        address = process.stdout.readline().strip()
+        with Client(address) as client:
+            stream = client.stream("Hello")
+            assert next(stream).started.num_prompt_tokens == 20
+            process.send_signal(number)
+            with pytest.raises(grpc.RpcError) as caught:
+                next(stream)
+            assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
+        _, log = process.communicate(timeout=20)
+    assert process.returncode == 0, log
+    for event in ("listening", "serving", "draining", "rpc", "stopped"):
+        assert f'"event": "{event}"' in log
+
+
+def test_a_signal_during_warm_up_ends_the_server() -> None:
+    with run_server(5, gated=True) as process:
+        assert process.stderr is not None
+        assert "listening" in process.stderr.readline()
+        process.send_signal(signal.SIGTERM)
+        _, log = process.communicate(timeout=20)
+    assert process.returncode == 0, log

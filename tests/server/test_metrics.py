@@ -1,0 +1,300 @@
+"""What one request adds to the metrics, and how they are served."""
+
+import asyncio
+import http.client
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+
+import grpc
+import pytest
+
+from tests.server.conftest import Loopback
+from tests.server.fakes import CHUNKS, DELTAS, FINISHED, STARTED, FakeRunner, Pause, Script, chat_request
+from trimserve.config import Config, ServerConfig
+from trimserve.engine.request import Started, TokenDelta
+from trimserve.errors import DeadlinePassed, EngineBusy, EngineStopped, RequestFailed
+from trimserve.server.app import running_server
+from trimserve.server.metrics import RPC_CODES, Metrics
+from trimserve.v1 import generation_pb2 as pb
+
+TIMES = {
+    "trimserve_request_duration_seconds",
+    "trimserve_time_to_first_token_seconds",
+    "trimserve_inter_token_latency_seconds",
+    "trimserve_request_time_per_output_token_seconds",
+    "grpc_server_handling_seconds",
+}
+"""Histograms of the clock: how much they observed is not known beforehand, how often is."""
+
+
+def get(loopback: Loopback, path: str, accept: str = "text/plain") -> tuple[int, str]:
+    """Status and body of an HTTP GET from the metrics port."""
+    assert loopback.server.metrics_address is not None
+    connection = http.client.HTTPConnection(loopback.server.metrics_address, timeout=5)
+    try:
+        connection.request("GET", path, headers={"Accept": accept})
+        response = connection.getresponse()
+        return response.status, response.read().decode()
+    finally:
+        connection.close()
+
+
+def parse(text: str) -> dict[str, float]:
+    """Series -> value, buckets and the process's own left out."""
+
+    def series() -> Iterator[tuple[str, float]]:
+        for line in text.splitlines():
+            name, _, value = line.rpartition(" ")
+            if not line.startswith(("#", "process_")) and "_bucket{" not in line:
+                yield name, float(value)
+
+    return dict(series())
+
+
+async def scrape(loopback: Loopback) -> dict[str, float]:
+    status, text = await asyncio.to_thread(get, loopback, "/metrics")
+    assert status == 200
+    return parse(text)
+
+
+async def added(loopback: Loopback, request: pb.GenerateRequest, *, is_streamed: bool = False) -> dict[str, float]:
+    """What a request, which may fail, adds to every series; sums of times left out."""
+    before = await scrape(loopback)
+    call = loopback.generation.GenerateStream(request) if is_streamed else None
+    try:
+        if call is None:
+            await loopback.generation.Generate(request)
+        else:
+            async for _ in call:
+                pass
+    except grpc.aio.AioRpcError:
+        pass
+    after = await scrape(loopback)
+    assert after.keys() == before.keys()
+    changed = {name: after[name] - before[name] for name in after if after[name] != before[name]}
+    return {name: value for name, value in changed.items() if re.split(r"_sum\b", name)[0] not in TIMES}
+
+
+def rpc(method: str, code: str = "") -> str:
+    """Labels of a `grpc_server_*` series."""
+    kind = "server_stream" if method == "GenerateStream" else "unary"
+    labels = {"grpc_method": method, "grpc_service": "trimserve.v1.GenerationService", "grpc_type": kind}
+    labels |= {"grpc_code": code} if code else {}
+    return "{" + ",".join(f'{name}="{value}"' for name, value in sorted(labels.items())) + "}"
+
+
+async def test_one_finished_request_adds_exactly_this(loopback: Loopback) -> None:
+    request = chat_request()
+    assert await added(loopback, request, is_streamed=True) == pytest.approx(
+        {
+            f"grpc_server_started_total{rpc('GenerateStream')}": 1,
+            f"grpc_server_handled_total{rpc('GenerateStream', 'OK')}": 1,
+            f"grpc_server_msg_received_total{rpc('GenerateStream')}": 1,
+            f"grpc_server_msg_sent_total{rpc('GenerateStream')}": 5,
+            f"grpc_server_handling_seconds_count{rpc('GenerateStream')}": 1,
+            'trimserve_requests_total{finish_reason="stop",method="GenerateStream"}': 1,
+            'trimserve_trim_requests_total{outcome="trimmed"}': 1,
+            'trimserve_request_duration_seconds_count{method="GenerateStream",trimming="on"}': 1,
+            'trimserve_time_to_first_token_seconds_count{trimming="on"}': 1,
+            'trimserve_inter_token_latency_seconds_count{trimming="on"}': 2,
+            'trimserve_request_time_per_output_token_seconds_count{trimming="on"}': 1,
+            "trimserve_queue_time_seconds_count": 1,
+            "trimserve_queue_time_seconds_sum": 0.001,
+            'trimserve_stage_duration_seconds_count{stage="preprocess"}': 1,
+            'trimserve_stage_duration_seconds_sum{stage="preprocess"}': 0.002,
+            'trimserve_stage_duration_seconds_count{stage="vision_encode"}': 1,
+            'trimserve_stage_duration_seconds_sum{stage="vision_encode"}': 0.003,
+            'trimserve_stage_duration_seconds_count{stage="prefill"}': 1,
+            'trimserve_stage_duration_seconds_sum{stage="prefill"}': 0.004,
+            'trimserve_stage_duration_seconds_count{stage="decode"}': 1,
+            'trimserve_stage_duration_seconds_sum{stage="decode"}': 0.005,
+            "trimserve_prompt_tokens_total": 20,
+            "trimserve_request_prompt_tokens_count": 1,
+            "trimserve_request_prompt_tokens_sum": 20,
+            "trimserve_generation_tokens_total": 3,
+            "trimserve_request_generation_tokens_count": 1,
+            "trimserve_request_generation_tokens_sum": 3,
+            "trimserve_request_images_count": 1,
+            "trimserve_request_images_sum": 1,
+            'trimserve_visual_features_total{state="valid"}': 10,
+            'trimserve_visual_features_total{state="kept"}': 4,
+            'trimserve_visual_features_total{state="dropped"}': 6,
+            'trimserve_visual_features_total{state="padding"}': 10,
+            "trimserve_kept_fraction_count": 1,
+            "trimserve_kept_fraction_sum": 0.4,
+            'trimserve_request_cross_kv_bytes_count{state="untrimmed"}': 1,
+            'trimserve_request_cross_kv_bytes_sum{state="untrimmed"}': 8192,
+            'trimserve_request_cross_kv_bytes_count{state="held"}': 1,
+            'trimserve_request_cross_kv_bytes_sum{state="held"}': 2048,
+            'trimserve_cross_kv_bytes_saved_total{cause="padding"}': 4096,
+            'trimserve_cross_kv_bytes_saved_total{cause="trimming"}': 5120,
+            'trimserve_cross_kv_bytes_saved_total{cause="visibility"}': 1024,
+        }
+    )
+
+
+TEXT_ONLY = replace(STARTED, images=())
+UNTRIMMED = replace(STARTED, images=tuple(replace(image, kept_features=10) for image in STARTED.images))
+
+
+@pytest.mark.parametrize(
+    ("started", "mode", "outcome"),
+    [
+        (STARTED, pb.TRIM_MODE_ON, "trimmed"),
+        (UNTRIMMED, pb.TRIM_MODE_ON, "bypassed_no_gain"),
+        (TEXT_ONLY, pb.TRIM_MODE_ON, "bypassed_text_only"),
+        (UNTRIMMED, pb.TRIM_MODE_OFF, "disabled"),
+    ],
+)
+async def test_what_trimming_did_is_told_apart(
+    loopback: Loopback, started: Started, mode: pb.TrimMode, outcome: str
+) -> None:
+    request = chat_request()
+    request.trim.mode = mode
+    loopback.runner.script = (started, *DELTAS, FINISHED)
+    change = await added(loopback, request)
+    assert change[f'trimserve_trim_requests_total{{outcome="{outcome}"}}'] == 1
+    has_fraction = "trimserve_kept_fraction_count" in change
+    assert has_fraction == (outcome in {"trimmed", "bypassed_no_gain"})
+    assert ('trimserve_request_cross_kv_bytes_count{state="held"}' in change) == bool(started.images)
+    trimming = "off" if outcome == "disabled" else "on"
+    assert change[f'trimserve_time_to_first_token_seconds_count{{trimming="{trimming}"}}'] == 1
+
+
+REJECTED = "trimserve_admission_rejections_total"
+CUT = "trimserve_cancelled_requests_total"
+
+
+@pytest.mark.parametrize(
+    ("script", "finish_reason", "also"),
+    [
+        ((EngineBusy("full"),), "rejected", f'{REJECTED}{{reason="queue_full"}}'),
+        ((EngineStopped("stopped"),), "rejected", f'{REJECTED}{{reason="stopped"}}'),
+        ((DeadlinePassed("late"),), "deadline", f'{REJECTED}{{reason="deadline"}}'),
+        ((STARTED, EngineStopped("stopped")), "cancelled", f'{CUT}{{reason="shutdown"}}'),
+        ((STARTED, DeadlinePassed("late")), "deadline", f'{CUT}{{reason="deadline"}}'),
+        ((STARTED, RequestFailed("NaN")), "error", 'trimserve_engine_errors_total{kind="model"}'),
+        ((STARTED, ValueError("bug")), "error", 'trimserve_engine_errors_total{kind="internal"}'),
+    ],
+)
+async def test_how_a_request_ended_is_told_apart(
+    loopback: Loopback, script: Script, finish_reason: str, also: str
+) -> None:
+    loopback.runner.script = script
+    change = await added(loopback, chat_request())
+    families = ("trimserve_requests_total", REJECTED, CUT, "trimserve_engine_errors_total")
+    assert {name: value for name, value in change.items() if name.startswith(families)} == {
+        f'trimserve_requests_total{{finish_reason="{finish_reason}",method="Generate"}}': 1,
+        also: 1,
+    }
+
+
+async def test_an_invalid_request_is_rejected_and_nothing_else(loopback: Loopback) -> None:
+    change = await added(loopback, pb.GenerateRequest())
+    assert change == {
+        f"grpc_server_started_total{rpc('Generate')}": 1,
+        f"grpc_server_handled_total{rpc('Generate', 'INVALID_ARGUMENT')}": 1,
+        f"grpc_server_msg_received_total{rpc('Generate')}": 1,
+        f"grpc_server_handling_seconds_count{rpc('Generate')}": 1,
+        'trimserve_requests_total{finish_reason="rejected",method="Generate"}': 1,
+    }
+
+
+@pytest.mark.parametrize("rpc_name", ["Generate", "GenerateStream"])
+@pytest.mark.parametrize(
+    ("timeout_seconds", "reason", "code"),
+    [(None, "client", "CANCELLED"), (0.3, "deadline", "DEADLINE_EXCEEDED")],
+)
+async def test_a_client_that_goes_is_told_apart_from_its_deadline(
+    loopback: Loopback, rpc_name: str, timeout_seconds: float | None, reason: str, code: str
+) -> None:
+    loopback.runner.script = (STARTED, Pause.UNTIL_RELEASED)
+    call = getattr(loopback.generation, rpc_name)(chat_request(), timeout=timeout_seconds)
+    await asyncio.wait_for(loopback.runner.paused.wait(), 5)
+    if timeout_seconds is None:
+        call.cancel()
+    finish_reason = "cancelled" if reason == "client" else "deadline"
+    wanted = (
+        f'{CUT}{{reason="{reason}"}}',
+        f'trimserve_requests_total{{finish_reason="{finish_reason}",method="{rpc_name}"}}',
+        f"grpc_server_handled_total{rpc(rpc_name, code)}",
+    )
+    for _ in range(50):
+        series = await scrape(loopback)
+        if all(series[name] == 1 for name in wanted):
+            break
+        await asyncio.sleep(0.02)
+    assert [series[name] for name in wanted] == [1, 1, 1]
+
+
+async def test_tokens_that_left_together_share_the_time_before_them(loopback: Loopback) -> None:
+    tokens = (TokenDelta("a", (1,)), TokenDelta("bcd", (2, 3, 4)))
+    loopback.runner.script = (STARTED, tokens[0], Pause.UNTIL_RELEASED, tokens[1], FINISHED)
+    call = asyncio.ensure_future(added(loopback, chat_request()))
+    await asyncio.wait_for(loopback.runner.paused.wait(), 5)
+    await asyncio.sleep(0.3)
+    loopback.runner.released.set()
+    assert (await call)['trimserve_inter_token_latency_seconds_count{trimming="on"}'] == 3
+    total = (await scrape(loopback))['trimserve_inter_token_latency_seconds_sum{trimming="on"}']
+    assert 0.29 < total < 2
+
+
+async def test_gauges_show_the_engine_as_it_is(loopback: Loopback) -> None:
+    loopback.runner.num_running = 5
+    series = await scrape(loopback)
+    loopback.runner.num_running = 0
+    assert series["trimserve_requests_running"] == 5
+    assert series["trimserve_requests_waiting"] == 2
+    assert series['trimserve_kv_cache_used_bytes{kind="self"}'] == 1111
+    assert series['trimserve_kv_cache_used_bytes{kind="cross"}'] == 2222
+    assert series["trimserve_cross_kv_cache_untrimmed_bytes"] == 3333
+    assert series["trimserve_model_ready"] == 1
+    (model,) = (name for name in series if name.startswith("trimserve_model_info"))
+    assert 'model_id="fake"' in model
+    assert 'revision="cafe"' in model
+
+
+def test_every_known_label_value_starts_at_zero() -> None:
+    metrics = Metrics()
+    samples = {
+        (sample.name, tuple(sorted(sample.labels.items())))
+        for family in metrics.registry.collect()
+        for sample in family.samples
+    }
+    for declared in metrics.declared:
+        suffix = "_count" if declared.kind == "histogram" else ""
+        series = [labels for name, labels in samples if name == declared.name + suffix]
+        known = 1
+        for values in declared.labels.values():
+            known *= max(1, len(values))
+        if declared.name.startswith("grpc_server_"):
+            known = 4 * (len(RPC_CODES) if "grpc_code" in declared.labels else 1)
+        if declared.name == "trimserve_model_info":
+            known = 0  # the model is not loaded yet
+        assert len(series) == known, declared.name
+
+
+def test_names_end_in_their_unit() -> None:
+    for declared in Metrics().declared:
+        assert declared.name.startswith(("trimserve_", "grpc_server_"))
+        assert declared.name.endswith("_total") == (declared.kind == "counter"), declared.name
+        assert list(declared.buckets) == sorted(set(declared.buckets))
+
+
+async def test_healthz_follows_the_engine_and_other_paths_do_not_exist(loopback: Loopback) -> None:
+    assert (await asyncio.to_thread(get, loopback, "/healthz"))[0] == 200
+    loopback.runner.is_ready = False
+    assert (await asyncio.to_thread(get, loopback, "/healthz"))[0] == 503
+    assert (await asyncio.to_thread(get, loopback, "/"))[0] == 404
+
+
+async def test_openmetrics_is_served_to_who_asks(loopback: Loopback) -> None:
+    _, text = await asyncio.to_thread(get, loopback, "/metrics", "application/openmetrics-text; version=1.0.0")
+    assert text.endswith("# EOF\n")
+
+
+async def test_metrics_can_be_off() -> None:
+    config = Config(server=ServerConfig(port=0, metrics_port=None))
+    async with running_server(FakeRunner(CHUNKS), config) as server:
+        assert server.metrics_address is None

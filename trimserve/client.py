@@ -1,0 +1,206 @@
+"""A thin client: calls with the right limits, and requests made from strings and image files.
+
+Answers are the generated messages themselves, errors are gRPC's own `grpc.RpcError`. Programs with an event
+loop use `make_request` with the generated stubs.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TypedDict, Unpack
+
+import grpc
+
+from trimserve.v1 import generation_pb2, generation_pb2_grpc, model_pb2, model_pb2_grpc
+
+__all__ = [
+    "MAX_MESSAGE_BYTES",
+    "Client",
+    "ImageSource",
+    "Prompt",
+    "RequestOptions",
+    "make_image",
+    "make_request",
+]
+
+MAX_MESSAGE_BYTES = 64 * 2**20
+"""What servers take unless configured otherwise; gRPC's own limit of 4 MiB is too small for images."""
+
+ImageSource = bytes | str | Path
+"""Content of an image file, or where it is."""
+
+Prompt = str | Sequence[generation_pb2.Message]
+"""What the user asks, or a whole conversation."""
+
+
+def make_image(source: ImageSource) -> generation_pb2.Image:
+    """An image to send.
+
+    Args:
+        source: content, or path, of an image file.
+    Raises:
+        OSError: the file cannot be read.
+    """
+    return generation_pb2.Image(data=source if isinstance(source, bytes) else Path(source).read_bytes())
+
+
+class RequestOptions(TypedDict, total=False):
+    """What a request may say beside its prompt and images; None is the same as leaving it out."""
+
+    system: str | None
+    """Text of a system message to go first."""
+    sampling: generation_pb2.SamplingParams | None
+    """Unset fields mean the checkpoint's defaults."""
+    trim: generation_pb2.TrimOptions | None
+    """Default: trimming on, with the checkpoint's budget."""
+    request_id: str | None
+    """Default: drawn by the server."""
+    priority: int | None
+    """Default: 0."""
+
+
+def make_request(
+    prompt: Prompt, images: Sequence[ImageSource] = (), **options: Unpack[RequestOptions]
+) -> generation_pb2.GenerateRequest:
+    """A chat request.
+
+    Args:
+        prompt: what the user asks, or whole messages, which hold their own images.
+        images: shown before a `prompt` that is a string.
+        **options: see `RequestOptions`.
+    Raises:
+        OSError: an image file cannot be read.
+        ValueError: `images` beside whole messages.
+    """
+    if isinstance(prompt, str):
+        shown = [generation_pb2.Part(image=make_image(image)) for image in images]
+        messages = [_message(generation_pb2.ROLE_USER, *shown, generation_pb2.Part(text=prompt))]
+    elif images:
+        raise ValueError("images: must be parts of the messages, got some beside them")
+    else:
+        messages = list(prompt)
+    system = options.get("system")
+    if system is not None:
+        messages.insert(0, _message(generation_pb2.ROLE_SYSTEM, generation_pb2.Part(text=system)))
+    return generation_pb2.GenerateRequest(
+        request_id=options.get("request_id"),
+        chat=generation_pb2.Chat(messages=messages),
+        sampling=options.get("sampling"),
+        trim=options.get("trim"),
+        priority=options.get("priority"),
+    )
+
+
+class Client:
+    """A connection to one server; thread-safe, and a context manager."""
+
+    def __init__(self, address: str, *, max_message_bytes: int = MAX_MESSAGE_BYTES) -> None:
+        """Connect when first needed.
+
+        Args:
+            address: `HOST:PORT`.
+            max_message_bytes: of one message, either way.
+        """
+        self._channel = grpc.insecure_channel(
+            address,
+            options=[
+                ("grpc.max_receive_message_length", max_message_bytes),
+                ("grpc.max_send_message_length", max_message_bytes),
+            ],
+        )
+        self._generation = generation_pb2_grpc.GenerationServiceStub(self._channel)
+        self._model = model_pb2_grpc.ModelServiceStub(self._channel)
+
+    def __enter__(self) -> "Client":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Disconnect; calls that run are cancelled."""
+        self._channel.close()
+
+    def generate(
+        self,
+        prompt: Prompt | generation_pb2.GenerateRequest,
+        images: Sequence[ImageSource] = (),
+        *,
+        timeout_seconds: float | None = None,
+        **options: Unpack[RequestOptions],
+    ) -> generation_pb2.GenerateResponse:
+        """The whole answer at once.
+
+        Args:
+            prompt: as `make_request` takes it, or a whole request, with nothing beside it.
+            images: as `make_request` takes them.
+            timeout_seconds: deadline of the call; None is the server's default.
+            **options: see `RequestOptions`.
+        Raises:
+            grpc.RpcError: any status but OK.
+            OSError: an image file cannot be read.
+        """
+        request = _request(prompt, images, options)
+        return self._generation.Generate(request, timeout=timeout_seconds)
+
+    def stream(
+        self,
+        prompt: Prompt | generation_pb2.GenerateRequest,
+        images: Sequence[ImageSource] = (),
+        *,
+        timeout_seconds: float | None = None,
+        **options: Unpack[RequestOptions],
+    ) -> Iterator[generation_pb2.GenerateStreamResponse]:
+        """The answer as it comes; closing the iterator cancels the request.
+
+        Args:
+            prompt: as `make_request` takes it, or a whole request, with nothing beside it.
+            images: as `make_request` takes them.
+            timeout_seconds: deadline of the call; None is the server's default.
+            **options: see `RequestOptions`.
+        Raises:
+            grpc.RpcError: any status but OK, also after some messages.
+            OSError: an image file cannot be read.
+        """
+        request = _request(prompt, images, options)
+        call = self._generation.GenerateStream(request, timeout=timeout_seconds)
+        try:
+            yield from call
+        finally:
+            call.cancel()
+
+    def model(self, *, timeout_seconds: float | None = None) -> model_pb2.GetModelResponse:
+        """The served model.
+
+        Args:
+            timeout_seconds: deadline of the call; None is none.
+        Raises:
+            grpc.RpcError: any status but OK.
+        """
+        return self._model.GetModel(model_pb2.GetModelRequest(), timeout=timeout_seconds)
+
+    def status(self, *, timeout_seconds: float | None = None) -> model_pb2.GetServerStatusResponse:
+        """The server now.
+
+        Args:
+            timeout_seconds: deadline of the call; None is none.
+        Raises:
+            grpc.RpcError: any status but OK.
+        """
+        return self._model.GetServerStatus(model_pb2.GetServerStatusRequest(), timeout=timeout_seconds)
+
+
+def _request(
+    prompt: Prompt | generation_pb2.GenerateRequest, images: Sequence[ImageSource], options: RequestOptions
+) -> generation_pb2.GenerateRequest:
+    if not isinstance(prompt, generation_pb2.GenerateRequest):
+        return make_request(prompt, images, **options)
+    if images or options:
+        raise ValueError("images and options: must be part of the request, got some beside it")
+    return prompt
+
+
+def _message(role: generation_pb2.Role, *parts: generation_pb2.Part) -> generation_pb2.Message:
+    return generation_pb2.Message(role=role, parts=parts)

@@ -1,0 +1,141 @@
+"""Every knob of trimserve, once: what it sets, its unit, its range and its default.
+
+`docs/configuration.md` is generated from this file. Values are checked when a config is made; no file and no
+environment variable is read.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+__all__ = ["Config", "EngineConfig", "ModelConfig", "ServerConfig"]
+
+Port = Annotated[int, Field(ge=0, le=65535)]
+
+
+class _Knobs(BaseModel):
+    """What the sections have in common."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class ModelConfig(_Knobs):
+    """Which checkpoint is served, and how it is read."""
+
+    model: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Folder or hub id of an `MllamaForConditionalGeneration` checkpoint; unset is the embedded model.",
+    )
+    revision: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Branch, tag or commit of a hub checkpoint; unset is its main branch.",
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto", description="Type of weights and KV; `auto` is the checkpoint's own."
+    )
+    max_model_len: int | None = Field(
+        default=None,
+        ge=1,
+        description="Tokens of prompt and answer together; unset is the checkpoint's limit.",
+    )
+    intermediate_features: Literal["inputs", "outputs"] = Field(
+        default="inputs",
+        description="Where intermediate vision features are taken: `inputs` of the layers, as Meta's weights "
+        "were trained, or `outputs`, for checkpoints that were fine-tuned on transformers' features.",
+    )
+    template_date: str = Field(
+        default="26 Jul 2024",
+        min_length=1,
+        description="Date that Llama's chat template writes into the prompt.",
+    )
+    k_ratio: float | None = Field(
+        default=None,
+        gt=0,
+        le=1,
+        description="Budget per head of a request that names none; unset is the checkpoint's "
+        "`trimserve.json`, or 0.2 without one.",
+    )
+
+
+class EngineConfig(_Knobs):
+    """How much the engine takes on."""
+
+    max_batch: int = Field(default=16, ge=1, description="Requests that decode together.")
+    max_queue: int = Field(
+        default=64, ge=1, description="Requests that wait; one more is refused with RESOURCE_EXHAUSTED."
+    )
+    default_max_new_tokens: int = Field(
+        default=256,
+        ge=1,
+        description="Tokens that a request may generate when neither it nor the checkpoint says.",
+    )
+    max_images: int = Field(default=8, ge=1, description="Images of one request.")
+    max_image_bytes: int = Field(default=32 * 2**20, ge=1, description="Bytes of one encoded image file.")
+    max_image_pixels: int = Field(
+        default=50_000_000,
+        ge=1,
+        description="Pixels of one decoded image; more is taken for a decompression bomb.",
+    )
+    num_preprocess_workers: int = Field(
+        default=2, ge=1, description="Threads that decode images and tokenise beside the engine's thread."
+    )
+    num_threads: int | None = Field(
+        default=None, ge=1, description="Threads of one op on the CPU; unset is PyTorch's choice, all cores."
+    )
+
+
+class ServerConfig(_Knobs):
+    """How the server is reached, and how it behaves."""
+
+    host: str = Field(
+        default="127.0.0.1",
+        min_length=1,
+        description="Address that both ports listen on; traffic is neither encrypted nor authenticated, so "
+        "leave loopback only behind something that does both.",
+    )
+    port: Port = Field(default=50051, description="Port of gRPC; 0 is any free one.")
+    metrics_port: Port | None = Field(
+        default=9090, description="Port of `/metrics` and `/healthz` (HTTP); 0 is any free one, unset is off."
+    )
+    max_message_bytes: int = Field(
+        default=64 * 2**20,
+        ge=4096,
+        description="Bytes of one gRPC message, either way; more is RESOURCE_EXHAUSTED.",
+    )
+    max_concurrent_rpcs: int = Field(
+        default=1024,
+        ge=1,
+        description="Calls that are open at once, health checks and their watches included; more are "
+        "RESOURCE_EXHAUSTED.",
+    )
+    default_deadline_seconds: float | None = Field(
+        default=None, gt=0, description="Deadline of a call whose client set none; unset is no deadline."
+    )
+    drain_grace_seconds: float = Field(
+        default=30.0,
+        ge=0,
+        description="Seconds that running requests get to finish once SIGTERM or SIGINT came.",
+    )
+    max_connection_age_seconds: float | None = Field(
+        default=None,
+        gt=0,
+        description="Age at which a client is asked to connect anew, so that balancers that know only "
+        "connections can spread load; calls that run get the drain grace to finish. Unset is never.",
+    )
+    reflection: bool = Field(default=True, description="Whether clients may ask which services exist.")
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        default="info", description="Least severity that is logged, to standard error."
+    )
+    log_format: Literal["console", "json"] = Field(
+        default="console", description="Lines for people, or one JSON object each for machines."
+    )
+
+
+class Config(_Knobs):
+    """All of it."""
+
+    model: ModelConfig = Field(default=ModelConfig(), description="The checkpoint.")
+    engine: EngineConfig = Field(default=EngineConfig(), description="The engine.")
+    server: ServerConfig = Field(default=ServerConfig(), description="The server.")

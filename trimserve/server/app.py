@@ -1,0 +1,305 @@
+"""Puts the server together and runs it: until a signal, within a program's event loop, or in a thread.
+
+Order of life: listen (health NOT_SERVING) -> load and warm up -> SERVING -> SIGTERM -> NOT_SERVING, new
+requests are refused -> running ones finish or are cut at the end of the grace period -> closed.
+"""
+
+import asyncio
+import concurrent.futures
+import logging
+import signal
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from types import TracebackType
+
+import grpc
+from grpc_health.v1 import health, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from trimserve.config import Config
+from trimserve.server.health import Health
+from trimserve.server.interceptors import RpcInterceptor
+from trimserve.server.logs import configure_logging
+from trimserve.server.metrics import Metrics
+from trimserve.server.metrics_http import MetricsServer
+from trimserve.server.runner import EngineStatus, Runner
+from trimserve.server.service import GenerationService, ModelService
+from trimserve.v1 import generation_pb2, generation_pb2_grpc, model_pb2, model_pb2_grpc
+
+__all__ = ["InProcessServer", "Server", "running_server", "serve"]
+
+log = logging.getLogger(__name__)
+
+SERVICES = tuple(
+    service.full_name
+    for file in (generation_pb2.DESCRIPTOR, model_pb2.DESCRIPTOR)
+    for service in file.services_by_name.values()
+)
+
+FOLLOW_SECONDS = 0.25
+"""How late health may tell that the engine has died."""
+
+LAST_WORDS_SECONDS = 1.0
+"""For the last messages of requests that were cut to reach their clients."""
+
+STATUS_TIMEOUT_SECONDS = 5.0
+"""For the event loop to answer a scrape; a loop that takes longer is not healthy."""
+
+
+class Server:
+    """One gRPC server around one runner, with health, metrics and reflection; used once, in one loop."""
+
+    def __init__(self, runner: Runner, config: Config) -> None:
+        """Put it together; nothing listens yet.
+
+        Args:
+            runner: not started; the server starts and stops it.
+            config: all of it.
+        """
+        self._runner = runner
+        self._config = config.server
+        self._metrics = Metrics()
+        self._health = Health(SERVICES)
+        self._server = grpc.aio.server(
+            interceptors=[RpcInterceptor(self._metrics)],
+            options=_options(config),
+            maximum_concurrent_rpcs=self._config.max_concurrent_rpcs,
+        )
+        generation_pb2_grpc.add_GenerationServiceServicer_to_server(
+            GenerationService(runner, config, self._metrics), self._server
+        )
+        model_pb2_grpc.add_ModelServiceServicer_to_server(ModelService(runner, config), self._server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        if self._config.reflection:
+            names = (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)
+            reflection.enable_server_reflection(names, self._server)
+        self._port: int | None = None
+        self._metrics_server: MetricsServer | None = None
+        self._follower: asyncio.Task[None] | None = None
+
+    @property
+    def address(self) -> str:
+        """`HOST:PORT` of gRPC, once it listens."""
+        return _address(self._config.host, self._port)
+
+    @property
+    def metrics_address(self) -> str | None:
+        """`HOST:PORT` of `/metrics` and `/healthz`; None when they are off."""
+        server = self._metrics_server
+        return None if server is None else _address(self._config.host, server.port)
+
+    async def listen(self) -> None:
+        """Take connections; requests are refused with UNAVAILABLE until `warm_up` is done.
+
+        Raises:
+            OSError: the metrics port is taken.
+            RuntimeError: the gRPC port is taken.
+        """
+        self._port = self._server.add_insecure_port(_address(self._config.host, self._config.port))
+        if self._config.metrics_port is not None:
+            self._metrics_server = MetricsServer(
+                self._config.host, self._config.metrics_port, self._metrics, self._status_reader()
+            )
+        await self._server.start()
+
+    async def warm_up(self) -> None:
+        """Start the runner and, when it is ready, tell that we are serving.
+
+        Raises:
+            Exception: whatever loading or warm-up raised.
+        """
+        begin = time.monotonic()
+        await self._runner.start()
+        self._metrics.describe_model(self._runner.info)
+        self._follower = asyncio.create_task(self._follow())
+        self._health.set_serving(True)
+        fields = {"model": self._runner.info.model_id, "address": self.address}
+        log.info("serving", extra={**fields, "warm_up_seconds": round(time.monotonic() - begin, 3)})
+
+    async def stop(self, grace_seconds: float | None = None) -> None:
+        """Drain and close: NOT_SERVING, refuse new requests, let running ones finish, cut the rest.
+
+        Args:
+            grace_seconds: for running requests; None is the config's `drain_grace_seconds`.
+        """
+        grace = self._config.drain_grace_seconds if grace_seconds is None else grace_seconds
+        end = time.monotonic() + grace
+        if self._follower is not None:
+            self._follower.cancel()
+        self._health.set_serving(False)
+        await self._runner.stop(grace)
+        self._health.close()
+        await self._server.stop(max(LAST_WORDS_SECONDS, end - time.monotonic()))
+        if self._metrics_server is not None:
+            await asyncio.to_thread(self._metrics_server.close)
+        log.info("stopped")
+
+    async def _follow(self) -> None:
+        """Let health tell what becomes of the engine."""
+        while True:
+            await asyncio.sleep(FOLLOW_SECONDS)
+            self._health.set_serving(self._runner.status().is_ready)
+
+    def _status_reader(self) -> Callable[[], EngineStatus]:
+        """Reads the status from other threads: the runner belongs to the event loop's."""
+        loop = asyncio.get_running_loop()
+
+        async def status() -> EngineStatus:
+            return self._runner.status()
+
+        def read() -> EngineStatus:
+            return asyncio.run_coroutine_threadsafe(status(), loop).result(STATUS_TIMEOUT_SECONDS)
+
+        return read
+
+
+async def serve(runner: Runner, config: Config, *, on_serving: Callable[[Server], None] | None = None) -> None:
+    """Serve until SIGTERM or SIGINT; a second signal ends the process at once. Sets up the log.
+
+    Args:
+        runner: not started.
+        config: all of it.
+        on_serving: called once requests are taken, such as to print the address.
+    Raises:
+        OSError: the metrics port is taken.
+        RuntimeError: the gRPC port is taken.
+        Exception: whatever loading or warm-up raised.
+    """
+    configure_logging(config.server.log_level, config.server.log_format)
+    server = Server(runner, config)
+    signalled = _signalled()
+    try:
+        await server.listen()
+        log.info("listening", extra={"address": server.address, "metrics": server.metrics_address})
+        warm_up = asyncio.ensure_future(server.warm_up())
+        await asyncio.wait((warm_up, signalled), return_when=asyncio.FIRST_COMPLETED)
+        if warm_up.done():
+            await warm_up
+            if on_serving is not None:
+                on_serving(server)
+            await signalled
+        else:
+            warm_up.cancel()
+            with suppress(asyncio.CancelledError):
+                await warm_up
+    finally:
+        await server.stop()
+
+
+@asynccontextmanager
+async def running_server(runner: Runner, config: Config) -> AsyncIterator[Server]:
+    """A server that takes requests, for programs with an event loop; drained at the end of the block.
+
+    Args:
+        runner: not started.
+        config: all of it; port 0 is any free one.
+    """
+    server = Server(runner, config)
+    try:
+        await server.listen()
+        await server.warm_up()
+        yield server
+    finally:
+        await server.stop()
+
+
+class InProcessServer:
+    """A server in a thread of this process, for programs without an event loop. A context manager.
+
+    >>> with InProcessServer(runner, config) as server:  # doctest: +SKIP
+    ...     client = Client(server.address)
+    """
+
+    def __init__(self, runner: Runner, config: Config) -> None:
+        """Start nothing yet.
+
+        Args:
+            runner: not started.
+            config: all of it; port 0 is any free one.
+        """
+        self._runner = runner
+        self._config = config
+        self._ready: concurrent.futures.Future[tuple[str, str | None]] = concurrent.futures.Future()
+        self._loop: asyncio.AbstractEventLoop
+        self._is_over = asyncio.Event()
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), name="trimserve-server", daemon=True)
+
+    def __enter__(self) -> "InProcessServer":
+        """Wait until requests are taken; raises what `running_server` raises."""
+        self._thread.start()
+        try:
+            self._ready.result()
+        except BaseException:
+            self._thread.join()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Drain and close."""
+        self._loop.call_soon_threadsafe(self._is_over.set)
+        self._thread.join()
+
+    @property
+    def address(self) -> str:
+        """`HOST:PORT` of gRPC."""
+        return self._ready.result()[0]
+
+    @property
+    def metrics_address(self) -> str | None:
+        """`HOST:PORT` of `/metrics` and `/healthz`; None when they are off."""
+        return self._ready.result()[1]
+
+    async def _serve(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        try:
+            async with running_server(self._runner, self._config) as server:
+                self._ready.set_result((server.address, server.metrics_address))
+                await self._is_over.wait()
+        except BaseException as error:
+            if self._ready.done():
+                raise
+            self._ready.set_exception(error)
+
+
+def _options(config: Config) -> list[tuple[str, int]]:
+    server = config.server
+    options = [
+        ("grpc.max_receive_message_length", server.max_message_bytes),
+        ("grpc.max_send_message_length", server.max_message_bytes),
+        (
+            "grpc.so_reuseport",
+            0,
+        ),  # two servers on one port would share its traffic silently
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+    ]
+    if server.max_connection_age_seconds is not None:
+        options += [
+            ("grpc.max_connection_age_ms", round(server.max_connection_age_seconds * 1000)),
+            ("grpc.max_connection_age_grace_ms", round(server.drain_grace_seconds * 1000)),
+        ]
+    return options
+
+
+def _signalled() -> asyncio.Future[signal.Signals]:
+    """Done at the first SIGTERM or SIGINT, after which they do again what they did before."""
+    loop = asyncio.get_running_loop()
+    signalled: asyncio.Future[signal.Signals] = loop.create_future()
+
+    def hear(number: signal.Signals) -> None:
+        for each in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(each)
+        log.info("draining", extra={"signal": number.name})
+        signalled.set_result(number)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, hear, number)
+    return signalled
+
+
+def _address(host: str, port: int | None) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

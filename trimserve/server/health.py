@@ -1,0 +1,77 @@
+"""`grpc.health.v1.Health`: one state for the whole server and for each of its services.
+
+grpc_health's own asyncio servicer forgets the other watchers of a service when one of them leaves, and keeps
+watches open while the server stops; here every watcher hears of every change, and `close` ends all watches.
+"""
+
+import asyncio
+from collections.abc import Iterable
+from typing import Any
+
+import grpc
+from grpc.aio import ServicerContext
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+__all__ = ["Health"]
+
+Context = ServicerContext[Any, Any]
+
+
+class Health(health_pb2_grpc.HealthServicer):
+    """Answers health checks and streams changes; NOT_SERVING at first."""
+
+    def __init__(self, services: Iterable[str]) -> None:
+        """Know what is served.
+
+        Args:
+            services: full names, beside `""`, which is the server as a whole.
+        """
+        self._services = {"", *services}
+        self._is_serving = False
+        self._is_closed = False
+        self._changed = asyncio.Event()
+
+    def set_serving(self, is_serving: bool) -> None:
+        """Change the state; watchers hear of it."""
+        if is_serving != self._is_serving:
+            self._is_serving = is_serving
+            self._wake()
+
+    def close(self) -> None:
+        """Tell NOT_SERVING and end all watches, so that the server can stop."""
+        self._is_serving = False
+        self._is_closed = True
+        self._wake()
+
+    async def Check(  # noqa: N802 the RPC's name
+        self, request: health_pb2.HealthCheckRequest, context: Context
+    ) -> health_pb2.HealthCheckResponse:
+        """The state now; NOT_FOUND for an unknown service, as the protocol says."""
+        if request.service not in self._services:
+            await context.abort(grpc.StatusCode.NOT_FOUND, f"unknown service {request.service!r}")
+        return self._response(request.service)
+
+    async def Watch(  # noqa: N802 the RPC's name
+        self, request: health_pb2.HealthCheckRequest, context: Context
+    ) -> None:
+        """The state now and after every change; SERVICE_UNKNOWN, for ever, for an unknown service."""
+        told = None
+        while not self._is_closed:
+            changed = self._changed
+            response = self._response(request.service)
+            if response != told:
+                await context.write(response)
+                told = response
+            await changed.wait()
+        await context.abort(grpc.StatusCode.UNAVAILABLE, "the server stops")
+
+    def _response(self, service: str) -> health_pb2.HealthCheckResponse:
+        if service not in self._services:
+            return health_pb2.HealthCheckResponse(status=health_pb2.HealthCheckResponse.SERVICE_UNKNOWN)
+        if self._is_serving:
+            return health_pb2.HealthCheckResponse(status=health_pb2.HealthCheckResponse.SERVING)
+        return health_pb2.HealthCheckResponse(status=health_pb2.HealthCheckResponse.NOT_SERVING)
+
+    def _wake(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()

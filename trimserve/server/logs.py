@@ -1,0 +1,48 @@
+"""How log records look: lines for people or JSON for machines, on standard error.
+
+Modules log through the standard library with `extra=` fields, so that a program that embeds the server keeps
+its own logging; only `serve` calls `configure_logging`.
+"""
+
+import logging
+import sys
+from typing import Literal
+
+import structlog
+
+__all__ = ["configure_logging"]
+
+
+def configure_logging(level: str, log_format: Literal["console", "json"]) -> None:
+    """Send the log of this process to standard error.
+
+    Args:
+        level: least severity of trimserve's own records; others' are logged from `warning` on.
+        log_format: as `ServerConfig.log_format`.
+    """
+    # Plain tracebacks: others show local variables, and those hold prompts and images.
+    renderers: dict[str, list[structlog.types.Processor]] = {
+        "json": [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()],
+        "console": [
+            structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback)
+        ],
+    }
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=[
+                structlog.stdlib.add_log_level,
+                structlog.stdlib.add_logger_name,
+                structlog.stdlib.ExtraAdder(),
+                structlog.processors.TimeStamper(fmt="iso", utc=True),
+            ],
+            processors=[
+                structlog.stdlib.ProcessorFormatter.remove_processors_meta,
+                *renderers[log_format],
+            ],
+        )
+    )
+    root = logging.getLogger()
+    root.handlers = [handler]
+    root.setLevel(logging.WARNING)
+    logging.getLogger("trimserve").setLevel(level.upper())

@@ -1,0 +1,286 @@
+"""Every metric, declared once: name, meaning, labels with their known values, buckets.
+
+`docs/metrics.md` is generated from this file. Known label values start at 0, so that rates work from the
+first event. One process serves one model, so no metric but `trimserve_model_info` names it. `observer.py` and
+`interceptors.py` feed what is declared here.
+"""
+
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from itertools import product
+from typing import Literal, TypeVar
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    disable_created_metrics,
+)
+
+from trimserve import __version__
+from trimserve.models.info import ModelInfo
+from trimserve.server.runner import EngineStatus
+from trimserve.v1 import generation_pb2, model_pb2
+
+__all__ = ["RPC_CODES", "Declared", "Metrics"]
+
+Labels = Mapping[str, tuple[str, ...]]
+M = TypeVar("M", Counter, Gauge, Histogram)
+
+METHODS = ("Generate", "GenerateStream")
+TRIMMING = ("on", "off")
+
+RPCS = tuple(
+    ("server_stream" if method.server_streaming else "unary", service.full_name, method.name)
+    for file in (generation_pb2.DESCRIPTOR, model_pb2.DESCRIPTOR)
+    for service in file.services_by_name.values()
+    for method in service.methods
+)
+"""(grpc_type, grpc_service, grpc_method) of every RPC."""
+
+RPC_CODES = (
+    "OK",
+    "CANCELLED",
+    "INVALID_ARGUMENT",
+    "DEADLINE_EXCEEDED",
+    "RESOURCE_EXHAUSTED",
+    "FAILED_PRECONDITION",
+    "INTERNAL",
+    "UNAVAILABLE",
+)
+"""Codes that the interceptor can answer with."""
+
+# Seconds. Handling covers whole answers, so it ends later than the ecosystem's usual 10 s.
+HANDLING = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 60, 120, 300)
+DURATION = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 60, 120, 300)
+FIRST_TOKEN = (0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.15, 0.25, 0.5, 0.75, 1, 2.5, 5, 10, 20, 40)
+PER_TOKEN = (0.005, 0.01, 0.015, 0.02, 0.025, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2.5)
+QUEUE = (0.001, 0.005, 0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+STAGE = (0.0001, 0.00025, 0.0006, 0.0015, 0.004, 0.01, 0.025, 0.06, 0.15, 0.4, 1, 2.5, 6, 10, 30, 60, 120)
+TOKENS = tuple(digit * 10**power for power in range(6) for digit in (1, 2, 5))
+IMAGES = (0, 1, 2, 3, 4, 8, 16)
+FRACTION = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1)
+# Bytes: the embedded model's requests take some hundred KiB, one 4-tile image of the 11B model 200 MiB.
+KIB, MIB = 2**10, 2**20
+CROSS_KV = (
+    *(size * KIB for size in (0, 16, 64, 256)),
+    *(size * MIB for size in (1, 4, 8, 16, 32, 64, 96, 128, 160, 192, 224, 256, 384, 512, 768, 1024, 2048)),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Declared:
+    """What documentation says about one metric."""
+
+    name: str
+    """As it is scraped, without the suffixes of a histogram."""
+    kind: Literal["counter", "gauge", "histogram"]
+    help: str
+    labels: Labels
+    """Label names and their known values; no values where they are only known at run time."""
+    buckets: tuple[float, ...] = ()
+
+
+class Metrics:
+    """All metrics of one server, on a registry of its own."""
+
+    def __init__(self) -> None:
+        """Declare everything."""
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series beside every counter that no dashboard reads
+        self.registry = CollectorRegistry(auto_describe=True)
+        self.declared: list[Declared] = []
+        """In the order of declaration."""
+        self._declare_rpcs()
+        self._declare_requests()
+        self._declare_latencies()
+        self._declare_tokens_and_features()
+        self._declare_engine()
+        ProcessCollector(registry=self.registry)
+
+    def show_status(self, status: EngineStatus) -> None:
+        """Set the gauges of the engine, once per scrape."""
+        self.model_ready.set(status.is_ready)
+        self.requests_running.set(status.num_running)
+        self.requests_waiting.set(status.num_waiting)
+        self.kv_cache_used_bytes.labels("self").set(status.self_kv_bytes)
+        self.kv_cache_used_bytes.labels("cross").set(status.cross_kv_bytes)
+        self.cross_kv_cache_untrimmed_bytes.set(status.cross_kv_untrimmed_bytes)
+
+    def describe_model(self, info: ModelInfo) -> None:
+        """Publish `trimserve_model_info` once the model is loaded."""
+        labels = (info.model_id, info.revision, info.dtype, info.device, f"{info.default_k_ratio:g}")
+        self.model_info.labels(*labels).set(1)
+
+    def _declare_rpcs(self) -> None:
+        rpc = {"grpc_type": (), "grpc_service": (), "grpc_method": ()}
+        self.rpcs_started = self._counter("grpc_server_started_total", "RPCs that began.", rpc)
+        self.rpcs_handled = self._counter(
+            "grpc_server_handled_total", "RPCs that ended, by status code.", {**rpc, "grpc_code": RPC_CODES}
+        )
+        self.rpc_messages_received = self._counter("grpc_server_msg_received_total", "Messages that clients sent.", rpc)
+        self.rpc_messages_sent = self._counter("grpc_server_msg_sent_total", "Messages that were sent to clients.", rpc)
+        self.rpc_handling_seconds = self._histogram(
+            "grpc_server_handling_seconds", "From an RPC's begin until its end.", HANDLING, rpc
+        )
+        for labels in RPCS:
+            for counter in (self.rpcs_started, self.rpc_messages_received, self.rpc_messages_sent):
+                counter.labels(*labels)
+            self.rpc_handling_seconds.labels(*labels)
+            for code in RPC_CODES:
+                self.rpcs_handled.labels(*labels, code)
+
+    def _declare_requests(self) -> None:
+        self.requests = self._counter(
+            "trimserve_requests_total",
+            "Generation requests that ended: one per RPC. Rejected ones were refused before any work.",
+            {
+                "method": METHODS,
+                "finish_reason": ("stop", "length", "cancelled", "deadline", "error", "rejected"),
+            },
+        )
+        self.admission_rejections = self._counter(
+            "trimserve_admission_rejections_total",
+            "Valid requests that were refused before any work: the queue was full, the deadline passed in "
+            "the queue, or the engine was starting, draining or dead.",
+            {"reason": ("queue_full", "deadline", "stopped")},
+        )
+        self.cancelled_requests = self._counter(
+            "trimserve_cancelled_requests_total",
+            "Requests that ended early: the client went away, the deadline passed, or the server stopped.",
+            {"reason": ("client", "deadline", "shutdown")},
+        )
+        self.engine_errors = self._counter(
+            "trimserve_engine_errors_total",
+            "Requests that failed through no fault of theirs: in the model, or by a defect elsewhere.",
+            {"kind": ("model", "internal")},
+        )
+        self.trim_requests = self._counter(
+            "trimserve_trim_requests_total",
+            "Requests that were prefilled, by what trimming did: left features out, was off, had no image, "
+            "or kept every feature.",
+            {"outcome": ("trimmed", "disabled", "bypassed_text_only", "bypassed_no_gain")},
+        )
+
+    def _declare_latencies(self) -> None:
+        trimming = {"trimming": TRIMMING}
+        self.request_duration_seconds = self._histogram(
+            "trimserve_request_duration_seconds",
+            "From a request's arrival until its last message, of requests that finished.",
+            DURATION,
+            {"method": METHODS, **trimming},
+        )
+        self.time_to_first_token_seconds = self._histogram(
+            "trimserve_time_to_first_token_seconds",
+            "From a request's arrival until its first token.",
+            FIRST_TOKEN,
+            trimming,
+        )
+        self.inter_token_latency_seconds = self._histogram(
+            "trimserve_inter_token_latency_seconds",
+            "Between one token and the next of a request.",
+            PER_TOKEN,
+            trimming,
+        )
+        self.time_per_output_token_seconds = self._histogram(
+            "trimserve_request_time_per_output_token_seconds",
+            "Mean over a finished request of the time between tokens, of requests of 2 tokens and more.",
+            PER_TOKEN,
+            trimming,
+        )
+        self.queue_time_seconds = self._histogram(
+            "trimserve_queue_time_seconds", "From arrival at the engine until work began.", QUEUE
+        )
+        self.stage_duration_seconds = self._histogram(
+            "trimserve_stage_duration_seconds",
+            "Time that one finished request spent in each stage, all its steps together.",
+            STAGE,
+            {"stage": ("preprocess", "vision_encode", "prefill", "decode")},
+        )
+
+    def _declare_tokens_and_features(self) -> None:
+        self.prompt_tokens = self._counter("trimserve_prompt_tokens_total", "Prompt tokens that were prefilled.")
+        self.generation_tokens = self._counter("trimserve_generation_tokens_total", "Tokens that were sent to clients.")
+        self.request_prompt_tokens = self._histogram(
+            "trimserve_request_prompt_tokens", "Prompt tokens of one request.", TOKENS
+        )
+        self.request_generation_tokens = self._histogram(
+            "trimserve_request_generation_tokens", "Generated tokens of one finished request.", TOKENS
+        )
+        self.request_images = self._histogram("trimserve_request_images", "Images of one request.", IMAGES)
+        self.visual_features = self._counter(
+            "trimserve_visual_features_total",
+            "Visual features of prefilled requests. valid = kept + dropped; padding is not part of valid.",
+            {"state": ("valid", "kept", "dropped", "padding")},
+        )
+        self.kept_fraction = self._histogram(
+            "trimserve_kept_fraction",
+            "Kept over valid features of one request with images and trimming on: measured, not k_ratio.",
+            FRACTION,
+        )
+        self.request_cross_kv_bytes = self._histogram(
+            "trimserve_request_cross_kv_bytes",
+            "Cross-attention KV of one finished request with images: untrimmed, and as held.",
+            CROSS_KV,
+            {"state": ("untrimmed", "held")},
+        )
+        self.cross_kv_bytes_saved = self._counter(
+            "trimserve_cross_kv_bytes_saved_total",
+            "Cross-attention KV that finished requests did not hold, by cause; only trimming is lossy.",
+            {"cause": ("padding", "trimming", "visibility")},
+        )
+
+    def _declare_engine(self) -> None:
+        self.model_ready = self._gauge("trimserve_model_ready", "1 while requests are taken, else 0.")
+        self.requests_running = self._gauge("trimserve_requests_running", "Requests that the engine works on.")
+        self.requests_waiting = self._gauge("trimserve_requests_waiting", "Requests in the queue.")
+        self.kv_cache_used_bytes = self._gauge(
+            "trimserve_kv_cache_used_bytes",
+            "KV in use now, whole pages, of self- and of cross-attention layers.",
+            {"kind": ("self", "cross")},
+        )
+        self.cross_kv_cache_untrimmed_bytes = self._gauge(
+            "trimserve_cross_kv_cache_untrimmed_bytes",
+            "What running requests would hold of cross-attention KV untrimmed.",
+        )
+        self.model_info = self._gauge(
+            "trimserve_model_info",
+            "1, with the served model in its labels.",
+            {"model_id": (), "revision": (), "dtype": (), "device": (), "default_k_ratio": ()},
+        )
+        self.build_info = self._gauge(
+            "trimserve_build_info",
+            "1, with versions in its labels.",
+            {"version": (), "python": (), "torch": (), "grpcio": ()},
+        )
+        versions = (__version__, platform.python_version(), version("torch"), version("grpcio"))
+        self.build_info.labels(*versions).set(1)
+
+    def _counter(self, name: str, text: str, labels: Labels | None = None) -> Counter:
+        self.declared.append(Declared(name, "counter", text, labels or {}))
+        return _at_zero(Counter(name, text, tuple(labels or ()), registry=self.registry), labels)
+
+    def _gauge(self, name: str, text: str, labels: Labels | None = None) -> Gauge:
+        self.declared.append(Declared(name, "gauge", text, labels or {}))
+        return _at_zero(Gauge(name, text, tuple(labels or ()), registry=self.registry), labels)
+
+    def _histogram(
+        self,
+        name: str,
+        text: str,
+        buckets: tuple[float, ...],
+        labels: Labels | None = None,
+    ) -> Histogram:
+        self.declared.append(Declared(name, "histogram", text, labels or {}, buckets))
+        histogram = Histogram(name, text, tuple(labels or ()), buckets=buckets, registry=self.registry)
+        return _at_zero(histogram, labels)
+
+
+def _at_zero(metric: M, labels: Labels | None) -> M:
+    """Make the series of every combination of known label values."""
+    for values in product(*labels.values()) if labels else ():
+        metric.labels(*values)
+    return metric

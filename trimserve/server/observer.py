@@ -1,0 +1,149 @@
+"""What one generation request adds to the metrics, fed from its chunks and its end."""
+
+import asyncio
+import time
+
+from trimserve.engine.request import Finished, GenerationChunk, GenerationRequest, Started, TokenDelta
+from trimserve.errors import DeadlinePassed, EngineBusy, EngineStopped, InvalidRequest, RequestFailed
+from trimserve.server.metrics import Metrics
+
+__all__ = ["RequestObserver"]
+
+
+class RequestObserver:
+    """Follows one request from its arrival to its last message, or to the exception that ended it."""
+
+    def __init__(self, metrics: Metrics, method: str) -> None:
+        """Start the clock.
+
+        Args:
+            metrics: to add to.
+            method: `Generate` or `GenerateStream`.
+        """
+        self._metrics = metrics
+        self._method = method
+        self._arrived = time.monotonic()
+        self._first_token: float | None = None
+        self._last_token = self._arrived
+        self._is_trimming = False
+        self._started: Started | None = None
+
+    def accepted(self, request: GenerationRequest) -> None:
+        """The request passed its checks."""
+        self._is_trimming = request.trim.enabled
+
+    def saw(self, chunk: GenerationChunk) -> None:
+        """A chunk is about to be sent."""
+        match chunk:
+            case Started():
+                self._saw_started(chunk)
+            case TokenDelta():
+                self._saw_tokens(len(chunk.token_ids))
+            case Finished():
+                self._saw_finished(chunk)
+
+    def failed(self, error: BaseException, *, is_past_deadline: bool) -> None:
+        """The request ended without its last chunk.
+
+        Args:
+            error: what ended it; CancelledError and GeneratorExit are a client that went away.
+            is_past_deadline: whether the RPC's deadline has passed, which also arrives as CancelledError.
+        """
+        match error:
+            case InvalidRequest():
+                finish_reason = "rejected"
+            case EngineBusy():
+                finish_reason = self._rejected("queue_full")
+            case EngineStopped():
+                finish_reason = self._rejected("stopped") if self._started is None else self._cut("shutdown")
+            case DeadlinePassed() if self._started is None:
+                self._rejected("deadline")
+                finish_reason = "deadline"
+            case DeadlinePassed():
+                finish_reason = self._cut("deadline")
+            case asyncio.CancelledError() | GeneratorExit():
+                finish_reason = self._cut("deadline" if is_past_deadline else "client")
+            case _:
+                kind = "model" if isinstance(error, RequestFailed) else "internal"
+                self._metrics.engine_errors.labels(kind).inc()
+                finish_reason = "error"
+        self._metrics.requests.labels(self._method, finish_reason).inc()
+
+    def _rejected(self, reason: str) -> str:
+        self._metrics.admission_rejections.labels(reason).inc()
+        return "rejected"
+
+    def _cut(self, reason: str) -> str:
+        self._metrics.cancelled_requests.labels(reason).inc()
+        return "deadline" if reason == "deadline" else "cancelled"
+
+    @property
+    def _trimming(self) -> str:
+        return "on" if self._is_trimming else "off"
+
+    def _saw_started(self, chunk: Started) -> None:
+        self._started = chunk
+        metrics = self._metrics
+        metrics.prompt_tokens.inc(chunk.num_prompt_tokens)
+        metrics.request_prompt_tokens.observe(chunk.num_prompt_tokens)
+        metrics.request_images.observe(len(chunk.images))
+        valid = sum(image.valid_features for image in chunk.images)
+        kept = sum(image.kept_features for image in chunk.images)
+        metrics.visual_features.labels("valid").inc(valid)
+        metrics.visual_features.labels("kept").inc(kept)
+        metrics.visual_features.labels("dropped").inc(valid - kept)
+        metrics.visual_features.labels("padding").inc(sum(image.padding_features for image in chunk.images))
+        if chunk.images and self._is_trimming:
+            metrics.kept_fraction.observe(kept / valid)
+        metrics.trim_requests.labels(self._trim_outcome(chunk, kept < valid)).inc()
+
+    def _trim_outcome(self, chunk: Started, has_dropped: bool) -> str:
+        if not self._is_trimming:
+            return "disabled"
+        if not chunk.images:
+            return "bypassed_text_only"
+        return "trimmed" if has_dropped else "bypassed_no_gain"
+
+    def _saw_tokens(self, num_tokens: int) -> None:
+        if not num_tokens:
+            return
+        now = time.monotonic()
+        self._metrics.generation_tokens.inc(num_tokens)
+        num_gaps = num_tokens
+        if self._first_token is None:
+            self._first_token = now
+            self._metrics.time_to_first_token_seconds.labels(self._trimming).observe(now - self._arrived)
+            num_gaps -= 1
+        # Tokens of one delta left together: each counts for its share of the gap before it.
+        for _ in range(num_gaps):
+            latency = (now - self._last_token) / num_tokens
+            self._metrics.inter_token_latency_seconds.labels(self._trimming).observe(latency)
+        self._last_token = now
+
+    def _saw_finished(self, chunk: Finished) -> None:
+        metrics, timings = self._metrics, chunk.timings
+        metrics.requests.labels(self._method, chunk.reason.value).inc()
+        duration = time.monotonic() - self._arrived
+        metrics.request_duration_seconds.labels(self._method, self._trimming).observe(duration)
+        if self._first_token is not None and chunk.num_generated_tokens > 1:
+            per_token = (self._last_token - self._first_token) / (chunk.num_generated_tokens - 1)
+            metrics.time_per_output_token_seconds.labels(self._trimming).observe(per_token)
+        metrics.request_generation_tokens.observe(chunk.num_generated_tokens)
+        metrics.queue_time_seconds.observe(timings.queue_seconds)
+        for stage, seconds in (
+            ("preprocess", timings.preprocess_seconds),
+            ("vision_encode", timings.vision_seconds),
+            ("prefill", timings.prefill_seconds),
+            ("decode", timings.decode_seconds),
+        ):
+            metrics.stage_duration_seconds.labels(stage).observe(seconds)
+        if self._started is not None and self._started.images:
+            self._saw_cross_kv(chunk)
+
+    def _saw_cross_kv(self, chunk: Finished) -> None:
+        account, metrics = chunk.cross_kv, self._metrics
+        metrics.request_cross_kv_bytes.labels("untrimmed").observe(account.untrimmed)
+        metrics.request_cross_kv_bytes.labels("held").observe(account.held)
+        metrics.cross_kv_bytes_saved.labels("padding").inc(account.saved_by_padding)
+        metrics.cross_kv_bytes_saved.labels("trimming").inc(account.saved_by_trimming)
+        metrics.cross_kv_bytes_saved.labels("visibility").inc(account.saved_by_visibility)

@@ -1,0 +1,86 @@
+"""What the server needs of the engine: the seam that `engine/runner.py` fills, and tests with a fake."""
+
+from collections.abc import AsyncGenerator
+from typing import Protocol
+
+from trimserve.engine.request import GenerationChunk, GenerationRequest
+from trimserve.models.info import ModelInfo
+
+__all__ = ["EngineStatus", "Runner"]
+
+
+class EngineStatus(Protocol):
+    """The engine at one moment."""
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether requests are taken: false before warm-up is done, while draining and after a crash."""
+
+    @property
+    def num_running(self) -> int:
+        """Requests that the engine works on."""
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests in the queue."""
+
+    @property
+    def max_batch(self) -> int:
+        """Most requests that decode together."""
+
+    @property
+    def max_queue(self) -> int:
+        """Most requests in the queue."""
+
+    @property
+    def self_kv_bytes(self) -> int:
+        """Self-attention KV in use, whole pages."""
+
+    @property
+    def cross_kv_bytes(self) -> int:
+        """Cross-attention KV in use, whole pages."""
+
+    @property
+    def cross_kv_untrimmed_bytes(self) -> int:
+        """What the requests of `cross_kv_bytes` would hold untrimmed."""
+
+    @property
+    def uptime_seconds(self) -> float:
+        """Since the engine became ready; 0 before."""
+
+
+class Runner(Protocol):
+    """An engine with an asyncio face; everything is called in the event loop's thread."""
+
+    @property
+    def info(self) -> ModelInfo:
+        """The model; only asked for once `status().is_ready` was true."""
+
+    async def start(self) -> None:
+        """Load and warm up the model, then take requests.
+
+        Raises:
+            Exception: whatever loading or warm-up raised.
+        """
+
+    def submit(
+        self, request: GenerationRequest, *, deadline: float | None = None
+    ) -> AsyncGenerator[GenerationChunk, None]:
+        """Queue a request; closing the generator, or cancelling its consumer, cancels the request.
+
+        Args:
+            request: validated.
+            deadline: `time.monotonic()` value, or None.
+        Raises:
+            TrimserveError: from iteration, any but CheckpointError.
+        """
+
+    def status(self) -> EngineStatus:
+        """A consistent snapshot; also before `start`."""
+
+    async def stop(self, grace_seconds: float) -> None:
+        """Refuse new requests, let running ones finish, end the rest with EngineStopped.
+
+        Args:
+            grace_seconds: for running requests.
+        """

@@ -1,0 +1,111 @@
+"""The two gRPC services: requests in, messages out. Errors are raised; `interceptors.py` answers them."""
+
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
+
+from grpc.aio import ServicerContext
+
+from trimserve.config import Config
+from trimserve.errors import EngineStopped
+from trimserve.models.info import ModelInfo
+from trimserve.server import convert, responses
+from trimserve.server.deadline import Deadline
+from trimserve.server.metrics import Metrics
+from trimserve.server.observer import RequestObserver
+from trimserve.server.runner import Runner
+from trimserve.v1 import generation_pb2, generation_pb2_grpc, model_pb2, model_pb2_grpc
+
+__all__ = ["GenerationService", "ModelService"]
+
+Context = ServicerContext[Any, Any]
+
+
+class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
+    """`Generate` and `GenerateStream` over one code path: the unary answer is a fold over the stream."""
+
+    def __init__(self, runner: Runner, config: Config, metrics: Metrics) -> None:
+        """Serve what a runner generates.
+
+        Args:
+            runner: need not be started yet; until it is, requests are refused with EngineStopped.
+            config: limits on requests, default deadline.
+            metrics: gets what every request adds.
+        """
+        self._runner = runner
+        self._config = config
+        self._metrics = metrics
+
+    async def Generate(  # noqa: N802 the RPC's name
+        self, request: generation_pb2.GenerateRequest, context: Context
+    ) -> generation_pb2.GenerateResponse:
+        """The whole answer at once."""
+        async with aclosing(self._events(request, context, "Generate")) as events:
+            return await responses.fold(events)
+
+    async def GenerateStream(  # noqa: N802 the RPC's name
+        self, request: generation_pb2.GenerateRequest, context: Context
+    ) -> AsyncGenerator[generation_pb2.GenerateStreamResponse, None]:
+        """The answer as it comes."""
+        async with aclosing(self._events(request, context, "GenerateStream")) as events:
+            async for event in events:
+                yield event
+
+    async def _events(
+        self, request: generation_pb2.GenerateRequest, context: Context, method: str
+    ) -> AsyncGenerator[generation_pb2.GenerateStreamResponse, None]:
+        deadline = Deadline(context)
+        observer = RequestObserver(self._metrics, method)
+        try:
+            info = _loaded_info(self._runner)
+            generation = convert.to_generation_request(request, info, self._config.engine)
+            observer.accepted(generation)
+            writer = responses.EventWriter(info)
+            # Closing the runner's generator is what cancels a request that its client has left.
+            async with aclosing(self._runner.submit(generation, deadline=self._latest(deadline))) as chunks:
+                async for chunk in chunks:
+                    observer.saw(chunk)
+                    yield writer.event(chunk)
+        except BaseException as error:
+            observer.failed(error, is_past_deadline=deadline.has_passed())
+            raise
+
+    def _latest(self, deadline: Deadline) -> float | None:
+        """The client's deadline, else the server's default, as a `time.monotonic()` value."""
+        default = self._config.server.default_deadline_seconds
+        if deadline.at is None and default is not None:
+            return time.monotonic() + default
+        return deadline.at
+
+
+class ModelService(model_pb2_grpc.ModelServiceServicer):
+    """What is served, and how it is doing."""
+
+    def __init__(self, runner: Runner, config: Config) -> None:
+        """Tell about a runner.
+
+        Args:
+            runner: need not be started yet.
+            config: limits that the model does not know.
+        """
+        self._runner = runner
+        self._config = config
+
+    async def GetModel(  # noqa: N802 the RPC's name
+        self, _request: model_pb2.GetModelRequest, _context: Context
+    ) -> model_pb2.GetModelResponse:
+        """Identity, geometry, limits and defaults."""
+        return responses.model_response(_loaded_info(self._runner), self._config.engine)
+
+    async def GetServerStatus(  # noqa: N802 the RPC's name
+        self, _request: model_pb2.GetServerStatusRequest, _context: Context
+    ) -> model_pb2.GetServerStatusResponse:
+        """Load and memory now."""
+        return responses.status_response(self._runner.status())
+
+
+def _loaded_info(runner: Runner) -> ModelInfo:
+    if not runner.status().is_ready:
+        raise EngineStopped("the engine takes no requests now: it is starting, draining or has stopped")
+    return runner.info
