@@ -131,9 +131,7 @@ def main() -> None:
             ours, theirs = (time_milliseconds(call, arguments.runs) for call in (op, baseline))
             row = {"op": name, "dtype": dtype_name, "ms": ours, "baseline_ms": theirs, "bytes": num_bytes}
             results.append(row)
-            milliseconds = (
-                f"{ours['median']:10.3f} {ours['p10']:8.3f} {ours['p90']:8.3f} {theirs['median']:9.3f}"
-            )
+            milliseconds = f"{ours['median']:10.3f} {ours['p10']:8.3f} {ours['p90']:8.3f} {theirs['median']:9.3f}"
             print(f"{name:16} {dtype_name:9} {milliseconds} {num_bytes / ours['median'] / 1e6:7.1f}")
     geometry = {"T": NUM_ROWS, "N": NUM_FEATURES, "H": HEADS, "Hkv": KV_HEADS, "Dh": HEAD_DIM, "D": DIM}
     document = {

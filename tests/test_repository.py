@@ -25,7 +25,10 @@ def test_public_definitions_have_docstrings(path: Path) -> None:
     definitions = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
     if path.stat().st_size:
         assert ast.get_docstring(tree), path
-    outer: list[ast.Module | ast.ClassDef] = [tree, *(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name[0] != "_")]
+    outer: list[ast.Module | ast.ClassDef] = [
+        tree,
+        *(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name[0] != "_"),
+    ]
     for parent in outer:
         for node in parent.body:
             if isinstance(node, definitions) and not node.name.startswith("_"):

@@ -8,12 +8,12 @@ explains: (a) it collects intermediate vision features from the *outputs* of the
 output, Meta zeroes it. Both are mended by hooks, so that the weights and every other line stay transformers' own.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import MllamaForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutput
+from transformers.models.mllama.modeling_mllama import MllamaCrossAttentionDecoderLayer
 
 
 def mend(
@@ -35,29 +35,30 @@ def mend(
         encoder = model.model.vision_model.transformer
         encoder.register_forward_hook(_collect_layer_inputs, with_kwargs=True)
     if mask_attention_output:
-        for index in model.config.text_config.cross_attention_layers:
-            _mask_unseeing_rows(model.model.language_model.layers[index])
+        for layer in model.model.language_model.layers:
+            if isinstance(layer, MllamaCrossAttentionDecoderLayer):
+                _mask_unseeing_rows(layer)
     return model
 
 
 def _collect_layer_inputs(
-    encoder: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any], output: BaseModelOutput
+    _: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any], output: BaseModelOutput
 ) -> BaseModelOutput:
     first_input = args[0] if args else kwargs["hidden_states"]
+    assert output.hidden_states is not None
     output.hidden_states = (first_input, *output.hidden_states[:-1])
     return output
 
 
-def _mask_unseeing_rows(layer: nn.Module) -> None:
+def _mask_unseeing_rows(layer: MllamaCrossAttentionDecoderLayer) -> None:
     row_mask: list[Tensor | None] = [None]  # the decoder layer gets the mask, its cross_attn module does not
 
-    def remember(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def remember(_: nn.Module, __: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         row_mask[0] = kwargs["full_text_row_masked_out_mask"]
 
-    def zero(module: nn.Module, args: tuple[Any, ...], output: tuple[Tensor, Any]) -> tuple[Tensor, Any]:
+    def zero(_: nn.Module, __: tuple[Any, ...], output: tuple[Tensor, Any]) -> tuple[Tensor, Any]:
         mask = row_mask[0]
         return output if mask is None else (output[0] * mask[:, 0], output[1])
 
     layer.register_forward_pre_hook(remember, with_kwargs=True)
-    hook: Callable[..., Any] = zero
-    layer.cross_attn.register_forward_hook(hook)
+    layer.cross_attn.register_forward_hook(zero)

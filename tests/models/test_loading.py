@@ -122,7 +122,7 @@ def test_only_safetensors_are_read(checkpoint: Path) -> None:
         load(checkpoint)
 
 
-def test_a_folder_that_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(CheckpointError, match="no/such-model: neither a folder nor a hub model"):
         load("no/such-model")

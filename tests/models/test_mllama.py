@@ -12,11 +12,11 @@ from tests.models.conftest import NO_TRIM, Pair
 from tests.models.peer import Peer
 from tests.models.random_checkpoint import Geometry, draw_geometry
 from tests.tolerances import LOGITS, LOGITS_BFLOAT16
+from trimserve.config import EngineConfig, ModelConfig
 from trimserve.models.decoder import SequenceRows
 from trimserve.models.loading import load_model
 from trimserve.models.prompt import ChatPrompt, Image, Message, Prompt, RawPrompt, Text
 from trimserve.models.trimming import TrimParams
-from trimserve.config import EngineConfig, ModelConfig
 
 ONE = "<|image|>What is this?"
 TWO_APART = "First<|image|>one, then<|image|>another: compare"
@@ -154,7 +154,8 @@ def test_trimmed_logits_equal_the_peer_on_features_that_the_rule_keeps(
 
     num_prompt = len(prepared.token_ids)
     expected, kept = pair.peer.trimmed_logits([*prepared.token_ids, *continuation], images, k_ratio, num_prompt)
-    assert rows.vision is not None and rows.vision.selection is not None
+    assert rows.vision is not None
+    assert rows.vision.selection is not None
     assert rows.vision.selection.kept.tolist() == kept
     assert len(kept) < sum(len(image) for image in features)
     torch.testing.assert_close(torch.cat([logits, decoded]), expected, atol=LOGITS, rtol=0)

@@ -1,4 +1,4 @@
-"""The budget, the selection over heads and images, and its cap: hand-worked."""
+"""The budget, the selection over heads and images, its cap and its controls: hand-worked."""
 
 import math
 
@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trimserve.models.trimming import TrimParams, bitmap, budget, select
+from trimserve.models.trimming import POLICIES, TrimParams, bitmap, budget, select
 
 nan = math.nan
 
@@ -15,7 +15,8 @@ nan = math.nan
 @pytest.mark.parametrize(
     ("k_ratio", "num_features", "k"),
     [
-        (0.2, 65, 13),  # 0.2 * 65 is a little more than 13 in double precision
+        (0.55, 100, 55),  # 55.00000000000001 in double precision
+        (0.2, 65, 13),
         (0.2, 66, 14),  # 13.2
         (0.25, 1601, 401),
         (1.0, 37, 37),
@@ -63,6 +64,58 @@ def test_the_cap_keeps_votes_then_scores_then_lower_indices(fraction: float, kep
 def test_the_cap_breaks_full_ties_towards_the_lower_index() -> None:
     trim = TrimParams(k_ratio=1.0, max_kept_fraction=0.5)
     assert select(torch.full((3, 6), 0.25), (4, 2), trim).kept.tolist() == [0, 1, 4]
+
+
+def test_strided_takes_the_middle_of_equal_stretches_of_each_image() -> None:
+    scores = torch.zeros(1, 14)
+    scores[0, :4] = scores[0, 10] = 1.0
+    selection = select(scores, (10, 4), TrimParams(policy="strided", k_ratio=0.4))
+    # Image 0: 4 of 10, stretches of 2.5 with middles 1.25, 3.75, 6.25, 8.75. Image 1: 2 of 4, middles 1 and 3.
+    assert selection.kept.tolist() == [1, 3, 6, 8, 11, 13]
+    assert selection.num_kept == (4, 2)
+
+
+def test_random_draws_by_image_index_size_and_count_alone() -> None:
+    rng = torch.Generator().manual_seed(0)
+    trim = TrimParams(policy="random", k_ratio=0.3)
+    first, second = (select(torch.rand(1, 40, generator=rng), (20, 20), trim) for _ in range(2))
+    assert first.kept.tolist() == second.kept.tolist()
+    # Written down once: a later version that draws otherwise would make reports incomparable.
+    assert first.kept.tolist() == [2, 7, 13, 14, 16, 17, 21, 22, 28, 31, 32, 39]
+
+
+def test_random_draws_every_feature_alike() -> None:
+    drawn = torch.zeros(8)
+    for size in range(8, 1208):  # another size, another seed; the first 8 of `size` features are counted
+        kept = select(torch.rand(1, size), (size,), TrimParams(policy="random", k_ratio=0.5)).kept
+        drawn += torch.bincount(kept, minlength=size)[:8] > 0
+    assert (drawn / 1200 - 0.5).abs().max() < 0.06  # four standard deviations
+
+
+@given(
+    st.lists(st.integers(1, 40), min_size=1, max_size=3),
+    st.floats(0.01, 1.0),
+    st.one_of(st.none(), st.floats(0.01, 1.0)),
+    st.integers(0, 2**31),
+)
+def test_controls_keep_of_each_image_as_many_features_as_trimmed(
+    num_features: list[int], k_ratio: float, cap: float | None, seed: int
+) -> None:
+    scores = torch.rand(4, sum(num_features), generator=torch.Generator().manual_seed(seed))
+    trimmed, *controls = (
+        select(scores, num_features, TrimParams(policy=policy, k_ratio=k_ratio, max_kept_fraction=cap))
+        for policy in POLICIES
+    )
+    for control in controls:
+        assert control.num_kept == trimmed.num_kept
+        assert control.picks.shape == (0, 0)
+        start = kept = 0
+        for n, count in zip(num_features, trimmed.num_kept, strict=True):
+            piece = control.kept[kept : kept + count]
+            assert piece.tolist() == sorted({*piece.tolist()})
+            assert start <= piece[0]
+            assert piece[-1] < start + n
+            start, kept = start + n, kept + count
 
 
 @pytest.mark.parametrize(

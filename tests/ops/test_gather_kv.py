@@ -49,9 +49,7 @@ def test_copies_the_kept_rows_in_their_order(op: Callable[..., tuple[Tensor, Ten
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(
-    ("num_features", "num_kept"), [(1, 1), (65, 20), (65, 65), (65, 0), (0, 0), (5, 900)]
-)
+@pytest.mark.parametrize(("num_features", "num_kept"), [(1, 1), (65, 20), (65, 65), (65, 0), (0, 0), (5, 900)])
 def test_equals_reference(num_features: int, num_kept: int, dtype: torch.dtype) -> None:
     assert_equals_reference(draw(num_features, num_kept, dtype=dtype))
 

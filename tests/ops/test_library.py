@@ -37,9 +37,7 @@ def test_missing_build_names_the_command(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_import_brings_neither_transformers_nor_grpc() -> None:
-    program = (
-        "import sys, trimserve.ops; print({'transformers', 'grpc', 'google.protobuf'} & set(sys.modules))"
-    )
+    program = "import sys, trimserve.ops; print({'transformers', 'grpc', 'google.protobuf'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
 

@@ -33,9 +33,7 @@ def test_hand_worked_unions(
     num_kept: int,
     op: Callable[[Tensor, int], tuple[Tensor, Tensor]],
 ) -> None:
-    result, count = op(
-        torch.tensor(picks, dtype=torch.int64).view(len(picks), -1 if any(picks) else 0), num_features
-    )
+    result, count = op(torch.tensor(picks, dtype=torch.int64).view(len(picks), -1 if any(picks) else 0), num_features)
     assert (result.dtype, count.dtype, count.shape) == (torch.int64, torch.int64, ())
     assert result.tolist() == kept
     assert count.item() == num_kept

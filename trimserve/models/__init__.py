@@ -1,0 +1,1 @@
+"""Mllama over transformers' weights; prompts and images into what it reads."""

@@ -18,8 +18,8 @@ from trimserve.models.prefilled import Prefilled
 from trimserve.models.processor import PreparedPrompt, Processor
 from trimserve.models.prompt import Prompt
 from trimserve.models.trimming import ImageSelection, Selection, TrimParams, bitmap
-from trimserve.models.vision import IntermediateFeatures, VisionEncoder
 from trimserve.models.visibility import visible_images
+from trimserve.models.vision import IntermediateFeatures, VisionEncoder
 
 __all__ = ["Mllama"]
 

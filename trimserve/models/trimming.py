@@ -1,12 +1,16 @@
-"""Which visual features later layers keep: the budget, the policy `trimmed`, and what it answered.
+"""Which visual features later layers keep: the budget, the policy `trimmed`, its controls, and what they answered.
 
 Source: Trimmed Llama, arXiv 2504.00557. In the first cross-attention layer every query head picks the k features of
 an image that the text attends to most; the union of the picks over the heads is kept. What the paper leaves open
 (rows are averaged, k counts valid features of each image apart, heads are query heads) is decided in
 `docs/architecture.md`. This file knows no model: scores come in, indices go out.
+
+`random` and `strided` are controls for evaluation: of each image they keep as many features as `trimmed` would for
+the same request, but without looking. What they answer worse is what the choice of features is worth.
 """
 
 import math
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,10 +22,10 @@ from trimserve import ops
 
 __all__ = ["POLICIES", "ImageSelection", "Selection", "TrimParams", "bitmap", "budget", "select"]
 
-POLICIES = ("trimmed",)
-"""Names that `TrimParams.policy` takes."""
+POLICIES = ("trimmed", "random", "strided")
+"""Names that `TrimParams.policy` takes; the first is the default."""
 
-_ROUNDING = 1e-9  # 0.2 * 65 is 13.000000000000002 in double precision and must give 13 picks
+_ROUNDING = 1e-9  # 0.55 * 100 is 55.00000000000001 in double precision and must give 55 picks
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +65,8 @@ class ImageSelection:
     kept: bytes
     """Bitmap of the kept features."""
     picks_by_head: tuple[bytes, ...]
-    """Bitmap of each query head's picks in the first cross-attention layer; empty when trimming is off."""
+    """Bitmap of each query head's picks in the first cross-attention layer; empty when trimming is off and for the
+    policies that ask no head."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +78,7 @@ class Selection:
     num_kept: tuple[int, ...]
     """Kept features of each image; sums to M."""
     picks: Tensor
-    """int64 [H, K], what each query head picked."""
+    """int64 [H, K], what each query head picked; [0, 0] where no head was asked."""
 
 
 def budget(k_ratio: float, num_features: int) -> int:
@@ -97,21 +102,26 @@ def select(scores: Tensor, num_features: Sequence[int], trim: TrimParams) -> Sel
     Args:
         scores: float32 [H, N], attention of each query head on each feature (`ops.headwise_scores`).
         num_features: valid features of each image, each at least 1, sum N.
-        trim: `k_ratio` and `max_kept_fraction`.
+        trim: `policy`, `k_ratio` and `max_kept_fraction`.
     Returns:
-        The union of the heads' picks; at most `max(1, floor(max_kept_fraction * n))` features of an image with n
-        where that cap is given: more votes first, then the higher best score, then the lower index.
-    Source: arXiv 2504.00557, method section; the cap is ours.
+        `trimmed`: the union of the heads' picks; at most `max(1, floor(max_kept_fraction * n))` features of an
+        image with n where that cap is given: more votes first, then the higher best score, then the lower index.
+        `random`: as many features of each image, drawn from all subsets of that size alike. Image index, n and
+        count are the seed, so a request's draw is the same on every run, on every machine and in every batch.
+        `strided`: as many features of each image, evenly spaced: feature floor((j + 1/2) * n / count) for each j.
+    Source: arXiv 2504.00557, method section; the cap and the controls are ours.
     """
-    ks = [budget(trim.k_ratio, n) for n in num_features]
-    picks = ops.headwise_topk(scores, list(num_features), ks)
-    padded, num_kept = ops.union_indices(picks, scores.shape[1])
-    kept = padded[: int(num_kept)]
-    if trim.max_kept_fraction is not None:
-        kept = _capped(kept, picks, scores, num_features, trim.max_kept_fraction)
-    ends = torch.tensor(num_features).cumsum(0)
-    counts = torch.searchsorted(kept.cpu(), ends).diff(prepend=torch.zeros(1, dtype=torch.int64))
-    return Selection(kept, tuple(counts.tolist()), picks)
+    selection = _trimmed(scores, num_features, trim)
+    if trim.policy == "trimmed":
+        return selection
+    choose = {"random": _random, "strided": _strided}[trim.policy]
+    pieces = []
+    start = 0
+    for image, (n, count) in enumerate(zip(num_features, selection.num_kept, strict=True)):
+        pieces.append(start + choose(image, n, count))
+        start += n
+    kept = torch.cat(pieces).to(scores.device)
+    return Selection(kept, selection.num_kept, selection.picks.new_empty((0, 0)))
 
 
 def bitmap(indices: Tensor, num_features: int) -> bytes:
@@ -123,6 +133,18 @@ def bitmap(indices: Tensor, num_features: int) -> bytes:
     bits = np.zeros(num_features, dtype=bool)
     bits[indices.cpu().numpy()] = True
     return np.packbits(bits, bitorder="little").tobytes()
+
+
+def _trimmed(scores: Tensor, num_features: Sequence[int], trim: TrimParams) -> Selection:
+    ks = [budget(trim.k_ratio, n) for n in num_features]
+    picks = ops.headwise_topk(scores, list(num_features), ks)
+    padded, num_kept = ops.union_indices(picks, scores.shape[1])
+    kept = padded[: int(num_kept)]
+    if trim.max_kept_fraction is not None:
+        kept = _capped(kept, picks, scores, num_features, trim.max_kept_fraction)
+    ends = torch.tensor(num_features).cumsum(0)
+    counts = torch.searchsorted(kept.cpu(), ends).diff(prepend=torch.zeros(1, dtype=torch.int64))
+    return Selection(kept, tuple(counts.tolist()), picks)
 
 
 def _capped(kept: Tensor, picks: Tensor, scores: Tensor, num_features: Sequence[int], fraction: float) -> Tensor:
@@ -139,3 +161,13 @@ def _capped(kept: Tensor, picks: Tensor, scores: Tensor, num_features: Sequence[
         pieces.append(image[:cap].sort().values)
         start += n
     return torch.cat(pieces)
+
+
+def _random(image: int, num_features: int, count: int) -> Tensor:
+    # Python's generator and not torch's: its stream for a seed is the same in every version.
+    rng = random.Random(f"{image}/{num_features}/{count}")
+    return torch.tensor(sorted(rng.sample(range(num_features), count)), dtype=torch.int64)
+
+
+def _strided(_image: int, num_features: int, count: int) -> Tensor:
+    return (2 * torch.arange(count) + 1) * num_features // (2 * count)

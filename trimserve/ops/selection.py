@@ -108,9 +108,7 @@ def _fake_union_indices(picks: Tensor, num_features: int) -> tuple[Tensor, Tenso
     return picks.new_empty((max_kept,)), picks.new_empty(())
 
 
-def _fake_gather_kv(
-    features: Tensor, keys: Tensor, values: Tensor, kept: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_gather_kv(features: Tensor, keys: Tensor, values: Tensor, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     num_kept = kept.shape[0]
     return (
         features.new_empty((num_kept, *features.shape[1:])),

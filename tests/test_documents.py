@@ -1,0 +1,60 @@
+"""What README and docs show runs: Python blocks, doctests, commands and flags."""
+
+import doctest
+import importlib
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import typer
+
+from tests.test_repository import MODULES, ROOT, module_name
+from trimserve.cli import app, in_process_server
+
+README = (ROOT / "README.md").read_text()
+COMMANDS = re.findall(r"^\$ (.+?)(?:\s+#.*)?$", README, re.MULTILINE)
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    """Of a server of the embedded model."""
+    with in_process_server() as server:
+        yield server.address
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/api.md"])
+def test_python_examples_run(document: str, address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / document).read_text(), re.DOTALL)
+    assert blocks
+    monkeypatch.chdir(ROOT)
+    for block in blocks:
+        program = block.replace("127.0.0.1:50051", address).replace("photo.jpg", "trimserve/assets/samples/scene.png")
+        exec(compile(program, document, "exec"), {})
+
+
+@pytest.mark.parametrize("path", MODULES, ids=module_name)
+def test_doctests_pass(path: Path) -> None:
+    assert doctest.testmod(importlib.import_module(module_name(path))).failed == 0
+
+
+def test_readme_commands_name_real_targets_subcommands_and_flags() -> None:
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    group = typer.main.get_command(app)
+    assert len(COMMANDS) >= 6
+    for command in COMMANDS:
+        program, *words = command.split()
+        if program == "make":
+            assert words[0] in targets, command
+            continue
+        assert program.endswith("trimserve"), command
+        known = {name for parameter in group.commands[words[0]].params for name in parameter.opts}  # type: ignore[attr-defined]  # a group
+        used = {word for word in words if word.startswith("--")}
+        assert used <= known, command
+
+
+def test_flags_in_readmes_prose_exist() -> None:
+    group = typer.main.get_command(app)
+    known = {name for command in group.commands.values() for parameter in command.params for name in parameter.opts}  # type: ignore[attr-defined]
+    for flag in re.findall(r"`(--[a-z-]+)", README):
+        assert flag in known, flag
