@@ -16,6 +16,7 @@ from trimserve.v1 import generation_pb2 as pb
 
 SAMPLES = embedded_model_folder().parent / "samples"
 PICTURE = Path("out/explain.png")
+SERVER_LOG = Path("out/demo-server.log")
 METRICS = (
     "tokens_total",
     "kept_fraction_sum",
@@ -28,10 +29,13 @@ console = Console()
 
 
 def main() -> None:
-    """Run the demo."""
+    """Run the demo; the server logs to out/demo-server.log."""
     PICTURE.parent.mkdir(exist_ok=True)
     command = [sys.executable, "-m", "trimserve", "serve", "--port", "0", "--metrics-port", "0"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+    with (
+        SERVER_LOG.open("w") as log,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True) as server,
+    ):
         try:
             address, metrics = _addresses(server)
             console.rule(f"trimserve serves its embedded model on {address}")
@@ -47,7 +51,7 @@ def show(address: str, metrics: str) -> None:
     """Ask, and print what there is to see."""
     samples = json.loads((SAMPLES / "samples.json").read_text())
     with Client(address) as client:
-        first, second = samples[0], samples[-1]
+        first, second = _sample(samples, "colour"), _sample(samples, "description")
         console.print(f"[bold]unary[/]   {first['file']}: {first['question']}")
         response = client.generate(make_request(first["question"], [SAMPLES / first["file"]]))
         console.print(f"        [green]{response.text}[/]   (expected: {first['answer']})")
@@ -71,6 +75,10 @@ def show(address: str, metrics: str) -> None:
         first["question"],
     ]
     subprocess.run([sys.executable, "-m", "trimserve", *explain, "--out", str(PICTURE)], check=True)
+
+
+def _sample(samples: list[dict[str, str]], kind: str) -> dict[str, str]:
+    return next(sample for sample in samples if sample["kind"] == kind)
 
 
 def _printed(client: Client, request: pb.GenerateRequest) -> list[pb.GenerateStreamResponse]:
@@ -102,7 +110,7 @@ def _addresses(server: subprocess.Popen[str]) -> tuple[str, str]:
     for line in server.stdout:
         if found := re.search(r"gRPC on (\S+), metrics on (\S+)", line):
             return found[1], found[2]
-    raise SystemExit("the server ended before it served; run `trimserve serve` to see why")
+    raise SystemExit(f"the server ended before it served; see {SERVER_LOG}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """What loading accepts, what it refuses by name, and what it costs."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -126,6 +128,24 @@ def test_a_folder_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(CheckpointError, match="no/such-model: neither a folder nor a hub model"):
         load("no/such-model")
+
+
+def test_a_hub_id_loads_from_the_cache_at_its_revision(checkpoint: Path, tmp_path: Path) -> None:
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repository = tmp_path / "cache/hub/models--someone--a-model"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs/main").write_text(commit)
+    shutil.copytree(checkpoint, repository / "snapshots" / commit, ignore=shutil.ignore_patterns("cache"))
+    program = (
+        "from trimserve.config import EngineConfig, ModelConfig\n"
+        "from trimserve.models.loading import load_model\n"
+        "info = load_model(ModelConfig(model='someone/a-model'), EngineConfig()).info\n"
+        "print(info.model_id, info.revision)"
+    )
+    environment = os.environ | {"HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout.split() == ["someone/a-model", commit]
 
 
 def test_a_context_past_the_checkpoints_is_refused(checkpoint: Path) -> None:
