@@ -44,10 +44,10 @@ def draw_geometry(seed: int) -> Geometry:
     return Geometry(
         num_kv_heads=rng.choice([1, 2, 3]),
         heads_per_kv=rng.choice([1, 2, 4]),
-        head_dim=rng.choice([8, 16]),
+        head_dim=rng.choice([6, 8, 10, 16]),
         num_layers=num_layers,
         cross_layers=tuple(sorted(rng.sample(range(num_layers), rng.randint(1, 3)))),
-        max_tiles=rng.choice([1, 2, 4, 6]),
+        max_tiles=rng.choice([1, 2, 3, 4, 4, 6]),
         patches_per_side=rng.choice([2, 3, 5]),
         patch_size=rng.choice([4, 8]),
         vision_layers=vision_layers,

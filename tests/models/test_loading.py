@@ -17,7 +17,7 @@ from transformers import MllamaConfig, MllamaForConditionalGeneration
 from tests.models.random_checkpoint import Geometry, save_random_checkpoint
 from trimserve.config import EngineConfig, ModelConfig
 from trimserve.errors import CheckpointError
-from trimserve.models.loading import load_model
+from trimserve.models.loading import describe_model, load_model
 from trimserve.models.mllama import Mllama
 from trimserve.models.weights import FUSED, fused_weight, load_weights
 
@@ -90,6 +90,8 @@ def test_sharded_checkpoints_with_current_and_with_old_names_load(checkpoint: Pa
             lambda c: c.update(quantization_config={"quant_method": "bitsandbytes"}),
             "quant_method bitsandbytes is not supported",
         ),
+        ("config.json", lambda c: c.update(dtype="nonsense"), "nonsense"),
+        ("config.json", lambda c: c["text_config"].update(hidden_size="wide"), "wide"),
         ("config.json", lambda c: c["text_config"].update(num_hidden_layers=6), "parameters are in no file"),
         (
             "config.json",
@@ -124,6 +126,54 @@ def test_only_safetensors_are_read(checkpoint: Path) -> None:
         load(checkpoint)
 
 
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("model.safetensors", b"", "not a complete safetensors file"),
+        ("model.safetensors", b"garbage" * 100, "not a complete safetensors file"),
+        ("model.safetensors.index.json", b"{", "not readable as JSON"),
+        ("model.safetensors.index.json", b"{}", "must have an object weight_map"),
+        ("config.json", b"\xff\xfe", "not readable as JSON"),
+        ("config.json", b"[]", "must be a JSON object, got list"),
+        ("trimserve.json", b'{"k_ratio": 5}', "k_ratio: .*less than or equal to 1, got 5"),
+        ("trimserve.json", b'{"k_ratio": "many"}', "k_ratio: .*valid number.*, got 'many'"),
+        ("generation_config.json", b'{"max_new_tokens": 0}', "max_new_tokens: .*, got 0"),
+        ("generation_config.json", b'{"temperature": -1}', "temperature: .*, got -1"),
+    ],
+)
+def test_a_broken_file_is_named(checkpoint: Path, file: str, content: bytes, message: str) -> None:
+    (checkpoint / file).write_bytes(content)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        load(checkpoint)
+    assert file in str(caught.value)
+
+
+def test_truncated_weights_are_refused(checkpoint: Path) -> None:
+    file = checkpoint / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    with pytest.raises(CheckpointError, match="not a complete safetensors file"):
+        load(checkpoint)
+
+
+def test_a_null_quantization_config_is_none(checkpoint: Path) -> None:
+    edit_json(checkpoint / "config.json", lambda c: c.update(quantization_config=None))
+    assert load(checkpoint).info.vocab_size > 0
+
+
+def test_a_description_needs_no_weights_and_is_that_of_the_loaded_model(checkpoint: Path) -> None:
+    loaded = load(checkpoint).info
+    assert loaded.model_id == checkpoint.name
+    config = ModelConfig(model=str(checkpoint))
+    assert describe_model(config, EngineConfig()) == loaded
+    (checkpoint / "model.safetensors").write_bytes(b"")
+    assert describe_model(config, EngineConfig()).num_parameters == loaded.num_parameters
+
+
+def test_a_path_that_is_not_there_is_not_taken_for_a_hub_id() -> None:
+    with pytest.raises(CheckpointError, match=r"\./nope: no such folder"):
+        load("./nope")
+
+
 def test_a_folder_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(CheckpointError, match="no/such-model: neither a folder nor a hub model"):
@@ -138,7 +188,7 @@ def test_a_hub_id_loads_from_the_cache_at_its_revision(checkpoint: Path, tmp_pat
     shutil.copytree(checkpoint, repository / "snapshots" / commit, ignore=shutil.ignore_patterns("cache"))
     program = (
         "from trimserve.config import EngineConfig, ModelConfig\n"
-        "from trimserve.models.loading import load_model\n"
+        "from trimserve.models.loading import describe_model, load_model\n"
         "info = load_model(ModelConfig(model='someone/a-model'), EngineConfig()).info\n"
         "print(info.model_id, info.revision)"
     )
@@ -150,7 +200,7 @@ def test_a_hub_id_loads_from_the_cache_at_its_revision(checkpoint: Path, tmp_pat
 
 def test_a_context_past_the_checkpoints_is_refused(checkpoint: Path) -> None:
     assert load(checkpoint, max_model_len=100).info.max_model_len == 100
-    with pytest.raises(CheckpointError, match="max_model_len must be at most 512, got 513"):
+    with pytest.raises(CheckpointError, match=r"max_model_len must be at most 512, .* got 513"):
         load(checkpoint, max_model_len=513)
 
 

@@ -55,6 +55,27 @@ def assert_logits_equal(pair: Pair, prompt: Prompt, images: list[PilImage.Image]
     torch.testing.assert_close(logits, expected, atol=LOGITS, rtol=0)
 
 
+def assert_trimmed_logits_equal(pair: Pair, text: str, images: list[PilImage.Image], k_ratio: float) -> None:
+    """Prompt rows and decoded rows equal the peer's when its later layers see what the rule keeps."""
+    prepared = pair.ours.prepare(raw(text, images))
+    features = pair.ours.encode_images(prepared)
+    kv = pair.pool.allocate(len(prepared.token_ids) + 2)
+    rows = pair.ours.prompt_rows(prepared, features, TrimParams(k_ratio=k_ratio), kv)
+    logits = pair.ours.logits([rows], prepared.token_ids)
+    continuation = [7, 3]
+    decoded = torch.cat([pair.ours.decode([token], [kv]) for token in continuation])
+
+    num_prompt = len(prepared.token_ids)
+    expected, kept = pair.peer.trimmed_logits([*prepared.token_ids, *continuation], images, k_ratio, num_prompt)
+    assert rows.vision is not None
+    assert rows.vision.selection is not None
+    assert rows.vision.selection.kept.tolist() == kept
+    assert len(kept) < sum(len(image) for image in features)
+    torch.testing.assert_close(torch.cat([logits, decoded]), expected, atol=LOGITS, rtol=0)
+    untrimmed = pair.peer.logits([*prepared.token_ids, *continuation], images)
+    assert (untrimmed - expected).abs().max() > 100 * LOGITS
+
+
 @pytest.mark.parametrize(
     ("text", "grids"),
     [
@@ -90,6 +111,8 @@ def test_logits_equal_the_peer_in_drawn_geometries(make_pair: Callable[..., Pair
     wide = min(geometry.max_tiles, 3)
     images = [noise((1, wide), geometry.tile_size, 1), noise((1, 1), geometry.tile_size, 2)]
     assert_logits_equal(pair, raw(TWO_APART, images), images)
+    images.append(noise((min(geometry.max_tiles, 2), 1), geometry.tile_size, 3))
+    assert_trimmed_logits_equal(pair, THREE_MIXED, images, 0.2)
 
 
 def test_text_only_logits_equal_unpatched_transformers(pair: Pair) -> None:
@@ -144,23 +167,7 @@ def test_trimmed_logits_equal_the_peer_on_features_that_the_rule_keeps(
     pair: Pair, text: str, grids: list[tuple[int, int]], k_ratio: float
 ) -> None:
     images = [noise(grid, pair.ours.info.tile_size, seed) for seed, grid in enumerate(grids)]
-    prepared = pair.ours.prepare(raw(text, images))
-    features = pair.ours.encode_images(prepared)
-    kv = pair.pool.allocate(len(prepared.token_ids) + 2)
-    rows = pair.ours.prompt_rows(prepared, features, TrimParams(k_ratio=k_ratio), kv)
-    logits = pair.ours.logits([rows], prepared.token_ids)
-    continuation = [7, 3]
-    decoded = torch.cat([pair.ours.decode([token], [kv]) for token in continuation])
-
-    num_prompt = len(prepared.token_ids)
-    expected, kept = pair.peer.trimmed_logits([*prepared.token_ids, *continuation], images, k_ratio, num_prompt)
-    assert rows.vision is not None
-    assert rows.vision.selection is not None
-    assert rows.vision.selection.kept.tolist() == kept
-    assert len(kept) < sum(len(image) for image in features)
-    torch.testing.assert_close(torch.cat([logits, decoded]), expected, atol=LOGITS, rtol=0)
-    untrimmed = pair.peer.logits([*prepared.token_ids, *continuation], images)
-    assert (untrimmed - expected).abs().max() > 100 * LOGITS
+    assert_trimmed_logits_equal(pair, text, images, k_ratio)
 
 
 def test_k_ratio_one_is_bit_for_bit_the_untrimmed_path(pair: Pair) -> None:
@@ -176,22 +183,34 @@ def test_a_mixed_ragged_batch_equals_each_alone(pair: Pair) -> None:
         (raw(THREE_MIXED, [noise((1, 1), tile, seed) for seed in (2, 3, 4)]), NO_TRIM),
         (raw("rows before " + ONE, [noise((1, 1), tile, 5)]), TrimParams(k_ratio=0.3, max_kept_fraction=0.4)),
     ]
-    alone = [pair.logits(*request) for request in requests]
-    rows: list[SequenceRows] = []
-    token_ids: list[int] = []
-    for prompt, trim in requests:
-        prepared = pair.ours.prepare(prompt)
-        kv = pair.pool.allocate(len(prepared.token_ids) + 16)
-        rows.append(pair.ours.prompt_rows(prepared, pair.ours.encode_images(prepared), trim, kv))
-        token_ids += prepared.token_ids
-    together = pair.ours.logits(rows, token_ids)
-    torch.testing.assert_close(together, torch.cat([logits for logits, _ in alone]), atol=LOGITS, rtol=0)
-    assert [row.kv.cross_length for row in rows] == [kv.cross_length for _, kv in alone]
+    prompts = [pair.ours.prepare(prompt) for prompt, _ in requests]
+
+    def fresh_rows() -> list[SequenceRows]:
+        return [
+            pair.ours.prompt_rows(
+                prompt, pair.ours.encode_images(prompt), trim, pair.pool.allocate(len(prompt.token_ids) + 1)
+            )
+            for prompt, (_, trim) in zip(prompts, requests, strict=True)
+        ]
+
+    together, apart = fresh_rows(), fresh_rows()
+    logits = pair.ours.logits(together, [token for prompt in prompts for token in prompt.token_ids])
+    alone = [pair.ours.logits([rows], prompt.token_ids) for rows, prompt in zip(apart, prompts, strict=True)]
+    torch.testing.assert_close(logits, torch.cat(alone), atol=LOGITS, rtol=0)
+    assert [kept(rows) for rows in together] == [kept(rows) for rows in apart]
+    assert sum(kept(rows) is not None for rows in together) == 2
 
     tokens = [3, 14, 15, 9]
-    decoded = pair.ours.decode(tokens, [row.kv for row in rows])
-    one_by_one = [pair.ours.decode([token], [kv]) for token, (_, kv) in zip(tokens, alone, strict=True)]
+    decoded = pair.ours.decode(tokens, [rows.kv for rows in together])
+    one_by_one = [pair.ours.decode([token], [rows.kv]) for token, rows in zip(tokens, apart, strict=True)]
     torch.testing.assert_close(decoded, torch.cat(one_by_one), atol=LOGITS, rtol=0)
+
+
+def kept(rows: SequenceRows) -> list[int] | None:
+    """The features that a prefill kept; None when it was not trimmed."""
+    if rows.vision is None or rows.vision.selection is None:
+        return None
+    return rows.vision.selection.kept.tolist()
 
 
 def test_padding_tiles_are_neither_projected_nor_cached(pair: Pair) -> None:

@@ -21,9 +21,10 @@ from transformers.models.mllama.modeling_mllama import (
 )
 
 from trimserve import ops
+from trimserve.models.checkpoint import text_config
 from trimserve.models.trimming import Selection, TrimParams, select
 from trimserve.models.visibility import feature_visibility
-from trimserve.models.weights import FUSED, fused_weight, text_config
+from trimserve.models.weights import FUSED, fused_weight
 
 __all__ = ["KeyValues", "RaggedDecoder", "SequenceRows", "VisionRows"]
 

@@ -7,6 +7,7 @@ rows over the real rows give the same output and let fused kernels run. And the 
 outputs (`intermediate_features="outputs"` asks for that). Text and trimming are unknown here.
 """
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -15,7 +16,7 @@ from torch.nn import functional as F
 from transformers import MllamaForConditionalGeneration
 from transformers.models.mllama.modeling_mllama import MllamaVisionEncoderLayer
 
-from trimserve.models.weights import vision_config
+from trimserve.models.checkpoint import vision_config
 
 __all__ = ["IntermediateFeatures", "VisionEncoder"]
 
@@ -38,7 +39,7 @@ class VisionEncoder:
         self._projector: nn.Linear = model.model.multi_modal_projector
         indices = vision_config(model.config).intermediate_layers_indices or []
         # The output of layer i is the input of layer i + 1, so both choices are a list of layer inputs.
-        self._intermediate_inputs = [i + (intermediate_features == "outputs") for i in indices]
+        self._collected = [i + (intermediate_features == "outputs") for i in indices]
 
     def encode(self, pixel_values: Tensor, aspect_ratio_id: int, num_tiles: int) -> Tensor:
         """Visual features of one image, padding tiles left out.
@@ -58,14 +59,15 @@ class VisionEncoder:
         real, order = _real_rows_first(max_tiles, num_rows, num_tiles, vision.num_patches, hidden.device)
         restore = order.argsort()
 
-        hidden, inputs = self._encode(vision.transformer.layers, hidden.view(-1, width)[order], real)
+        hidden, intermediate = self._encode(
+            vision.transformer.layers, hidden.view(-1, width)[order], real, self._collected
+        )
         hidden = vision.layernorm_post(hidden)
         tiles = hidden[restore].view(1, max_tiles, num_rows, width)
         tiles = vision.post_tile_positional_embedding(tiles, ids)
-        hidden, _ = self._encode(vision.global_transformer.layers, tiles.view(-1, width)[order], real)
+        hidden, _ = self._encode(vision.global_transformer.layers, tiles.view(-1, width)[order], real, [])
 
-        intermediate = torch.stack([inputs[i][:real] for i in self._intermediate_inputs], dim=-1)
-        features = torch.cat([hidden[:real], intermediate.flatten(1)], dim=-1)
+        features = torch.cat([hidden[:real], torch.stack(intermediate, dim=-1).flatten(1)], dim=-1)
         projected: Tensor = self._projector(features)
         return projected
 
@@ -81,14 +83,22 @@ class VisionEncoder:
         return F.pad(hidden, (0, 0, 0, -hidden.shape[1] % _ROW_ALIGNMENT))
 
     @staticmethod
-    def _encode(layers: nn.ModuleList, hidden: Tensor, real: int) -> tuple[Tensor, list[Tensor]]:
-        """Run encoder layers over rows [R, width] of which the first `real` are real; also every layer's input."""
-        inputs = []
-        for layer in layers:
-            inputs.append(hidden)
+    def _encode(
+        layers: nn.ModuleList, hidden: Tensor, real: int, collected: Sequence[int]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Run encoder layers over rows [R, width] of which the first `real` are real.
+
+        Returns:
+            The last layer's output, and the real rows of the inputs of the layers in `collected`; the input of
+            the layer after the last is the output.
+        """
+        inputs = {}
+        for index, layer in enumerate(layers):
+            if index in collected:
+                inputs[index] = hidden[:real]
             hidden = _encoder_layer(layer, hidden, real)
-        inputs.append(hidden)
-        return hidden, inputs
+        inputs[len(layers)] = hidden[:real]
+        return hidden, [inputs[index] for index in collected]
 
 
 def _real_rows_first(

@@ -6,20 +6,19 @@ projections lie in one tensor (key and value in cross-attention layers, where qu
 and up projections in another; transformers' own parameters are views of them.
 """
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import MllamaConfig, MllamaForConditionalGeneration
-from transformers.models.mllama.configuration_mllama import MllamaTextConfig, MllamaVisionConfig
 from transformers.models.mllama.modeling_mllama import MllamaRotaryEmbedding
 
 from trimserve.errors import CheckpointError
+from trimserve.models.checkpoint import read_json, text_config
 
-__all__ = ["FUSED", "fused_weight", "load_weights", "text_config", "vision_config"]
+__all__ = ["FUSED", "fused_weight", "load_weights"]
 
 FUSED = {
     "self_attn": ("q_proj", "k_proj", "v_proj"),
@@ -62,27 +61,14 @@ def load_weights(
 
     missing = dict(model.named_parameters())
     for file in _files(folder):
-        for name in _tensor_names(file):
-            parameter = missing.pop(_current_name(name), None)
-            if parameter is None:
-                raise CheckpointError(f"{file.name}: tensor {name} is not part of an Mllama with this config.json")
-            _read(file, name, parameter.data)
+        try:
+            _read_file(file, missing)
+        except SafetensorError as error:
+            raise CheckpointError(f"{file}: not a complete safetensors file: {error}") from error
     if missing:
         raise CheckpointError(f"{folder}: {len(missing)} parameters are in no file, the first is {min(missing)}")
     model.eval().requires_grad_(False)
     return model
-
-
-def text_config(config: MllamaConfig) -> MllamaTextConfig:
-    """The decoder's part of a config, which transformers types as anything."""
-    assert isinstance(config.text_config, MllamaTextConfig)
-    return config.text_config
-
-
-def vision_config(config: MllamaConfig) -> MllamaVisionConfig:
-    """The vision encoder's part of a config."""
-    assert isinstance(config.vision_config, MllamaVisionConfig)
-    return config.vision_config
 
 
 def fused_weight(module: nn.Module, names: tuple[str, ...]) -> Tensor:
@@ -117,7 +103,10 @@ def _fuse(module: nn.Module, names: tuple[str, ...], device: torch.device) -> No
 def _files(folder: Path) -> Iterator[Path]:
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise CheckpointError(f"{index}: must have an object weight_map")
+        names = sorted(set(weight_map.values()))
     else:
         names = ["model.safetensors"]
     for name in names:
@@ -126,9 +115,15 @@ def _files(folder: Path) -> Iterator[Path]:
         yield folder / name
 
 
-def _tensor_names(file: Path) -> list[str]:
+def _read_file(file: Path, missing: dict[str, nn.Parameter]) -> None:
+    """Fill the parameters that a file holds and take them out of `missing`."""
     with safe_open(file, framework="pt") as tensors:
-        return list(tensors.keys())
+        names = list(tensors.keys())
+    for name in names:
+        parameter = missing.pop(_current_name(name), None)
+        if parameter is None:
+            raise CheckpointError(f"{file.name}: tensor {name} is not part of an Mllama with this config.json")
+        _read(file, name, parameter.data)
 
 
 def _current_name(name: str) -> str:

@@ -1,0 +1,214 @@
+"""Finds a checkpoint and reads its small files; refuses by name what cannot be honoured. No weights are touched.
+
+Only JSON is read here and only safetensors in `weights.py`: no code of a checkpoint is run.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from pydantic import BaseModel, Field, ValidationError
+from transformers import MllamaConfig
+from transformers.models.mllama.configuration_mllama import MllamaTextConfig, MllamaVisionConfig
+from transformers.models.mllama.image_processing_pil_mllama import get_all_supported_aspect_ratios
+
+import trimserve
+from trimserve.errors import CheckpointError
+
+__all__ = [
+    "EMBEDDED_MODEL",
+    "Checkpoint",
+    "GenerationJson",
+    "TrimserveJson",
+    "embedded_model_folder",
+    "open_checkpoint",
+    "read_json",
+    "text_config",
+    "vision_config",
+]
+
+EMBEDDED_MODEL = "trimserve-tiny"
+"""Name of the model that the package ships; what `--model` means when it is not given."""
+
+_SMALL_FILES = ("*.json", "*.jinja")
+_HASHED_BYTES = 1 << 20
+
+
+class GenerationJson(BaseModel):
+    """What trimserve reads of `generation_config.json`; null is the same as not there."""
+
+    do_sample: bool = False
+    """Without it generation is greedy, whatever the filters say."""
+    temperature: float = Field(1.0, ge=0, le=100)
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=0)
+    min_p: float = Field(0.0, ge=0, le=1)
+    repetition_penalty: float = Field(1.0, ge=0.01, le=100)
+    max_new_tokens: int | None = Field(None, ge=1)
+    eos_token_id: int | list[int] | None = None
+
+
+class TrimserveJson(BaseModel):
+    """What trimserve reads of `trimserve.json`, a file of its own that a checkpoint may have."""
+
+    k_ratio: float = Field(0.2, gt=0, le=1)
+    """Recommended budget per head."""
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """The small files of a checkpoint, checked."""
+
+    model_id: str
+    """Hub id, or name of the folder."""
+    revision: str
+    """Commit hash of a hub checkpoint, content hash of a folder."""
+    folder: Path
+    config: MllamaConfig
+    generation: GenerationJson
+    trimserve: TrimserveJson
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The dtype that a knob names; `auto` is the checkpoint's own.
+
+        Raises:
+            CheckpointError: the checkpoint's own is none that trimserve computes in.
+        """
+        own = self.config.dtype or torch.float32
+        dtype = own if name == "auto" else getattr(torch, name)
+        if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise CheckpointError(f"{self.folder}: dtype must be float32, bfloat16 or float16, got {dtype}")
+        return dtype
+
+
+def embedded_model_folder() -> Path:
+    """Where the embedded model lies."""
+    return Path(trimserve.__file__).parent / "assets" / EMBEDDED_MODEL
+
+
+def open_checkpoint(model: str | None, revision: str | None, *, with_weights: bool) -> Checkpoint:
+    """Find a checkpoint and read its small files.
+
+    Args:
+        model: folder or hub id; None is the embedded model.
+        revision: branch, tag or commit of a hub checkpoint.
+        with_weights: whether a hub checkpoint's weights are wanted too.
+    Raises:
+        CheckpointError: not found, not an Mllama, a file that makes no sense, or something that cannot be honoured
+            (a quantization, an adapter).
+    """
+    folder, model_id, found_revision = _locate(model or EMBEDDED_MODEL, revision, with_weights)
+    return Checkpoint(
+        model_id=model_id,
+        revision=found_revision,
+        folder=folder,
+        config=_read_config(folder),
+        generation=_validated(GenerationJson, folder / "generation_config.json"),
+        trimserve=_validated(TrimserveJson, folder / "trimserve.json"),
+    )
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        CheckpointError: not UTF-8, not JSON, or not an object.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file}: not readable as JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file}: must be a JSON object, got {type(content).__name__}")
+    return content
+
+
+def text_config(config: MllamaConfig) -> MllamaTextConfig:
+    """The decoder's part of a config, which transformers types as anything."""
+    assert isinstance(config.text_config, MllamaTextConfig)
+    return config.text_config
+
+
+def vision_config(config: MllamaConfig) -> MllamaVisionConfig:
+    """The vision encoder's part of a config."""
+    assert isinstance(config.vision_config, MllamaVisionConfig)
+    return config.vision_config
+
+
+def _locate(model: str, revision: str | None, with_weights: bool) -> tuple[Path, str, str]:
+    """Folder, id and revision of a checkpoint."""
+    folder = embedded_model_folder() if model == EMBEDDED_MODEL else Path(model).expanduser()
+    if folder.is_dir():
+        if revision is not None:
+            raise CheckpointError(f"revision {revision}: {folder} is a folder; only hub models have revisions")
+        return folder, folder.resolve().name, _content_hash(folder)
+    if model.startswith((".", "/", "~")):
+        raise CheckpointError(f"{model}: no such folder")
+    patterns = [*_SMALL_FILES, "*.safetensors"] if with_weights else [*_SMALL_FILES]
+    try:
+        snapshot = Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise CheckpointError(f"{model}: neither a folder nor a hub model that can be had: {error}") from error
+    return snapshot, model, snapshot.name
+
+
+def _content_hash(folder: Path) -> str:
+    """Tells two folders apart: names, sizes, and both ends of each file."""
+    digest = hashlib.sha256()
+    patterns = (*_SMALL_FILES, "*.safetensors")
+    for file in sorted(file for pattern in patterns for file in folder.glob(pattern)):
+        size = file.stat().st_size
+        digest.update(f"{file.name}:{size}".encode())
+        with file.open("rb") as stream:
+            digest.update(stream.read(_HASHED_BYTES))
+            stream.seek(max(0, size - _HASHED_BYTES))
+            digest.update(stream.read())
+    return digest.hexdigest()[:16]
+
+
+Json = TypeVar("Json", bound=BaseModel)
+
+
+def _validated(schema: type[Json], file: Path) -> Json:
+    try:
+        content = read_json(file) if file.exists() else {}
+        return schema.model_validate({name: value for name, value in content.items() if value is not None})
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(map(str, first["loc"]))
+        raise CheckpointError(f"{file}: {field}: {first['msg']}, got {first['input']!r}") from error
+
+
+def _read_config(folder: Path) -> MllamaConfig:
+    file = folder / "config.json"
+    if not file.exists():
+        raise CheckpointError(f"{folder}: no config.json")
+    raw = read_json(file)
+    if raw.get("model_type") != "mllama":
+        raise CheckpointError(f"{folder}: model_type must be mllama, got {raw.get('model_type')}")
+    quantization = raw.get("quantization_config")
+    if quantization:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+        raise CheckpointError(f"{folder}: quantization_config with quant_method {method} is not supported")
+    if (folder / "adapter_config.json").exists():
+        raise CheckpointError(f"{folder}: adapter_config.json: adapters are not supported; merge it into the weights")
+    try:
+        config = MllamaConfig.from_pretrained(folder)
+    except Exception as error:  # transformers raises whatever it meets in a broken file
+        raise CheckpointError(f"{file}: {error}") from error
+    vision = vision_config(config)
+    if not isinstance(vision.image_size, int) or not isinstance(vision.patch_size, int):
+        sides = f"{vision.image_size} and {vision.patch_size}"
+        raise CheckpointError(f"{file}: image_size and patch_size must be the side of a square, got {sides}")
+    expected = [list(ratio) for ratio in get_all_supported_aspect_ratios(vision.max_num_tiles)]
+    if vision.supported_aspect_ratios != expected:
+        raise CheckpointError(
+            f"{file}: supported_aspect_ratios must be those of the image processor for "
+            f"{vision.max_num_tiles} tiles, {expected}, got {vision.supported_aspect_ratios}"
+        )
+    return config
