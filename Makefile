@@ -37,8 +37,9 @@ check: build  ## lint, types, formatting, and that everything generated is up to
 	$(BIN)/python scripts/generate_protos.py --check
 	$(BIN)/python scripts/generate_docs.py --check
 
-verify: check test  ## what takes longer: a wheel in an environment of its own, benchmarks
+verify: check test  ## what takes longer: wheel, container image (as root, on Debian), benchmarks
 	PATH="$(abspath $(BIN)):$$PATH" scripts/verify_wheel.sh
+	scripts/verify_image.sh
 	$(MAKE) bench
 
 fmt: build  ## format Python and C++

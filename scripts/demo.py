@@ -8,6 +8,7 @@ import urllib.request
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from trimserve.client import Client, make_request
@@ -52,18 +53,21 @@ def show(address: str, metrics: str) -> None:
     samples = json.loads((SAMPLES / "samples.json").read_text())
     with Client(address) as client:
         first, second = _sample(samples, "colour"), _sample(samples, "description")
-        console.print(f"[bold]unary[/]   {first['file']}: {first['question']}")
+        console.print(f"[bold]unary[/]   {escape(first['file'])}: {escape(first['question'])}", soft_wrap=True)
         response = client.generate(make_request(first["question"], [SAMPLES / first["file"]]))
-        console.print(f"        [green]{response.text}[/]   (expected: {first['answer']})")
-        console.print(f"[bold]stream[/]  {second['file']}: {second['question']}\n        ", end="")
+        console.print(
+            f"        [green]{escape(response.text)}[/]   (expected: {escape(first['answer'])})", soft_wrap=True
+        )
+        console.print(f"[bold]stream[/]  {escape(second['file'])}: {escape(second['question'])}", soft_wrap=True)
+        console.print("        ", end="")
         events = list(_printed(client, make_request(second["question"], [SAMPLES / second["file"]])))
-        console.print(f"   (expected: {second['answer']})")
+        console.print(f"   (expected: {escape(second['answer'])})", soft_wrap=True)
     console.print(_account({"unary": (response.usage, response.cross_kv_bytes), "stream": _last(events)}))
     console.rule(f"http://{metrics}/metrics")
     with urllib.request.urlopen(f"http://{metrics}/metrics") as page:
         for line in page.read().decode().splitlines():
             if line.startswith("trimserve_") and any(name in line for name in METRICS):
-                console.print(line, highlight=False, soft_wrap=True)
+                console.print(line, markup=False, highlight=False, soft_wrap=True)
     console.rule("what the question made the model look at")
     explain = [
         "explain",
@@ -84,7 +88,7 @@ def _sample(samples: list[dict[str, str]], kind: str) -> dict[str, str]:
 def _printed(client: Client, request: pb.GenerateRequest) -> list[pb.GenerateStreamResponse]:
     events = []
     for event in client.stream(request):
-        console.print(event.delta.text, end="", style="green", highlight=False)
+        console.print(event.delta.text, end="", style="green", markup=False, highlight=False, soft_wrap=True)
         events.append(event)
     return events
 

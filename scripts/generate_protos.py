@@ -5,9 +5,11 @@ Usage: python scripts/generate_protos.py [--check]
 
 import argparse
 import filecmp
+import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
@@ -34,7 +36,9 @@ def generate(folder: Path) -> None:
     protos = sorted(str(path) for path in (ROOT / "protos" / PACKAGE).glob("*.proto"))
     outputs = [f"--{kind}_out={folder}" for kind in ("python", "pyi", "grpc_python", "mypy_grpc")]
     command = [sys.executable, "-m", "grpc_tools.protoc", f"-I{ROOT / 'protos'}", *outputs, *protos]
-    run = subprocess.run(command, capture_output=True, text=True)
+    # protoc looks for its plugins on the path; ours are beside the Python that runs this.
+    path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)])
+    run = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PATH": path})
     if run.returncode != 0:
         raise RuntimeError(f"protoc failed: {run.stderr}")
     (folder / PACKAGE / "__init__.py").write_text(INIT)
