@@ -1,17 +1,29 @@
 """The command line as people type it, against a server and with one of its own."""
 
 import json
+import shutil
+import signal
+import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import typer
 from PIL import Image
 from skimage import data
 from typer.testing import CliRunner, Result
 
-from trimserve.cli import app, in_process_server, main
-from trimserve.config import Config
+from tests.server.fakes import CONFIG, FINISHED, STARTED, FakeRunner
+from trimserve import __version__
+from trimserve.cli import app, main
+from trimserve.config import Config, EngineConfig
+from trimserve.engine.request import TokenDelta
+from trimserve.local import in_process_server
 from trimserve.models.loading import embedded_model_folder
+from trimserve.server import app as server
+from trimserve.server.app import InProcessServer
 
 SAMPLES = sorted((embedded_model_folder().parent / "samples").glob("*.png"))
 
@@ -56,6 +68,22 @@ def test_generate_and_explain_take_a_photo(photo: Path, address: str, tmp_path: 
     assert (tmp_path / "explain.png").exists()
 
 
+def test_a_picture_is_a_png_whatever_its_name(address: str, tmp_path: Path) -> None:
+    picture = tmp_path / "explain.gibberish"
+    run("explain", "--image", SAMPLES[0], "--prompt", "?", "--address", address, "--out", picture)
+    with Image.open(picture) as drawn:
+        assert drawn.format == "PNG"
+
+
+def test_an_answer_of_any_text_is_printed_as_it_is(tmp_path: Path) -> None:
+    answer = "[/INST] [bold]" + "x" * 200
+    config = CONFIG.model_copy(update={"engine": EngineConfig()})
+    with InProcessServer(FakeRunner((STARTED, TokenDelta(answer, (1,)), FINISHED)), config) as fake:
+        question = ("--image", SAMPLES[0], "--prompt", "[/x]", "--address", fake.address)
+        for command in (("explain", "--out", tmp_path / "explain.png"), ("generate",), ("generate", "--stream")):
+            assert run(*command, *question).stdout == f"{answer}\n"
+
+
 def test_generate_without_an_address_serves_itself_and_streams_the_same_text() -> None:
     question = ("generate", "--image", SAMPLES[0], "--prompt", "What do you see?", "--temperature", 0)
     assert run(*question).stdout == run(*question, "--stream").stdout
@@ -77,11 +105,74 @@ def test_info_tells_versions_ops_and_geometry() -> None:
     )
 
 
-def test_serve_has_an_option_for_every_knob() -> None:
-    help_text = CliRunner(env={"COLUMNS": "300"}).invoke(app, ["serve", "--help"]).output
-    for section in Config.model_fields:
-        for knob in type(getattr(Config(), section)).model_fields:
-            assert f"--{knob.replace('_', '-')} " in help_text, knob
+def test_info_reads_no_weights_and_takes_the_knobs_of_a_model(tmp_path: Path) -> None:
+    for file in embedded_model_folder().glob("*.json"):
+        shutil.copy(file, tmp_path)
+    about = json.loads(run("info", "--json", "--model", tmp_path, "--dtype", "bfloat16", "--max-model-len", 99).stdout)
+    assert (about["model"]["dtype"], about["model"]["max_model_len"]) == ("bfloat16", 99)
+    assert about["model"]["num_parameters"] > 0
+
+
+def options(command: str) -> dict[str, str | None]:
+    """The options of a command, by their names in Python, and their environment variables."""
+    group = typer.main.get_command(app)
+    return {each.name: each.envvar for each in group.commands[command].params}  # type: ignore[attr-defined]  # a group
+
+
+def test_serve_has_an_option_and_a_variable_for_every_knob() -> None:
+    expected = {
+        knob: f"TRIMSERVE__{section}__{knob}".upper()
+        for section in Config.model_fields
+        for knob in type(getattr(Config(), section)).model_fields
+    }
+    assert options("serve").items() >= expected.items()
+
+
+@pytest.mark.parametrize("command", ["generate", "explain", "info"])
+def test_commands_that_load_a_model_take_its_knobs(command: str) -> None:
+    assert options(command).keys() >= {"model", "revision", "dtype", "max_model_len", "intermediate_features"}
+    own = options(command).get("k_ratio")
+    assert own == ("TRIMSERVE__MODEL__K_RATIO" if command == "info" else None)
+
+
+@pytest.fixture
+def served(monkeypatch: pytest.MonkeyPatch) -> list[Config]:
+    """The configs of servers that `serve` would have run."""
+    configs: list[Config] = []
+
+    async def remember(_runner: object, config: Config, **_: object) -> None:
+        configs.append(config)
+
+    monkeypatch.setattr(server, "serve", remember)
+    return configs
+
+
+def test_serve_takes_its_knobs_from_options_then_from_variables(
+    served: list[Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRIMSERVE_PORT", "tcp://10.0.0.1:50051")  # from Kubernetes, for a service named trimserve
+    monkeypatch.setenv("TRIMSERVE__ENGINE__MAX_BATCH", "3")
+    monkeypatch.setenv("TRIMSERVE__ENGINE__MAX_QUEUE", "4")
+    run("serve", "--max-queue", 5, "--no-metrics")
+    [config] = served
+    assert (config.engine.max_batch, config.engine.max_queue, config.server.port) == (3, 5, 50051)
+    assert not config.server.metrics
+
+
+def test_serve_refuses_a_checkpoint_before_anything_listens(served: list[Config], tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["serve", "--model", str(tmp_path)])
+    assert "config.json" in str(result.exception)
+    assert not served
+
+
+def test_the_version_is_told() -> None:
+    assert run("--version").stdout == f"trimserve {__version__}\n"
+
+
+def test_help_waits_for_no_slow_import() -> None:
+    program = "import sys, trimserve.cli; print({'torch', 'transformers', 'numpy', 'matplotlib'} & {*sys.modules})"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
 
 
 def test_a_knob_out_of_range_is_named_with_its_bound() -> None:
@@ -91,24 +182,66 @@ def test_a_knob_out_of_range_is_named_with_its_bound() -> None:
     assert "greater than or equal to 1" in result.output
 
 
+@pytest.mark.parametrize("option", ["--max-new-tokens", "--seed"])
+def test_a_negative_number_is_refused_by_its_option(option: str) -> None:
+    result = CliRunner().invoke(app, ["generate", "--prompt", "x", option, "-1", "--address", "127.0.0.1:1"])
+    assert result.exit_code == 2
+    assert option in result.output
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["generate", "--prompt", "x", "--image", "no/such/file.png"], "no/such/file.png"),
         (["generate", "--prompt", "x", "--model", "no/such/model"], "no/such/model"),
         (["generate", "--prompt", "x", "--k-ratio", "2"], "trim.k_ratio: must be in (0, 1], got 2.0"),
-        (["generate", "--prompt", "x", "--address", "127.0.0.1:1"], "UNAVAILABLE"),
+        (["generate", "--prompt", "x", "--model", "[/red]" + "no" * 100], "[/red]" + "no" * 100),
+        (["generate", "--prompt", "x", "--address", "127.0.0.1:1"], "cannot reach 127.0.0.1:1 (HOST:PORT expected): "),
+        (["explain", "--image", "pyproject.toml", "--prompt", "x"], "pyproject.toml: must be an image file"),
     ],
 )
 def test_what_the_user_can_mend_is_one_message_and_status_1(
     arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setenv("COLUMNS", "300")
     monkeypatch.setattr("sys.argv", ["trimserve", *arguments])
     with pytest.raises(SystemExit) as exit_:
         main()
     assert exit_.value.code == 1
-    error = capsys.readouterr().err
-    assert message in error
-    assert "Traceback" not in error
+    [line] = capsys.readouterr().err.splitlines()
+    assert message in line
+
+
+def test_an_address_that_is_taken_is_one_line() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        command = [sys.executable, "-m", "trimserve", "serve", "--log-level", "error", "--port", port]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 1
+    [line] = done.stderr.splitlines()
+    assert line.startswith(f"error: cannot listen on 127.0.0.1:{port} (--host, --port): Address already in use")
+
+
+LOADING = """
+import sys, time
+from trimserve import cli, local
+
+def load_model(*_):
+    print("loading", flush=True)
+    time.sleep(1000)
+
+local.load_model = load_model
+sys.argv = ["trimserve", "generate", "--prompt", "x"]
+cli.main()
+"""
+
+
+def test_an_interrupt_while_the_model_is_loaded_ends_the_command() -> None:
+    command = [sys.executable, "-c", LOADING]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "loading\n"
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert error == "interrupted\n"

@@ -10,7 +10,8 @@ import pytest
 import typer
 
 from tests.test_repository import MODULES, ROOT, module_name
-from trimserve.cli import app, in_process_server
+from trimserve.cli import app
+from trimserve.local import in_process_server
 
 README = (ROOT / "README.md").read_text()
 COMMANDS = re.findall(r"^\$ (.+?)(?:\s+#.*)?$", README, re.MULTILINE)

@@ -17,8 +17,8 @@ from PIL import Image as PilImage
 
 from tests.models.peer import Peer
 from tests.models.random_checkpoint import draw_geometry, save_random_checkpoint
-from trimserve.cli import in_process_server
 from trimserve.client import Client, make_request
+from trimserve.local import in_process_server
 from trimserve.models.loading import embedded_model_folder
 from trimserve.v1 import generation_pb2 as pb
 

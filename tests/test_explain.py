@@ -132,11 +132,19 @@ def test_cap_is_mentioned_where_it_dropped_picks(monkeypatch: pytest.MonkeyPatch
     assert "Together they picked 3; the request capped them." in text
 
 
-def test_trimming_off_is_said_and_draws_no_votes(monkeypatch: pytest.MonkeyPatch) -> None:
-    text = texts_of(monkeypatch, set(range(PER_TILE)), [])
-    assert "kept_fraction 1.000: 17 of 17 features kept" in text
-    assert "Trimming is off: nothing is dropped." in text
-    assert "head" not in text
+@pytest.mark.parametrize(
+    ("num_kept", "account"),
+    [
+        (17, "kept_fraction 1.000: 17 of 17 features kept, 1 x 1 tiles. Nothing was trimmed."),
+        (4, "kept_fraction 0.235: 4 of 17 features kept, 1 x 1 tiles. Chosen without asking any head."),
+    ],
+)
+def test_where_no_head_picked_the_counts_are_told_and_no_votes_drawn(
+    num_kept: int, account: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = texts_of(monkeypatch, set(range(num_kept)), []).replace("\n", " ")
+    assert account in text
+    assert "head 0" not in text
     assert "votes" not in text
 
 

@@ -19,6 +19,7 @@ HOMES = {
     "prometheus_client": {"server"},
     "transformers": {"models"},
     "huggingface_hub": {"models"},
+    "matplotlib": {"evaluation"},
 }
 MODULES = sorted(path for path in ROOT.rglob("*.py"))
 

@@ -1,193 +1,125 @@
-"""The command line: `trimserve serve | generate | explain | info`.
+"""The command line: `trimserve serve | generate | explain | eval | info`.
 
 `generate` and `explain` talk gRPC also when no `--address` is given: they start a server of their own on a free port.
-The options of `serve` are the fields of `config.py`, and so are its environment variables (`TRIMSERVE_MAX_BATCH`).
+The knobs of `config.py` are options and environment variables of the commands that take them. What is slow to import
+is imported by the command that needs it.
 """
 
 import asyncio
+import functools
 import inspect
 import json
+import os
 import platform
-from collections.abc import Iterator
-from contextlib import contextmanager
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from functools import reduce
 from importlib import metadata
 from operator import or_
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, Union, get_args, get_origin
 
 import grpc
-import torch
 import typer
 from google.protobuf.json_format import MessageToDict
 from pydantic import BaseModel, ValidationError
 from rich.console import Console
 
-from trimserve import __version__, ops
+from trimserve import __version__
 from trimserve.client import Client, RequestOptions, make_request
 from trimserve.config import Config, EngineConfig, ModelConfig, ServerConfig
-from trimserve.engine.runner import Runner
-from trimserve.errors import CheckpointError
-from trimserve.explain import draw_explanation
-from trimserve.models.images import decode_image
-from trimserve.models.loading import load_model
-from trimserve.models.mllama import Mllama
-from trimserve.models.trimming import ImageSelection
-from trimserve.server.app import InProcessServer, Server, serve
+from trimserve.errors import TrimserveError
+from trimserve.evaluation.command import evaluate
+from trimserve.evaluation.dataset import DatasetError
 from trimserve.v1 import generation_pb2 as pb
 
-__all__ = ["app", "explain", "generate", "in_process_server", "info", "main"]
+if TYPE_CHECKING:
+    from trimserve.models.trimming import ImageSelection
+    from trimserve.server.app import Server
 
-app = typer.Typer(
-    help="Serve Llama-3.2-Vision, keeping only the visual features that the text attends to.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    add_completion=False,
-)
-console = Console(stderr=True)
+__all__ = ["about", "app", "explain", "generate", "info", "main", "serve"]
+
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
+
+_INTERRUPTED = 130
+"""Exit status after Ctrl-C."""
 
 _SECTIONS: dict[str, type[BaseModel]] = {"model": ModelConfig, "engine": EngineConfig, "server": ServerConfig}
 
 Prompt = Annotated[str, typer.Option(help="What to ask.")]
 System = Annotated[str | None, typer.Option(help="A system message.")]
 KRatio = Annotated[float | None, typer.Option(help="Budget per head, in (0, 1]; default: the model's.")]
-NoTrim = Annotated[bool, typer.Option("--no-trim", help="Keep every valid feature.")]
-Address = Annotated[str | None, typer.Option(help="HOST:PORT of a running server; default: start one.")]
-ModelName = Annotated[str | None, typer.Option("--model", help="Folder or hub id; default: the embedded model.")]
-MaxNewTokens = Annotated[int | None, typer.Option(help="Most tokens to generate; default: the model's.")]
+Address = Annotated[
+    str | None,
+    typer.Option(help="HOST:PORT of a running server; default: start one, with the knobs of the model below."),
+]
 
 
 def main() -> None:
-    """Entry point of the `trimserve` command; what a user can mend is one line on standard error, exit status 1."""
+    """Entry point of `trimserve`; what a user can mend is one line on standard error and exit status 1, Ctrl-C 130."""
     try:
         app()
     except grpc.RpcError as error:
-        console.print(f"[red]{error.code().name}[/]: {error.details()}", highlight=False)
-        raise SystemExit(1) from None
-    except (CheckpointError, OSError) as error:
-        console.print(f"[red]error[/]: {error}", highlight=False)
-        raise SystemExit(1) from None
+        _fail(f"{error.code().name}: {error.details()}")
+    except (TrimserveError, DatasetError, OSError) as error:
+        _fail(f"error: {error}")
+    except SystemExit as end:
+        if end.code == _INTERRUPTED:
+            _leave()
+        raise
 
 
-def _serve(**knobs: Any) -> None:
-    """Serve a model over gRPC until SIGTERM or SIGINT."""
-    config = _config(knobs)
-
-    def announce(server: Server) -> None:
-        addresses = f"gRPC on {server.address}, metrics on {server.metrics_address}"
-        print(f"trimserve {__version__}: {addresses}", flush=True)
-
-    asyncio.run(serve(_runner(config), config, on_serving=announce))
+def _fail(message: str) -> NoReturn:
+    print(message, file=sys.stderr)
+    raise SystemExit(1) from None
 
 
-@app.command()
-def generate(
-    prompt: Prompt,
-    image: Annotated[list[Path] | None, typer.Option(help="Image file; may be given again.")] = None,
-    system: System = None,
-    stream: Annotated[bool, typer.Option("--stream", help="Print text as it comes.")] = False,
-    k_ratio: KRatio = None,
-    no_trim: NoTrim = False,
-    max_new_tokens: MaxNewTokens = None,
-    temperature: Annotated[float | None, typer.Option(help="0 is greedy; default: the model's.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print whole messages as JSON.")] = False,
-    address: Address = None,
-    model: ModelName = None,
-) -> None:
-    """Ask a question about images and print the answer."""
-    sampling = pb.SamplingParams(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
-    options = _options(system, sampling, _trim(k_ratio, no_trim))
-    request = make_request(prompt, image or [], **options)
-    with _client(address, model) as client:
-        if stream:
-            for event in client.stream(request):
-                if as_json:
-                    print(json.dumps(_to_dict(event)), flush=True)
-                else:
-                    print(event.delta.text, end="", flush=True)
-            if not as_json:
-                print()
-            return
-        response = client.generate(request)
-        print(json.dumps(_to_dict(response), indent=2) if as_json else response.text)
+def _leave() -> NoReturn:
+    """End now: at its normal end, Python would wait for the thread that loads a model."""
+    with suppress(OSError):
+        print("interrupted", file=sys.stderr)
+        sys.stdout.flush()
+    os._exit(_INTERRUPTED)
 
 
-@app.command()
-def explain(
-    image: Annotated[Path, typer.Option(help="Image file.")],
-    prompt: Prompt,
-    out: Annotated[Path, typer.Option(help="PNG to write.")] = Path("explain.png"),
-    system: System = None,
-    k_ratio: KRatio = None,
-    address: Address = None,
-    model: ModelName = None,
-) -> None:
-    """Draw which visual features a question kept, and which query heads picked them."""
-    trim = _trim(k_ratio, no_trim=False)
-    trim.return_selection = True
-    options = _options(system, pb.SamplingParams(temperature=0), trim)
-    with _client(address, model) as client:
-        response = client.generate(make_request(prompt, [image], **options))
-        tile_size = client.model().tile_size
-    picture = decode_image(image.read_bytes(), str(image), EngineConfig().max_image_pixels)
-    selection = _selection(response.selections[0])
-    out.parent.mkdir(parents=True, exist_ok=True)
-    draw_explanation(picture, selection, tile_size=tile_size, question=prompt, answer=response.text).save(out)
-    usage = response.usage.images[0]
-    kept = usage.kept_features / usage.valid_features
-    console.print(f"{response.text}\nkept {usage.kept_features} of {usage.valid_features} features ({kept:.1%}): {out}")
+def _with_knobs(*sections: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command the knobs of config sections as options; it gets them checked, as its argument `config`.
 
-
-@app.command()
-def info(
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
-    model: ModelName = None,
-) -> None:
-    """Tell versions, the extension's build, devices and the model's geometry."""
-    about = load_model(ModelConfig(model=model), EngineConfig()).info
-    fields = {name: getattr(about, name) for name in type(about).__dataclass_fields__}
-    fields["generation_defaults"] = {
-        name: getattr(about.generation_defaults, name) for name in type(about.generation_defaults).__dataclass_fields__
-    }
-    packages = ("torch", "transformers", "tokenizers", "grpcio", "protobuf")
-    document = {
-        "trimserve": __version__,
-        "python": platform.python_version(),
-        "packages": {name: metadata.version(name) for name in packages},
-        "extension": ops.build_info(),
-        "ops": [name for name in ops.__all__ if hasattr(torch.ops.trimserve, name)],
-        "devices": ["cpu", *(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))],
-        "model": {
-            **fields,
-            "cross_kv_bytes_per_feature": about.cross_kv_bytes_per_feature,
-            "self_kv_bytes_per_token": about.self_kv_bytes_per_token,
-        },
-    }
-    if as_json:
-        print(json.dumps(document, indent=2))
-    else:
-        Console().print(document)
-
-
-def in_process_server(model: str | None = None) -> InProcessServer:
-    """A server in this process, on a free port, without metrics.
-
-    Args:
-        model: folder or hub id; None is the embedded model.
+    A knob that has the name of one of the command's own options is left out.
     """
-    config = _config({"model": model, "port": 0, "metrics_port": None})
-    return InProcessServer(_runner(config), config)
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        own = [each for each in inspect.signature(command).parameters.values() if each.name != "config"]
+        taken = {each.name for each in own}
+        knobs = [each for section in sections for each in _knobs(section) if each.name not in taken]
+
+        @functools.wraps(command)
+        def run(**arguments: Any) -> None:
+            config = _config({knob.name: arguments.pop(knob.name) for knob in knobs})
+            command(**arguments, config=config)
+
+        run.__signature__ = inspect.Signature([*own, *knobs])  # type: ignore[attr-defined]  # functions may carry one
+        run.__annotations__ = {each.name: each.annotation for each in (*own, *knobs)}
+        return run
+
+    return decorate
 
 
-def _knobs() -> Iterator[inspect.Parameter]:
-    """The fields of every config section as command-line options."""
-    for section in _SECTIONS.values():
-        for name, field in section.model_fields.items():
-            option = typer.Option(help=field.description, envvar=f"TRIMSERVE_{name.upper()}")
-            annotation: Any = Annotated[_plain(field.annotation), option]
-            yield inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=annotation)
+def _knobs(section: str) -> Iterator[inspect.Parameter]:
+    """The fields of a config section as options; `TRIMSERVE__ENGINE__MAX_BATCH` is the variable of `max_batch`."""
+    prefix = f"TRIMSERVE__{section.upper()}__"
+    for name, field in _SECTIONS[section].model_fields.items():
+        option = typer.Option(
+            help=field.description,
+            envvar=f"{prefix}{name.upper()}",
+            show_envvar=False,  # the panel tells the rule; whole names do not fit into 80 columns
+            rich_help_panel=f"Knobs: {section}; in the environment {prefix}...",
+        )
+        annotation: Any = Annotated[_plain(field.annotation), option]
+        yield inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=annotation)
 
 
 def _plain(annotation: Any) -> Any:
@@ -197,11 +129,6 @@ def _plain(annotation: Any) -> Any:
     if get_origin(annotation) in (Union, UnionType):
         return reduce(or_, map(_plain, get_args(annotation)))
     return annotation
-
-
-_serve.__signature__ = inspect.Signature(list(_knobs()))  # type: ignore[attr-defined]  # functions may carry one
-_serve.__annotations__ = {parameter.name: parameter.annotation for parameter in _knobs()}
-app.command("serve")(_serve)
 
 
 def _config(knobs: dict[str, Any]) -> Config:
@@ -217,30 +144,160 @@ def _config(knobs: dict[str, Any]) -> Config:
         raise typer.BadParameter(f"{first['msg']}, got {first['input']!r}", param_hint=option) from None
 
 
-def _runner(config: Config) -> Runner:
-    def load() -> Mllama:
-        if config.engine.num_threads is not None:
-            torch.set_num_threads(config.engine.num_threads)
-        return load_model(config.model, config.engine)
+def _show_version(is_wanted: bool) -> None:
+    if is_wanted:
+        print(f"trimserve {__version__}")
+        raise typer.Exit
 
-    engine = config.engine
-    return Runner(
-        load,
-        max_batch=engine.max_batch,
-        max_queue=engine.max_queue,
-        num_preprocess_workers=engine.num_preprocess_workers,
-    )
+
+@app.callback()
+def about(
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Serve Llama-3.2-Vision, keeping only the visual features that the text attends to."""
+
+
+@app.command()
+@_with_knobs("model", "engine", "server")
+def serve(*, config: Config) -> None:
+    """Serve a model over gRPC until SIGTERM or SIGINT."""
+    from trimserve.local import make_runner
+    from trimserve.models.loading import describe_model
+    from trimserve.server import app as server
+
+    describe_model(config.model, config.engine)  # refuses what it can before anything listens
+
+    def announce(serving: "Server") -> None:
+        metrics = f"metrics on {serving.metrics_address}" if serving.metrics_address else "no metrics"
+        print(f"trimserve {__version__}: gRPC on {serving.address}, {metrics}", flush=True)
+
+    asyncio.run(server.serve(make_runner(config), config, on_serving=announce))
+
+
+@app.command()
+@_with_knobs("model")
+def generate(
+    prompt: Prompt,
+    image: Annotated[list[Path] | None, typer.Option(help="Image file; may be given again.")] = None,
+    system: System = None,
+    stream: Annotated[bool, typer.Option("--stream", help="Print text as it comes.")] = False,
+    k_ratio: KRatio = None,
+    no_trim: Annotated[bool, typer.Option("--no-trim", help="Keep every valid feature.")] = False,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, max=2**32 - 1, help="Most tokens to generate; default: the model's.")
+    ] = None,
+    temperature: Annotated[float | None, typer.Option(help="0 is greedy; default: the model's.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, max=2**64 - 1, help="Makes sampling repeatable.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print whole messages as JSON.")] = False,
+    address: Address = None,
+    *,
+    config: Config,
+) -> None:
+    """Ask a question about images and print the answer."""
+    sampling = pb.SamplingParams(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+    options = _options(system, sampling, _trim(k_ratio, no_trim))
+    request = make_request(prompt, image or [], **options)
+    with _client(address, config.model) as client:
+        if stream:
+            for event in client.stream(request):
+                if as_json:
+                    print(json.dumps(_to_dict(event)), flush=True)
+                else:
+                    print(event.delta.text, end="", flush=True)
+            if not as_json:
+                print()
+            return
+        response = client.generate(request)
+        print(json.dumps(_to_dict(response), indent=2) if as_json else response.text)
+
+
+@app.command()
+@_with_knobs("model")
+def explain(
+    image: Annotated[Path, typer.Option(help="Image file.")],
+    prompt: Prompt,
+    out: Annotated[Path, typer.Option(dir_okay=False, help="File to write; it is a PNG.")] = Path("explain.png"),
+    system: System = None,
+    k_ratio: KRatio = None,
+    address: Address = None,
+    *,
+    config: Config,
+) -> None:
+    """Draw which visual features a question kept, and which query heads picked them."""
+    from trimserve.explain import draw_explanation
+    from trimserve.models.images import decode_image
+
+    picture = decode_image(image.read_bytes(), str(image), config.engine.max_image_pixels)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    trim = _trim(k_ratio, no_trim=False)
+    trim.return_selection = True
+    options = _options(system, pb.SamplingParams(temperature=0), trim)
+    with _client(address, config.model) as client:
+        response = client.generate(make_request(prompt, [image], **options))
+        tile_size = client.model().tile_size
+    selection = _selection(response.selections[0])
+    page = draw_explanation(picture, selection, tile_size=tile_size, question=prompt, answer=response.text)
+    page.save(out, "PNG")
+    usage = response.usage.images[0]
+    kept = usage.kept_features / usage.valid_features
+    print(response.text)
+    print(f"kept {usage.kept_features} of {usage.valid_features} features ({kept:.1%}): {out}", file=sys.stderr)
+
+
+@app.command()
+@_with_knobs("model")
+def info(
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False, *, config: Config
+) -> None:
+    """Tell versions, the extension's build, devices and the model's geometry."""
+    import torch
+
+    from trimserve import ops
+    from trimserve.models.loading import describe_model
+
+    model = describe_model(config.model, config.engine)
+    packages = ("torch", "transformers", "tokenizers", "grpcio", "protobuf")
+    document = {
+        "trimserve": __version__,
+        "python": platform.python_version(),
+        "packages": {name: metadata.version(name) for name in packages},
+        "extension": ops.build_info(),
+        "ops": [name for name in ops.__all__ if hasattr(torch.ops.trimserve, name)],
+        "devices": ["cpu", *(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))],
+        "model": {
+            **asdict(model),
+            "cross_kv_bytes_per_feature": model.cross_kv_bytes_per_feature,
+            "self_kv_bytes_per_token": model.self_kv_bytes_per_token,
+        },
+    }
+    if as_json:
+        print(json.dumps(document, indent=2))
+    else:
+        Console().print(document, soft_wrap=True)
+
+
+app.command("eval")(evaluate)
 
 
 @contextmanager
-def _client(address: str | None, model: str | None) -> Iterator[Client]:
+def _client(address: str | None, model: ModelConfig) -> Iterator[Client]:
     """A client of the server at an address, or of one in this process on a free port."""
-    if address is not None:
-        with Client(address) as client:
+    if address is None:
+        from trimserve.local import in_process_server
+
+        with in_process_server(model) as server, Client(server.address) as client:
             yield client
         return
-    with in_process_server(model) as server, Client(server.address) as client:
-        yield client
+    with Client(address) as client:
+        try:
+            yield client
+        except grpc.RpcError as error:
+            if error.code() is not grpc.StatusCode.UNAVAILABLE or error.trailing_metadata():
+                raise  # the server's own words
+            why = f"{error.code().name}: {error.details()}"
+            raise ConnectionError(f"cannot reach {address} (HOST:PORT expected): {why}") from None
 
 
 def _trim(k_ratio: float | None, no_trim: bool) -> pb.TrimOptions:
@@ -263,7 +320,9 @@ def _to_dict(message: pb.GenerateResponse | pb.GenerateStreamResponse) -> dict[s
     return document
 
 
-def _selection(selection: pb.ImageSelection) -> ImageSelection:
+def _selection(selection: pb.ImageSelection) -> "ImageSelection":
+    from trimserve.models.trimming import ImageSelection
+
     return ImageSelection(
         tiles_high=selection.tiles_high,
         tiles_wide=selection.tiles_wide,

@@ -1,7 +1,8 @@
 """Every knob of trimserve, once: what it sets, its unit, its range and its default.
 
-`docs/configuration.md` is generated from this file. Values are checked when a config is made; no file and no
-environment variable is read.
+`docs/configuration.md` is generated from this file. Values are checked when a config is made. The command line makes an
+option (`--max-batch`) and an environment variable (`TRIMSERVE__ENGINE__MAX_BATCH`, by section and knob) of every field.
+The underscores are double because Kubernetes injects `TRIMSERVE_PORT` and the like for a service named trimserve.
 """
 
 from typing import Annotated, Literal
@@ -96,9 +97,8 @@ class ServerConfig(_Knobs):
         "leave loopback only behind something that does both.",
     )
     port: Port = Field(default=50051, description="Port of gRPC; 0 is any free one.")
-    metrics_port: Port | None = Field(
-        default=9090, description="Port of `/metrics` and `/healthz` (HTTP); 0 is any free one, unset is off."
-    )
+    metrics: bool = Field(default=True, description="Whether `/metrics` and `/healthz` are served (HTTP).")
+    metrics_port: Port = Field(default=9464, description="Port of `/metrics` and `/healthz`; 0 is any free one.")
     max_message_bytes: int = Field(
         default=64 * 2**20,
         ge=4096,

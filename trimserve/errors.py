@@ -6,12 +6,14 @@
     ├── EngineStopped      starting, draining or dead: another replica may serve it
     ├── DeadlinePassed     the request's deadline came before its end
     ├── RequestFailed      this request failed inside the model; others are not affected
-    └── CheckpointError    a checkpoint that cannot be served as it is: refused at load time
+    ├── CheckpointError    a checkpoint that cannot be served as it is: refused at load time
+    └── CannotListen       a port is taken, or the host is not ours: refused at start
 
 `server/interceptors.py` has the one table from these to gRPC status codes. This file knows nothing about gRPC.
 """
 
 __all__ = [
+    "CannotListen",
     "CheckpointError",
     "DeadlinePassed",
     "EngineBusy",
@@ -84,3 +86,9 @@ class CheckpointError(TrimserveError):
     """A checkpoint that is not an Mllama, or asks for something that trimserve cannot honour."""
 
     reason = "CHECKPOINT_REFUSED"
+
+
+class CannotListen(TrimserveError):
+    """An address that the server cannot listen on; names it and the options that set it."""
+
+    reason = "CANNOT_LISTEN"

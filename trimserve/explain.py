@@ -176,7 +176,7 @@ def _account(selection: ImageSelection) -> str:
     grid = f"{selection.tiles_high} x {selection.tiles_wide} tiles"
     fraction = f"kept_fraction {kept.mean():.3f}: {kept.sum()} of {kept.size} features kept, {grid}"
     if not selection.picks_by_head:
-        return f"{fraction}. Trimming is off: nothing is dropped."
+        return f"{fraction}. {'Nothing was trimmed.' if kept.all() else 'Chosen without asking any head.'}"
     picks = np.stack([_bits(head, selection) for head in selection.picks_by_head])
     class_tokens = kept[:: selection.features_per_tile]
     account = (

@@ -20,7 +20,9 @@ from trimserve.engine.kv_pool import SequenceKV
 from trimserve.engine.model import Prefilled
 from trimserve.engine.request import GenerationRequest, SamplingParams
 from trimserve.errors import InvalidRequest
+from trimserve.models.images import PreparedImage
 from trimserve.models.info import GenerationDefaults, ModelInfo
+from trimserve.models.prepared import NamedImage, PreparedPrompt, TokenizedPrompt
 from trimserve.models.prompt import Image, Prompt, RawPrompt, TokenPrompt
 from trimserve.models.trimming import TrimParams
 
@@ -33,7 +35,6 @@ __all__ = [
     "KILLS_THE_ENGINE",
     "LOGITS_ARE_NAN",
     "FakeModel",
-    "FakePrompt",
     "byte_tokenizer",
     "request",
 ]
@@ -55,27 +56,22 @@ class Killed(BaseException):
     """What no handler for ordinary exceptions catches."""
 
 
-@dataclass(frozen=True)
-class FakePrompt:
-    """Token ids, and for each image its number of tiles."""
-
-    token_ids: tuple[int, ...]
-    images: tuple[int, ...] = ()
-
-
 @dataclass
 class FakeModel:
     """Answers at random, or as `replies` says: the text that follows a prompt's text, then the end token."""
 
     replies: dict[str, str | tuple[int, ...]] = field(default_factory=dict)
     max_model_len: int = 128
-    before_prepare: Callable[[], object] = bool
+    before_tokenize: Callable[[], object] = bool
+    before_image: Callable[[], object] = bool
     before_prefill: Callable[[], object] = bool
     before_decode: Callable[[], object] = bool
     batch_sizes: list[int] = field(default_factory=list)
     """Rows of each decode so far."""
     threads: set[str] = field(default_factory=set)
     """Names of the threads that ran prefill or decode."""
+    images: list[str] = field(default_factory=list)
+    """Fields of the images that were prepared, in the order in which that began."""
 
     def __post_init__(self) -> None:
         self.tokenizer: Tokenizer = byte_tokenizer()
@@ -113,8 +109,8 @@ class FakeModel:
             ),
         )
 
-    def prepare(self, prompt: Prompt) -> FakePrompt:
-        self.before_prepare()
+    def tokenize(self, prompt: Prompt) -> TokenizedPrompt:
+        self.before_tokenize()
         if prompt == BREAKS_PREPARE:
             raise Killed  # as a panic in the tokenizer's compiled code would
         match prompt:
@@ -126,12 +122,20 @@ class FakeModel:
                 pass
             case _:
                 raise NotImplementedError
-        return FakePrompt(token_ids, tuple(map(_num_tiles, images)))
+        return TokenizedPrompt(token_ids, tuple(NamedImage(image.mime_type, image) for image in images))
 
-    def encode_images(self, prompt: FakePrompt) -> list[Tensor]:
-        return [torch.ones(num_tiles * FEATURES_PER_TILE, 2) for num_tiles in prompt.images]
+    def prepare_image(self, image: NamedImage) -> PreparedImage:
+        self.images.append(image.field)
+        self.before_image()
+        num_tiles = _num_tiles(image.image)
+        return PreparedImage(torch.zeros(4, 3, 8, 8), 1, 1, num_tiles, 8, 8 * num_tiles)
 
-    def prefill(self, prompt: FakePrompt, features: Sequence[Tensor], trim: TrimParams, kv: SequenceKV) -> Prefilled:
+    def encode_images(self, prompt: PreparedPrompt) -> list[Tensor]:
+        return [torch.ones(image.num_tiles * FEATURES_PER_TILE, 2) for image in prompt.images]
+
+    def prefill(
+        self, prompt: PreparedPrompt, features: Sequence[Tensor], trim: TrimParams, kv: SequenceKV
+    ) -> Prefilled:
         self.before_prefill()
         self.threads.add(threading.current_thread().name)
         if _text(prompt.token_ids) == BREAKS_PREFILL.text:
@@ -143,7 +147,7 @@ class FakeModel:
         kv.reserve_cross(num_held)
         return Prefilled(
             logits=self._forward(prompt.token_ids, kv),
-            num_padding=tuple((4 - num_tiles) * FEATURES_PER_TILE for num_tiles in prompt.images),
+            num_padding=tuple((4 - image.num_tiles) * FEATURES_PER_TILE for image in prompt.images),
             num_valid=num_valid,
             num_kept=num_kept,
             num_held=num_held,

@@ -1,5 +1,6 @@
 """The engine step by step, driven by a fake model: endings, batches, cancellation, failures, bytes, times."""
 
+import itertools
 import math
 import time
 from collections.abc import Callable
@@ -32,7 +33,7 @@ from trimserve.engine.request import (
     TokenDelta,
 )
 from trimserve.engine.sequence import Sequence, SequenceState, account_cross_kv
-from trimserve.errors import InvalidRequest, RequestFailed, TrimserveError
+from trimserve.errors import EngineBusy, InvalidRequest, RequestFailed, TrimserveError
 from trimserve.models.prompt import Image, Prompt, RawPrompt, TokenPrompt
 
 Output = list[GenerationChunk | TrimserveError]
@@ -99,7 +100,7 @@ ENDINGS = [  # sampling, text, tokens, reason, matched
     ({"stop_strings": ("two!",)}, "one two", 8, FinishReason.STOP, END),  # held back, given at the end
     ({"stop_strings": ("o",), "min_new_tokens": 2}, "one tw", 7, FinishReason.STOP, "o"),
     (
-        {"stop_token_ids": (ord("o"),), "min_new_tokens": 9, "max_new_tokens": 3},
+        {"stop_token_ids": (ord("o"),), "min_new_tokens": 3, "max_new_tokens": 3},
         None,
         3,
         FinishReason.LENGTH,
@@ -146,6 +147,26 @@ def test_the_whole_context_can_be_used_and_not_one_token_more() -> None:
     assert raised.value.field == "sampling.max_new_tokens"
     with pytest.raises(InvalidRequest, match="15 tokens in a context of 15 leaves no room"):
         alone(model, request("0123456789abcde"))
+
+
+def test_more_new_tokens_than_can_come_are_refused() -> None:
+    model = FakeModel(max_model_len=15)
+    wanted = [
+        (request("0123456789", min_new_tokens=6), "must be at most 5, .* a prompt of 10 tokens .* of 15, got 6"),
+        (request("0123456789", min_new_tokens=3, max_new_tokens=2), "must be at most 2, .* got 3"),
+    ]
+    for one, message in wanted:
+        with pytest.raises(InvalidRequest, match=message) as raised:
+            alone(model, one)
+        assert raised.value.field == "sampling.min_new_tokens"
+    assert finished(alone(model, request("0123456789", min_new_tokens=5))).num_generated_tokens == 5
+
+
+def test_room_is_checked_before_an_image_is_decoded() -> None:
+    model = FakeModel()
+    with pytest.raises(InvalidRequest, match="room for 126, got 127"):
+        alone(model, request(TokenPrompt((IMAGE, 65), (Image(b"1"),)), max_new_tokens=127))
+    assert not model.images
 
 
 MIXED: list[GenerationRequest] = [
@@ -249,6 +270,40 @@ def test_a_failing_request_ends_alone(bad: RawPrompt, caplog: pytest.LogCaptureF
     assert text(run(engine, request("next"))[0]) == text(alone(FakeModel(), request("next")))
 
 
+def _fails_in(calls: list[int], error: Exception) -> Callable[[], None]:
+    """A hook that fails in its n-th calls, counted from 0."""
+    counter = itertools.count()
+
+    def hook() -> None:
+        if next(counter) in calls:
+            raise error
+
+    return hook
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory")])
+@pytest.mark.parametrize(("stage", "calls"), [("before_prefill", [0]), ("before_decode", [1, 2])])
+def test_a_request_that_runs_out_of_memory_ends_alone_and_may_come_again(
+    error: Exception, stage: str, calls: list[int]
+) -> None:
+    model = FakeModel(**{stage: _fails_in(calls, error)})  # type: ignore[arg-type]  # hooks only
+    engine = Engine(model, max_batch=2)
+    left, right = run(engine, request("left"), request("right"))
+    assert isinstance(left[-1], EngineBusy)
+    # 4 + 20 positions: 2 pages in 2 layers.
+    assert "out of memory on request r: its KV takes up to 512 bytes" in str(left[-1])
+    assert right[:-1] == alone(FakeModel(), request("right"))[:-1]
+    assert engine.pool.used_self_bytes == engine.pool.used_cross_bytes == 0
+
+
+def test_kv_that_cannot_be_allocated_is_refused_naming_its_bytes() -> None:
+    engine = Engine(FakeModel(max_model_len=2**46), max_batch=2)
+    huge, small = run(engine, request("huge", max_new_tokens=2**45 - 4), request("small"))
+    assert isinstance(huge[-1], EngineBusy)
+    assert f"up to {2**45 * 16} bytes" in str(huge[-1])
+    assert finished(small)
+
+
 def test_kv_is_held_in_whole_pages_while_running_and_released_before_the_last_chunk() -> None:
     engine = Engine(FakeModel(), max_batch=1)
     held: list[tuple[int, int]] = []
@@ -306,7 +361,7 @@ def test_bytes_add_up_to_the_padded_cache(images: list[tuple[int, int, float]], 
 
 def test_stages_add_up_to_the_total() -> None:
     model = FakeModel(
-        before_prepare=_sleep(0.01),
+        before_tokenize=_sleep(0.01),
         before_prefill=_sleep(0.02),
         before_decode=_sleep(0.005),
         max_model_len=64,

@@ -3,11 +3,11 @@
 import asyncio
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing
 
 import pytest
 
+from tests.engine.driving import Gate, collect, running, text, until
 from tests.engine.fake_model import (
     BREAKS_DECODE,
     BREAKS_PREFILL,
@@ -19,64 +19,19 @@ from tests.engine.fake_model import (
 )
 from trimserve.engine.request import (
     Finished,
-    GenerationChunk,
-    GenerationRequest,
     Started,
     TokenDelta,
 )
 from trimserve.engine.runner import Runner
-from trimserve.errors import DeadlinePassed, EngineBusy, EngineStopped, InvalidRequest, RequestFailed
+from trimserve.errors import (
+    CheckpointError,
+    DeadlinePassed,
+    EngineBusy,
+    EngineStopped,
+    InvalidRequest,
+    RequestFailed,
+)
 from trimserve.models.prompt import Image, RawPrompt, TokenPrompt
-
-
-class Gate:
-    """Holds a thread of the model in one place until it is opened; waits no longer than a test would."""
-
-    def __init__(self) -> None:
-        """Open."""
-        self._is_open = threading.Event()
-        self._is_open.set()
-
-    def close(self) -> None:
-        self._is_open.clear()
-
-    def open(self) -> None:
-        self._is_open.set()
-
-    def __call__(self) -> None:
-        assert self._is_open.wait(20)
-
-
-@asynccontextmanager
-async def running(
-    model: FakeModel, *, max_batch: int = 4, max_queue: int = 8, num_preprocess_workers: int = 2
-) -> AsyncIterator[Runner]:
-    """A started runner, stopped at the end."""
-    runner = Runner(
-        lambda: model,
-        max_batch=max_batch,
-        max_queue=max_queue,
-        num_preprocess_workers=num_preprocess_workers,
-    )
-    await runner.start()
-    try:
-        yield runner
-    finally:
-        await runner.stop(0.0)
-
-
-async def collect(runner: Runner, wanted: GenerationRequest, deadline: float | None = None) -> list[GenerationChunk]:
-    return [chunk async for chunk in runner.submit(wanted, deadline=deadline)]
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    """Wait until something is so; the test's own time limit ends it otherwise."""
-    while not condition():  # noqa: ASYNC110  # what is waited for happens on another thread
-        await asyncio.sleep(0.001)
-
-
-def text(chunks: list[GenerationChunk]) -> str:
-    return "".join(chunk.text for chunk in chunks if isinstance(chunk, TokenDelta))
 
 
 def held_bytes(runner: Runner) -> int:
@@ -165,7 +120,7 @@ async def test_a_full_queue_refuses_naming_its_size() -> None:
 
 async def test_requests_being_prepared_count_as_waiting() -> None:
     gate = Gate()
-    async with running(FakeModel(before_prepare=gate), max_batch=1, max_queue=0) as runner:
+    async with running(FakeModel(before_tokenize=gate), max_batch=1, max_queue=0) as runner:
         gate.close()
         task = asyncio.create_task(collect(runner, request("hi")))
         await until(lambda: runner.status().num_waiting == 1)
@@ -202,7 +157,7 @@ async def test_a_failing_request_leaves_the_others_alone(bad: RawPrompt) -> None
 @pytest.mark.parametrize("how", ["cancel", "deadline"])
 async def test_a_request_that_nobody_waits_for_ends_within_a_step(place: str, how: str) -> None:
     gates = {"prepare": Gate(), "prefill": Gate(), "decode": Gate()}
-    model = FakeModel(before_prepare=gates["prepare"], before_prefill=gates["prefill"], before_decode=gates["decode"])
+    model = FakeModel(before_tokenize=gates["prepare"], before_prefill=gates["prefill"], before_decode=gates["decode"])
     async with running(model, max_batch=1) as runner:
         gate = gates["decode" if place == "queue" else place]
         gate.close()
@@ -292,6 +247,15 @@ async def test_start_raises_what_the_warm_up_failed_with() -> None:
     assert not _engine_threads()
 
 
+async def test_the_smallest_context_that_holds_an_image_and_an_answer_is_served() -> None:
+    async with running(FakeModel(max_model_len=2)) as runner:
+        assert text(await collect(runner, request("a")))
+    with pytest.raises(CheckpointError, match=r"max_model_len must be at least 2, .* got 1"):
+        async with running(FakeModel(max_model_len=1)):
+            pass
+    assert not _engine_threads()
+
+
 async def test_requests_are_refused_until_warm() -> None:
     gate = Gate()
     gate.close()
@@ -341,7 +305,7 @@ async def test_stop_lets_accepted_requests_finish_and_refuses_new_ones() -> None
 
 async def test_stop_ends_what_is_left_after_the_grace() -> None:
     gate = Gate()
-    model = FakeModel(before_decode=lambda: time.sleep(0.01), before_prepare=gate)
+    model = FakeModel(before_decode=lambda: time.sleep(0.01), before_tokenize=gate)
     async with running(model, max_batch=1) as runner:
         tasks = [asyncio.create_task(collect(runner, LONG)) for _ in range(2)]
         await until(lambda: runner.status().num_running == 1)

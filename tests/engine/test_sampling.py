@@ -62,6 +62,28 @@ def test_presence_and_frequency_penalties_count_generated_tokens_only() -> None:
     assert penalized.tolist() == [0.0, -1.0, -0.75, 0.0]
 
 
+@given(
+    st.integers(0, 99),
+    st.builds(
+        SamplingParams,
+        temperature=st.sampled_from([5e-324, 0.1, 100.0]),
+        top_p=st.sampled_from([5e-324, 0.5, 1.0]),
+        min_p=st.sampled_from([0.0, 5e-324, 1.0]),
+        repetition_penalty=st.sampled_from([0.01, 100.0]),
+        presence_penalty=st.sampled_from([-2.0, 2.0]),
+        frequency_penalty=st.sampled_from([-2.0, 2.0]),
+        logit_bias=st.sampled_from([{}, {0: -100.0, 1: 100.0}]),
+    ),
+)
+def test_parameters_at_their_bounds_overflow_nothing(seed: int, params: SamplingParams) -> None:
+    logits = 1e4 * random_logits(seed)
+    penalized = apply_penalties(logits, state(params, prompt=(*range(20),), generated=(*range(10, 50),)))
+    assert penalized.isfinite().all()
+    scores = apply_filters(penalized, params)
+    assert scores.max() == 0
+    assert not scores.isnan().any()
+
+
 def test_bias_is_added_and_ids_past_the_vocabulary_are_ignored() -> None:
     params = SamplingParams(logit_bias={1: 2.5, 9: 1.0}, repetition_penalty=2.0, presence_penalty=1.0, min_new_tokens=9)
     penalized = apply_penalties(torch.ones(3), state(params, prompt=(9, 2), generated=(9,), ends=(9,)))

@@ -169,7 +169,22 @@ BAD_PROMPTS: list[tuple[Prompt, str, str]] = [
     (
         RawPrompt("<|image|>" * 4, (picture(),) * 4),
         "images",
-        "must be at most 3 images, got 4",
+        "must have at most 3 images, got 4",
+    ),
+    (
+        ChatPrompt((Message("user", (picture(),) * 4),)),
+        "chat.messages",
+        "must have at most 3 images, got 4",
+    ),
+    (
+        ChatPrompt((Message("system", (picture(),)), Message("user", (Text("Hi"),)))),
+        "chat.messages",
+        "the chat template dropped images: it wrote 0 image tokens for 1 images",
+    ),
+    (
+        RawPrompt("<|image|>" * 3, (picture(100, 70),) * 3),
+        "images",
+        "all images together must have at most 20000 pixels, got 21000",
     ),
     (
         RawPrompt("<|image|><|image|>", (picture(), Image(b""))),
@@ -185,12 +200,21 @@ BAD_PROMPTS: list[tuple[Prompt, str, str]] = [
 
 
 @pytest.mark.parametrize(("prompt", "field", "message"), BAD_PROMPTS)
-def test_refused_prompts_name_field_value_and_bound(
+def test_prompts_are_refused_by_field_value_and_bound_before_an_image_is_decoded(
     processor: Processor, prompt: Prompt, field: str, message: str
 ) -> None:
     with pytest.raises(InvalidRequest) as caught:
-        processor.prepare(prompt)
+        processor.tokenize(prompt)
     assert (caught.value.field, caught.value.message) == (field, message)
+
+
+def test_broken_pixels_are_refused_when_their_image_is_decoded(processor: Processor) -> None:
+    cut = Image(picture(90, 90).data[:-30])
+    first, second = processor.tokenize(RawPrompt("<|image|><|image|>", (picture(), cut))).images
+    assert processor.prepare_image(first).num_tiles == 1
+    with pytest.raises(InvalidRequest, match="must be a complete, readable PNG image") as caught:
+        processor.prepare_image(second)
+    assert caught.value.field == "images[1]"
 
 
 def test_longest_prompt_leaves_room_for_one_token(processor: Processor) -> None:

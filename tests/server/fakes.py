@@ -4,7 +4,6 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from enum import Enum, auto
 
 from trimserve.config import Config, EngineConfig, ServerConfig
@@ -20,6 +19,7 @@ from trimserve.engine.request import (
     TokenDelta,
     TokenLogprob,
 )
+from trimserve.engine.runner import EngineStatus
 from trimserve.errors import DeadlinePassed, EngineStopped
 from trimserve.models.info import GenerationDefaults, ModelInfo
 from trimserve.models.trimming import ImageSelection
@@ -121,21 +121,6 @@ class Pause(Enum):
 Script = Sequence[GenerationChunk | Exception | Pause]
 
 
-@dataclass(frozen=True)
-class Status:
-    """What the fake says of itself."""
-
-    is_ready: bool
-    num_running: int
-    num_waiting: int = 2
-    max_batch: int = 16
-    max_queue: int = 64
-    self_kv_bytes: int = 1111
-    cross_kv_bytes: int = 2222
-    cross_kv_untrimmed_bytes: int = 3333
-    uptime_seconds: float = 4.5
-
-
 class FakeRunner:
     """Plays `script` for every request."""
 
@@ -154,12 +139,15 @@ class FakeRunner:
         self.cancelled = asyncio.Event()
         self.stop_graces: list[float] = []
         self._start_error = start_error
+        self._is_loaded = False
         self._stopped = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
 
     @property
     def info(self) -> ModelInfo:
+        if not self._is_loaded:
+            raise EngineStopped("the fake has not started")
         return INFO
 
     async def start(self) -> None:
@@ -167,7 +155,7 @@ class FakeRunner:
             await self.start_gate.wait()
         if self._start_error is not None:
             raise self._start_error
-        self.is_ready = True
+        self._is_loaded = self.is_ready = True
 
     async def submit(
         self, request: GenerationRequest, *, deadline: float | None = None
@@ -209,8 +197,18 @@ class FakeRunner:
         if self._stopped.is_set():
             raise EngineStopped("the fake was stopped")
 
-    def status(self) -> Status:
-        return Status(self.is_ready, self.num_running)
+    def status(self) -> EngineStatus:
+        return EngineStatus(
+            is_ready=self.is_ready,
+            num_running=self.num_running,
+            num_waiting=2,
+            max_batch=16,
+            max_queue=64,
+            self_kv_bytes=1111,
+            cross_kv_bytes=2222,
+            cross_kv_untrimmed_bytes=3333,
+            uptime_seconds=4.5,
+        )
 
     async def stop(self, grace_seconds: float) -> None:
         self.is_ready = False

@@ -1,9 +1,11 @@
 """The server's life: listening, warm-up, health, reflection, drain, signals, threads."""
 
 import asyncio
+import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from typing import Any
 
@@ -16,6 +18,7 @@ from tests.server.conftest import Loopback
 from tests.server.fakes import CHUNKS, CONFIG, DELTAS, FINISHED, STARTED, FakeRunner, Pause, chat_request
 from trimserve.client import Client
 from trimserve.config import Config, ServerConfig
+from trimserve.errors import CannotListen
 from trimserve.server.app import InProcessServer, Server, running_server
 from trimserve.v1 import generation_pb2_grpc, model_pb2, model_pb2_grpc
 
@@ -96,7 +99,7 @@ async def test_reflection_lists_every_service(loopback: Loopback) -> None:
 
 
 async def test_reflection_can_be_off() -> None:
-    config = Config(server=ServerConfig(port=0, metrics_port=None, reflection=False))
+    config = Config(server=ServerConfig(port=0, metrics=False, reflection=False))
     async with (
         running_server(FakeRunner(), config) as server,
         grpc.aio.insecure_channel(server.address) as channel,
@@ -141,22 +144,35 @@ async def test_a_failed_start_is_raised_and_closes_the_server() -> None:
             pytest.fail("it must not serve")
 
 
-async def test_a_port_that_is_taken_is_an_error(loopback: Loopback) -> None:
+async def test_a_port_that_is_taken_is_an_error_that_names_it(loopback: Loopback) -> None:
     assert loopback.server.metrics_address is not None
     grpc_port, metrics_port = (
         int(address.rpartition(":")[2]) for address in (loopback.server.address, loopback.server.metrics_address)
     )
-    for taken in (
-        ServerConfig(port=grpc_port, metrics_port=None),
-        ServerConfig(port=0, metrics_port=metrics_port),
+    for config, message in (
+        (
+            ServerConfig(port=grpc_port, metrics=False),
+            rf"^cannot listen on 127\.0\.0\.1:{grpc_port} \(--host, --port\): Address already in use",
+        ),
+        (
+            ServerConfig(port=0, metrics_port=metrics_port),
+            rf"^cannot listen on 127\.0\.0\.1:{metrics_port} \(--host, --metrics-port\): Address already in use",
+        ),
     ):
-        with pytest.raises((RuntimeError, OSError), match=r"bind|in use"):
-            async with running_server(FakeRunner(), Config(server=taken)):
+        with pytest.raises(CannotListen, match=message):
+            async with running_server(FakeRunner(), Config(server=config)):
                 pytest.fail("it must not serve")
 
 
+@pytest.mark.parametrize("host", ["no.such.host.invalid", "192.0.2.1", "::2"])
+async def test_a_host_that_is_not_ours_is_an_error(host: str) -> None:
+    with pytest.raises(CannotListen, match=rf"^cannot listen on \S*{host}\S*:0 \(--host, --port\): [A-Z]"):
+        async with running_server(FakeRunner(), Config(server=ServerConfig(host=host, port=0))):
+            pytest.fail("it must not serve")
+
+
 async def test_more_calls_than_allowed_are_refused() -> None:
-    config = Config(server=ServerConfig(port=0, metrics_port=None, max_concurrent_rpcs=1))
+    config = Config(server=ServerConfig(port=0, metrics=False, max_concurrent_rpcs=1))
     runner = FakeRunner((STARTED, Pause.UNTIL_RELEASED, FINISHED))
     async with (
         running_server(runner, config) as server,
@@ -173,7 +189,7 @@ async def test_more_calls_than_allowed_are_refused() -> None:
 
 
 async def test_a_default_deadline_holds_for_calls_without_one() -> None:
-    config = Config(server=ServerConfig(port=0, metrics_port=None, default_deadline_seconds=0.2))
+    config = Config(server=ServerConfig(port=0, metrics=False, default_deadline_seconds=0.2))
     async with (
         running_server(FakeRunner((STARTED, Pause.UNTIL_RELEASED)), config) as server,
         grpc.aio.insecure_channel(server.address) as channel,
@@ -195,6 +211,20 @@ def test_a_server_in_a_thread_raises_what_its_start_raised() -> None:
     server = InProcessServer(FakeRunner(start_error=ValueError("no such model")), CONFIG)
     with pytest.raises(ValueError, match="no such model"), server:
         pytest.fail("it must not serve")
+
+
+def test_an_interrupt_while_a_server_in_a_thread_warms_up_ends_both() -> None:
+    runner = FakeRunner()
+    runner.start_gate = asyncio.Event()
+    timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
+    timer.start()
+    with pytest.raises(KeyboardInterrupt), InProcessServer(runner, CONFIG):
+        pytest.fail("it must not serve")
+    for thread in threading.enumerate():
+        if thread.name == "trimserve-server":
+            thread.join(5)
+    assert runner.stop_graces
+    assert "trimserve-server" not in {thread.name for thread in threading.enumerate()}
 
 
 PROGRAM = """

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import grpc
 import pytest
+from google.protobuf.descriptor_pb2 import FieldDescriptorProto
 from google.rpc import error_details_pb2
 from hypothesis import assume, given
 from hypothesis import strategies as st
@@ -16,7 +17,15 @@ from trimserve.engine.request import GenerationRequest, SamplingParams
 from trimserve.errors import InvalidRequest
 from trimserve.models.prompt import ChatPrompt, Image, Message, RawPrompt, Text, TokenPrompt
 from trimserve.models.trimming import TrimParams
-from trimserve.server.convert import BOUNDS, to_generation_request
+from trimserve.server.convert import (
+    BOUNDS,
+    MAX_LOGIT_BIASES,
+    MAX_REQUEST_ID_CHARS,
+    MAX_STOP_CHARS,
+    MAX_STOP_STRINGS,
+    MAX_STOP_TOKENS,
+    to_generation_request,
+)
 from trimserve.v1 import generation_pb2 as pb
 
 NAN, INF = float("nan"), float("inf")
@@ -79,13 +88,13 @@ BAD = [
     top("priority", "[-1000, 1000], got -1001", chat=CHAT, priority=-1001),
     top("images", "empty beside chat, whose images are message parts, got 1", chat=CHAT, images=[pb.Image()]),
     top("raw_prompt", "must not be empty", raw_prompt=""),
-    top("images", "[0, 3] images, got 4", raw_prompt="a", images=[pb.Image(data=b"x")] * 4),
-    top("images[1].data", "[1, 1000] bytes, got 0", raw_prompt="a", images=[pb.Image(data=b"x"), pb.Image()]),
-    top("images[0].data", "[1, 1000] bytes, got 1001", raw_prompt="a", images=[pb.Image(data=b"x" * 1001)]),
-    top("prompt_token_ids.token_ids", "[1, 128] ids, got 0", prompt_token_ids=pb.TokenIds()),
+    top("images", "at most 3 images, got 4", raw_prompt="a", images=[pb.Image(data=b"x")] * 4),
+    top("images[1].data", "1 to 1000 bytes, got 0", raw_prompt="a", images=[pb.Image(data=b"x"), pb.Image()]),
+    top("images[0].data", "1 to 1000 bytes, got 1001", raw_prompt="a", images=[pb.Image(data=b"x" * 1001)]),
+    top("prompt_token_ids.token_ids", "1 to 128 ids, got 0", prompt_token_ids=pb.TokenIds()),
     top(
         "prompt_token_ids.token_ids",
-        "[1, 128] ids, got 129",
+        "1 to 128 ids, got 129",
         prompt_token_ids=pb.TokenIds(token_ids=[1] * 129),
     ),
     top(
@@ -94,13 +103,13 @@ BAD = [
         prompt_token_ids=pb.TokenIds(token_ids=[1, 1001]),
     ),
     chat("", "at least 1 message, got 0"),
-    chat("", "[0, 3] images in all, got 4", parts(image(1), image(1)), parts(image(1), image(1))),
+    chat("", "at most 3 images in all, got 4", parts(image(1), image(1)), parts(image(1), image(1))),
     chat("[0].role", "ROLE_SYSTEM, ROLE_USER, ROLE_ASSISTANT, got 0", pb.Message(parts=[TEXT])),
     chat("[1].role", "ROLE_ASSISTANT, got 9", parts(TEXT), pb.Message(role=9, parts=[TEXT])),  # type: ignore[arg-type]
     chat("[0].parts", "at least 1 part, got 0", parts()),
     chat("[0].parts[1]", "one of text and image, got neither", parts(TEXT, pb.Part())),
-    chat("[0].parts[0].image.data", "[1, 1000] bytes, got 0", parts(image(0))),
-    chat("[0].parts[1].image.data", "[1, 1000] bytes, got 1001", parts(TEXT, image(1001))),
+    chat("[0].parts[0].image.data", "1 to 1000 bytes, got 0", parts(image(0))),
+    chat("[0].parts[1].image.data", "1 to 1000 bytes, got 1001", parts(TEXT, image(1001))),
     sampling("max_new_tokens", "[1, 128], got 0", max_new_tokens=0),
     sampling("max_new_tokens", "[1, 128], got 129", max_new_tokens=129),
     sampling("min_new_tokens", "[0, 5], got 6", max_new_tokens=5, min_new_tokens=6),
@@ -109,8 +118,8 @@ BAD = [
     *(sampling("top_p", f"(0, 1], got {value}", top_p=value) for value in (0.0, 1.1, NAN, INF)),
     *(sampling("min_p", f"[0, 1], got {value}", min_p=value) for value in (-0.1, 1.1, NAN)),
     *(
-        sampling("repetition_penalty", f"(0, 100], got {value}", repetition_penalty=value)
-        for value in (0.0, 100.5, NAN, INF)
+        sampling("repetition_penalty", f"[0.01, 100], got {value}", repetition_penalty=value)
+        for value in (0.0, 1e-40, 0.0099, 100.5, NAN, INF)
     ),
     *(sampling("presence_penalty", f"[-2, 2], got {value}", presence_penalty=value) for value in (-2.1, 2.1, NAN, INF)),
     *(
@@ -122,11 +131,11 @@ BAD = [
         sampling("logit_bias[7]", f"[-100, 100], got {value}", logit_bias={3: 1.0, 7: value})
         for value in (-100.5, 100.5, NAN, -INF)
     ),
-    sampling("logit_bias", "[0, 1024] ids, got 1025", logit_bias=dict.fromkeys(range(1025), 1.0)),
-    sampling("stop_strings", "[0, 16] strings, got 17", stop_strings=["a"] * 17),
-    sampling("stop_strings[1]", "[1, 256] characters, got 0", stop_strings=["a", ""]),
-    sampling("stop_strings[0]", "[1, 256] characters, got 257", stop_strings=["a" * 257]),
-    sampling("stop_token_ids", "[0, 64] ids, got 65", stop_token_ids=[1] * 65),
+    sampling("logit_bias", "at most 1024 ids, got 1025", logit_bias=dict.fromkeys(range(1025), 1.0)),
+    sampling("stop_strings", "at most 16 strings, got 17", stop_strings=["a"] * 17),
+    sampling("stop_strings[1]", "1 to 256 characters, got 0", stop_strings=["a", ""]),
+    sampling("stop_strings[0]", "1 to 256 characters, got 257", stop_strings=["a" * 257]),
+    sampling("stop_token_ids", "at most 64 ids, got 65", stop_token_ids=[1] * 65),
     sampling("stop_token_ids[1]", "[0, 999], got 1000", stop_token_ids=[999, 1000]),
     sampling("num_top_logprobs", "[0, 20], got 21", num_top_logprobs=21),
     trim("mode", "TRIM_MODE_OFF, got 7", mode=7),
@@ -274,18 +283,44 @@ def test_raw_and_token_prompts_take_their_images_from_the_request(
     assert converted(request).prompt == prompt((Image(b"x", "image/png"),))
 
 
-def test_the_protos_tell_the_same_bounds() -> None:
-    (file,) = (file for file in descriptors() if file.name.endswith("generation.proto"))
-    said = comments(file)
-    owners = {"": "GenerateRequest", "sampling": "SamplingParams", "trim": "TrimOptions"}
-    names = [message.name for message in file.message_type]
-    for path, interval in BOUNDS.items():
-        section, _, field = path.rpartition(".")
-        index = names.index(owners[section])
-        fields = [each.name for each in file.message_type[index].field]
-        comment = said[4, index, 2, fields.index(field)]
+REQUEST_MESSAGES = ("GenerateRequest", "Chat", "Message", "Part", "Image", "TokenIds", "SamplingParams", "TrimOptions")
 
-        assert f"{interval}" in comment, path
+SAID = {
+    **{path: f"Range: {interval}." for path, interval in BOUNDS.items() if path != "sampling.logit_bias"},
+    "request_id": f"Range: at most {MAX_REQUEST_ID_CHARS} of ",
+    "sampling.logit_bias": f"Range: at most {MAX_LOGIT_BIASES} ids, each in [0, vocab_size), each bias in "
+    f"{BOUNDS['sampling.logit_bias']}.",
+    "sampling.stop_strings": f"Range: at most {MAX_STOP_STRINGS} strings of 1 to {MAX_STOP_CHARS} characters.",
+    "sampling.stop_token_ids": f"Range: at most {MAX_STOP_TOKENS} ids in [0, vocab_size).",
+}
+"""How the protos must tell the bounds of this code."""
+
+
+@pytest.fixture(scope="module")
+def said() -> dict[str, tuple[FieldDescriptorProto, str]]:
+    """Every field of a request, by its path, or its message's name where it has no path of its own, and its comment."""
+    (file,) = (file for file in descriptors() if file.name.endswith("generation.proto"))
+    text = comments(file)
+    owners = {"GenerateRequest": "", "SamplingParams": "sampling.", "TrimOptions": "trim."}
+    return {
+        owners.get(message.name, f"{message.name}.") + field.name: (field, text[4, index, 2, place])
+        for index, message in enumerate(file.message_type)
+        if message.name in REQUEST_MESSAGES
+        for place, field in enumerate(message.field)
+    }
+
+
+def test_the_protos_tell_the_same_bounds(said: dict[str, tuple[FieldDescriptorProto, str]]) -> None:
+    for path, wanted in SAID.items():
+        assert wanted in said[path][1], path
+
+
+def test_every_value_of_a_request_tells_its_range(said: dict[str, tuple[FieldDescriptorProto, str]]) -> None:
+    free = {FieldDescriptorProto.TYPE_BOOL, FieldDescriptorProto.TYPE_STRING, FieldDescriptorProto.TYPE_MESSAGE}
+    numbers = {path: comment for path, (field, comment) in said.items() if field.type not in free}
+    assert {"sampling.seed", "sampling.top_k", "trim.mode", "Image.data", "Message.role"} <= numbers.keys()
+    for path, comment in numbers.items():
+        assert "Range: " in comment, path
 
 
 @pytest.mark.parametrize("path", [path for path in BOUNDS if path not in {"priority", "sampling.logit_bias"}])

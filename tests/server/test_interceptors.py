@@ -10,6 +10,7 @@ from tests.server.conftest import Loopback, rich_status
 from tests.server.fakes import CHUNKS, DELTAS, STARTED, Script, chat_request
 from trimserve import errors
 from trimserve.errors import (
+    CannotListen,
     CheckpointError,
     DeadlinePassed,
     EngineBusy,
@@ -29,6 +30,7 @@ ROWS = [
     (DeadlinePassed("late"), grpc.StatusCode.DEADLINE_EXCEEDED, "DEADLINE_PASSED"),
     (RequestFailed("NaN in the logits"), grpc.StatusCode.INTERNAL, "REQUEST_FAILED"),
     (CheckpointError("not an Mllama"), grpc.StatusCode.FAILED_PRECONDITION, "CHECKPOINT_REFUSED"),
+    (CannotListen("the port is taken"), grpc.StatusCode.FAILED_PRECONDITION, "CANNOT_LISTEN"),
     (ZeroDivisionError("secret"), grpc.StatusCode.INTERNAL, "INTERNAL"),
 ]
 

@@ -3,18 +3,22 @@
 import asyncio
 import http.client
 import re
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import grpc
 import pytest
+from prometheus_client import CollectorRegistry, Counter
 
 from tests.server.conftest import Loopback
-from tests.server.fakes import CHUNKS, DELTAS, FINISHED, STARTED, FakeRunner, Pause, Script, chat_request
+from tests.server.fakes import CHUNKS, CONFIG, DELTAS, FINISHED, STARTED, FakeRunner, Pause, Script, chat_request
 from trimserve.config import Config, ServerConfig
 from trimserve.engine.request import Started, TokenDelta
+from trimserve.engine.runner import EngineStatus
 from trimserve.errors import DeadlinePassed, EngineBusy, EngineStopped, RequestFailed
-from trimserve.server.app import running_server
+from trimserve.server import app
+from trimserve.server.app import Server, running_server
 from trimserve.server.metrics import RPC_CODES, Metrics
 from trimserve.v1 import generation_pb2 as pb
 
@@ -275,6 +279,16 @@ def test_every_known_label_value_starts_at_zero() -> None:
         assert len(series) == known, declared.name
 
 
+def test_series_that_no_dashboard_reads_are_left_out_here_and_nowhere_else() -> None:
+    def names(registry: CollectorRegistry) -> list[str]:
+        return [sample.name for family in registry.collect() for sample in family.samples]
+
+    assert not [name for name in names(Metrics().registry) if name.endswith("_created")]
+    other = CollectorRegistry()
+    Counter("other", "Of a program that embeds the server.", registry=other)
+    assert names(other) == ["other_total", "other_created"]
+
+
 def test_names_end_in_their_unit() -> None:
     for declared in Metrics().declared:
         assert declared.name.startswith(("trimserve_", "grpc_server_"))
@@ -289,12 +303,30 @@ async def test_healthz_follows_the_engine_and_other_paths_do_not_exist(loopback:
     assert (await asyncio.to_thread(get, loopback, "/"))[0] == 404
 
 
+async def test_an_event_loop_that_stalls_is_unavailable(loopback: Loopback, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(app, "STATUS_TIMEOUT_SECONDS", 0.1)
+    for path in ("/metrics", "/healthz"):
+        asked = asyncio.get_running_loop().run_in_executor(None, get, loopback, path)
+        time.sleep(0.5)  # noqa: ASYNC251 it is the stall
+        assert (await asked)[0] == 503
+
+
+def test_the_status_of_a_closed_event_loop_cannot_be_read() -> None:
+    async def reader() -> Callable[[], EngineStatus]:
+        server = Server(FakeRunner(), CONFIG)
+        await server.stop(0)
+        return server._status_reader()
+
+    with pytest.raises(EngineStopped, match="event loop"):
+        asyncio.run(reader())()
+
+
 async def test_openmetrics_is_served_to_who_asks(loopback: Loopback) -> None:
     _, text = await asyncio.to_thread(get, loopback, "/metrics", "application/openmetrics-text; version=1.0.0")
     assert text.endswith("# EOF\n")
 
 
 async def test_metrics_can_be_off() -> None:
-    config = Config(server=ServerConfig(port=0, metrics_port=None))
+    config = Config(server=ServerConfig(port=0, metrics=False))
     async with running_server(FakeRunner(CHUNKS), config) as server:
         assert server.metrics_address is None

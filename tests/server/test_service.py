@@ -150,6 +150,15 @@ async def test_get_model_tells_every_field(loopback: Loopback) -> None:
     assert list(model.generation_defaults.eos_token_ids) == [7, 8]
 
 
+async def test_a_runner_that_stopped_says_why_and_still_tells_its_model(loopback: Loopback) -> None:
+    loopback.runner.is_ready = False
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await loopback.generation.Generate(chat_request())
+    assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
+    assert caught.value.details() == "the fake takes no requests now"
+    assert (await loopback.model.GetModel(model_pb2.GetModelRequest())).model_id == "fake"
+
+
 async def test_get_server_status_tells_every_field(loopback: Loopback) -> None:
     loopback.runner.num_running = 1
     status = await loopback.model.GetServerStatus(model_pb2.GetServerStatusRequest())

@@ -4,20 +4,20 @@ It knows nothing of threads, event loops or the wire: its owner calls `step()`, 
 """
 
 import logging
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 
 from trimserve.engine.kv_pool import KVPool
+from trimserve.engine.memory import is_out_of_memory
 from trimserve.engine.model import Model
+from trimserve.engine.preparation import Preparation
 from trimserve.engine.request import GenerationRequest
 from trimserve.engine.sampling import SampledToken, sample
 from trimserve.engine.scheduler import Scheduler
 from trimserve.engine.sequence import Sequence, Sink
-from trimserve.errors import RequestFailed, TrimserveError
+from trimserve.errors import EngineBusy, RequestFailed, TrimserveError
 from trimserve.models.info import ModelInfo
 
 __all__ = ["Engine"]
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 class Engine:
     """Generates for several requests at once; what goes wrong in one of them ends that one alone."""
 
-    def __init__(self, model: Model[Any], *, max_batch: int) -> None:
+    def __init__(self, model: Model, *, max_batch: int) -> None:
         """Start with nothing to do.
 
         Args:
@@ -51,29 +51,28 @@ class Engine:
         """The model."""
         return self._model.info
 
-    def prepare(self, request: GenerationRequest, sink: Sink, submitted_at: float) -> Sequence:
-        """Tokenise, decode images, check what only then is known. Changes nothing: any thread may call it.
+    def preparation(self, request: GenerationRequest, sink: Sink, submitted_at: float) -> Preparation:
+        """What makes a sequence of a request, step by step; any thread may take the steps.
 
         Args:
             request: what was asked.
             sink: will take the chunks, in `step`.
             submitted_at: `time.monotonic()` when the request came.
+        """
+        return Preparation(self._model, request, sink, submitted_at)
+
+    def prepare(self, request: GenerationRequest, sink: Sink, submitted_at: float) -> Sequence:
+        """All steps of `preparation` at once.
+
         Returns:
             What `add` takes.
         Raises:
-            InvalidRequest: `Model.prepare` refuses, or the prompt leaves no room for the answer.
+            InvalidRequest: see `Preparation.advance`.
         """
-        started_at = time.monotonic()
-        prepared = self._model.prepare(request.prompt)
-        return Sequence(
-            request,
-            prepared,
-            self._model.info,
-            self._model.tokenizer,
-            sink,
-            submitted_at=submitted_at,
-            preprocess_seconds=time.monotonic() - started_at,
-        )
+        preparation = self.preparation(request, sink, submitted_at)
+        while (sequence := preparation.advance()) is None:
+            pass
+        return sequence
 
     def add(self, sequence: Sequence) -> None:
         """Queue a prepared sequence."""
@@ -96,9 +95,10 @@ class Engine:
     def _prefill(self, sequence: Sequence) -> None:
         with self._alone(sequence):
             sequence.hold(self.pool)
-            features = self._model.encode_images(sequence.prepared)
+            prompt = sequence.take_prompt()
+            features = self._model.encode_images(prompt)
             sequence.encoded()
-            prefilled = self._model.prefill(sequence.prepared, features, sequence.request.trim, sequence.kv)
+            prefilled = self._model.prefill(prompt, features, sequence.trim, sequence.kv)
             sequence.sink(sequence.started(prefilled, self.pool))
             [outcome] = sample(prefilled.logits[None], [sequence.sampling])
             self._emit(sequence, outcome)
@@ -137,10 +137,24 @@ class Engine:
         try:
             yield
         except Exception as error:
-            request_id = sequence.request.request_id
-            log.exception("request %s failed", request_id)
+            log.exception("request %s failed", sequence.request_id)
             self.cancel(sequence)
-            if isinstance(error, TrimserveError):
-                sequence.sink(error)
-            else:
-                sequence.sink(RequestFailed(f"the model failed on request {request_id}"))
+            sequence.sink(self._as_own(error, sequence))
+
+    def _as_own(self, error: Exception, sequence: Sequence) -> TrimserveError:
+        if isinstance(error, TrimserveError):
+            return error
+        if is_out_of_memory(error):
+            needed, held = self._max_kv_bytes(sequence), self.pool.used_self_bytes + self.pool.used_cross_bytes
+            return EngineBusy(
+                f"out of memory on request {sequence.request_id}: its KV takes up to {needed} bytes beside the {held} "
+                "bytes of others"
+            )
+        return RequestFailed(f"the model failed on request {sequence.request_id}")
+
+    def _max_kv_bytes(self, sequence: Sequence) -> int:
+        info = self.info
+        num_images = sequence.sampling.prompt_token_ids.count(info.image_token_id)
+        max_features = num_images * info.max_tiles * info.features_per_tile
+        num_positions = sequence.num_prompt_tokens + sequence.max_new_tokens
+        return self.pool.self_bytes(num_positions) + self.pool.cross_bytes(max_features)

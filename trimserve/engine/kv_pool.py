@@ -60,11 +60,23 @@ class KVPool:
         """Bytes of cross-attention KV, whole pages."""
         return sum(sequence.cross_bytes for sequence in tuple(self._sequences))
 
+    def self_bytes(self, num_positions: int) -> int:
+        """Bytes that `num_positions` text positions take over all self-attention layers, whole pages."""
+        return whole_pages(num_positions) * self._info.self_kv_bytes_per_token
+
     def cross_bytes(self, num_features: int) -> int:
         """Bytes that `num_features` visual features take over all cross-attention layers, whole pages."""
         return whole_pages(num_features) * self._info.cross_kv_bytes_per_feature
 
-    def _empty(self, num_layers: int, num_positions: int) -> Tensor:
+    def new_self(self, num_positions: int) -> Tensor:
+        """Unwritten pages of all self-attention layers: [layers, 2, whole pages, Hkv, Dh]."""
+        return self._new(self._info.num_self_attention_layers, num_positions)
+
+    def new_cross(self, num_features: int) -> Tensor:
+        """Unwritten pages of all cross-attention layers: [layers, 2, whole pages, Hkv, Dh]."""
+        return self._new(self._info.num_cross_attention_layers, num_features)
+
+    def _new(self, num_layers: int, num_positions: int) -> Tensor:
         info = self._info
         shape = (num_layers, 2, whole_pages(num_positions), info.num_kv_heads, info.head_dim)
         return empty(shape, dtype=self._dtype, device=self._device)
@@ -76,8 +88,8 @@ class SequenceKV:
     def __init__(self, pool: KVPool, max_positions: int) -> None:
         """Use `KVPool.allocate`."""
         self._pool = pool
-        self._self_kv = pool._empty(pool._info.num_self_attention_layers, max_positions)
-        self._cross_kv = pool._empty(pool._info.num_cross_attention_layers, 0)
+        self._self_kv = pool.new_self(max_positions)
+        self._cross_kv = pool.new_cross(0)
         self.length = 0
         """Text positions that every layer holds."""
         self.cross_length = 0
@@ -111,7 +123,7 @@ class SequenceKV:
 
     def reserve_cross(self, num_features: int) -> None:
         """Take the pages of the kept features, once, before the first `write_cross`."""
-        self._cross_kv = self._pool._empty(self._pool._info.num_cross_attention_layers, num_features)
+        self._cross_kv = self._pool.new_cross(num_features)
         self.cross_length = num_features
 
     def write_cross(self, layer: int, keys: Tensor, values: Tensor) -> None:

@@ -1,7 +1,7 @@
 """What the engine needs of a model: the seam that `models/mllama.py` fills, and a fake in tests."""
 
 from collections.abc import Sequence
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol
 
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -9,29 +9,18 @@ from torch import Tensor
 from trimserve.engine.kv_pool import SequenceKV
 from trimserve.models.info import ModelInfo
 from trimserve.models.prefilled import Prefilled
+from trimserve.models.prepared import NamedImage, PreparedPrompt, TokenizedPrompt
 from trimserve.models.prompt import Prompt
 from trimserve.models.trimming import TrimParams
+
+if TYPE_CHECKING:  # loads transformers, which the engine does without
+    from trimserve.models.images import PreparedImage
 
 __all__ = ["Model", "Prefilled", "PreparedPrompt"]
 
 
-class PreparedPrompt(Protocol):
-    """A tokenised prompt with decoded images."""
-
-    @property
-    def token_ids(self) -> Sequence[int]:
-        """The prompt as the model reads it, at least one id."""
-
-    @property
-    def images(self) -> Sequence[Any]:
-        """One entry per image; the engine only counts them."""
-
-
-Prompted = TypeVar("Prompted", bound=PreparedPrompt)
-
-
-class Model(Protocol[Prompted]):
-    """An Mllama, or a fake of one. What `prepare` returns, the engine only hands on."""
+class Model(Protocol):
+    """An Mllama, or a fake of one. Images are only handed on from one method to the next."""
 
     @property
     def info(self) -> ModelInfo:
@@ -41,17 +30,26 @@ class Model(Protocol[Prompted]):
     def tokenizer(self) -> Tokenizer:
         """For incremental detokenisation."""
 
-    def prepare(self, prompt: Prompt) -> Prompted:
-        """Tokenise and decode images; pure and thread-safe, called in worker threads.
+    def tokenize(self, prompt: Prompt) -> TokenizedPrompt:
+        """Tokenise, decode no image; quick, pure and thread-safe, called in worker threads.
 
         Raises:
-            InvalidRequest: bad image, image count, empty or too long prompt.
+            InvalidRequest: image count or size, empty or too long prompt.
         """
 
-    def encode_images(self, prompt: Prompted) -> list[Tensor]:
+    def prepare_image(self, image: NamedImage) -> "PreparedImage":
+        """Decode one image; slow, pure and thread-safe, called in worker threads.
+
+        Raises:
+            InvalidRequest: bad image.
+        """
+
+    def encode_images(self, prompt: PreparedPrompt) -> list[Tensor]:
         """Visual features of each image, [tiles * features_per_tile, hidden_size], real tiles only."""
 
-    def prefill(self, prompt: Prompted, features: Sequence[Tensor], trim: TrimParams, kv: SequenceKV) -> Prefilled:
+    def prefill(
+        self, prompt: PreparedPrompt, features: Sequence[Tensor], trim: TrimParams, kv: SequenceKV
+    ) -> Prefilled:
         """Run the prompt, fill `kv` and return the logits that follow it."""
 
     def decode(self, token_ids: Sequence[int], kvs: Sequence[SequenceKV]) -> Tensor:

@@ -1,7 +1,8 @@
 """The asyncio front of the engine.
 
     event loop      submit() -> queue bound, deadline -> chunks of one request, in order
-    worker threads  Model.prepare
+    text workers    Model.tokenize: the first step of a Preparation, quick
+    image workers   Model.prepare_image: the other steps, one image at a time, so that an urgent request comes between
     engine thread   Engine.step, the only place where the model runs
 
 Loop and workers send commands (add, cancel) to the engine thread, which takes them between steps; chunks come
@@ -13,17 +14,19 @@ import logging
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 from trimserve.engine.engine import Engine
+from trimserve.engine.memory import is_out_of_memory
 from trimserve.engine.model import Model
+from trimserve.engine.preparation import Preparation
 from trimserve.engine.request import Finished, GenerationChunk, GenerationRequest, SamplingParams
 from trimserve.engine.sequence import Sequence, SequenceState
+from trimserve.engine.workers import Workers
 from trimserve.errors import (
+    CheckpointError,
     DeadlinePassed,
     EngineBusy,
     EngineStopped,
@@ -50,17 +53,19 @@ class EngineStatus:
     """What the engine is doing at this moment."""
 
     is_ready: bool
-    """Warm and taking requests."""
+    """Whether requests are taken: false before warm-up is done, while draining and after a crash."""
     num_running: int
     """Requests with a place in the batch."""
     num_waiting: int
     """Requests being prepared or in the queue."""
     max_batch: int
+    """Most requests that decode together."""
     max_queue: int
+    """Most requests in the queue."""
     self_kv_bytes: int
-    """Held now, whole pages."""
+    """Self-attention KV held now, whole pages."""
     cross_kv_bytes: int
-    """Held now, whole pages."""
+    """Cross-attention KV held now, whole pages."""
     cross_kv_untrimmed_bytes: int
     """What the requests that hold `cross_kv_bytes` would hold untrimmed."""
     uptime_seconds: float
@@ -69,13 +74,19 @@ class EngineStatus:
 
 @dataclass(eq=False, slots=True)
 class _Stream:
-    """One submitted request, from its first moment to its last chunk."""
+    """One submitted request, from its first moment to its last chunk.
 
-    request: GenerationRequest
+    Whatever has a job for it holds the stream alone; a stream that is closed lets go of everything else.
+    """
+
+    request_id: str
+    priority: int
     submitted_at: float
     chunks: asyncio.Queue[GenerationChunk | TrimserveError] = field(default_factory=asyncio.Queue)
     is_open: bool = True
     """Changed by the event loop only, under the runner's lock."""
+    preparation: Preparation | None = None
+    """None once the engine has the sequence."""
     sequence: Sequence | None = None
     """None while the prompt is being prepared."""
 
@@ -83,13 +94,18 @@ class _Stream:
     def state(self) -> SequenceState:
         return SequenceState.WAITING if self.sequence is None else self.sequence.state
 
+    @property
+    def urgency(self) -> tuple[float, ...]:
+        """Sorts the most urgent first, as the engine's queue does."""
+        return (-self.priority, self.submitted_at)
+
 
 class Runner:
     """Runs an engine beside an event loop. All methods belong to that loop's thread."""
 
     def __init__(
         self,
-        load_model: Callable[[], Model[Any]],
+        load_model: Callable[[], Model],
         *,
         max_batch: int,
         max_queue: int,
@@ -101,12 +117,13 @@ class Runner:
             load_model: called once by `start`, in a thread.
             max_batch: requests that decode at the same time, at least 1.
             max_queue: requests that may wait, prepared or not, beyond the free places of the batch.
-            num_preprocess_workers: threads that tokenise and decode images, at least 1.
+            num_preprocess_workers: threads that decode images, and as many that tokenise, at least 1.
         """
         self._load_model = load_model
         self._max_batch = max_batch
         self._max_queue = max_queue
-        self._workers = ThreadPoolExecutor(num_preprocess_workers, thread_name_prefix="trimserve-prepare")
+        self._text_workers = Workers(num_preprocess_workers, "trimserve-text")
+        self._image_workers = Workers(num_preprocess_workers, "trimserve-image")
         self._engine: Engine | None = None
         self._thread: threading.Thread | None = None
         self._refusal: str | None = "the engine has not started"
@@ -115,7 +132,7 @@ class Runner:
         self._streams: set[_Stream] = set()
         self._is_idle = asyncio.Event()
         self._is_idle.set()
-        # Its lock guards what several threads change: the commands and a stream's `is_open`.
+        # Its lock guards what several threads change: the commands, and what a stream has until it is closed.
         self._wake = threading.Condition()
         self._commands: list[Callable[[], None]] = []
         self._is_leaving = False
@@ -134,6 +151,7 @@ class Runner:
         """Load the model, start the engine thread, warm up with a tiny generation, take requests. Once.
 
         Raises:
+            CheckpointError: `ModelInfo.max_model_len` is too small for any request with an image.
             Exception: what loading or warming up failed with; nothing is left running.
         """
         self._refusal = starting = "the engine is starting"
@@ -169,14 +187,16 @@ class Runner:
             `Started`, then `TokenDelta`s, then `Finished`.
         Raises:
             EngineStopped: not ready, draining or dead.
-            EngineBusy: the queue is full.
+            EngineBusy: the queue is full, or there is no memory for this request.
             InvalidRequest: what the tokenizer, the images' pixels or the context length refuse.
             DeadlinePassed: the deadline came first.
             RequestFailed: the model failed on this request.
         """
         if self._refusal is not None:
             raise EngineStopped(self._refusal)
-        async with aclosing(self._generate(request, deadline)) as chunks:
+        generation = self._generate(request, deadline)
+        del request  # a frame that waits for the answer keeps no images
+        async with aclosing(generation) as chunks:
             async for chunk in chunks:
                 yield chunk
 
@@ -200,7 +220,8 @@ class Runner:
     async def stop(self, grace_seconds: float) -> None:
         """Refuse new requests, let the accepted ones finish, end what is left with `EngineStopped`.
 
-        Returns when the engine thread and the workers have ended; a second call does nothing more.
+        Returns when the engine thread has ended; workers end with the image that they have in hand. A second call
+        does nothing more.
 
         Args:
             grace_seconds: how long accepted requests may go on, at least 0.
@@ -220,11 +241,12 @@ class Runner:
         self, request: GenerationRequest, deadline: float | None
     ) -> AsyncGenerator[GenerationChunk, None]:
         stream, timer = self._open(request), None
+        del request  # see `submit`
         try:
             if deadline is not None:
                 remaining = deadline - time.monotonic()
                 timer = self._loop.call_later(remaining, self._expire, stream)
-            self._workers.submit(self._prepare, stream)
+            self._text_workers.submit(stream.urgency, partial(self._prepare, stream))
             while True:
                 chunk = await stream.chunks.get()
                 if isinstance(chunk, TrimserveError):
@@ -241,7 +263,8 @@ class Runner:
         num_live = sum(stream.state is not SequenceState.ENDED for stream in self._streams)
         if num_live >= self._max_batch + self._max_queue:
             raise EngineBusy(f"{num_live} requests run or wait: the queue of {self._max_queue} (max_queue) is full")
-        stream = _Stream(request, time.monotonic())
+        stream = _Stream(request.request_id, request.priority, time.monotonic())
+        stream.preparation = self._loaded.preparation(request, partial(self._send, stream), stream.submitted_at)
         self._streams.add(stream)
         self._is_idle.clear()
         return stream
@@ -254,9 +277,10 @@ class Runner:
 
     def _close(self, stream: _Stream) -> None:
         with self._wake:
-            stream.is_open = False
-        if stream.sequence is not None and stream.state is not SequenceState.ENDED:
-            self._command(partial(self._loaded.cancel, stream.sequence))
+            stream.is_open, stream.preparation = False, None
+            sequence, stream.sequence = stream.sequence, None
+        if sequence is not None and sequence.state is not SequenceState.ENDED:
+            self._command(partial(self._loaded.cancel, sequence))
         self._streams.discard(stream)
         if not self._streams:
             self._is_idle.set()
@@ -273,7 +297,8 @@ class Runner:
     def _join(self) -> None:
         if self._thread is not None:
             self._thread.join()
-        self._workers.shutdown(cancel_futures=True)
+        self._text_workers.stop()
+        self._image_workers.stop()
 
     @property
     def _loaded(self) -> Engine:
@@ -284,21 +309,32 @@ class Runner:
     # ---- worker threads ----
 
     def _prepare(self, stream: _Stream) -> None:
-        if not stream.is_open:
+        """One step of a request's preparation."""
+        preparation = stream.preparation
+        if preparation is None:
             return
-        engine, send = self._loaded, partial(self._send, stream)
         try:
-            sequence = engine.prepare(stream.request, send, stream.submitted_at)
+            sequence = preparation.advance()
         except InvalidRequest as error:
-            send(error)
-        except BaseException:  # a panic in compiled code is no Exception
-            log.exception("preparing request %s failed", stream.request.request_id)
-            send(RequestFailed(f"preparing request {stream.request.request_id} failed"))
+            self._send(stream, error)
+        except BaseException as error:  # a panic in compiled code is no Exception
+            log.exception("preparing request %s failed", stream.request_id)
+            if is_out_of_memory(error):
+                self._send(stream, EngineBusy(f"out of memory while request {stream.request_id} was prepared"))
+            else:
+                self._send(stream, RequestFailed(f"preparing request {stream.request_id} failed"))
         else:
-            with self._wake:
-                if stream.is_open:
-                    stream.sequence = sequence
-                    self._command(partial(engine.add, sequence))
+            self._go_on(stream, sequence)
+
+    def _go_on(self, stream: _Stream, sequence: Sequence | None) -> None:
+        with self._wake:
+            if not stream.is_open:
+                return
+            if sequence is None:
+                self._image_workers.submit(stream.urgency, partial(self._prepare, stream))
+            else:
+                stream.preparation, stream.sequence = None, sequence
+                self._command(partial(self._loaded.add, sequence))
 
     # ---- engine thread ----
 
@@ -337,13 +373,12 @@ class Runner:
 
 def _warm_up_request(info: ModelInfo) -> GenerationRequest:
     # With an image, so that the first client does not pay for what is made ready on first use.
-    has_image = info.max_images > 0
+    room = info.max_model_len - 1
+    if room < 1:
+        raise CheckpointError(f"max_model_len must be at least 2, an image and an answer, got {info.max_model_len}")
     return GenerationRequest(
         request_id="warm-up",
-        prompt=TokenPrompt(
-            token_ids=(info.image_token_id, 0) if has_image else (0,),
-            images=(Image(_ONE_PIXEL_PNG, "image/png"),) if has_image else (),
-        ),
-        sampling=SamplingParams(max_new_tokens=2, ignore_eos=True),
+        prompt=TokenPrompt((info.image_token_id,), (Image(_ONE_PIXEL_PNG, "image/png"),)),
+        sampling=SamplingParams(max_new_tokens=min(2, room), ignore_eos=True),
         trim=TrimParams(k_ratio=info.default_k_ratio),
     )

@@ -32,7 +32,7 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> None:
         """Put a sequence into the queue: larger priority first, then who was submitted first."""
-        insort(self._waiting, sequence, key=lambda waiting: (-waiting.request.priority, waiting.submitted_at))
+        insort(self._waiting, sequence, key=lambda waiting: (-waiting.priority, waiting.submitted_at))
 
     def admit(self) -> Sequence | None:
         """Move the head of the queue into the batch; None when nobody waits or the batch is full."""

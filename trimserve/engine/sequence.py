@@ -19,6 +19,7 @@ from trimserve.engine.request import (
     GenerationChunk,
     GenerationRequest,
     ImageUsage,
+    SamplingParams,
     Started,
     Timings,
     TokenDelta,
@@ -43,49 +44,49 @@ class SequenceState(Enum):
 
 
 class Sequence:
-    """A prepared request and everything that generation adds to it."""
+    """A tokenised request and everything that generation adds to it; of the request's prompt it keeps nothing."""
 
     def __init__(
         self,
         request: GenerationRequest,
-        prepared: PreparedPrompt,
+        token_ids: tuple[int, ...],
         info: ModelInfo,
         tokenizer: Tokenizer,
         sink: Sink,
-        *,
         submitted_at: float,
-        preprocess_seconds: float,
     ) -> None:
         """Check that prompt and answer fit into the context.
 
         Args:
             request: what was asked.
-            prepared: its prompt.
+            token_ids: its prompt.
             info: of the model.
             tokenizer: of the model.
             sink: takes the chunks, on the engine thread.
             submitted_at: `time.monotonic()` when the request came.
-            preprocess_seconds: how long preparing took.
         Raises:
-            InvalidRequest: the prompt leaves no room for `max_new_tokens`, or for one token.
+            InvalidRequest: the prompt leaves no room for `max_new_tokens`, or for one token; or fewer than
+                `min_new_tokens` can come.
         """
         params = request.sampling
         ends = () if params.ignore_eos else info.generation_defaults.eos_token_ids
-        self.request = request
-        self.prepared = prepared
+        self.request_id = request.request_id
+        self.priority = request.priority
+        self.trim = request.trim
         self.sink = sink
         self.submitted_at = submitted_at
         self.state = SequenceState.WAITING
-        self.max_new_tokens = _max_new_tokens(params.max_new_tokens, len(prepared.token_ids), info)
-        self.sampling = SamplingState(params, prepared.token_ids, frozenset((*ends, *params.stop_token_ids)))
+        self.max_new_tokens = _max_new_tokens(params, len(token_ids), info)
+        self.sampling = SamplingState(params, token_ids, frozenset((*ends, *params.stop_token_ids)))
         self.cross_kv = CrossKvBytes(0, 0, 0, 0, 0)
         """Zero before prefill."""
         self.finish_reason: FinishReason | None = None
         """None while more tokens are wanted."""
+        self._prompt: PreparedPrompt | None = None
         self._kv: SequenceKV | None = None
         self._matched_stop: str | int | None = None
         self._detokenizer = Detokenizer(tokenizer, params.stop_strings)
-        self._preprocess_seconds = preprocess_seconds
+        self._preprocess_seconds = 0.0
         self._admitted_at = self._encoded_at = self._prefilled_at = self._first_token_at = submitted_at
 
     @property
@@ -104,6 +105,17 @@ class Sequence:
         """Tokens drawn until now, an end token among them."""
         return len(self.sampling.generated_token_ids)
 
+    def prepared(self, prompt: PreparedPrompt, preprocess_seconds: float) -> None:
+        """Take the prompt with its images, and note how long preparing them took."""
+        self._prompt = prompt
+        self._preprocess_seconds = preprocess_seconds
+
+    def take_prompt(self) -> PreparedPrompt:
+        """Hand the prompt over for prefill, once: nobody needs its pixels while tokens are generated."""
+        assert self._prompt is not None, "a sequence is prefilled once"
+        prompt, self._prompt = self._prompt, None
+        return prompt
+
     def hold(self, pool: KVPool) -> None:
         """Reserve the text positions of prompt and answer; the request runs from here on."""
         self._admitted_at = time.monotonic()
@@ -111,6 +123,7 @@ class Sequence:
 
     def release(self) -> None:
         """Give back what is held, if anything."""
+        self._prompt = None
         if self._kv is not None:
             self._kv.release()
             self._kv = None
@@ -125,10 +138,10 @@ class Sequence:
         self.cross_kv = account_cross_kv(prefilled, self.kv, pool)
         counts = zip(prefilled.num_padding, prefilled.num_valid, prefilled.num_kept, strict=True)
         return Started(
-            request_id=self.request.request_id,
+            request_id=self.request_id,
             num_prompt_tokens=self.num_prompt_tokens,
             images=tuple(ImageUsage(padding, valid, kept) for padding, valid, kept in counts),
-            seed=self.request.sampling.seed,
+            seed=self.sampling.params.seed,
             selections=prefilled.selections,
         )
 
@@ -141,7 +154,7 @@ class Sequence:
         if not self.num_generated_tokens:
             self._first_token_at = time.monotonic()
         self.sampling.generated_token_ids.append(token_id)
-        watch = self.num_generated_tokens >= self.request.sampling.min_new_tokens
+        watch = self.num_generated_tokens >= self.sampling.params.min_new_tokens
         is_end = token_id in self.sampling.end_token_ids
         is_last = is_end or self.num_generated_tokens >= self.max_new_tokens
         text = "" if is_end else detokenizer.add(token_id, watch=watch)
@@ -199,13 +212,16 @@ def account_cross_kv(prefilled: Prefilled, kv: SequenceKV, pool: KVPool) -> Cros
     )
 
 
-def _max_new_tokens(wanted: int | None, num_prompt_tokens: int, info: ModelInfo) -> int:
+def _max_new_tokens(params: SamplingParams, num_prompt_tokens: int, info: ModelInfo) -> int:
+    wanted = params.max_new_tokens
     room = info.max_model_len - num_prompt_tokens
     context = f"a prompt of {num_prompt_tokens} tokens in a context of {info.max_model_len}"
     if room < 1:
         raise InvalidRequest("prompt", f"{context} leaves no room for an answer")
-    if wanted is None:
-        return min(info.generation_defaults.max_new_tokens, room)
-    if wanted > room:
+    if wanted is not None and wanted > room:
         raise InvalidRequest("sampling.max_new_tokens", f"{context} leaves room for {room}, got {wanted}")
-    return wanted
+    most = min(info.generation_defaults.max_new_tokens, room) if wanted is None else wanted
+    if params.min_new_tokens > most:
+        bound = f"must be at most {most}, the tokens that may come after {context}"
+        raise InvalidRequest("sampling.min_new_tokens", f"{bound}, got {params.min_new_tokens}")
+    return most

@@ -31,7 +31,7 @@ from transformers.models.mllama.image_processing_pil_mllama import (
 
 from trimserve.errors import InvalidRequest
 
-__all__ = ["PreparedImage", "decode_image", "prepare_image"]
+__all__ = ["PreparedImage", "count_pixels", "decode_image", "prepare_image"]
 
 _FORMATS: Final[dict[str, type[ImageFile]]] = {
     "PNG": PngImagePlugin.PngImageFile,
@@ -79,6 +79,20 @@ class PreparedImage:
         return self.tiles_high * self.tiles_wide
 
 
+def count_pixels(data: bytes, field: str, max_pixels: int) -> int:
+    """Width times height of an image file; reads its header only.
+
+    Args:
+        data: the file.
+        field: see `decode_image`.
+        max_pixels: see `decode_image`.
+    Raises:
+        InvalidRequest: what `decode_image` refuses before it decodes.
+    """
+    _, image = _read_header(data, field, max_pixels)
+    return image.width * image.height
+
+
 def decode_image(data: bytes, field: str, max_pixels: int) -> Image:
     """Read an image file as upright 8-bit RGB.
 
@@ -97,8 +111,6 @@ def decode_image(data: bytes, field: str, max_pixels: int) -> Image:
         InvalidRequest: empty, not an image, cut off, too many pixels, or pixels without a defined 8-bit
             meaning (floating point, integers past 16 bits).
     """
-    if not data:
-        raise InvalidRequest(field, "must be an image file, got 0 bytes")
     name, image = _read_header(data, field, max_pixels)
     try:
         image.load()
@@ -137,6 +149,8 @@ def prepare_image(image: Image, processor: MllamaImageProcessorPil) -> PreparedI
 
 
 def _read_header(data: bytes, field: str, max_pixels: int) -> tuple[str, ImageFile]:
+    if not data:
+        raise InvalidRequest(field, "must be an image file, got 0 bytes")
     # Not `PIL.Image.open`: it compares the size with a bound that only the process as a whole can set.
     for name, image_class in _FORMATS.items():
         try:

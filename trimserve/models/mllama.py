@@ -15,7 +15,8 @@ from trimserve.models.decoder import KeyValues, RaggedDecoder, SequenceRows, Vis
 from trimserve.models.images import PreparedImage
 from trimserve.models.info import ModelInfo
 from trimserve.models.prefilled import Prefilled
-from trimserve.models.processor import PreparedPrompt, Processor
+from trimserve.models.prepared import NamedImage, PreparedPrompt, TokenizedPrompt
+from trimserve.models.processor import Processor
 from trimserve.models.prompt import Prompt
 from trimserve.models.trimming import ImageSelection, Selection, TrimParams, bitmap
 from trimserve.models.visibility import visible_images
@@ -51,12 +52,16 @@ class Mllama:
         """The tokenizer, for incremental detokenisation."""
         return self._processor.tokenizer
 
-    def prepare(self, prompt: Prompt) -> PreparedPrompt:
-        """Tokenise and decode images; pure and thread-safe.
+    def tokenize(self, prompt: Prompt) -> TokenizedPrompt:
+        """See `Processor.tokenize`; pure and thread-safe."""
+        return self._processor.tokenize(prompt)
 
-        Raises:
-            InvalidRequest: bad image, image count, empty or too long prompt.
-        """
+    def prepare_image(self, image: NamedImage) -> PreparedImage:
+        """See `Processor.prepare_image`; pure and thread-safe."""
+        return self._processor.prepare_image(image)
+
+    def prepare(self, prompt: Prompt) -> PreparedPrompt:
+        """See `Processor.prepare`; pure and thread-safe."""
         return self._processor.prepare(prompt)
 
     @torch.inference_mode()

@@ -4,9 +4,9 @@ The one place where prompts are checked against the tokenizer and the pixels. It
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
+from typing import Final
 
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, MllamaProcessor, PreTrainedTokenizerBase
@@ -14,21 +14,15 @@ from transformers.models.mllama.image_processing_pil_mllama import MllamaImagePr
 
 from trimserve.errors import CheckpointError, InvalidRequest
 from trimserve.models.chat import ChatEncoder
-from trimserve.models.images import PreparedImage, decode_image, prepare_image
+from trimserve.models.images import PreparedImage, count_pixels, decode_image, prepare_image
 from trimserve.models.info import ModelInfo
+from trimserve.models.prepared import NamedImage, PreparedPrompt, TokenizedPrompt
 from trimserve.models.prompt import ChatPrompt, Image, Prompt, RawPrompt, Text
 
-__all__ = ["PreparedPrompt", "Processor"]
+__all__ = ["REQUEST_PIXELS", "PreparedPrompt", "Processor"]
 
-
-@dataclass(frozen=True, slots=True)
-class PreparedPrompt:
-    """A tokenised prompt with its images' tiles."""
-
-    token_ids: tuple[int, ...]
-    """At least one id, each below the vocabulary's size or the image token's."""
-    images: tuple[PreparedImage, ...]
-    """As many as `token_ids` has image tokens, in their order."""
+REQUEST_PIXELS: Final = 2
+"""All images of a prompt together have at most this many times `max_image_pixels`: decoding them takes seconds."""
 
 
 class Processor:
@@ -93,7 +87,12 @@ class Processor:
         return self._tokenizer
 
     def prepare(self, prompt: Prompt) -> PreparedPrompt:
-        """Tokenise a prompt and decode its images.
+        """Tokenise a prompt and decode its images: `tokenize`, then `prepare_image` of each."""
+        tokenized = self.tokenize(prompt)
+        return PreparedPrompt(tokenized.token_ids, tuple(map(self.prepare_image, tokenized.images)))
+
+    def tokenize(self, prompt: Prompt) -> TokenizedPrompt:
+        """Tokenise a prompt and check all that can be checked without decoding an image.
 
         Chat messages are rendered with the chat template, which writes the special tokens. A raw prompt may
         contain special tokens itself; begin-of-text is put behind its leading image tokens unless the prompt
@@ -102,19 +101,30 @@ class Processor:
 
         Raises:
             InvalidRequest: an empty prompt, one that leaves no room for a new token, ids outside the
-                vocabulary, image tokens and images that do not match in number, too many images, an image
-                that `decode_image` refuses, or a conversation that `ChatEncoder.encode` refuses.
+                vocabulary, image tokens and images that do not match in number, too many images, too many
+                pixels in one or in all, a file that is not an image, or a conversation that
+                `ChatEncoder.encode` refuses.
         """
         field, images = _field_of(prompt), _images_of(prompt)
+        images_field = field if isinstance(prompt, ChatPrompt) else "images"
         if len(images) > self._info.max_images:
-            raise InvalidRequest("images", f"must be at most {self._info.max_images} images, got {len(images)}")
+            raise InvalidRequest(images_field, f"must have at most {self._info.max_images} images, got {len(images)}")
         token_ids = self._token_ids(field, prompt)
-        self._check_token_ids(field, token_ids, len(images))
-        prepared = tuple(
-            prepare_image(decode_image(image.data, name, self._max_image_pixels), self._image_processor)
-            for name, image in images
-        )
-        return PreparedPrompt(tuple(token_ids), prepared)
+        self._check_token_ids(field, token_ids)
+        num_image_tokens = sum(token_id == self._info.image_token_id for token_id in token_ids)
+        if num_image_tokens != len(images):
+            raise InvalidRequest(images_field, _mismatch(prompt, num_image_tokens, len(images)))
+        self._check_pixels(images_field, images)
+        return TokenizedPrompt(tuple(token_ids), tuple(images))
+
+    def prepare_image(self, image: NamedImage) -> PreparedImage:
+        """Decode an image and cut it into tiles.
+
+        Raises:
+            InvalidRequest: `decode_image` refuses it.
+        """
+        decoded = decode_image(image.image.data, image.field, self._max_image_pixels)
+        return prepare_image(decoded, self._image_processor)
 
     def _token_ids(self, field: str, prompt: Prompt) -> Sequence[int]:
         if isinstance(prompt, ChatPrompt):
@@ -140,7 +150,13 @@ class Processor:
             bound = f"the context of {self._info.max_model_len} tokens"
             raise InvalidRequest(field, f"must leave room for a new token in {bound}, got {num_characters} characters")
 
-    def _check_token_ids(self, field: str, token_ids: Sequence[int], num_images: int) -> None:
+    def _check_pixels(self, field: str, images: Sequence[NamedImage]) -> None:
+        num_pixels = sum(count_pixels(image.image.data, image.field, self._max_image_pixels) for image in images)
+        bound = REQUEST_PIXELS * self._max_image_pixels
+        if num_pixels > bound:
+            raise InvalidRequest(field, f"all images together must have at most {bound} pixels, got {num_pixels}")
+
+    def _check_token_ids(self, field: str, token_ids: Sequence[int]) -> None:
         info = self._info
         if not token_ids:
             raise InvalidRequest(field, "must have at least 1 token, got 0")
@@ -151,12 +167,6 @@ class Processor:
             if not 0 <= token_id < info.vocab_size and token_id != info.image_token_id:
                 bound = f"must be in [0, {info.vocab_size}) or the image token {info.image_token_id}"
                 raise InvalidRequest(field, f"token ids {bound}, got {token_id} at position {position}")
-        num_image_tokens = sum(token_id == info.image_token_id for token_id in token_ids)
-        if num_image_tokens != num_images:
-            raise InvalidRequest(
-                "images",
-                f"must be as many as the prompt's image tokens, {num_image_tokens}, got {num_images}",
-            )
 
 
 def _field_of(prompt: Prompt) -> str:
@@ -165,12 +175,18 @@ def _field_of(prompt: Prompt) -> str:
     return "raw_prompt" if isinstance(prompt, RawPrompt) else "prompt_token_ids"
 
 
-def _images_of(prompt: Prompt) -> list[tuple[str, Image]]:
-    """Every image with the path of the field that holds it."""
+def _mismatch(prompt: Prompt, num_image_tokens: int, num_images: int) -> str:
+    if isinstance(prompt, ChatPrompt):
+        did = "dropped" if num_image_tokens < num_images else "added"
+        return f"the chat template {did} images: it wrote {num_image_tokens} image tokens for {num_images} images"
+    return f"must be as many as the prompt's image tokens, {num_image_tokens}, got {num_images}"
+
+
+def _images_of(prompt: Prompt) -> list[NamedImage]:
     if not isinstance(prompt, ChatPrompt):
-        return [(f"images[{index}]", image) for index, image in enumerate(prompt.images)]
+        return [NamedImage(f"images[{index}]", image) for index, image in enumerate(prompt.images)]
     return [
-        (f"chat.messages[{turn}].parts[{index}].image", part)
+        NamedImage(f"chat.messages[{turn}].parts[{index}].image", part)
         for turn, message in enumerate(prompt.messages)
         for index, part in enumerate(message.parts)
         if isinstance(part, Image)

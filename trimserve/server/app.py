@@ -8,23 +8,27 @@ import asyncio
 import concurrent.futures
 import logging
 import signal
+import socket
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from types import TracebackType
+from typing import Any
 
 import grpc
 from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from trimserve.config import Config
+from trimserve.engine.runner import EngineStatus
+from trimserve.errors import CannotListen, EngineStopped
 from trimserve.server.health import Health
 from trimserve.server.interceptors import RpcInterceptor
 from trimserve.server.logs import configure_logging
 from trimserve.server.metrics import Metrics
-from trimserve.server.metrics_http import MetricsServer
-from trimserve.server.runner import EngineStatus, Runner
+from trimserve.server.metrics_http import MetricsServer, socket_family
+from trimserve.server.runner import Runner
 from trimserve.server.service import GenerationService, ModelService
 from trimserve.v1 import generation_pb2, generation_pb2_grpc, model_pb2, model_pb2_grpc
 
@@ -94,14 +98,16 @@ class Server:
         """Take connections; requests are refused with UNAVAILABLE until `warm_up` is done.
 
         Raises:
-            OSError: the metrics port is taken.
-            RuntimeError: the gRPC port is taken.
+            CannotListen: a port is taken, or the host is not ours.
         """
-        self._port = self._server.add_insecure_port(_address(self._config.host, self._config.port))
-        if self._config.metrics_port is not None:
-            self._metrics_server = MetricsServer(
-                self._config.host, self._config.metrics_port, self._metrics, self._status_reader()
-            )
+        host, port, metrics_port = self._config.host, self._config.port, self._config.metrics_port
+        with _listening("--port", host, port):
+            # gRPC does not tell why it cannot listen; a plain socket does.
+            socket.create_server((host, port), family=socket_family(host)).close()
+            self._port = self._server.add_insecure_port(_address(host, port))
+        if self._config.metrics:
+            with _listening("--metrics-port", host, metrics_port):
+                self._metrics_server = MetricsServer(host, metrics_port, self._metrics, self._status_reader())
         await self._server.start()
 
     async def warm_up(self) -> None:
@@ -146,11 +152,13 @@ class Server:
         """Reads the status from other threads: the runner belongs to the event loop's."""
         loop = asyncio.get_running_loop()
 
-        async def status() -> EngineStatus:
-            return self._runner.status()
-
         def read() -> EngineStatus:
-            return asyncio.run_coroutine_threadsafe(status(), loop).result(STATUS_TIMEOUT_SECONDS)
+            answer: concurrent.futures.Future[EngineStatus] = concurrent.futures.Future()
+            try:
+                loop.call_soon_threadsafe(lambda: answer.set_result(self._runner.status()))
+                return answer.result(STATUS_TIMEOUT_SECONDS)
+            except (RuntimeError, TimeoutError) as error:  # the loop is closed, or stalls
+                raise EngineStopped("the event loop does not answer") from error
 
         return read
 
@@ -163,23 +171,24 @@ async def serve(runner: Runner, config: Config, *, on_serving: Callable[[Server]
         config: all of it.
         on_serving: called once requests are taken, such as to print the address.
     Raises:
-        OSError: the metrics port is taken.
-        RuntimeError: the gRPC port is taken.
+        CannotListen: a port is taken, or the host is not ours.
         Exception: whatever loading or warm-up raised.
     """
     configure_logging(config.server.log_level, config.server.log_format)
-    server = Server(runner, config)
-    signalled = _signalled()
+    await _serve_until(_signalled(), Server(runner, config), on_serving or (lambda _: None))
+
+
+async def _serve_until(is_over: asyncio.Future[Any], server: Server, on_serving: Callable[[Server], None]) -> None:
+    """Listen, warm up, serve and close; `is_over` may be done at any time, before warm-up is done too."""
     try:
         await server.listen()
         log.info("listening", extra={"address": server.address, "metrics": server.metrics_address})
         warm_up = asyncio.ensure_future(server.warm_up())
-        await asyncio.wait((warm_up, signalled), return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait((warm_up, is_over), return_when=asyncio.FIRST_COMPLETED)
         if warm_up.done():
             await warm_up
-            if on_serving is not None:
-                on_serving(server)
-            await signalled
+            on_serving(server)
+            await is_over
         else:
             warm_up.cancel()
             with suppress(asyncio.CancelledError):
@@ -195,6 +204,9 @@ async def running_server(runner: Runner, config: Config) -> AsyncIterator[Server
     Args:
         runner: not started.
         config: all of it; port 0 is any free one.
+    Raises:
+        CannotListen: a port is taken, or the host is not ours.
+        Exception: whatever loading or warm-up raised.
     """
     server = Server(runner, config)
     try:
@@ -222,17 +234,22 @@ class InProcessServer:
         self._runner = runner
         self._config = config
         self._ready: concurrent.futures.Future[tuple[str, str | None]] = concurrent.futures.Future()
-        self._loop: asyncio.AbstractEventLoop
-        self._is_over = asyncio.Event()
+        self._is_over: concurrent.futures.Future[None] = concurrent.futures.Future()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), name="trimserve-server", daemon=True)
 
     def __enter__(self) -> "InProcessServer":
-        """Wait until requests are taken; raises what `running_server` raises."""
+        """Wait until requests are taken; raises what `running_server` raises.
+
+        An exception of this thread, such as KeyboardInterrupt, ends the server, too, but is not held up by a model
+        that is being loaded.
+        """
         self._thread.start()
         try:
             self._ready.result()
         except BaseException:
-            self._thread.join()
+            self._is_over.set_result(None)
+            if self._ready.done():
+                self._thread.join()
             raise
         return self
 
@@ -240,7 +257,7 @@ class InProcessServer:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Drain and close."""
-        self._loop.call_soon_threadsafe(self._is_over.set)
+        self._is_over.set_result(None)
         self._thread.join()
 
     @property
@@ -254,11 +271,11 @@ class InProcessServer:
         return self._ready.result()[1]
 
     async def _serve(self) -> None:
-        self._loop = asyncio.get_running_loop()
+        def tell(server: Server) -> None:
+            self._ready.set_result((server.address, server.metrics_address))
+
         try:
-            async with running_server(self._runner, self._config) as server:
-                self._ready.set_result((server.address, server.metrics_address))
-                await self._is_over.wait()
+            await _serve_until(asyncio.wrap_future(self._is_over), Server(self._runner, self._config), tell)
         except BaseException as error:
             if self._ready.done():
                 raise
@@ -270,10 +287,7 @@ def _options(config: Config) -> list[tuple[str, int]]:
     options = [
         ("grpc.max_receive_message_length", server.max_message_bytes),
         ("grpc.max_send_message_length", server.max_message_bytes),
-        (
-            "grpc.so_reuseport",
-            0,
-        ),  # two servers on one port would share its traffic silently
+        ("grpc.so_reuseport", 0),  # two servers on one port would share its traffic silently
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
     ]
@@ -299,6 +313,16 @@ def _signalled() -> asyncio.Future[signal.Signals]:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, hear, number)
     return signalled
+
+
+@contextmanager
+def _listening(option: str, host: str, port: int) -> Iterator[None]:
+    """Name the address, and the options that set it, of what cannot listen."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        why = (isinstance(error, OSError) and error.strerror) or error
+        raise CannotListen(f"cannot listen on {_address(host, port)} (--host, {option}): {why}") from error
 
 
 def _address(host: str, port: int | None) -> str:

@@ -66,7 +66,7 @@ BOUNDS = {
     "sampling.temperature": Interval(0, 100),
     "sampling.top_p": Interval(0, 1, is_low_open=True),
     "sampling.min_p": Interval(0, 1),
-    "sampling.repetition_penalty": Interval(0, 100, is_low_open=True),
+    "sampling.repetition_penalty": Interval(0.01, 100),
     "sampling.presence_penalty": Interval(-2, 2),
     "sampling.frequency_penalty": Interval(-2, 2),
     "sampling.logit_bias": Interval(-100, 100),
@@ -136,9 +136,10 @@ def _check(field: str, value: float, bounds: Interval) -> None:
         raise InvalidRequest(field, f"must be in {bounds}, got {value}")
 
 
-def _check_count(field: str, count: int, bounds: Interval, what: str) -> None:
-    if count not in bounds:
-        raise InvalidRequest(field, f"must have {bounds} {what}, got {count}")
+def _check_count(field: str, count: int, what: str, *, least: int = 0, most: int) -> None:
+    if not least <= count <= most:
+        wanted = f"{least} to {most}" if least else f"at most {most}"
+        raise InvalidRequest(field, f"must have {wanted} {what}, got {count}")
 
 
 def _prompt(request: pb.GenerateRequest, info: ModelInfo, config: EngineConfig) -> Prompt:
@@ -152,7 +153,7 @@ def _prompt(request: pb.GenerateRequest, info: ModelInfo, config: EngineConfig) 
                 f"must be empty beside chat, whose images are message parts, got {len(request.images)}",
             )
         return _chat(request.chat, info, config)
-    _check_count("images", len(request.images), Interval(0, info.max_images), "images")
+    _check_count("images", len(request.images), "images", most=info.max_images)
     images = tuple(
         _image(image, f"images[{index}]", config.max_image_bytes) for index, image in enumerate(request.images)
     )
@@ -161,7 +162,7 @@ def _prompt(request: pb.GenerateRequest, info: ModelInfo, config: EngineConfig) 
             raise InvalidRequest("raw_prompt", "must not be empty")
         return RawPrompt(request.raw_prompt, images)
     token_ids = tuple(request.prompt_token_ids.token_ids)
-    _check_count("prompt_token_ids.token_ids", len(token_ids), Interval(1, info.max_model_len), "ids")
+    _check_count("prompt_token_ids.token_ids", len(token_ids), "ids", least=1, most=info.max_model_len)
     _check_token_ids("prompt_token_ids.token_ids", token_ids, info, may_be_image=True)
     return TokenPrompt(token_ids, images)
 
@@ -173,7 +174,7 @@ def _chat(chat: pb.Chat, info: ModelInfo, config: EngineConfig) -> ChatPrompt:
         _message(message, f"chat.messages[{index}]", config) for index, message in enumerate(chat.messages)
     )
     num_images = sum(isinstance(part, Image) for message in messages for part in message.parts)
-    _check_count("chat.messages", num_images, Interval(0, info.max_images), "images in all")
+    _check_count("chat.messages", num_images, "images in all", most=info.max_images)
     return ChatPrompt(messages)
 
 
@@ -200,7 +201,7 @@ def _part(part: pb.Part, path: str, config: EngineConfig) -> Part:
 
 
 def _image(image: pb.Image, path: str, max_bytes: int) -> Image:
-    _check_count(f"{path}.data", len(image.data), Interval(1, max_bytes), "bytes")
+    _check_count(f"{path}.data", len(image.data), "bytes", least=1, most=max_bytes)
     return Image(image.data, image.mime_type)
 
 
@@ -208,7 +209,7 @@ def _sampling(sampling: pb.SamplingParams, info: ModelInfo) -> SamplingParams:
     path = "sampling."
     defaults = info.generation_defaults
     max_new_tokens, min_new_tokens = _token_counts(sampling, info)
-    _check_count("sampling.stop_token_ids", len(sampling.stop_token_ids), Interval(0, MAX_STOP_TOKENS), "ids")
+    _check_count("sampling.stop_token_ids", len(sampling.stop_token_ids), "ids", most=MAX_STOP_TOKENS)
     _check_token_ids("sampling.stop_token_ids", sampling.stop_token_ids, info)
     return SamplingParams(
         max_new_tokens=max_new_tokens,
@@ -239,7 +240,7 @@ def _token_counts(sampling: pb.SamplingParams, info: ModelInfo) -> tuple[int | N
 
 
 def _logit_bias(sampling: pb.SamplingParams, info: ModelInfo) -> dict[int, float]:
-    _check_count("sampling.logit_bias", len(sampling.logit_bias), Interval(0, MAX_LOGIT_BIASES), "ids")
+    _check_count("sampling.logit_bias", len(sampling.logit_bias), "ids", most=MAX_LOGIT_BIASES)
     for token_id, bias in sampling.logit_bias.items():
         field = f"sampling.logit_bias[{token_id}]"
         _check(field, token_id, Interval(0, info.vocab_size - 1))
@@ -248,9 +249,9 @@ def _logit_bias(sampling: pb.SamplingParams, info: ModelInfo) -> dict[int, float
 
 
 def _stop_strings(stop_strings: Sequence[str]) -> tuple[str, ...]:
-    _check_count("sampling.stop_strings", len(stop_strings), Interval(0, MAX_STOP_STRINGS), "strings")
+    _check_count("sampling.stop_strings", len(stop_strings), "strings", most=MAX_STOP_STRINGS)
     for index, stop in enumerate(stop_strings):
-        _check_count(f"sampling.stop_strings[{index}]", len(stop), Interval(1, MAX_STOP_CHARS), "characters")
+        _check_count(f"sampling.stop_strings[{index}]", len(stop), "characters", least=1, most=MAX_STOP_CHARS)
     return tuple(stop_strings)
 
 

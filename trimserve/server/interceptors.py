@@ -19,6 +19,7 @@ from grpc.aio import ServicerContext
 from grpc_status import rpc_status
 
 from trimserve.errors import (
+    CannotListen,
     CheckpointError,
     DeadlinePassed,
     EngineBusy,
@@ -42,6 +43,7 @@ STATUS: Mapping[type[TrimserveError], grpc.StatusCode] = {
     DeadlinePassed: grpc.StatusCode.DEADLINE_EXCEEDED,
     RequestFailed: grpc.StatusCode.INTERNAL,  # this request only
     CheckpointError: grpc.StatusCode.FAILED_PRECONDITION,  # at load time, before there are RPCs
+    CannotListen: grpc.StatusCode.FAILED_PRECONDITION,  # the same
 }
 """Anything else is INTERNAL, with the request id only; its stack is in the log."""
 

@@ -6,24 +6,18 @@ first event. One process serves one model, so no metric but `trimserve_model_inf
 """
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import product
 from typing import Literal, TypeVar
 
-from prometheus_client import (
-    CollectorRegistry,
-    Counter,
-    Gauge,
-    Histogram,
-    ProcessCollector,
-    disable_created_metrics,
-)
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
+from prometheus_client.core import Metric
 
 from trimserve import __version__
+from trimserve.engine.runner import EngineStatus
 from trimserve.models.info import ModelInfo
-from trimserve.server.runner import EngineStatus
 from trimserve.v1 import generation_pb2, model_pb2
 
 __all__ = ["RPC_CODES", "Declared", "Metrics"]
@@ -90,8 +84,7 @@ class Metrics:
 
     def __init__(self) -> None:
         """Declare everything."""
-        disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series beside every counter that no dashboard reads
-        self.registry = CollectorRegistry(auto_describe=True)
+        self.registry = _Registry(auto_describe=True)
         self.declared: list[Declared] = []
         """In the order of declaration."""
         self._declare_rpcs()
@@ -277,6 +270,18 @@ class Metrics:
         self.declared.append(Declared(name, "histogram", text, labels or {}, buckets))
         histogram = Histogram(name, text, tuple(labels or ()), buckets=buckets, registry=self.registry)
         return _at_zero(histogram, labels)
+
+
+class _Registry(CollectorRegistry):
+    """Leaves out `_created`, a second series beside every counter and histogram that no dashboard reads.
+
+    prometheus_client can switch it off for the whole process only, which may not be ours.
+    """
+
+    def collect(self) -> Iterable[Metric]:
+        for family in super().collect():
+            family.samples = [sample for sample in family.samples if not sample.name.endswith("_created")]
+            yield family
 
 
 def _at_zero(metric: M, labels: Labels | None) -> M:

@@ -9,10 +9,16 @@ from urllib.parse import urlsplit
 
 from prometheus_client import MetricsHandler
 
+from trimserve.engine.runner import EngineStatus
+from trimserve.errors import EngineStopped
 from trimserve.server.metrics import Metrics
-from trimserve.server.runner import EngineStatus
 
-__all__ = ["MetricsServer"]
+__all__ = ["MetricsServer", "socket_family"]
+
+
+def socket_family(host: str) -> socket.AddressFamily:
+    """Which kind of address a host is; names are IPv4."""
+    return socket.AF_INET6 if ":" in host else socket.AF_INET
 
 
 class MetricsServer:
@@ -25,13 +31,13 @@ class MetricsServer:
             host: address to listen on.
             port: 0 is any free one.
             metrics: what `/metrics` shows.
-            read_status: called for every request, in a thread of this server.
+            read_status: called for every request, in a thread of this server; EngineStopped is answered with 503.
         Raises:
             OSError: the port is taken, or the host is not ours.
         """
 
         class Server(ThreadingHTTPServer):
-            address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+            address_family = socket_family(host)
 
         self._http = Server((host, port), _handler(metrics, read_status))
         self._thread = threading.Thread(
@@ -59,15 +65,20 @@ def _handler(metrics: Metrics, read_status: Callable[[], EngineStatus]) -> type[
         registry = metrics.registry
 
         def do_GET(self) -> None:  # noqa: N802 the name that http.server calls
-            match urlsplit(self.path).path:
-                case "/metrics":
-                    metrics.show_status(read_status())
-                    super().do_GET()
-                case "/healthz":
-                    is_ready = read_status().is_ready
-                    self._answer(HTTPStatus.OK if is_ready else HTTPStatus.SERVICE_UNAVAILABLE)
-                case _:
-                    self._answer(HTTPStatus.NOT_FOUND)
+            path = urlsplit(self.path).path
+            if path not in ("/metrics", "/healthz"):
+                self._answer(HTTPStatus.NOT_FOUND)
+                return
+            try:
+                status = read_status()
+            except EngineStopped:
+                self._answer(HTTPStatus.SERVICE_UNAVAILABLE)
+                return
+            if path == "/metrics":
+                metrics.show_status(status)
+                super().do_GET()
+            else:
+                self._answer(HTTPStatus.OK if status.is_ready else HTTPStatus.SERVICE_UNAVAILABLE)
 
         def _answer(self, status: HTTPStatus) -> None:
             body = f"{status.phrase}\n".encode()

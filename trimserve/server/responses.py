@@ -16,8 +16,8 @@ from trimserve.engine.request import (
     TokenDelta,
     TokenLogprob,
 )
+from trimserve.engine.runner import EngineStatus
 from trimserve.models.info import ModelInfo
-from trimserve.server.runner import EngineStatus
 from trimserve.v1 import generation_pb2, model_pb2
 
 __all__ = ["EventWriter", "fold", "model_response", "status_response"]

@@ -4,49 +4,10 @@ from collections.abc import AsyncGenerator
 from typing import Protocol
 
 from trimserve.engine.request import GenerationChunk, GenerationRequest
+from trimserve.engine.runner import EngineStatus
 from trimserve.models.info import ModelInfo
 
-__all__ = ["EngineStatus", "Runner"]
-
-
-class EngineStatus(Protocol):
-    """The engine at one moment."""
-
-    @property
-    def is_ready(self) -> bool:
-        """Whether requests are taken: false before warm-up is done, while draining and after a crash."""
-
-    @property
-    def num_running(self) -> int:
-        """Requests that the engine works on."""
-
-    @property
-    def num_waiting(self) -> int:
-        """Requests in the queue."""
-
-    @property
-    def max_batch(self) -> int:
-        """Most requests that decode together."""
-
-    @property
-    def max_queue(self) -> int:
-        """Most requests in the queue."""
-
-    @property
-    def self_kv_bytes(self) -> int:
-        """Self-attention KV in use, whole pages."""
-
-    @property
-    def cross_kv_bytes(self) -> int:
-        """Cross-attention KV in use, whole pages."""
-
-    @property
-    def cross_kv_untrimmed_bytes(self) -> int:
-        """What the requests of `cross_kv_bytes` would hold untrimmed."""
-
-    @property
-    def uptime_seconds(self) -> float:
-        """Since the engine became ready; 0 before."""
+__all__ = ["Runner"]
 
 
 class Runner(Protocol):

@@ -8,8 +8,6 @@ from typing import Any
 from grpc.aio import ServicerContext
 
 from trimserve.config import Config
-from trimserve.errors import EngineStopped
-from trimserve.models.info import ModelInfo
 from trimserve.server import convert, responses
 from trimserve.server.deadline import Deadline
 from trimserve.server.metrics import Metrics
@@ -58,7 +56,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         deadline = Deadline(context)
         observer = RequestObserver(self._metrics, method)
         try:
-            info = _loaded_info(self._runner)
+            info = self._runner.info
             generation = convert.to_generation_request(request, info, self._config.engine)
             observer.accepted(generation)
             writer = responses.EventWriter(info)
@@ -96,16 +94,10 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
         self, _request: model_pb2.GetModelRequest, _context: Context
     ) -> model_pb2.GetModelResponse:
         """Identity, geometry, limits and defaults."""
-        return responses.model_response(_loaded_info(self._runner), self._config.engine)
+        return responses.model_response(self._runner.info, self._config.engine)
 
     async def GetServerStatus(  # noqa: N802 the RPC's name
         self, _request: model_pb2.GetServerStatusRequest, _context: Context
     ) -> model_pb2.GetServerStatusResponse:
         """Load and memory now."""
         return responses.status_response(self._runner.status())
-
-
-def _loaded_info(runner: Runner) -> ModelInfo:
-    if not runner.status().is_ready:
-        raise EngineStopped("the engine takes no requests now: it is starting, draining or has stopped")
-    return runner.info

@@ -53,7 +53,7 @@ class ModelServiceServicer(object):
 
     def GetModel(self, request, context):
         """Identity, geometry, limits and defaults of the served model; constant while the server lives.
-        UNAVAILABLE until the model is loaded.
+        UNAVAILABLE until the model is loaded; answered while the server drains, too.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -88,7 +88,7 @@ class ModelServiceStub(typing.Generic[_ModelServiceGetModelType, _ModelServiceGe
 
     GetModel: _ModelServiceGetModelType
     """Identity, geometry, limits and defaults of the served model; constant while the server lives.
-    UNAVAILABLE until the model is loaded.
+    UNAVAILABLE until the model is loaded; answered while the server drains, too.
     """
 
     GetServerStatus: _ModelServiceGetServerStatusType
@@ -115,7 +115,7 @@ class ModelServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[trimserve.v1.model_pb2.GetModelResponse, collections.abc.Awaitable[trimserve.v1.model_pb2.GetModelResponse]]:
         """Identity, geometry, limits and defaults of the served model; constant while the server lives.
-        UNAVAILABLE until the model is loaded.
+        UNAVAILABLE until the model is loaded; answered while the server drains, too.
         """
 
     @abc.abstractmethod

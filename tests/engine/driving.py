@@ -1,0 +1,62 @@
+"""What tests of the runner have in common: a started runner, gates in its model, a request's whole output."""
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+from tests.engine.fake_model import FakeModel
+from trimserve.engine.request import GenerationChunk, GenerationRequest, TokenDelta
+from trimserve.engine.runner import Runner
+
+__all__ = ["Gate", "collect", "running", "text", "until"]
+
+
+class Gate:
+    """Holds a thread of the model in one place until it is opened; waits no longer than a test would."""
+
+    def __init__(self) -> None:
+        """Open."""
+        self._is_open = threading.Event()
+        self._is_open.set()
+
+    def close(self) -> None:
+        self._is_open.clear()
+
+    def open(self) -> None:
+        self._is_open.set()
+
+    def __call__(self) -> None:
+        assert self._is_open.wait(20)
+
+
+@asynccontextmanager
+async def running(
+    model: FakeModel, *, max_batch: int = 4, max_queue: int = 8, num_preprocess_workers: int = 2
+) -> AsyncIterator[Runner]:
+    """A started runner, stopped at the end."""
+    runner = Runner(
+        lambda: model,
+        max_batch=max_batch,
+        max_queue=max_queue,
+        num_preprocess_workers=num_preprocess_workers,
+    )
+    await runner.start()
+    try:
+        yield runner
+    finally:
+        await runner.stop(0.0)
+
+
+async def collect(runner: Runner, wanted: GenerationRequest, deadline: float | None = None) -> list[GenerationChunk]:
+    return [chunk async for chunk in runner.submit(wanted, deadline=deadline)]
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Wait until something is so; the test's own time limit ends it otherwise."""
+    while not condition():  # noqa: ASYNC110  # what is waited for happens on another thread
+        await asyncio.sleep(0.001)
+
+
+def text(chunks: list[GenerationChunk]) -> str:
+    return "".join(chunk.text for chunk in chunks if isinstance(chunk, TokenDelta))

@@ -1,0 +1,133 @@
+"""Preparing beside the engine: who waits for whom, what is let go when, and what ends without waiting."""
+
+import asyncio
+import threading
+import weakref
+from contextlib import suppress
+
+import pytest
+import torch
+
+from tests.engine.driving import Gate, collect, running, text, until
+from tests.engine.fake_model import IMAGE, FakeModel, request
+from trimserve.engine.request import Started, TokenDelta
+from trimserve.errors import EngineBusy, EngineStopped
+from trimserve.models.images import PreparedImage
+from trimserve.models.prepared import NamedImage
+from trimserve.models.prompt import Image, TokenPrompt
+
+
+class _TrackedImage(Image):
+    """An image whose end can be seen."""
+
+
+def _album(num_images: int, name: str = "") -> TokenPrompt:
+    """A prompt with images, whose names `FakeModel.images` notes."""
+    return TokenPrompt((IMAGE,) * num_images + (65,), (Image(b"1", name),) * num_images)
+
+
+def _no_memory() -> None:
+    raise MemoryError
+
+
+async def test_text_does_not_wait_for_the_images_of_others() -> None:
+    gate = Gate()
+    model = FakeModel(before_image=gate)
+    async with running(model, num_preprocess_workers=1) as runner:
+        model.images.clear()
+        gate.close()
+        tasks = [asyncio.create_task(collect(runner, request(_album(3)))) for _ in range(2)]
+        await until(lambda: bool(model.images))
+        assert text(await collect(runner, request("hi")))
+        assert not any(task.done() for task in tasks)
+        gate.open()
+        await asyncio.gather(*tasks)
+
+
+async def test_an_urgent_request_comes_between_two_images() -> None:
+    gate = Gate()
+    model = FakeModel(before_image=gate)
+    async with running(model, num_preprocess_workers=1) as runner:
+        model.images.clear()
+        gate.close()
+        tasks = [asyncio.create_task(collect(runner, request(_album(2, "first"))))]
+        await until(lambda: bool(model.images))
+        for name, priority in [("second", 0), ("urgent", 1)]:
+            tasks.append(asyncio.create_task(collect(runner, request(_album(2, name), priority=priority))))
+            await asyncio.sleep(0.02)
+        gate.open()
+        await asyncio.gather(*tasks)
+    assert model.images == ["first", "urgent", "urgent", "first", "second", "second"]
+
+
+@pytest.mark.parametrize("stage", ["text", "image"])
+async def test_a_cancelled_request_lets_go_of_its_images_while_the_workers_are_busy(stage: str) -> None:
+    gate = Gate()
+    model = FakeModel(before_tokenize=gate) if stage == "text" else FakeModel(before_image=gate)
+    async with running(model, num_preprocess_workers=1) as runner:
+        gate.close()
+        busy = asyncio.create_task(collect(runner, request(_album(1))))
+        await asyncio.sleep(0.02)
+        image = _TrackedImage(b"1")
+        alive = weakref.ref(image)
+        task = asyncio.create_task(collect(runner, request(TokenPrompt((IMAGE, 65), (image,)))))
+        del image
+        await asyncio.sleep(0.02)
+        assert alive() is not None
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
+        del task
+        await asyncio.sleep(0)  # the loop itself lets go of the task
+        assert alive() is None
+        gate.open()
+        await busy
+
+
+async def test_a_request_that_generates_holds_neither_its_images_nor_their_pixels() -> None:
+    pixels: list[weakref.ref[torch.Tensor]] = []
+
+    class Watched(FakeModel):
+        def prepare_image(self, image: NamedImage) -> PreparedImage:
+            prepared = super().prepare_image(image)
+            pixels.append(weakref.ref(prepared.pixel_values))
+            return prepared
+
+    gate = Gate()
+    async with running(Watched(before_decode=gate)) as runner:
+        gate.close()
+        image = _TrackedImage(b"1")
+        alive = weakref.ref(image)
+        chunks = runner.submit(request(TokenPrompt((IMAGE, 65), (image,)), max_new_tokens=5))
+        del image
+        assert isinstance(await anext(chunks), Started)
+        assert isinstance(await anext(chunks), TokenDelta)
+        await until(lambda: alive() is None)
+        await until(lambda: all(pixel() is None for pixel in pixels))
+        gate.open()
+        assert [chunk async for chunk in chunks]
+    assert len(pixels) == 2  # the warm-up's too
+
+
+async def test_stop_does_not_wait_for_images() -> None:
+    gate = Gate()
+    model = FakeModel(before_image=gate)
+    async with running(model) as runner:
+        model.images.clear()
+        gate.close()
+        tasks = [asyncio.create_task(collect(runner, request(_album(4)))) for _ in range(3)]
+        await until(lambda: len(model.images) == 2)
+        await asyncio.wait_for(runner.stop(0.0), 5)
+        assert [type(error) for error in await asyncio.gather(*tasks, return_exceptions=True)] == [EngineStopped] * 3
+        gate.open()
+        await until(lambda: not any(thread.name.startswith("trimserve-image") for thread in threading.enumerate()))
+    assert len(model.images) == 2
+
+
+async def test_no_memory_for_an_image_is_no_fault_of_the_request() -> None:
+    model = FakeModel()
+    async with running(model) as runner:
+        model.before_image = _no_memory
+        with pytest.raises(EngineBusy, match="out of memory while request r was prepared"):
+            await collect(runner, request(_album(1)))
+        assert text(await collect(runner, request("hi")))

@@ -1,0 +1,89 @@
+"""The engine with a real, if random, model: what is batched together changes nothing."""
+
+import io
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image as PilImage
+
+from tests.models.random_checkpoint import Geometry, save_random_checkpoint
+from trimserve.config import EngineConfig, ModelConfig
+from trimserve.engine.engine import Engine
+from trimserve.engine.request import GenerationChunk, GenerationRequest, SamplingParams, Started, TokenDelta
+from trimserve.errors import TrimserveError
+from trimserve.models.loading import load_model
+from trimserve.models.mllama import Mllama
+from trimserve.models.prompt import Image, RawPrompt
+from trimserve.models.trimming import ImageSelection, TrimParams
+
+GEOMETRY = Geometry()
+NUM_NEW = 24
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Mllama:
+    """A random checkpoint."""
+    folder: Path = tmp_path_factory.mktemp("checkpoint")
+    save_random_checkpoint(folder, GEOMETRY)
+    return load_model(ModelConfig(model=str(folder)), EngineConfig())
+
+
+def noise(high: int, wide: int, seed: int) -> Image:
+    """An image file of so many tiles."""
+    shape = (high * GEOMETRY.tile_size, wide * GEOMETRY.tile_size, 3)
+    buffer = io.BytesIO()
+    PilImage.fromarray(np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)).save(buffer, "PNG")
+    return Image(buffer.getvalue())
+
+
+GREEDY = SamplingParams(max_new_tokens=NUM_NEW, ignore_eos=True)
+SAMPLED = replace(GREEDY, temperature=1.0, top_p=0.95, repetition_penalty=1.2)
+UNTRIMMED = TrimParams(enabled=False, return_selection=True)
+TRIMMED = TrimParams(k_ratio=0.1, return_selection=True)
+
+ONE = RawPrompt("Look:<|image|>What is this?", (noise(2, 2, 1),))
+OTHER = RawPrompt("Look:<|image|>What is this?", (noise(2, 2, 2),))
+THREE = RawPrompt("<|image|><|image|>a pair, and later<|image|>", (noise(2, 1, 3), noise(1, 1, 4), noise(1, 3, 5)))
+
+REQUESTS = [
+    GenerationRequest("text, greedy", RawPrompt("just a few words"), GREEDY, TRIMMED),
+    GenerationRequest("text, sampled", RawPrompt("just a few words"), replace(SAMPLED, seed=1), TRIMMED),
+    GenerationRequest("one, trimmed, greedy", ONE, GREEDY, TRIMMED),
+    GenerationRequest("one, trimmed, sampled", ONE, replace(SAMPLED, seed=2), TRIMMED),
+    GenerationRequest("another, trimmed, greedy", OTHER, GREEDY, TRIMMED),
+    GenerationRequest("three, untrimmed, greedy", THREE, GREEDY, UNTRIMMED),
+    GenerationRequest("three, trimmed, sampled", THREE, replace(SAMPLED, seed=3), TRIMMED),
+]
+
+
+def generate(model: Mllama, *requests: GenerationRequest) -> list[tuple[list[int], tuple[ImageSelection, ...]]]:
+    """Tokens and kept features of each, generated together."""
+    engine = Engine(model, max_batch=len(REQUESTS))
+    outputs: list[list[GenerationChunk | TrimserveError]] = [[] for _ in requests]
+    for request, output in zip(requests, outputs, strict=True):
+        engine.add(engine.prepare(request, output.append, time.monotonic()))
+    while engine.has_work:
+        engine.step()
+    assert engine.pool.used_self_bytes == engine.pool.used_cross_bytes == 0
+    results = []
+    for started, *rest in outputs:
+        assert isinstance(started, Started)
+        token_ids = [token_id for chunk in rest if isinstance(chunk, TokenDelta) for token_id in chunk.token_ids]
+        assert len(token_ids) == NUM_NEW
+        results.append((token_ids, started.selections))
+    return results
+
+
+def test_a_mixed_batch_gives_the_tokens_and_the_kept_features_that_each_gives_alone(model: Mllama) -> None:
+    alone = [generate(model, request)[0] for request in REQUESTS]
+    assert generate(model, *REQUESTS) == alone
+    assert generate(model, *reversed(REQUESTS)) == alone[::-1]
+    # No two would be confused unseen, and trimming did trim.
+    assert len({tuple(token_ids) for token_ids, _ in alone}) == len(REQUESTS)
+    num_kept = [[int.from_bytes(image.kept, "little").bit_count() for image in images] for _, images in alone]
+    assert num_kept[5] == [20, 10, 30]
+    assert num_kept[2][0] < 40
+    assert alone[2][1] != alone[4][1]

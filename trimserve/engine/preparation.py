@@ -1,0 +1,68 @@
+"""A request before the engine works on it: tokenised first, then its images one by one.
+
+In steps, so that other requests can come between two images. It knows no thread and no queue.
+"""
+
+import time
+from collections import deque
+from typing import TYPE_CHECKING
+
+from trimserve.engine.model import Model
+from trimserve.engine.request import GenerationRequest
+from trimserve.engine.sequence import Sequence, Sink
+from trimserve.models.prepared import NamedImage, PreparedPrompt
+
+if TYPE_CHECKING:  # loads transformers, which the engine does without
+    from trimserve.models.images import PreparedImage
+
+__all__ = ["Preparation"]
+
+
+class Preparation:
+    """Makes a `Sequence` of a request; each image file is let go as soon as it is decoded."""
+
+    def __init__(self, model: Model, request: GenerationRequest, sink: Sink, submitted_at: float) -> None:
+        """Do nothing yet.
+
+        Args:
+            model: tokenises and decodes.
+            request: what was asked.
+            sink: of the sequence.
+            submitted_at: of the sequence.
+        """
+        self._model = model
+        self._request: GenerationRequest | None = request
+        self._sink = sink
+        self._submitted_at = submitted_at
+        self._sequence: Sequence | None = None
+        self._files: deque[NamedImage] = deque()
+        self._images: list[PreparedImage] = []
+        self._seconds = 0.0
+
+    def advance(self) -> Sequence | None:
+        """Take the next step: the first one tokenises and is quick, each other one decodes an image.
+
+        Returns:
+            The sequence after the last step, None after any other.
+        Raises:
+            InvalidRequest: what `Model.tokenize`, `Sequence` or `Model.prepare_image` refuses.
+        """
+        started_at = time.monotonic()
+        if self._sequence is None:
+            self._sequence = self._tokenize()
+        else:
+            self._images.append(self._model.prepare_image(self._files.popleft()))
+        self._seconds += time.monotonic() - started_at
+        if self._files:
+            return None
+        token_ids = tuple(self._sequence.sampling.prompt_token_ids)
+        self._sequence.prepared(PreparedPrompt(token_ids, tuple(self._images)), self._seconds)
+        return self._sequence
+
+    def _tokenize(self) -> Sequence:
+        request, self._request = self._request, None
+        assert request is not None, "a preparation that failed is not advanced again"
+        tokenized = self._model.tokenize(request.prompt)
+        self._files.extend(tokenized.images)
+        model = self._model
+        return Sequence(request, tokenized.token_ids, model.info, model.tokenizer, self._sink, self._submitted_at)

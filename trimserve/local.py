@@ -1,0 +1,42 @@
+"""A server of a checkpoint in this process: what `config.py` says, put together."""
+
+import torch
+
+from trimserve.config import Config, ModelConfig, ServerConfig
+from trimserve.engine.runner import Runner
+from trimserve.models.loading import load_model
+from trimserve.models.mllama import Mllama
+from trimserve.server.app import InProcessServer
+
+__all__ = ["in_process_server", "make_runner"]
+
+
+def make_runner(config: Config) -> Runner:
+    """An engine that is not started; its model is loaded when it starts.
+
+    Args:
+        config: which checkpoint, and how much the engine takes on.
+    """
+    engine = config.engine
+
+    def load() -> Mllama:
+        if engine.num_threads is not None:
+            torch.set_num_threads(engine.num_threads)
+        return load_model(config.model, engine)
+
+    return Runner(
+        load,
+        max_batch=engine.max_batch,
+        max_queue=engine.max_queue,
+        num_preprocess_workers=engine.num_preprocess_workers,
+    )
+
+
+def in_process_server(model: ModelConfig | None = None) -> InProcessServer:
+    """A server in a thread of this process, on a free port of loopback, without metrics; a context manager.
+
+    Args:
+        model: which checkpoint, and how it is read; None is the embedded model.
+    """
+    config = Config(model=model or ModelConfig(), server=ServerConfig(port=0, metrics=False))
+    return InProcessServer(make_runner(config), config)
