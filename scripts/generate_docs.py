@@ -1,4 +1,4 @@
-"""Generates the tables of docs/ from the code they describe; `--check` only compares.
+"""Generates the tables of docs/ and README.md from what they describe; `--check` only compares.
 
 Text between `<!-- generated: NAME -->` and `<!-- end -->` comes from here, all else is written by hand.
 
@@ -6,6 +6,7 @@ Usage: python scripts/generate_docs.py [--check]
 """
 
 import argparse
+import json
 import re
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from google.protobuf.descriptor_pb2 import (  # noqa: E402 the root must be on t
     ServiceDescriptorProto,
 )
 
+from training.readme import accuracy_table  # noqa: E402
 from trimserve.config import Config  # noqa: E402
 from trimserve.server.metrics import Declared, Metrics  # noqa: E402
 
@@ -168,10 +170,16 @@ def _row(*cells: str) -> str:
     return "| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |"
 
 
+def accuracy() -> str:
+    """How well the embedded model answers, from the report of its evaluation."""
+    return accuracy_table(json.loads((ROOT / "training/report.json").read_text()))
+
+
 TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     "configuration": ("docs/configuration.md", configuration),
     "metrics": ("docs/metrics.md", metrics),
     "api": ("docs/api.md", api),
+    "accuracy": ("README.md", accuracy),
 }
 """Marker name -> document, and what generates the text."""
 

@@ -3,6 +3,7 @@
     TrimserveError
     ├── InvalidRequest     the caller can fix it: names the field, the bound and what was got
     ├── EngineBusy         the queue is full: try again later
+    │   └── OutOfMemory    no memory for this request now
     ├── EngineStopped      starting, draining or dead: another replica may serve it
     ├── DeadlinePassed     the request's deadline came before its end
     ├── RequestFailed      this request failed inside the model; others are not affected
@@ -19,6 +20,7 @@ __all__ = [
     "EngineBusy",
     "EngineStopped",
     "InvalidRequest",
+    "OutOfMemory",
     "RequestFailed",
     "TrimserveError",
 ]
@@ -62,6 +64,12 @@ class EngineBusy(TrimserveError):
         """
         super().__init__(message)
         self.retry_after_seconds = retry_after_seconds
+
+
+class OutOfMemory(EngineBusy):
+    """No memory could be had for this request while others hold theirs; it ends alone."""
+
+    reason = "OUT_OF_MEMORY"
 
 
 class EngineStopped(TrimserveError):

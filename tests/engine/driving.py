@@ -53,9 +53,10 @@ async def collect(runner: Runner, wanted: GenerationRequest, deadline: float | N
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    """Wait until something is so; the test's own time limit ends it otherwise."""
-    while not condition():  # noqa: ASYNC110  # what is waited for happens on another thread
-        await asyncio.sleep(0.001)
+    """Wait until something is so; fail when that takes longer than a test would."""
+    async with asyncio.timeout(20):
+        while not condition():  # noqa: ASYNC110  # what is waited for happens on another thread
+            await asyncio.sleep(0.001)
 
 
 def text(chunks: list[GenerationChunk]) -> str:

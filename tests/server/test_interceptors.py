@@ -16,6 +16,7 @@ from trimserve.errors import (
     EngineBusy,
     EngineStopped,
     InvalidRequest,
+    OutOfMemory,
     RequestFailed,
     TrimserveError,
 )
@@ -26,6 +27,7 @@ from trimserve.v1 import generation_pb2 as pb
 ROWS = [
     (InvalidRequest("raw_prompt", "too long"), grpc.StatusCode.INVALID_ARGUMENT, "INVALID_REQUEST"),
     (EngineBusy("64 wait", retry_after_seconds=2.5), grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL"),
+    (OutOfMemory("no memory for 2 GiB"), grpc.StatusCode.RESOURCE_EXHAUSTED, "OUT_OF_MEMORY"),
     (EngineStopped("draining"), grpc.StatusCode.UNAVAILABLE, "ENGINE_STOPPED"),
     (DeadlinePassed("late"), grpc.StatusCode.DEADLINE_EXCEEDED, "DEADLINE_PASSED"),
     (RequestFailed("NaN in the logits"), grpc.StatusCode.INTERNAL, "REQUEST_FAILED"),

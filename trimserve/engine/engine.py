@@ -17,7 +17,7 @@ from trimserve.engine.request import GenerationRequest
 from trimserve.engine.sampling import SampledToken, sample
 from trimserve.engine.scheduler import Scheduler
 from trimserve.engine.sequence import Sequence, Sink
-from trimserve.errors import EngineBusy, RequestFailed, TrimserveError
+from trimserve.errors import OutOfMemory, RequestFailed, TrimserveError
 from trimserve.models.info import ModelInfo
 
 __all__ = ["Engine"]
@@ -146,7 +146,7 @@ class Engine:
             return error
         if is_out_of_memory(error):
             needed, held = self._max_kv_bytes(sequence), self.pool.used_self_bytes + self.pool.used_cross_bytes
-            return EngineBusy(
+            return OutOfMemory(
                 f"out of memory on request {sequence.request_id}: its KV takes up to {needed} bytes beside the {held} "
                 "bytes of others"
             )

@@ -31,6 +31,7 @@ from trimserve.errors import (
     EngineBusy,
     EngineStopped,
     InvalidRequest,
+    OutOfMemory,
     RequestFailed,
     TrimserveError,
 )
@@ -187,7 +188,8 @@ class Runner:
             `Started`, then `TokenDelta`s, then `Finished`.
         Raises:
             EngineStopped: not ready, draining or dead.
-            EngineBusy: the queue is full, or there is no memory for this request.
+            EngineBusy: the queue is full.
+            OutOfMemory: there is no memory for this request now.
             InvalidRequest: what the tokenizer, the images' pixels or the context length refuse.
             DeadlinePassed: the deadline came first.
             RequestFailed: the model failed on this request.
@@ -320,7 +322,7 @@ class Runner:
         except BaseException as error:  # a panic in compiled code is no Exception
             log.exception("preparing request %s failed", stream.request_id)
             if is_out_of_memory(error):
-                self._send(stream, EngineBusy(f"out of memory while request {stream.request_id} was prepared"))
+                self._send(stream, OutOfMemory(f"out of memory while request {stream.request_id} was prepared"))
             else:
                 self._send(stream, RequestFailed(f"preparing request {stream.request_id} failed"))
         else:

@@ -25,6 +25,7 @@ from trimserve.errors import (
     EngineBusy,
     EngineStopped,
     InvalidRequest,
+    OutOfMemory,
     RequestFailed,
     TrimserveError,
 )
@@ -39,6 +40,7 @@ log = logging.getLogger(__name__)
 STATUS: Mapping[type[TrimserveError], grpc.StatusCode] = {
     InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,  # the caller can fix it
     EngineBusy: grpc.StatusCode.RESOURCE_EXHAUSTED,  # retry later
+    OutOfMemory: grpc.StatusCode.RESOURCE_EXHAUSTED,  # retry later
     EngineStopped: grpc.StatusCode.UNAVAILABLE,  # another replica may serve it
     DeadlinePassed: grpc.StatusCode.DEADLINE_EXCEEDED,
     RequestFailed: grpc.StatusCode.INTERNAL,  # this request only

@@ -148,8 +148,8 @@ class Metrics:
         )
         self.engine_errors = self._counter(
             "trimserve_engine_errors_total",
-            "Requests that failed through no fault of theirs: in the model, or by a defect elsewhere.",
-            {"kind": ("model", "internal")},
+            "Requests that failed through no fault of theirs: in the model, out of memory, or by a defect elsewhere.",
+            {"kind": ("model", "oom", "internal")},
         )
         self.trim_requests = self._counter(
             "trimserve_trim_requests_total",

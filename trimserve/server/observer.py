@@ -4,7 +4,7 @@ import asyncio
 import time
 
 from trimserve.engine.request import Finished, GenerationChunk, GenerationRequest, Started, TokenDelta
-from trimserve.errors import DeadlinePassed, EngineBusy, EngineStopped, InvalidRequest, RequestFailed
+from trimserve.errors import DeadlinePassed, EngineBusy, EngineStopped, InvalidRequest, OutOfMemory, RequestFailed
 from trimserve.server.metrics import Metrics
 
 __all__ = ["RequestObserver"]
@@ -52,6 +52,9 @@ class RequestObserver:
         match error:
             case InvalidRequest():
                 finish_reason = "rejected"
+            case OutOfMemory():
+                self._metrics.engine_errors.labels("oom").inc()
+                finish_reason = "error"
             case EngineBusy():
                 finish_reason = self._rejected("queue_full")
             case EngineStopped():

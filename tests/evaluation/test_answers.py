@@ -1,0 +1,118 @@
+"""Answers of a model in this process and of a server that serves it: to each other, and to the model's own logits."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from trimserve.client import Client
+from trimserve.config import ModelConfig
+from trimserve.engine.kv_pool import KVPool
+from trimserve.evaluation.answers import UNTRIMMED, Answer
+from trimserve.evaluation.dataset import DatasetError, Question
+from trimserve.evaluation.in_process import InProcess
+from trimserve.evaluation.served import Served
+from trimserve.local import in_process_server
+from trimserve.models.mllama import Mllama
+from trimserve.models.prefilled import Prefilled
+from trimserve.models.prompt import ChatPrompt, Image, Message, Text
+from trimserve.models.trimming import POLICIES, TrimParams
+
+TRIMS = [TrimParams(policy=policy, k_ratio=0.2) for policy in POLICIES]
+
+
+def answered(model: Mllama, questions: list[Question], batch: int = 64) -> list[list[Answer]]:
+    """Eight tokens each."""
+    return list(InProcess(model, batch=batch).answers(questions, TRIMS, max_new_tokens=8))
+
+
+def texts(answers: list[list[Answer]]) -> list[list[str]]:
+    return [[answer.text for answer in row] for row in answers]
+
+
+@pytest.fixture(scope="module")
+def rows(model: Mllama, questions: list[Question]) -> list[list[Answer]]:
+    """The usual answers."""
+    return answered(model, questions)
+
+
+def prefilled(model: Mllama, question: Question, trim: TrimParams) -> Prefilled:
+    """What the model makes of one question alone."""
+    parts = (Image(question.image.read_bytes()), Text(question.text))
+    prompt = model.prepare(ChatPrompt((Message("user", parts),)))
+    kv = KVPool(model.info, torch.float32, torch.device("cpu")).allocate(len(prompt.token_ids))
+    return model.prefill(prompt, model.encode_images(prompt), trim, kv)
+
+
+def test_counts_and_divergences_are_those_of_the_model_alone(
+    model: Mllama, questions: list[Question], rows: list[list[Answer]]
+) -> None:
+    for question, row in zip(questions, rows, strict=True):
+        untrimmed = prefilled(model, question, UNTRIMMED)
+        assert row[0].divergence == 0
+        assert row[0].num_kept == row[0].num_valid == sum(untrimmed.num_valid)
+        for trim, answer in zip(TRIMS, row[1:], strict=True):
+            alone = prefilled(model, question, trim)
+            assert answer.num_kept == sum(alone.num_kept) < answer.num_valid
+            p, q = (logits.double().log_softmax(-1) for logits in (untrimmed.logits, alone.logits))
+            expected = F.kl_div(q, p, reduction="sum", log_target=True).item()
+            assert answer.divergence == pytest.approx(expected, rel=1e-3)
+            assert answer.divergence > 1e-3
+
+
+def test_controls_keep_as_many_features_and_answer_otherwise(rows: list[list[Answer]]) -> None:
+    for _, trimmed, *controls in rows:
+        assert {control.num_kept for control in controls} == {trimmed.num_kept}
+    assert len({tuple(column) for column in zip(*texts(rows), strict=True)}) == 1 + len(TRIMS)
+
+
+@pytest.mark.parametrize("batch", [1, 8])
+def test_answers_depend_neither_on_the_batch_nor_on_the_order_of_images(
+    model: Mllama, questions: list[Question], rows: list[list[Answer]], batch: int
+) -> None:
+    order = [0, 3, 1, 4, 2, 5]  # the images take turns
+    shuffled = answered(model, [questions[index] for index in order], batch)
+    assert texts(shuffled) == [texts(rows)[index] for index in order]
+
+
+def test_an_answer_ends_at_an_end_token_or_at_the_limit(model: Mllama, questions: list[Question]) -> None:
+    [[one]] = InProcess(model).answers(questions[:1], [], max_new_tokens=1)
+    [[many]] = InProcess(model).answers(questions[:1], [])
+    assert many.text.startswith(one.text)
+    assert len(many.text) > len(one.text)
+
+
+def test_an_image_that_the_model_refuses_names_its_line(model: Mllama, tmp_path: Path) -> None:
+    image = tmp_path / "a.png"
+    image.write_bytes(b"no image")
+    with pytest.raises(DatasetError, match=r"set\.jsonl:3: must be an image file"):
+        list(InProcess(model).answers([Question(image, "?", source="set.jsonl:3")], TRIMS))
+
+
+@pytest.fixture(scope="module")
+def client(checkpoint: Path) -> Iterator[Client]:
+    """Of a server of the same checkpoint."""
+    with in_process_server(ModelConfig(model=str(checkpoint))) as server, Client(server.address) as connected:
+        yield connected
+
+
+def test_a_server_gives_the_same_answers_and_lower_bounds_of_the_divergences(
+    client: Client, questions: list[Question], rows: list[list[Answer]]
+) -> None:
+    served = list(Served(client, concurrency=3).answers(questions, TRIMS, max_new_tokens=8))
+    assert texts(served) == texts(rows)
+    for theirs, ours in zip(served, rows, strict=True):
+        assert theirs[0].divergence == 0
+        for answer, exact in zip(theirs, ours, strict=True):
+            assert (answer.num_valid, answer.num_kept) == (exact.num_valid, exact.num_kept)
+            assert answer.divergence <= exact.divergence + 1e-5
+    assert all(answer.divergence > 0 for row in served for answer in row[1:])
+
+
+def test_both_say_which_model_answered(client: Client, model: Mllama) -> None:
+    ours, theirs = InProcess(model), Served(client)
+    assert {**ours.describe(), "through": ""} == {**theirs.describe(), "through": ""}
+    assert ours.describe()["through"] != theirs.describe()["through"]
+    assert ours.policies == theirs.policies == POLICIES

@@ -1,0 +1,76 @@
+"""`trimserve eval` from end to end on a random checkpoint, and the options it refuses."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from trimserve.cli import app
+from trimserve.evaluation.report import Report
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(app, ["eval", *map(str, arguments)])
+
+
+def test_a_curve_is_written_and_told(data: Path, checkpoint: Path, tmp_path: Path) -> None:
+    options = ("--policies", "trimmed, strided", "--k-ratios", "0.2,1", "--limit", 4)
+    result = run("--data", data, "--out", tmp_path / "out", "--model", checkpoint, *options)
+    assert result.exit_code == 0, result.output
+    report = Report.from_json((tmp_path / "out/report.json").read_text())
+    assert (tmp_path / "out/curves.png").stat().st_size > 10_000
+    assert report.data["num_questions"] == 4
+    assert {row.kind for row in report.rows} == {"all", "short", "long"}
+    untrimmed, *_ = rows = [row for row in report.rows if row.kind == "all"]
+    assert [(row.policy, row.k_ratio) for row in rows] == [
+        ("untrimmed", 1.0),
+        *((policy, k_ratio) for policy in ("trimmed", "strided") for k_ratio in (0.2, 1.0)),
+    ]
+    for row in rows:
+        if row.k_ratio == 1:
+            assert row.kept_fraction == 1
+            assert row.divergence.value == 0
+            assert row.accuracy == untrimmed.accuracy
+        else:
+            assert row.kept_fraction < 1
+            assert row.divergence.value > 0
+    assert "strided" in result.output
+
+
+def test_calibration_is_written_and_told(data: Path, checkpoint: Path, tmp_path: Path) -> None:
+    options = ("--calibrate", "--max-kl", 0.5)
+    result = run("--data", data, "--out", tmp_path, "--model", checkpoint, *options)
+    assert result.exit_code == 0, result.output
+    found = json.loads((tmp_path / "calibration.json").read_text())
+    assert f"{found['k_ratio']:.2f}" in result.output
+    passing = [probe for probe in found["probes"] if probe["divergence"] <= 0.5]
+    assert min([1.0, *(probe["k_ratio"] for probe in passing)]) == found["k_ratio"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--k-ratios", "0.5,0"), "must be numbers in (0, 1], got '0'"),
+        (("--k-ratios", "half"), "must be numbers in (0, 1], got 'half'"),
+        (("--policies", "trimmed,best"), "must be among trimmed, random, strided, got 'best'"),
+        (("--address", "localhost:1"), "exclude each other"),
+    ],
+)
+def test_bad_options_are_refused_before_anything_is_asked(
+    data: Path, checkpoint: Path, tmp_path: Path, options: tuple[str, ...], message: str
+) -> None:
+    result = run("--data", data, "--out", tmp_path / "out", "--model", checkpoint, *options)
+    assert result.exit_code == 2
+    said = " ".join(result.output.replace("│", " ").split())
+    assert message in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_matplotlib_the_extra_is_named(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "trimserve.evaluation.picture", raising=False)
+    monkeypatch.setitem(sys.modules, "matplotlib.axes", None)
+    result = run("--data", data, "--out", tmp_path)
+    assert result.exit_code == 2
+    assert "trimserve[eval]" in result.output

@@ -1,0 +1,62 @@
+"""README's tables are the report's, and trimserve answers as the mended peer that the report measured."""
+
+import json
+from pathlib import Path
+
+from PIL import Image
+from transformers import AutoProcessor, MllamaForConditionalGeneration
+
+from training import readme
+from training.evaluate import answer
+from training.examples import DATA_VERSION
+from training.export import CHECKPOINT
+from training.heldout import write_held_out
+from training.mended import mend
+from trimserve.config import EngineConfig, ModelConfig
+from trimserve.evaluation.dataset import load_questions
+from trimserve.evaluation.in_process import InProcess
+from trimserve.evaluation.report import Report
+from trimserve.models.loading import describe_model, load_model
+
+FOLDER = Path(readme.__file__).parent
+REPORT = json.loads((FOLDER / "report.json").read_text())
+EVALUATION = Report.from_json(readme.EVALUATION.read_text())
+
+
+def test_readme_shows_what_was_measured() -> None:
+    text = (FOLDER / "README.md").read_text()
+    assert readme.accuracy_table(REPORT) in text
+    assert readme.trimming_table(EVALUATION) in text
+
+
+def test_reports_speak_of_the_shipped_checkpoint() -> None:
+    about = json.loads((CHECKPOINT / "trimserve.json").read_text())
+    assert about["accuracy"] == REPORT["accuracy"]
+    assert about["training_steps"] == REPORT["training"]["training_steps"]
+    assert about["data_version"] == REPORT["data_version"] == DATA_VERSION
+    assert EVALUATION.model["revision"] == describe_model(ModelConfig(), EngineConfig()).revision
+
+
+def test_the_recommended_k_ratio_keeps_at_most_half() -> None:
+    about = json.loads((CHECKPOINT / "trimserve.json").read_text())
+    kept = {row.k_ratio: row.kept_fraction for row in EVALUATION.rows if row.policy == "trimmed" and row.kind == "all"}
+    assert kept[about["k_ratio"]] <= 0.5
+
+
+def test_log_ends_with_the_last_step() -> None:
+    last = json.loads((FOLDER / "log.jsonl").read_text().splitlines()[-1])
+    assert last["step"] == REPORT["training"]["training_steps"]
+    assert last["held_out"]["shape"] > 0.9
+
+
+def test_untrimmed_answers_are_the_peers(tmp_path: Path) -> None:
+    questions = load_questions(write_held_out(tmp_path, 12, seed=3))
+    ours = InProcess(load_model(ModelConfig(), EngineConfig()))
+    peer = mend(MllamaForConditionalGeneration.from_pretrained(CHECKPOINT)).eval()
+    asked = []
+    for question in questions:
+        with Image.open(question.image) as image:
+            asked.append((image.convert("RGB"), question.text))
+    expected = answer(peer, AutoProcessor.from_pretrained(CHECKPOINT), asked)
+    assert [untrimmed.text for [untrimmed] in ours.answers(questions, [])] == expected
+    assert len(set(expected)) > 3

@@ -1,0 +1,49 @@
+"""A run is seeded, goes on where it stopped, and its checkpoint is what was trained."""
+
+import json
+from pathlib import Path
+
+import torch
+from transformers import AutoProcessor, MllamaForConditionalGeneration
+
+from training.evaluate import answer, held_out_questions
+from training.export import export
+from training.mended import mend
+from training.train import Settings, Trainer
+
+CPU = torch.device("cpu")
+SETTINGS = Settings(steps=4, rows=2, two_image_every=2)
+
+
+def test_a_resumed_run_is_the_run_that_was_not_stopped(tmp_path: Path) -> None:
+    whole = Trainer(SETTINGS, CPU)
+    losses = [whole.take_step()["loss"] for _ in range(3)]
+    stopped = Trainer(SETTINGS, CPU)
+    again = [stopped.take_step()["loss"] for _ in range(2)]
+    stopped.save(tmp_path / "state.pt")
+    again.append(Trainer.load(tmp_path / "state.pt", CPU).take_step()["loss"])
+    assert losses == again
+    assert len(set(losses)) == 3
+
+
+def test_exported_weights_are_the_trained_ones(tmp_path: Path) -> None:
+    trainer = Trainer(SETTINGS, CPU)
+    export(trainer, tmp_path, 0.3, {"colour": 0.5})
+    model = mend(MllamaForConditionalGeneration.from_pretrained(tmp_path)).eval()
+    for (name, trained), (_, exported) in zip(
+        trainer.model.state_dict().items(), model.state_dict().items(), strict=True
+    ):
+        assert torch.equal(trained, exported), name
+    about = json.loads((tmp_path / "trimserve.json").read_text())
+    assert about["k_ratio"] == 0.3
+    assert about["accuracy"] == {"colour": 0.5}
+
+
+def test_answers_do_not_depend_on_the_batch(tmp_path: Path) -> None:
+    export(Trainer(SETTINGS, CPU), tmp_path, 0.2, {})
+    model = mend(MllamaForConditionalGeneration.from_pretrained(tmp_path)).eval()
+    model.generation_config.max_new_tokens = 4
+    processor = AutoProcessor.from_pretrained(tmp_path)
+    asked = [(image, turn.question) for image, turn in held_out_questions(4)]
+    together = answer(model, processor, asked)
+    assert together == [answer(model, processor, [one])[0] for one in asked]

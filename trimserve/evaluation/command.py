@@ -1,0 +1,159 @@
+"""`trimserve eval`: options in, files and a table out."""
+
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from trimserve.client import Client
+from trimserve.config import EngineConfig, ModelConfig
+from trimserve.evaluation.dataset import ALL_KINDS, Question, describe_questions, load_questions
+
+if TYPE_CHECKING:
+    from trimserve.evaluation.answers import Answerer
+    from trimserve.evaluation.report import Report
+
+__all__ = ["evaluate"]
+
+_console = Console(stderr=True)
+
+
+def evaluate(
+    data: Annotated[Path, typer.Option(help="JSONL file: image, question, answer and kind on each line.")],
+    out: Annotated[Path, typer.Option(help="Folder for report.json and curves.png, or calibration.json.")],
+    policies: Annotated[
+        str, typer.Option(help="What chooses the features, separated by commas; the first is compared with the others.")
+    ] = "trimmed,random,strided",
+    k_ratios: Annotated[
+        str, typer.Option(help="Budgets per head, each in (0, 1], separated by commas.")
+    ] = "0.02,0.05,0.1,0.2,0.4,1.0",
+    limit: Annotated[int | None, typer.Option(min=1, help="Ask the first questions only.")] = None,
+    only_calibrate: Annotated[
+        bool,
+        typer.Option("--calibrate", help="Instead find the smallest k_ratio within --max-kl; needs no answers."),
+    ] = False,
+    max_kl: Annotated[
+        float, typer.Option(min=0, help="Bound on the mean KL of the first token's distribution to untrimmed, in nats.")
+    ] = 0.02,
+    num_threads: Annotated[
+        int | None, typer.Option(min=1, help="Threads of one op on the CPU; default: PyTorch's choice.")
+    ] = None,
+    address: Annotated[
+        str | None, typer.Option(help="HOST:PORT of a running server; default: a model in this process.")
+    ] = None,
+    model: Annotated[str | None, typer.Option("--model", help="Folder or hub id; default: the embedded model.")] = None,
+) -> None:
+    """Measure what trimming costs: accuracy and divergence against the kept fraction of the visual features."""
+    from trimserve.evaluation.curve import measure_curve
+    from trimserve.models.trimming import TrimParams
+
+    ratios = _parse_ratios(k_ratios)
+    questions = load_questions(data, limit=limit, need_answers=not only_calibrate)
+    draw_curves = None if only_calibrate else _find_draw_curves()
+    with _answerer(address, model, num_threads) as answerer:
+        names = _parse_policies(policies, answerer.policies)
+        out.mkdir(parents=True, exist_ok=True)
+        if draw_curves is None:
+            _calibrate(answerer, questions, names[0], max_kl, out / "calibration.json")
+            return
+        trims = [TrimParams(policy=name, k_ratio=ratio) for name in names for ratio in ratios]
+        with _progress("questions", len(questions)) as advance:
+            report = measure_curve(answerer, questions, trims, on_question=advance)
+    (out / "report.json").write_text(report.to_json())
+    draw_curves(report, out / "curves.png")
+    Console().print(_table(report))
+    _console.print(f"{out / 'report.json'}, {out / 'curves.png'}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _calibrate(answerer: "Answerer", questions: Sequence[Question], policy: str, max_kl: float, file: Path) -> None:
+    from trimserve.evaluation.curve import MAX_PROBES, calibrate
+
+    with _progress("questions, at most", MAX_PROBES * len(questions)) as advance:
+        found = calibrate(answerer, questions, max_kl, policy=policy, on_question=advance)
+    document = {"model": answerer.describe(), "data": describe_questions(questions), **asdict(found)}
+    file.write_text(json.dumps(document, indent=2) + "\n")
+    table = Table("k_ratio", "kept", "KL, nats", box=None)
+    for probe in sorted(found.probes, key=lambda probe: probe.k_ratio):
+        table.add_row(f"{probe.k_ratio:.2f}", f"{probe.kept_fraction:.1%}", f"{probe.divergence:.4f}")
+    Console().print(table)
+    Console().print(f"smallest k_ratio with a mean KL of at most {max_kl:g} nats: {found.k_ratio:.2f}", highlight=False)
+    _console.print(str(file), highlight=False, markup=False, soft_wrap=True)
+
+
+def _table(report: "Report") -> Table:
+    table = Table("policy", "k_ratio", "kept", "exact match", "95 % interval", "KL, nats", box=None)
+    for row in report.rows:
+        if row.kind == ALL_KINDS:
+            accuracy = row.accuracy
+            interval = f"{accuracy.low:.1%} to {accuracy.high:.1%}"
+            figures = (f"{row.kept_fraction:.1%}", f"{accuracy.value:.1%}", interval, f"{row.divergence.value:.4f}")
+            table.add_row(row.policy, f"{row.k_ratio:g}", *figures)
+    return table
+
+
+@contextmanager
+def _answerer(address: str | None, model: str | None, num_threads: int | None) -> Iterator["Answerer"]:
+    """The server at an address, or a model in this process."""
+    if address is None:
+        import torch
+
+        from trimserve.evaluation.in_process import InProcess
+        from trimserve.models.loading import load_model
+
+        if num_threads is not None:
+            torch.set_num_threads(num_threads)
+        yield InProcess(load_model(ModelConfig(model=model), EngineConfig()))
+        return
+    if model is not None:
+        raise typer.BadParameter("--address and --model exclude each other")
+    from trimserve.evaluation.served import Served
+
+    with Client(address) as client:
+        yield Served(client)
+
+
+@contextmanager
+def _progress(what: str, total: int) -> Iterator[Callable[[], None]]:
+    """A bar on standard error; what is yielded moves it on by one."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=_console) as progress:
+        task = progress.add_task(what, total=total)
+        yield lambda: progress.advance(task)
+
+
+def _parse_ratios(text: str) -> list[float]:
+    ratios: list[float] = []
+    for part in text.split(","):
+        try:
+            ratio = float(part)
+        except ValueError:
+            ratio = math.nan
+        if not 0 < ratio <= 1:
+            raise typer.BadParameter(f"must be numbers in (0, 1], got {part.strip()!r}", param_hint="--k-ratios")
+        ratios.append(ratio)
+    return list(dict.fromkeys(ratios))
+
+
+def _parse_policies(text: str, known: Sequence[str]) -> list[str]:
+    names = list(dict.fromkeys(name.strip() for name in text.split(",")))
+    for name in names:
+        if name not in known:
+            raise typer.BadParameter(f"must be among {', '.join(known)}, got {name!r}", param_hint="--policies")
+    return names
+
+
+def _find_draw_curves() -> Callable[["Report", Path], None]:
+    """`draw_curves`, looked for before anything is measured."""
+    try:
+        from trimserve.evaluation.picture import draw_curves
+    except ModuleNotFoundError as error:
+        raise typer.BadParameter(f"the picture needs {error.name}: pip install 'trimserve[eval]'") from None
+    return draw_curves

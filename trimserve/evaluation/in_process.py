@@ -1,0 +1,139 @@
+"""Answers from a model in this process: the fast way, with exact divergences.
+
+Goes past the engine: an image is encoded once for all questions and settings that follow each other on it, and
+prompts are read, and tokens decoded, for many settings together. Greedy tokens are those that a server gives.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from trimserve.engine.kv_pool import KVPool, SequenceKV
+from trimserve.errors import InvalidRequest
+from trimserve.evaluation.answers import UNTRIMMED, Answer
+from trimserve.evaluation.dataset import DatasetError, Question
+from trimserve.evaluation.metrics import kl_divergence
+from trimserve.models.decoder import SequenceRows
+from trimserve.models.mllama import Mllama
+from trimserve.models.processor import PreparedPrompt
+from trimserve.models.prompt import ChatPrompt, Image, Message, Text
+from trimserve.models.trimming import TrimParams
+
+__all__ = ["InProcess"]
+
+
+@dataclass(slots=True)
+class _Run:
+    """One question under one setting."""
+
+    prompt: PreparedPrompt
+    rows: SequenceRows
+    kv: SequenceKV
+    num_valid: int
+    max_new_tokens: int
+    num_kept: int = 0
+    logprobs: NDArray[np.float64] = field(default_factory=lambda: np.empty(0))
+    """[vocab_size], of the first token."""
+    token_ids: list[int] = field(default_factory=list)
+
+
+class InProcess:
+    """A loaded model as an `Answerer`."""
+
+    def __init__(self, model: Mllama, *, batch: int = 64) -> None:
+        """Borrow a model.
+
+        Args:
+            model: nothing else uses it meanwhile.
+            batch: about how many settings of questions run together, at least 1; all settings of a question do.
+        """
+        self._model = model
+        self._batch = batch
+        self._pool = KVPool(model.info, getattr(torch, model.info.dtype), torch.device(model.info.device))
+        self._end_token_ids = frozenset(model.info.generation_defaults.eos_token_ids)
+        self._encoded: tuple[Path, list[Tensor]] | None = None
+
+    @property
+    def policies(self) -> Sequence[str]:
+        """Names that `TrimParams.policy` takes."""
+        return self._model.info.policies
+
+    def describe(self) -> dict[str, Any]:
+        """The model, for reports."""
+        info = self._model.info
+        return {"model": info.model_id, "revision": info.revision, "dtype": info.dtype, "through": "this process"}
+
+    def answers(
+        self, questions: Iterable[Question], trims: Sequence[TrimParams], *, max_new_tokens: int | None = None
+    ) -> Iterator[list[Answer]]:
+        """See `Answerer.answers`."""
+        remaining = iter(questions)
+        settings = (UNTRIMMED, *trims)
+        while group := list(islice(remaining, max(1, self._batch // len(settings)))):
+            runs = [run for question in group for run in self._runs(question, settings, max_new_tokens)]
+            self._read(runs)
+            self._decode(runs)
+            for run in runs:
+                run.kv.release()
+            for first in range(0, len(runs), len(settings)):
+                untrimmed = runs[first]
+                yield [self._answer(run, untrimmed) for run in runs[first : first + len(settings)]]
+
+    def _runs(self, question: Question, settings: Sequence[TrimParams], max_new_tokens: int | None) -> list[_Run]:
+        info = self._model.info
+        prompt = self._prepare(question)
+        room = info.max_model_len - len(prompt.token_ids)
+        limit = min(room, max_new_tokens or info.generation_defaults.max_new_tokens)
+        if self._encoded is None or self._encoded[0] != question.image:
+            self._encoded = question.image, self._model.encode_images(prompt)
+        features = self._encoded[1]
+        runs = []
+        for trim in settings:
+            kv = self._pool.allocate(len(prompt.token_ids) + limit)
+            rows = self._model.prompt_rows(prompt, features, trim, kv)
+            runs.append(_Run(prompt, rows, kv, sum(map(len, features)), limit))
+        return runs
+
+    def _prepare(self, question: Question) -> PreparedPrompt:
+        parts = (Image(question.image.read_bytes()), Text(question.text))
+        try:
+            return self._model.prepare(ChatPrompt((Message("user", parts),)))
+        except InvalidRequest as error:
+            raise DatasetError(f"{question.source or question.image}: {error.message}") from error
+
+    def _read(self, runs: Sequence[_Run]) -> None:
+        """Prefill all together and take the first tokens."""
+        token_ids = list(chain.from_iterable(run.prompt.token_ids for run in runs))
+        logits = self._model.logits([run.rows for run in runs], token_ids)
+        ends = np.cumsum([run.rows.num_rows for run in runs]) - 1
+        last = logits[torch.from_numpy(ends).to(logits.device)]
+        logprobs = last.double().log_softmax(dim=-1).cpu().numpy()
+        for run, row, token_id in zip(runs, logprobs, last.argmax(dim=-1).tolist(), strict=True):
+            assert run.rows.vision is not None
+            run.num_kept = sum(run.rows.vision.num_features)
+            run.logprobs = row
+            run.token_ids.append(token_id)
+
+    def _decode(self, runs: Sequence[_Run]) -> None:
+        while running := [run for run in runs if not self._has_ended(run)]:
+            logits = self._model.decode([run.token_ids[-1] for run in running], [run.kv for run in running])
+            for run, token_id in zip(running, logits.argmax(dim=-1).tolist(), strict=True):
+                run.token_ids.append(token_id)
+
+    def _has_ended(self, run: _Run) -> bool:
+        return run.token_ids[-1] in self._end_token_ids or len(run.token_ids) >= run.max_new_tokens
+
+    def _answer(self, run: _Run, untrimmed: _Run) -> Answer:
+        return Answer(
+            text=self._model.tokenizer.decode(run.token_ids, skip_special_tokens=True),
+            num_valid=run.num_valid,
+            num_kept=run.num_kept,
+            divergence=kl_divergence(untrimmed.logprobs, run.logprobs),
+        )

@@ -1,0 +1,228 @@
+"""What an evaluation found: one row for each policy, k_ratio and kind of question, and how it came about.
+
+Made of plain data, written as JSON, read back as the same objects.
+"""
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from trimserve import __version__
+from trimserve.evaluation.answers import Answer
+from trimserve.evaluation.dataset import ALL_KINDS, Question
+from trimserve.evaluation.metrics import Bootstrap, Estimate, is_match
+from trimserve.models.trimming import TrimParams
+
+__all__ = ["UNTRIMMED_POLICY", "Advantage", "Report", "Row", "about_this_run", "make_report"]
+
+UNTRIMMED_POLICY = "untrimmed"
+"""Name of the row that everything is compared with."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One policy at one k_ratio, over one kind of question."""
+
+    policy: str
+    k_ratio: float
+    kind: str
+    """`all`: every question."""
+    num_questions: int
+    kept_fraction: float
+    """Mean over the questions of kept by valid features."""
+    accuracy: Estimate
+    """Share of exact matches."""
+    accuracy_change: Estimate
+    """Accuracy minus that of the untrimmed answers to the same questions."""
+    divergence: Estimate
+    """Mean KL(untrimmed || this) of the first generated token's distribution, in nats."""
+
+
+@dataclass(frozen=True, slots=True)
+class Advantage:
+    """How much better the first policy answers than another one that keeps as many features of every image."""
+
+    policy: str
+    over: str
+    k_ratio: float
+    kind: str
+    kept_fraction: float
+    accuracy: Estimate
+    """Difference of the two accuracies over the same questions."""
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """A whole evaluation."""
+
+    run: dict[str, Any]
+    """Machine, versions, commit and speed."""
+    model: dict[str, Any]
+    """Which model answered, and through what."""
+    data: dict[str, Any]
+    """See `describe_questions`."""
+    rows: tuple[Row, ...]
+    advantages: tuple[Advantage, ...]
+
+    def to_json(self) -> str:
+        """The report as a JSON document, a row on each line; what `from_json` takes."""
+        document = asdict(self)
+        lists = {name: document.pop(name) for name in ("rows", "advantages")}
+        parts = [f'"{name}": {json.dumps(value, indent=2)}' for name, value in document.items()]
+        for name, rows in lists.items():
+            lines = ",\n".join(json.dumps(row) for row in rows)
+            parts.append(f'"{name}": [\n{lines}\n]')
+        return "{\n" + ",\n".join(parts) + "\n}\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> "Report":
+        """Read `to_json` back."""
+        document = json.loads(text)
+        rows = tuple(
+            Row(**row | {name: Estimate(**row[name]) for name in ("accuracy", "accuracy_change", "divergence")})
+            for row in document.pop("rows")
+        )
+        advantages = tuple(
+            Advantage(**advantage | {"accuracy": Estimate(**advantage["accuracy"])})
+            for advantage in document.pop("advantages")
+        )
+        return cls(**document, rows=rows, advantages=advantages)
+
+
+def make_report(
+    questions: Sequence[Question],
+    answers: Sequence[Sequence[Answer]],
+    trims: Sequence[TrimParams],
+    *,
+    run: dict[str, Any],
+    model: dict[str, Any],
+    data: dict[str, Any],
+) -> Report:
+    """Sum answers up.
+
+    Args:
+        questions: with what is right.
+        answers: for each question the untrimmed answer, then one for each of `trims`.
+        trims: policies and k_ratios; the first policy's advantage over the others is told.
+        run: see `Report`.
+        model: see `Report`.
+        data: see `Report`.
+    """
+    table = _Table(questions, answers)
+    settings = [(UNTRIMMED_POLICY, 1.0), *((trim.policy, trim.k_ratio) for trim in trims)]
+    rows = [
+        table.row(column, policy, k_ratio, kind)
+        for column, (policy, k_ratio) in enumerate(settings)
+        for kind in table.kinds
+    ]
+    first = trims[0].policy
+    advantages = [
+        table.advantage(settings.index((first, k_ratio)), column, first, over, k_ratio, kind)
+        for column, (over, k_ratio) in enumerate(settings)
+        if column and over != first
+        for kind in table.kinds
+    ]
+    return Report(run, model, data, tuple(rows), tuple(advantages))
+
+
+def about_this_run(seconds: float, num_answers: int) -> dict[str, Any]:
+    """Machine, versions, commit and speed.
+
+    Args:
+        seconds: wall time of the answers.
+        num_answers: those that were generated.
+    """
+    packages = ("torch", "transformers", "tokenizers", "numpy", "pillow")
+    return {
+        "machine": {
+            "system": platform.system(),
+            "cpu": _cpu(),
+            "num_cpus": os.cpu_count(),
+            "simd": torch.backends.cpu.get_cpu_capability(),
+            "num_threads": torch.get_num_threads(),
+        },
+        "versions": {
+            "trimserve": __version__,
+            "python": platform.python_version(),
+            **{name: metadata.version(name) for name in packages},
+        },
+        "commit": _commit(),
+        "seconds": round(seconds, 1),
+        "answers_per_second": round(num_answers / seconds, 1),
+    }
+
+
+class _Table:
+    """Figures of every question under every setting; column 0 is untrimmed."""
+
+    def __init__(self, questions: Sequence[Question], answers: Sequence[Sequence[Answer]]) -> None:
+        self._is_right = np.array(
+            [
+                [is_match(answer.text, question.answer or "") for answer in row]
+                for question, row in zip(questions, answers, strict=True)
+            ],
+            dtype=np.float64,
+        )
+        self._kept = np.array([[answer.num_kept / answer.num_valid for answer in row] for row in answers])
+        self._divergence = np.array([[answer.divergence for answer in row] for row in answers])
+        numbers = {image: number for number, image in enumerate(dict.fromkeys(q.image for q in questions))}
+        self._bootstrap = Bootstrap(np.array([numbers[question.image] for question in questions]))
+        kinds = np.array([question.kind for question in questions])
+        self._where: dict[str, NDArray[np.bool_]] = {
+            ALL_KINDS: np.ones(len(questions), dtype=np.bool_),
+            **{str(kind): kinds == kind for kind in np.unique(kinds) if kind},
+        }
+
+    @property
+    def kinds(self) -> list[str]:
+        return list(self._where)
+
+    def row(self, column: int, policy: str, k_ratio: float, kind: str) -> Row:
+        where, is_right = self._where[kind], self._is_right[:, column]
+        return Row(
+            policy=policy,
+            k_ratio=k_ratio,
+            kind=kind,
+            num_questions=int(where.sum()),
+            kept_fraction=self._kept_fraction(column, kind),
+            accuracy=self._bootstrap.mean(is_right, where),
+            accuracy_change=self._bootstrap.mean(is_right - self._is_right[:, 0], where),
+            divergence=self._bootstrap.mean(self._divergence[:, column], where),
+        )
+
+    def advantage(self, column: int, other: int, policy: str, over: str, k_ratio: float, kind: str) -> Advantage:
+        gain = self._is_right[:, column] - self._is_right[:, other]
+        accuracy = self._bootstrap.mean(gain, self._where[kind])
+        return Advantage(policy, over, k_ratio, kind, self._kept_fraction(column, kind), accuracy)
+
+    def _kept_fraction(self, column: int, kind: str) -> float:
+        return float(self._kept[self._where[kind], column].mean())
+
+
+def _cpu() -> str:
+    text = Path("/proc/cpuinfo").read_text() if platform.system() == "Linux" else ""
+    models = [line.split(":", 1)[1].strip() for line in text.splitlines() if line.startswith("model name")]
+    return models[0] if models else platform.machine()
+
+
+def _commit() -> str | None:
+    """The commit of the checkout that this file belongs to; None for an installed package."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+    # An installed package may lie within somebody else's checkout, such as in its .venv.
+    is_checkout = shutil.which("git") is not None and git("ls-files", __file__)
+    return git("rev-parse", "HEAD") if is_checkout else None

@@ -1,0 +1,96 @@
+"""Answers from a running server: any model, any machine, and the path that clients take.
+
+A server tells the likeliest tokens only, so the divergences are lower bounds (`metrics.top_kl_divergence`).
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from typing import Any
+
+from trimserve.client import Client, make_request
+from trimserve.evaluation.answers import UNTRIMMED, Answer
+from trimserve.evaluation.dataset import Question
+from trimserve.evaluation.metrics import top_kl_divergence
+from trimserve.models.trimming import TrimParams
+from trimserve.v1 import generation_pb2 as pb
+
+__all__ = ["Served"]
+
+_NUM_TOP_LOGPROBS = 20  # the most that a server tells
+
+
+class Served:
+    """A server as an `Answerer`."""
+
+    def __init__(self, client: Client, *, concurrency: int = 16) -> None:
+        """Ask which model it serves.
+
+        Args:
+            client: connected to the server.
+            concurrency: requests at the same time, at least 1; more than the server's `max_batch` only queue.
+        Raises:
+            grpc.RpcError: the server does not answer.
+        """
+        self._client = client
+        self._concurrency = concurrency
+        self._model = client.model()
+
+    @property
+    def policies(self) -> Sequence[str]:
+        """Names that `TrimParams.policy` takes."""
+        return tuple(self._model.policies)
+
+    def describe(self) -> dict[str, Any]:
+        """The server and its model, for reports."""
+        return {
+            "model": self._model.model_id,
+            "revision": self._model.model_revision,
+            "dtype": self._model.dtype,
+            "through": f"a server of version {self._client.status().version}",
+        }
+
+    def answers(
+        self, questions: Iterable[Question], trims: Sequence[TrimParams], *, max_new_tokens: int | None = None
+    ) -> Iterator[list[Answer]]:
+        """See `Answerer.answers`; what the server refuses is a `grpc.RpcError`."""
+        settings = (UNTRIMMED, *trims)
+        runs = ((question, trim) for question in questions for trim in settings)
+
+        def ask(run: tuple[Question, TrimParams]) -> pb.GenerateResponse:
+            return self._client.generate(_request(*run, max_new_tokens))
+
+        with ThreadPoolExecutor(self._concurrency) as pool:
+            responses = pool.map(ask, runs)
+            while group := list(islice(responses, len(settings))):
+                untrimmed = _first_token(group[0])
+                yield [_answer(response, untrimmed) for response in group]
+
+
+def _request(question: Question, trim: TrimParams, max_new_tokens: int | None) -> pb.GenerateRequest:
+    mode = pb.TRIM_MODE_ON if trim.enabled else pb.TRIM_MODE_OFF
+    return make_request(
+        question.text,
+        [question.image],
+        sampling=pb.SamplingParams(
+            max_new_tokens=max_new_tokens,
+            temperature=0,
+            repetition_penalty=1,
+            num_top_logprobs=_NUM_TOP_LOGPROBS,
+        ),
+        trim=pb.TrimOptions(mode=mode, policy=trim.policy, k_ratio=trim.k_ratio),
+    )
+
+
+def _first_token(response: pb.GenerateResponse) -> Mapping[int, float]:
+    return {top.token_id: top.logprob for top in response.logprobs[0].top}
+
+
+def _answer(response: pb.GenerateResponse, untrimmed: Mapping[int, float]) -> Answer:
+    images = response.usage.images
+    return Answer(
+        text=response.text,
+        num_valid=sum(image.valid_features for image in images),
+        num_kept=sum(image.kept_features for image in images),
+        divergence=top_kl_divergence(untrimmed, _first_token(response)),
+    )
