@@ -1,0 +1,53 @@
+"""Writes held-out questions as files: `python -m training.heldout --questions 4000 --out DIR`.
+
+The folder has `questions.jsonl` (image, question, answer, kind) and `images/`: what `trimserve eval --data` takes.
+"""
+
+import argparse
+import json
+from itertools import count
+from pathlib import Path
+
+from training.examples import example_rng, generate_example
+
+__all__ = ["main", "write_held_out"]
+
+
+def write_held_out(folder: Path, num_questions: int, seed: int = 0) -> Path:
+    """Write images and questions that training never saw; the same files every time.
+
+    Args:
+        folder: made if it is not there.
+        num_questions: how many; the questions on one image follow each other.
+        seed: another seed, other questions.
+    Returns:
+        The JSONL file.
+    """
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    lines: list[str] = []
+    for index in count():
+        if len(lines) >= num_questions:
+            break
+        example = generate_example(example_rng("held_out", seed, index), "held_out")
+        image = f"images/{index:05}.png"
+        example.image.save(folder / image)
+        for turn in example.turns:
+            record = {"image": image, "question": turn.question, "answer": turn.answer, "kind": turn.kind}
+            lines.append(json.dumps(record))
+    path = folder / "questions.jsonl"
+    path.write_text("\n".join(lines[:num_questions]) + "\n")
+    return path
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--questions", type=int, default=4000)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    print(write_held_out(arguments.out, arguments.questions, arguments.seed))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,146 @@
+"""Geometry and first weights of trimserve-tiny, and the auxiliary head that only training uses."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from transformers import MllamaConfig, MllamaForConditionalGeneration
+from transformers.models.mllama.configuration_mllama import MllamaTextConfig, MllamaVisionConfig
+
+from training.scenes import COLOURS, TILE_SIZE
+from training.tokenizer import NUM_TEXT_TOKENS, SPECIAL_TOKENS, VOCAB_SIZE
+
+__all__ = ["NUM_MARKS", "PATCH_SIZE", "PatchHead", "encode_images", "make_config", "make_model", "token_id"]
+
+PATCH_SIZE = 8
+"""Pixels along the side of a patch: 64 patches and a class token in a tile."""
+
+NUM_MARKS = 1 + 8 + 10 + 26
+"""What can cover a patch: background, a shape, a digit, a letter."""
+
+
+def token_id(token: str) -> int:
+    """Id of one of the special tokens."""
+    return NUM_TEXT_TOKENS + SPECIAL_TOKENS.index(token)
+
+
+def make_config() -> MllamaConfig:
+    """The geometry. It is part of the format: later training may change weights only."""
+    vision = MllamaVisionConfig(
+        hidden_size=96,
+        num_hidden_layers=4,
+        num_global_layers=2,
+        attention_heads=4,
+        intermediate_size=384,
+        image_size=TILE_SIZE,
+        patch_size=PATCH_SIZE,
+        max_num_tiles=4,
+        intermediate_layers_indices=[1, 2, 3],
+        vision_output_dim=96 * 4,
+        initializer_range=0.06,
+    )
+    text = MllamaTextConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=192,
+        num_hidden_layers=6,
+        cross_attention_layers=[1, 3, 5],
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        intermediate_size=512,
+        max_position_embeddings=2048,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        initializer_range=0.06,
+        bos_token_id=token_id("<|begin_of_text|>"),
+        eos_token_id=[token_id(t) for t in ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")],
+        pad_token_id=token_id("<|finetune_right_pad_id|>"),
+    )
+    return MllamaConfig(vision_config=vision, text_config=text, image_token_index=VOCAB_SIZE)
+
+
+def make_model(seed: int) -> MllamaForConditionalGeneration:
+    """A fresh model in float32: gates open, positions as sines of the place in the whole image.
+
+    Args:
+        seed: of the random weights.
+    """
+    torch.manual_seed(seed)
+    config = make_config()
+    model = MllamaForConditionalGeneration(config)
+    vision = model.model.vision_model
+    with torch.no_grad():
+        for index in config.get_text_config().cross_attention_layers:
+            layer = model.model.language_model.layers[index]
+            layer.cross_attn_attn_gate.fill_(1.0)
+            layer.cross_attn_mlp_gate.fill_(1.0)
+        for layer in vision.global_transformer.layers:
+            layer.gate_attn.fill_(1.0)
+            layer.gate_ffn.fill_(1.0)
+        for embedding in (vision.pre_tile_positional_embedding, vision.post_tile_positional_embedding):
+            embedding.gate.fill_(0.5)
+        positions = vision.gated_positional_embedding
+        positions.gate.fill_(math.atanh(0.5))
+        positions.tile_embedding.weight.normal_(std=0.02)
+        for number, (high, wide) in enumerate(vision.config.supported_aspect_ratios or (), start=1):
+            places = positions.tile_embedding.weight[number].view(4, -1, positions.hidden_size)
+            places[: high * wide, 1:] += _sines(high, wide, positions.hidden_size)
+    return model
+
+
+def encode_images(
+    model: MllamaForConditionalGeneration,
+    pixel_values: Tensor,
+    aspect_ratio_ids: Tensor,
+    aspect_ratio_mask: Tensor,
+) -> Tensor:
+    """Visual features of a batch of images, as the text decoder gets them.
+
+    Args:
+        model: whose vision encoder and projector are used.
+        pixel_values: [B, images, 4, 3, 64, 64].
+        aspect_ratio_ids: int64 [B, images].
+        aspect_ratio_mask: int64 [B, images, 4].
+    Returns:
+        [B, images * 4 * 65, 192]; rows of padding tiles are there and mean nothing.
+    """
+    seen = model.model.vision_model(pixel_values, aspect_ratio_ids, aspect_ratio_mask).last_hidden_state
+    states: Tensor = model.model.multi_modal_projector(seen)
+    return states.reshape(pixel_values.shape[0], -1, states.shape[-1])
+
+
+class PatchHead(nn.Module):
+    """Reads from each visual feature what covers its patch; speeds learning, is not exported."""
+
+    def __init__(self, hidden_size: int) -> None:
+        """Make the head.
+
+        Args:
+            hidden_size: width of a visual feature.
+        """
+        super().__init__()
+        self.mark = nn.Linear(hidden_size, NUM_MARKS)
+        self.colour = nn.Linear(hidden_size, len(COLOURS))
+
+    def forward(self, features: Tensor, marks: Tensor, colours: Tensor) -> Tensor:
+        """Mean loss over the patches of real tiles.
+
+        Args:
+            features: [B, images * 4 * 65, 192].
+            marks: int64 [B, images * 4, 64], -100 where there is no tile.
+            colours: int64 [B, images * 4, 64], -100 where nothing covers the patch.
+        """
+        patches = features.view(*marks.shape[:2], -1, features.shape[-1])[:, :, 1:]
+        mark_loss = nn.functional.cross_entropy(self.mark(patches).flatten(0, 2), marks.flatten())
+        covered = colours >= 0
+        colour_loss = nn.functional.cross_entropy(self.colour(patches[covered]), colours[covered])
+        return mark_loss * 4 + colour_loss
+
+
+def _sines(tiles_high: int, tiles_wide: int, width: int) -> Tensor:
+    side = TILE_SIZE // PATCH_SIZE
+    rates = 1.0 / 50.0 ** (torch.arange(width // 4) / (width // 4))
+    down, across = (torch.arange(tiles * side)[:, None] * rates * 2 for tiles in (tiles_high, tiles_wide))
+    rows = torch.cat([down.sin(), down.cos()], -1)[:, None].expand(-1, len(across), -1)
+    columns = torch.cat([across.sin(), across.cos()], -1)[None].expand(len(down), -1, -1)
+    grid = torch.cat([rows, columns], -1) * 0.7
+    tiles = grid.view(tiles_high, side, tiles_wide, side, width).transpose(1, 2)
+    return tiles.reshape(tiles_high * tiles_wide, side * side, width)

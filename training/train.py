@@ -1,0 +1,267 @@
+"""Trains trimserve-tiny: `python -m training.train --steps 4000 --out training/runs/one [--resume]`.
+
+Every step's data comes from the seed and the step's number, so a resumed run goes on as if it had not
+stopped.
+"""
+
+import argparse
+import json
+import math
+import random
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import Progress
+from torch import Tensor, nn
+from transformers import MllamaForConditionalGeneration
+
+from training.attention import WRITTEN_OUT, register
+from training.batches import Batch, Batcher
+from training.mended import mend
+from training.model import PatchHead, encode_images, make_model
+from training.scenes import Split
+from training.tokenizer import make_processor
+
+__all__ = ["Settings", "Trainer", "main"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run is made of; kept in its checkpoint."""
+
+    steps: int = 4000
+    minutes: float | None = None
+    """Wall time that the learning rate's cosine ends at, instead of `steps`."""
+    seed: int = 1
+    rows: int = 20
+    """Images in a batch."""
+    two_image_every: int = 12
+    """Steps from one batch of two-image prompts to the next."""
+    learning_rate: float = 2e-3
+    muon_learning_rate: float = 2e-3
+    """Of the weight matrices; scaled to AdamW's step size."""
+    warm_up: float = 0.02
+    """Share of the run."""
+    weight_decay: float = 0.01
+
+
+class Trainer:
+    """A model in training: takes steps, measures, saves itself and comes back."""
+
+    def __init__(self, settings: Settings, device: torch.device) -> None:
+        """Start a fresh run.
+
+        Args:
+            settings: see `Settings`.
+            device: where to train.
+        """
+        self.settings = settings
+        self.device = device
+        self.step = 0
+        self.minutes = 0.0
+        register()
+        self.model = mend(make_model(settings.seed))
+        nn.Module.to(self.model, device)
+        self.model.set_attn_implementation(WRITTEN_OUT)
+        torch.manual_seed(settings.seed)
+        self.head = PatchHead(self.model.config.get_text_config().hidden_size).to(device)
+        self.batcher = Batcher(make_processor())
+        self._optimizers = self._make_optimizers()
+
+    @property
+    def progress(self) -> float:
+        """Share of the run that is done, 0 to 1."""
+        limit = self.settings.minutes
+        return min(1.0, self.step / self.settings.steps if limit is None else self.minutes / limit)
+
+    def take_step(self) -> dict[str, float]:
+        """Train on one batch.
+
+        Returns:
+            loss per answer token, share of answer tokens right, auxiliary loss, learning rate factor.
+        """
+        started = time.monotonic()
+        rng = random.Random(f"train/{self.settings.seed}/{self.step}")
+        two = self.step % self.settings.two_image_every == self.settings.two_image_every - 1
+        rows = self.settings.rows // 2 if two else self.settings.rows
+        batch = self.batcher.make(rng, "train", rows, num_images=2 if two else 1).to(self.device)
+        factor = self._learning_rate_factor()
+        for optimizer in self._optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * factor
+        logits, features = self._forward(batch)
+        labels = batch.labels[batch.labels >= 0]
+        loss = nn.functional.cross_entropy(logits.float(), labels)
+        auxiliary = self.head(features.float(), batch.marks, batch.colours)
+        (loss + max(0.1, 1 - 2 * self.progress) * auxiliary).backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        for optimizer in self._optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        self.step += 1
+        self.minutes += (time.monotonic() - started) / 60
+        right = (logits.argmax(-1) == labels).float().mean()
+        return {
+            "loss": loss.item(),
+            "token_accuracy": right.item(),
+            "auxiliary": auxiliary.item(),
+            "factor": factor,
+        }
+
+    @torch.no_grad()
+    def measure(self, split: Split, num_batches: int, rows: int = 48) -> dict[str, float]:
+        """Share of answers that greedy decoding gets right from end to end, by kind.
+
+        Greedy decoding gives the answer exactly when every token is the likeliest after the true ones before
+        it, so one forward pass measures all questions of a batch.
+
+        Args:
+            split: whose digits and words are shown.
+            num_batches: how many batches to measure.
+            rows: images in each.
+        """
+        right: dict[str, list[bool]] = {}
+        for index in range(num_batches):
+            batch = self.batcher.make(random.Random(f"{split}/measure/{index}"), split, rows).to(self.device)
+            logits, _ = self._forward(batch)
+            asked = batch.labels >= 0
+            wrong = torch.zeros(len(batch.kinds), device=self.device)
+            wrong.index_add_(0, batch.turns[asked], (logits.argmax(-1) != batch.labels[asked]).float())
+            for kind, misses in zip(batch.kinds, wrong.tolist(), strict=True):
+                right.setdefault(kind, []).append(misses == 0)
+        return {kind: sum(hits) / len(hits) for kind, hits in sorted(right.items())}
+
+    def save(self, path: Path) -> None:
+        """Write everything that going on needs, atomically."""
+        state = {
+            "settings": asdict(self.settings),
+            "step": self.step,
+            "minutes": self.minutes,
+            "model": self.model.state_dict(),
+            "head": self.head.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self._optimizers],
+        }
+        torch.save(state, path.with_suffix(".part"))
+        path.with_suffix(".part").replace(path)
+
+    @classmethod
+    def load(cls, path: Path, device: torch.device) -> "Trainer":
+        """Come back from `save`."""
+        state = torch.load(path, map_location=device, weights_only=True)
+        trainer = cls(Settings(**state["settings"]), device)
+        trainer.step, trainer.minutes = state["step"], state["minutes"]
+        trainer.model.load_state_dict(state["model"])
+        trainer.head.load_state_dict(state["head"])
+        for optimizer, saved in zip(trainer._optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        return trainer
+
+    def _forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        model: MllamaForConditionalGeneration = self.model
+        mask = torch.zeros(batch.attention_mask.shape, device=self.device).masked_fill(~batch.attention_mask, -1e9)
+        with torch.autocast(self.device.type, torch.bfloat16):
+            features = encode_images(model, batch.pixel_values, batch.aspect_ratio_ids, batch.aspect_ratio_mask)
+            hidden = model.model(
+                input_ids=batch.input_ids,
+                position_ids=batch.position_ids,
+                attention_mask=mask,
+                cross_attention_states=features,
+                cross_attention_mask=batch.cross_attention_mask,
+                use_cache=False,
+            ).last_hidden_state
+            return model.lm_head(hidden[batch.labels >= 0]), features
+
+    def _learning_rate_factor(self) -> float:
+        warm = self.progress / self.settings.warm_up
+        return min(1.0, warm + 1e-3) * (0.02 + 0.98 * (1 + math.cos(math.pi * self.progress)) / 2)
+
+    def _make_optimizers(self) -> list[torch.optim.Optimizer]:
+        matrices: list[nn.Parameter] = []
+        others = list(self.head.parameters())
+        for name, parameter in self.model.named_parameters():
+            is_matrix = parameter.ndim == 2 and "embed" not in name and "lm_head" not in name
+            (matrices if is_matrix else others).append(parameter)
+        adam = torch.optim.AdamW(others, lr=self.settings.learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
+        muon = torch.optim.Muon(
+            matrices,
+            lr=self.settings.muon_learning_rate,
+            weight_decay=self.settings.weight_decay,
+            adjust_lr_fn="match_rms_adamw",
+        )
+        for optimizer in (adam, muon):
+            for group in optimizer.param_groups:
+                group["initial_lr"] = group["lr"]
+        return [adam, muon]
+
+
+def main() -> None:
+    """Command line: train, log and save until the run is over."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="folder of the run: state.pt and log.jsonl")
+    parser.add_argument("--steps", type=int, default=Settings.steps)
+    parser.add_argument("--minutes", type=float, help="end by wall time instead of steps")
+    parser.add_argument("--rows", type=int, default=Settings.rows, help="images in a batch")
+    parser.add_argument("--learning-rate", type=float, default=Settings.learning_rate)
+    parser.add_argument("--muon-learning-rate", type=float, default=Settings.muon_learning_rate)
+    parser.add_argument("--seed", type=int, default=Settings.seed)
+    parser.add_argument("--resume", action="store_true", help="go on from state.pt with its settings")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, help="of the CPU; default: torch's")
+    arguments = vars(parser.parse_args())
+    out, device = arguments.pop("out"), torch.device(arguments.pop("device"))
+    threads, resume = arguments.pop("threads"), arguments.pop("resume")
+    if threads:
+        torch.set_num_threads(threads)
+    out.mkdir(parents=True, exist_ok=True)
+    trainer = Trainer.load(out / "state.pt", device) if resume else Trainer(Settings(**arguments), device)
+    with (out / "log.jsonl").open("a" if resume else "w") as log:
+        _train(trainer, out, log)
+
+
+def _train(trainer: Trainer, out: Path, log: Any) -> None:
+    sums: dict[str, float] = {}
+    saved = measured = trainer.minutes
+    with Progress() as bar:
+        task = bar.add_task("training", total=1.0) if bar.console.is_terminal else None
+        while trainer.progress < 1:
+            for name, value in trainer.take_step().items():
+                sums[name] = sums.get(name, 0.0) + value / 20
+            if trainer.step % 20 == 0:
+                line = {"step": trainer.step, "minutes": round(trainer.minutes, 2)}
+                _write(
+                    log,
+                    line | {name: round(value, 4) for name, value in sums.items()},
+                    quiet=task is not None,
+                )
+                sums = {}
+            if task is not None:
+                bar.update(task, completed=trainer.progress)
+            if trainer.minutes - saved > 3:
+                trainer.save(out / "state.pt")
+                saved = trainer.minutes
+            if trainer.minutes - measured > 6:
+                _measure(trainer, log, quiet=task is not None)
+                measured = trainer.minutes
+    trainer.save(out / "state.pt")
+    _measure(trainer, log, quiet=False)
+
+
+def _measure(trainer: Trainer, log: Any, quiet: bool) -> None:
+    accuracy = {kind: round(share, 3) for kind, share in trainer.measure("held_out", num_batches=4).items()}
+    _write(log, {"step": trainer.step, "minutes": round(trainer.minutes, 2), "held_out": accuracy}, quiet)
+
+
+def _write(log: Any, line: Mapping[str, object], quiet: bool) -> None:
+    text = json.dumps(line)
+    log.write(text + "\n")
+    log.flush()
+    if not quiet:
+        print(text, flush=True)
+
+
+if __name__ == "__main__":
+    main()
