@@ -1,8 +1,7 @@
 """Measures the embedded model on held-out questions: `python -m training.evaluate --questions 1000`.
 
 Greedy generation by the mended peer, exact match, by kind of question; and once more with the image replaced
-by a grey one, which says how much of it the questions give away. Writes `report.json` and the table in
-README.md.
+by a grey one, which says how much of it the questions give away. Writes `report.json`; `training.readme` shows it.
 """
 
 import argparse

@@ -10,7 +10,7 @@ import math
 import random
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -149,10 +149,17 @@ class Trainer:
         path.with_suffix(".part").replace(path)
 
     @classmethod
-    def load(cls, path: Path, device: torch.device) -> "Trainer":
-        """Come back from `save`."""
+    def load(cls, path: Path, device: torch.device, minutes: float | None = None) -> "Trainer":
+        """Come back from `save`.
+
+        Args:
+            path: what `save` wrote.
+            device: where to train.
+            minutes: a new end of the run, which a finished one needs to go on; the learning rate rises again.
+        """
         state = torch.load(path, map_location=device, weights_only=True)
-        trainer = cls(Settings(**state["settings"]), device)
+        settings = Settings(**state["settings"])
+        trainer = cls(settings if minutes is None else replace(settings, minutes=minutes), device)
         trainer.step, trainer.minutes = state["step"], state["minutes"]
         trainer.model.load_state_dict(state["model"])
         trainer.head.load_state_dict(state["head"])
@@ -203,7 +210,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder of the run: state.pt and log.jsonl")
     parser.add_argument("--steps", type=int, default=Settings.steps)
-    parser.add_argument("--minutes", type=float, help="end by wall time instead of steps")
+    parser.add_argument("--minutes", type=float, help="end by wall time instead of steps; with --resume, a new end")
     parser.add_argument("--rows", type=int, default=Settings.rows, help="images in a batch")
     parser.add_argument("--learning-rate", type=float, default=Settings.learning_rate)
     parser.add_argument("--muon-learning-rate", type=float, default=Settings.muon_learning_rate)
@@ -217,7 +224,10 @@ def main() -> None:
     if threads:
         torch.set_num_threads(threads)
     out.mkdir(parents=True, exist_ok=True)
-    trainer = Trainer.load(out / "state.pt", device) if resume else Trainer(Settings(**arguments), device)
+    if resume:
+        trainer = Trainer.load(out / "state.pt", device, arguments["minutes"])
+    else:
+        trainer = Trainer(Settings(**arguments), device)
     with (out / "log.jsonl").open("a" if resume else "w") as log:
         _train(trainer, out, log)
 

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import pytest
 import torch
 from transformers import AutoProcessor, MllamaForConditionalGeneration
 
@@ -24,6 +25,17 @@ def test_a_resumed_run_is_the_run_that_was_not_stopped(tmp_path: Path) -> None:
     again.append(Trainer.load(tmp_path / "state.pt", CPU).take_step()["loss"])
     assert losses == again
     assert len(set(losses)) == 3
+
+
+def test_a_finished_run_goes_on_to_a_new_end(tmp_path: Path) -> None:
+    trainer = Trainer(SETTINGS, CPU)
+    for _ in range(SETTINGS.steps):
+        trainer.take_step()
+    assert trainer.progress == 1
+    trainer.save(tmp_path / "state.pt")
+    longer = Trainer.load(tmp_path / "state.pt", CPU, minutes=2 * trainer.minutes)
+    assert longer.step == SETTINGS.steps
+    assert longer.progress == pytest.approx(0.5)
 
 
 def test_exported_weights_are_the_trained_ones(tmp_path: Path) -> None:
