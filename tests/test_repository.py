@@ -11,7 +11,12 @@ import trimserve
 
 ROOT = Path(__file__).parent.parent
 MODULES = sorted(path for path in (ROOT / "trimserve").rglob("*.py") if path.parent.name != "v1")
-DOCUMENTS = [path for path in ROOT.rglob("*.md") if not set(path.relative_to(ROOT).parts) & {".venv", "build", "out"}]
+IGNORED = {"build", "out", "runs"}
+DOCUMENTS = [
+    path
+    for path in ROOT.rglob("*.md")
+    if not any(part in IGNORED or part.startswith(".") for part in path.relative_to(ROOT).parts)
+]
 
 
 def module_name(path: Path) -> str:
