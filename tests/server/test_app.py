@@ -276,3 +276,23 @@ def test_a_signal_during_warm_up_ends_the_server() -> None:
         process.send_signal(signal.SIGTERM)
         _, log = process.communicate(timeout=20)
     assert process.returncode == 0, log
+
+
+SIGTERM_WHILE_LOADING = """
+import asyncio, os, signal, threading, time
+from trimserve.config import Config, ServerConfig
+from trimserve.engine.runner import Runner
+from trimserve.server.app import serve
+
+def load():
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(1000)
+
+runner = Runner(load, max_batch=1, max_queue=1, num_preprocess_workers=1)
+asyncio.run(serve(runner, Config(server=ServerConfig(port=0, metrics=False))))
+"""
+
+
+def test_sigterm_does_not_wait_for_a_long_load() -> None:
+    done = subprocess.run([sys.executable, "-c", SIGTERM_WHILE_LOADING], timeout=60, check=False, capture_output=True)
+    assert done.returncode == 0, done.stderr

@@ -24,7 +24,7 @@ from trimserve.engine.model import Model
 from trimserve.engine.preparation import Preparation
 from trimserve.engine.request import Finished, GenerationChunk, GenerationRequest, SamplingParams
 from trimserve.engine.sequence import Sequence, SequenceState
-from trimserve.engine.workers import Workers
+from trimserve.engine.workers import Workers, in_daemon_thread
 from trimserve.errors import (
     CheckpointError,
     DeadlinePassed,
@@ -158,7 +158,7 @@ class Runner:
         self._refusal = starting = "the engine is starting"
         self._loop = asyncio.get_running_loop()
         try:
-            model = await asyncio.to_thread(self._load_model)
+            model = await in_daemon_thread(self._load_model)
             if self._refusal != starting:
                 raise EngineStopped("the engine was stopped while its model was loaded")
             self._engine = Engine(model, max_batch=self._max_batch)

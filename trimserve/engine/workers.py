@@ -1,13 +1,46 @@
-"""Threads that do the most urgent job first."""
+"""Threads beside the event loop: a pool that does the most urgent job first, and one that can be left behind."""
 
+import asyncio
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
 from itertools import count
 from queue import PriorityQueue
+from typing import TypeVar
 
-__all__ = ["Workers"]
+__all__ = ["Workers", "in_daemon_thread"]
 
 Job = Callable[[], object]
+T = TypeVar("T")
+
+
+async def in_daemon_thread(function: Callable[[], T]) -> T:
+    """Call a function beside the event loop; unlike `asyncio.to_thread`, the process can end while it runs.
+
+    Raises:
+        BaseException: what the function raises.
+    """
+    loop = asyncio.get_running_loop()
+    outcome: asyncio.Future[T] = loop.create_future()
+
+    def settle(finish: Callable[[], None]) -> None:
+        if not outcome.done():  # cancelled
+            finish()
+
+    def call() -> None:
+        try:
+            result = function()
+        except BaseException as error:  # noqa: BLE001  # handed to who awaits it
+            finish = partial(outcome.set_exception, error)
+        else:
+            finish = partial(outcome.set_result, result)
+        with suppress(RuntimeError):  # the event loop is closed: nobody waits any more
+            loop.call_soon_threadsafe(settle, finish)
+
+    threading.Thread(target=call, name="trimserve-daemon", daemon=True).start()
+    return await outcome
 
 
 class Workers:

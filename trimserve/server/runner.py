@@ -15,7 +15,11 @@ class Runner(Protocol):
 
     @property
     def info(self) -> ModelInfo:
-        """The model; only asked for once `status().is_ready` was true."""
+        """The model.
+
+        Raises:
+            EngineStopped: it is not loaded yet.
+        """
 
     async def start(self) -> None:
         """Load and warm up the model, then take requests.
