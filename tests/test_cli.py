@@ -245,3 +245,27 @@ def test_an_interrupt_while_the_model_is_loaded_ends_the_command() -> None:
         _, error = process.communicate(timeout=20)
     assert process.returncode == 130
     assert error == "interrupted\n"
+
+
+SIGTERM_WHILE_LOADING = """
+import os, signal, sys, threading
+import torch
+import trimserve.local
+from trimserve.cli import main
+
+def load(*_):
+    threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    while True:  # in compiled code nearly always, as a load is
+        torch.ones(256, 256) @ torch.ones(256, 256)
+
+trimserve.local.load_model = load
+sys.argv = ["trimserve", "serve", "--port", "0", "--no-metrics"]
+main()
+"""
+
+
+def test_serve_ends_cleanly_when_a_signal_comes_while_its_model_loads() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", SIGTERM_WHILE_LOADING], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr

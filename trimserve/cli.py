@@ -31,6 +31,7 @@ from rich.console import Console
 from trimserve import __version__
 from trimserve.client import Client, RequestOptions, make_request
 from trimserve.config import Config, EngineConfig, ModelConfig, ServerConfig
+from trimserve.engine.workers import is_any_left_behind
 from trimserve.errors import TrimserveError
 from trimserve.evaluation.command import evaluate
 from trimserve.evaluation.dataset import DatasetError
@@ -67,8 +68,12 @@ def main() -> None:
     except (TrimserveError, DatasetError, OSError) as error:
         _fail(f"error: {error}")
     except SystemExit as end:
-        if end.code == _INTERRUPTED:
-            _leave()
+        is_interrupted = end.code == _INTERRUPTED
+        if is_interrupted:
+            with suppress(OSError):
+                print("interrupted", file=sys.stderr)
+        if is_interrupted or is_any_left_behind():
+            _leave(end.code)
         raise
 
 
@@ -77,12 +82,11 @@ def _fail(message: str) -> NoReturn:
     raise SystemExit(1) from None
 
 
-def _leave() -> NoReturn:
-    """End now: at its normal end, Python would wait for the thread that loads a model."""
+def _leave(status: object) -> NoReturn:
+    """End now, because a model may be loading: a thread in compiled code aborts Python's normal end."""
     with suppress(OSError):
-        print("interrupted", file=sys.stderr)
         sys.stdout.flush()
-    os._exit(_INTERRUPTED)
+    os._exit(status if isinstance(status, int) else 0)
 
 
 def _with_knobs(*sections: str) -> Callable[[Callable[..., None]], Callable[..., None]]:

@@ -10,14 +10,19 @@ from itertools import count
 from queue import PriorityQueue
 from typing import TypeVar
 
-__all__ = ["Workers", "in_daemon_thread"]
+__all__ = ["Workers", "in_daemon_thread", "is_any_left_behind"]
 
 Job = Callable[[], object]
 T = TypeVar("T")
 
+_DAEMON = "trimserve-daemon"
+
 
 async def in_daemon_thread(function: Callable[[], T]) -> T:
-    """Call a function beside the event loop; unlike `asyncio.to_thread`, the process can end while it runs.
+    """Call a function beside the event loop; unlike `asyncio.to_thread`, the loop can end while it runs.
+
+    A program that then ends while the function is in compiled code must do so by `os._exit`, see
+    `is_any_left_behind`.
 
     Raises:
         BaseException: what the function raises.
@@ -39,8 +44,13 @@ async def in_daemon_thread(function: Callable[[], T]) -> T:
         with suppress(RuntimeError):  # the event loop is closed: nobody waits any more
             loop.call_soon_threadsafe(settle, finish)
 
-    threading.Thread(target=call, name="trimserve-daemon", daemon=True).start()
+    threading.Thread(target=call, name=_DAEMON, daemon=True).start()
     return await outcome
+
+
+def is_any_left_behind() -> bool:
+    """Whether a function that `in_daemon_thread` called still runs."""
+    return any(thread.name == _DAEMON for thread in threading.enumerate())
 
 
 class Workers:
