@@ -42,7 +42,7 @@ class InvalidRequest(TrimserveError):
         """Name what is wrong and where.
 
         Args:
-            field: path of the field in `GenerateRequest`, such as `trim.k_ratio` or `messages[1].parts[0].image`.
+            field: path of the field in `GenerateRequest`, such as `trim.k_ratio` or `chat.messages[1].parts[0].image`.
             message: what was expected and what was got, such as `must be in (0, 1], got 1.5`.
         """
         super().__init__(f"{field}: {message}")

@@ -150,7 +150,6 @@ class FakeModel:
             num_padding=tuple((4 - image.num_tiles) * FEATURES_PER_TILE for image in prompt.images),
             num_valid=num_valid,
             num_kept=num_kept,
-            num_held=num_held,
         )
 
     def decode(self, token_ids: Sequence[int], kvs: Sequence[SequenceKV]) -> Tensor:

@@ -350,7 +350,6 @@ def test_bytes_add_up_to_the_padded_cache(images: list[tuple[int, int, float]], 
         num_padding=tuple(padding for padding, _, _ in images),
         num_valid=tuple(valid for _, valid, _ in images),
         num_kept=num_kept,
-        num_held=num_held,
     )
     account = account_cross_kv(prefilled, kv, pool)
     saved = (account.saved_by_padding, account.saved_by_trimming, account.saved_by_visibility)

@@ -226,7 +226,7 @@ def test_the_cap_bounds_what_is_kept_of_each_image(pair: Pair) -> None:
     trim = TrimParams(k_ratio=0.9, max_kept_fraction=0.25, return_selection=True)
     prefilled = pair.ours.prefill(prepared, features, trim, kv)
     assert prefilled.num_kept == (10, 2)  # floor of a quarter of 40 and of 10
-    assert prefilled.num_held == kv.cross_length == 12
+    assert kv.cross_length == 12
     for selection, kept in zip(prefilled.selections, prefilled.num_kept, strict=True):
         assert sum(byte.bit_count() for byte in selection.kept) == kept
         assert len(selection.picks_by_head) == pair.ours.info.num_heads

@@ -96,7 +96,6 @@ class Mllama:
             num_padding=tuple(max_features - n for n in num_valid),
             num_valid=num_valid,
             num_kept=vision.num_features if vision else (),
-            num_held=kv.cross_length,
             selections=selections,
         )
 

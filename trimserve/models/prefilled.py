@@ -21,7 +21,5 @@ class Prefilled:
     """Features of real tiles, per image."""
     num_kept: tuple[int, ...]
     """Features left after trimming, per image."""
-    num_held: int
-    """Features that decoding holds: those of `num_kept` that the last prompt row sees."""
     selections: tuple[ImageSelection, ...] = ()
     """One per image when the request asked for it."""
