@@ -11,7 +11,7 @@ from training.scenes import Scene, Split, sample_scene
 
 __all__ = ["DATA_VERSION", "TEXT_ONLY", "Example", "example_rng", "generate_example", "which_image"]
 
-DATA_VERSION = 1
+DATA_VERSION = 2
 """Rises with every change that alters what a seed generates."""
 
 TEXT_ONLY: tuple[Turn, ...] = (
@@ -59,7 +59,7 @@ def generate_example(rng: random.Random, split: Split, num_turns: int = 6) -> Ex
     """
     while True:
         scene = sample_scene(rng, split)
-        turns = ask_questions(rng, scene, num_turns)
+        turns = ask_questions(rng, scene, num_turns, split)
         if turns:
             scale = 2 if rng.random() < 0.1 else 1  # larger than its canvas: the processor shrinks it
             return Example(render(scene, scale), scene, scale, tuple(turns))

@@ -10,9 +10,9 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from training.scenes import COLOURS, SHAPES, Scene, Thing
+from training.scenes import COLOURS, SHAPES, Scene, Split, Thing
 
-__all__ = ["KINDS", "Turn", "ask_questions", "description"]
+__all__ = ["KINDS", "TRAINING_EMPHASIS", "Turn", "ask_questions", "description"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,19 +25,24 @@ class Turn:
     """What it asks for: a key of `KINDS`, or `text_only` or `two_images`."""
 
 
-def ask_questions(rng: random.Random, scene: Scene, count: int) -> list[Turn]:
+def ask_questions(rng: random.Random, scene: Scene, count: int, split: Split) -> list[Turn]:
     """Ask different questions about a scene.
 
     Args:
         rng: the only source of chance.
         scene: what the image shows.
         count: how many to ask at most; scenes with little in them give fewer.
+        split: training asks more of the kinds that are slow to learn.
     """
+    shares = {
+        kind: share * TRAINING_EMPHASIS.get(kind, 1.0) if split == "train" else share
+        for kind, (_, share) in KINDS.items()
+    }
     turns: dict[str, Turn] = {}
     for _ in range(4 * count):
         if len(turns) == count:
             break
-        ask, _weight = KINDS[rng.choices(list(KINDS), [weight for _, weight in KINDS.values()])[0]]
+        ask, _ = KINDS[rng.choices(list(shares), list(shares.values()))[0]]
         turn = ask(rng, scene)
         if turn is not None:
             # A second reading or description of one image would only repeat a long answer.
@@ -255,6 +260,18 @@ KINDS: dict[str, tuple[Callable[[random.Random, Scene], Turn | None], float]] = 
     "description": (_ask_description, 1.2),
 }
 """How each kind is asked, and how often. `sign` is one digit or one letter of the writing."""
+
+TRAINING_EMPHASIS: dict[str, float] = {
+    "colour": 0.4,
+    "shape": 0.4,
+    "count": 1.5,
+    "yes_no": 1.3,
+    "position": 1.2,
+    "sign": 1.2,
+    "digits": 2.0,
+    "word": 2.0,
+}
+"""How much oftener training asks a kind than `KINDS` says: colours are learned first, reading last."""
 
 _PLACES: dict[str, Callable[[Thing], int]] = {
     "left": lambda thing: thing.x,

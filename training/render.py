@@ -8,7 +8,7 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw
 from sklearn.datasets import load_digits
 
-from training.scenes import COLOURS, Scene, Thing, Writing, font
+from training.scenes import COLOURS, Scene, Thing, Warp, Writing, font
 
 __all__ = ["render"]
 
@@ -91,7 +91,20 @@ def _draw_writing(rng: np.random.Generator, image: Image.Image, writing: Writing
         return
     for position, index in enumerate(writing.digit_images):
         mask = Image.fromarray(_digit_images()[index]).resize((side, side), Image.Resampling.BICUBIC)
+        if writing.warps:
+            mask = _warped(mask, writing.warps[position])
         image.paste(ink, (writing.left * scale + position * side, writing.top * scale), mask)
+
+
+def _warped(mask: Image.Image, warp: Warp) -> Image.Image:
+    middle = mask.width / 2
+    angle = math.radians(warp.degrees)
+    cos, sin = math.cos(angle), math.sin(angle)
+    # PIL asks the other way round: where each point of the result comes from.
+    a, b = cos / warp.wide, (-sin + cos * warp.shear) / warp.wide
+    d, e = sin / warp.high, (cos + sin * warp.shear) / warp.high
+    where = (a, b, middle - (a + b) * middle, d, e, middle - (d + e) * middle)
+    return mask.transform(mask.size, Image.Transform.AFFINE, where, Image.Resampling.BICUBIC)
 
 
 @cache

@@ -10,7 +10,6 @@ from transformers.models.mllama.processing_mllama import (
     get_cross_attention_token_mask,
 )
 
-from training.attention import WRITTEN_OUT, register
 from training.batches import Batcher
 from training.examples import example_rng, generate_example
 from training.mended import mend
@@ -109,25 +108,3 @@ def test_patch_labels_cover_the_things() -> None:
         for thing in example.scene.things:
             covered = marks == 1 + SHAPES.index(thing.shape)
             assert (colours[covered] == list(COLOURS).index(thing.colour)).any()
-
-
-def test_written_out_attention_is_attention() -> None:
-    register()
-    models = [mend(make_model(4)).eval() for _ in range(2)]
-    models[1].set_attn_implementation(WRITTEN_OUT)
-    batch = Batcher(PROCESSOR).make(random.Random(4), "train", 2)
-    mask = torch.zeros(batch.attention_mask.shape).masked_fill(~batch.attention_mask, -1e9)
-    outputs = []
-    with torch.no_grad():
-        for model in models:
-            features = encode_images(model, batch.pixel_values, batch.aspect_ratio_ids, batch.aspect_ratio_mask)
-            logits = model(
-                input_ids=batch.input_ids,
-                position_ids=batch.position_ids,
-                attention_mask=mask,
-                cross_attention_states=features,
-                cross_attention_mask=batch.cross_attention_mask,
-            ).logits
-            outputs.append(logits[batch.labels >= 0])
-    assert outputs[0].std() > 0.1
-    assert torch.allclose(outputs[0], outputs[1], atol=1e-4)

@@ -94,6 +94,8 @@ class SequenceKV:
         """Text positions that every layer holds."""
         self.cross_length = 0
         """Visual features that every cross-attention layer holds."""
+        self.cross_bias: Tensor | None = None
+        """[cross_length], added to the logits of the features; None: nothing is."""
 
     @property
     def self_bytes(self) -> int:
@@ -121,8 +123,9 @@ class SequenceKV:
         """Count rows that every layer has appended."""
         self.length += num_positions
 
-    def reserve_cross(self, num_features: int) -> None:
+    def reserve_cross(self, num_features: int, bias: Tensor | None) -> None:
         """Take the pages of the kept features, once, before the first `write_cross`."""
+        self.cross_bias = bias
         self._cross_kv = self._pool.new_cross(num_features)
         self.cross_length = num_features
 

@@ -22,6 +22,7 @@ from transformers.models.mllama.modeling_mllama import (
 
 from trimserve import ops
 from trimserve.models.checkpoint import text_config
+from trimserve.models.merging import Groups, group_dropped
 from trimserve.models.trimming import Selection, TrimParams, select
 from trimserve.models.visibility import feature_visibility
 from trimserve.models.weights import FUSED, fused_weight
@@ -34,6 +35,7 @@ class KeyValues(Protocol):
 
     length: int
     cross_length: int
+    cross_bias: Tensor | None
 
     def append_self(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Store rows [T, Hkv, Dh] behind `length`; all rows so far, [length + T, Hkv, Dh]."""
@@ -41,8 +43,8 @@ class KeyValues(Protocol):
     def advance(self, num_positions: int) -> None:
         """Count rows that every layer has appended."""
 
-    def reserve_cross(self, num_features: int) -> None:
-        """Make room for the features that decoding sees."""
+    def reserve_cross(self, num_features: int, bias: Tensor | None) -> None:
+        """Make room for the rows that decoding sees; `bias` [num_features] is added to their logits."""
 
     def write_cross(self, layer: int, keys: Tensor, values: Tensor) -> None:
         """Store [cross_length, Hkv, Dh]."""
@@ -56,13 +58,19 @@ class VisionRows:
     """The images of one sequence during its prefill."""
 
     features: Tensor
-    """[N, hidden_size], the images' features one after another; [M, hidden_size] after selection."""
+    """[N, hidden_size], the images' features one after another; after selection those that are kept, and behind
+    each image's the rows that the others are merged into."""
     num_features: tuple[int, ...]
-    """Features of each image; after selection those that are kept."""
+    """Rows of each image in `features`."""
     visible_images: list[tuple[int, int]]
     """Of each row: the half-open range of images that it sees."""
+    features_per_tile: int
     trim: TrimParams
     selection: Selection | None = field(default=None, init=False)
+    num_merged: tuple[int, ...] = field(default=(), init=False)
+    """Merged rows among each image's; empty when nothing is merged."""
+    bias: Tensor | None = field(default=None, init=False)
+    """[rows of `features`], added to every logit of a row, in features' dtype; None: nothing is."""
 
     @property
     def offsets(self) -> list[int]:
@@ -197,12 +205,15 @@ class _Layer:
         """[R, heads * Dh] -> [R, heads, Dh]."""
         return rows.view(rows.shape[0], -1, self._head_dim)
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool = False) -> Tensor:
-        """[T, H, Dh] over [L, Hkv, Dh] -> [T, H * Dh]."""
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool = False, bias: Tensor | None = None
+    ) -> Tensor:
+        """[T, H, Dh] over [L, Hkv, Dh] -> [T, H * Dh]; `bias` [L] is added to every row's logits."""
         attended = F.scaled_dot_product_attention(
             q.transpose(0, 1)[None],
             k.transpose(0, 1)[None],
             v.transpose(0, 1)[None],
+            attn_mask=None if bias is None else bias.expand(1, 1, len(q), -1),
             is_causal=is_causal,
             scale=self._scale,
             enable_gqa=q.shape[1] != k.shape[1],
@@ -257,11 +268,12 @@ class _CrossLayer(_Layer):
         """Queries [S, H, Dh] of the rows that see something -> [S, H * Dh]; a prefill also selects and stores."""
         vision = sequence.vision
         keys, values = sequence.kv.cross(self._index) if vision is None else self._project(vision.features)
+        bias = sequence.kv.cross_bias if vision is None else vision.bias
         runs = sequence.visible_runs()
         pieces = q.split([end_row - first_row for first_row, end_row, _, _ in runs])
         attended = torch.cat(
             [
-                self._attend(piece, keys[first:end], values[first:end])
+                self._attend(piece, keys[first:end], values[first:end], bias=None if bias is None else bias[first:end])
                 for piece, (_, _, first, end) in zip(pieces, runs, strict=True)
             ]
         )
@@ -279,7 +291,7 @@ class _CrossLayer(_Layer):
             keys, values = self._trim(q, keys, values, vision)
         first, end = vision.held_range
         if self._index == 0:
-            kv.reserve_cross(end - first)
+            kv.reserve_cross(end - first, None if vision.bias is None else vision.bias[first:end])
         kv.write_cross(self._index, keys[first:end], values[first:end])
 
     def _trim(self, q: Tensor, keys: Tensor, values: Tensor, vision: VisionRows) -> tuple[Tensor, Tensor]:
@@ -287,11 +299,38 @@ class _CrossLayer(_Layer):
         seeing = [images for images in vision.visible_images if images[0] < images[1]]
         visibility = feature_visibility(seeing, vision.num_features).to(q.device)
         scores = ops.headwise_scores(q, keys, visibility, self._scale)
-        selection = select(scores, vision.num_features, vision.trim)
-        vision.features, keys, values = ops.gather_kv(vision.features, keys, values, selection.kept)
+        selection = vision.selection = select(scores, vision.num_features, vision.trim)
+        kept = ops.gather_kv(vision.features, keys, values, selection.kept)
+        if vision.trim.merge_ratio:
+            groups = group_dropped(
+                keys, selection.kept, vision.num_features, vision.features_per_tile, vision.trim.merge_ratio
+            )
+            return _merge(vision, selection, groups, kept, keys, values)
+        vision.features, keys, values = kept
         vision.num_features = selection.num_kept
-        vision.selection = selection
         return keys, values
+
+
+def _merge(
+    vision: VisionRows,
+    selection: Selection,
+    groups: Groups,
+    kept: tuple[Tensor, Tensor, Tensor],
+    keys: Tensor,
+    values: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Put the merged rows of each image behind its kept ones; the weight of a merged row becomes its bias."""
+    bias = torch.cat([keys.new_zeros(len(selection.kept)), groups.sizes.log().to(keys.dtype)])
+    num_kept, num_merged = selection.num_kept, groups.num_groups
+    images = range(len(num_kept))
+    image = torch.tensor([*images, *images]).repeat_interleave(torch.tensor([*num_kept, *num_merged]))
+    order = image.argsort(stable=True).to(keys.device)
+    everything = (vision.features, keys, values)
+    rows = (torch.cat([part, groups.mean(all_rows)])[order] for part, all_rows in zip(kept, everything, strict=True))
+    vision.features, keys, values = rows
+    vision.num_features = tuple(a + b for a, b in zip(num_kept, num_merged, strict=True))
+    vision.num_merged, vision.bias = num_merged, bias[order]
+    return keys, values
 
 
 def _rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

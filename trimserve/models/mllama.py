@@ -96,6 +96,7 @@ class Mllama:
             num_padding=tuple(max_features - n for n in num_valid),
             num_valid=num_valid,
             num_kept=vision.num_features if vision else (),
+            num_merged=vision.num_merged if vision else (),
             selections=selections,
         )
 
@@ -124,7 +125,7 @@ class Mllama:
         if features:
             visible = visible_images(prompt.token_ids, self._info.image_token_id)
             counts = tuple(len(image) for image in features)
-            vision = VisionRows(torch.cat(list(features)), counts, visible, trim)
+            vision = VisionRows(torch.cat(list(features)), counts, visible, self._info.features_per_tile, trim)
         return SequenceRows(len(prompt.token_ids), kv, vision)
 
     def _ids(self, token_ids: Sequence[int]) -> Tensor:

@@ -20,6 +20,8 @@ class Prefilled:
     num_valid: tuple[int, ...]
     """Features of real tiles, per image."""
     num_kept: tuple[int, ...]
-    """Features left after trimming, per image."""
+    """Rows left after trimming, per image: kept features and merged rows."""
+    num_merged: tuple[int, ...] = ()
+    """Merged rows among `num_kept`, per image; empty when nothing is merged."""
     selections: tuple[ImageSelection, ...] = ()
     """One per image when the request asked for it."""

@@ -38,6 +38,9 @@ class TrimParams:
     """Budget per head in (0, 1]: each head picks ceil(k_ratio * N) of an image's N valid features."""
     max_kept_fraction: float | None = None
     """Cap of the union, in (0, 1], per image; None: no cap."""
+    merge_ratio: float = 0.0
+    """Rows in [0, 1] that the features of a tile that are not kept are merged into, as a share of its features
+    (`merging.py`); 0: they are dropped."""
     return_selection: bool = False
 
     @property
