@@ -12,7 +12,7 @@ ROUNDING = 0.01  # a bfloat16 has 8 bits; errors of many products average out
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
-    return float((actual - expected).detach().norm() / expected.norm())
+    return float((actual - expected).detach().norm() / expected.detach().norm())
 
 
 @pytest.mark.parametrize(("heads", "key_heads", "rows", "features"), [(4, 4, 9, 9), (6, 2, 5, 23)])
