@@ -3,7 +3,7 @@
 // A kernel works on the half-open range [begin, end) of the dimension named here, so that ops.cpp can hand
 // ranges to torch's thread pool; ranges write disjoint memory. Strides count elements between rows; a row
 // itself is contiguous. Dimensions: T text rows, N visual features, H query heads, Hkv key/value heads,
-// Dh head size, K picks of one head, M kept features.
+// Dh head size, K picks of one head, M kept features, B sequences, P pages, G layers of a page.
 
 #pragma once
 
@@ -58,6 +58,46 @@ struct GatherRows {
   std::int64_t stride_bytes;
 };
 
+// Keys and values live in pages [P, G, 2, Hkv, kPagePositions, Dh]: a page holds that many positions of G layers,
+// 2 is keys, values. A sequence's table lists its pages.
+constexpr std::int64_t kPagePositions = 16;
+
+// Rows [R, Hkv, Dh], each head contiguous.
+struct KvRows {
+  const std::byte* data;
+  std::int64_t row_stride_bytes;
+  std::int64_t head_stride_bytes;
+};
+
+// Row r goes to page slots[r] / kPagePositions, offset slots[r] % kPagePositions.
+struct WriteKvArgs {
+  KvRows keys;
+  KvRows values;
+  std::byte* pages;  // of one layer: its slot in the first page
+  const std::int64_t* slots;
+  std::int64_t num_kv_heads;  // Hkv
+  std::int64_t head_bytes;    // of Dh elements
+  std::int64_t page_stride_bytes;
+};
+
+// q and attended [B, H, Dh] of `dtype`; tables [B, max_pages]; lengths [B].
+struct PagedAttentionArgs {
+  const void* q;
+  const void* pages;  // of one layer: its slot in the first page
+  const std::int32_t* tables;
+  const std::int32_t* lengths;
+  void* attended;
+  DType dtype;
+  std::int64_t num_sequences;  // B
+  std::int64_t num_heads;      // H
+  std::int64_t num_kv_heads;   // Hkv
+  std::int64_t head_dim;       // Dh
+  std::int64_t q_stride;
+  std::int64_t table_stride;
+  std::int64_t page_stride;
+  float scale;
+};
+
 namespace cpu {
 
 // Floats of workspace that one call of headwise_scores needs.
@@ -78,6 +118,24 @@ std::int64_t union_indices(const std::int64_t* picks, std::int64_t num_picks, st
 // Range over kept rows.
 void gather_kv(const GatherRows* tensors, std::int64_t num_tensors, const std::int64_t* kept,
                std::int64_t begin, std::int64_t end);
+
+// Range over rows.
+void write_kv(const WriteKvArgs& args, std::int64_t begin, std::int64_t end);
+
+// What one call of paged_attention needs.
+struct PagedAttentionSizes {
+  std::int64_t num_pages;  // its range: pages to read, one KV head of each counts as one
+  std::int64_t partials;   // floats, shared by all ranges
+  std::int64_t workspace;  // floats of each range
+};
+PagedAttentionSizes paged_attention_sizes(const PagedAttentionArgs& args);
+
+// Range over pages. Leaves sequences of several pieces to merge_pieces.
+void paged_attention(const PagedAttentionArgs& args, std::int64_t begin, std::int64_t end, float* partials,
+                     float* workspace);
+
+// Serial, after all ranges.
+void merge_pieces(const PagedAttentionArgs& args, float* partials);
 
 }  // namespace cpu
 }  // namespace trimserve

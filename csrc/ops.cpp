@@ -1,8 +1,7 @@
 // The ops of namespace `trimserve`: schemas, checks, allocation, dispatch. The only code that knows torch.
 //
-// Every check stands here, once for all devices, and throws std::invalid_argument, which reaches Python as
-// ValueError with exactly our text (ADR-0001). Tensors whose rows are strided (views of a fused projection)
-// are read in place; any other layout is copied to a contiguous one first.
+// Every check stands here, once for all devices. Tensors whose rows are strided (views of a fused projection) are
+// read in place; any other layout is copied to a contiguous one first.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -14,68 +13,14 @@
 #include <limits>
 #include <memory>
 #include <new>
-#include <sstream>
-#include <stdexcept>
-#include <string>
 #include <tuple>
 #include <vector>
 
+#include "checks.h"
 #include "kernels.h"
 
 namespace trimserve {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-// --- checks ---
-
-std::string name_of(ScalarType dtype) {
-  switch (dtype) {
-    case ScalarType::Float:
-      return "float32";
-    case ScalarType::Double:
-      return "float64";
-    case ScalarType::Half:
-      return "float16";
-    case ScalarType::BFloat16:
-      return "bfloat16";
-    case ScalarType::Int:
-      return "int32";
-    case ScalarType::Long:
-      return "int64";
-    default:
-      return torch::headeronly::toString(dtype);
-  }
-}
-
-// "int32 [2, 32]"
-std::string describe(const Tensor& tensor) {
-  std::ostringstream text;
-  text << name_of(tensor.scalar_type()) << " [";
-  for (std::int64_t i = 0; i < tensor.dim(); ++i) text << (i ? ", " : "") << tensor.size(i);
-  text << "]";
-  return text.str();
-}
-
-template <typename... Parts>
-void check(bool is_valid, const Parts&... parts) {
-  if (is_valid) return;
-  std::ostringstream message;
-  (message << ... << parts);
-  throw std::invalid_argument(message.str());
-}
-
-// Throws unless `dtype`, in words `shape`, is what the tensor is.
-void check_tensor(const char* op, const char* name, const Tensor& tensor, ScalarType dtype, const char* shape,
-                  bool has_shape) {
-  if (tensor.scalar_type() == dtype && has_shape) return;
-  check(false, op, ": ", name, " must be ", name_of(dtype), " ", shape, ", got ", describe(tensor));
-}
-
-bool is_floating(ScalarType dtype) {
-  return dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half;
-}
 
 DType kernel_dtype(ScalarType dtype) {
   switch (dtype) {
@@ -88,7 +33,11 @@ DType kernel_dtype(ScalarType dtype) {
   }
 }
 
+std::int64_t element_bytes(ScalarType dtype) { return dtype == ScalarType::Float ? 4 : 2; }
+
 constexpr std::int64_t kMaxFeatures = std::numeric_limits<std::int32_t>::max();  // kernels may count in int32
+
+constexpr std::int64_t kGrainBytes = 256 * 1024;  // memory traffic that is worth a thread
 
 // --- memory ---
 
@@ -262,7 +211,7 @@ void check_gather_kv(const Tensor& features, const Tensor& keys, const Tensor& v
 // What to copy from the rows of `source` to those of `result`, which is contiguous and has the same row
 // shape.
 GatherRows rows_of(const Tensor& source, const Tensor& result) {
-  std::int64_t row_bytes = source.scalar_type() == ScalarType::Float ? 4 : 2;
+  std::int64_t row_bytes = element_bytes(source.scalar_type());
   const std::int64_t stride_bytes = source.stride(0) * row_bytes;
   for (std::int64_t i = 1; i < source.dim(); ++i) row_bytes *= source.size(i);
   return {static_cast<const std::byte*>(source.const_data_ptr()),
@@ -283,13 +232,138 @@ std::tuple<Tensor, Tensor, Tensor> gather_kv(const Tensor& features, const Tenso
                             torch::stable::new_empty(values, {num_kept, values.size(1), values.size(2)})};
   const GatherRows rows[] = {rows_of(sources[0], results[0]), rows_of(sources[1], results[1]),
                              rows_of(sources[2], results[2])};
-  constexpr std::int64_t kGrainBytes = 256 * 1024;  // bytes that are worth a thread
   const std::int64_t bytes_per_feature = rows[0].row_bytes + rows[1].row_bytes + rows[2].row_bytes;
   const std::int64_t rows_per_thread = kGrainBytes / std::max<std::int64_t>(bytes_per_feature, 1) + 1;
   torch::stable::parallel_for(0, num_kept, rows_per_thread, [&](std::int64_t begin, std::int64_t end) {
     cpu::gather_kv(rows, 3, static_cast<const std::int64_t*>(indices.const_data_ptr()), begin, end);
   });
   return {results[0], results[1], results[2]};
+}
+
+void check_pages(const char* op, const Tensor& pages, std::int64_t layer) {
+  check(is_floating(pages.scalar_type()) && pages.dim() == 6 && pages.size(2) == 2 &&
+            pages.size(4) == kPagePositions,
+        op, ": pages must be float32, bfloat16 or float16 [P, G, 2, Hkv, ", kPagePositions, ", Dh], got ",
+        describe(pages));
+  check(pages.is_contiguous(), op, ": pages must be contiguous");
+  check(0 <= layer && layer < pages.size(1), op, ": layer must be in [0, ", pages.size(1), "), got ", layer);
+}
+
+void check_write_kv(const Tensor& pages, std::int64_t layer, const Tensor& keys, const Tensor& values,
+                    const Tensor& slots) {
+  constexpr const char* kOp = "write_kv";
+  check_pages(kOp, pages, layer);
+  check_tensor(kOp, "slots", slots, ScalarType::Long, "[R]", slots.dim() == 1);
+  const auto check_rows = [&](const char* name, const Tensor& rows) {
+    check(rows.scalar_type() == pages.scalar_type() && rows.dim() == 3 && rows.size(0) == slots.size(0) &&
+              rows.size(1) == pages.size(3) && rows.size(2) == pages.size(5),
+          kOp, ": ", name, " must be ", name_of(pages.scalar_type()), " [", slots.size(0), ", ",
+          pages.size(3), ", ", pages.size(5), "] like slots and pages, got ", describe(rows));
+  };
+  check_rows("keys", keys);
+  check_rows("values", values);
+}
+
+Tensor with_contiguous_heads(const Tensor& rows) {
+  return rows.stride(2) == 1 || rows.size(2) == 1 ? rows : torch::stable::contiguous(rows);
+}
+
+void write_kv(const Tensor& pages, std::int64_t layer, const Tensor& keys, const Tensor& values,
+              const Tensor& slots) {
+  check_write_kv(pages, layer, keys, values, slots);
+  const Tensor indices = torch::stable::contiguous(slots);
+  check_indices("write_kv", "slots", indices, pages.size(0) * kPagePositions);
+
+  const std::int64_t item_bytes = element_bytes(pages.scalar_type());
+  const Tensor key_rows = with_contiguous_heads(keys), value_rows = with_contiguous_heads(values);
+  const auto source_of = [&](const Tensor& rows) {
+    return KvRows{static_cast<const std::byte*>(rows.const_data_ptr()), rows.stride(0) * item_bytes,
+                  rows.stride(1) * item_bytes};
+  };
+  const std::int64_t layer_bytes = pages.stride(1) * item_bytes;
+  const WriteKvArgs args{
+      .keys = source_of(key_rows),
+      .values = source_of(value_rows),
+      .pages = static_cast<std::byte*>(pages.mutable_data_ptr()) + layer * layer_bytes,
+      .slots = static_cast<const std::int64_t*>(indices.const_data_ptr()),
+      .num_kv_heads = pages.size(3),
+      .head_bytes = pages.size(5) * item_bytes,
+      .page_stride_bytes = pages.size(1) * layer_bytes,
+  };
+  const std::int64_t row_bytes = 2 * args.num_kv_heads * args.head_bytes;
+  const std::int64_t rows_per_thread = kGrainBytes / std::max<std::int64_t>(row_bytes, 1) + 1;
+  torch::stable::parallel_for(0, slots.size(0), rows_per_thread,
+                              [&](std::int64_t begin, std::int64_t end) { cpu::write_kv(args, begin, end); });
+}
+
+void check_paged_attention(const Tensor& q, const Tensor& pages, std::int64_t layer, const Tensor& tables,
+                           const Tensor& lengths, double scale) {
+  constexpr const char* kOp = "paged_attention";
+  check_pages(kOp, pages, layer);
+  check(q.scalar_type() == pages.scalar_type() && q.dim() == 3 && q.size(2) == pages.size(5), kOp,
+        ": q must be ", name_of(pages.scalar_type()), " [B, H, ", pages.size(5), "] like pages, got ",
+        describe(q));
+  check(q.size(1) >= 1 && pages.size(3) >= 1 && q.size(1) % pages.size(3) == 0, kOp,
+        ": H must be a multiple of Hkv, both at least 1, got H=", q.size(1), ", Hkv=", pages.size(3));
+  check(q.size(2) >= 1, kOp, ": Dh must be at least 1, got 0");
+  check_tensor(kOp, "tables", tables, ScalarType::Int, "[B, max_pages]", tables.dim() == 2);
+  check(tables.size(0) == q.size(0), kOp, ": tables must have B=", q.size(0), " rows like q, got ",
+        tables.size(0));
+  check_tensor(kOp, "lengths", lengths, ScalarType::Int, "[B]", lengths.dim() == 1);
+  check(lengths.size(0) == q.size(0), kOp, ": lengths must have B=", q.size(0), " entries like q, got ",
+        lengths.size(0));
+  check(std::isfinite(scale), kOp, ": scale must be finite, got ", scale);
+}
+
+// Every length fits its row of the tables, and every page that a length needs exists.
+void check_page_tables(const PagedAttentionArgs& args, std::int64_t max_pages, std::int64_t num_pages) {
+  constexpr const char* kOp = "paged_attention";
+  for (std::int64_t b = 0; b < args.num_sequences; ++b) {
+    const std::int64_t length = args.lengths[b];
+    check(0 <= length && length <= max_pages * kPagePositions, kOp, ": lengths[", b, "] must be in [0, ",
+          max_pages * kPagePositions, "], got ", length);
+    const std::int32_t* const table = args.tables + b * args.table_stride;
+    for (std::int64_t i = 0; i * kPagePositions < length; ++i) {
+      check(0 <= table[i] && table[i] < num_pages, kOp, ": tables[", b, ", ", i, "] must be in [0, ",
+            num_pages, "), got ", table[i]);
+    }
+  }
+}
+
+Tensor paged_attention(const Tensor& q, const Tensor& pages, std::int64_t layer, const Tensor& tables,
+                       const Tensor& lengths, double scale) {
+  check_paged_attention(q, pages, layer, tables, lengths, scale);
+  const Tensor queries = with_contiguous_rows(q), page_ids = with_contiguous_rows(tables);
+  const Tensor num_positions = torch::stable::contiguous(lengths);
+  Tensor attended = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2)});
+  const std::int64_t item_bytes = element_bytes(q.scalar_type());
+  const PagedAttentionArgs args{
+      .q = queries.const_data_ptr(),
+      .pages = static_cast<const std::byte*>(pages.const_data_ptr()) + layer * pages.stride(1) * item_bytes,
+      .tables = static_cast<const std::int32_t*>(page_ids.const_data_ptr()),
+      .lengths = static_cast<const std::int32_t*>(num_positions.const_data_ptr()),
+      .attended = attended.mutable_data_ptr(),
+      .dtype = kernel_dtype(q.scalar_type()),
+      .num_sequences = q.size(0),
+      .num_heads = q.size(1),
+      .num_kv_heads = pages.size(3),
+      .head_dim = q.size(2),
+      .q_stride = queries.stride(0),
+      .table_stride = page_ids.stride(0),
+      .page_stride = pages.size(1) * pages.stride(1),
+      .scale = static_cast<float>(scale),
+  };
+  check_page_tables(args, tables.size(1), pages.size(0));
+
+  const cpu::PagedAttentionSizes sizes = cpu::paged_attention_sizes(args);
+  const auto partials = workspace<float>(sizes.partials);
+  const std::int64_t pages_per_thread = kGrainBytes / (2 * kPagePositions * args.head_dim * item_bytes) + 1;
+  torch::stable::parallel_for(
+      0, sizes.num_pages, pages_per_thread, [&](std::int64_t begin, std::int64_t end) {
+        cpu::paged_attention(args, begin, end, partials.get(), workspace<float>(sizes.workspace).get());
+      });
+  cpu::merge_pieces(args, partials.get());
+  return attended;
 }
 
 }  // namespace
@@ -302,6 +376,10 @@ STABLE_TORCH_LIBRARY(trimserve, m) {
   m.def(
       "gather_kv(Tensor features, Tensor keys, Tensor values, Tensor kept) -> "
       "(Tensor features, Tensor keys, Tensor values)");
+  m.def("write_kv(Tensor(a!) pages, int layer, Tensor keys, Tensor values, Tensor slots) -> ()");
+  m.def(
+      "paged_attention(Tensor q, Tensor pages, int layer, Tensor tables, Tensor lengths, float scale) -> "
+      "Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(trimserve, CPU, m) {
@@ -309,4 +387,6 @@ STABLE_TORCH_LIBRARY_IMPL(trimserve, CPU, m) {
   m.impl("headwise_topk", TORCH_BOX(&trimserve::headwise_topk));
   m.impl("union_indices", TORCH_BOX(&trimserve::union_indices));
   m.impl("gather_kv", TORCH_BOX(&trimserve::gather_kv));
+  m.impl("write_kv", TORCH_BOX(&trimserve::write_kv));
+  m.impl("paged_attention", TORCH_BOX(&trimserve::paged_attention));
 }

@@ -54,6 +54,8 @@ def _type_and_range(field: dict[str, Any]) -> tuple[str, str]:
     """How the docs call a JSON schema's type, and its bounds."""
     options = field.get("anyOf", [field])
     schema = next(option for option in options if option.get("type") != "null")
+    if "anyOf" in schema or {option.get("type") for option in options} >= {"string", "integer"}:  # pydantic's ByteSize
+        return "size, such as `2GiB`", ""
     if "enum" in schema:
         return "choice", ", ".join(f"`{value}`" for value in schema["enum"])
     kind = {"integer": "integer", "number": "number", "string": "text", "boolean": "switch"}[schema["type"]]

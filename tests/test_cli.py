@@ -98,7 +98,14 @@ def test_streamed_json_is_one_event_a_line(address: str) -> None:
 
 def test_info_tells_versions_ops_and_geometry() -> None:
     about = json.loads(run("info", "--json").stdout)
-    assert about["ops"] == ["gather_kv", "headwise_scores", "headwise_topk", "union_indices"]
+    assert about["ops"] == [
+        "gather_kv",
+        "headwise_scores",
+        "headwise_topk",
+        "paged_attention",
+        "union_indices",
+        "write_kv",
+    ]
     assert about["extension"]["version"] == about["trimserve"]
     assert about["model"]["cross_kv_bytes_per_feature"] == (
         about["model"]["num_cross_attention_layers"] * about["model"]["kv_bytes_per_position"]

@@ -2,7 +2,9 @@
 
 from typing import TypedDict
 
-__all__ = ["HEADWISE_SCORES", "LOGITS", "LOGITS_BFLOAT16", "Tolerance"]
+import torch
+
+__all__ = ["HEADWISE_SCORES", "LOGITS", "LOGITS_BFLOAT16", "PAGED_ATTENTION", "Tolerance"]
 
 
 class Tolerance(TypedDict):
@@ -16,6 +18,14 @@ class Tolerance(TypedDict):
 # float32 (over Dh products, N exponentials, T rows) against float64. A logit of magnitude L is off by about
 # L * 2^-24, and the tests draw logits up to about 30.
 HEADWISE_SCORES: Tolerance = {"rtol": 1e-5, "atol": 1e-9}
+
+# As above, by dtype of the result: float32 is off by up to about 30 * 2^-24 of the largest value, itself about 4; the
+# others also by one unit of their last place, where the two sides round to different neighbours.
+PAGED_ATTENTION: dict[torch.dtype, Tolerance] = {
+    torch.float32: {"rtol": 1e-5, "atol": 1e-5},
+    torch.bfloat16: {"rtol": 2**-7, "atol": 1e-5},
+    torch.float16: {"rtol": 2**-10, "atol": 1e-5},
+}
 
 # Logits in float32 with a standard deviation of 1 to 4, through up to 7 layers: rounding of different matmul
 # shapes and of another attention kernel, about 1e-5. A wrong mask moves them by 0.1 and more.

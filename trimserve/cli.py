@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, Union, get_args, get
 import grpc
 import typer
 from google.protobuf.json_format import MessageToDict
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ByteSize, ValidationError
 from rich.console import Console
 
 from trimserve import __version__
@@ -127,12 +127,15 @@ def _knobs(section: str) -> Iterator[inspect.Parameter]:
 
 
 def _plain(annotation: Any) -> Any:
-    """A field's type without its bounds, which pydantic checks: `Annotated[int, ...] | None` is `int | None`."""
+    """A field's type without its bounds, which pydantic checks: `Annotated[int, ...] | None` is `int | None`.
+
+    A size is text, because pydantic reads `2GiB`.
+    """
     if get_origin(annotation) is Annotated:
         return get_args(annotation)[0]
     if get_origin(annotation) in (Union, UnionType):
         return reduce(or_, map(_plain, get_args(annotation)))
-    return annotation
+    return str if annotation is ByteSize else annotation
 
 
 def _config(knobs: dict[str, Any]) -> Config:

@@ -7,7 +7,7 @@ The underscores are double because Kubernetes injects `TRIMSERVE_PORT` and the l
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ByteSize, ConfigDict, Field
 
 __all__ = ["Config", "EngineConfig", "ModelConfig", "ServerConfig"]
 
@@ -66,6 +66,23 @@ class EngineConfig(_Knobs):
     max_batch: int = Field(default=16, ge=1, description="Requests that decode together.")
     max_queue: int = Field(
         default=64, ge=1, description="Requests that wait; one more is refused with RESOURCE_EXHAUSTED."
+    )
+    kv_cache_bytes: ByteSize | None = Field(
+        default=None,
+        ge=1,
+        description="Bytes of all keys and values and of the scratch of one prefill, such as `2GiB`; unset is half "
+        "of the memory that is available after warm-up (of a GPU 0.9), but no more than `max_batch` requests can use.",
+    )
+    image_cache_bytes: ByteSize = Field(
+        default=ByteSize(512 * 2**20),
+        ge=0,
+        description="Bytes of visual features that are kept for another question on the same image; 0 keeps none.",
+    )
+    prefill_slice_seconds: float = Field(
+        default=0.1,
+        ge=0,
+        description="Seconds that running requests wait, between two of their tokens, for the prefill of the next "
+        "one; the layer that has begun is finished.",
     )
     default_max_new_tokens: int = Field(
         default=256,

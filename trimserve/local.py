@@ -29,6 +29,9 @@ def make_runner(config: Config) -> Runner:
         max_batch=engine.max_batch,
         max_queue=engine.max_queue,
         num_preprocess_workers=engine.num_preprocess_workers,
+        kv_cache_bytes=engine.kv_cache_bytes,
+        image_cache_bytes=engine.image_cache_bytes,
+        prefill_slice_seconds=engine.prefill_slice_seconds,
     )
 
 

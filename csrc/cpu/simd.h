@@ -6,9 +6,11 @@
 
 #pragma once
 
+#include <algorithm>
 #include <bit>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #include "kernels.h"
 
@@ -65,6 +67,25 @@ struct Simd {
     std::memcpy(&power, &exponent, sizeof power);
     x = is_zero ? Floats{} : p * power;
   }
+
+  // Lane i of rows[0] becomes the sum of the lanes of rows[i]; the other rows are used up.
+  TRIMSERVE_INLINE static void sum_lanes(Floats (&rows)[kWidth]) {
+    fold_rows<kWidth / 2>(rows, std::make_integer_sequence<int, kWidth>());
+  }
+
+ private:
+  // Halves the number of rows: rows i and i + kStride become one, whose lanes with bit kStride are the latter's. The
+  // element lists compile to shuffles.
+  template <int kStride, int... kLanes>
+  TRIMSERVE_INLINE static void fold_rows(Floats (&rows)[kWidth],
+                                         const std::integer_sequence<int, kLanes...>& lanes) {
+#pragma GCC unroll 8
+    for (int i = 0; i < kStride; ++i) {
+      rows[i] = Floats{rows[kLanes & kStride ? i + kStride : i][kLanes]...} +
+                Floats{rows[kLanes & kStride ? i + kStride : i][kLanes ^ kStride]...};
+    }
+    if constexpr (kStride > 1) fold_rows<kStride / 2>(rows, lanes);
+  }
 };
 
 // Element types by their bits, so that conversions vectorise on every machine.
@@ -75,12 +96,19 @@ template <>
 struct Element<DType::kFloat32> {
   float value;
   TRIMSERVE_INLINE float to_float() const { return value; }
+  TRIMSERVE_INLINE static Element from_float(float x) { return {x}; }
 };
 
 template <>
 struct Element<DType::kBFloat16> {
   std::uint16_t bits;
   TRIMSERVE_INLINE float to_float() const { return std::bit_cast<float>(std::uint32_t{bits} << 16); }
+  // To nearest, ties to even.
+  TRIMSERVE_INLINE static Element from_float(float x) {
+    const std::uint32_t wide = std::bit_cast<std::uint32_t>(x);
+    const std::uint32_t rounded = (wide + 0x7fffu + (wide >> 16 & 1u)) >> 16;
+    return {static_cast<std::uint16_t>(x == x ? rounded : 0x7fc0u)};
+  }
 };
 
 template <>
@@ -95,6 +123,19 @@ struct Element<DType::kFloat16> {
     const std::uint32_t result =
         magnitude >= kInfinity ? magnitude | 0x7f800000u : std::bit_cast<std::uint32_t>(finite);
     return std::bit_cast<float>(result | sign);
+  }
+  // To nearest, ties to even; what is too large becomes infinite.
+  TRIMSERVE_INLINE static Element from_float(float x) {
+    const std::uint32_t wide = std::bit_cast<std::uint32_t>(x), sign = wide >> 16 & 0x8000u;
+    const float magnitude = std::bit_cast<float>(wide & 0x7fffffffu);
+    // 2^112 makes infinite what half cannot hold. Adding a power of two 13 bits above the exponent, or above that of
+    // half's smallest normal number, rounds to half's mantissa, which is then in the low bits.
+    const float saturated = magnitude * 0x1p112f * 0x1p-110f;
+    const std::uint32_t exponent = std::max(wide << 1 & 0xff000000u, 0x71000000u);
+    const std::uint32_t sum =
+        std::bit_cast<std::uint32_t>(std::bit_cast<float>((exponent >> 1) + 0x07800000u) + saturated);
+    const std::uint32_t finite = (sum >> 13 & 0x7c00u) + (sum & 0xfffu);
+    return {static_cast<std::uint16_t>(sign | (x == x ? finite : 0x7e00u))};
   }
 };
 

@@ -22,6 +22,7 @@ from trimserve.engine.request import GenerationRequest, SamplingParams
 from trimserve.errors import InvalidRequest
 from trimserve.models.images import PreparedImage
 from trimserve.models.info import GenerationDefaults, ModelInfo
+from trimserve.models.interruptible import Interruptible
 from trimserve.models.prepared import NamedImage, PreparedPrompt, TokenizedPrompt
 from trimserve.models.prompt import Image, Prompt, RawPrompt, TokenPrompt
 from trimserve.models.trimming import TrimParams
@@ -66,10 +67,13 @@ class FakeModel:
     before_image: Callable[[], object] = bool
     before_prefill: Callable[[], object] = bool
     before_decode: Callable[[], object] = bool
+    before_layer: Callable[[], object] = bool
     batch_sizes: list[int] = field(default_factory=list)
     """Rows of each decode so far."""
     threads: set[str] = field(default_factory=set)
     """Names of the threads that ran prefill or decode."""
+    encoded: list[bytes] = field(default_factory=list)
+    """Images that were encoded, in the order in which that began."""
     images: list[str] = field(default_factory=list)
     """Fields of the images that were prepared, in the order in which that began."""
 
@@ -128,14 +132,17 @@ class FakeModel:
         self.images.append(image.field)
         self.before_image()
         num_tiles = _num_tiles(image.image)
-        return PreparedImage(torch.zeros(4, 3, 8, 8), 1, 1, num_tiles, 8, 8 * num_tiles)
+        return PreparedImage(torch.zeros(4, 3, 8, 8), 1, 1, num_tiles, 8, 8 * num_tiles, image.image.data)
 
-    def encode_images(self, prompt: PreparedPrompt) -> list[Tensor]:
-        return [torch.ones(image.num_tiles * FEATURES_PER_TILE, 2) for image in prompt.images]
+    def encode_image(self, image: PreparedImage) -> Interruptible[Tensor]:
+        self.encoded.append(image.key)
+        yield
+        self.before_layer()
+        return torch.ones(image.num_tiles * FEATURES_PER_TILE, 2)
 
     def prefill(
         self, prompt: PreparedPrompt, features: Sequence[Tensor], trim: TrimParams, kv: SequenceKV
-    ) -> Prefilled:
+    ) -> Interruptible[Prefilled]:
         self.before_prefill()
         self.threads.add(threading.current_thread().name)
         if _text(prompt.token_ids) == BREAKS_PREFILL.text:
@@ -144,7 +151,9 @@ class FakeModel:
         num_kept = tuple(math.ceil(trim.k_ratio * valid) if trim.enabled else valid for valid in num_valid)
         # As with decoded rows of a real model: only the last image is still seen.
         num_held = num_kept[-1] if num_kept else 0
-        kv.reserve_cross(num_held)
+        yield
+        self.before_layer()
+        kv.reserve_cross(num_held, None)
         return Prefilled(
             logits=self._forward(prompt.token_ids, kv),
             num_padding=tuple((4 - image.num_tiles) * FEATURES_PER_TILE for image in prompt.images),
@@ -159,11 +168,12 @@ class FakeModel:
         return torch.stack([self._forward([token_id], kv) for token_id, kv in zip(token_ids, kvs, strict=True)])
 
     def _forward(self, token_ids: Sequence[int], kv: SequenceKV) -> Tensor:
-        rows = torch.tensor(token_ids, dtype=torch.float32).reshape(-1, 1, 1)
-        for layer in range(self.info.num_self_attention_layers):
-            keys, _ = kv.append_self(layer, rows, -rows)
-        kv.advance(len(token_ids))
-        history = [int(key) for key in keys.flatten()]
+        # One page holds 16 positions of one layer here: keys of the last layer tell the history.
+        table = kv.self_tables[-1]
+        for position, token_id in enumerate(token_ids, start=kv.length):
+            kv.pages[table[position // 16], 0, :, 0, position % 16, 0] = token_id
+        kv.length += len(token_ids)
+        history = [int(kv.pages[table[p // 16], 0, 0, 0, p % 16, 0]) for p in range(kv.length)]
         text = _text(history)
         if text.startswith(BREAKS_DECODE.text) and len(history) > len(BREAKS_DECODE.text) + 1:
             raise RuntimeError("decode broke")

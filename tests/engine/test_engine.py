@@ -20,8 +20,9 @@ from tests.engine.fake_model import (
     FakeModel,
     request,
 )
+from tests.engine.stepping import Output, alone, deltas, finished, run, start, text
 from trimserve.engine.engine import Engine
-from trimserve.engine.kv_pool import PAGE_POSITIONS, KVPool
+from trimserve.engine.kv_pool import KVPool
 from trimserve.engine.model import Prefilled
 from trimserve.engine.request import (
     Finished,
@@ -30,49 +31,11 @@ from trimserve.engine.request import (
     GenerationRequest,
     ImageUsage,
     Started,
-    TokenDelta,
 )
 from trimserve.engine.sequence import Sequence, SequenceState, account_cross_kv
 from trimserve.errors import EngineBusy, InvalidRequest, RequestFailed, TrimserveError
 from trimserve.models.prompt import Image, Prompt, RawPrompt, TokenPrompt
-
-Output = list[GenerationChunk | TrimserveError]
-
-
-def start(engine: Engine, wanted: GenerationRequest) -> tuple[Sequence, Output]:
-    """Queue a request; its chunks gather in the list."""
-    output: Output = []
-    sequence = engine.prepare(wanted, output.append, time.monotonic())
-    engine.add(sequence)
-    return sequence, output
-
-
-def run(engine: Engine, *wanted: GenerationRequest) -> list[Output]:
-    """Generate all to the end."""
-    outputs = [start(engine, one)[1] for one in wanted]
-    while engine.has_work:
-        engine.step()
-    return outputs
-
-
-def alone(model: FakeModel, wanted: GenerationRequest) -> Output:
-    """Generate one in an engine of its own."""
-    [output] = run(Engine(model, max_batch=1), wanted)
-    return output
-
-
-def deltas(output: Output) -> list[TokenDelta]:
-    return [chunk for chunk in output if isinstance(chunk, TokenDelta)]
-
-
-def text(output: Output) -> str:
-    return "".join(delta.text for delta in deltas(output))
-
-
-def finished(output: Output) -> Finished:
-    last = output[-1]
-    assert isinstance(last, Finished), last
-    return last
+from trimserve.ops import PAGE_POSITIONS
 
 
 def test_the_first_chunk_is_started_the_last_is_finished_and_between_come_tokens() -> None:
@@ -209,14 +172,49 @@ def test_requests_join_and_leave_between_steps() -> None:
     assert (text(first), text(second)) == ("aaaa", "bbbbbb")
 
 
-def test_a_step_admits_one_request_and_never_more_than_the_batch_holds() -> None:
+def test_the_batch_never_has_more_than_its_places() -> None:
     model = FakeModel()
     engine = Engine(model, max_batch=3)
     for number in range(5):
         start(engine, request(f"p{number}", max_new_tokens=10))
     for _ in range(5):
         engine.step()
-    assert model.batch_sizes == [1, 2, 3, 3, 3]
+    assert model.batch_sizes == [3] * 5
+
+
+def test_running_requests_wait_for_one_layer_of_the_next_when_the_slice_is_zero() -> None:
+    log: list[str] = []
+    model = FakeModel(before_layer=lambda: log.append("layer"), before_decode=lambda: log.append("decode"))
+    engine = Engine(model, max_batch=2, prefill_slice_seconds=0)
+    start(engine, request("a", max_new_tokens=20))
+    while "decode" not in log:
+        engine.step()
+    log.clear()
+    start(engine, request(TokenPrompt((IMAGE, IMAGE, 65), (Image(b"1"), Image(b"2")))))
+    for _ in range(6):
+        engine.step()
+    # Two layers that begin, one in each image; then the prefill's.
+    assert log == ["decode", "layer", "decode", "layer", "decode", "layer", "decode", "decode", "decode"]
+
+
+def test_a_slice_is_as_long_as_it_may_be() -> None:
+    log: list[str] = []
+
+    def layer() -> None:
+        log.append("layer")
+        time.sleep(0.02)
+
+    model = FakeModel(before_layer=layer, before_decode=lambda: log.append("decode"))
+    engine = Engine(model, max_batch=2, prefill_slice_seconds=0.03)
+    start(engine, request("a", max_new_tokens=20))
+    while "decode" not in log:
+        engine.step()
+    log.clear()
+    start(engine, request(TokenPrompt((IMAGE,) * 4 + (65,), tuple(Image(b"%d" % n) for n in range(1, 5)))))
+    while log.count("layer") < 5:
+        engine.step()
+    most_between = max(len(run) for run in " ".join(log).replace("layer", "x").replace(" ", "").split("decode"))
+    assert most_between == 2
 
 
 def test_larger_priority_first_and_first_come_first_served_among_equals() -> None:
@@ -296,14 +294,6 @@ def test_a_request_that_runs_out_of_memory_ends_alone_and_may_come_again(
     assert engine.pool.used_self_bytes == engine.pool.used_cross_bytes == 0
 
 
-def test_kv_that_cannot_be_allocated_is_refused_naming_its_bytes() -> None:
-    engine = Engine(FakeModel(max_model_len=2**46), max_batch=2)
-    huge, small = run(engine, request("huge", max_new_tokens=2**45 - 4), request("small"))
-    assert isinstance(huge[-1], EngineBusy)
-    assert f"up to {2**45 * 16} bytes" in str(huge[-1])
-    assert finished(small)
-
-
 def test_kv_is_held_in_whole_pages_while_running_and_released_before_the_last_chunk() -> None:
     engine = Engine(FakeModel(), max_batch=1)
     held: list[tuple[int, int]] = []
@@ -342,9 +332,9 @@ def test_usage_names_padding_valid_and_kept_features_of_each_image() -> None:
 def test_bytes_add_up_to_the_padded_cache(images: list[tuple[int, int, float]], data: st.DataObject) -> None:
     num_kept = tuple(max(1, math.floor(valid * fraction)) for _, valid, fraction in images)
     num_held = data.draw(st.integers(0, sum(num_kept)))
-    pool = KVPool(FakeModel().info, torch.float32, torch.device("cpu"))
+    pool = KVPool(FakeModel().info, 2**20)
     kv = pool.allocate(1)
-    kv.reserve_cross(num_held)
+    kv.reserve_cross(num_held, None)
     prefilled = Prefilled(
         logits=torch.zeros(1),
         num_padding=tuple(padding for padding, _, _ in images),

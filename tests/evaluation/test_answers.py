@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from torch.nn import functional as F
 
 from trimserve.client import Client
@@ -15,6 +14,7 @@ from trimserve.evaluation.dataset import DatasetError, Question
 from trimserve.evaluation.in_process import InProcess
 from trimserve.evaluation.served import Served
 from trimserve.local import in_process_server
+from trimserve.models.interruptible import run_through
 from trimserve.models.mllama import Mllama
 from trimserve.models.prefilled import Prefilled
 from trimserve.models.prompt import ChatPrompt, Image, Message, Text
@@ -42,8 +42,9 @@ def prefilled(model: Mllama, question: Question, trim: TrimParams) -> Prefilled:
     """What the model makes of one question alone."""
     parts = (Image(question.image.read_bytes()), Text(question.text))
     prompt = model.prepare(ChatPrompt((Message("user", parts),)))
-    kv = KVPool(model.info, torch.float32, torch.device("cpu")).allocate(len(prompt.token_ids))
-    return model.prefill(prompt, model.encode_images(prompt), trim, kv)
+    kv = KVPool(model.info, 2**24).allocate(len(prompt.token_ids))
+    features = [run_through(model.encode_image(image)) for image in prompt.images]
+    return run_through(model.prefill(prompt, features, trim, kv))
 
 
 def test_counts_and_divergences_are_those_of_the_model_alone(

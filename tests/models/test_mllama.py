@@ -14,6 +14,7 @@ from tests.models.random_checkpoint import Geometry, draw_geometry
 from tests.tolerances import LOGITS, LOGITS_BFLOAT16
 from trimserve.config import EngineConfig, ModelConfig
 from trimserve.models.decoder import SequenceRows
+from trimserve.models.interruptible import run_through
 from trimserve.models.loading import load_model
 from trimserve.models.prompt import ChatPrompt, Image, Message, Prompt, RawPrompt, Text
 from trimserve.models.trimming import TrimParams
@@ -58,7 +59,7 @@ def assert_logits_equal(pair: Pair, prompt: Prompt, images: list[PilImage.Image]
 def assert_trimmed_logits_equal(pair: Pair, text: str, images: list[PilImage.Image], k_ratio: float) -> None:
     """Prompt rows and decoded rows equal the peer's when its later layers see what the rule keeps."""
     prepared = pair.ours.prepare(raw(text, images))
-    features = pair.ours.encode_images(prepared)
+    features = pair.features(prepared)
     kv = pair.pool.allocate(len(prepared.token_ids) + 2)
     rows = pair.ours.prompt_rows(prepared, features, TrimParams(k_ratio=k_ratio), kv)
     logits = pair.ours.logits([rows], prepared.token_ids)
@@ -186,10 +187,9 @@ def test_a_mixed_ragged_batch_equals_each_alone(pair: Pair) -> None:
     prompts = [pair.ours.prepare(prompt) for prompt, _ in requests]
 
     def fresh_rows() -> list[SequenceRows]:
+        pool = pair.pool
         return [
-            pair.ours.prompt_rows(
-                prompt, pair.ours.encode_images(prompt), trim, pair.pool.allocate(len(prompt.token_ids) + 1)
-            )
+            pair.ours.prompt_rows(prompt, pair.features(prompt), trim, pool.allocate(len(prompt.token_ids) + 1))
             for prompt, (_, trim) in zip(prompts, requests, strict=True)
         ]
 
@@ -221,10 +221,10 @@ def test_padding_tiles_are_neither_projected_nor_cached(pair: Pair) -> None:
 def test_the_cap_bounds_what_is_kept_of_each_image(pair: Pair) -> None:
     images = [noise((2, 2), pair.ours.info.tile_size, 1), noise((1, 1), pair.ours.info.tile_size, 2)]
     prepared = pair.ours.prepare(raw("<|image|><|image|>both", images))
-    features = pair.ours.encode_images(prepared)
+    features = pair.features(prepared)
     kv = pair.pool.allocate(len(prepared.token_ids))
     trim = TrimParams(k_ratio=0.9, max_kept_fraction=0.25, return_selection=True)
-    prefilled = pair.ours.prefill(prepared, features, trim, kv)
+    prefilled = run_through(pair.ours.prefill(prepared, features, trim, kv))
     assert prefilled.num_kept == (10, 2)  # floor of a quarter of 40 and of 10
     assert kv.cross_length == 12
     for selection, kept in zip(prefilled.selections, prefilled.num_kept, strict=True):
@@ -239,5 +239,5 @@ def test_bfloat16_logits_follow_float32(make_pair: Callable[..., Pair]) -> None:
     expected = pair.peer.logits(list(pair.ours.prepare(prompt).token_ids), [image])
     logits, kv = pair.logits(prompt)
     assert pair.ours.info.dtype == "bfloat16"
-    assert kv.cross(0)[0].dtype == torch.bfloat16
+    assert kv.pages.dtype == torch.bfloat16
     assert (logits - expected).std() < LOGITS_BFLOAT16 * expected.std()

@@ -207,6 +207,11 @@ class FakeRunner:
             self_kv_bytes=1111,
             cross_kv_bytes=2222,
             cross_kv_untrimmed_bytes=3333,
+            kv_capacity_bytes=9999,
+            image_cache_capacity_bytes=8888,
+            image_cache_bytes=777,
+            image_cache_hits=66,
+            image_cache_misses=55,
             uptime_seconds=4.5,
         )
 

@@ -253,6 +253,10 @@ async def test_gauges_show_the_engine_as_it_is(loopback: Loopback) -> None:
     assert series['trimserve_kv_cache_used_bytes{kind="self"}'] == 1111
     assert series['trimserve_kv_cache_used_bytes{kind="cross"}'] == 2222
     assert series["trimserve_cross_kv_cache_untrimmed_bytes"] == 3333
+    assert series["trimserve_kv_cache_capacity_bytes"] == 9999
+    assert series["trimserve_image_cache_used_bytes"] == 777
+    assert series["trimserve_image_cache_capacity_bytes"] == 8888
+    assert (series["trimserve_image_cache_hits_total"], series["trimserve_image_cache_misses_total"]) == (66, 55)
     assert series["trimserve_model_ready"] == 1
     (model,) = (name for name in series if name.startswith("trimserve_model_info"))
     assert 'model_id="fake"' in model

@@ -1,45 +1,107 @@
-"""The engine: one `step()` admits at most one request and gives every running one its next token.
+"""The engine: each `step()` works on the next request for a bounded time and gives every running one its next token.
 
-It knows nothing of threads, event loops or the wire: its owner calls `step()`, chunks go into sinks.
+Vision encoding and prefill are interrupted between layers, so that running streams wait no longer than the bound and
+one layer. One request is prefilled at a time. It knows nothing of threads, event loops or the wire: its owner calls
+`step()`, chunks go into sinks.
 """
 
 import logging
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
+from trimserve.engine.image_cache import ImageCache
 from trimserve.engine.kv_pool import KVPool
-from trimserve.engine.memory import is_out_of_memory
+from trimserve.engine.memory import available_bytes, default_kv_cache_bytes, is_out_of_memory, prefill_scratch_bytes
 from trimserve.engine.model import Model
+from trimserve.engine.pace import Pace
 from trimserve.engine.preparation import Preparation
 from trimserve.engine.request import GenerationRequest
 from trimserve.engine.sampling import SampledToken, sample
 from trimserve.engine.scheduler import Scheduler
 from trimserve.engine.sequence import Sequence, Sink
-from trimserve.errors import OutOfMemory, RequestFailed, TrimserveError
+from trimserve.errors import CheckpointError, DeadlinePassed, InvalidRequest, OutOfMemory, RequestFailed, TrimserveError
 from trimserve.models.info import ModelInfo
+from trimserve.models.interruptible import Interruptible
+
+if TYPE_CHECKING:  # loads transformers, which the engine does without
+    from trimserve.models.images import PreparedImage
 
 __all__ = ["Engine"]
 
 log = logging.getLogger(__name__)
 
 
+@dataclass(slots=True)
+class _Prefill:
+    """The request that is being prefilled."""
+
+    sequence: Sequence
+    work: Interruptible[None]
+    seconds: float = 0.0
+    """Worked on it until now."""
+
+
 class Engine:
     """Generates for several requests at once; what goes wrong in one of them ends that one alone."""
 
-    def __init__(self, model: Model, *, max_batch: int) -> None:
+    def __init__(
+        self,
+        model: Model,
+        *,
+        max_batch: int,
+        kv_cache_bytes: int | None = None,
+        image_cache_bytes: int = 0,
+        prefill_slice_seconds: float = 0.1,
+    ) -> None:
         """Start with nothing to do.
 
         Args:
             model: decodes a batch.
             max_batch: requests that decode at the same time, at least 1.
+            kv_cache_bytes: of the page pool and the prefill scratch; None takes what the memory allows.
+            image_cache_bytes: of visual features kept for another question on the same image; 0 keeps none.
+            prefill_slice_seconds: how long a step may work on the next request, at least 0; it finishes the layer
+                that it has begun.
+        Raises:
+            CheckpointError: `kv_cache_bytes` does not even hold the prefill scratch and a page.
         """
-        info = model.info
-        self.pool = KVPool(info, getattr(torch, info.dtype), torch.device(info.device))
-        """KV of the running requests."""
+        self.image_cache = ImageCache(image_cache_bytes)
+        """Features of images seen before."""
         self._model = model
+        self._max_batch = max_batch
+        self._kv_cache_bytes = kv_cache_bytes
+        self._prefill_slice_seconds = prefill_slice_seconds
         self._scheduler = Scheduler(max_batch)
+        self._prefill: _Prefill | None = None
+        self._pace = Pace()
+        self._make_pool()
+
+    def warmed_up(self) -> None:
+        """What the model takes to run is known now: make the page pool again of what is left. Nothing may run.
+
+        Raises:
+            CheckpointError: see `Engine`.
+        """
+        self._make_pool()
+
+    def _make_pool(self) -> None:
+        info, wanted = self.info, self._kv_cache_bytes
+        if wanted is None:
+            wanted = default_kv_cache_bytes(info, self._max_batch, available_bytes(info.device))
+        scratch = prefill_scratch_bytes(info)
+        self.pool = KVPool(info, wanted - scratch)
+        """KV of the running requests."""
+        if not self.pool.num_pages:
+            raise CheckpointError(
+                f"kv_cache_bytes: must be at least {scratch + self.pool.page_bytes}, the scratch of a prefill with "
+                f"{info.max_images} images (max_images) and a page, got {wanted}"
+            )
 
     @property
     def has_work(self) -> bool:
@@ -51,17 +113,22 @@ class Engine:
         """The model."""
         return self._model.info
 
-    def preparation(self, request: GenerationRequest, sink: Sink, submitted_at: float) -> Preparation:
+    def preparation(
+        self, request: GenerationRequest, sink: Sink, submitted_at: float, deadline: float | None = None
+    ) -> Preparation:
         """What makes a sequence of a request, step by step; any thread may take the steps.
 
         Args:
             request: what was asked.
             sink: will take the chunks, in `step`.
             submitted_at: `time.monotonic()` when the request came.
+            deadline: `time.monotonic()` after which nobody wants the answer; None: never.
         """
-        return Preparation(self._model, request, sink, submitted_at)
+        return Preparation(self._model, request, sink, submitted_at, deadline, self._check_that_it_fits)
 
-    def prepare(self, request: GenerationRequest, sink: Sink, submitted_at: float) -> Sequence:
+    def prepare(
+        self, request: GenerationRequest, sink: Sink, submitted_at: float, deadline: float | None = None
+    ) -> Sequence:
         """All steps of `preparation` at once.
 
         Returns:
@@ -69,7 +136,7 @@ class Engine:
         Raises:
             InvalidRequest: see `Preparation.advance`.
         """
-        preparation = self.preparation(request, sink, submitted_at)
+        preparation = self.preparation(request, sink, submitted_at, deadline)
         while (sequence := preparation.advance()) is None:
             pass
         return sequence
@@ -81,29 +148,75 @@ class Engine:
     def cancel(self, sequence: Sequence) -> None:
         """End a sequence now and say nothing more to its sink; nothing happens when it has ended before."""
         self._scheduler.remove(sequence)
+        if self._prefill is not None and self._prefill.sequence is sequence:
+            self._prefill = None
         sequence.release()
 
     def step(self) -> None:
-        """Admit and prefill at most one request, then decode one token of every running request."""
+        """Work on the next request for a slice of time, then decode one token of every running one."""
         with torch.inference_mode():
-            admitted = self._scheduler.admit()
-            if admitted is not None:
-                self._prefill(admitted)
-            if self._scheduler.running:
-                self._decode(list(self._scheduler.running))
+            self._advance()
+            batch = [sequence for sequence in self._scheduler.running if not self._is_in_prefill(sequence)]
+            if batch:
+                self._decode(batch)
 
-    def _prefill(self, sequence: Sequence) -> None:
+    def _is_in_prefill(self, sequence: Sequence) -> bool:
+        return self._prefill is not None and self._prefill.sequence is sequence
+
+    def _advance(self) -> None:
+        end = time.monotonic() + self._prefill_slice_seconds
+        while self._prefill is not None or self._admit():
+            assert self._prefill is not None
+            self._prefill_layer(self._prefill)
+            if time.monotonic() >= end:
+                return
+
+    def _admit(self) -> bool:
+        """Begin with the head of the queue, if there are pages for all that it may hold."""
+        while (sequence := self._scheduler.next) is not None:
+            late = self._lateness(sequence)
+            if late is None:
+                if self._most_pages(sequence) > self.pool.num_free_pages:
+                    return False
+                self._scheduler.admit()
+                sequence.hold(self.pool)
+                self._prefill = _Prefill(sequence, self._work(sequence))
+                return True
+            self.cancel(sequence)
+            sequence.sink(late)
+        return False
+
+    def _prefill_layer(self, prefill: _Prefill) -> None:
+        started_at = time.monotonic()
+        sequence, done = prefill.sequence, object()
         with self._alone(sequence):
-            sequence.hold(self.pool)
-            prompt = sequence.take_prompt()
-            features = self._model.encode_images(prompt)
-            sequence.encoded()
-            prefilled = self._model.prefill(prompt, features, sequence.trim, sequence.kv)
-            sequence.sink(sequence.started(prefilled, self.pool))
-            [outcome] = sample(prefilled.logits[None], [sequence.sampling])
-            self._emit(sequence, outcome)
+            is_done = next(prefill.work, done) is done
+            prefill.seconds += time.monotonic() - started_at
+            if is_done:
+                self._pace.saw_prefill(sequence.num_prompt_rows, prefill.seconds)
+                self._prefill = None
+
+    def _work(self, sequence: Sequence) -> Interruptible[None]:
+        prompt = sequence.take_prompt()
+        features: list[Tensor] = []
+        for image in prompt.images:
+            of_image = yield from self._features(image)
+            features.append(of_image)
+        sequence.encoded()
+        prefilled = yield from self._model.prefill(prompt, features, sequence.trim, sequence.kv)
+        sequence.sink(sequence.started(prefilled, self.pool))
+        [outcome] = sample(prefilled.logits[None], [sequence.sampling])
+        self._emit(sequence, outcome)
+
+    def _features(self, image: "PreparedImage") -> Interruptible[Tensor]:
+        features = self.image_cache.get(image.key)
+        if features is None:
+            features = yield from self._model.encode_image(image)
+            self.image_cache.put(image.key, features)
+        return features
 
     def _decode(self, batch: list[Sequence]) -> None:
+        started_at = time.monotonic()
         lengths = [sequence.kv.length for sequence in batch]
         try:
             outcomes = self._next_tokens(batch)
@@ -114,6 +227,7 @@ class Engine:
                     sequence.kv.length = length
                     self._emit(sequence, *self._next_tokens([sequence]))
             return
+        self._pace.saw_step(time.monotonic() - started_at)
         for sequence, outcome in zip(batch, outcomes, strict=True):
             with self._alone(sequence):
                 self._emit(sequence, outcome)
@@ -131,6 +245,40 @@ class Engine:
             self.cancel(sequence)
             sequence.sink(sequence.finished())
 
+    def _most_pages(self, sequence: Sequence) -> int:
+        return self.pool.self_pages(sequence.max_positions) + self.pool.cross_pages(sequence.max_cross_rows)
+
+    def _check_that_it_fits(self, sequence: Sequence) -> None:
+        """Refuse what even an empty pool cannot hold.
+
+        Raises:
+            InvalidRequest: naming the bytes, and what would make it fit.
+        """
+        pool = self.pool
+        needed = self._most_pages(sequence) * pool.page_bytes
+        if needed <= pool.capacity_bytes:
+            return
+        of_images = pool.cross_bytes(sequence.max_cross_rows)
+        has_larger_images = of_images > needed - of_images
+        advice = "a smaller trim.max_kept_fraction" if has_larger_images else "a smaller sampling.max_new_tokens"
+        raise InvalidRequest(
+            "trim.max_kept_fraction" if has_larger_images else "sampling.max_new_tokens",
+            f"the request needs up to {needed} bytes of KV, {of_images} of them for its images, and the server has "
+            f"{pool.capacity_bytes}; {advice}, or a larger kv_cache_bytes of the server, would make it fit",
+        )
+
+    def _lateness(self, sequence: Sequence) -> DeadlinePassed | None:
+        """Why there is no point in beginning: the deadline comes before the fastest possible end."""
+        if sequence.deadline is None:
+            return None
+        left = sequence.deadline - time.monotonic()
+        least = self._pace.least_seconds(sequence.num_prompt_rows, sequence.least_new_tokens)
+        if least <= left:
+            return None
+        return DeadlinePassed(
+            f"the deadline cannot be met: {left:.3f} s are left and {least:.3f} s are needed at least"
+        )
+
     @contextmanager
     def _alone(self, sequence: Sequence) -> Iterator[None]:
         """Let an exception end this sequence and no other."""
@@ -138,23 +286,14 @@ class Engine:
             yield
         except Exception as error:
             log.exception("request %s failed", sequence.request_id)
+            needed = self._most_pages(sequence) * self.pool.page_bytes
             self.cancel(sequence)
-            sequence.sink(self._as_own(error, sequence))
+            sequence.sink(_as_own(error, sequence, needed))
 
-    def _as_own(self, error: Exception, sequence: Sequence) -> TrimserveError:
-        if isinstance(error, TrimserveError):
-            return error
-        if is_out_of_memory(error):
-            needed, held = self._max_kv_bytes(sequence), self.pool.used_self_bytes + self.pool.used_cross_bytes
-            return OutOfMemory(
-                f"out of memory on request {sequence.request_id}: its KV takes up to {needed} bytes beside the {held} "
-                "bytes of others"
-            )
-        return RequestFailed(f"the model failed on request {sequence.request_id}")
 
-    def _max_kv_bytes(self, sequence: Sequence) -> int:
-        info = self.info
-        num_images = sequence.sampling.prompt_token_ids.count(info.image_token_id)
-        max_features = num_images * info.max_tiles * info.features_per_tile
-        num_positions = sequence.num_prompt_tokens + sequence.max_new_tokens
-        return self.pool.self_bytes(num_positions) + self.pool.cross_bytes(max_features)
+def _as_own(error: Exception, sequence: Sequence, num_bytes: int) -> TrimserveError:
+    if isinstance(error, TrimserveError):
+        return error
+    if is_out_of_memory(error):
+        return OutOfMemory(f"out of memory on request {sequence.request_id}: its KV takes up to {num_bytes} bytes")
+    return RequestFailed(f"the model failed on request {sequence.request_id}")

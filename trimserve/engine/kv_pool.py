@@ -1,143 +1,186 @@
-"""Keys and values of the running sequences, and the account of their bytes.
+"""One pool of pages for the keys and values of every running sequence, and the account of their bytes.
 
-Storage is taken in whole pages of `PAGE_POSITIONS` positions, so what is reported as held is what is
-allocated. Text positions are reserved when a sequence is admitted (its prompt and its `max_new_tokens`),
-cross-attention positions once selection has said how many features are kept. It knows nothing about requests.
+    capacity = used + free, in whole pages, after any history
+
+Self- and cross-attention draw from the same pages (`models/key_values.py`), so there is no split to tune: what
+trimming frees is room for another request. Text positions are reserved when a sequence is admitted (its prompt and
+its `max_new_tokens`, ADR-0003), cross-attention positions once selection has said how many rows stay. It knows
+nothing about requests.
 """
 
-from torch import Tensor, device, dtype, empty
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
 from trimserve.models.info import ModelInfo
+from trimserve.models.key_values import Tables, layers_per_page, num_pages
+from trimserve.ops import PAGE_POSITIONS
 
-__all__ = ["PAGE_POSITIONS", "KVPool", "SequenceKV", "whole_pages"]
-
-PAGE_POSITIONS = 16
-"""Positions of one page: allocation waste stays under 16 positions, page tables short."""
+__all__ = ["KVPool", "PoolExhausted", "SequenceKV"]
 
 
-def whole_pages(num_positions: int) -> int:
-    """Positions that `num_positions` take when rounded up to whole pages."""
-    return -(-num_positions // PAGE_POSITIONS) * PAGE_POSITIONS
+class PoolExhausted(Exception):
+    """More pages were asked for than are free. Admission asks first, so this is a mistake of ours."""
 
 
 class KVPool:
-    """Allocates the KV of sequences and knows how many bytes they hold."""
+    """Hands out pages and takes them back."""
 
-    def __init__(self, info: ModelInfo, kv_dtype: dtype, kv_device: device) -> None:
-        """Start empty.
+    def __init__(self, info: ModelInfo, capacity_bytes: int) -> None:
+        """Allocate all pages; on the CPU memory is only taken once a page is written.
 
         Args:
-            info: geometry.
-            kv_dtype: of keys and values.
-            kv_device: where they live.
+            info: geometry, dtype and device.
+            capacity_bytes: of all pages; what is less than a page is left out.
+        Raises:
+            MemoryError, RuntimeError, torch.OutOfMemoryError: they cannot be allocated.
         """
         self._info = info
-        self._dtype = kv_dtype
-        self._device = kv_device
-        self._sequences: set[SequenceKV] = set()
+        self._layers = layers_per_page(info.num_self_attention_layers, info.num_cross_attention_layers)
+        self._self_groups = info.num_self_attention_layers // self._layers
+        self._cross_groups = info.num_cross_attention_layers // self._layers
+        self.page_bytes = PAGE_POSITIONS * self._layers * info.kv_bytes_per_position
+        """Bytes of one page."""
+        self.num_pages = max(0, capacity_bytes // self.page_bytes)
+        """Pages that there are."""
+        shape = (self.num_pages, self._layers, 2, info.num_kv_heads, PAGE_POSITIONS, info.head_dim)
+        self.pages: Tensor = torch.empty(shape, dtype=getattr(torch, info.dtype), device=info.device)
+        """[P, G, 2, Hkv, 16, Dh]"""
+        # Last freed, first used: it may still be in a cache.
+        self._free = list(range(self.num_pages - 1, -1, -1))
+        self._self_pages = self._cross_pages = 0
+
+    @property
+    def num_free_pages(self) -> int:
+        """Pages that nobody holds."""
+        return len(self._free)
+
+    @property
+    def capacity_bytes(self) -> int:
+        """Bytes of all pages."""
+        return self.num_pages * self.page_bytes
+
+    @property
+    def used_self_bytes(self) -> int:
+        """Bytes of the pages of self-attention."""
+        return self._self_pages * self.page_bytes
+
+    @property
+    def used_cross_bytes(self) -> int:
+        """Bytes of the pages of cross-attention."""
+        return self._cross_pages * self.page_bytes
+
+    def self_pages(self, num_positions: int) -> int:
+        """Pages that `num_positions` text positions take over all self-attention layers."""
+        return self._self_groups * num_pages(num_positions)
+
+    def cross_pages(self, num_rows: int) -> int:
+        """Pages that `num_rows` visual features take over all cross-attention layers."""
+        return self._cross_groups * num_pages(num_rows)
+
+    def self_bytes(self, num_positions: int) -> int:
+        """Bytes of `self_pages`."""
+        return self.self_pages(num_positions) * self.page_bytes
+
+    def cross_bytes(self, num_rows: int) -> int:
+        """Bytes of `cross_pages`."""
+        return self.cross_pages(num_rows) * self.page_bytes
 
     def allocate(self, max_positions: int) -> "SequenceKV":
         """Reserve the text positions of one sequence.
 
         Args:
             max_positions: prompt and generated tokens, at least 1.
+        Raises:
+            PoolExhausted: there are not as many free pages.
         """
-        sequence = SequenceKV(self, max_positions)
-        self._sequences.add(sequence)
-        return sequence
+        tables = self._take(self._self_groups, num_pages(max_positions))
+        self._self_pages += tables.size
+        return SequenceKV(self, tables)
 
-    def release(self, sequence: "SequenceKV") -> None:
-        """Give a sequence's pages back; a second release does nothing."""
-        self._sequences.discard(sequence)
+    def take_cross(self, num_rows: int) -> Tables:
+        """Take the pages of a sequence's visual features.
 
-    @property
-    def used_self_bytes(self) -> int:
-        """Bytes of self-attention KV, whole pages."""
-        return sum(sequence.self_bytes for sequence in tuple(self._sequences))
+        Raises:
+            PoolExhausted: there are not as many free pages.
+        """
+        tables = self._take(self._cross_groups, num_pages(num_rows))
+        self._cross_pages += tables.size
+        return tables
 
-    @property
-    def used_cross_bytes(self) -> int:
-        """Bytes of cross-attention KV, whole pages."""
-        return sum(sequence.cross_bytes for sequence in tuple(self._sequences))
+    def give_back(self, self_tables: Tables, cross_tables: Tables) -> None:
+        """Free a sequence's pages; they must be its own, and it must not use them any more."""
+        self._self_pages -= self_tables.size
+        self._cross_pages -= cross_tables.size
+        self._free.extend(self_tables.ravel().tolist())
+        self._free.extend(cross_tables.ravel().tolist())
 
-    def self_bytes(self, num_positions: int) -> int:
-        """Bytes that `num_positions` text positions take over all self-attention layers, whole pages."""
-        return whole_pages(num_positions) * self._info.self_kv_bytes_per_token
-
-    def cross_bytes(self, num_features: int) -> int:
-        """Bytes that `num_features` visual features take over all cross-attention layers, whole pages."""
-        return whole_pages(num_features) * self._info.cross_kv_bytes_per_feature
-
-    def new_self(self, num_positions: int) -> Tensor:
-        """Unwritten pages of all self-attention layers: [layers, 2, whole pages, Hkv, Dh]."""
-        return self._new(self._info.num_self_attention_layers, num_positions)
-
-    def new_cross(self, num_features: int) -> Tensor:
-        """Unwritten pages of all cross-attention layers: [layers, 2, whole pages, Hkv, Dh]."""
-        return self._new(self._info.num_cross_attention_layers, num_features)
-
-    def _new(self, num_layers: int, num_positions: int) -> Tensor:
-        info = self._info
-        shape = (num_layers, 2, whole_pages(num_positions), info.num_kv_heads, info.head_dim)
-        return empty(shape, dtype=self._dtype, device=self._device)
+    def _take(self, groups: int, pages: int) -> Tables:
+        count = groups * pages
+        if count > len(self._free):
+            raise PoolExhausted(f"{count} pages are wanted, {len(self._free)} of {self.num_pages} are free")
+        first = len(self._free) - count
+        taken, self._free[first:] = self._free[first:], []
+        return np.array(taken, dtype=np.int32).reshape(groups, pages)
 
 
 class SequenceKV:
-    """Self- and cross-attention KV of one sequence. Layers are counted among their own kind, from 0."""
+    """Pages of one sequence: a `models.key_values.KeyValues`."""
 
-    def __init__(self, pool: KVPool, max_positions: int) -> None:
+    def __init__(self, pool: KVPool, self_tables: Tables) -> None:
         """Use `KVPool.allocate`."""
         self._pool = pool
-        self._self_kv = pool.new_self(max_positions)
-        self._cross_kv = pool.new_cross(0)
+        self._self_tables = self_tables
+        self._cross_tables: Tables = self_tables[:0]
+        self._is_released = False
         self.length = 0
-        """Text positions that every layer holds."""
+        """Text positions that every self-attention layer holds."""
         self.cross_length = 0
-        """Visual features that every cross-attention layer holds."""
-        self.cross_bias: Tensor | None = None
-        """[cross_length], added to the logits of the features; None: nothing is."""
+        """Rows that every cross-attention layer holds."""
+        self.cross_bias: NDArray[np.float32] | None = None
+        """[cross_length], added to the logits of the rows; None: nothing is."""
+
+    @property
+    def pages(self) -> Tensor:
+        """[P, G, 2, Hkv, 16, Dh], the pool's."""
+        return self._pool.pages
+
+    @property
+    def self_tables(self) -> Tables:
+        """Pages of the text."""
+        return self._self_tables
+
+    @property
+    def cross_tables(self) -> Tables:
+        """Pages of the visual features; none before `reserve_cross`."""
+        return self._cross_tables
 
     @property
     def self_bytes(self) -> int:
         """Bytes of self-attention KV, whole pages."""
-        return self._self_kv.numel() * self._self_kv.element_size()
+        return self._self_tables.size * self._pool.page_bytes
 
     @property
     def cross_bytes(self) -> int:
         """Bytes of cross-attention KV, whole pages."""
-        return self._cross_kv.numel() * self._cross_kv.element_size()
+        return self._cross_tables.size * self._pool.page_bytes
 
-    def append_self(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Write the new rows' keys and values of one layer, [T, Hkv, Dh], behind `length`.
+    def reserve_cross(self, num_rows: int, bias: Tensor | None) -> None:
+        """Take the pages of the rows that decoding sees, once.
 
-        Returns:
-            Keys and values of all positions up to the new end, [length + T, Hkv, Dh], views.
+        Args:
+            num_rows: kept features and merged rows.
+            bias: [num_rows], added to their logits; None: nothing is.
+        Raises:
+            PoolExhausted: there are not as many free pages.
         """
-        end = self.length + keys.shape[0]
-        stored_keys, stored_values = self._self_kv[layer, 0], self._self_kv[layer, 1]
-        stored_keys[self.length : end] = keys
-        stored_values[self.length : end] = values
-        return stored_keys[:end], stored_values[:end]
-
-    def advance(self, num_positions: int) -> None:
-        """Count rows that every layer has appended."""
-        self.length += num_positions
-
-    def reserve_cross(self, num_features: int, bias: Tensor | None) -> None:
-        """Take the pages of the kept features, once, before the first `write_cross`."""
-        self.cross_bias = bias
-        self._cross_kv = self._pool.new_cross(num_features)
-        self.cross_length = num_features
-
-    def write_cross(self, layer: int, keys: Tensor, values: Tensor) -> None:
-        """Store one cross-attention layer's keys and values, [cross_length, Hkv, Dh]."""
-        self._cross_kv[layer, 0, : self.cross_length] = keys
-        self._cross_kv[layer, 1, : self.cross_length] = values
-
-    def cross(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of one cross-attention layer, [cross_length, Hkv, Dh], views."""
-        return self._cross_kv[layer, 0, : self.cross_length], self._cross_kv[layer, 1, : self.cross_length]
+        self._cross_tables = self._pool.take_cross(num_rows)
+        self.cross_length = num_rows
+        self.cross_bias = None if bias is None else bias.float().cpu().numpy()
 
     def release(self) -> None:
-        """Give the pages back."""
-        self._pool.release(self)
+        """Give the pages back; a second call does nothing."""
+        if not self._is_released:
+            self._is_released = True
+            self._pool.give_back(self._self_tables, self._cross_tables)

@@ -1,8 +1,21 @@
-"""Tells an allocator that has nothing left from every other failure."""
+"""How much memory there is, how much of it the KV pool takes, and what an allocator that has none left raises."""
+
+import os
+from pathlib import Path
 
 import torch
 
-__all__ = ["is_out_of_memory"]
+from trimserve.models.info import ModelInfo
+from trimserve.models.key_values import layers_per_page, num_pages
+from trimserve.ops import PAGE_POSITIONS
+
+__all__ = ["available_bytes", "default_kv_cache_bytes", "is_out_of_memory", "prefill_scratch_bytes"]
+
+# On the CPU the memory is everybody's; on a GPU nobody else is expected.
+_SHARE = {"cpu": 0.5, "cuda": 0.9}
+
+_MEMINFO = Path("/proc/meminfo")
+_CGROUP = Path("/sys/fs/cgroup")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -11,3 +24,53 @@ def is_out_of_memory(error: BaseException) -> bool:
         return True
     # On the CPU torch has no type of its own for it.
     return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+
+
+def available_bytes(device: str, meminfo: Path = _MEMINFO, cgroup: Path = _CGROUP) -> int:
+    """Memory that could still be allocated.
+
+    Args:
+        device: as in `ModelInfo.device`.
+        meminfo: of the kernel.
+        cgroup: folder of the control group, whose limit is respected.
+    """
+    if torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+        free = int(lines["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError):  # no Linux
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        limit = (cgroup / "memory.max").read_text().strip()
+        if limit != "max":
+            free = min(free, int(limit) - int((cgroup / "memory.current").read_text()))
+    except OSError:  # no cgroup, or one of the first version
+        pass
+    return max(0, free)
+
+
+def prefill_scratch_bytes(info: ModelInfo) -> int:
+    """Bytes that the one request in prefill takes beside its pages, for as many images as a request may have.
+
+    Features and the first cross-attention layer's keys and values, before selection and gathered.
+    """
+    num_features = info.max_images * info.max_tiles * info.features_per_tile
+    return 2 * num_features * (info.hidden_size * getattr(torch, info.dtype).itemsize + info.kv_bytes_per_position)
+
+
+def default_kv_cache_bytes(info: ModelInfo, max_batch: int, available: int) -> int:
+    """Bytes for keys, values and the prefill scratch when nobody says: a share of the memory, but no more than helps.
+
+    Args:
+        info: of the model.
+        max_batch: requests that run together.
+        available: see `available_bytes`.
+    """
+    layers = layers_per_page(info.num_self_attention_layers, info.num_cross_attention_layers)
+    num_features = info.max_images * info.max_tiles * info.features_per_tile
+    groups = (info.num_self_attention_layers, info.max_model_len), (info.num_cross_attention_layers, num_features)
+    pages = sum(count // layers * num_pages(positions) for count, positions in groups)
+    page_bytes = PAGE_POSITIONS * layers * info.kv_bytes_per_position
+    useful = max_batch * pages * page_bytes + prefill_scratch_bytes(info)
+    return min(useful, int(available * _SHARE[torch.device(info.device).type]))

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from trimserve.engine.kv_pool import SequenceKV
 from trimserve.models.info import ModelInfo
+from trimserve.models.interruptible import Interruptible
 from trimserve.models.prefilled import Prefilled
 from trimserve.models.prepared import NamedImage, PreparedPrompt, TokenizedPrompt
 from trimserve.models.prompt import Prompt
@@ -44,12 +45,12 @@ class Model(Protocol):
             InvalidRequest: bad image.
         """
 
-    def encode_images(self, prompt: PreparedPrompt) -> list[Tensor]:
-        """Visual features of each image, [tiles * features_per_tile, hidden_size], real tiles only."""
+    def encode_image(self, image: "PreparedImage") -> Interruptible[Tensor]:
+        """Visual features of an image, [tiles * features_per_tile, hidden_size], real tiles only."""
 
     def prefill(
         self, prompt: PreparedPrompt, features: Sequence[Tensor], trim: TrimParams, kv: SequenceKV
-    ) -> Prefilled:
+    ) -> Interruptible[Prefilled]:
         """Run the prompt, fill `kv` and return the logits that follow it."""
 
     def decode(self, token_ids: Sequence[int], kvs: Sequence[SequenceKV]) -> Tensor:

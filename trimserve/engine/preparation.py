@@ -5,6 +5,7 @@ In steps, so that other requests can come between two images. It knows no thread
 
 import time
 from collections import deque
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from trimserve.engine.model import Model
@@ -21,7 +22,15 @@ __all__ = ["Preparation"]
 class Preparation:
     """Makes a `Sequence` of a request; each image file is let go as soon as it is decoded."""
 
-    def __init__(self, model: Model, request: GenerationRequest, sink: Sink, submitted_at: float) -> None:
+    def __init__(
+        self,
+        model: Model,
+        request: GenerationRequest,
+        sink: Sink,
+        submitted_at: float,
+        deadline: float | None,
+        check: Callable[[Sequence], None],
+    ) -> None:
         """Do nothing yet.
 
         Args:
@@ -29,11 +38,15 @@ class Preparation:
             request: what was asked.
             sink: of the sequence.
             submitted_at: of the sequence.
+            deadline: of the sequence.
+            check: refuses a prepared sequence that can never run, by raising InvalidRequest.
         """
         self._model = model
         self._request: GenerationRequest | None = request
         self._sink = sink
         self._submitted_at = submitted_at
+        self._deadline = deadline
+        self._check = check
         self._sequence: Sequence | None = None
         self._files: deque[NamedImage] = deque()
         self._images: list[PreparedImage] = []
@@ -45,7 +58,7 @@ class Preparation:
         Returns:
             The sequence after the last step, None after any other.
         Raises:
-            InvalidRequest: what `Model.tokenize`, `Sequence` or `Model.prepare_image` refuses.
+            InvalidRequest: what `Model.tokenize`, `Sequence`, `Model.prepare_image` or the check refuses.
         """
         started_at = time.monotonic()
         if self._sequence is None:
@@ -57,6 +70,7 @@ class Preparation:
             return None
         token_ids = tuple(self._sequence.sampling.prompt_token_ids)
         self._sequence.prepared(PreparedPrompt(token_ids, tuple(self._images)), self._seconds)
+        self._check(self._sequence)
         return self._sequence
 
     def _tokenize(self) -> Sequence:
@@ -65,4 +79,6 @@ class Preparation:
         tokenized = self._model.tokenize(request.prompt)
         self._files.extend(tokenized.images)
         model = self._model
-        return Sequence(request, tokenized.token_ids, model.info, model.tokenizer, self._sink, self._submitted_at)
+        return Sequence(
+            request, tokenized.token_ids, model.info, model.tokenizer, self._sink, self._submitted_at, self._deadline
+        )

@@ -22,11 +22,11 @@ from trimserve.engine.engine import Engine
 from trimserve.engine.memory import is_out_of_memory
 from trimserve.engine.model import Model
 from trimserve.engine.preparation import Preparation
-from trimserve.engine.request import Finished, GenerationChunk, GenerationRequest, SamplingParams
+from trimserve.engine.request import Finished, GenerationChunk, GenerationRequest
 from trimserve.engine.sequence import Sequence, SequenceState
+from trimserve.engine.warm_up import warm_up
 from trimserve.engine.workers import Workers, in_daemon_thread
 from trimserve.errors import (
-    CheckpointError,
     DeadlinePassed,
     EngineBusy,
     EngineStopped,
@@ -36,17 +36,10 @@ from trimserve.errors import (
     TrimserveError,
 )
 from trimserve.models.info import ModelInfo
-from trimserve.models.prompt import Image, TokenPrompt
-from trimserve.models.trimming import TrimParams
 
 __all__ = ["EngineStatus", "Runner"]
 
 log = logging.getLogger(__name__)
-
-_ONE_PIXEL_PNG = bytes.fromhex(
-    "89504e470d0a1a0a0000000d49484452000000010000000108000000003a7e9b55"
-    "0000000a49444154789c636800000082008177cd72b60000000049454e44ae426082"
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,12 +56,22 @@ class EngineStatus:
     """Most requests that decode together."""
     max_queue: int
     """Most requests in the queue."""
+    kv_capacity_bytes: int
+    """All pages of the pool that self- and cross-attention KV share."""
     self_kv_bytes: int
     """Self-attention KV held now, whole pages."""
     cross_kv_bytes: int
     """Cross-attention KV held now, whole pages."""
     cross_kv_untrimmed_bytes: int
     """What the requests that hold `cross_kv_bytes` would hold untrimmed."""
+    image_cache_capacity_bytes: int
+    """Most bytes of visual features that are kept for another question."""
+    image_cache_bytes: int
+    """Bytes of visual features kept now."""
+    image_cache_hits: int
+    """Images found in the cache since the start."""
+    image_cache_misses: int
+    """Images that had to be encoded since the start."""
     uptime_seconds: float
     """Since the engine became ready; 0 before."""
 
@@ -111,6 +114,9 @@ class Runner:
         max_batch: int,
         max_queue: int,
         num_preprocess_workers: int,
+        kv_cache_bytes: int | None = None,
+        image_cache_bytes: int = 0,
+        prefill_slice_seconds: float = 0.1,
     ) -> None:
         """Start nothing yet.
 
@@ -119,8 +125,18 @@ class Runner:
             max_batch: requests that decode at the same time, at least 1.
             max_queue: requests that may wait, prepared or not, beyond the free places of the batch.
             num_preprocess_workers: threads that decode images, and as many that tokenise, at least 1.
+            kv_cache_bytes: see `Engine`.
+            image_cache_bytes: see `Engine`.
+            prefill_slice_seconds: see `Engine`.
         """
         self._load_model = load_model
+        self._make_engine = partial(
+            Engine,
+            max_batch=max_batch,
+            kv_cache_bytes=kv_cache_bytes,
+            image_cache_bytes=image_cache_bytes,
+            prefill_slice_seconds=prefill_slice_seconds,
+        )
         self._max_batch = max_batch
         self._max_queue = max_queue
         self._text_workers = Workers(num_preprocess_workers, "trimserve-text")
@@ -161,14 +177,13 @@ class Runner:
             model = await in_daemon_thread(self._load_model)
             if self._refusal != starting:
                 raise EngineStopped("the engine was stopped while its model was loaded")
-            self._engine = Engine(model, max_batch=self._max_batch)
+            self._engine = self._make_engine(model)
+            is_warm: asyncio.Future[None] = self._loop.create_future()
             self._thread = threading.Thread(
-                target=self._run, args=(self._engine,), name="trimserve-engine", daemon=True
+                target=self._run, args=(self._engine, is_warm), name="trimserve-engine", daemon=True
             )
             self._thread.start()
-            async with aclosing(self._generate(_warm_up_request(model.info), None)) as chunks:
-                async for _ in chunks:
-                    pass
+            await is_warm
             if self._refusal != starting:
                 raise EngineStopped("the engine was stopped while it warmed up")
         except BaseException:
@@ -207,15 +222,21 @@ class Runner:
         states = [stream.state for stream in self._streams]
         running = [stream.sequence for stream in self._streams if stream.state is SequenceState.RUNNING]
         pool = None if self._engine is None else self._engine.pool
+        images = None if self._engine is None else self._engine.image_cache
         return EngineStatus(
             is_ready=self._refusal is None,
             num_running=len(running),
             num_waiting=states.count(SequenceState.WAITING),
             max_batch=self._max_batch,
             max_queue=self._max_queue,
+            kv_capacity_bytes=pool.capacity_bytes if pool else 0,
             self_kv_bytes=pool.used_self_bytes if pool else 0,
             cross_kv_bytes=pool.used_cross_bytes if pool else 0,
             cross_kv_untrimmed_bytes=sum(sequence.cross_kv.untrimmed for sequence in running if sequence),
+            image_cache_capacity_bytes=images.capacity_bytes if images else 0,
+            image_cache_bytes=images.used_bytes if images else 0,
+            image_cache_hits=images.num_hits if images else 0,
+            image_cache_misses=images.num_misses if images else 0,
             uptime_seconds=0.0 if self._ready_at is None else time.monotonic() - self._ready_at,
         )
 
@@ -242,7 +263,7 @@ class Runner:
     async def _generate(
         self, request: GenerationRequest, deadline: float | None
     ) -> AsyncGenerator[GenerationChunk, None]:
-        stream, timer = self._open(request), None
+        stream, timer = self._open(request, deadline), None
         del request  # see `submit`
         try:
             if deadline is not None:
@@ -261,12 +282,13 @@ class Runner:
                 timer.cancel()
             self._close(stream)
 
-    def _open(self, request: GenerationRequest) -> _Stream:
+    def _open(self, request: GenerationRequest, deadline: float | None) -> _Stream:
         num_live = sum(stream.state is not SequenceState.ENDED for stream in self._streams)
         if num_live >= self._max_batch + self._max_queue:
             raise EngineBusy(f"{num_live} requests run or wait: the queue of {self._max_queue} (max_queue) is full")
         stream = _Stream(request.request_id, request.priority, time.monotonic())
-        stream.preparation = self._loaded.preparation(request, partial(self._send, stream), stream.submitted_at)
+        sink = partial(self._send, stream)
+        stream.preparation = self._loaded.preparation(request, sink, stream.submitted_at, deadline)
         self._streams.add(stream)
         self._is_idle.clear()
         return stream
@@ -340,7 +362,13 @@ class Runner:
 
     # ---- engine thread ----
 
-    def _run(self, engine: Engine) -> None:
+    def _run(self, engine: Engine, is_warm: "asyncio.Future[None]") -> None:
+        try:
+            warm_up(engine)
+        except BaseException as error:  # noqa: BLE001  # handed to who awaits it
+            self._on_loop(partial(_settle, is_warm, error))
+            return
+        self._on_loop(partial(_settle, is_warm, None))
         try:
             while not self._is_leaving:
                 for command in self._take_commands(engine):
@@ -348,8 +376,7 @@ class Runner:
                 engine.step()
         except BaseException as error:
             log.critical("the engine thread dies", exc_info=True)
-            with suppress(RuntimeError):
-                self._loop.call_soon_threadsafe(self._die, error)
+            self._on_loop(partial(self._die, error))
 
     def _take_commands(self, engine: Engine) -> list[Callable[[], None]]:
         """Wait until there is something to do."""
@@ -369,18 +396,18 @@ class Runner:
             self._wake.notify()
 
     def _send(self, stream: _Stream, item: GenerationChunk | TrimserveError) -> None:
-        with suppress(RuntimeError):  # the event loop is closed: nobody listens any more
-            self._loop.call_soon_threadsafe(self._deliver, stream, item)
+        self._on_loop(partial(self._deliver, stream, item))
+
+    def _on_loop(self, callback: Callable[[], None]) -> None:
+        """Call on the event loop."""
+        with suppress(RuntimeError):  # it is closed: nobody listens any more
+            self._loop.call_soon_threadsafe(callback)
 
 
-def _warm_up_request(info: ModelInfo) -> GenerationRequest:
-    # With an image, so that the first client does not pay for what is made ready on first use.
-    room = info.max_model_len - 1
-    if room < 1:
-        raise CheckpointError(f"max_model_len must be at least 2, an image and an answer, got {info.max_model_len}")
-    return GenerationRequest(
-        request_id="warm-up",
-        prompt=TokenPrompt((info.image_token_id,), (Image(_ONE_PIXEL_PNG, "image/png"),)),
-        sampling=SamplingParams(max_new_tokens=min(2, room), ignore_eos=True),
-        trim=TrimParams(k_ratio=info.default_k_ratio),
-    )
+def _settle(future: "asyncio.Future[None]", error: BaseException | None) -> None:
+    if future.done():  # nobody waits any more
+        return
+    if error is None:
+        future.set_result(None)
+    else:
+        future.set_exception(error)

@@ -30,14 +30,17 @@ class Scheduler:
         """Whether a step would do anything."""
         return bool(self.running or self._waiting)
 
+    @property
+    def next(self) -> Sequence | None:
+        """The head of the queue when the batch has a place for it."""
+        return self._waiting[0] if self._waiting and len(self.running) < self._max_batch else None
+
     def add(self, sequence: Sequence) -> None:
         """Put a sequence into the queue: larger priority first, then who was submitted first."""
         insort(self._waiting, sequence, key=lambda waiting: (-waiting.priority, waiting.submitted_at))
 
-    def admit(self) -> Sequence | None:
-        """Move the head of the queue into the batch; None when nobody waits or the batch is full."""
-        if not self._waiting or len(self.running) >= self._max_batch:
-            return None
+    def admit(self) -> Sequence:
+        """Move `next` into the batch. Nobody overtakes it: what is behind it waits until there is room for it."""
         sequence = self._waiting.pop(0)
         sequence.state = SequenceState.RUNNING
         self.running.append(sequence)

@@ -27,6 +27,8 @@ from trimserve.engine.request import (
 from trimserve.engine.sampling import SampledToken, SamplingState
 from trimserve.errors import InvalidRequest, TrimserveError
 from trimserve.models.info import ModelInfo
+from trimserve.models.trimming import max_rows
+from trimserve.models.visibility import visible_images
 
 __all__ = ["Sequence", "SequenceState", "Sink", "account_cross_kv"]
 
@@ -54,6 +56,7 @@ class Sequence:
         tokenizer: Tokenizer,
         sink: Sink,
         submitted_at: float,
+        deadline: float | None = None,
     ) -> None:
         """Check that prompt and answer fit into the context.
 
@@ -64,6 +67,7 @@ class Sequence:
             tokenizer: of the model.
             sink: takes the chunks, on the engine thread.
             submitted_at: `time.monotonic()` when the request came.
+            deadline: `time.monotonic()` after which nobody wants the answer; None: never.
         Raises:
             InvalidRequest: the prompt leaves no room for `max_new_tokens`, or for one token; or fewer than
                 `min_new_tokens` can come.
@@ -75,6 +79,7 @@ class Sequence:
         self.trim = request.trim
         self.sink = sink
         self.submitted_at = submitted_at
+        self.deadline = deadline
         self.state = SequenceState.WAITING
         self.max_new_tokens = _max_new_tokens(params, len(token_ids), info)
         self.sampling = SamplingState(params, token_ids, frozenset((*ends, *params.stop_token_ids)))
@@ -82,6 +87,10 @@ class Sequence:
         """Zero before prefill."""
         self.finish_reason: FinishReason | None = None
         """None while more tokens are wanted."""
+        self.max_cross_rows = 0
+        """Most rows of cross-attention KV that decoding can see; known with the images."""
+        self._info = info
+        self._num_features = 0
         self._prompt: PreparedPrompt | None = None
         self._kv: SequenceKV | None = None
         self._matched_stop: str | int | None = None
@@ -101,12 +110,40 @@ class Sequence:
         return len(self.sampling.prompt_token_ids)
 
     @property
+    def num_prompt_rows(self) -> int:
+        """Tokens of the prompt and valid features of its images."""
+        return self.num_prompt_tokens + self._num_features
+
+    @property
+    def max_positions(self) -> int:
+        """Text positions that prompt and answer take at most."""
+        return self.num_prompt_tokens + self.max_new_tokens
+
+    @property
+    def least_new_tokens(self) -> int:
+        """Tokens that come for certain."""
+        params = self.sampling.params
+        certain = self.max_new_tokens if params.ignore_eos and not self._can_stop else params.min_new_tokens
+        return max(1, certain)
+
+    @property
+    def _can_stop(self) -> bool:
+        params = self.sampling.params
+        return bool(params.stop_strings or params.stop_token_ids)
+
+    @property
     def num_generated_tokens(self) -> int:
         """Tokens drawn until now, an end token among them."""
         return len(self.sampling.generated_token_ids)
 
     def prepared(self, prompt: PreparedPrompt, preprocess_seconds: float) -> None:
         """Take the prompt with its images, and note how long preparing them took."""
+        info, counts = self._info, [image.num_tiles * self._info.features_per_tile for image in prompt.images]
+        first, end = visible_images(prompt.token_ids, info.image_token_id)[-1]
+        self._num_features = sum(counts)
+        self.max_cross_rows = sum(
+            max_rows(count, info.num_heads, info.features_per_tile, self.trim) for count in counts[first:end]
+        )
         self._prompt = prompt
         self._preprocess_seconds = preprocess_seconds
 
@@ -119,7 +156,7 @@ class Sequence:
     def hold(self, pool: KVPool) -> None:
         """Reserve the text positions of prompt and answer; the request runs from here on."""
         self._admitted_at = time.monotonic()
-        self._kv = pool.allocate(self.num_prompt_tokens + self.max_new_tokens)
+        self._kv = pool.allocate(self.max_positions)
 
     def release(self) -> None:
         """Give back what is held, if anything."""

@@ -16,11 +16,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from trimserve.engine.kv_pool import KVPool, SequenceKV
+from trimserve.engine.memory import available_bytes
 from trimserve.errors import InvalidRequest
 from trimserve.evaluation.answers import UNTRIMMED, Answer
 from trimserve.evaluation.dataset import DatasetError, Question
 from trimserve.evaluation.metrics import kl_divergence
 from trimserve.models.decoder import SequenceRows
+from trimserve.models.interruptible import run_through
 from trimserve.models.mllama import Mllama
 from trimserve.models.processor import PreparedPrompt
 from trimserve.models.prompt import ChatPrompt, Image, Message, Text
@@ -56,7 +58,7 @@ class InProcess:
         """
         self._model = model
         self._batch = batch
-        self._pool = KVPool(model.info, getattr(torch, model.info.dtype), torch.device(model.info.device))
+        self._pool = KVPool(model.info, available_bytes(model.info.device) // 2)
         self._end_token_ids = frozenset(model.info.generation_defaults.eos_token_ids)
         self._encoded: tuple[Path, list[Tensor]] | None = None
 
@@ -92,7 +94,8 @@ class InProcess:
         room = info.max_model_len - len(prompt.token_ids)
         limit = min(room, max_new_tokens or info.generation_defaults.max_new_tokens)
         if self._encoded is None or self._encoded[0] != question.image:
-            self._encoded = question.image, self._model.encode_images(prompt)
+            features = [run_through(self._model.encode_image(image)) for image in prompt.images]
+            self._encoded = question.image, features
         features = self._encoded[1]
         runs = []
         for trim in settings:

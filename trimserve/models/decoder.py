@@ -2,14 +2,14 @@
 
 Text rows see images by the processor's rule; a row that sees none passes a cross-attention layer unchanged (both
 of its branches are zero there). In a prefill with trimming, the first cross-attention layer attends to all valid
-features, scores them and keeps some; the following layers project, cache and attend to those only. Scoring and
-gathering are `ops`, choosing is `trimming.py`, storage is the caller's.
+features, scores them and keeps some; the following layers project, cache and attend to those only. A prefill can be
+interrupted after every layer. Scoring and gathering are `ops`, choosing is `trimming.py`, where keys and values lie
+is `key_values.py`.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -22,35 +22,14 @@ from transformers.models.mllama.modeling_mllama import (
 
 from trimserve import ops
 from trimserve.models.checkpoint import text_config
+from trimserve.models.interruptible import Interruptible
+from trimserve.models.key_values import BatchTables, KeyValues, write_rows
 from trimserve.models.merging import Groups, group_dropped
 from trimserve.models.trimming import Selection, TrimParams, select
 from trimserve.models.visibility import feature_visibility
 from trimserve.models.weights import FUSED, fused_weight
 
-__all__ = ["KeyValues", "RaggedDecoder", "SequenceRows", "VisionRows"]
-
-
-class KeyValues(Protocol):
-    """Where one sequence's keys and values lie; layers are counted among their own kind (`engine/kv_pool.py`)."""
-
-    length: int
-    cross_length: int
-    cross_bias: Tensor | None
-
-    def append_self(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Store rows [T, Hkv, Dh] behind `length`; all rows so far, [length + T, Hkv, Dh]."""
-
-    def advance(self, num_positions: int) -> None:
-        """Count rows that every layer has appended."""
-
-    def reserve_cross(self, num_features: int, bias: Tensor | None) -> None:
-        """Make room for the rows that decoding sees; `bias` [num_features] is added to their logits."""
-
-    def write_cross(self, layer: int, keys: Tensor, values: Tensor) -> None:
-        """Store [cross_length, Hkv, Dh]."""
-
-    def cross(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Keys and values [cross_length, Hkv, Dh]."""
+__all__ = ["RaggedDecoder", "SequenceRows", "VisionRows"]
 
 
 @dataclass(slots=True)
@@ -86,17 +65,17 @@ class VisionRows:
 
 @dataclass(slots=True)
 class SequenceRows:
-    """One sequence's rows in a ragged batch."""
+    """One sequence's prompt in a ragged batch."""
 
     num_rows: int
     kv: KeyValues
+    """Empty before the prefill."""
     vision: VisionRows | None = None
-    """Only in prefill; when decoding, rows see what `kv` holds."""
 
     def visible_runs(self) -> list[tuple[int, int, int, int]]:
         """(first row, end row, first feature, end feature) of consecutive rows that see the same features."""
         if self.vision is None:
-            return [(0, self.num_rows, 0, self.kv.cross_length)] if self.kv.cross_length else []
+            return []
         offsets = self.vision.offsets
         images = self.vision.visible_images
         starts = [row for row in range(self.num_rows) if row == 0 or images[row] != images[row - 1]]
@@ -109,10 +88,9 @@ class SequenceRows:
 
 
 @dataclass(frozen=True, slots=True)
-class _Batch:
+class _Rows:
     """What every layer needs to know of one forward pass."""
 
-    sequences: Sequence[SequenceRows]
     cos: Tensor
     """[R, 1, Dh]"""
     sin: Tensor
@@ -144,41 +122,73 @@ class RaggedDecoder:
                 self._layers.append(_SelfLayer(layer, num_self, head_dim))
                 num_self += 1
 
-    def forward(self, token_ids: Tensor, sequences: Sequence[SequenceRows], *, all_rows: bool = False) -> Tensor:
-        """Run rows of several sequences through all layers and store their keys and values.
+    def prefill(
+        self, token_ids: Tensor, prompts: Sequence[SequenceRows], *, all_rows: bool = False
+    ) -> Interruptible[Tensor]:
+        """Run whole prompts through all layers and store their keys and values; yields after each layer.
 
         Args:
-            token_ids: int64 [R], the sequences' new rows one after another.
-            sequences: whose `num_rows` sum to R; a sequence is prefilled in one pass.
-            all_rows: logits of every row instead of each sequence's last.
+            token_ids: int64 [R], the prompts one after another.
+            prompts: whose `num_rows` sum to R.
+            all_rows: logits of every row instead of each prompt's last.
         Returns:
             float32 logits [B, vocab_size], or [R, vocab_size].
         """
         hidden = self._embed(token_ids)
-        batch = self._batch(hidden, sequences)
-        for layer in self._layers:
-            hidden = layer.forward(hidden, batch)
-        for sequence in sequences:
-            sequence.kv.advance(sequence.num_rows)
-        if not all_rows:
-            ends = torch.tensor([sequence.num_rows for sequence in sequences], device=hidden.device).cumsum(0)
-            hidden = hidden[ends - 1]
-        logits: Tensor = self._lm_head(self._norm(hidden))
-        return logits.float()
-
-    def _batch(self, hidden: Tensor, sequences: Sequence[SequenceRows]) -> _Batch:
-        positions = torch.cat([torch.arange(s.kv.length, s.kv.length + s.num_rows) for s in sequences])
-        cos, sin = self._rotary(hidden, positions.to(hidden.device)[None])
+        positions = torch.cat([torch.arange(prompt.num_rows) for prompt in prompts])
         seeing = []
         num_seeing = []
         start = 0
-        for sequence in sequences:
-            rows = [start + row for first, end, _, _ in sequence.visible_runs() for row in range(first, end)]
+        for prompt in prompts:
+            rows = [start + row for first, end, _, _ in prompt.visible_runs() for row in range(first, end)]
             seeing += rows
             num_seeing.append(len(rows))
-            start += sequence.num_rows
-        index = None if len(seeing) == start else torch.tensor(seeing, dtype=torch.int64, device=hidden.device)
-        return _Batch(sequences, cos[0, :, None], sin[0, :, None], index, tuple(num_seeing))
+            start += prompt.num_rows
+        batch = self._rows(hidden, positions, seeing, num_seeing)
+        for layer in self._layers:
+            hidden = layer.prefill(hidden, batch, prompts)
+            yield
+        for prompt in prompts:
+            prompt.kv.length = prompt.num_rows
+        if not all_rows:
+            ends = torch.tensor([prompt.num_rows for prompt in prompts], device=hidden.device).cumsum(0)
+            hidden = hidden[ends - 1]
+        return self._logits(hidden)
+
+    def decode(self, token_ids: Tensor, kvs: Sequence[KeyValues]) -> Tensor:
+        """Run one new row of each sequence through all layers and store its keys and values.
+
+        Args:
+            token_ids: int64 [B].
+            kvs: [B], each one position longer afterwards.
+        Returns:
+            float32 logits [B, vocab_size].
+        """
+        hidden = self._embed(token_ids)
+        positions = torch.tensor([kv.length for kv in kvs])
+        seeing = [row for row, kv in enumerate(kvs) if kv.cross_length]
+        batch = self._rows(hidden, positions, seeing, [1 if kv.cross_length else 0 for kv in kvs])
+        text = BatchTables.of_text(kvs)
+        features = BatchTables.of_features([kvs[row] for row in seeing]) if seeing else None
+        for layer in self._layers:
+            if isinstance(layer, _SelfLayer):
+                hidden = layer.decode(hidden, batch, text)
+            elif features is not None:
+                hidden = layer.decode(hidden, batch, features)
+        for kv in kvs:
+            kv.length += 1
+        return self._logits(hidden)
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        logits: Tensor = self._lm_head(self._norm(hidden))
+        return logits.float()
+
+    def _rows(self, hidden: Tensor, positions: Tensor, seeing: Sequence[int], num_seeing: Sequence[int]) -> _Rows:
+        cos, sin = self._rotary(hidden, positions.to(hidden.device)[None])
+        index = None
+        if len(seeing) < len(positions):
+            index = torch.tensor(seeing, dtype=torch.int64, device=hidden.device)
+        return _Rows(cos[0, :, None], sin[0, :, None], index, tuple(num_seeing))
 
 
 class _Layer:
@@ -229,17 +239,28 @@ class _SelfLayer(_Layer):
         self._split = [linear.out_features for linear in (attention.q_proj, attention.k_proj, attention.v_proj)]
         self._output = attention.o_proj
 
-    def forward(self, hidden: Tensor, batch: _Batch) -> Tensor:
+    def prefill(self, hidden: Tensor, batch: _Rows, prompts: Sequence[SequenceRows]) -> Tensor:
+        q, k, v = self._project(hidden, batch)
+        rows = [prompt.num_rows for prompt in prompts]
+        attended = []
+        for prompt, *of_prompt in zip(prompts, q.split(rows), k.split(rows), v.split(rows), strict=True):
+            queries, keys, values = of_prompt
+            write_rows(prompt.kv.pages, prompt.kv.self_tables, self._index, keys, values)
+            attended.append(self._attend(queries, keys, values, is_causal=prompt.num_rows > 1))
+        return self._finish(hidden, torch.cat(attended))
+
+    def decode(self, hidden: Tensor, batch: _Rows, text: BatchTables) -> Tensor:
+        q, k, v = self._project(hidden, batch)
+        text.write(self._index, k, v)
+        return self._finish(hidden, text.attend(self._index, q, self._scale).flatten(1))
+
+    def _project(self, hidden: Tensor, batch: _Rows) -> tuple[Tensor, Tensor, Tensor]:
         qkv = F.linear(self._input_norm(hidden), self._qkv)
         q, k, v = (self._heads(part) for part in qkv.split(self._split, dim=-1))
-        q, k = _rotate(q, batch.cos, batch.sin), _rotate(k, batch.cos, batch.sin)
-        rows = [sequence.num_rows for sequence in batch.sequences]
-        attended = []
-        for sequence, *qkv_rows in zip(batch.sequences, q.split(rows), k.split(rows), v.split(rows), strict=True):
-            q_rows, k_rows, v_rows = qkv_rows
-            keys, values = sequence.kv.append_self(self._index, k_rows, v_rows)
-            attended.append(self._attend(q_rows, keys, values, is_causal=sequence.num_rows > 1))
-        hidden = hidden + self._output(torch.cat(attended))
+        return _rotate(q, batch.cos, batch.sin), _rotate(k, batch.cos, batch.sin), v
+
+    def _finish(self, hidden: Tensor, attended: Tensor) -> Tensor:
+        hidden = hidden + self._output(attended)
         return hidden + self._mlp(hidden)
 
 
@@ -249,27 +270,38 @@ class _CrossLayer(_Layer):
         self._layer = layer
         self._kv = fused_weight(layer.cross_attn, FUSED["cross_attn"])
 
-    def forward(self, hidden: Tensor, batch: _Batch) -> Tensor:
+    def prefill(self, hidden: Tensor, batch: _Rows, prompts: Sequence[SequenceRows]) -> Tensor:
         if not any(batch.num_seeing):
             return hidden
+        residual, q = self._queries(hidden, batch)
+        attended = [
+            self._attend_prompt(rows, prompt.kv, prompt.vision, prompt.visible_runs())
+            for rows, prompt in zip(q.split(batch.num_seeing), prompts, strict=True)
+            if prompt.vision is not None and len(rows)
+        ]
+        return self._finish(hidden, residual, torch.cat(attended), batch)
+
+    def decode(self, hidden: Tensor, batch: _Rows, features: BatchTables) -> Tensor:
+        residual, q = self._queries(hidden, batch)
+        return self._finish(hidden, residual, features.attend(self._index, q, self._scale).flatten(1), batch)
+
+    def _queries(self, hidden: Tensor, batch: _Rows) -> tuple[Tensor, Tensor]:
+        """The rows that see something, and their queries [S, H, Dh]."""
         residual = hidden if batch.seeing is None else hidden[batch.seeing]
         attention = self._layer.cross_attn
-        q = attention.q_norm(self._heads(attention.q_proj(self._input_norm(residual))))
-        attended = [
-            self._attend_sequence(rows, sequence)
-            for rows, sequence in zip(q.split(batch.num_seeing), batch.sequences, strict=True)
-            if len(rows)
-        ]
-        residual = residual + self._layer.cross_attn_attn_gate.tanh() * attention.o_proj(torch.cat(attended))
+        return residual, attention.q_norm(self._heads(attention.q_proj(self._input_norm(residual))))
+
+    def _finish(self, hidden: Tensor, residual: Tensor, attended: Tensor, batch: _Rows) -> Tensor:
+        residual = residual + self._layer.cross_attn_attn_gate.tanh() * self._layer.cross_attn.o_proj(attended)
         residual = residual + self._layer.cross_attn_mlp_gate.tanh() * self._mlp(residual)
         return residual if batch.seeing is None else hidden.index_copy(0, batch.seeing, residual)
 
-    def _attend_sequence(self, q: Tensor, sequence: SequenceRows) -> Tensor:
-        """Queries [S, H, Dh] of the rows that see something -> [S, H * Dh]; a prefill also selects and stores."""
-        vision = sequence.vision
-        keys, values = sequence.kv.cross(self._index) if vision is None else self._project(vision.features)
-        bias = sequence.kv.cross_bias if vision is None else vision.bias
-        runs = sequence.visible_runs()
+    def _attend_prompt(
+        self, q: Tensor, kv: KeyValues, vision: VisionRows, runs: Sequence[tuple[int, int, int, int]]
+    ) -> Tensor:
+        """Queries [S, H, Dh] of the rows that see something -> [S, H * Dh]; also selects and stores."""
+        keys, values = self._project(vision.features)
+        bias = vision.bias
         pieces = q.split([end_row - first_row for first_row, end_row, _, _ in runs])
         attended = torch.cat(
             [
@@ -277,8 +309,7 @@ class _CrossLayer(_Layer):
                 for piece, (_, _, first, end) in zip(pieces, runs, strict=True)
             ]
         )
-        if vision is not None:
-            self._store(q, keys, values, sequence.kv, vision)
+        self._store(q, keys, values, kv, vision)
         return attended
 
     def _project(self, features: Tensor) -> tuple[Tensor, Tensor]:
@@ -292,7 +323,7 @@ class _CrossLayer(_Layer):
         first, end = vision.held_range
         if self._index == 0:
             kv.reserve_cross(end - first, None if vision.bias is None else vision.bias[first:end])
-        kv.write_cross(self._index, keys[first:end], values[first:end])
+        write_rows(kv.pages, kv.cross_tables, self._index, keys[first:end], values[first:end])
 
     def _trim(self, q: Tensor, keys: Tensor, values: Tensor, vision: VisionRows) -> tuple[Tensor, Tensor]:
         """Select in the first cross-attention layer; `vision` holds the kept features afterwards."""

@@ -4,6 +4,7 @@ Decoding is Pillow's; resizing, tiling and normalising are done by transformers'
 by torchvision's, which resamples differently. It knows nothing about prompts.
 """
 
+import hashlib
 import io
 import warnings
 from dataclasses import dataclass
@@ -72,6 +73,8 @@ class PreparedImage:
     """Pixels of the tile canvas that the resized image covers, from the top; the rest is padding."""
     content_width: int
     """The same from the left."""
+    key: bytes
+    """Hash of what the vision encoder sees: images with equal keys have equal features."""
 
     @property
     def num_tiles(self) -> int:
@@ -138,13 +141,16 @@ def prepare_image(image: Image, processor: MllamaImageProcessorPil) -> PreparedI
     content_height, content_width = get_image_size_fit_to_canvas(
         image.height, image.width, tiles_high * tile_size, tiles_wide * tile_size, tile_size
     )
+    pixel_values: Tensor = encoded["pixel_values"][0, 0]
+    real = pixel_values[: tiles_high * tiles_wide].contiguous()
     return PreparedImage(
-        pixel_values=encoded["pixel_values"][0, 0],
+        pixel_values=pixel_values,
         aspect_ratio_id=aspect_ratio_id,
         tiles_high=tiles_high,
         tiles_wide=tiles_wide,
         content_height=int(content_height),
         content_width=int(content_width),
+        key=hashlib.sha256(bytes([aspect_ratio_id]) + real.numpy().data).digest(),
     )
 
 

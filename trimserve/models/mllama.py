@@ -11,9 +11,11 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import MllamaForConditionalGeneration
 
-from trimserve.models.decoder import KeyValues, RaggedDecoder, SequenceRows, VisionRows
+from trimserve.models.decoder import RaggedDecoder, SequenceRows, VisionRows
 from trimserve.models.images import PreparedImage
 from trimserve.models.info import ModelInfo
+from trimserve.models.interruptible import Interruptible, run_through
+from trimserve.models.key_values import KeyValues
 from trimserve.models.prefilled import Prefilled
 from trimserve.models.prepared import NamedImage, PreparedPrompt, TokenizedPrompt
 from trimserve.models.processor import Processor
@@ -65,26 +67,30 @@ class Mllama:
         return self._processor.prepare(prompt)
 
     @torch.inference_mode()
-    def encode_images(self, prompt: PreparedPrompt) -> list[Tensor]:
-        """Visual features of each image: [num_tiles * features_per_tile, hidden_size], real tiles only."""
-        return [
-            self._vision.encode(image.pixel_values, image.aspect_ratio_id, image.num_tiles) for image in prompt.images
-        ]
+    def encode_image(self, image: PreparedImage) -> Interruptible[Tensor]:
+        """Visual features of one image; yields after each layer.
+
+        Returns:
+            [num_tiles * features_per_tile, hidden_size], real tiles only.
+        """
+        return (yield from self._vision.encode(image.pixel_values, image.aspect_ratio_id, image.num_tiles))
 
     @torch.inference_mode()
-    def prefill(self, prompt: PreparedPrompt, features: Sequence[Tensor], trim: TrimParams, kv: KeyValues) -> Prefilled:
-        """Run the prompt and fill `kv`.
+    def prefill(
+        self, prompt: PreparedPrompt, features: Sequence[Tensor], trim: TrimParams, kv: KeyValues
+    ) -> Interruptible[Prefilled]:
+        """Run the prompt and fill `kv`; yields after each layer.
 
         Args:
             prompt: token ids [T] and images.
-            features: `encode_images(prompt)`.
+            features: of each image, see `encode_image`.
             trim: how to trim; without images it has no effect.
             kv: empty, with room for T positions.
         Returns:
             The logits that follow the prompt and the account of its visual features.
         """
         rows = self.prompt_rows(prompt, features, trim, kv)
-        logits = self._decoder.forward(self._ids(prompt.token_ids), [rows])[0]
+        logits = (yield from self._decoder.prefill(self._ids(prompt.token_ids), [rows]))[0]
         vision = rows.vision
         num_valid = tuple(len(image) for image in features)
         max_features = self._info.max_tiles * self._info.features_per_tile
@@ -110,12 +116,12 @@ class Mllama:
         Returns:
             float32 logits [B, vocab_size].
         """
-        return self._decoder.forward(self._ids(token_ids), [SequenceRows(1, kv) for kv in kvs])
+        return self._decoder.decode(self._ids(token_ids), kvs)
 
     @torch.inference_mode()
-    def logits(self, rows: Sequence[SequenceRows], token_ids: Sequence[int]) -> Tensor:
-        """Logits [R, vocab_size] of every row of a ragged batch; for evaluation and tests."""
-        return self._decoder.forward(self._ids(token_ids), rows, all_rows=True)
+    def logits(self, prompts: Sequence[SequenceRows], token_ids: Sequence[int]) -> Tensor:
+        """Logits [R, vocab_size] of every row of several prompts; for evaluation and tests."""
+        return run_through(self._decoder.prefill(self._ids(token_ids), prompts, all_rows=True))
 
     def prompt_rows(
         self, prompt: PreparedPrompt, features: Sequence[Tensor], trim: TrimParams, kv: KeyValues

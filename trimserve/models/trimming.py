@@ -20,7 +20,7 @@ from torch import Tensor
 
 from trimserve import ops
 
-__all__ = ["POLICIES", "ImageSelection", "Selection", "TrimParams", "bitmap", "budget", "select"]
+__all__ = ["POLICIES", "ImageSelection", "Selection", "TrimParams", "bitmap", "budget", "max_rows", "select"]
 
 POLICIES = ("trimmed", "random", "strided")
 """Names that `TrimParams.policy` takes; the first is the default."""
@@ -99,6 +99,25 @@ def budget(k_ratio: float, num_features: int) -> int:
     return min(max(math.ceil(k_ratio * num_features - _ROUNDING), 1), num_features)
 
 
+def max_rows(num_features: int, num_heads: int, features_per_tile: int, trim: TrimParams) -> int:
+    """Most rows that an image can hold after selection; at most `num_features`.
+
+    Args:
+        num_features: valid features of the image, at least 1.
+        num_heads: H.
+        features_per_tile: of the model.
+        trim: of the request.
+    """
+    if not trim.can_drop:
+        return num_features
+    kept = num_heads * budget(trim.k_ratio, num_features)
+    if trim.max_kept_fraction is not None:
+        kept = min(kept, _cap(num_features, trim.max_kept_fraction))
+    if trim.merge_ratio:
+        kept += num_features // features_per_tile * budget(trim.merge_ratio, features_per_tile)
+    return min(kept, num_features)
+
+
 def select(scores: Tensor, num_features: Sequence[int], trim: TrimParams) -> Selection:
     """Choose the features of each image that later layers keep.
 
@@ -157,13 +176,16 @@ def _capped(kept: Tensor, picks: Tensor, scores: Tensor, num_features: Sequence[
     start = 0
     for n in num_features:
         image = kept[(kept >= start) & (kept < start + n)]
-        cap = max(1, math.floor(fraction * n + _ROUNDING))
         # Stable sorts from the least to the most important key; `image` is ascending, which settles the last tie.
         image = image[best[image].argsort(descending=True, stable=True)]
         image = image[votes[image].argsort(descending=True, stable=True)]
-        pieces.append(image[:cap].sort().values)
+        pieces.append(image[: _cap(n, fraction)].sort().values)
         start += n
     return torch.cat(pieces)
+
+
+def _cap(num_features: int, fraction: float) -> int:
+    return max(1, math.floor(fraction * num_features + _ROUNDING))
 
 
 def _random(image: int, num_features: int, count: int) -> Tensor:

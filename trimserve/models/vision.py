@@ -17,6 +17,7 @@ from transformers import MllamaForConditionalGeneration
 from transformers.models.mllama.modeling_mllama import MllamaVisionEncoderLayer
 
 from trimserve.models.checkpoint import vision_config
+from trimserve.models.interruptible import Interruptible
 
 __all__ = ["IntermediateFeatures", "VisionEncoder"]
 
@@ -41,8 +42,8 @@ class VisionEncoder:
         # The output of layer i is the input of layer i + 1, so both choices are a list of layer inputs.
         self._collected = [i + (intermediate_features == "outputs") for i in indices]
 
-    def encode(self, pixel_values: Tensor, aspect_ratio_id: int, num_tiles: int) -> Tensor:
-        """Visual features of one image, padding tiles left out.
+    def encode(self, pixel_values: Tensor, aspect_ratio_id: int, num_tiles: int) -> Interruptible[Tensor]:
+        """Visual features of one image, padding tiles left out; yields after each layer.
 
         Args:
             pixel_values: [max_tiles, 3, tile_size, tile_size], any float dtype; padding tiles are zero.
@@ -59,13 +60,13 @@ class VisionEncoder:
         real, order = _real_rows_first(max_tiles, num_rows, num_tiles, vision.num_patches, hidden.device)
         restore = order.argsort()
 
-        hidden, intermediate = self._encode(
+        hidden, intermediate = yield from self._encode(
             vision.transformer.layers, hidden.view(-1, width)[order], real, self._collected
         )
         hidden = vision.layernorm_post(hidden)
         tiles = hidden[restore].view(1, max_tiles, num_rows, width)
         tiles = vision.post_tile_positional_embedding(tiles, ids)
-        hidden, _ = self._encode(vision.global_transformer.layers, tiles.view(-1, width)[order], real, [])
+        hidden, _ = yield from self._encode(vision.global_transformer.layers, tiles.view(-1, width)[order], real, [])
 
         features = torch.cat([hidden[:real], torch.stack(intermediate, dim=-1).flatten(1)], dim=-1)
         projected: Tensor = self._projector(features)
@@ -85,7 +86,7 @@ class VisionEncoder:
     @staticmethod
     def _encode(
         layers: nn.ModuleList, hidden: Tensor, real: int, collected: Sequence[int]
-    ) -> tuple[Tensor, list[Tensor]]:
+    ) -> Interruptible[tuple[Tensor, list[Tensor]]]:
         """Run encoder layers over rows [R, width] of which the first `real` are real.
 
         Returns:
@@ -97,6 +98,7 @@ class VisionEncoder:
             if index in collected:
                 inputs[index] = hidden[:real]
             hidden = _encoder_layer(layer, hidden, real)
+            yield
         inputs[len(layers)] = hidden[:real]
         return hidden, [inputs[index] for index in collected]
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["gather_kv", "headwise_scores", "headwise_topk", "union_indices"]
+__all__ = ["gather_kv", "headwise_scores", "headwise_topk", "paged_attention", "union_indices", "write_kv"]
 
 
 def headwise_scores(q: Tensor, k: Tensor, visibility: Tensor, scale: float) -> Tensor:
@@ -46,3 +46,25 @@ def union_indices(picks: Tensor, num_features: int) -> tuple[Tensor, Tensor]:
 def gather_kv(features: Tensor, keys: Tensor, values: Tensor, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Define `trimserve.ops.gather_kv`."""
     return features[kept], keys[kept], values[kept]
+
+
+def write_kv(pages: Tensor, layer: int, keys: Tensor, values: Tensor, slots: Tensor) -> None:
+    """Define `trimserve.ops.write_kv`."""
+    page_positions = pages.shape[4]
+    page, offset = slots // page_positions, slots % page_positions
+    for half, rows in enumerate((keys, values)):
+        pages[:, layer, half].transpose(1, 2)[page, offset] = rows  # [P, 16, Hkv, Dh] at [R], [R]
+
+
+def paged_attention(q: Tensor, pages: Tensor, layer: int, tables: Tensor, lengths: Tensor, scale: float) -> Tensor:
+    """Define `trimserve.ops.paged_attention`; computes in float64."""
+    group = q.shape[1] // pages.shape[3]
+    attended = torch.zeros_like(q)
+    for b, length in enumerate(lengths.tolist()):
+        if length:
+            used = tables[b, : -(-length // pages.shape[4])].long()
+            keys, values = pages[used, layer].double().permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, :length]
+            keys, values = (part.repeat_interleave(group, dim=0) for part in (keys, values))  # [H, length, Dh]
+            weights = (torch.einsum("hd,hpd->hp", q[b].double(), keys) * scale).softmax(dim=-1)
+            attended[b] = torch.einsum("hp,hpd->hd", weights, values).to(q.dtype)
+    return attended

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import product
+from threading import Lock
 from typing import Literal, TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
@@ -87,6 +88,8 @@ class Metrics:
         self.registry = _Registry(auto_describe=True)
         self.declared: list[Declared] = []
         """In the order of declaration."""
+        self._lock = Lock()
+        self._totals: dict[str, int] = {}
         self._declare_rpcs()
         self._declare_requests()
         self._declare_latencies()
@@ -102,6 +105,17 @@ class Metrics:
         self.kv_cache_used_bytes.labels("self").set(status.self_kv_bytes)
         self.kv_cache_used_bytes.labels("cross").set(status.cross_kv_bytes)
         self.cross_kv_cache_untrimmed_bytes.set(status.cross_kv_untrimmed_bytes)
+        self.kv_cache_capacity_bytes.set(status.kv_capacity_bytes)
+        self.image_cache_used_bytes.set(status.image_cache_bytes)
+        self.image_cache_capacity_bytes.set(status.image_cache_capacity_bytes)
+        with self._lock:
+            self._raise_to("hits", self.image_cache_hits, status.image_cache_hits)
+            self._raise_to("misses", self.image_cache_misses, status.image_cache_misses)
+
+    def _raise_to(self, name: str, counter: Counter, total: int) -> None:
+        """Let a counter follow one that the engine keeps."""
+        counter.inc(max(0, total - self._totals.get(name, 0)))
+        self._totals[name] = max(total, self._totals.get(name, 0))
 
     def describe_model(self, info: ModelInfo) -> None:
         """Publish `trimserve_model_info` once the model is loaded."""
@@ -234,6 +248,21 @@ class Metrics:
             "trimserve_kv_cache_used_bytes",
             "KV in use now, whole pages, of self- and of cross-attention layers.",
             {"kind": ("self", "cross")},
+        )
+        self.kv_cache_capacity_bytes = self._gauge(
+            "trimserve_kv_cache_capacity_bytes", "Bytes of the page pool that self- and cross-attention KV share."
+        )
+        self.image_cache_hits = self._counter(
+            "trimserve_image_cache_hits_total", "Images whose visual features were still known: not encoded again."
+        )
+        self.image_cache_misses = self._counter(
+            "trimserve_image_cache_misses_total", "Images that went through the vision encoder."
+        )
+        self.image_cache_used_bytes = self._gauge(
+            "trimserve_image_cache_used_bytes", "Bytes of the visual features that are kept for another question."
+        )
+        self.image_cache_capacity_bytes = self._gauge(
+            "trimserve_image_cache_capacity_bytes", "Most bytes that the image cache holds."
         )
         self.cross_kv_cache_untrimmed_bytes = self._gauge(
             "trimserve_cross_kv_cache_untrimmed_bytes",

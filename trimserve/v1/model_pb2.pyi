@@ -89,7 +89,7 @@ class GetServerStatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetServerStatusResponse(_message.Message):
-    __slots__ = ("version", "is_ready", "num_running", "num_waiting", "max_batch", "max_queue", "self_kv_bytes", "cross_kv_bytes", "cross_kv_untrimmed_bytes", "uptime_seconds")
+    __slots__ = ("version", "is_ready", "num_running", "num_waiting", "max_batch", "max_queue", "self_kv_bytes", "cross_kv_bytes", "cross_kv_untrimmed_bytes", "uptime_seconds", "kv_capacity_bytes", "image_cache_capacity_bytes", "image_cache_bytes", "image_cache_hits", "image_cache_misses")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     IS_READY_FIELD_NUMBER: _ClassVar[int]
     NUM_RUNNING_FIELD_NUMBER: _ClassVar[int]
@@ -100,6 +100,11 @@ class GetServerStatusResponse(_message.Message):
     CROSS_KV_BYTES_FIELD_NUMBER: _ClassVar[int]
     CROSS_KV_UNTRIMMED_BYTES_FIELD_NUMBER: _ClassVar[int]
     UPTIME_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    KV_CAPACITY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    IMAGE_CACHE_CAPACITY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    IMAGE_CACHE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    IMAGE_CACHE_HITS_FIELD_NUMBER: _ClassVar[int]
+    IMAGE_CACHE_MISSES_FIELD_NUMBER: _ClassVar[int]
     version: str
     is_ready: bool
     num_running: int
@@ -110,4 +115,9 @@ class GetServerStatusResponse(_message.Message):
     cross_kv_bytes: int
     cross_kv_untrimmed_bytes: int
     uptime_seconds: float
-    def __init__(self, version: _Optional[str] = ..., is_ready: bool = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., max_batch: _Optional[int] = ..., max_queue: _Optional[int] = ..., self_kv_bytes: _Optional[int] = ..., cross_kv_bytes: _Optional[int] = ..., cross_kv_untrimmed_bytes: _Optional[int] = ..., uptime_seconds: _Optional[float] = ...) -> None: ...
+    kv_capacity_bytes: int
+    image_cache_capacity_bytes: int
+    image_cache_bytes: int
+    image_cache_hits: int
+    image_cache_misses: int
+    def __init__(self, version: _Optional[str] = ..., is_ready: bool = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., max_batch: _Optional[int] = ..., max_queue: _Optional[int] = ..., self_kv_bytes: _Optional[int] = ..., cross_kv_bytes: _Optional[int] = ..., cross_kv_untrimmed_bytes: _Optional[int] = ..., uptime_seconds: _Optional[float] = ..., kv_capacity_bytes: _Optional[int] = ..., image_cache_capacity_bytes: _Optional[int] = ..., image_cache_bytes: _Optional[int] = ..., image_cache_hits: _Optional[int] = ..., image_cache_misses: _Optional[int] = ...) -> None: ...

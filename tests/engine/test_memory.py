@@ -1,0 +1,53 @@
+"""What memory there is and how much of it the pool takes."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.engine.fake_model import FakeModel
+from trimserve.engine.memory import available_bytes, default_kv_cache_bytes, is_out_of_memory, prefill_scratch_bytes
+
+INFO = FakeModel().info
+# 4 images of 4 tiles of 5 features: 80 features of 2 float32 and one layer's keys and values, twice.
+SCRATCH = 2 * 80 * (2 * 4 + 8)
+
+
+@pytest.fixture
+def meminfo(tmp_path: Path) -> Path:
+    path = tmp_path / "meminfo"
+    path.write_text("MemTotal: 2000 kB\nMemFree: 100 kB\nMemAvailable:  1000 kB\nHugePages_Total: 0\n")
+    return path
+
+
+def test_available_is_what_the_kernel_says(meminfo: Path, tmp_path: Path) -> None:
+    assert available_bytes("cpu", meminfo, tmp_path / "no cgroup") == 1000 * 1024
+
+
+@pytest.mark.parametrize(("limit", "expected"), [("max", 1000 * 1024), ("5000", 3000), ("1000", 0)])
+def test_the_limit_of_the_control_group_is_respected(meminfo: Path, tmp_path: Path, limit: str, expected: int) -> None:
+    (tmp_path / "memory.max").write_text(limit + "\n")
+    (tmp_path / "memory.current").write_text("2000\n")
+    assert available_bytes("cpu", meminfo, tmp_path) == expected
+
+
+def test_without_a_linux_kernel_all_memory_counts(tmp_path: Path) -> None:
+    assert available_bytes("cpu", tmp_path / "none", tmp_path / "none") > 2**28
+
+
+def test_the_default_is_what_a_full_batch_can_use() -> None:
+    # 128 positions are 8 pages in each of 2 groups of one layer; 80 features 5 pages in each of 3.
+    pages = 3 * (2 * 8 + 3 * 5)
+    assert default_kv_cache_bytes(INFO, 3, 2**40) == pages * 16 * 8 + SCRATCH
+    assert prefill_scratch_bytes(INFO) == SCRATCH
+
+
+def test_the_default_is_half_of_the_memory_where_that_is_less() -> None:
+    assert default_kv_cache_bytes(replace(INFO, max_model_len=2**40), 3, 10_001) == 5000
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("x"), RuntimeError("DefaultCPUAllocator: no")])
+def test_running_out_of_memory_is_recognised(error: BaseException) -> None:
+    assert is_out_of_memory(error)
+    assert not is_out_of_memory(RuntimeError("something else"))

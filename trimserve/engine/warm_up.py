@@ -1,0 +1,47 @@
+"""A first request of our own, so that no client pays for what is made ready on first use."""
+
+import time
+
+from trimserve.engine.engine import Engine
+from trimserve.engine.request import GenerationChunk, GenerationRequest, SamplingParams
+from trimserve.errors import CheckpointError, TrimserveError
+from trimserve.models.info import ModelInfo
+from trimserve.models.prompt import Image, TokenPrompt
+from trimserve.models.trimming import TrimParams
+
+__all__ = ["warm_up"]
+
+_ONE_PIXEL_PNG = bytes.fromhex(
+    "89504e470d0a1a0a0000000d49484452000000010000000108000000003a7e9b55"
+    "0000000a49444154789c636800000082008177cd72b60000000049454e44ae426082"
+)
+
+
+def warm_up(engine: Engine) -> None:
+    """Answer a request with an image; then let the engine take its memory.
+
+    Args:
+        engine: nothing else has used it.
+    Raises:
+        CheckpointError: `ModelInfo.max_model_len` is too small for any request with an image, or the memory for KV.
+        TrimserveError: what the request failed with.
+    """
+    chunks: list[GenerationChunk | TrimserveError] = []
+    engine.add(engine.prepare(_request(engine.info), chunks.append, time.monotonic()))
+    while engine.has_work:
+        engine.step()
+    if isinstance(chunks[-1], TrimserveError):
+        raise chunks[-1]
+    engine.warmed_up()
+
+
+def _request(info: ModelInfo) -> GenerationRequest:
+    room = info.max_model_len - 1
+    if room < 1:
+        raise CheckpointError(f"max_model_len must be at least 2, an image and an answer, got {info.max_model_len}")
+    return GenerationRequest(
+        request_id="warm-up",
+        prompt=TokenPrompt((info.image_token_id,), (Image(_ONE_PIXEL_PNG, "image/png"),)),
+        sampling=SamplingParams(max_new_tokens=min(2, room), ignore_eos=True),
+        trim=TrimParams(k_ratio=info.default_k_ratio),
+    )

@@ -1,0 +1,78 @@
+"""Ops on keys and values that lie in pages: storing new positions, attending to a sequence's positions.
+
+A page pool is one contiguous tensor [P, G, 2, Hkv, PAGE_POSITIONS, Dh]: P pages; a page holds PAGE_POSITIONS
+positions of G layers; 2 is keys, values. A sequence's table lists the pages of its positions in order. Typed
+wrappers over the compiled ops of `csrc/ops.cpp`, each with its fake kernel (shapes only, for torch.compile). All
+checks are made in C++. `reference.py` defines what each op computes.
+"""
+
+import torch
+from torch import Tensor
+
+from trimserve.ops.library import load_library
+
+__all__ = ["PAGE_POSITIONS", "paged_attention", "write_kv"]
+
+PAGE_POSITIONS = 16
+"""Positions of one page: allocation waste stays under 16 positions, page tables short."""
+
+load_library()
+
+
+def write_kv(pages: Tensor, layer: int, keys: Tensor, values: Tensor, slots: Tensor) -> None:
+    """Store keys and values of one layer in their pages, in place.
+
+    Row r goes to page slots[r] // PAGE_POSITIONS, offset slots[r] % PAGE_POSITIONS. Rows and heads with gaps
+    between them are read in place.
+
+    Args:
+        pages: float32, bfloat16 or float16 [P, G, 2, Hkv, PAGE_POSITIONS, Dh], contiguous; written to.
+        layer: slot of the layer in its pages, in [0, G).
+        keys: same dtype [R, Hkv, Dh]; R may be 0.
+        values: as keys.
+        slots: int64 [R], in [0, P * PAGE_POSITIONS), none of them twice.
+    Raises:
+        ValueError: a wrong dtype or shape, pages that are not contiguous, or a layer or slot out of range.
+    Definition: reference.write_kv.
+    """
+    torch.ops.trimserve.write_kv(pages, layer, keys, values, slots)
+
+
+def paged_attention(q: Tensor, pages: Tensor, layer: int, tables: Tensor, lengths: Tensor, scale: float) -> Tensor:
+    """Attend with one row of each sequence to all of the sequence's positions.
+
+    Sequence b attends to positions [0, lengths[b]); position p is in page tables[b, p // PAGE_POSITIONS] at offset
+    p % PAGE_POSITIONS. Table entries behind the last page that a length needs are not read. A sequence's result does
+    not depend on the others in the batch or on the number of threads, to the last bit. Strided rows are read in
+    place.
+
+    Args:
+        q: dtype of pages [B, H, Dh], queries; Hkv divides H, query head h reads KV head h // (H / Hkv).
+        pages: float32, bfloat16 or float16 [P, G, 2, Hkv, PAGE_POSITIONS, Dh], contiguous.
+        layer: slot of the layer in its pages, in [0, G).
+        tables: int32 [B, max_pages], pages in [0, P).
+        lengths: int32 [B], in [0, max_pages * PAGE_POSITIONS].
+        scale: factor of the logits, finite.
+    Returns:
+        [B, H, Dh] of q's dtype, accumulated in float32; zeros where the length is 0.
+    Raises:
+        ValueError: a wrong dtype or shape, pages that are not contiguous, a layer, length or page out of range, or a
+            scale that is not finite.
+    Definition: reference.paged_attention.
+    """
+    result: Tensor = torch.ops.trimserve.paged_attention(q, pages, layer, tables, lengths, scale)
+    return result
+
+
+def _fake_write_kv(pages: Tensor, layer: int, keys: Tensor, values: Tensor, slots: Tensor) -> None:
+    return None
+
+
+def _fake_paged_attention(
+    q: Tensor, pages: Tensor, layer: int, tables: Tensor, lengths: Tensor, scale: float
+) -> Tensor:
+    return q.new_empty(q.shape)
+
+
+torch.library.register_fake("trimserve::write_kv", _fake_write_kv)
+torch.library.register_fake("trimserve::paged_attention", _fake_paged_attention)
