@@ -131,3 +131,20 @@ async def test_no_memory_for_an_image_is_no_fault_of_the_request() -> None:
         with pytest.raises(EngineBusy, match="out of memory while request r was prepared"):
             await collect(runner, request(_album(1)))
         assert text(await collect(runner, request("hi")))
+
+
+async def test_a_bounded_number_of_requests_holds_decoded_images_while_the_engine_is_busy() -> None:
+    gate = Gate()
+    model = FakeModel(before_decode=gate)
+    async with running(model, max_batch=1, num_preprocess_workers=1) as runner:
+        gate.close()
+        tasks = [asyncio.create_task(collect(runner, request("runs")))]
+        await until(lambda: runner.status().num_running == 1)
+        model.images.clear()
+        tasks += [asyncio.create_task(collect(runner, request(_album(1)))) for _ in range(6)]
+        await until(lambda: len(model.images) == 3)
+        await asyncio.sleep(0.05)
+        assert len(model.images) == 3  # the worker's, and two ahead of the engine
+        gate.open()
+        await asyncio.gather(*tasks)
+        assert len(model.images) == 6

@@ -19,7 +19,7 @@ from trimserve.engine.request import (
     TokenDelta,
     TokenLogprob,
 )
-from trimserve.engine.runner import EngineStatus
+from trimserve.engine.status import EngineStatus
 from trimserve.errors import DeadlinePassed, EngineStopped
 from trimserve.models.info import GenerationDefaults, ModelInfo
 from trimserve.models.trimming import ImageSelection

@@ -15,7 +15,7 @@ from tests.server.conftest import Loopback
 from tests.server.fakes import CHUNKS, CONFIG, DELTAS, FINISHED, STARTED, FakeRunner, Pause, Script, chat_request
 from trimserve.config import Config, ServerConfig
 from trimserve.engine.request import Started, TokenDelta
-from trimserve.engine.runner import EngineStatus
+from trimserve.engine.status import EngineStatus
 from trimserve.errors import DeadlinePassed, EngineBusy, EngineStopped, RequestFailed
 from trimserve.server import app
 from trimserve.server.app import Server, running_server

@@ -7,7 +7,7 @@ one layer. One request is prefilled at a time. It knows nothing of threads, even
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -114,7 +114,12 @@ class Engine:
         return self._model.info
 
     def preparation(
-        self, request: GenerationRequest, sink: Sink, submitted_at: float, deadline: float | None = None
+        self,
+        request: GenerationRequest,
+        sink: Sink,
+        submitted_at: float,
+        deadline: float | None = None,
+        images_taken: Callable[[], None] | None = None,
     ) -> Preparation:
         """What makes a sequence of a request, step by step; any thread may take the steps.
 
@@ -123,8 +128,14 @@ class Engine:
             sink: will take the chunks, in `step`.
             submitted_at: `time.monotonic()` when the request came.
             deadline: `time.monotonic()` after which nobody wants the answer; None: never.
+            images_taken: called in `step` when the engine begins to work on the request's images.
         """
-        return Preparation(self._model, request, sink, submitted_at, deadline, self._check_that_it_fits)
+        model = self._model
+
+        def make(token_ids: tuple[int, ...]) -> Sequence:
+            return Sequence(request, token_ids, model.info, model.tokenizer, sink, submitted_at, deadline, images_taken)
+
+        return Preparation(model, request.prompt, make, self._check_that_it_fits)
 
     def prepare(
         self, request: GenerationRequest, sink: Sink, submitted_at: float, deadline: float | None = None

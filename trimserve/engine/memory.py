@@ -56,7 +56,8 @@ def prefill_scratch_bytes(info: ModelInfo) -> int:
     Features and the first cross-attention layer's keys and values, before selection and gathered.
     """
     num_features = info.max_images * info.max_tiles * info.features_per_tile
-    return 2 * num_features * (info.hidden_size * getattr(torch, info.dtype).itemsize + info.kv_bytes_per_position)
+    dtype: torch.dtype = getattr(torch, info.dtype)
+    return 2 * num_features * (info.hidden_size * dtype.itemsize + info.kv_bytes_per_position)
 
 
 def default_kv_cache_bytes(info: ModelInfo, max_batch: int, available: int) -> int:

@@ -9,9 +9,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from trimserve.engine.model import Model
-from trimserve.engine.request import GenerationRequest
-from trimserve.engine.sequence import Sequence, Sink
+from trimserve.engine.sequence import Sequence
 from trimserve.models.prepared import NamedImage, PreparedPrompt
+from trimserve.models.prompt import Prompt
 
 if TYPE_CHECKING:  # loads transformers, which the engine does without
     from trimserve.models.images import PreparedImage
@@ -25,27 +25,20 @@ class Preparation:
     def __init__(
         self,
         model: Model,
-        request: GenerationRequest,
-        sink: Sink,
-        submitted_at: float,
-        deadline: float | None,
+        prompt: Prompt,
+        make: Callable[[tuple[int, ...]], Sequence],
         check: Callable[[Sequence], None],
     ) -> None:
         """Do nothing yet.
 
         Args:
             model: tokenises and decodes.
-            request: what was asked.
-            sink: of the sequence.
-            submitted_at: of the sequence.
-            deadline: of the sequence.
+            prompt: what was asked.
+            make: makes the sequence of its token ids; may raise InvalidRequest.
             check: refuses a prepared sequence that can never run, by raising InvalidRequest.
         """
         self._model = model
-        self._request: GenerationRequest | None = request
-        self._sink = sink
-        self._submitted_at = submitted_at
-        self._deadline = deadline
+        self._todo: tuple[Prompt, Callable[[tuple[int, ...]], Sequence]] | None = prompt, make
         self._check = check
         self._sequence: Sequence | None = None
         self._files: deque[NamedImage] = deque()
@@ -74,11 +67,9 @@ class Preparation:
         return self._sequence
 
     def _tokenize(self) -> Sequence:
-        request, self._request = self._request, None
-        assert request is not None, "a preparation that failed is not advanced again"
-        tokenized = self._model.tokenize(request.prompt)
+        todo, self._todo = self._todo, None  # both hold the image files
+        assert todo is not None, "a preparation that failed is not advanced again"
+        prompt, make = todo
+        tokenized = self._model.tokenize(prompt)
         self._files.extend(tokenized.images)
-        model = self._model
-        return Sequence(
-            request, tokenized.token_ids, model.info, model.tokenizer, self._sink, self._submitted_at, self._deadline
-        )
+        return make(tokenized.token_ids)

@@ -19,11 +19,13 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from trimserve.engine.engine import Engine
+from trimserve.engine.lookahead import Lookahead, Ticket
 from trimserve.engine.memory import is_out_of_memory
 from trimserve.engine.model import Model
 from trimserve.engine.preparation import Preparation
 from trimserve.engine.request import Finished, GenerationChunk, GenerationRequest
 from trimserve.engine.sequence import Sequence, SequenceState
+from trimserve.engine.status import EngineStatus
 from trimserve.engine.warm_up import warm_up
 from trimserve.engine.workers import Workers, in_daemon_thread
 from trimserve.errors import (
@@ -37,43 +39,13 @@ from trimserve.errors import (
 )
 from trimserve.models.info import ModelInfo
 
-__all__ = ["EngineStatus", "Runner"]
+__all__ = ["Runner"]
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class EngineStatus:
-    """What the engine is doing at this moment."""
-
-    is_ready: bool
-    """Whether requests are taken: false before warm-up is done, while draining and after a crash."""
-    num_running: int
-    """Requests with a place in the batch."""
-    num_waiting: int
-    """Requests being prepared or in the queue."""
-    max_batch: int
-    """Most requests that decode together."""
-    max_queue: int
-    """Most requests in the queue."""
-    kv_capacity_bytes: int
-    """All pages of the pool that self- and cross-attention KV share."""
-    self_kv_bytes: int
-    """Self-attention KV held now, whole pages."""
-    cross_kv_bytes: int
-    """Cross-attention KV held now, whole pages."""
-    cross_kv_untrimmed_bytes: int
-    """What the requests that hold `cross_kv_bytes` would hold untrimmed."""
-    image_cache_capacity_bytes: int
-    """Most bytes of visual features that are kept for another question."""
-    image_cache_bytes: int
-    """Bytes of visual features kept now."""
-    image_cache_hits: int
-    """Images found in the cache since the start."""
-    image_cache_misses: int
-    """Images that had to be encoded since the start."""
-    uptime_seconds: float
-    """Since the engine became ready; 0 before."""
+_PREPARED_AHEAD = 2
+"""Requests whose decoded images wait for the engine while the workers decode those of others."""
 
 
 @dataclass(eq=False, slots=True)
@@ -91,6 +63,8 @@ class _Stream:
     """Changed by the event loop only, under the runner's lock."""
     preparation: Preparation | None = None
     """None once the engine has the sequence."""
+    ticket: Ticket | None = None
+    """Of a request with images, until the engine has taken them."""
     sequence: Sequence | None = None
     """None while the prompt is being prepared."""
 
@@ -141,6 +115,7 @@ class Runner:
         self._max_queue = max_queue
         self._text_workers = Workers(num_preprocess_workers, "trimserve-text")
         self._image_workers = Workers(num_preprocess_workers, "trimserve-image")
+        self._lookahead = Lookahead(num_preprocess_workers + _PREPARED_AHEAD)
         self._engine: Engine | None = None
         self._thread: threading.Thread | None = None
         self._refusal: str | None = "the engine has not started"
@@ -287,8 +262,9 @@ class Runner:
         if num_live >= self._max_batch + self._max_queue:
             raise EngineBusy(f"{num_live} requests run or wait: the queue of {self._max_queue} (max_queue) is full")
         stream = _Stream(request.request_id, request.priority, time.monotonic())
-        sink = partial(self._send, stream)
-        stream.preparation = self._loaded.preparation(request, sink, stream.submitted_at, deadline)
+        stream.preparation = self._loaded.preparation(
+            request, partial(self._send, stream), stream.submitted_at, deadline, partial(self._images_taken, stream)
+        )
         self._streams.add(stream)
         self._is_idle.clear()
         return stream
@@ -303,6 +279,7 @@ class Runner:
         with self._wake:
             stream.is_open, stream.preparation = False, None
             sequence, stream.sequence = stream.sequence, None
+        self._images_taken(stream)
         if sequence is not None and sequence.state is not SequenceState.ENDED:
             self._command(partial(self._loaded.cancel, sequence))
         self._streams.discard(stream)
@@ -355,7 +332,12 @@ class Runner:
             if not stream.is_open:
                 return
             if sequence is None:
-                self._image_workers.submit(stream.urgency, partial(self._prepare, stream))
+                begin = partial(self._image_workers.submit, stream.urgency, partial(self._prepare, stream))
+                if stream.ticket is None:
+                    stream.ticket = Ticket(stream.urgency, begin)
+                    self._lookahead.enter(stream.ticket)
+                else:
+                    begin()
             else:
                 stream.preparation, stream.sequence = None, sequence
                 self._command(partial(self._loaded.add, sequence))
@@ -389,6 +371,11 @@ class Runner:
         self._is_leaving = True
 
     # ---- any thread ----
+
+    def _images_taken(self, stream: _Stream) -> None:
+        """A request's images are with the engine, or nobody wants them any more."""
+        if stream.ticket is not None:
+            self._lookahead.leave(stream.ticket)
 
     def _command(self, command: Callable[[], None]) -> None:
         with self._wake:

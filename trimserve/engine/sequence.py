@@ -57,6 +57,7 @@ class Sequence:
         sink: Sink,
         submitted_at: float,
         deadline: float | None = None,
+        images_taken: Callable[[], None] | None = None,
     ) -> None:
         """Check that prompt and answer fit into the context.
 
@@ -68,6 +69,7 @@ class Sequence:
             sink: takes the chunks, on the engine thread.
             submitted_at: `time.monotonic()` when the request came.
             deadline: `time.monotonic()` after which nobody wants the answer; None: never.
+            images_taken: called by `take_prompt`.
         Raises:
             InvalidRequest: the prompt leaves no room for `max_new_tokens`, or for one token; or fewer than
                 `min_new_tokens` can come.
@@ -80,6 +82,7 @@ class Sequence:
         self.sink = sink
         self.submitted_at = submitted_at
         self.deadline = deadline
+        self._images_taken = images_taken
         self.state = SequenceState.WAITING
         self.max_new_tokens = _max_new_tokens(params, len(token_ids), info)
         self.sampling = SamplingState(params, token_ids, frozenset((*ends, *params.stop_token_ids)))
@@ -151,6 +154,8 @@ class Sequence:
         """Hand the prompt over for prefill, once: nobody needs its pixels while tokens are generated."""
         assert self._prompt is not None, "a sequence is prefilled once"
         prompt, self._prompt = self._prompt, None
+        if self._images_taken is not None:
+            self._images_taken()
         return prompt
 
     def hold(self, pool: KVPool) -> None:

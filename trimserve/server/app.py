@@ -21,7 +21,7 @@ from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from trimserve.config import Config
-from trimserve.engine.runner import EngineStatus
+from trimserve.engine.status import EngineStatus
 from trimserve.errors import CannotListen, EngineStopped
 from trimserve.server.health import Health
 from trimserve.server.interceptors import RpcInterceptor

@@ -17,7 +17,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Proc
 from prometheus_client.core import Metric
 
 from trimserve import __version__
-from trimserve.engine.runner import EngineStatus
+from trimserve.engine.status import EngineStatus
 from trimserve.models.info import ModelInfo
 from trimserve.v1 import generation_pb2, model_pb2
 

@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 from prometheus_client import MetricsHandler
 
-from trimserve.engine.runner import EngineStatus
+from trimserve.engine.status import EngineStatus
 from trimserve.errors import EngineStopped
 from trimserve.server.metrics import Metrics
 

@@ -16,7 +16,7 @@ from trimserve.engine.request import (
     TokenDelta,
     TokenLogprob,
 )
-from trimserve.engine.runner import EngineStatus
+from trimserve.engine.status import EngineStatus
 from trimserve.models.info import ModelInfo
 from trimserve.v1 import generation_pb2, model_pb2
 

@@ -4,7 +4,7 @@ from collections.abc import AsyncGenerator
 from typing import Protocol
 
 from trimserve.engine.request import GenerationChunk, GenerationRequest
-from trimserve.engine.runner import EngineStatus
+from trimserve.engine.status import EngineStatus
 from trimserve.models.info import ModelInfo
 
 __all__ = ["Runner"]
