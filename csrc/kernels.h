@@ -86,6 +86,7 @@ struct PagedAttentionArgs {
   const void* pages;  // of one layer: its slot in the first page
   const std::int32_t* tables;
   const std::int32_t* lengths;
+  const float* bias;  // null: none
   void* attended;
   DType dtype;
   std::int64_t num_sequences;  // B
@@ -95,6 +96,7 @@ struct PagedAttentionArgs {
   std::int64_t q_stride;
   std::int64_t table_stride;
   std::int64_t page_stride;
+  std::int64_t bias_stride;
   float scale;
 };
 

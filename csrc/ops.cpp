@@ -12,6 +12,7 @@
 #include <cstdlib>
 #include <limits>
 #include <memory>
+#include <optional>
 #include <new>
 #include <tuple>
 #include <vector>
@@ -297,7 +298,7 @@ void write_kv(const Tensor& pages, std::int64_t layer, const Tensor& keys, const
 }
 
 void check_paged_attention(const Tensor& q, const Tensor& pages, std::int64_t layer, const Tensor& tables,
-                           const Tensor& lengths, double scale) {
+                           const Tensor& lengths, double scale, const std::optional<Tensor>& bias) {
   constexpr const char* kOp = "paged_attention";
   check_pages(kOp, pages, layer);
   check(q.scalar_type() == pages.scalar_type() && q.dim() == 3 && q.size(2) == pages.size(5), kOp,
@@ -313,6 +314,10 @@ void check_paged_attention(const Tensor& q, const Tensor& pages, std::int64_t la
   check(lengths.size(0) == q.size(0), kOp, ": lengths must have B=", q.size(0), " entries like q, got ",
         lengths.size(0));
   check(std::isfinite(scale), kOp, ": scale must be finite, got ", scale);
+  if (!bias) return;
+  check_tensor(kOp, "bias", *bias, ScalarType::Float, "[B, max_pages * 16]", bias->dim() == 2);
+  check(bias->size(0) == q.size(0) && bias->size(1) == tables.size(1) * kPagePositions, kOp, ": bias must be [B=",
+        q.size(0), ", max_pages * 16=", tables.size(1) * kPagePositions, "], got ", describe(*bias));
 }
 
 // Every length fits its row of the tables, and every page that a length needs exists.
@@ -331,8 +336,9 @@ void check_page_tables(const PagedAttentionArgs& args, std::int64_t max_pages, s
 }
 
 Tensor paged_attention(const Tensor& q, const Tensor& pages, std::int64_t layer, const Tensor& tables,
-                       const Tensor& lengths, double scale) {
-  check_paged_attention(q, pages, layer, tables, lengths, scale);
+                       const Tensor& lengths, double scale, std::optional<Tensor> bias) {
+  check_paged_attention(q, pages, layer, tables, lengths, scale, bias);
+  if (bias) bias = with_contiguous_rows(*bias);
   const Tensor queries = with_contiguous_rows(q), page_ids = with_contiguous_rows(tables);
   const Tensor num_positions = torch::stable::contiguous(lengths);
   Tensor attended = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2)});
@@ -342,6 +348,7 @@ Tensor paged_attention(const Tensor& q, const Tensor& pages, std::int64_t layer,
       .pages = static_cast<const std::byte*>(pages.const_data_ptr()) + layer * pages.stride(1) * item_bytes,
       .tables = static_cast<const std::int32_t*>(page_ids.const_data_ptr()),
       .lengths = static_cast<const std::int32_t*>(num_positions.const_data_ptr()),
+      .bias = bias ? static_cast<const float*>(bias->const_data_ptr()) : nullptr,
       .attended = attended.mutable_data_ptr(),
       .dtype = kernel_dtype(q.scalar_type()),
       .num_sequences = q.size(0),
@@ -351,6 +358,7 @@ Tensor paged_attention(const Tensor& q, const Tensor& pages, std::int64_t layer,
       .q_stride = queries.stride(0),
       .table_stride = page_ids.stride(0),
       .page_stride = pages.size(1) * pages.stride(1),
+      .bias_stride = bias ? bias->stride(0) : 0,
       .scale = static_cast<float>(scale),
   };
   check_page_tables(args, tables.size(1), pages.size(0));
@@ -378,8 +386,8 @@ STABLE_TORCH_LIBRARY(trimserve, m) {
       "(Tensor features, Tensor keys, Tensor values)");
   m.def("write_kv(Tensor(a!) pages, int layer, Tensor keys, Tensor values, Tensor slots) -> ()");
   m.def(
-      "paged_attention(Tensor q, Tensor pages, int layer, Tensor tables, Tensor lengths, float scale) -> "
-      "Tensor");
+      "paged_attention(Tensor q, Tensor pages, int layer, Tensor tables, Tensor lengths, float scale, "
+      "Tensor? bias=None) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(trimserve, CPU, m) {

@@ -2,6 +2,7 @@
 
 import os
 
+import pytest
 import torch
 from hypothesis import settings
 
@@ -13,3 +14,14 @@ torch.set_num_threads(1)
 settings.register_profile("local", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--mixes", type=int, default=20, help="random mixes of requests that are compared with each alone")
+
+
+@pytest.fixture
+def mixes(request: pytest.FixtureRequest) -> int:
+    """How many random mixes of requests to try."""
+    count: int = request.config.getoption("--mixes")
+    return count

@@ -1,6 +1,6 @@
 // paged_attention: one row of each sequence attends to the sequence's positions, whose keys and values lie in pages.
 //   q, attended [B, H, Dh]   pages [P, G, 2, Hkv, 16, Dh], one layer   tables [B, max_pages] int32   lengths [B] int32
-//   attended[b, h] = sum over positions p < lengths[b] of softmax(q[b, h] . k[p] * scale)[p] * v[p], k and v those of
+//   attended[b, h] = sum over positions p < lengths[b] of softmax(q[b, h] . k[p] * scale + bias[b, p])[p] * v[p], k and v of
 //     KV head h / (H / Hkv) in page tables[b, p / 16] at offset p % 16; 0 where lengths[b] is 0.
 //
 //   A sequence is cut into pieces of kPiecePositions; an item is one KV head of one piece. It goes through the
@@ -194,6 +194,12 @@ TRIMSERVE_INLINE void attend(const PagedAttentionArgs& args, const Item& item, c
     for (std::int64_t h = 0; h < group; ++h)
       multiply_keys<kWidth>(ws.queries + h * padded_dim, block, padded_dim,
                             ws.logits + h * kPiecePositions + p);
+  }
+  if (args.bias) {
+    const float* const bias = args.bias + item.sequence * args.bias_stride + item.begin;
+    for (std::int64_t h = 0; h < group; ++h) {
+      for (std::int64_t p = 0; p < count; ++p) ws.logits[h * kPiecePositions + p] += bias[p];
+    }
   }
   for (std::int64_t h = 0; h < group; ++h)
     exponentiate<kWidth>(ws.logits + h * kPiecePositions, count, ws.maxima[h], ws.totals[h]);

@@ -146,5 +146,4 @@ class BatchTables:
     def attend(self, layer: int, q: Tensor, scale: float) -> Tensor:
         """Queries [B, H, Dh] over what each sequence holds -> [B, H, Dh]."""
         group, slot = divmod(layer, self.pages.shape[1])
-        extra = () if self.bias is None else (self.bias,)
-        return ops.paged_attention(q, self.pages, slot, self.tables[group], self.lengths, scale, *extra)
+        return ops.paged_attention(q, self.pages, slot, self.tables[group], self.lengths, scale, self.bias)

@@ -38,7 +38,15 @@ def write_kv(pages: Tensor, layer: int, keys: Tensor, values: Tensor, slots: Ten
     torch.ops.trimserve.write_kv(pages, layer, keys, values, slots)
 
 
-def paged_attention(q: Tensor, pages: Tensor, layer: int, tables: Tensor, lengths: Tensor, scale: float) -> Tensor:
+def paged_attention(
+    q: Tensor,
+    pages: Tensor,
+    layer: int,
+    tables: Tensor,
+    lengths: Tensor,
+    scale: float,
+    bias: Tensor | None = None,
+) -> Tensor:
     """Attend with one row of each sequence to all of the sequence's positions.
 
     Sequence b attends to positions [0, lengths[b]); position p is in page tables[b, p // PAGE_POSITIONS] at offset
@@ -53,6 +61,7 @@ def paged_attention(q: Tensor, pages: Tensor, layer: int, tables: Tensor, length
         tables: int32 [B, max_pages], pages in [0, P).
         lengths: int32 [B], in [0, max_pages * PAGE_POSITIONS].
         scale: factor of the logits, finite.
+        bias: float32 [B, max_pages * PAGE_POSITIONS], added to the logits of every head; None: nothing is.
     Returns:
         [B, H, Dh] of q's dtype, accumulated in float32; zeros where the length is 0.
     Raises:
@@ -60,7 +69,7 @@ def paged_attention(q: Tensor, pages: Tensor, layer: int, tables: Tensor, length
             scale that is not finite.
     Definition: reference.paged_attention.
     """
-    result: Tensor = torch.ops.trimserve.paged_attention(q, pages, layer, tables, lengths, scale)
+    result: Tensor = torch.ops.trimserve.paged_attention(q, pages, layer, tables, lengths, scale, bias)
     return result
 
 
@@ -69,7 +78,13 @@ def _fake_write_kv(pages: Tensor, layer: int, keys: Tensor, values: Tensor, slot
 
 
 def _fake_paged_attention(
-    q: Tensor, pages: Tensor, layer: int, tables: Tensor, lengths: Tensor, scale: float
+    q: Tensor,
+    pages: Tensor,
+    layer: int,
+    tables: Tensor,
+    lengths: Tensor,
+    scale: float,
+    bias: Tensor | None = None,
 ) -> Tensor:
     return q.new_empty(q.shape)
 

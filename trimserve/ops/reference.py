@@ -56,7 +56,15 @@ def write_kv(pages: Tensor, layer: int, keys: Tensor, values: Tensor, slots: Ten
         pages[:, layer, half].transpose(1, 2)[page, offset] = rows  # [P, 16, Hkv, Dh] at [R], [R]
 
 
-def paged_attention(q: Tensor, pages: Tensor, layer: int, tables: Tensor, lengths: Tensor, scale: float) -> Tensor:
+def paged_attention(
+    q: Tensor,
+    pages: Tensor,
+    layer: int,
+    tables: Tensor,
+    lengths: Tensor,
+    scale: float,
+    bias: Tensor | None = None,
+) -> Tensor:
     """Define `trimserve.ops.paged_attention`; computes in float64."""
     group = q.shape[1] // pages.shape[3]
     attended = torch.zeros_like(q)
@@ -65,6 +73,7 @@ def paged_attention(q: Tensor, pages: Tensor, layer: int, tables: Tensor, length
             used = tables[b, : -(-length // pages.shape[4])].long()
             keys, values = pages[used, layer].double().permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, :length]
             keys, values = (part.repeat_interleave(group, dim=0) for part in (keys, values))  # [H, length, Dh]
-            weights = (torch.einsum("hd,hpd->hp", q[b].double(), keys) * scale).softmax(dim=-1)
+            logits = torch.einsum("hd,hpd->hp", q[b].double(), keys) * scale
+            weights = (logits if bias is None else logits + bias[b, :length]).softmax(dim=-1)
             attended[b] = torch.einsum("hp,hpd->hd", weights, values).to(q.dtype)
     return attended

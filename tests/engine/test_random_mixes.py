@@ -1,0 +1,140 @@
+"""Batch equals alone: whatever is mixed, whenever it comes, leaves or is cancelled, and however small the pool.
+
+`--mixes 200` tries more of them than the usual 20.
+"""
+
+import random
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+
+from tests.engine.test_real_model import GREEDY, ONE, OTHER, SAMPLED, THREE, model, noise
+from trimserve.engine.engine import Engine
+from trimserve.engine.memory import prefill_scratch_bytes
+from trimserve.engine.request import Finished, GenerationChunk, GenerationRequest, Started, TokenDelta
+from trimserve.engine.sequence import Sequence
+from trimserve.errors import InvalidRequest, TrimserveError
+from trimserve.models.mllama import Mllama
+from trimserve.models.prompt import RawPrompt
+from trimserve.models.trimming import TrimParams
+
+__all__ = ["model"]  # the fixture
+
+Output = list[GenerationChunk | TrimserveError]
+
+TOKEN_GAP = 1e-3
+"""Of the log-probabilities of the two likeliest tokens: below it rounding may decide between them."""
+
+PROMPTS = (
+    RawPrompt("just a few words"),
+    RawPrompt("and many more of them, " * 4),
+    ONE,
+    OTHER,
+    THREE,
+    RawPrompt("First<|image|>one, then<|image|>another", (noise(1, 1, 6), noise(2, 2, 1))),
+)
+TRIMS = (
+    TrimParams(enabled=False),
+    TrimParams(k_ratio=0.1),
+    TrimParams(k_ratio=0.3, max_kept_fraction=0.4),
+    TrimParams(k_ratio=0.05, merge_ratio=0.2),
+    TrimParams(policy="strided", k_ratio=0.1),
+)
+
+
+def draw_request(rng: random.Random, name: str) -> GenerationRequest:
+    is_greedy = rng.random() < 0.5
+    params = replace(
+        GREEDY if is_greedy else SAMPLED,
+        max_new_tokens=rng.randint(1, 24),
+        seed=rng.randint(0, 2),
+        num_top_logprobs=2,
+    )
+    trim = replace(rng.choice(TRIMS), return_selection=True)
+    return GenerationRequest(name, rng.choice(PROMPTS), params, trim, priority=rng.randint(0, 1))
+
+
+def deltas(output: Output) -> Iterator[TokenDelta]:
+    return (chunk for chunk in output if isinstance(chunk, TokenDelta))
+
+
+def assert_same(output: Output, expected: Output, wanted: GenerationRequest) -> int:
+    """Compare as far as tokens agree; they may part only where rounding decides.
+
+    Returns:
+        How often it did: 0 or 1.
+    """
+    if not output:
+        return 0
+    first, alone = output[0], expected[0]
+    assert isinstance(first, Started)
+    assert isinstance(alone, Started)
+    assert (first.images, first.selections) == (alone.images, alone.selections)
+    for one, other in zip(deltas(output), deltas(expected), strict=False):
+        if one.token_ids != other.token_ids:
+            (_, best), (_, second) = other.logprobs[0].top
+            assert wanted.sampling.temperature > 0 or best - second < TOKEN_GAP
+            assert abs(one.logprobs[0].top[0][1] - best) < 1e-4
+            return 1
+        assert one.logprobs[0].logprob == pytest.approx(other.logprobs[0].logprob, abs=1e-4)
+        assert one.text == other.text
+    return 0
+
+
+class Mix:
+    """A few requests that come and go in one engine, and each of them alone."""
+
+    def __init__(self, model: Mllama, seed: int) -> None:
+        self._rng = random.Random(f"mix/{seed}")
+        self._model = model
+        bytes_of_pages = self._rng.choice([2**18, 2**20, 2**24])
+        self.engine = Engine(
+            model,
+            max_batch=self._rng.randint(1, 6),
+            kv_cache_bytes=prefill_scratch_bytes(model.info) + bytes_of_pages,
+            image_cache_bytes=self._rng.choice([0, 2**16, 2**24]),
+            prefill_slice_seconds=self._rng.choice([0.0, 0.005, 0.1]),
+        )
+
+    def run(self) -> int:
+        """Check all; how often rounding decided."""
+        rng, engine = self._rng, self.engine
+        arrivals = [(rng.randint(0, 40), draw_request(rng, f"r{n}")) for n in range(rng.randint(2, 8))]
+        live: list[tuple[GenerationRequest, Sequence, Output, int | None]] = []
+        step = 0
+        while engine.has_work or step <= 40:
+            for arrives, wanted in arrivals:
+                if arrives == step:
+                    output: Output = []
+                    try:
+                        sequence = engine.prepare(wanted, output.append, time.monotonic())
+                    except InvalidRequest:
+                        assert engine.pool.num_pages < 100  # the smallest pool cannot hold every prompt
+                        continue
+                    engine.add(sequence)
+                    cancelled = step + rng.randint(0, 30) if rng.random() < 0.3 else None
+                    live.append((wanted, sequence, output, cancelled))
+            for _, sequence, _, cancelled in live:
+                if cancelled == step:
+                    engine.cancel(sequence)
+            engine.step()
+            step += 1
+        assert engine.pool.num_free_pages == engine.pool.num_pages
+        for wanted, _, output, cancelled in live:
+            assert cancelled is not None or isinstance(output[-1], Finished)
+        return sum(assert_same(output, self._alone(wanted), wanted) for wanted, _, output, _ in live)
+
+    def _alone(self, wanted: GenerationRequest) -> Output:
+        output: Output = []
+        engine = Engine(self._model, max_batch=1)
+        engine.add(engine.prepare(wanted, output.append, time.monotonic()))
+        while engine.has_work:
+            engine.step()
+        return output
+
+
+def test_a_mix_gives_each_request_what_it_gets_alone(model: Mllama, mixes: int) -> None:
+    by_rounding = sum(Mix(model, seed).run() for seed in range(mixes))
+    assert by_rounding <= mixes // 20
