@@ -9,7 +9,7 @@ from tests.engine.fake_model import FakeModel
 from trimserve.engine.request import GenerationChunk, GenerationRequest, TokenDelta
 from trimserve.engine.runner import Runner
 
-__all__ = ["Gate", "collect", "running", "text", "until"]
+__all__ = ["Gate", "collect", "running", "text", "tokens", "until"]
 
 
 class Gate:
@@ -61,3 +61,7 @@ async def until(condition: Callable[[], bool]) -> None:
 
 def text(chunks: list[GenerationChunk]) -> str:
     return "".join(chunk.text for chunk in chunks if isinstance(chunk, TokenDelta))
+
+
+def tokens(chunks: list[GenerationChunk]) -> list[int]:
+    return [token_id for chunk in chunks if isinstance(chunk, TokenDelta) for token_id in chunk.token_ids]

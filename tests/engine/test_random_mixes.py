@@ -122,7 +122,7 @@ class Mix:
             engine.step()
             step += 1
         assert engine.pool.num_free_pages == engine.pool.num_pages
-        for wanted, _, output, cancelled in live:
+        for _, _, output, cancelled in live:
             assert cancelled is not None or isinstance(output[-1], Finished)
         return sum(assert_same(output, self._alone(wanted), wanted) for wanted, _, output, _ in live)
 

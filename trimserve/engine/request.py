@@ -75,7 +75,14 @@ class ImageUsage:
     valid_features: int
     """Features of real tiles: what an untrimmed request holds."""
     kept_features: int
-    """Features left after trimming; equal to `valid_features` when trimming is off."""
+    """Features chosen to stay as they are; equal to `valid_features` when trimming is off."""
+    merged_features: int = 0
+    """Rows that the other features were merged into; 0 when they were dropped."""
+
+    @property
+    def held_rows(self) -> int:
+        """Rows that stand for the image in every cross-attention layer; over `valid_features`, the kept fraction."""
+        return self.kept_features + self.merged_features
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +120,10 @@ class TokenDelta:
     logprobs: tuple[TokenLogprob, ...] = ()
     """One per token when the request asked for logprobs."""
 
+    def followed_by(self, other: "TokenDelta") -> "TokenDelta":
+        """Both as one."""
+        return TokenDelta(self.text + other.text, self.token_ids + other.token_ids, self.logprobs + other.logprobs)
+
 
 class FinishReason(Enum):
     """Why generation ended. Cancellation and deadlines end a request by an exception instead."""
@@ -137,7 +148,7 @@ class CrossKvBytes:
     saved_by_padding: int
     """Lossless: padding tiles, which transformers projects and caches."""
     saved_by_trimming: int
-    """Lossy: features that no head picked."""
+    """Lossy: features that were dropped or merged."""
     saved_by_visibility: int
     """Lossless: images that the last prompt row, and so every generated token, does not see."""
 

@@ -15,17 +15,16 @@ import threading
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing, suppress
-from dataclasses import dataclass, field
 from functools import partial
 
 from trimserve.engine.engine import Engine
 from trimserve.engine.lookahead import Lookahead, Ticket
 from trimserve.engine.memory import is_out_of_memory
 from trimserve.engine.model import Model
-from trimserve.engine.preparation import Preparation
 from trimserve.engine.request import Finished, GenerationChunk, GenerationRequest
 from trimserve.engine.sequence import Sequence, SequenceState
 from trimserve.engine.status import EngineStatus
+from trimserve.engine.stream import Stream
 from trimserve.engine.warm_up import warm_up
 from trimserve.engine.workers import Workers, in_daemon_thread
 from trimserve.errors import (
@@ -46,36 +45,6 @@ log = logging.getLogger(__name__)
 
 _PREPARED_AHEAD = 2
 """Requests whose decoded images wait for the engine while the workers decode those of others."""
-
-
-@dataclass(eq=False, slots=True)
-class _Stream:
-    """One submitted request, from its first moment to its last chunk.
-
-    Whatever has a job for it holds the stream alone; a stream that is closed lets go of everything else.
-    """
-
-    request_id: str
-    priority: int
-    submitted_at: float
-    chunks: asyncio.Queue[GenerationChunk | TrimserveError] = field(default_factory=asyncio.Queue)
-    is_open: bool = True
-    """Changed by the event loop only, under the runner's lock."""
-    preparation: Preparation | None = None
-    """None once the engine has the sequence."""
-    ticket: Ticket | None = None
-    """Of a request with images, until the engine has taken them."""
-    sequence: Sequence | None = None
-    """None while the prompt is being prepared."""
-
-    @property
-    def state(self) -> SequenceState:
-        return SequenceState.WAITING if self.sequence is None else self.sequence.state
-
-    @property
-    def urgency(self) -> tuple[float, ...]:
-        """Sorts the most urgent first, as the engine's queue does."""
-        return (-self.priority, self.submitted_at)
 
 
 class Runner:
@@ -121,12 +90,14 @@ class Runner:
         self._refusal: str | None = "the engine has not started"
         """Why no request is taken now; None when they are."""
         self._ready_at: float | None = None
-        self._streams: set[_Stream] = set()
+        self._streams: set[Stream] = set()
         self._is_idle = asyncio.Event()
         self._is_idle.set()
         # Its lock guards what several threads change: the commands, and what a stream has until it is closed.
         self._wake = threading.Condition()
         self._commands: list[Callable[[], None]] = []
+        self._outbox_lock = threading.Lock()
+        self._outbox: list[tuple[Stream, GenerationChunk | TrimserveError]] = []
         self._is_leaving = False
         self._loop: asyncio.AbstractEventLoop
 
@@ -246,22 +217,22 @@ class Runner:
                 timer = self._loop.call_later(remaining, self._expire, stream)
             self._text_workers.submit(stream.urgency, partial(self._prepare, stream))
             while True:
-                chunk = await stream.chunks.get()
-                if isinstance(chunk, TrimserveError):
-                    raise chunk
-                yield chunk
-                if isinstance(chunk, Finished):
-                    return
+                for chunk in await stream.take():
+                    if isinstance(chunk, TrimserveError):
+                        raise chunk
+                    yield chunk
+                    if isinstance(chunk, Finished):
+                        return
         finally:
             if timer is not None:
                 timer.cancel()
             self._close(stream)
 
-    def _open(self, request: GenerationRequest, deadline: float | None) -> _Stream:
+    def _open(self, request: GenerationRequest, deadline: float | None) -> Stream:
         num_live = sum(stream.state is not SequenceState.ENDED for stream in self._streams)
         if num_live >= self._max_batch + self._max_queue:
             raise EngineBusy(f"{num_live} requests run or wait: the queue of {self._max_queue} (max_queue) is full")
-        stream = _Stream(request.request_id, request.priority, time.monotonic())
+        stream = Stream(request.request_id, request.priority, time.monotonic())
         stream.preparation = self._loaded.preparation(
             request, partial(self._send, stream), stream.submitted_at, deadline, partial(self._images_taken, stream)
         )
@@ -269,13 +240,19 @@ class Runner:
         self._is_idle.clear()
         return stream
 
-    def _deliver(self, stream: _Stream, item: GenerationChunk | TrimserveError) -> None:
+    def _deliver(self, stream: Stream, item: GenerationChunk | TrimserveError) -> None:
         if stream.is_open:
             stream.chunks.put_nowait(item)
             if isinstance(item, Finished | TrimserveError):
                 self._close(stream)
 
-    def _close(self, stream: _Stream) -> None:
+    def _deliver_all(self) -> None:
+        with self._outbox_lock:
+            outbox, self._outbox = self._outbox, []
+        for stream, item in outbox:
+            self._deliver(stream, item)
+
+    def _close(self, stream: Stream) -> None:
         with self._wake:
             stream.is_open, stream.preparation = False, None
             sequence, stream.sequence = stream.sequence, None
@@ -286,7 +263,7 @@ class Runner:
         if not self._streams:
             self._is_idle.set()
 
-    def _expire(self, stream: _Stream) -> None:
+    def _expire(self, stream: Stream) -> None:
         doing = "being prepared" if stream.sequence is None else stream.state.value
         self._deliver(stream, DeadlinePassed(f"the deadline passed while the request was {doing}"))
 
@@ -309,7 +286,7 @@ class Runner:
 
     # ---- worker threads ----
 
-    def _prepare(self, stream: _Stream) -> None:
+    def _prepare(self, stream: Stream) -> None:
         """One step of a request's preparation."""
         preparation = stream.preparation
         if preparation is None:
@@ -327,7 +304,7 @@ class Runner:
         else:
             self._go_on(stream, sequence)
 
-    def _go_on(self, stream: _Stream, sequence: Sequence | None) -> None:
+    def _go_on(self, stream: Stream, sequence: Sequence | None) -> None:
         with self._wake:
             if not stream.is_open:
                 return
@@ -372,7 +349,7 @@ class Runner:
 
     # ---- any thread ----
 
-    def _images_taken(self, stream: _Stream) -> None:
+    def _images_taken(self, stream: Stream) -> None:
         """A request's images are with the engine, or nobody wants them any more."""
         if stream.ticket is not None:
             self._lookahead.leave(stream.ticket)
@@ -382,8 +359,12 @@ class Runner:
             self._commands.append(command)
             self._wake.notify()
 
-    def _send(self, stream: _Stream, item: GenerationChunk | TrimserveError) -> None:
-        self._on_loop(partial(self._deliver, stream, item))
+    def _send(self, stream: Stream, item: GenerationChunk | TrimserveError) -> None:
+        with self._outbox_lock:
+            self._outbox.append((stream, item))
+            is_first = len(self._outbox) == 1
+        if is_first:  # what follows before the loop gets to it goes with it
+            self._on_loop(self._deliver_all)
 
     def _on_loop(self, callback: Callable[[], None]) -> None:
         """Call on the event loop."""

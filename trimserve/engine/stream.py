@@ -1,0 +1,54 @@
+"""One submitted request between the event loop, the workers and the engine thread."""
+
+import asyncio
+from dataclasses import dataclass, field
+
+from trimserve.engine.lookahead import Ticket
+from trimserve.engine.preparation import Preparation
+from trimserve.engine.request import GenerationChunk, TokenDelta
+from trimserve.engine.sequence import Sequence, SequenceState
+from trimserve.errors import TrimserveError
+
+__all__ = ["Stream"]
+
+
+@dataclass(eq=False, slots=True)
+class Stream:
+    """One submitted request, from its first moment to its last chunk.
+
+    Whatever has a job for it holds the stream alone; a stream that is closed lets go of everything else.
+    """
+
+    request_id: str
+    priority: int
+    submitted_at: float
+    chunks: asyncio.Queue[GenerationChunk | TrimserveError] = field(default_factory=asyncio.Queue)
+    is_open: bool = True
+    """Changed by the event loop only, under the runner's lock."""
+    preparation: Preparation | None = None
+    """None once the engine has the sequence."""
+    ticket: Ticket | None = None
+    """Of a request with images, until the engine has taken them."""
+    sequence: Sequence | None = None
+    """None while the prompt is being prepared."""
+
+    async def take(self) -> list[GenerationChunk | TrimserveError]:
+        """Wait for what comes next; tokens that came while nobody listened are one delta."""
+        taken = [await self.chunks.get()]
+        while not self.chunks.empty():
+            before, chunk = taken[-1], self.chunks.get_nowait()
+            if isinstance(before, TokenDelta) and isinstance(chunk, TokenDelta):
+                taken[-1] = before.followed_by(chunk)
+            else:
+                taken.append(chunk)
+        return taken
+
+    @property
+    def state(self) -> SequenceState:
+        """Where the request is; one that is being prepared waits."""
+        return SequenceState.WAITING if self.sequence is None else self.sequence.state
+
+    @property
+    def urgency(self) -> tuple[float, ...]:
+        """Sorts the most urgent first, as the engine's queue does."""
+        return (-self.priority, self.submitted_at)
