@@ -103,7 +103,8 @@ def _account(answers: dict[str, tuple[pb.Usage, pb.CrossKvBytes]]) -> Table:
         table.add_column(column, justify="right")
     for name, (usage, account) in answers.items():
         [image] = usage.images
-        fraction = f"{image.kept_features}/{image.valid_features} = {image.kept_features / image.valid_features:.2f}"
+        rows = image.kept_features + image.merged_features
+        fraction = f"{rows}/{image.valid_features} = {rows / image.valid_features:.2f}"
         sizes = (account.untrimmed, account.held, account.saved_by_trimming, account.saved_by_padding)
         table.add_row(name, fraction, *(f"{size:,}" for size in sizes))
     return table

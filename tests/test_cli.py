@@ -138,8 +138,9 @@ def test_serve_has_an_option_and_a_variable_for_every_knob() -> None:
 @pytest.mark.parametrize("command", ["generate", "explain", "info"])
 def test_commands_that_load_a_model_take_its_knobs(command: str) -> None:
     assert options(command).keys() >= {"model", "revision", "dtype", "max_model_len", "intermediate_features"}
-    own = options(command).get("k_ratio")
-    assert own == ("TRIMSERVE__MODEL__K_RATIO" if command == "info" else None)
+    for knob in ("k_ratio", "merge_ratio"):  # options of the request in the commands that make one
+        own = options(command)[knob]
+        assert own == (f"TRIMSERVE__MODEL__{knob.upper()}" if command == "info" else None)
 
 
 @pytest.fixture
@@ -202,6 +203,7 @@ def test_a_negative_number_is_refused_by_its_option(option: str) -> None:
         (["generate", "--prompt", "x", "--image", "no/such/file.png"], "no/such/file.png"),
         (["generate", "--prompt", "x", "--model", "no/such/model"], "no/such/model"),
         (["generate", "--prompt", "x", "--k-ratio", "2"], "trim.k_ratio: must be in (0, 1], got 2.0"),
+        (["generate", "--prompt", "x", "--merge-ratio", "-1"], "trim.merge_ratio: must be in [0, 1], got -1.0"),
         (["generate", "--prompt", "x", "--model", "[/red]" + "no" * 100], "[/red]" + "no" * 100),
         (["generate", "--prompt", "x", "--address", "127.0.0.1:1"], "cannot reach 127.0.0.1:1 (HOST:PORT expected): "),
         (["explain", "--image", "pyproject.toml", "--prompt", "x"], "pyproject.toml: must be an image file"),

@@ -15,6 +15,8 @@ BAD = [
     (ModelConfig, "k_ratio", 0.0),
     (ModelConfig, "k_ratio", 1.01),
     (ModelConfig, "k_ratio", float("nan")),
+    (ModelConfig, "merge_ratio", -0.1),
+    (ModelConfig, "merge_ratio", 1.01),
     (EngineConfig, "max_batch", 0),
     (EngineConfig, "max_queue", 0),
     (EngineConfig, "default_max_new_tokens", 0),

@@ -123,7 +123,8 @@ def test_the_embedded_model_answers_and_accounts_for_every_byte(client: Client) 
     padded = -(-all_features // 16) * 16 * model.cross_kv_bytes_per_feature
     saved = account.saved_by_padding + account.saved_by_trimming + account.saved_by_visibility
     assert account.held + saved == padded
-    assert account.held == -(-image.kept_features // 16) * 16 * model.cross_kv_bytes_per_feature
+    held = image.kept_features + image.merged_features
+    assert account.held == -(-held // 16) * 16 * model.cross_kv_bytes_per_feature
 
     events = list(client.stream(request))
     assert events[0].started.request_id
@@ -211,6 +212,7 @@ BAD = {
     "k_ratio 0": (with_trim(k_ratio=0.0), "trim.k_ratio", "(0, 1], got 0.0"),
     "k_ratio 1.5": (with_trim(k_ratio=1.5), "trim.k_ratio", "(0, 1], got 1.5"),
     "k_ratio NaN": (with_trim(k_ratio=float("nan")), "trim.k_ratio", "got nan"),
+    "merge_ratio 1.5": (with_trim(merge_ratio=1.5), "trim.merge_ratio", "[0, 1], got 1.5"),
     "unknown policy": (with_trim(policy="best"), "trim.policy", "trimmed"),
     "max_new_tokens 0": (with_sampling(max_new_tokens=0), "sampling.max_new_tokens", "got 0"),
     "past the context": (with_sampling(max_new_tokens=1_000_000), "sampling.max_new_tokens", "got 1000000"),

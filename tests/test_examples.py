@@ -52,7 +52,7 @@ def test_readmes_commands_generate_stubs_and_stream_an_answer(folder: Path, addr
     assert done.returncode == 0, done.stderr
     answer, account = done.stdout.splitlines()
     assert answer
-    assert re.fullmatch(r"kept \d+ of \d+ visual features", account)
+    assert re.fullmatch(r"kept \d+ of \d+ visual features, \d+ merged rows", account)
 
 
 def test_a_refused_request_prints_status_and_field(folder: Path, address: str) -> None:

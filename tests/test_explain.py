@@ -32,6 +32,7 @@ def draw(
     grid: tuple[int, int] = (1, 1),
     question: str = "What?",
     answer: str = "This.",
+    num_merged: int = 0,
 ) -> Image.Image:
     num_features = grid[0] * grid[1] * PER_TILE
     selection = ImageSelection(
@@ -44,7 +45,7 @@ def draw(
         picks_by_head=tuple(bitmap(picks, num_features) for picks in heads),
     )
     white = Image.new("RGB", (selection.content_width, selection.content_height), "white")
-    return draw_explanation(white, selection, tile_size=TILE, question=question, answer=answer)
+    return draw_explanation(white, selection, num_merged=num_merged, tile_size=TILE, question=question, answer=answer)
 
 
 def brightness(page: Image.Image) -> np.ndarray[Any, np.dtype[np.float64]]:
@@ -125,6 +126,12 @@ def test_caption_tells_the_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "Each of 2 heads picked 3." in text
     assert "capped" not in text
     assert "head 1" in text
+
+
+def test_caption_tells_what_was_merged_and_counts_it_as_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = texts_of(monkeypatch, {0, 1, 2, 3}, [{0, 1, 2}, {1, 2, 3}], (1, 2), num_merged=5).replace("\n", " ")
+    assert "kept_fraction 0.265: 4 of 34 features kept, the other 30 merged into 5 rows, 1 x 2 tiles" in text
+    assert "kept features lit, merged ones dark" in text
 
 
 def test_cap_is_mentioned_where_it_dropped_picks(monkeypatch: pytest.MonkeyPatch) -> None:

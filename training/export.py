@@ -18,21 +18,23 @@ from training.model import make_model
 from training.tokenizer import make_processor
 from training.train import Trainer
 
-__all__ = ["CHECKPOINT", "DEFAULT_K_RATIO", "export", "main"]
+__all__ = ["CHECKPOINT", "DEFAULT_K_RATIO", "DEFAULT_MERGE_RATIO", "export", "main"]
 
 CHECKPOINT = Path(__file__).parents[1] / "trimserve" / "assets" / "trimserve-tiny"
 """Where the package keeps the embedded model."""
 
-DEFAULT_K_RATIO = 0.2
+DEFAULT_K_RATIO = 0.1
+DEFAULT_MERGE_RATIO = 0.1
 
 
-def export(trainer: Trainer, folder: Path, k_ratio: float, accuracy: dict[str, float]) -> None:
+def export(trainer: Trainer, folder: Path, k_ratio: float, merge_ratio: float, accuracy: dict[str, float]) -> None:
     """Write the checkpoint; a checkpoint already there is replaced file by file, never half.
 
     Args:
         trainer: the run.
         folder: of the checkpoint.
         k_ratio: recommended budget per head, in (0, 1].
+        merge_ratio: recommended rows for what is not kept, as a share of a tile's features, in [0, 1].
         accuracy: share of held-out questions answered exactly right, by kind.
     """
     model = make_model(trainer.settings.seed)
@@ -47,6 +49,7 @@ def export(trainer: Trainer, folder: Path, k_ratio: float, accuracy: dict[str, f
     )
     about = {
         "k_ratio": k_ratio,
+        "merge_ratio": merge_ratio,
         "data_version": DATA_VERSION,
         "training_steps": trainer.step,
         "training_minutes": round(trainer.minutes, 1),
@@ -71,11 +74,12 @@ def main() -> None:
     parser.add_argument("--run", type=Path, required=True, help="folder that training.train wrote")
     parser.add_argument("--out", type=Path, default=CHECKPOINT)
     parser.add_argument("--k-ratio", type=float, default=DEFAULT_K_RATIO, help="recommended budget per head")
+    parser.add_argument("--merge-ratio", type=float, default=DEFAULT_MERGE_RATIO, help="rows for what is not kept")
     parser.add_argument("--report", type=Path, help="report.json of training.evaluate")
     arguments = parser.parse_args()
     accuracy = json.loads(arguments.report.read_text())["accuracy"] if arguments.report else {}
     trainer = Trainer.load(arguments.run / "state.pt", torch.device("cpu"))
-    export(trainer, arguments.out, arguments.k_ratio, accuracy)
+    export(trainer, arguments.out, arguments.k_ratio, arguments.merge_ratio, accuracy)
 
 
 if __name__ == "__main__":

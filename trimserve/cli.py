@@ -53,6 +53,13 @@ _SECTIONS: dict[str, type[BaseModel]] = {"model": ModelConfig, "engine": EngineC
 Prompt = Annotated[str, typer.Option(help="What to ask.")]
 System = Annotated[str | None, typer.Option(help="A system message.")]
 KRatio = Annotated[float | None, typer.Option(help="Budget per head, in (0, 1]; default: the model's.")]
+MergeRatio = Annotated[
+    float | None,
+    typer.Option(
+        help="Rows that a tile's other features are merged into, as a share of its own, in [0, 1]; "
+        "0 drops them; default: the model's."
+    ),
+]
 Address = Annotated[
     str | None,
     typer.Option(help="HOST:PORT of a running server; default: start one, with the knobs of the model below."),
@@ -191,6 +198,7 @@ def generate(
     system: System = None,
     stream: Annotated[bool, typer.Option("--stream", help="Print text as it comes.")] = False,
     k_ratio: KRatio = None,
+    merge_ratio: MergeRatio = None,
     no_trim: Annotated[bool, typer.Option("--no-trim", help="Keep every valid feature.")] = False,
     max_new_tokens: Annotated[
         int | None, typer.Option(min=1, max=2**32 - 1, help="Most tokens to generate; default: the model's.")
@@ -204,7 +212,7 @@ def generate(
 ) -> None:
     """Ask a question about images and print the answer."""
     sampling = pb.SamplingParams(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
-    options = _options(system, sampling, _trim(k_ratio, no_trim))
+    options = _options(system, sampling, _trim(k_ratio, merge_ratio, no_trim))
     request = make_request(prompt, image or [], **options)
     with _client(address, config.model) as client:
         if stream:
@@ -228,6 +236,7 @@ def explain(
     out: Annotated[Path, typer.Option(dir_okay=False, help="File to write; it is a PNG.")] = Path("explain.png"),
     system: System = None,
     k_ratio: KRatio = None,
+    merge_ratio: MergeRatio = None,
     address: Address = None,
     *,
     config: Config,
@@ -238,19 +247,27 @@ def explain(
 
     picture = decode_image(image.read_bytes(), str(image), config.engine.max_image_pixels)
     out.parent.mkdir(parents=True, exist_ok=True)
-    trim = _trim(k_ratio, no_trim=False)
+    trim = _trim(k_ratio, merge_ratio, no_trim=False)
     trim.return_selection = True
     options = _options(system, pb.SamplingParams(temperature=0), trim)
     with _client(address, config.model) as client:
         response = client.generate(make_request(prompt, [image], **options))
         tile_size = client.model().tile_size
-    selection = _selection(response.selections[0])
-    page = draw_explanation(picture, selection, tile_size=tile_size, question=prompt, answer=response.text)
+    [selection], [usage] = response.selections, response.usage.images
+    page = draw_explanation(
+        picture,
+        _selection(selection),
+        num_merged=usage.merged_features,
+        tile_size=tile_size,
+        question=prompt,
+        answer=response.text,
+    )
     page.save(out, "PNG")
-    usage = response.usage.images[0]
-    kept = usage.kept_features / usage.valid_features
+    kept = f"kept {usage.kept_features} of {usage.valid_features} features"
+    merged = f", the others as {usage.merged_features} rows" if usage.merged_features else ""
+    fraction = (usage.kept_features + usage.merged_features) / usage.valid_features
     print(response.text)
-    print(f"kept {usage.kept_features} of {usage.valid_features} features ({kept:.1%}): {out}", file=sys.stderr)
+    print(f"{kept}{merged} ({fraction:.1%}): {out}", file=sys.stderr)
 
 
 @app.command()
@@ -307,10 +324,12 @@ def _client(address: str | None, model: ModelConfig) -> Iterator[Client]:
             raise ConnectionError(f"cannot reach {address} (HOST:PORT expected): {why}") from None
 
 
-def _trim(k_ratio: float | None, no_trim: bool) -> pb.TrimOptions:
-    if no_trim and k_ratio is not None:
-        raise typer.BadParameter("--no-trim and --k-ratio exclude each other")
-    return pb.TrimOptions(mode=pb.TRIM_MODE_OFF if no_trim else pb.TRIM_MODE_ON, k_ratio=k_ratio)
+def _trim(k_ratio: float | None, merge_ratio: float | None, no_trim: bool) -> pb.TrimOptions:
+    for option, value in (("--k-ratio", k_ratio), ("--merge-ratio", merge_ratio)):
+        if no_trim and value is not None:
+            raise typer.BadParameter(f"--no-trim and {option} exclude each other")
+    mode = pb.TRIM_MODE_OFF if no_trim else pb.TRIM_MODE_ON
+    return pb.TrimOptions(mode=mode, k_ratio=k_ratio, merge_ratio=merge_ratio)
 
 
 def _options(system: str | None, sampling: pb.SamplingParams, trim: pb.TrimOptions) -> RequestOptions:

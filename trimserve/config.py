@@ -58,6 +58,13 @@ class ModelConfig(_Knobs):
         description="Budget per head of a request that names none; unset is the checkpoint's "
         "`trimserve.json`, or 0.2 without one.",
     )
+    merge_ratio: float | None = Field(
+        default=None,
+        ge=0,
+        le=1,
+        description="Rows that the features of a tile that are not kept are merged into, as a share of its features, "
+        "of a request that names none; 0 drops them; unset is the checkpoint's `trimserve.json`, or 0 without one.",
+    )
 
 
 class EngineConfig(_Knobs):

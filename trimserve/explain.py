@@ -38,7 +38,7 @@ _HEAT_OPACITY: Final = 0.75
 
 
 def draw_explanation(
-    image: Picture, selection: ImageSelection, *, tile_size: int, question: str, answer: str
+    image: Picture, selection: ImageSelection, *, num_merged: int = 0, tile_size: int, question: str, answer: str
 ) -> Picture:
     """Draw the image as the model saw it, with what was kept lit.
 
@@ -49,6 +49,7 @@ def draw_explanation(
     Args:
         image: upright RGB, before any resizing.
         selection: what was kept of it.
+        num_merged: rows that the other features were merged into; 0 when they were dropped.
         tile_size: pixels along the side of one tile.
         question: caption.
         answer: caption.
@@ -62,14 +63,15 @@ def draw_explanation(
     width = _WIDTH - 2 * _GAP if is_wide else (_WIDTH - 3 * _GAP) // 2
     panel = _fit(seen, width, _MAX_HEIGHT)
     is_padded = seen.size != (selection.content_width, selection.content_height)
-    title = "kept features lit, padding plain grey" if is_padded else "kept features lit"
+    title = "kept features lit, merged ones dark" if num_merged else "kept features lit"
+    title = f"{title}, padding plain grey" if is_padded else title
     panels = [_titled(_text(title, 16), _with_tiles(_lit(panel, kept), selection))]
     if heads:
         votes = np.sum(np.stack(heads), axis=0)
         heat = _with_tiles(_heat(panel, votes / max(1, votes.max())), selection)
         panels.append(_titled(_legend(int(votes.max()), len(heads)), heat))
     blocks = [
-        _captions(question, answer, selection),
+        _captions(question, answer, _account(selection, num_merged)),
         _stacked(panels, _GAP) if is_wide else _beside(panels, _GAP),
     ]
     if heads:
@@ -161,20 +163,24 @@ def _head_strip(seen: Picture, heads: Sequence[Grid]) -> Picture:
     return _stacked(rows, _SMALL_GAP)
 
 
-def _captions(question: str, answer: str, selection: ImageSelection) -> Picture:
+def _captions(question: str, answer: str, account: str) -> Picture:
     lines = [
         *(_text(line, 24, _INK) for line in _wrapped(question, 24)),
         *(_text(line, 20, _ANSWER) for line in _wrapped(answer, 20)),
-        *(_text(line, 16) for line in _wrapped(_account(selection), 16)),
+        *(_text(line, 16) for line in _wrapped(account, 16)),
     ]
     return _stacked(lines, _SMALL_GAP)
 
 
-def _account(selection: ImageSelection) -> str:
+def _account(selection: ImageSelection, num_merged: int) -> str:
     """The counts in words."""
     kept = _bits(selection.kept, selection)
     grid = f"{selection.tiles_high} x {selection.tiles_wide} tiles"
-    fraction = f"kept_fraction {kept.mean():.3f}: {kept.sum()} of {kept.size} features kept, {grid}"
+    merged = f", the other {kept.size - kept.sum()} merged into {num_merged} rows" if num_merged else ""
+    fraction = (
+        f"kept_fraction {(kept.sum() + num_merged) / kept.size:.3f}: {kept.sum()} of {kept.size} features kept"
+        f"{merged}, {grid}"
+    )
     if not selection.picks_by_head:
         return f"{fraction}. {'Nothing was trimmed.' if kept.all() else 'Chosen without asking any head.'}"
     picks = np.stack([_bits(head, selection) for head in selection.picks_by_head])

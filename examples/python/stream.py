@@ -22,7 +22,9 @@ def ask(address: str, image: str, question: str) -> None:
         for event in GenerationServiceStub(channel).GenerateStream(request, timeout=60):
             print(event.delta.text, end="", flush=True)
     usage = event.finished.usage.images[0]
-    print(f"\nkept {usage.kept_features} of {usage.valid_features} visual features")
+    print(
+        f"\nkept {usage.kept_features} of {usage.valid_features} visual features, {usage.merged_features} merged rows"
+    )
 
 
 def explain(error: grpc.RpcError) -> None:

@@ -101,6 +101,7 @@ class FakeModel:
             features_per_tile=FEATURES_PER_TILE,
             kv_bytes_per_position=8,
             default_k_ratio=0.5,
+            default_merge_ratio=0.0,
             policies=("trimmed",),
             generation_defaults=GenerationDefaults(
                 temperature=0.0,
@@ -149,8 +150,12 @@ class FakeModel:
             raise RuntimeError("prefill broke")
         num_valid = tuple(len(rows) for rows in features)
         num_kept = tuple(math.ceil(trim.k_ratio * valid) if trim.enabled else valid for valid in num_valid)
+        num_merged = tuple(
+            math.ceil(trim.merge_ratio * (n - kept)) for n, kept in zip(num_valid, num_kept, strict=True)
+        )
+        num_rows = tuple(map(sum, zip(num_kept, num_merged, strict=True)))
         # As with decoded rows of a real model: only the last image is still seen.
-        num_held = num_kept[-1] if num_kept else 0
+        num_held = num_rows[-1] if num_rows else 0
         yield
         self.before_layer()
         kv.reserve_cross(num_held, None)
@@ -158,7 +163,8 @@ class FakeModel:
             logits=self._forward(prompt.token_ids, kv),
             num_padding=tuple((4 - image.num_tiles) * FEATURES_PER_TILE for image in prompt.images),
             num_valid=num_valid,
-            num_kept=num_kept,
+            num_kept=num_rows,
+            num_merged=num_merged if trim.merge_ratio else (),
         )
 
     def decode(self, token_ids: Sequence[int], kvs: Sequence[SequenceKV]) -> Tensor:

@@ -4,6 +4,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -35,6 +36,7 @@ from trimserve.engine.request import (
 from trimserve.engine.sequence import Sequence, SequenceState, account_cross_kv
 from trimserve.errors import EngineBusy, InvalidRequest, RequestFailed, TrimserveError
 from trimserve.models.prompt import Image, Prompt, RawPrompt, TokenPrompt
+from trimserve.models.trimming import TrimParams
 from trimserve.ops import PAGE_POSITIONS
 
 
@@ -323,6 +325,17 @@ def test_usage_names_padding_valid_and_kept_features_of_each_image() -> None:
         page,
         0,
     )
+
+
+def test_merged_rows_are_held_and_counted_apart_from_kept_features() -> None:
+    asked = request(TokenPrompt((IMAGE, IMAGE, 66), (Image(b"1"), Image(b"4"))))
+    output = alone(FakeModel(), replace(asked, trim=TrimParams(k_ratio=0.5, merge_ratio=0.7)))
+    assert isinstance(output[0], Started)
+    assert output[0].images == (ImageUsage(15, 5, 3, 2), ImageUsage(0, 20, 10, 7))
+    page = PAGE_POSITIONS * 3 * 8
+    account = finished(output).cross_kv
+    # 40 padded, 25 valid, 13 kept and 9 merged, 17 held rows: 3, 2, 2 and 2 pages.
+    assert (account.untrimmed, account.held, account.saved_by_trimming) == (2 * page, 2 * page, 0)
 
 
 @given(

@@ -1,10 +1,11 @@
 """The peer: transformers' own Mllama with Meta's semantics (`training.mended`), and the same trimmed in plain PyTorch.
 
-`trimmed_logits` feeds the peer's own modules: features chosen by a literal reading of the selection rule go into
-its later cross-attention layers. Nothing here calls trimserve.
+`trimmed_logits` feeds the peer's own modules: features chosen and merged by a literal reading of the rules go into its
+later cross-attention layers. Nothing here calls trimserve.
 """
 
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from transformers.models.mllama.processing_mllama import (
 
 from training.mended import mend
 
-__all__ = ["Peer"]
+__all__ = ["Peer", "literal_groups"]
 
 
 class Peer:
@@ -62,11 +63,17 @@ class Peer:
 
     @torch.inference_mode()
     def trimmed_logits(
-        self, token_ids: list[int], images: list[Image.Image], k_ratio: float, num_prompt: int | None = None
+        self,
+        token_ids: list[int],
+        images: list[Image.Image],
+        k_ratio: float,
+        merge_ratio: float = 0.0,
+        num_prompt: int | None = None,
     ) -> tuple[Tensor, list[int]]:
         """Logits [T, vocab_size] and the kept features when later cross-attention layers see a selection only.
 
-        Rows from `num_prompt` on are decoded ones: they do not take part in the selection and see only what is kept.
+        Rows from `num_prompt` on are decoded ones: they do not take part in the selection and see only what is kept
+        and merged, in the first cross-attention layer too.
         """
         num_prompt = num_prompt or len(token_ids)
         inputs = self.inputs(token_ids, images)
@@ -75,7 +82,7 @@ class Peer:
             inputs["pixel_values"], inputs["aspect_ratio_ids"], inputs["aspect_ratio_mask"]
         ).last_hidden_state
         features = model.multi_modal_projector(vision).reshape(1, -1, config.hidden_size)
-        patches = vision.shape[-2]
+        num_features, patches = features.shape[1], vision.shape[-2]
         # [T, N] over all features, padding tiles included; decoded rows see what the last prompt row sees
         mask = inputs["cross_attention_mask"][0].flatten(1).repeat_interleave(patches, dim=1).bool()
         mask[num_prompt:] = mask[num_prompt - 1]
@@ -91,28 +98,52 @@ class Peer:
             if index not in config.cross_attention_layers:
                 hidden = layer(hidden, attention_mask=causal, position_embeddings=rotary)
                 continue
-            seen = mask
             if kept is None:
+                attention = layer.cross_attn
                 normed = layer.input_layernorm(hidden)
-                kept = self._select(layer.cross_attn, normed, features, mask[:num_prompt], valid, k_ratio)
-                seen = mask.clone()
-                seen[num_prompt:] &= torch.zeros(mask.shape[1], dtype=torch.bool).index_fill(0, kept, True)
-                states = features
+                kept = self._select(attention, normed, features, mask[:num_prompt], valid, k_ratio)
+                groups = self._merge(attention, features, kept, valid, patches, merge_ratio)
+                # Merged rows follow the features, as columns that are seen where their members are.
+                features = _with_means(features, groups, dim=1)
+                mask = torch.cat([mask, mask[:, [members[0] for members in groups]]], dim=1)
+                weight = torch.tensor([0.0] * num_features + [math.log(len(members)) for members in groups])
+                held = torch.cat([kept, torch.arange(num_features, len(weight))])
+                is_held = torch.zeros(len(weight), dtype=torch.bool).index_fill(0, held, True)
+                is_feature = torch.arange(len(weight)) < num_features
+                is_decoded = torch.arange(len(mask))[:, None] >= num_prompt
+                columns = torch.arange(len(weight))
+                seen = mask & torch.where(is_decoded, is_held, is_feature)
+                # Values are linear in the features, keys are normed: those of merged rows are averaged here.
+                hook = attention.k_norm.register_forward_hook(partial(_average_keys, groups, num_features))
             else:
-                seen, states = mask[:, kept], features[:, kept]
+                hook, columns, seen = None, held, mask[:, held]
             rows = seen.any(dim=1)[None, None, :, None].float()
-            bias = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)[None, None] * rows
+            bias = weight[columns].masked_fill(~seen, torch.finfo(torch.float32).min)[None, None] * rows
             hidden = layer(
                 hidden,
-                cross_attention_states=states,
+                cross_attention_states=features[:, columns],
                 cross_attention_mask=bias,
                 attention_mask=causal,
                 full_text_row_masked_out_mask=rows,
             )
+            if hook is not None:
+                hook.remove()
         assert kept is not None
         # Numbered as trimserve numbers them: valid features of all images one after another.
         number = torch.cumsum(valid.flatten(), dim=0) - 1
         return self.model.lm_head(text.norm(hidden))[0], number[kept].tolist()
+
+    def _merge(
+        self, attention: Any, features: Tensor, kept: Tensor, valid: Tensor, patches: int, merge_ratio: float
+    ) -> list[list[int]]:
+        """The dropped features of every tile, grouped."""
+        keys = attention.k_norm(attention.k_proj(features[0]).view(features.shape[1], -1, attention.head_dim))
+        groups = []
+        for start in range(0, valid.numel(), patches):
+            if merge_ratio and valid.flatten()[start]:
+                dropped = sorted({*range(start, start + patches)} - {*kept.tolist()})
+                groups += literal_groups(keys.flatten(1), dropped, max(1, math.ceil(merge_ratio * patches - 1e-9)))
+        return groups
 
     def _select(
         self,
@@ -140,3 +171,32 @@ class Peer:
                 kept |= {columns[n] for n in ranked[:k_image]}
                 start += len(image)
         return torch.tensor(sorted(kept))
+
+
+def literal_groups(keys: Tensor, dropped: list[int], most: int) -> list[list[int]]:
+    """Group some rows of keys [N, D] around anchors that are far apart."""
+    if not dropped:
+        return []
+    unit = {n: keys[n].double() / keys[n].double().norm() for n in dropped}
+    mean = torch.stack(list(unit.values())).mean(dim=0)
+
+    def likeness(n: int, anchors: list[int]) -> float:
+        return max(float(unit[n] @ unit[anchor]) for anchor in anchors)
+
+    anchors = [min(dropped, key=lambda n: float(unit[n] @ mean))]
+    while len(anchors) < min(most, len(dropped)):
+        anchors.append(min((n for n in dropped if n not in anchors), key=lambda n: likeness(n, anchors)))
+    groups: dict[int, list[int]] = {anchor: [] for anchor in anchors}
+    for n in dropped:
+        groups[n if n in groups else max(anchors, key=lambda anchor: likeness(n, [anchor]))].append(n)
+    return list(groups.values())
+
+
+def _average_keys(groups: list[list[int]], num_features: int, _module: Any, _args: Any, keys: Tensor) -> Tensor:
+    return _with_means(keys[:, :, :num_features], groups, dim=2)
+
+
+def _with_means(rows: Tensor, groups: list[list[int]], dim: int) -> Tensor:
+    """The rows along a dimension, and behind them the mean of each group."""
+    means = [rows.index_select(dim, torch.tensor(members)).mean(dim=dim, keepdim=True) for members in groups]
+    return torch.cat([rows, *means], dim=dim)

@@ -136,6 +136,7 @@ def test_only_safetensors_are_read(checkpoint: Path) -> None:
         ("config.json", b"\xff\xfe", "not readable as JSON"),
         ("config.json", b"[]", "must be a JSON object, got list"),
         ("trimserve.json", b'{"k_ratio": 5}', "k_ratio: .*less than or equal to 1, got 5"),
+        ("trimserve.json", b'{"merge_ratio": -1}', "merge_ratio: .*greater than or equal to 0, got -1"),
         ("trimserve.json", b'{"k_ratio": "many"}', "k_ratio: .*valid number.*, got 'many'"),
         ("generation_config.json", b'{"max_new_tokens": 0}', "max_new_tokens: .*, got 0"),
         ("generation_config.json", b'{"temperature": -1}', "temperature: .*, got -1"),
@@ -224,11 +225,15 @@ def test_unset_sampling_follows_generation_config(checkpoint: Path) -> None:
     assert (sampled.temperature, sampled.top_p, sampled.max_new_tokens) == (0.6, 0.9, 7)
 
 
-def test_the_recommended_k_ratio_comes_from_the_knob_then_the_checkpoint(checkpoint: Path) -> None:
-    assert load(checkpoint).info.default_k_ratio == 0.2
-    (checkpoint / "trimserve.json").write_text('{"k_ratio": 0.35}')
-    assert load(checkpoint).info.default_k_ratio == 0.35
-    assert load(checkpoint, k_ratio=0.5).info.default_k_ratio == 0.5
+def test_the_recommended_trimming_comes_from_the_knobs_then_the_checkpoint_then_the_paper(checkpoint: Path) -> None:
+    def defaults(**knobs: float) -> tuple[float, float]:
+        info = load(checkpoint, **knobs).info
+        return info.default_k_ratio, info.default_merge_ratio
+
+    assert defaults() == (0.2, 0.0)
+    (checkpoint / "trimserve.json").write_text('{"k_ratio": 0.35, "merge_ratio": 0.1}')
+    assert defaults() == (0.35, 0.1)
+    assert defaults(k_ratio=0.5, merge_ratio=0.0) == (0.5, 0.0)
 
 
 PEAK = """

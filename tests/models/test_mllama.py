@@ -56,24 +56,28 @@ def assert_logits_equal(pair: Pair, prompt: Prompt, images: list[PilImage.Image]
     torch.testing.assert_close(logits, expected, atol=LOGITS, rtol=0)
 
 
-def assert_trimmed_logits_equal(pair: Pair, text: str, images: list[PilImage.Image], k_ratio: float) -> None:
-    """Prompt rows and decoded rows equal the peer's when its later layers see what the rule keeps."""
+def assert_trimmed_logits_equal(
+    pair: Pair, text: str, images: list[PilImage.Image], k_ratio: float, merge_ratio: float = 0.0
+) -> None:
+    """Prompt rows and decoded rows equal the peer's when its later layers see what the rules keep and merge."""
     prepared = pair.ours.prepare(raw(text, images))
     features = pair.features(prepared)
     kv = pair.pool.allocate(len(prepared.token_ids) + 2)
-    rows = pair.ours.prompt_rows(prepared, features, TrimParams(k_ratio=k_ratio), kv)
+    rows = pair.ours.prompt_rows(prepared, features, TrimParams(k_ratio=k_ratio, merge_ratio=merge_ratio), kv)
     logits = pair.ours.logits([rows], prepared.token_ids)
     continuation = [7, 3]
     decoded = torch.cat([pair.ours.decode([token], [kv]) for token in continuation])
 
     num_prompt = len(prepared.token_ids)
-    expected, kept = pair.peer.trimmed_logits([*prepared.token_ids, *continuation], images, k_ratio, num_prompt)
+    token_ids = [*prepared.token_ids, *continuation]
+    expected, kept = pair.peer.trimmed_logits(token_ids, images, k_ratio, merge_ratio, num_prompt)
     assert rows.vision is not None
     assert rows.vision.selection is not None
     assert rows.vision.selection.kept.tolist() == kept
     assert len(kept) < sum(len(image) for image in features)
     torch.testing.assert_close(torch.cat([logits, decoded]), expected, atol=LOGITS, rtol=0)
-    untrimmed = pair.peer.logits([*prepared.token_ids, *continuation], images)
+    assert bool(rows.vision.num_merged) == bool(merge_ratio)
+    untrimmed = pair.peer.logits(token_ids, images)
     assert (untrimmed - expected).abs().max() > 100 * LOGITS
 
 
@@ -114,6 +118,7 @@ def test_logits_equal_the_peer_in_drawn_geometries(make_pair: Callable[..., Pair
     assert_logits_equal(pair, raw(TWO_APART, images), images)
     images.append(noise((min(geometry.max_tiles, 2), 1), geometry.tile_size, 3))
     assert_trimmed_logits_equal(pair, THREE_MIXED, images, 0.2)
+    assert_trimmed_logits_equal(pair, THREE_MIXED, images, 0.05, merge_ratio=0.15)
 
 
 def test_text_only_logits_equal_unpatched_transformers(pair: Pair) -> None:
@@ -163,17 +168,37 @@ def test_decoded_rows_see_what_the_last_prompt_row_sees(pair: Pair) -> None:
 
 
 @pytest.mark.parametrize(("text", "grids"), [(ONE, [(2, 2)]), (THREE_MIXED, [(2, 1), (1, 1), (2, 2)])])
-@pytest.mark.parametrize("k_ratio", [0.05, 0.3])
-def test_trimmed_logits_equal_the_peer_on_features_that_the_rule_keeps(
-    pair: Pair, text: str, grids: list[tuple[int, int]], k_ratio: float
+@pytest.mark.parametrize(("k_ratio", "merge_ratio"), [(0.05, 0.0), (0.3, 0.0), (0.05, 0.1), (0.1, 0.4)])
+def test_trimmed_logits_equal_the_peer_on_what_the_rules_keep_and_merge(
+    pair: Pair, text: str, grids: list[tuple[int, int]], k_ratio: float, merge_ratio: float
 ) -> None:
     images = [noise(grid, pair.ours.info.tile_size, seed) for seed, grid in enumerate(grids)]
-    assert_trimmed_logits_equal(pair, text, images, k_ratio)
+    assert_trimmed_logits_equal(pair, text, images, k_ratio, merge_ratio)
+
+
+def test_dropped_features_that_are_each_merged_alone_are_as_good_as_kept(pair: Pair) -> None:
+    prompt = raw(TWO_APART, [noise(grid, pair.ours.info.tile_size, seed) for seed, grid in enumerate([(2, 2), (1, 2)])])
+    logits, kv = pair.logits(prompt, TrimParams(k_ratio=0.05, merge_ratio=1.0))
+    untrimmed, whole = pair.logits(prompt)
+    assert kv.cross_length == whole.cross_length
+    torch.testing.assert_close(logits, untrimmed, atol=LOGITS, rtol=0)
+    decoded = [pair.ours.decode([7], [held]) for held in (kv, whole)]
+    torch.testing.assert_close(*decoded, atol=LOGITS, rtol=0)
+
+
+def test_where_nothing_is_dropped_nothing_is_merged(pair: Pair) -> None:
+    prompt = raw(ONE, [noise((2, 2), pair.ours.info.tile_size)])
+    logits, kv = pair.logits(prompt, TrimParams(k_ratio=0.99, merge_ratio=0.5))  # 0.99 of 40 features, rounded up
+    untrimmed, whole = pair.logits(prompt)
+    assert kv.cross_length == whole.cross_length
+    torch.testing.assert_close(logits, untrimmed, atol=LOGITS, rtol=0)
 
 
 def test_k_ratio_one_is_bit_for_bit_the_untrimmed_path(pair: Pair) -> None:
     prompt = raw(ONE, [noise((2, 2), pair.ours.info.tile_size)])
-    assert torch.equal(pair.logits(prompt, TrimParams(k_ratio=1.0))[0], pair.logits(prompt, NO_TRIM)[0])
+    for merge_ratio in (0.0, 0.5):
+        trim = TrimParams(k_ratio=1.0, merge_ratio=merge_ratio)
+        assert torch.equal(pair.logits(prompt, trim)[0], pair.logits(prompt, NO_TRIM)[0])
 
 
 def test_a_mixed_ragged_batch_equals_each_alone(pair: Pair) -> None:
@@ -183,6 +208,7 @@ def test_a_mixed_ragged_batch_equals_each_alone(pair: Pair) -> None:
         (raw(ONE, [noise((2, 2), tile, 1)]), TrimParams(k_ratio=0.1)),
         (raw(THREE_MIXED, [noise((1, 1), tile, seed) for seed in (2, 3, 4)]), NO_TRIM),
         (raw("rows before " + ONE, [noise((1, 1), tile, 5)]), TrimParams(k_ratio=0.3, max_kept_fraction=0.4)),
+        (raw(TWO_APART, [noise((1, 2), tile, 6), noise((2, 1), tile, 7)]), TrimParams(k_ratio=0.05, merge_ratio=0.2)),
     ]
     prompts = [pair.ours.prepare(prompt) for prompt, _ in requests]
 
@@ -198,9 +224,9 @@ def test_a_mixed_ragged_batch_equals_each_alone(pair: Pair) -> None:
     alone = [pair.ours.logits([rows], prompt.token_ids) for rows, prompt in zip(apart, prompts, strict=True)]
     torch.testing.assert_close(logits, torch.cat(alone), atol=LOGITS, rtol=0)
     assert [kept(rows) for rows in together] == [kept(rows) for rows in apart]
-    assert sum(kept(rows) is not None for rows in together) == 2
+    assert sum(kept(rows) is not None for rows in together) == 3
 
-    tokens = [3, 14, 15, 9]
+    tokens = [3, 14, 15, 9, 2]
     decoded = pair.ours.decode(tokens, [rows.kv for rows in together])
     one_by_one = [pair.ours.decode([token], [rows.kv]) for token, rows in zip(tokens, apart, strict=True)]
     torch.testing.assert_close(decoded, torch.cat(one_by_one), atol=LOGITS, rtol=0)

@@ -59,6 +59,7 @@ def info(tokens: TinyTokens) -> ModelInfo:
         features_per_tile=5,
         kv_bytes_per_position=64,
         default_k_ratio=0.2,
+        default_merge_ratio=0.0,
         policies=("trimmed",),
         generation_defaults=GenerationDefaults(0.0, 1.0, 0, 0.0, 1.0, 16, tokens.eos_ids),
     )

@@ -57,6 +57,7 @@ INFO = ModelInfo(
     features_per_tile=5,
     kv_bytes_per_position=256,
     default_k_ratio=0.2,
+    default_merge_ratio=0.25,
     policies=("trimmed", "other"),
     generation_defaults=DEFAULTS,
 )
@@ -79,7 +80,7 @@ SELECTION = ImageSelection(
 STARTED = Started(
     request_id="fake",
     num_prompt_tokens=20,
-    images=(ImageUsage(padding_features=10, valid_features=10, kept_features=4),),
+    images=(ImageUsage(padding_features=10, valid_features=10, kept_features=4, merged_features=1),),
     seed=2**64 - 1,
     selections=(SELECTION,),
 )

@@ -141,6 +141,7 @@ BAD = [
     trim("mode", "TRIM_MODE_OFF, got 7", mode=7),
     trim("policy", "one of trimmed, other, got 'best'", policy="best"),
     *(trim("k_ratio", f"(0, 1], got {value}", k_ratio=value) for value in (0.0, -0.5, 1.5, NAN, INF)),
+    *(trim("merge_ratio", f"[0, 1], got {value}", merge_ratio=value) for value in (-0.1, 1.5, NAN, INF)),
     *(trim("max_kept_fraction", f"(0, 1], got {value}", max_kept_fraction=value) for value in (0.0, 1.5, NAN, INF)),
 ]
 
@@ -181,7 +182,7 @@ def test_unset_fields_mean_the_checkpoints_defaults() -> None:
         repetition_penalty=DEFAULTS.repetition_penalty,
         seed=request.sampling.seed,
     )
-    assert request.trim == TrimParams(enabled=True, policy="trimmed", k_ratio=0.2)
+    assert request.trim == TrimParams(enabled=True, policy="trimmed", k_ratio=0.2, merge_ratio=0.25)
     assert request.priority == 0
 
 
@@ -192,6 +193,8 @@ def test_zero_is_a_value_and_not_a_default() -> None:
     params = converted(request).sampling
     assert (params.temperature, params.top_k, params.min_p, params.seed) == (0, 0, 0, 0)
     assert params.num_top_logprobs == 0
+    request.trim.merge_ratio = 0
+    assert converted(request).trim.merge_ratio == 0
 
 
 def test_set_fields_arrive_unchanged() -> None:
@@ -217,7 +220,14 @@ def test_set_fields_arrive_unchanged() -> None:
         )
     )
     request.trim.CopyFrom(
-        pb.TrimOptions(mode=pb.TRIM_MODE_OFF, policy="other", k_ratio=0.3, max_kept_fraction=1.0, return_selection=True)
+        pb.TrimOptions(
+            mode=pb.TRIM_MODE_OFF,
+            policy="other",
+            k_ratio=0.3,
+            max_kept_fraction=1.0,
+            merge_ratio=1.0,
+            return_selection=True,
+        )
     )
     got = converted(request)
     assert (got.request_id, got.priority) == ("a.b_c:1-2", -7)
@@ -239,7 +249,7 @@ def test_set_fields_arrive_unchanged() -> None:
         num_top_logprobs=20,
     )
     assert got.trim == TrimParams(
-        enabled=False, policy="other", k_ratio=0.3, max_kept_fraction=1.0, return_selection=True
+        enabled=False, policy="other", k_ratio=0.3, max_kept_fraction=1.0, merge_ratio=1.0, return_selection=True
     )
 
 

@@ -125,8 +125,9 @@ async def test_one_finished_request_adds_exactly_this(loopback: Loopback) -> Non
             'trimserve_visual_features_total{state="kept"}': 4,
             'trimserve_visual_features_total{state="dropped"}': 6,
             'trimserve_visual_features_total{state="padding"}': 10,
+            'trimserve_visual_features_total{state="merged"}': 1,
             "trimserve_kept_fraction_count": 1,
-            "trimserve_kept_fraction_sum": 0.4,
+            "trimserve_kept_fraction_sum": 0.5,
             'trimserve_request_cross_kv_bytes_count{state="untrimmed"}': 1,
             'trimserve_request_cross_kv_bytes_sum{state="untrimmed"}': 8192,
             'trimserve_request_cross_kv_bytes_count{state="held"}': 1,
@@ -139,7 +140,9 @@ async def test_one_finished_request_adds_exactly_this(loopback: Loopback) -> Non
 
 
 TEXT_ONLY = replace(STARTED, images=())
-UNTRIMMED = replace(STARTED, images=tuple(replace(image, kept_features=10) for image in STARTED.images))
+UNTRIMMED = replace(
+    STARTED, images=tuple(replace(image, kept_features=10, merged_features=0) for image in STARTED.images)
+)
 
 
 @pytest.mark.parametrize(

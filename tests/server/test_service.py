@@ -31,7 +31,7 @@ async def test_the_stream_tells_what_the_engine_told(loopback: Loopback) -> None
     assert (started.model_id, started.model_revision) == ("fake", "cafe")
     assert (started.num_prompt_tokens, started.seed) == (20, 2**64 - 1)
     usage = started.images[0]
-    assert (usage.padding_features, usage.valid_features, usage.kept_features) == (10, 10, 4)
+    assert (usage.padding_features, usage.valid_features, usage.kept_features, usage.merged_features) == (10, 10, 4, 1)
     assert started.selections[0].kept == SELECTION.kept
     assert tuple(started.selections[0].picks_by_head) == SELECTION.picks_by_head
     assert started.selections[0].content_width == 50

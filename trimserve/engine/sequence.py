@@ -178,11 +178,10 @@ class Sequence:
         """Note that the prompt is in the KV and say what became of it."""
         self._prefilled_at = time.monotonic()
         self.cross_kv = account_cross_kv(prefilled, self.kv, pool)
-        counts = zip(prefilled.num_padding, prefilled.num_valid, prefilled.num_kept, strict=True)
         return Started(
             request_id=self.request_id,
             num_prompt_tokens=self.num_prompt_tokens,
-            images=tuple(ImageUsage(padding, valid, kept) for padding, valid, kept in counts),
+            images=_usage(prefilled),
             seed=self.sampling.params.seed,
             selections=prefilled.selections,
         )
@@ -234,11 +233,17 @@ class Sequence:
         )
 
 
+def _usage(prefilled: Prefilled) -> tuple[ImageUsage, ...]:
+    num_merged = prefilled.num_merged or (0,) * len(prefilled.num_kept)
+    counts = zip(prefilled.num_padding, prefilled.num_valid, prefilled.num_kept, num_merged, strict=True)
+    return tuple(ImageUsage(padding, valid, rows - merged, merged) for padding, valid, rows, merged in counts)
+
+
 def account_cross_kv(prefilled: Prefilled, kv: SequenceKV, pool: KVPool) -> CrossKvBytes:
     """Who saved how many bytes of cross-attention KV; each step of the way in whole pages.
 
     Args:
-        prefilled: counts of padding, valid and kept features.
+        prefilled: counts of padding, valid, kept and merged features.
         kv: what the request really holds.
         pool: knows the size of a page.
     """

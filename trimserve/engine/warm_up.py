@@ -43,5 +43,5 @@ def _request(info: ModelInfo) -> GenerationRequest:
         request_id="warm-up",
         prompt=TokenPrompt((info.image_token_id,), (Image(_ONE_PIXEL_PNG, "image/png"),)),
         sampling=SamplingParams(max_new_tokens=min(2, room), ignore_eos=True),
-        trim=TrimParams(k_ratio=info.default_k_ratio),
+        trim=TrimParams(k_ratio=info.default_k_ratio, merge_ratio=info.default_merge_ratio),
     )

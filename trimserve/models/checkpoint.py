@@ -58,6 +58,8 @@ class TrimserveJson(BaseModel):
 
     k_ratio: float = Field(0.2, gt=0, le=1)
     """Recommended budget per head."""
+    merge_ratio: float = Field(0.0, ge=0, le=1)
+    """Recommended share of a tile's features to merge the others into; without it they are dropped, as in the paper."""
 
 
 @dataclass(frozen=True, slots=True)

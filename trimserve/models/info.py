@@ -64,6 +64,8 @@ class ModelInfo:
     """Bytes of K and V that one position of one layer takes."""
     default_k_ratio: float
     """Budget per head of a request that names none, in (0, 1]."""
+    default_merge_ratio: float
+    """`TrimParams.merge_ratio` of a request that names none, in [0, 1]."""
     policies: tuple[str, ...]
     """Names that `trim.policy` takes."""
     generation_defaults: GenerationDefaults

@@ -85,6 +85,7 @@ def _describe(checkpoint: Checkpoint, config: ModelConfig, limits: EngineConfig)
         features_per_tile=(vision.image_size // vision.patch_size) ** 2 + 1,
         kv_bytes_per_position=2 * text.num_key_value_heads * head_dim * dtype.itemsize,
         default_k_ratio=config.k_ratio or checkpoint.trimserve.k_ratio,
+        default_merge_ratio=checkpoint.trimserve.merge_ratio if config.merge_ratio is None else config.merge_ratio,
         policies=POLICIES,
         generation_defaults=_generation_defaults(checkpoint, limits.default_max_new_tokens),
     )

@@ -73,6 +73,7 @@ BOUNDS = {
     "sampling.num_top_logprobs": Interval(0, 20),
     "trim.k_ratio": Interval(0, 1, is_low_open=True),
     "trim.max_kept_fraction": Interval(0, 1, is_low_open=True),
+    "trim.merge_ratio": Interval(0, 1),
 }
 """Bounds that do not depend on the model, by field path; the protos' comments say the same."""
 
@@ -266,6 +267,7 @@ def _trim(trim: pb.TrimOptions, info: ModelInfo) -> TrimParams:
         policy=trim.policy or info.policies[0],
         k_ratio=_optional(trim, "k_ratio", "trim.", info.default_k_ratio),
         max_kept_fraction=_optional(trim, "max_kept_fraction", "trim.", None),
+        merge_ratio=_optional(trim, "merge_ratio", "trim.", info.default_merge_ratio),
         return_selection=trim.return_selection,
     )
 

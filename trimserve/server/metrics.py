@@ -119,8 +119,8 @@ class Metrics:
 
     def describe_model(self, info: ModelInfo) -> None:
         """Publish `trimserve_model_info` once the model is loaded."""
-        labels = (info.model_id, info.revision, info.dtype, info.device, f"{info.default_k_ratio:g}")
-        self.model_info.labels(*labels).set(1)
+        ratios = (f"{info.default_k_ratio:g}", f"{info.default_merge_ratio:g}")
+        self.model_info.labels(info.model_id, info.revision, info.dtype, info.device, *ratios).set(1)
 
     def _declare_rpcs(self) -> None:
         rpc = {"grpc_type": (), "grpc_service": (), "grpc_method": ()}
@@ -167,7 +167,7 @@ class Metrics:
         )
         self.trim_requests = self._counter(
             "trimserve_trim_requests_total",
-            "Requests that were prefilled, by what trimming did: left features out, was off, had no image, "
+            "Requests that were prefilled, by what trimming did: dropped or merged features, was off, had no image, "
             "or kept every feature.",
             {"outcome": ("trimmed", "disabled", "bypassed_text_only", "bypassed_no_gain")},
         )
@@ -220,12 +220,14 @@ class Metrics:
         self.request_images = self._histogram("trimserve_request_images", "Images of one request.", IMAGES)
         self.visual_features = self._counter(
             "trimserve_visual_features_total",
-            "Visual features of prefilled requests. valid = kept + dropped; padding is not part of valid.",
-            {"state": ("valid", "kept", "dropped", "padding")},
+            "Visual features of prefilled requests. valid = kept + dropped; padding is not part of valid, and merged "
+            "are the rows that dropped ones became.",
+            {"state": ("valid", "kept", "dropped", "padding", "merged")},
         )
         self.kept_fraction = self._histogram(
             "trimserve_kept_fraction",
-            "Kept over valid features of one request with images and trimming on: measured, not k_ratio.",
+            "Rows held, kept features and merged ones, over valid features of one request with images and trimming "
+            "on: measured, not k_ratio.",
             FRACTION,
         )
         self.request_cross_kv_bytes = self._histogram(
@@ -271,7 +273,7 @@ class Metrics:
         self.model_info = self._gauge(
             "trimserve_model_info",
             "1, with the served model in its labels.",
-            {"model_id": (), "revision": (), "dtype": (), "device": (), "default_k_ratio": ()},
+            dict.fromkeys(("model_id", "revision", "dtype", "device", "default_k_ratio", "default_merge_ratio"), ()),
         )
         self.build_info = self._gauge(
             "trimserve_build_info",

@@ -95,9 +95,10 @@ class RequestObserver:
         metrics.visual_features.labels("valid").inc(valid)
         metrics.visual_features.labels("kept").inc(kept)
         metrics.visual_features.labels("dropped").inc(valid - kept)
+        metrics.visual_features.labels("merged").inc(sum(image.merged_features for image in chunk.images))
         metrics.visual_features.labels("padding").inc(sum(image.padding_features for image in chunk.images))
         if chunk.images and self._is_trimming:
-            metrics.kept_fraction.observe(kept / valid)
+            metrics.kept_fraction.observe(sum(image.held_rows for image in chunk.images) / valid)
         metrics.trim_requests.labels(self._trim_outcome(chunk, kept < valid)).inc()
 
     def _trim_outcome(self, chunk: Started, has_dropped: bool) -> str:

@@ -134,18 +134,20 @@ class SamplingParams(_message.Message):
     def __init__(self, max_new_tokens: _Optional[int] = ..., min_new_tokens: _Optional[int] = ..., ignore_eos: bool = ..., temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., min_p: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., logit_bias: _Optional[_Mapping[int, float]] = ..., seed: _Optional[int] = ..., stop_strings: _Optional[_Iterable[str]] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., num_top_logprobs: _Optional[int] = ...) -> None: ...
 
 class TrimOptions(_message.Message):
-    __slots__ = ("mode", "policy", "k_ratio", "max_kept_fraction", "return_selection")
+    __slots__ = ("mode", "policy", "k_ratio", "max_kept_fraction", "return_selection", "merge_ratio")
     MODE_FIELD_NUMBER: _ClassVar[int]
     POLICY_FIELD_NUMBER: _ClassVar[int]
     K_RATIO_FIELD_NUMBER: _ClassVar[int]
     MAX_KEPT_FRACTION_FIELD_NUMBER: _ClassVar[int]
     RETURN_SELECTION_FIELD_NUMBER: _ClassVar[int]
+    MERGE_RATIO_FIELD_NUMBER: _ClassVar[int]
     mode: TrimMode
     policy: str
     k_ratio: float
     max_kept_fraction: float
     return_selection: bool
-    def __init__(self, mode: _Optional[_Union[TrimMode, str]] = ..., policy: _Optional[str] = ..., k_ratio: _Optional[float] = ..., max_kept_fraction: _Optional[float] = ..., return_selection: bool = ...) -> None: ...
+    merge_ratio: float
+    def __init__(self, mode: _Optional[_Union[TrimMode, str]] = ..., policy: _Optional[str] = ..., k_ratio: _Optional[float] = ..., max_kept_fraction: _Optional[float] = ..., return_selection: bool = ..., merge_ratio: _Optional[float] = ...) -> None: ...
 
 class GenerateResponse(_message.Message):
     __slots__ = ("request_id", "model_id", "model_revision", "text", "token_ids", "logprobs", "finish_reason", "matched_stop_string", "matched_stop_token_id", "usage", "cross_kv_bytes", "timings", "seed", "selections")
@@ -260,14 +262,16 @@ class Usage(_message.Message):
     def __init__(self, num_prompt_tokens: _Optional[int] = ..., num_generated_tokens: _Optional[int] = ..., images: _Optional[_Iterable[_Union[ImageUsage, _Mapping]]] = ...) -> None: ...
 
 class ImageUsage(_message.Message):
-    __slots__ = ("padding_features", "valid_features", "kept_features")
+    __slots__ = ("padding_features", "valid_features", "kept_features", "merged_features")
     PADDING_FEATURES_FIELD_NUMBER: _ClassVar[int]
     VALID_FEATURES_FIELD_NUMBER: _ClassVar[int]
     KEPT_FEATURES_FIELD_NUMBER: _ClassVar[int]
+    MERGED_FEATURES_FIELD_NUMBER: _ClassVar[int]
     padding_features: int
     valid_features: int
     kept_features: int
-    def __init__(self, padding_features: _Optional[int] = ..., valid_features: _Optional[int] = ..., kept_features: _Optional[int] = ...) -> None: ...
+    merged_features: int
+    def __init__(self, padding_features: _Optional[int] = ..., valid_features: _Optional[int] = ..., kept_features: _Optional[int] = ..., merged_features: _Optional[int] = ...) -> None: ...
 
 class CrossKvBytes(_message.Message):
     __slots__ = ("untrimmed", "held", "saved_by_padding", "saved_by_trimming", "saved_by_visibility")

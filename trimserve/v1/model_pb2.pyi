@@ -11,7 +11,7 @@ class GetModelRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetModelResponse(_message.Message):
-    __slots__ = ("model_id", "model_revision", "dtype", "device", "num_parameters", "vocab_size", "image_token_id", "max_model_len", "max_images", "max_image_bytes", "max_image_pixels", "num_self_attention_layers", "num_cross_attention_layers", "num_heads", "num_kv_heads", "head_dim", "hidden_size", "tile_size", "patch_size", "max_tiles", "features_per_tile", "cross_kv_bytes_per_feature", "self_kv_bytes_per_token", "policies", "default_k_ratio", "generation_defaults")
+    __slots__ = ("model_id", "model_revision", "dtype", "device", "num_parameters", "vocab_size", "image_token_id", "max_model_len", "max_images", "max_image_bytes", "max_image_pixels", "num_self_attention_layers", "num_cross_attention_layers", "num_heads", "num_kv_heads", "head_dim", "hidden_size", "tile_size", "patch_size", "max_tiles", "features_per_tile", "cross_kv_bytes_per_feature", "self_kv_bytes_per_token", "policies", "default_k_ratio", "generation_defaults", "default_merge_ratio")
     MODEL_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_REVISION_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
@@ -38,6 +38,7 @@ class GetModelResponse(_message.Message):
     POLICIES_FIELD_NUMBER: _ClassVar[int]
     DEFAULT_K_RATIO_FIELD_NUMBER: _ClassVar[int]
     GENERATION_DEFAULTS_FIELD_NUMBER: _ClassVar[int]
+    DEFAULT_MERGE_RATIO_FIELD_NUMBER: _ClassVar[int]
     model_id: str
     model_revision: str
     dtype: str
@@ -64,7 +65,8 @@ class GetModelResponse(_message.Message):
     policies: _containers.RepeatedScalarFieldContainer[str]
     default_k_ratio: float
     generation_defaults: GenerationDefaults
-    def __init__(self, model_id: _Optional[str] = ..., model_revision: _Optional[str] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., num_parameters: _Optional[int] = ..., vocab_size: _Optional[int] = ..., image_token_id: _Optional[int] = ..., max_model_len: _Optional[int] = ..., max_images: _Optional[int] = ..., max_image_bytes: _Optional[int] = ..., max_image_pixels: _Optional[int] = ..., num_self_attention_layers: _Optional[int] = ..., num_cross_attention_layers: _Optional[int] = ..., num_heads: _Optional[int] = ..., num_kv_heads: _Optional[int] = ..., head_dim: _Optional[int] = ..., hidden_size: _Optional[int] = ..., tile_size: _Optional[int] = ..., patch_size: _Optional[int] = ..., max_tiles: _Optional[int] = ..., features_per_tile: _Optional[int] = ..., cross_kv_bytes_per_feature: _Optional[int] = ..., self_kv_bytes_per_token: _Optional[int] = ..., policies: _Optional[_Iterable[str]] = ..., default_k_ratio: _Optional[float] = ..., generation_defaults: _Optional[_Union[GenerationDefaults, _Mapping]] = ...) -> None: ...
+    default_merge_ratio: float
+    def __init__(self, model_id: _Optional[str] = ..., model_revision: _Optional[str] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., num_parameters: _Optional[int] = ..., vocab_size: _Optional[int] = ..., image_token_id: _Optional[int] = ..., max_model_len: _Optional[int] = ..., max_images: _Optional[int] = ..., max_image_bytes: _Optional[int] = ..., max_image_pixels: _Optional[int] = ..., num_self_attention_layers: _Optional[int] = ..., num_cross_attention_layers: _Optional[int] = ..., num_heads: _Optional[int] = ..., num_kv_heads: _Optional[int] = ..., head_dim: _Optional[int] = ..., hidden_size: _Optional[int] = ..., tile_size: _Optional[int] = ..., patch_size: _Optional[int] = ..., max_tiles: _Optional[int] = ..., features_per_tile: _Optional[int] = ..., cross_kv_bytes_per_feature: _Optional[int] = ..., self_kv_bytes_per_token: _Optional[int] = ..., policies: _Optional[_Iterable[str]] = ..., default_k_ratio: _Optional[float] = ..., generation_defaults: _Optional[_Union[GenerationDefaults, _Mapping]] = ..., default_merge_ratio: _Optional[float] = ...) -> None: ...
 
 class GenerationDefaults(_message.Message):
     __slots__ = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_new_tokens", "eos_token_ids")
