@@ -1,0 +1,1 @@
+"""Parts of the load generator: workloads, clients, rivals, figures and the picture."""

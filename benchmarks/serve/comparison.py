@@ -1,0 +1,193 @@
+"""All loads and probes of one model, in one run: trimserve first, then transformers with the same requests."""
+
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from benchmarks.serve.bare import BareModel
+from benchmarks.serve.figures import agreement, ratios, summary
+from benchmarks.serve.load import Exchange, closed_loop, open_loop
+from benchmarks.serve.probes import added_latency, repeated_images
+from benchmarks.serve.rivals import Transformers, transformers_serve
+from benchmarks.serve.service import GrpcTarget, ServerFailed, peak_rss_bytes, running_server
+from benchmarks.serve.workload import Item, Kind, WorkloadSettings, make_workload, poisson_arrivals
+from trimserve.models.loading import embedded_model_folder
+from trimserve.v1 import generation_pb2 as pb
+
+__all__ = ["NUM_STAGES", "Comparison", "Plan", "UnderTest"]
+
+NUM_STAGES = 7
+"""How often a comparison tells what it begins."""
+
+_PROBED_KINDS: Final[tuple[Kind, ...]] = ("four_tiles", "one_tile")
+
+
+@dataclass(frozen=True, slots=True)
+class UnderTest:
+    """A model, and how it is trimmed."""
+
+    name: str
+    folder: Path | None
+    """Of the checkpoint; None is the embedded model."""
+    max_kept_fraction: float | None
+    """Cap of every trimmed request; None: none."""
+
+    def trim(self, *, is_on: bool) -> pb.TrimOptions:
+        """What a request says: the checkpoint's own budget, or off."""
+        if not is_on:
+            return pb.TrimOptions(mode=pb.TRIM_MODE_OFF)
+        return pb.TrimOptions(mode=pb.TRIM_MODE_ON, max_kept_fraction=self.max_kept_fraction)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How much is asked."""
+
+    num_requests: int
+    concurrency: int
+    """Clients of the closed loop, and requests of one of transformers' batches."""
+    max_new_tokens: int
+    repeated_share: float
+    open_loop_load: float
+    """Rate of the open loop as a share of the rate that the closed loop reached."""
+    num_probe_images: int
+    latency_rounds: int
+    num_threads: int
+    seed: int
+
+
+class Comparison:
+    """The figures of one model."""
+
+    def __init__(self, model: UnderTest, plan: Plan, rival_venv: Path | None, begin: Callable[[str], None]) -> None:
+        """Set out; `run` does it.
+
+        Args:
+            model: which.
+            plan: how much.
+            rival_venv: an environment with `transformers[serving]`; None leaves `transformers serve` out.
+            begin: told the name of each stage, `NUM_STAGES` times.
+        """
+        self._model = model
+        self._plan = plan
+        self._rival_venv = rival_venv
+        self._begin = begin
+        self._items: tuple[Item, ...] = ()
+        self._loads: dict[str, dict[str, Any]] = {}
+        self._probes: dict[str, Any] = {}
+
+    async def run(self) -> dict[str, Any]:
+        """Everything, as plain data.
+
+        Raises:
+            ServerFailed: trimserve did not start.
+        """
+        await self._trimmed()
+        self._begin("closed loop, untrimmed")
+        async with self._serving(is_trimmed=False) as (target, pid):
+            untrimmed = await self._closed_loop("trimserve_untrimmed", target, pid)
+        equal = await self._transformers(untrimmed)
+        self._begin("transformers serve")
+        if self._rival_venv is not None:
+            await self._transformers_serve(self._rival_venv)
+        return {
+            "model": self._model.name,
+            "max_kept_fraction": self._model.max_kept_fraction,
+            "loads": self._loads,
+            "ratios": ratios(self._loads),
+            **self._probes,
+            "untrimmed_answers_and_transformers": equal,
+        }
+
+    async def _trimmed(self) -> None:
+        plan = self._plan
+        self._begin("closed loop")
+        async with self._serving(is_trimmed=True) as (target, pid):
+            tile_size = (await target.model()).tile_size
+            self._items = self._workload(tile_size, plan.seed)
+            await self._closed_loop("trimserve", target, pid)
+            self._begin("open loop")
+            rate = plan.open_loop_load * self._loads["trimserve"]["requests_per_second"]
+            arrivals = poisson_arrivals(plan.num_requests, rate, plan.seed)
+            exchanges = await open_loop(target.ask, self._workload(tile_size, plan.seed + 1), arrivals)
+            self._loads["trimserve_open_loop"] = {"offered_requests_per_second": round(rate, 4), **summary(exchanges)}
+            self._begin("probes")
+            self._probes["repeated_images"] = await repeated_images(
+                target.ask, tile_size, _PROBED_KINDS, plan.num_probe_images, plan.seed + 2
+            )
+            item = next(item for item in self._items if item.kind == "four_tiles")
+            threads, cap = plan.num_threads, self._model.max_kept_fraction
+            with BareModel(self._model.folder, num_threads=threads, max_kept_fraction=cap) as bare:
+                self._probes["added_latency"] = await added_latency(target, bare, item, plan.latency_rounds)
+
+    @asynccontextmanager
+    async def _serving(self, *, is_trimmed: bool) -> AsyncIterator[tuple[GrpcTarget, int]]:
+        """A fresh server, which has seen no image yet: a client and the process id."""
+        with running_server(self._model.folder, num_threads=self._plan.num_threads) as server:
+            trim = self._model.trim(is_on=is_trimmed)
+            async with GrpcTarget(server.address, max_new_tokens=self._plan.max_new_tokens, trim=trim) as target:
+                yield target, server.pid
+
+    def _workload(self, tile_size: int, seed: int) -> tuple[Item, ...]:
+        plan = self._plan
+        return make_workload(
+            WorkloadSettings(plan.num_requests, tile_size, repeated_share=plan.repeated_share, seed=seed)
+        )
+
+    async def _closed_loop(self, name: str, target: GrpcTarget, pid: int) -> list[Exchange]:
+        async with target.watched() as peak:
+            exchanges = await closed_loop(target.ask, self._items, self._plan.concurrency)
+        self._loads[name] = {
+            **summary(exchanges),
+            "peak_pool_bytes": peak.pool_bytes,
+            "peak_cross_kv_bytes": peak.cross_bytes,
+            "peak_rss_bytes": peak_rss_bytes(pid),
+        }
+        return exchanges
+
+    async def _transformers(self, untrimmed: Sequence[Exchange]) -> dict[str, Any]:
+        """Returns how far the untrimmed answers are transformers' own."""
+        plan = self._plan
+        self._begin("transformers, one at a time")
+        folder = self._model.folder or embedded_model_folder()
+        with Transformers(folder, num_threads=plan.num_threads, max_new_tokens=plan.max_new_tokens) as rival:
+            await rival.warm_up(self._items[0])
+            exchanges = await closed_loop(rival.ask, self._items, plan.concurrency)
+            rss = await rival.peak_rss_bytes()
+            self._loads["transformers_sequential"] = {**summary(exchanges), "peak_rss_bytes": rss}
+            self._begin("transformers, batched")
+            try:
+                self._loads["transformers_batched"] = await self._batched(rival)
+            except BrokenProcessPool as error:  # such as killed for its memory
+                self._loads["transformers_batched"] = {"errors": [str(error)]}
+        return agreement(untrimmed, exchanges)
+
+    async def _batched(self, rival: Transformers) -> dict[str, Any]:
+        size, count = self._plan.concurrency, len(self._items)
+        seconds = [await rival.batch(self._items[start : start + size]) for start in range(0, count, size)]
+        num_tokens = count * self._plan.max_new_tokens
+        return {
+            "num_requests": count,
+            "batch_size": min(size, count),
+            "errors": [],
+            "seconds": round(sum(seconds), 3),
+            "num_tokens": num_tokens,
+            "tokens_per_second": round(num_tokens / sum(seconds), 2),
+            "peak_rss_bytes": await rival.peak_rss_bytes(),
+        }
+
+    async def _transformers_serve(self, venv: Path) -> None:
+        plan = self._plan
+        folder = self._model.folder or embedded_model_folder()
+        options = {"num_threads": plan.num_threads, "max_new_tokens": plan.max_new_tokens}
+        try:
+            with transformers_serve(venv, folder, **options) as target:
+                await target.ask(self._items[0])
+                exchanges = await closed_loop(target.ask, self._items, plan.concurrency)
+                found = {**summary(exchanges), "peak_rss_bytes": peak_rss_bytes(target.pid)}
+        except (ServerFailed, OSError) as error:
+            found = {"errors": [str(error)]}
+        self._loads["transformers_serve"] = found

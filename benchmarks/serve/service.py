@@ -1,0 +1,166 @@
+"""A trimserve server in a process of its own, asked over gRPC and watched while it works."""
+
+import asyncio
+import re
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+
+from benchmarks.serve.load import Answer
+from benchmarks.serve.workload import Item
+from trimserve.client import MAX_MESSAGE_BYTES, make_request
+from trimserve.v1 import generation_pb2 as pb
+from trimserve.v1 import generation_pb2_grpc, model_pb2, model_pb2_grpc
+
+__all__ = ["GrpcTarget", "Peak", "Server", "ServerFailed", "peak_rss_bytes", "running_server"]
+
+_POLL_SECONDS = 0.05
+
+
+class ServerFailed(Exception):
+    """A server ended before it served; the message has the end of its log."""
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """A server that takes requests."""
+
+    address: str
+    metrics_address: str
+    pid: int
+
+    def metrics(self) -> dict[str, float]:
+        """What `/metrics` tells: value by series, labels included in the name."""
+        with urllib.request.urlopen(f"http://{self.metrics_address}/metrics") as page:
+            lines = page.read().decode().splitlines()
+        pairs = (line.rsplit(" ", 1) for line in lines if line and not line.startswith("#"))
+        return {name: float(value) for name, value in pairs}
+
+
+@contextmanager
+def running_server(model: Path | None, *, num_threads: int, flags: Sequence[str] = ()) -> Iterator[Server]:
+    """Run `trimserve serve` on free ports until the block ends.
+
+    Args:
+        model: folder of a checkpoint; None is the embedded model.
+        num_threads: of one op.
+        flags: more options of the command.
+    Raises:
+        ServerFailed: it ended before it served.
+    """
+    command = [sys.executable, "-m", "trimserve", "serve", "--port", "0", "--metrics-port", "0"]
+    command += ["--num-threads", str(num_threads), "--log-level", "warning", *flags]
+    command += [] if model is None else ["--model", str(model)]
+    with (
+        tempfile.TemporaryFile("w+") as log,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True) as process,
+    ):
+        try:
+            assert process.stdout is not None
+            found = re.search(r"gRPC on (\S+), metrics on (\S+)", process.stdout.readline())
+            if found is None:
+                process.wait()
+                log.seek(0)
+                raise ServerFailed(f"{' '.join(command)} ended with status {process.returncode}: {log.read()[-2000:]}")
+            yield Server(found[1], found[2], process.pid)
+        finally:
+            process.terminate()
+
+
+def peak_rss_bytes(pid: int) -> int | None:
+    """Most resident memory that a process has had so far; None where the system does not tell (not Linux)."""
+    status = Path(f"/proc/{pid}/status")
+    found = re.search(r"^VmHWM:\s+(\d+) kB", status.read_text(), re.MULTILINE) if status.exists() else None
+    return int(found[1]) * 1024 if found else None
+
+
+@dataclass(slots=True)
+class Peak:
+    """The most that was seen of a server while it was watched."""
+
+    pool_bytes: int = 0
+    """Self- and cross-attention KV in use, whole pages."""
+    cross_bytes: int = 0
+    num_running: int = 0
+
+
+class GrpcTarget:
+    """Asks a trimserve server; an async context manager, used in one event loop."""
+
+    def __init__(self, address: str, *, max_new_tokens: int, trim: pb.TrimOptions) -> None:
+        """Connect when first asked.
+
+        Args:
+            address: `HOST:PORT`.
+            max_new_tokens: of every answer, exactly: end tokens are ignored.
+            trim: of every request.
+        """
+        limits = ("grpc.max_receive_message_length", "grpc.max_send_message_length")
+        self._channel = grpc.aio.insecure_channel(address, [(name, MAX_MESSAGE_BYTES) for name in limits])
+        self._generation = generation_pb2_grpc.GenerationServiceStub(self._channel)
+        self._model = model_pb2_grpc.ModelServiceStub(self._channel)
+        self._sampling = pb.SamplingParams(max_new_tokens=max_new_tokens, ignore_eos=True, temperature=0)
+        self._trim = trim
+
+    async def __aenter__(self) -> "GrpcTarget":
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._channel.close()
+
+    async def ask(self, item: Item) -> Answer:
+        """See `load.Ask`."""
+        images = [] if item.image is None else [item.image]
+        request = make_request(item.question, images, sampling=self._sampling, trim=self._trim)
+        arrivals: list[float] = []
+        token_ids: list[int] = []
+        finished = pb.Finished()
+        try:
+            async for event in self._generation.GenerateStream(request):
+                if event.delta.token_ids:
+                    arrivals.append(time.monotonic())
+                    token_ids += event.delta.token_ids
+                elif event.HasField("finished"):
+                    finished = event.finished
+        except grpc.RpcError as error:
+            return Answer(error=f"{error.code().name}: {error.details()}")
+        return Answer(
+            arrivals=tuple(arrivals),
+            num_tokens=len(token_ids),
+            num_prompt_tokens=finished.usage.num_prompt_tokens,
+            token_ids=tuple(token_ids),
+            num_valid=sum(image.valid_features for image in finished.usage.images),
+            num_kept=sum(image.kept_features for image in finished.usage.images),
+            cross_kv_bytes=finished.cross_kv_bytes.held,
+        )
+
+    async def model(self) -> model_pb2.GetModelResponse:
+        """The served model."""
+        return await self._model.GetModel(model_pb2.GetModelRequest())
+
+    @asynccontextmanager
+    async def watched(self) -> AsyncIterator[Peak]:
+        """Ask for the server's status over and over while the block runs."""
+        peak = Peak()
+
+        async def watch() -> None:
+            while True:
+                status = await self._model.GetServerStatus(model_pb2.GetServerStatusRequest())
+                peak.pool_bytes = max(peak.pool_bytes, status.self_kv_bytes + status.cross_kv_bytes)
+                peak.cross_bytes = max(peak.cross_bytes, status.cross_kv_bytes)
+                peak.num_running = max(peak.num_running, status.num_running)
+                await asyncio.sleep(_POLL_SECONDS)
+
+        watcher = asyncio.create_task(watch())
+        try:
+            yield peak
+        finally:
+            watcher.cancel()
