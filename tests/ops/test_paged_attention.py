@@ -16,6 +16,7 @@ from trimserve.ops import PAGE_POSITIONS, paged_attention, reference, write_kv
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 EDGES = [0, 1, 15, 16, 17, 100, 511, 512, 513, 1030]  # around a page and around a piece of the work
 Inputs = tuple[Tensor, Tensor, int, Tensor, Tensor, float]
+BiasedInputs = tuple[Tensor, Tensor, int, Tensor, Tensor, float, Tensor]
 
 
 def place(keys: Tensor, values: Tensor, lengths: Sequence[int], generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -55,7 +56,15 @@ def draw(
     return q.to(dtype), pages, 1, tables, torch.tensor(lengths, dtype=torch.int32), head_dim**-0.5
 
 
-def assert_equals_reference(inputs: Inputs) -> None:
+def with_bias(inputs: Inputs, seed: int = 0) -> BiasedInputs:
+    """A random bias, NaN behind each sequence's last position."""
+    tables, lengths = inputs[3], inputs[4]
+    generator = torch.Generator().manual_seed(seed)
+    bias = torch.randn(len(tables), tables.shape[1] * PAGE_POSITIONS, generator=generator) * 4
+    return *inputs, bias.masked_fill(torch.arange(bias.shape[1]) >= lengths[:, None], math.nan)
+
+
+def assert_equals_reference(inputs: Inputs | BiasedInputs) -> None:
     attended, expected = paged_attention(*inputs), reference.paged_attention(*inputs)
     torch.testing.assert_close(attended, expected, equal_nan=True, **PAGED_ATTENTION[attended.dtype])
 
@@ -90,6 +99,25 @@ def test_hand_worked_attention(
     torch.testing.assert_close(attended.item(), expected, **PAGED_ATTENTION[torch.float32])
 
 
+BIAS_TABLE = [  # bias of each position, values, attended; all other logits are 1
+    ([0.0, LN3], [4.0, 8.0], 7.0),
+    ([-LN3, 0.0], [4.0, 8.0], 7.0),
+    ([-math.inf, 0.0], [4.0, 8.0], 8.0),
+    ([LN3, LN3], [4.0, 8.0], 6.0),
+    ([0.0] * 16 + [4 * math.log(2)], [1.0] * 16 + [3.0], 2.0),  # the last weighs as much as the first page
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("bias", "values", "expected"), BIAS_TABLE)
+def test_hand_worked_bias(bias: list[float], values: list[float], expected: float, dtype: torch.dtype) -> None:
+    op = paged_attention if dtype == torch.float32 else reference.paged_attention
+    padded = torch.zeros(1, 2 * PAGE_POSITIONS)
+    padded[0, : len(bias)] = torch.tensor(bias)
+    attended = op(*one_head(1.0, [1.0] * len(values), values, dtype), padded)
+    torch.testing.assert_close(attended.item(), expected, **PAGED_ATTENTION[torch.float32])
+
+
 def test_query_heads_share_their_group_s_kv_head() -> None:
     pages = torch.zeros(1, 1, 2, 2, PAGE_POSITIONS, 1)
     pages[0, 0, 1, :, 0, 0] = torch.tensor([3.0, 5.0])
@@ -103,7 +131,9 @@ def test_query_heads_share_their_group_s_kv_head() -> None:
     [(1, 1, 1), (6, 6, 24), (6, 2, 24), (8, 1, 64), (4, 2, 128), (3, 1, 80), (5, 1, 13)],
 )
 def test_equals_reference(num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> None:
-    assert_equals_reference(draw(EDGES, num_heads, num_kv_heads, head_dim, dtype))
+    inputs = draw(EDGES, num_heads, num_kv_heads, head_dim, dtype)
+    assert_equals_reference(inputs)
+    assert_equals_reference(with_bias(inputs))
 
 
 @given(
@@ -117,7 +147,15 @@ def test_equals_reference(num_heads: int, num_kv_heads: int, head_dim: int, dtyp
 def test_equals_reference_on_any_shape(
     lengths: list[int], num_kv_heads: int, group: int, head_dim: int, dtype: torch.dtype, seed: int
 ) -> None:
-    assert_equals_reference(draw(lengths, group * num_kv_heads, num_kv_heads, head_dim, dtype, seed))
+    inputs = draw(lengths, group * num_kv_heads, num_kv_heads, head_dim, dtype, seed)
+    assert_equals_reference(inputs)
+    assert_equals_reference(with_bias(inputs, seed))
+
+
+def test_a_bias_of_zero_changes_no_bit() -> None:
+    inputs = draw(EDGES)
+    zero = torch.zeros(len(EDGES), inputs[3].shape[1] * PAGE_POSITIONS)
+    assert torch.equal(paged_attention(*inputs, zero), paged_attention(*inputs))
 
 
 def test_no_sequences_and_no_pages_give_empty_and_zero() -> None:
@@ -178,35 +216,39 @@ def test_minus_infinite_logits_weigh_nothing(num_hidden: int) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layout_does_not_matter(layout: Callable[[Tensor], Tensor]) -> None:
-    q, pages, layer, tables, lengths, scale = draw([20, 0, 100])
-    attended = paged_attention(layout(q), pages, layer, layout(tables), layout(lengths), scale)
-    assert torch.equal(attended, paged_attention(q, pages, layer, tables, lengths, scale))
+    q, pages, layer, tables, lengths, scale, bias = with_bias(draw([20, 0, 100]))
+    attended = paged_attention(layout(q), pages, layer, layout(tables), layout(lengths), scale, layout(bias))
+    assert torch.equal(attended, paged_attention(q, pages, layer, tables, lengths, scale, bias))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("head_dim", [10, 16])
 def test_reads_only_its_inputs(head_dim: int, dtype: torch.dtype) -> None:
-    q, pages, layer, tables, lengths, scale = draw([20, 48], head_dim=head_dim, dtype=dtype)
-    expected = paged_attention(q, pages, layer, tables, lengths, scale)
+    q, pages, layer, tables, lengths, scale, bias = with_bias(draw([20, 48], head_dim=head_dim, dtype=dtype))
+    expected = paged_attention(q, pages, layer, tables, lengths, scale, bias)
     for offset in range(18):
         q_view, q_buffer = misaligned(q, offset, math.nan)
         pages_view, pages_buffer = misaligned(pages, offset, math.nan)
         table, _ = misaligned(tables, offset, -1)
         counts, _ = misaligned(lengths, offset, -1)
+        added, _ = misaligned(bias, offset, math.nan)
         before = q_buffer.clone(), pages_buffer.clone()
-        assert torch.equal(paged_attention(q_view, pages_view, layer, table, counts, scale), expected)
+        assert torch.equal(paged_attention(q_view, pages_view, layer, table, counts, scale, added), expected)
         torch.testing.assert_close((q_buffer, pages_buffer), before, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_sequence_gets_the_same_bits_alone_and_in_any_company(dtype: torch.dtype) -> None:
-    q, pages, layer, tables, lengths, scale = draw([*EDGES, 1600], head_dim=64, dtype=dtype)
-    together = paged_attention(q, pages, layer, tables, lengths, scale)
-    for b in range(len(lengths)):
-        rows = slice(b, b + 1)
-        assert torch.equal(paged_attention(q[rows], pages, layer, tables[rows], lengths[rows], scale)[0], together[b])
-    backwards = paged_attention(q.flip(0), pages, layer, tables.flip(0), lengths.flip(0), scale)
-    assert torch.equal(backwards.flip(0), together)
+    q, pages, layer, tables, lengths, scale, bias = with_bias(draw([*EDGES, 1600], head_dim=64, dtype=dtype))
+
+    def attend(rows: Tensor) -> Tensor:
+        return paged_attention(q[rows], pages, layer, tables[rows], lengths[rows], scale, bias[rows])
+
+    everyone = torch.arange(len(q))
+    together = attend(everyone)
+    for row in everyone:
+        assert torch.equal(attend(row[None])[0], together[row])
+    assert torch.equal(attend(everyone.flip(0)).flip(0), together)
 
 
 @pytest.mark.parametrize("lengths", [[1600], [*EDGES, 1600]])
@@ -263,6 +305,24 @@ def test_refuses_with_its_reason(arguments: Inputs, message: str) -> None:
     assert str(error.value) == f"paged_attention: {message}"
 
 
+B = torch.zeros(2, 32)
+BIAS_REFUSALS: list[tuple[Tensor, str]] = [
+    (B.half(), "must be float32 [B, max_pages * 16], got float16 [2, 32]"),
+    (B[0], "must be float32 [B, max_pages * 16], got float32 [32]"),
+    (B[:1], "must be [B=2, max_pages * 16=32], got float32 [1, 32]"),
+    (B[:, :31], "must be [B=2, max_pages * 16=32], got float32 [2, 31]"),
+]
+
+
+@pytest.mark.parametrize(("bias", "message"), BIAS_REFUSALS)
+def test_refuses_a_bias_with_its_reason(bias: Tensor, message: str) -> None:
+    with pytest.raises(ValueError) as error:  # noqa: PT011 - the whole message is compared
+        paged_attention(Q, P, 0, T, L, 1.0, bias)
+    assert str(error.value) == f"paged_attention: bias {message}"
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_opcheck(dtype: torch.dtype) -> None:
-    torch.library.opcheck(torch.ops.trimserve.paged_attention.default, draw([20, 0, 40], dtype=dtype))
+    inputs = draw([20, 0, 40], dtype=dtype)
+    torch.library.opcheck(torch.ops.trimserve.paged_attention.default, inputs)
+    torch.library.opcheck(torch.ops.trimserve.paged_attention.default, with_bias(inputs))
