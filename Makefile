@@ -37,9 +37,11 @@ check: build  ## lint, types, formatting, and that everything generated is up to
 	$(BIN)/python scripts/generate_protos.py --check
 	$(BIN)/python scripts/generate_docs.py --check
 
-verify: check test  ## what takes longer: wheel, container image (as root, on Debian), benchmarks
+verify: check test  ## what takes longer: more random mixes, ten minutes at full load, wheel, container image, benchmarks
+	$(BIN)/python -m pytest tests/engine/test_random_mixes.py --mixes 200 --timeout 3600
+	$(BIN)/python -m benchmarks.soak
 	PATH="$(abspath $(BIN)):$$PATH" scripts/verify_wheel.sh
-	scripts/verify_image.sh
+	scripts/verify_image.sh  # as root, on Debian
 	$(MAKE) bench
 
 fmt: build  ## format Python and C++
