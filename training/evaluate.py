@@ -8,7 +8,7 @@ import argparse
 import json
 import os
 import platform
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from training.examples import DATA_VERSION, Example, example_rng, generate_examp
 from training.export import CHECKPOINT
 from training.mended import mend
 from training.questions import Turn
+from training.scenes import SHAPES
 
 __all__ = ["Score", "answer", "held_out_questions", "main", "score"]
 
@@ -33,6 +34,8 @@ class Score:
     right: int
     right_grey: int
     """Right with a grey image of the same size instead."""
+    shapes_named: int
+    """Shapes that the answers name, with the image: how much a description tells."""
 
 
 def held_out_questions(count: int, seed: int = 0) -> list[tuple[Image.Image, Turn]]:
@@ -103,9 +106,10 @@ def score(
         grey = [Image.new("RGB", image.size, (110, 110, 110)) for image, _ in part]
         blind = answer(model, processor, [(g, turn.question) for g, (_, turn) in zip(grey, part, strict=True)])
         for (_, turn), one, other in zip(part, seen, blind, strict=True):
-            tally = tallies.setdefault(turn.kind, [0, 0, 0])
-            for place, hit in enumerate((True, one == turn.answer, other == turn.answer)):
-                tally[place] += hit
+            tally = tallies.setdefault(turn.kind, [0, 0, 0, 0])
+            num_shapes = sum(word.strip(",.") in SHAPES for word in one.split())
+            for place, more in enumerate((1, one == turn.answer, other == turn.answer, num_shapes)):
+                tally[place] += more
     return {kind: Score(*tally) for kind, tally in sorted(tallies.items())}
 
 
@@ -139,6 +143,7 @@ def _report(scores: dict[str, Score], about: dict[str, object]) -> dict[str, obj
         "questions": {kind: tally.asked for kind, tally in scores.items()} | {"overall": everything.asked},
         "accuracy": {kind: _share(tally.right, tally) for kind, tally in scores.items()}
         | {"overall": _share(everything.right, everything)},
+        "objects_per_description": round(scores["description"].shapes_named / scores["description"].asked, 2),
         "accuracy_grey_image": {kind: _share(tally.right_grey, tally) for kind, tally in scores.items()}
         | {"overall": _share(everything.right_grey, everything)},
     }
@@ -146,7 +151,7 @@ def _report(scores: dict[str, Score], about: dict[str, object]) -> dict[str, obj
 
 def _total(scores: dict[str, Score]) -> Score:
     tallies = scores.values()
-    return Score(sum(t.asked for t in tallies), sum(t.right for t in tallies), sum(t.right_grey for t in tallies))
+    return Score(*(sum(getattr(tally, field.name) for tally in tallies) for field in fields(Score)))
 
 
 def _share(hits: int, tally: Score) -> float:

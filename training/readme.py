@@ -47,26 +47,27 @@ def accuracy_table(report: dict[str, Any]) -> str:
 
 
 def trimming_table(evaluation: Report) -> str:
-    """Exact match over all questions for each policy and budget, as Markdown.
+    """Exact match over all questions for each budget and policy, as Markdown.
 
     Args:
         evaluation: of the policies `trimmed`, `random` and `strided`.
     """
-    rows = {(row.policy, row.k_ratio): row for row in evaluation.rows if row.kind == ALL_KINDS}
-    untrimmed = next(row for (policy, _), row in rows.items() if policy == UNTRIMMED_POLICY)
+    rows = {(row.policy, row.merge_ratio, row.k_ratio): row for row in evaluation.rows if row.kind == ALL_KINDS}
+    untrimmed = next(row for (policy, *_), row in rows.items() if policy == UNTRIMMED_POLICY)
     lines = [
-        "| k_ratio | kept_fraction | trimmed | random | strided | trimmed against untrimmed [95 %] | KL |",
-        "|---:|---:|---:|---:|---:|---:|---:|",
-        f"| untrimmed | 100% | {_percent(untrimmed)} | | | | |",
+        "| k_ratio | merge_ratio | kept_fraction | trimmed | random | strided | change when trimmed [95 %] | KL |",
+        "|---:|---:|---:|---:|---:|---:|---:|---:|",
+        f"| untrimmed | | 100% | {_percent(untrimmed)} | | | | |",
     ]
-    for k_ratio in sorted({k_ratio for policy, k_ratio in rows if policy == "trimmed"}, reverse=True):
-        trimmed = rows["trimmed", k_ratio]
-        controls = " | ".join(_percent(rows[policy, k_ratio]) for policy in ("random", "strided"))
+    budgets = [(merge_ratio, k_ratio) for policy, merge_ratio, k_ratio in rows if policy == "trimmed"]
+    for merge_ratio, k_ratio in sorted(budgets, key=lambda budget: (budget[0], -budget[1])):
+        trimmed = rows["trimmed", merge_ratio, k_ratio]
+        controls = " | ".join(_percent(rows[policy, merge_ratio, k_ratio]) for policy in ("random", "strided"))
         change = trimmed.accuracy_change
         interval = f"{100 * change.value:+.1f} points [{100 * change.low:+.1f}, {100 * change.high:+.1f}]"
         lines.append(
-            f"| {k_ratio:g} | {trimmed.kept_fraction:.0%} | {_percent(trimmed)} | {controls} | {interval} "
-            f"| {trimmed.divergence.value:.3f} |"
+            f"| {k_ratio:g} | {merge_ratio:g} | {trimmed.kept_fraction:.0%} | {_percent(trimmed)} | {controls} "
+            f"| {interval} | {trimmed.divergence.value:.3f} |"
         )
     return "\n".join(lines)
 

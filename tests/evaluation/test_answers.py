@@ -1,6 +1,7 @@
 """Answers of a model in this process and of a server that serves it: to each other, and to the model's own logits."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from trimserve.models.prompt import ChatPrompt, Image, Message, Text
 from trimserve.models.trimming import POLICIES, TrimParams
 
 TRIMS = [TrimParams(policy=policy, k_ratio=0.2) for policy in POLICIES]
+MERGED = TrimParams(k_ratio=0.1, merge_ratio=0.2)
 
 
 def answered(model: Mllama, questions: list[Question], batch: int = 64) -> list[list[Answer]]:
@@ -53,19 +55,25 @@ def test_counts_and_divergences_are_those_of_the_model_alone(
     for question, row in zip(questions, rows, strict=True):
         untrimmed = prefilled(model, question, UNTRIMMED)
         assert row[0].divergence == 0
-        assert row[0].num_kept == row[0].num_valid == sum(untrimmed.num_valid)
+        assert row[0].num_held == row[0].num_valid == sum(untrimmed.num_valid)
         for trim, answer in zip(TRIMS, row[1:], strict=True):
             alone = prefilled(model, question, trim)
-            assert answer.num_kept == sum(alone.num_kept) < answer.num_valid
+            assert answer.num_held == sum(alone.num_kept) < answer.num_valid
             p, q = (logits.double().log_softmax(-1) for logits in (untrimmed.logits, alone.logits))
             expected = F.kl_div(q, p, reduction="sum", log_target=True).item()
             assert answer.divergence == pytest.approx(expected, rel=1e-3)
             assert answer.divergence > 1e-3
 
 
+def test_merged_rows_count_as_held(model: Mllama, questions: list[Question]) -> None:
+    for _, dropped, merged in InProcess(model).answers(questions, [replace(MERGED, merge_ratio=0.0), MERGED]):
+        assert dropped.num_held < merged.num_held < merged.num_valid
+        assert merged.divergence < dropped.divergence
+
+
 def test_controls_keep_as_many_features_and_answer_otherwise(rows: list[list[Answer]]) -> None:
     for _, trimmed, *controls in rows:
-        assert {control.num_kept for control in controls} == {trimmed.num_kept}
+        assert {control.num_held for control in controls} == {trimmed.num_held}
     assert len({tuple(column) for column in zip(*texts(rows), strict=True)}) == 1 + len(TRIMS)
 
 
@@ -100,14 +108,16 @@ def client(checkpoint: Path) -> Iterator[Client]:
 
 
 def test_a_server_gives_the_same_answers_and_lower_bounds_of_the_divergences(
-    client: Client, questions: list[Question], rows: list[list[Answer]]
+    client: Client, model: Mllama, questions: list[Question]
 ) -> None:
-    served = list(Served(client, concurrency=3).answers(questions, TRIMS, max_new_tokens=8))
-    assert texts(served) == texts(rows)
-    for theirs, ours in zip(served, rows, strict=True):
+    trims = [*TRIMS, MERGED]
+    served = list(Served(client, concurrency=3).answers(questions, trims, max_new_tokens=8))
+    exactly = list(InProcess(model).answers(questions, trims, max_new_tokens=8))
+    assert texts(served) == texts(exactly)
+    for theirs, ours in zip(served, exactly, strict=True):
         assert theirs[0].divergence == 0
         for answer, exact in zip(theirs, ours, strict=True):
-            assert (answer.num_valid, answer.num_kept) == (exact.num_valid, exact.num_kept)
+            assert (answer.num_valid, answer.num_held) == (exact.num_valid, exact.num_held)
             assert answer.divergence <= exact.divergence + 1e-5
     assert all(answer.divergence > 0 for row in served for answer in row[1:])
 

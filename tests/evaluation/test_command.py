@@ -2,6 +2,7 @@
 
 import json
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ def run(*arguments: object) -> Result:
 
 
 def test_a_curve_is_written_and_told(data: Path, checkpoint: Path, tmp_path: Path) -> None:
-    options = ("--policies", "trimmed, strided", "--k-ratios", "0.2,1", "--limit", 4)
+    options = ("--policies", "trimmed, strided", "--k-ratios", "0.2,1", "--merge-ratios", "0,0.1", "--limit", 4)
     result = run("--data", data, "--out", tmp_path / "out", "--model", checkpoint, *options)
     assert result.exit_code == 0, result.output
     report = Report.from_json((tmp_path / "out/report.json").read_text())
@@ -24,9 +25,9 @@ def test_a_curve_is_written_and_told(data: Path, checkpoint: Path, tmp_path: Pat
     assert report.data["num_questions"] == 4
     assert {row.kind for row in report.rows} == {"all", "short", "long"}
     untrimmed, *_ = rows = [row for row in report.rows if row.kind == "all"]
-    assert [(row.policy, row.k_ratio) for row in rows] == [
-        ("untrimmed", 1.0),
-        *((policy, k_ratio) for policy in ("trimmed", "strided") for k_ratio in (0.2, 1.0)),
+    assert [(row.policy, row.merge_ratio, row.k_ratio) for row in rows] == [
+        ("untrimmed", 0.0, 1.0),
+        *product(("trimmed", "strided"), (0.0, 0.1), (0.2, 1.0)),
     ]
     for row in rows:
         if row.k_ratio == 1:
@@ -53,6 +54,7 @@ def test_calibration_is_written_and_told(data: Path, checkpoint: Path, tmp_path:
     ("options", "message"),
     [
         (("--k-ratios", "0.5,0"), "must be numbers in (0, 1], got '0'"),
+        (("--merge-ratios", "0,1.5"), "must be numbers in [0, 1], got '1.5'"),
         (("--k-ratios", "half"), "must be numbers in (0, 1], got 'half'"),
         (("--policies", "trimmed,best"), "must be among trimmed, random, strided, got 'best'"),
         (("--address", "localhost:1"), "exclude each other"),

@@ -122,7 +122,7 @@ def test_calibration_names_the_smallest_k_ratio_within_the_bound(
     ten_questions: list[Question], bound: float, k_ratio: float
 ) -> None:
     known = Known()
-    found = calibrate(known, ten_questions, bound + 1e-12)
+    found = calibrate(known, ten_questions, bound + 1e-12, TrimParams())
     assert found.k_ratio == k_ratio
     assert known.max_new_tokens == 1
     assert len(found.probes) <= MAX_PROBES
@@ -134,4 +134,4 @@ def test_calibration_names_the_smallest_k_ratio_within_the_bound(
 
 def test_calibration_needs_no_answers(ten_questions: list[Question]) -> None:
     unlabelled = [Question(question.image, question.text) for question in ten_questions]
-    assert calibrate(Known(), unlabelled, 0.505) == calibrate(Known(), ten_questions, 0.505)
+    assert calibrate(Known(), unlabelled, 0.505, TrimParams()) == calibrate(Known(), ten_questions, 0.505, TrimParams())

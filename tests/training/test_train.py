@@ -40,19 +40,19 @@ def test_a_finished_run_goes_on_to_a_new_end(tmp_path: Path) -> None:
 
 def test_exported_weights_are_the_trained_ones(tmp_path: Path) -> None:
     trainer = Trainer(SETTINGS, CPU)
-    export(trainer, tmp_path, 0.3, {"colour": 0.5})
+    export(trainer, tmp_path, 0.3, 0.15, {"colour": 0.5})
     model = mend(MllamaForConditionalGeneration.from_pretrained(tmp_path)).eval()
     for (name, trained), (_, exported) in zip(
         trainer.model.state_dict().items(), model.state_dict().items(), strict=True
     ):
         assert torch.equal(trained, exported), name
     about = json.loads((tmp_path / "trimserve.json").read_text())
-    assert about["k_ratio"] == 0.3
+    assert (about["k_ratio"], about["merge_ratio"]) == (0.3, 0.15)
     assert about["accuracy"] == {"colour": 0.5}
 
 
 def test_answers_do_not_depend_on_the_batch(tmp_path: Path) -> None:
-    export(Trainer(SETTINGS, CPU), tmp_path, 0.2, {})
+    export(Trainer(SETTINGS, CPU), tmp_path, 0.2, 0.0, {})
     model = mend(MllamaForConditionalGeneration.from_pretrained(tmp_path)).eval()
     model.generation_config.max_new_tokens = 4
     processor = AutoProcessor.from_pretrained(tmp_path)

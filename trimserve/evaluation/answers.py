@@ -20,8 +20,8 @@ class Answer:
     text: str
     num_valid: int
     """Visual features of the image."""
-    num_kept: int
-    """Those that were kept."""
+    num_held: int
+    """Rows that they came to: kept features and merged ones."""
     divergence: float
     """KL(untrimmed || this) of the first generated token's distribution, in nats; 0 when untrimmed."""
 

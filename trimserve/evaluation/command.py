@@ -20,6 +20,7 @@ from trimserve.evaluation.dataset import ALL_KINDS, Question, describe_questions
 if TYPE_CHECKING:
     from trimserve.evaluation.answers import Answerer
     from trimserve.evaluation.report import Report
+    from trimserve.models.trimming import TrimParams
 
 __all__ = ["evaluate"]
 
@@ -35,10 +36,21 @@ def evaluate(
     k_ratios: Annotated[
         str, typer.Option(help="Budgets per head, each in (0, 1], separated by commas.")
     ] = "0.02,0.05,0.1,0.2,0.4,1.0",
+    merge_ratios: Annotated[
+        str,
+        typer.Option(
+            help="Rows that the other features of a tile are merged into, as shares of its own, each in [0, 1], "
+            "separated by commas; 0 drops them."
+        ),
+    ] = "0",
     limit: Annotated[int | None, typer.Option(min=1, help="Ask the first questions only.")] = None,
     only_calibrate: Annotated[
         bool,
-        typer.Option("--calibrate", help="Instead find the smallest k_ratio within --max-kl; needs no answers."),
+        typer.Option(
+            "--calibrate",
+            help="Instead find the smallest k_ratio within --max-kl, with the first policy and the first merge_ratio; "
+            "needs no answers.",
+        ),
     ] = False,
     max_kl: Annotated[
         float, typer.Option(min=0, help="Bound on the mean KL of the first token's distribution to untrimmed, in nats.")
@@ -55,16 +67,23 @@ def evaluate(
     from trimserve.evaluation.curve import measure_curve
     from trimserve.models.trimming import TrimParams
 
-    ratios = _parse_ratios(k_ratios)
+    k_budgets = _parse_ratios(k_ratios, "--k-ratios", "(0, 1]", lambda ratio: 0 < ratio <= 1)
+    merge_budgets = _parse_ratios(merge_ratios, "--merge-ratios", "[0, 1]", lambda ratio: 0 <= ratio <= 1)
     questions = load_questions(data, limit=limit, need_answers=not only_calibrate)
     draw_curves = None if only_calibrate else _find_draw_curves()
     with _answerer(address, model, num_threads) as answerer:
         names = _parse_policies(policies, answerer.policies)
         out.mkdir(parents=True, exist_ok=True)
         if draw_curves is None:
-            _calibrate(answerer, questions, names[0], max_kl, out / "calibration.json")
+            trim = TrimParams(policy=names[0], merge_ratio=merge_budgets[0])
+            _calibrate(answerer, questions, trim, max_kl, out / "calibration.json")
             return
-        trims = [TrimParams(policy=name, k_ratio=ratio) for name in names for ratio in ratios]
+        trims = [
+            TrimParams(policy=name, k_ratio=k_ratio, merge_ratio=merge_ratio)
+            for name in names
+            for merge_ratio in merge_budgets
+            for k_ratio in k_budgets
+        ]
         with _progress("questions", len(questions)) as advance:
             report = measure_curve(answerer, questions, trims, on_question=advance)
     (out / "report.json").write_text(report.to_json())
@@ -73,12 +92,15 @@ def evaluate(
     _console.print(f"{out / 'report.json'}, {out / 'curves.png'}", highlight=False, markup=False, soft_wrap=True)
 
 
-def _calibrate(answerer: "Answerer", questions: Sequence[Question], policy: str, max_kl: float, file: Path) -> None:
+def _calibrate(
+    answerer: "Answerer", questions: Sequence[Question], trim: "TrimParams", max_kl: float, file: Path
+) -> None:
     from trimserve.evaluation.curve import MAX_PROBES, calibrate
 
     with _progress("questions, at most", MAX_PROBES * len(questions)) as advance:
-        found = calibrate(answerer, questions, max_kl, policy=policy, on_question=advance)
-    document = {"model": answerer.describe(), "data": describe_questions(questions), **asdict(found)}
+        found = calibrate(answerer, questions, max_kl, trim, on_question=advance)
+    setting = {"policy": trim.policy, "merge_ratio": trim.merge_ratio}
+    document = {"model": answerer.describe(), "data": describe_questions(questions), **setting, **asdict(found)}
     file.write_text(json.dumps(document, indent=2) + "\n")
     table = Table("k_ratio", "kept", "KL, nats", box=None)
     for probe in sorted(found.probes, key=lambda probe: probe.k_ratio):
@@ -89,13 +111,13 @@ def _calibrate(answerer: "Answerer", questions: Sequence[Question], policy: str,
 
 
 def _table(report: "Report") -> Table:
-    table = Table("policy", "k_ratio", "kept", "exact match", "95 % interval", "KL, nats", box=None)
+    table = Table("policy", "k_ratio", "merge_ratio", "kept", "exact match", "95 % interval", "KL, nats", box=None)
     for row in report.rows:
         if row.kind == ALL_KINDS:
             accuracy = row.accuracy
             interval = f"{accuracy.low:.1%} to {accuracy.high:.1%}"
             figures = (f"{row.kept_fraction:.1%}", f"{accuracy.value:.1%}", interval, f"{row.divergence.value:.4f}")
-            table.add_row(row.policy, f"{row.k_ratio:g}", *figures)
+            table.add_row(row.policy, f"{row.k_ratio:g}", f"{row.merge_ratio:g}", *figures)
     return table
 
 
@@ -129,15 +151,15 @@ def _progress(what: str, total: int) -> Iterator[Callable[[], None]]:
         yield lambda: progress.advance(task)
 
 
-def _parse_ratios(text: str) -> list[float]:
+def _parse_ratios(text: str, option: str, bounds: str, is_within: Callable[[float], bool]) -> list[float]:
     ratios: list[float] = []
     for part in text.split(","):
         try:
             ratio = float(part)
         except ValueError:
             ratio = math.nan
-        if not 0 < ratio <= 1:
-            raise typer.BadParameter(f"must be numbers in (0, 1], got {part.strip()!r}", param_hint="--k-ratios")
+        if not is_within(ratio):
+            raise typer.BadParameter(f"must be numbers in {bounds}, got {part.strip()!r}", param_hint=option)
         ratios.append(ratio)
     return list(dict.fromkeys(ratios))
 

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -25,7 +25,7 @@ class Probe:
 
     k_ratio: float
     kept_fraction: float
-    """Mean over the questions."""
+    """Mean over the questions of rows held, kept features and merged ones, by valid features."""
     divergence: float
     """Mean KL(untrimmed || trimmed) of the first generated token's distribution, in nats."""
 
@@ -55,7 +55,7 @@ def measure_curve(
     Args:
         answerer: who answers.
         questions: with what is right, at least one.
-        trims: policies and k_ratios, at least one; every policy has every k_ratio that the first has.
+        trims: policies and budgets, at least one; the first policy has every budget that another has.
         on_question: called after each question.
     Raises:
         DatasetError: the model refuses a question's image or text.
@@ -78,8 +78,8 @@ def calibrate(
     answerer: Answerer,
     questions: Sequence[Question],
     max_divergence: float,
+    trim: TrimParams,
     *,
-    policy: str = "trimmed",
     on_question: Callable[[], None] = lambda: None,
 ) -> Calibration:
     """Find the smallest k_ratio whose answers begin like the untrimmed ones, without knowing what is right.
@@ -91,7 +91,7 @@ def calibrate(
         answerer: who answers; one token of each answer is enough.
         questions: at least one; their answers are not looked at.
         max_divergence: bound on the mean KL(untrimmed || trimmed) of the first token, in nats, at least 0.
-        policy: what chooses the features.
+        trim: policy and merge_ratio.
         on_question: called after each question of each probe.
     Raises:
         DatasetError: the model refuses a question's image or text.
@@ -100,7 +100,7 @@ def calibrate(
     fails, passes = 0, _STEPS  # k_ratio 1 is the untrimmed path
     while passes - fails > 1:
         middle = (fails + passes) // 2
-        probe = _probe(answerer, questions, TrimParams(policy=policy, k_ratio=middle / _STEPS), on_question)
+        probe = _probe(answerer, questions, replace(trim, k_ratio=middle / _STEPS), on_question)
         probes.append(probe)
         if probe.divergence <= max_divergence:
             passes = middle
@@ -112,9 +112,9 @@ def calibrate(
 def _probe(
     answerer: Answerer, questions: Sequence[Question], trim: TrimParams, on_question: Callable[[], None]
 ) -> Probe:
-    kept, divergences = [], []
+    held, divergences = [], []
     for _, trimmed in answerer.answers(questions, [trim], max_new_tokens=1):
-        kept.append(trimmed.num_kept / trimmed.num_valid)
+        held.append(trimmed.num_held / trimmed.num_valid)
         divergences.append(trimmed.divergence)
         on_question()
-    return Probe(trim.k_ratio, float(np.mean(kept)), float(np.mean(divergences)))
+    return Probe(trim.k_ratio, float(np.mean(held)), float(np.mean(divergences)))

@@ -40,7 +40,7 @@ class _Run:
     kv: SequenceKV
     num_valid: int
     max_new_tokens: int
-    num_kept: int = 0
+    num_held: int = 0
     logprobs: NDArray[np.float64] = field(default_factory=lambda: np.empty(0))
     """[vocab_size], of the first token."""
     token_ids: list[int] = field(default_factory=list)
@@ -120,7 +120,7 @@ class InProcess:
         logprobs = last.double().log_softmax(dim=-1).cpu().numpy()
         for run, row, token_id in zip(runs, logprobs, last.argmax(dim=-1).tolist(), strict=True):
             assert run.rows.vision is not None
-            run.num_kept = sum(run.rows.vision.num_features)
+            run.num_held = sum(run.rows.vision.num_features)
             run.logprobs = row
             run.token_ids.append(token_id)
 
@@ -137,6 +137,6 @@ class InProcess:
         return Answer(
             text=self._model.tokenizer.decode(run.token_ids, skip_special_tokens=True),
             num_valid=run.num_valid,
-            num_kept=run.num_kept,
+            num_held=run.num_held,
             divergence=kl_divergence(untrimmed.logprobs, run.logprobs),
         )

@@ -4,8 +4,10 @@ Needs matplotlib, which the extra `eval` brings; import it only where a picture 
 """
 
 import math
+from collections.abc import Iterator
+from itertools import cycle
 from pathlib import Path
-from typing import Final
+from typing import Any, Final, TypedDict
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -17,10 +19,16 @@ from trimserve.evaluation.report import UNTRIMMED_POLICY, Report, Row
 __all__ = ["draw_curves"]
 
 _COLORS: Final = ("#0a6fb8", "#e07b28", "#6f9a3c", "#8a5fb0")
+_LINES: Final = ("-", (0, (2, 1.5)), (0, (1, 1)))  # of each merge_ratio
 _INK: Final = "#2b2f36"
 _COLUMNS: Final = 5
 _ENDS: Final = ("low", "high")
 _LEAST_DIVERGENCE: Final = 1e-5  # where the bands end on the logarithmic axis
+
+
+class _Style(TypedDict):
+    color: str
+    linestyle: Any
 
 
 def draw_curves(report: Report, path: Path) -> None:
@@ -48,7 +56,7 @@ def draw_curves(report: Report, path: Path) -> None:
         column = 2 * (index % _COLUMNS)
         panel = figure.add_subplot(grid[1 + index // _COLUMNS, column : column + 2])
         _draw_accuracy(panel, report, kind)
-        panel.set_title(f"{kind} ({_rows(report, UNTRIMMED_POLICY, kind)[0].num_questions})", loc="left", fontsize=10)
+        panel.set_title(f"{kind} ({_untrimmed(report, kind).num_questions})", loc="left", fontsize=10)
     model, data = report.model, report.data
     figure.suptitle(
         f"{model['model']} ({model['revision'][:12]}): {data['num_questions']:,} questions about "
@@ -60,39 +68,45 @@ def draw_curves(report: Report, path: Path) -> None:
     figure.savefig(path)
 
 
-def _rows(report: Report, policy: str, kind: str) -> list[Row]:
-    rows = [row for row in report.rows if (row.policy, row.kind) == (policy, kind)]
-    return sorted(rows, key=lambda row: row.kept_fraction)
+def _curves(report: Report, kind: str) -> Iterator[tuple[list[Row], str, _Style]]:
+    """The rows of each policy and merge_ratio by kept fraction, what to call them, and how to draw them."""
+    rows = [row for row in report.rows if row.kind == kind and row.policy != UNTRIMMED_POLICY]
+    colors = dict(zip(dict.fromkeys(row.policy for row in rows), cycle(_COLORS), strict=False))
+    lines = dict(zip(sorted({row.merge_ratio for row in rows}), cycle(_LINES), strict=False))
+    for policy, merge_ratio in dict.fromkeys((row.policy, row.merge_ratio) for row in rows):
+        curve = [row for row in rows if (row.policy, row.merge_ratio) == (policy, merge_ratio)]
+        name = f"{policy}, merge_ratio {merge_ratio:g}" if len(lines) > 1 else policy
+        style: _Style = {"color": colors[policy], "linestyle": lines[merge_ratio]}
+        yield sorted(curve, key=lambda row: row.kept_fraction), name, style
 
 
-def _policies(report: Report) -> list[str]:
-    return list(dict.fromkeys(row.policy for row in report.rows if row.policy != UNTRIMMED_POLICY))
+def _untrimmed(report: Report, kind: str) -> Row:
+    return next(row for row in report.rows if (row.policy, row.kind) == (UNTRIMMED_POLICY, kind))
 
 
 def _draw_accuracy(axes: Axes, report: Report, kind: str) -> None:
-    [untrimmed] = _rows(report, UNTRIMMED_POLICY, kind)
+    untrimmed = _untrimmed(report, kind)
     axes.axhline(untrimmed.accuracy.value, color=_INK, linewidth=0.8, linestyle=(0, (4, 3)))
-    for policy, color in zip(_policies(report), _COLORS, strict=False):
-        rows = _rows(report, policy, kind)
+    for rows, name, style in _curves(report, kind):
         kept = [row.kept_fraction for row in rows]
         low, high = ([untrimmed.accuracy.value + getattr(row.accuracy_change, end) for row in rows] for end in _ENDS)
-        axes.fill_between(kept, low, high, color=color, alpha=0.15, linewidth=0)
-        axes.plot(kept, [row.accuracy.value for row in rows], color=color, marker="o", markersize=3, label=policy)
+        axes.fill_between(kept, low, high, color=style["color"], alpha=0.12, linewidth=0)
+        axes.plot(kept, [row.accuracy.value for row in rows], **style, marker="o", markersize=3, label=name)
     axes.set_ylim(0, 1.03)
     axes.yaxis.set_major_formatter(PercentFormatter(1))
     _finish(axes)
 
 
 def _draw_divergence(axes: Axes, report: Report) -> None:
-    for policy, color in zip(_policies(report), _COLORS, strict=False):
-        rows = [row for row in _rows(report, policy, ALL_KINDS) if row.divergence.value > 0]
+    for every, _, style in _curves(report, ALL_KINDS):
+        rows = [row for row in every if row.divergence.value > 0]
         kept = [row.kept_fraction for row in rows]
         low, high = ([max(_LEAST_DIVERGENCE, getattr(row.divergence, end)) for row in rows] for end in _ENDS)
-        axes.fill_between(kept, low, high, color=color, alpha=0.15, linewidth=0)
-        axes.plot(kept, [row.divergence.value for row in rows], color=color, marker="o", markersize=3)
-        for row in rows if policy == _policies(report)[0] else ():
+        axes.fill_between(kept, low, high, color=style["color"], alpha=0.12, linewidth=0)
+        axes.plot(kept, [row.divergence.value for row in rows], **style, marker="o", markersize=3)
+        for row in rows if style["color"] == _COLORS[0] else ():
             at = (row.kept_fraction, row.divergence.value)
-            axes.annotate(f"{row.k_ratio:g}", at, (-4, -12), textcoords="offset points", fontsize=8, color=color)
+            axes.annotate(f"{row.k_ratio:g}", at, (-4, -12), textcoords="offset points", fontsize=8, color=_COLORS[0])
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter(NullFormatter())

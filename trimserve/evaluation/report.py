@@ -1,4 +1,4 @@
-"""What an evaluation found: one row for each policy, k_ratio and kind of question, and how it came about.
+"""What an evaluation found: one row for each policy, budget and kind of question, and how it came about.
 
 Made of plain data, written as JSON, read back as the same objects.
 """
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -32,15 +32,16 @@ UNTRIMMED_POLICY = "untrimmed"
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One policy at one k_ratio, over one kind of question."""
+    """One policy at one budget, over one kind of question."""
 
     policy: str
     k_ratio: float
+    merge_ratio: float
     kind: str
     """`all`: every question."""
     num_questions: int
     kept_fraction: float
-    """Mean over the questions of kept by valid features."""
+    """Mean over the questions of rows held, kept features and merged ones, by valid features."""
     accuracy: Estimate
     """Share of exact matches."""
     accuracy_change: Estimate
@@ -56,6 +57,7 @@ class Advantage:
     policy: str
     over: str
     k_ratio: float
+    merge_ratio: float
     kind: str
     kept_fraction: float
     accuracy: Estimate
@@ -114,23 +116,22 @@ def make_report(
     Args:
         questions: with what is right.
         answers: for each question the untrimmed answer, then one for each of `trims`.
-        trims: policies and k_ratios; the first policy's advantage over the others is told.
+        trims: policies and budgets; the first policy's advantage over the others is told.
         run: see `Report`.
         model: see `Report`.
         data: see `Report`.
     """
     table = _Table(questions, answers)
-    settings = [(UNTRIMMED_POLICY, 1.0), *((trim.policy, trim.k_ratio) for trim in trims)]
-    rows = [
-        table.row(column, policy, k_ratio, kind)
-        for column, (policy, k_ratio) in enumerate(settings)
-        for kind in table.kinds
+    settings = [
+        _Setting(UNTRIMMED_POLICY, 1.0, 0.0),
+        *(_Setting(trim.policy, trim.k_ratio, trim.merge_ratio) for trim in trims),
     ]
+    rows = [table.row(column, setting, kind) for column, setting in enumerate(settings) for kind in table.kinds]
     first = trims[0].policy
     advantages = [
-        table.advantage(settings.index((first, k_ratio)), column, first, over, k_ratio, kind)
-        for column, (over, k_ratio) in enumerate(settings)
-        if column and over != first
+        table.advantage(settings.index(setting._replace(policy=first)), first, column, setting, kind)
+        for column, setting in enumerate(settings)
+        if column and setting.policy != first
         for kind in table.kinds
     ]
     return Report(run, model, data, tuple(rows), tuple(advantages))
@@ -163,6 +164,14 @@ def about_this_run(seconds: float, num_answers: int) -> dict[str, Any]:
     }
 
 
+class _Setting(NamedTuple):
+    """What a row is about, but for the kind of question."""
+
+    policy: str
+    k_ratio: float
+    merge_ratio: float
+
+
 class _Table:
     """Figures of every question under every setting; column 0 is untrimmed."""
 
@@ -174,7 +183,7 @@ class _Table:
             ],
             dtype=np.float64,
         )
-        self._kept = np.array([[answer.num_kept / answer.num_valid for answer in row] for row in answers])
+        self._kept = np.array([[answer.num_held / answer.num_valid for answer in row] for row in answers])
         self._divergence = np.array([[answer.divergence for answer in row] for row in answers])
         numbers = {image: number for number, image in enumerate(dict.fromkeys(q.image for q in questions))}
         self._bootstrap = Bootstrap(np.array([numbers[question.image] for question in questions]))
@@ -188,11 +197,10 @@ class _Table:
     def kinds(self) -> list[str]:
         return list(self._where)
 
-    def row(self, column: int, policy: str, k_ratio: float, kind: str) -> Row:
+    def row(self, column: int, setting: _Setting, kind: str) -> Row:
         where, is_right = self._where[kind], self._is_right[:, column]
         return Row(
-            policy=policy,
-            k_ratio=k_ratio,
+            **setting._asdict(),
             kind=kind,
             num_questions=int(where.sum()),
             kept_fraction=self._kept_fraction(column, kind),
@@ -201,10 +209,17 @@ class _Table:
             divergence=self._bootstrap.mean(self._divergence[:, column], where),
         )
 
-    def advantage(self, column: int, other: int, policy: str, over: str, k_ratio: float, kind: str) -> Advantage:
+    def advantage(self, column: int, policy: str, other: int, over: _Setting, kind: str) -> Advantage:
         gain = self._is_right[:, column] - self._is_right[:, other]
-        accuracy = self._bootstrap.mean(gain, self._where[kind])
-        return Advantage(policy, over, k_ratio, kind, self._kept_fraction(column, kind), accuracy)
+        return Advantage(
+            policy=policy,
+            over=over.policy,
+            k_ratio=over.k_ratio,
+            merge_ratio=over.merge_ratio,
+            kind=kind,
+            kept_fraction=self._kept_fraction(column, kind),
+            accuracy=self._bootstrap.mean(gain, self._where[kind]),
+        )
 
     def _kept_fraction(self, column: int, kind: str) -> float:
         return float(self._kept[self._where[kind], column].mean())

@@ -78,7 +78,7 @@ def _request(question: Question, trim: TrimParams, max_new_tokens: int | None) -
             repetition_penalty=1,
             num_top_logprobs=_NUM_TOP_LOGPROBS,
         ),
-        trim=pb.TrimOptions(mode=mode, policy=trim.policy, k_ratio=trim.k_ratio),
+        trim=pb.TrimOptions(mode=mode, policy=trim.policy, k_ratio=trim.k_ratio, merge_ratio=trim.merge_ratio),
     )
 
 
@@ -91,6 +91,6 @@ def _answer(response: pb.GenerateResponse, untrimmed: Mapping[int, float]) -> An
     return Answer(
         text=response.text,
         num_valid=sum(image.valid_features for image in images),
-        num_kept=sum(image.kept_features for image in images),
+        num_held=sum(image.kept_features + image.merged_features for image in images),
         divergence=top_kl_divergence(untrimmed, _first_token(response)),
     )
