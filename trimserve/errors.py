@@ -2,6 +2,8 @@
 
     TrimserveError
     ├── InvalidRequest     the caller can fix it: names the field, the bound and what was got
+    ├── MessageTooLarge    a compressed message that unpacks to more than may be sent
+    ├── UnknownMethod      an RPC that this version does not have
     ├── EngineBusy         the queue is full: try again later
     │   └── OutOfMemory    no memory for this request now
     ├── EngineStopped      starting, draining or dead: another replica may serve it
@@ -10,7 +12,7 @@
     ├── CheckpointError    a checkpoint that cannot be served as it is: refused at load time
     └── CannotListen       a port is taken, or the host is not ours: refused at start
 
-`server/interceptors.py` has the one table from these to gRPC status codes. This file knows nothing about gRPC.
+`server/statuses.py` has the one table from these to gRPC status codes. This file knows nothing about gRPC.
 """
 
 __all__ = [
@@ -20,9 +22,11 @@ __all__ = [
     "EngineBusy",
     "EngineStopped",
     "InvalidRequest",
+    "MessageTooLarge",
     "OutOfMemory",
     "RequestFailed",
     "TrimserveError",
+    "UnknownMethod",
 ]
 
 
@@ -48,6 +52,18 @@ class InvalidRequest(TrimserveError):
         super().__init__(f"{field}: {message}")
         self.field = field
         self.message = message
+
+
+class MessageTooLarge(TrimserveError):
+    """A compressed message would unpack to more bytes than a message may have; names the knob that bounds it."""
+
+    reason = "MESSAGE_TOO_LARGE"
+
+
+class UnknownMethod(TrimserveError):
+    """The called method is not one of this version."""
+
+    reason = "UNKNOWN_METHOD"
 
 
 class EngineBusy(TrimserveError):

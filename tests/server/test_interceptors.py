@@ -1,6 +1,7 @@
 """Statuses: every error of the tree, unary and mid-stream, and what gRPC itself refuses."""
 
 import logging
+from collections.abc import Awaitable
 
 import grpc
 import pytest
@@ -16,16 +17,20 @@ from trimserve.errors import (
     EngineBusy,
     EngineStopped,
     InvalidRequest,
+    MessageTooLarge,
     OutOfMemory,
     RequestFailed,
     TrimserveError,
+    UnknownMethod,
 )
-from trimserve.server.interceptors import STATUS, status_of
 from trimserve.server.responses import fold
+from trimserve.server.statuses import STATUS, status_of
 from trimserve.v1 import generation_pb2 as pb
 
 ROWS = [
     (InvalidRequest("raw_prompt", "too long"), grpc.StatusCode.INVALID_ARGUMENT, "INVALID_REQUEST"),
+    (MessageTooLarge("inflates to more"), grpc.StatusCode.RESOURCE_EXHAUSTED, "MESSAGE_TOO_LARGE"),
+    (UnknownMethod("no such method"), grpc.StatusCode.UNIMPLEMENTED, "UNKNOWN_METHOD"),
     (EngineBusy("64 wait", retry_after_seconds=2.5), grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL"),
     (OutOfMemory("no memory for 2 GiB"), grpc.StatusCode.RESOURCE_EXHAUSTED, "OUT_OF_MEMORY"),
     (EngineStopped("draining"), grpc.StatusCode.UNAVAILABLE, "ENGINE_STOPPED"),
@@ -44,6 +49,15 @@ async def failure(loopback: Loopback, rpc: str) -> grpc.aio.AioRpcError:
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await (fold(stream(request)) if rpc == "GenerateStream" else loopback.generation.Generate(request))
     return caught.value
+
+
+async def failed(call: Awaitable[object]) -> tuple[grpc.StatusCode, error_details_pb2.ErrorInfo]:
+    """Code and `ErrorInfo` of a call that must fail."""
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await call
+    _, (info, *_) = details(caught.value)
+    assert isinstance(info, error_details_pb2.ErrorInfo)
+    return caught.value.code(), info
 
 
 def details(error: grpc.aio.AioRpcError) -> tuple[status_pb2.Status, list[object]]:
@@ -107,20 +121,38 @@ async def test_a_full_queue_says_when_to_try_again(loopback: Loopback) -> None:
 
 async def test_an_error_names_the_id_that_the_server_drew(loopback: Loopback) -> None:
     loopback.runner.script = (RequestFailed("NaN"),)
-    with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await loopback.generation.Generate(chat_request())
-    _, (info,) = details(caught.value)
-    assert isinstance(info, error_details_pb2.ErrorInfo)
+    _, info = await failed(loopback.generation.Generate(chat_request()))
     assert info.metadata["request_id"] == loopback.runner.requests[0].request_id
+
+
+@pytest.mark.parametrize(
+    ("field", "header", "expected"),
+    [("", "from.header", "from.header"), ("mine", "from.header", "mine"), ("", "no spaces", None)],
+)
+async def test_a_call_goes_by_the_id_of_its_request_or_its_header_and_is_told_it(
+    loopback: Loopback, caplog: pytest.LogCaptureFixture, field: str, header: str, expected: str | None
+) -> None:
+    caplog.set_level(logging.INFO, "trimserve")
+    request = chat_request()
+    request.request_id = field
+    call = loopback.generation.Generate(request, metadata=(("x-request-id", header),))
+    await call
+    expected = expected or loopback.runner.requests[0].request_id
+    assert (await call.trailing_metadata())["x-request-id"] == expected
+    assert loopback.runner.requests[0].request_id == expected
+    assert {record.__dict__["request_id"] for record in caplog.records if record.message == "rpc"} == {expected}
+    loopback.runner.script = (RequestFailed("NaN"),)
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await loopback.generation.Generate(request, metadata=(("x-request-id", header),))
+    error_id = caught.value.trailing_metadata()["x-request-id"]
+    assert error_id == loopback.runner.requests[1].request_id
+    assert (error_id == expected) == (expected in ("mine", "from.header"))
 
 
 async def test_an_id_that_is_refused_is_not_repeated(loopback: Loopback) -> None:
     request = chat_request()
     request.request_id = "no spaces"
-    with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await loopback.generation.Generate(request)
-    _, (info, _) = details(caught.value)
-    assert isinstance(info, error_details_pb2.ErrorInfo)
+    _, info = await failed(loopback.generation.Generate(request))
     assert len(info.metadata["request_id"]) == 32
 
 

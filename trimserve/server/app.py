@@ -30,6 +30,7 @@ from trimserve.server.metrics import Metrics
 from trimserve.server.metrics_http import MetricsServer, socket_family
 from trimserve.server.runner import Runner
 from trimserve.server.service import GenerationService, ModelService
+from trimserve.server.transport import channel_options
 from trimserve.v1 import generation_pb2, generation_pb2_grpc, model_pb2, model_pb2_grpc
 
 __all__ = ["InProcessServer", "Server", "running_server", "serve"]
@@ -67,8 +68,8 @@ class Server:
         self._metrics = Metrics()
         self._health = Health(SERVICES)
         self._server = grpc.aio.server(
-            interceptors=[RpcInterceptor(self._metrics)],
-            options=_options(config),
+            interceptors=[RpcInterceptor(self._metrics, self._config.max_message_bytes)],
+            options=channel_options(self._config),
             maximum_concurrent_rpcs=self._config.max_concurrent_rpcs,
         )
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(
@@ -280,23 +281,6 @@ class InProcessServer:
             if self._ready.done():
                 raise
             self._ready.set_exception(error)
-
-
-def _options(config: Config) -> list[tuple[str, int]]:
-    server = config.server
-    options = [
-        ("grpc.max_receive_message_length", server.max_message_bytes),
-        ("grpc.max_send_message_length", server.max_message_bytes),
-        ("grpc.so_reuseport", 0),  # two servers on one port would share its traffic silently
-        ("grpc.keepalive_permit_without_calls", 1),
-        ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
-    ]
-    if server.max_connection_age_seconds is not None:
-        options += [
-            ("grpc.max_connection_age_ms", round(server.max_connection_age_seconds * 1000)),
-            ("grpc.max_connection_age_grace_ms", round(server.drain_grace_seconds * 1000)),
-        ]
-    return options
 
 
 def _signalled() -> asyncio.Future[signal.Signals]:

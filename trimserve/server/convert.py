@@ -78,18 +78,19 @@ BOUNDS = {
 """Bounds that do not depend on the model, by field path; the protos' comments say the same."""
 
 
-def adopt_request_id(request: ProtoMessage) -> str:
+def adopt_request_id(request: ProtoMessage | None, fallback: str = "") -> str:
     """The id under which a call is logged and answered; an empty `request_id` is filled in.
 
-    An id that `to_generation_request` will refuse is not repeated in logs: the call goes by a fresh one.
+    An id that `to_generation_request` will refuse is not repeated in logs: the call goes by another one.
 
     Args:
-        request: of any RPC; only `GenerateRequest` can name itself.
+        request: of any RPC; only `GenerateRequest` can name itself. None while it has not been read.
+        fallback: id of a call whose request does not name itself; one that is not valid counts for nothing.
     """
     wanted = request.request_id if isinstance(request, pb.GenerateRequest) else ""
     if REQUEST_ID.fullmatch(wanted):
         return wanted
-    request_id = uuid.uuid4().hex
+    request_id = fallback if REQUEST_ID.fullmatch(fallback) else uuid.uuid4().hex
     if isinstance(request, pb.GenerateRequest) and not wanted:
         request.request_id = request_id
     return request_id

@@ -48,7 +48,7 @@ class Health(health_pb2_grpc.HealthServicer):
     ) -> health_pb2.HealthCheckResponse:
         """The state now; NOT_FOUND for an unknown service, as the protocol says."""
         if request.service not in self._services:
-            await context.abort(grpc.StatusCode.NOT_FOUND, f"unknown service {request.service!r}")
+            await context.abort(grpc.StatusCode.NOT_FOUND, f"unknown service {request.service[:128]!r}")
         return self._response(request.service)
 
     async def Watch(  # noqa: N802 the RPC's name

@@ -1,4 +1,4 @@
-"""The two gRPC services: requests in, messages out. Errors are raised; `interceptors.py` answers them."""
+"""The two gRPC services: requests in, messages out. Errors are raised; `interceptors.py` answers."""
 
 import time
 from collections.abc import AsyncGenerator

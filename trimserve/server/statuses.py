@@ -1,0 +1,106 @@
+"""Exceptions become statuses with details: `STATUS` is the one table from errors to gRPC codes."""
+
+from collections.abc import Mapping
+
+import grpc
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import Message
+from google.rpc import code_pb2, error_details_pb2, status_pb2
+from grpc_status import rpc_status
+
+from trimserve.errors import (
+    CannotListen,
+    CheckpointError,
+    DeadlinePassed,
+    EngineBusy,
+    EngineStopped,
+    InvalidRequest,
+    MessageTooLarge,
+    OutOfMemory,
+    RequestFailed,
+    TrimserveError,
+    UnknownMethod,
+)
+
+__all__ = ["DOMAIN", "REQUEST_ID_KEY", "STATUS", "code_of", "status_of", "trailer"]
+
+STATUS: Mapping[type[TrimserveError], grpc.StatusCode] = {
+    InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,  # the caller can fix it
+    MessageTooLarge: grpc.StatusCode.RESOURCE_EXHAUSTED,  # what gRPC itself says of a message that is too large
+    UnknownMethod: grpc.StatusCode.UNIMPLEMENTED,
+    EngineBusy: grpc.StatusCode.RESOURCE_EXHAUSTED,  # retry later
+    OutOfMemory: grpc.StatusCode.RESOURCE_EXHAUSTED,  # retry later
+    EngineStopped: grpc.StatusCode.UNAVAILABLE,  # another replica may serve it
+    DeadlinePassed: grpc.StatusCode.DEADLINE_EXCEEDED,
+    RequestFailed: grpc.StatusCode.INTERNAL,  # this request only
+    CheckpointError: grpc.StatusCode.FAILED_PRECONDITION,  # at load time, before there are RPCs
+    CannotListen: grpc.StatusCode.FAILED_PRECONDITION,  # the same
+}
+"""Anything else is INTERNAL, with the request id only; its stack is in the log."""
+
+DOMAIN = "trimserve"
+"""`ErrorInfo.domain` of every error."""
+
+REQUEST_ID_KEY = "x-request-id"
+"""Metadata that names a request, either way."""
+
+MAX_MESSAGE_BYTES = 512
+"""Of a status message. It travels three times in the trailers, of which clients take 8 KiB."""
+
+
+def code_of(error: Exception) -> grpc.StatusCode:
+    """The gRPC code of an exception."""
+    return next((STATUS[kind] for kind in type(error).__mro__ if kind in STATUS), grpc.StatusCode.INTERNAL)
+
+
+def status_of(error: Exception, request_id: str) -> status_pb2.Status:
+    """The status, with details, that a client gets for an exception.
+
+    Args:
+        error: a TrimserveError, or anything else, of which nothing is told.
+        request_id: told in `ErrorInfo.metadata`.
+    """
+    if isinstance(error, TrimserveError):
+        reason, message = error.reason, str(error)
+    else:
+        reason, message = "INTERNAL", f"internal error; the server's log tells more of request {request_id}"
+    status = status_pb2.Status(code=code_pb2.Code.Value(code_of(error).name), message=_cut(message))
+    info = error_details_pb2.ErrorInfo(reason=reason, domain=DOMAIN, metadata={"request_id": request_id})
+    for detail in (info, *_details(error)):
+        status.details.add().Pack(detail)
+    return status
+
+
+def trailer(error: Exception, request_id: str) -> tuple[str, tuple[tuple[str, str | bytes], ...]]:
+    """Message and trailing metadata of a status, as `abort` takes them.
+
+    Args:
+        error: as `status_of` takes it.
+        request_id: told in `ErrorInfo.metadata` and as `x-request-id`.
+    """
+    status = rpc_status.to_status(status_of(error, request_id))
+    metadata: tuple[tuple[str, str | bytes], ...] = (*status.trailing_metadata, (REQUEST_ID_KEY, request_id))
+    if isinstance(error, EngineBusy):
+        metadata += (("grpc-retry-pushback-ms", str(_retry_milliseconds(error))),)
+    return status.details, metadata
+
+
+def _cut(message: str) -> str:
+    return message.encode()[:MAX_MESSAGE_BYTES].decode(errors="ignore")
+
+
+def _details(error: Exception) -> list[Message]:
+    match error:
+        case InvalidRequest():
+            violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=_cut(error.message))
+            return [error_details_pb2.BadRequest(field_violations=[violation])]
+        case EngineBusy():
+            delay = Duration()
+            delay.FromMilliseconds(_retry_milliseconds(error))
+            return [error_details_pb2.RetryInfo(retry_delay=delay)]
+        case _:
+            return []
+
+
+def _retry_milliseconds(error: EngineBusy) -> int:
+    return round(error.retry_after_seconds * 1000)
