@@ -117,6 +117,8 @@ class Pause(Enum):
     """A moment in a script."""
 
     UNTIL_RELEASED = auto()
+    DEATH = auto()
+    """The engine dies, and the request ends with it."""
 
 
 Script = Sequence[GenerationChunk | Exception | Pause]
@@ -138,6 +140,8 @@ class FakeRunner:
         """Set once a request has come to a pause."""
         self.released = asyncio.Event()
         self.cancelled = asyncio.Event()
+        self.killed = asyncio.Event()
+        """Set when the engine dies."""
         self.stop_graces: list[float] = []
         self._start_error = start_error
         self._is_loaded = False
@@ -172,6 +176,9 @@ class FakeRunner:
                 match item:
                     case Pause.UNTIL_RELEASED:
                         await self._pause(deadline)
+                    case Pause.DEATH:
+                        self.killed.set()
+                        raise EngineStopped("the fake died")
                     case Exception():
                         raise item
                     case _:
@@ -215,6 +222,11 @@ class FakeRunner:
             image_cache_misses=55,
             uptime_seconds=4.5,
         )
+
+    async def death(self) -> BaseException:
+        await self.killed.wait()
+        self.is_ready = False
+        return ZeroDivisionError("the fake was killed")
 
     async def stop(self, grace_seconds: float) -> None:
         self.is_ready = False

@@ -18,8 +18,9 @@ from tests.server.conftest import Loopback
 from tests.server.fakes import CHUNKS, CONFIG, DELTAS, FINISHED, STARTED, FakeRunner, Pause, chat_request
 from trimserve.client import Client
 from trimserve.config import Config, ServerConfig
-from trimserve.errors import CannotListen
+from trimserve.errors import CannotListen, EngineStopped
 from trimserve.server.app import InProcessServer, Server, running_server
+from trimserve.v1 import generation_pb2 as pb
 from trimserve.v1 import generation_pb2_grpc, model_pb2, model_pb2_grpc
 
 NAMES = ("", "trimserve.v1.GenerationService", "trimserve.v1.ModelService")
@@ -276,6 +277,44 @@ def test_a_signal_during_warm_up_ends_the_server() -> None:
         process.send_signal(signal.SIGTERM)
         _, log = process.communicate(timeout=20)
     assert process.returncode == 0, log
+
+
+KILLED_ENGINE = """
+import asyncio
+from tests.engine.fake_model import FakeModel
+from trimserve.config import Config, ServerConfig
+from trimserve.engine.runner import Runner
+from trimserve.server.app import serve
+
+runner = Runner(FakeModel, max_batch=4, max_queue=4, num_preprocess_workers=1)
+config = Config(server=ServerConfig(port=0, metrics=False))
+asyncio.run(serve(runner, config, on_serving=lambda server: print(server.address, flush=True)))
+"""
+
+
+def test_a_dead_engine_fails_its_requests_and_ends_the_process_with_the_cause() -> None:
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", KILLED_ENGINE], **pipes) as process:
+        assert process.stdout is not None
+        with Client(process.stdout.readline().strip()) as client:
+            assert client.generate(pb.GenerateRequest(raw_prompt="hi")).text
+            with pytest.raises(grpc.RpcError) as caught:
+                client.generate(pb.GenerateRequest(raw_prompt="!kill"))
+        _, log = process.communicate(timeout=20)
+    assert (caught.value.code(), caught.value.details()) == (grpc.StatusCode.UNAVAILABLE, "the engine died")
+    assert process.returncode == 1
+    assert log.splitlines()[-1] == "trimserve.errors.EngineStopped: the engine died: Killed()"
+
+
+def test_a_server_in_a_thread_whose_engine_died_says_so_at_its_end() -> None:
+    runner = FakeRunner([Pause.DEATH])
+    with (
+        pytest.raises(EngineStopped, match="the engine died: ZeroDivisionError"),
+        InProcessServer(runner, CONFIG) as server,
+        Client(server.address) as client,
+        pytest.raises(grpc.RpcError),
+    ):
+        client.generate("Hello", timeout_seconds=5)
 
 
 SIGTERM_WHILE_LOADING = """

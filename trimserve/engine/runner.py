@@ -90,6 +90,7 @@ class Runner:
         self._refusal: str | None = "the engine has not started"
         """Why no request is taken now; None when they are."""
         self._ready_at: float | None = None
+        self._death: asyncio.Future[BaseException]
         self._streams: set[Stream] = set()
         self._is_idle = asyncio.Event()
         self._is_idle.set()
@@ -119,6 +120,7 @@ class Runner:
         """
         self._refusal = starting = "the engine is starting"
         self._loop = asyncio.get_running_loop()
+        self._death = self._loop.create_future()
         try:
             model = await in_daemon_thread(self._load_model)
             if self._refusal != starting:
@@ -185,6 +187,10 @@ class Runner:
             image_cache_misses=images.num_misses if images else 0,
             uptime_seconds=0.0 if self._ready_at is None else time.monotonic() - self._ready_at,
         )
+
+    async def death(self) -> BaseException:
+        """Wait, for ever in the good case, until the engine thread of a started runner dies; what killed it."""
+        return await asyncio.shield(self._death)
 
     async def stop(self, grace_seconds: float) -> None:
         """Refuse new requests, let the accepted ones finish, end what is left with `EngineStopped`.
@@ -268,7 +274,8 @@ class Runner:
         self._deliver(stream, DeadlinePassed(f"the deadline passed while the request was {doing}"))
 
     def _die(self, error: BaseException) -> None:
-        self._refusal = f"the engine died: {error!r}"
+        self._refusal = "the engine died"  # why is the operator's business
+        self._death.set_result(error)
         for stream in tuple(self._streams):
             self._deliver(stream, EngineStopped(self._refusal))
 

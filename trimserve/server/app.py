@@ -125,6 +125,20 @@ class Server:
         fields = {"model": self._runner.info.model_id, "address": self.address}
         log.info("serving", extra={**fields, "warm_up_seconds": round(time.monotonic() - begin, 3)})
 
+    async def serve_until(self, is_over: asyncio.Future[Any]) -> None:
+        """Wait until something else is done.
+
+        Raises:
+            EngineStopped: the engine died first; a server without one would refuse everything for ever.
+        """
+        death = asyncio.ensure_future(self._runner.death())
+        try:
+            await asyncio.wait((death, is_over), return_when=asyncio.FIRST_COMPLETED)
+            if death.done():
+                raise EngineStopped(f"the engine died: {death.result()!r}") from death.result()
+        finally:
+            death.cancel()
+
     async def stop(self, grace_seconds: float | None = None) -> None:
         """Drain and close: NOT_SERVING, refuse new requests, let running ones finish, cut the rest.
 
@@ -173,6 +187,7 @@ async def serve(runner: Runner, config: Config, *, on_serving: Callable[[Server]
         on_serving: called once requests are taken, such as to print the address.
     Raises:
         CannotListen: a port is taken, or the host is not ours.
+        EngineStopped: the engine died, and with it the server, so that something starts it anew.
         Exception: whatever loading or warm-up raised.
     """
     configure_logging(config.server.log_level, config.server.log_format)
@@ -189,7 +204,7 @@ async def _serve_until(is_over: asyncio.Future[Any], server: Server, on_serving:
         if warm_up.done():
             await warm_up
             on_serving(server)
-            await is_over
+            await server.serve_until(is_over)
         else:
             warm_up.cancel()
             with suppress(asyncio.CancelledError):
@@ -236,6 +251,7 @@ class InProcessServer:
         self._config = config
         self._ready: concurrent.futures.Future[tuple[str, str | None]] = concurrent.futures.Future()
         self._is_over: concurrent.futures.Future[None] = concurrent.futures.Future()
+        self._failure: BaseException | None = None
         self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), name="trimserve-server", daemon=True)
 
     def __enter__(self) -> "InProcessServer":
@@ -257,9 +273,11 @@ class InProcessServer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Drain and close."""
+        """Drain and close; raises what ended the server early, unless the block itself raised."""
         self._is_over.set_result(None)
         self._thread.join()
+        if error is None and self._failure is not None:
+            raise self._failure
 
     @property
     def address(self) -> str:
@@ -277,10 +295,11 @@ class InProcessServer:
 
         try:
             await _serve_until(asyncio.wrap_future(self._is_over), Server(self._runner, self._config), tell)
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001  # handed to the other thread
             if self._ready.done():
-                raise
-            self._ready.set_exception(error)
+                self._failure = error
+            else:
+                self._ready.set_exception(error)
 
 
 def _signalled() -> asyncio.Future[signal.Signals]:

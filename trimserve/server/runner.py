@@ -43,6 +43,9 @@ class Runner(Protocol):
     def status(self) -> EngineStatus:
         """A consistent snapshot; also before `start`."""
 
+    async def death(self) -> BaseException:
+        """Wait, for ever in the good case, until the engine of a started runner dies; what killed it."""
+
     async def stop(self, grace_seconds: float) -> None:
         """Refuse new requests, let running ones finish, end the rest with EngineStopped.
 
