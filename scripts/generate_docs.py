@@ -58,6 +58,8 @@ def _type_and_range(field: dict[str, Any]) -> tuple[str, str]:
         return "size, such as `2GiB`", ""
     if "enum" in schema:
         return "choice", ", ".join(f"`{value}`" for value in schema["enum"])
+    if schema.get("format") == "path":
+        return "file", ""
     kind = {"integer": "integer", "number": "number", "string": "text", "boolean": "switch"}[schema["type"]]
     symbols = {"exclusiveMinimum": ">", "minimum": "≥", "exclusiveMaximum": "<", "maximum": "≤"}
     bounds = [f"{symbol} {schema[key]:g}" for key, symbol in symbols.items() if key in schema]

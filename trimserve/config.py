@@ -5,9 +5,11 @@ option (`--max-batch`) and an environment variable (`TRIMSERVE__ENGINE__MAX_BATC
 The underscores are double because Kubernetes injects `TRIMSERVE_PORT` and the like for a service named trimserve.
 """
 
+import ipaddress
+from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ByteSize, ConfigDict, Field
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationInfo, field_validator
 
 __all__ = ["Config", "EngineConfig", "ModelConfig", "ServerConfig"]
 
@@ -117,10 +119,26 @@ class ServerConfig(_Knobs):
     host: str = Field(
         default="127.0.0.1",
         min_length=1,
-        description="Address that both ports listen on; traffic is neither encrypted nor authenticated, so "
-        "leave loopback only behind something that does both.",
+        description="Address that both ports listen on. Beyond loopback, `tls_cert` or `allow_plaintext` is needed.",
     )
     port: Port = Field(default=50051, description="Port of gRPC; 0 is any free one.")
+    tls_cert: Path | None = Field(
+        default=None,
+        description="PEM file with the certificate chain of the gRPC port, which then takes TLS only. Like the other "
+        "files of this section, it is read again when it changes.",
+    )
+    tls_key: Path | None = Field(
+        default=None, validate_default=True, description="PEM file with the unencrypted key of `tls_cert`."
+    )
+    tls_client_ca: Path | None = Field(
+        default=None,
+        description="PEM file with certificates of authorities; clients must then show a certificate of one (mTLS).",
+    )
+    allow_plaintext: bool = Field(
+        default=False,
+        validate_default=True,
+        description="Whether to listen beyond loopback without TLS, behind something that encrypts.",
+    )
     metrics: bool = Field(default=True, description="Whether `/metrics` and `/healthz` are served (HTTP).")
     metrics_port: Port = Field(default=9464, description="Port of `/metrics` and `/healthz`; 0 is any free one.")
     max_message_bytes: int = Field(
@@ -155,6 +173,33 @@ class ServerConfig(_Knobs):
     log_format: Literal["console", "json"] = Field(
         default="console", description="Lines for people, or one JSON object each for machines."
     )
+
+    @field_validator("tls_key", "tls_client_ca")
+    @classmethod
+    def _needs_a_certificate(cls, path: Path | None, info: ValidationInfo) -> Path | None:
+        has_certificate = info.data.get("tls_cert") is not None
+        if path is not None and not has_certificate:
+            raise ValueError("needs tls_cert beside it")
+        if path is None and has_certificate and info.field_name == "tls_key":
+            raise ValueError("must be given with tls_cert")
+        return path
+
+    @field_validator("allow_plaintext")
+    @classmethod
+    def _plaintext_stays_on_loopback(cls, is_allowed: bool, info: ValidationInfo) -> bool:
+        host = info.data.get("host", "")
+        if not (is_allowed or info.data.get("tls_cert") or _is_loopback(host)):
+            raise ValueError(f"must be set, or tls_cert given, to listen on {host}, which is not loopback")
+        return is_allowed
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name
+        return False
 
 
 class Config(_Knobs):

@@ -10,6 +10,7 @@
     ├── DeadlinePassed     the request's deadline came before its end
     ├── RequestFailed      this request failed inside the model; others are not affected
     ├── CheckpointError    a checkpoint that cannot be served as it is: refused at load time
+    ├── CredentialsError   files of certificates or tokens that cannot be used: refused at start
     └── CannotListen       a port is taken, or the host is not ours: refused at start
 
 `server/statuses.py` has the one table from these to gRPC status codes. This file knows nothing about gRPC.
@@ -18,6 +19,7 @@
 __all__ = [
     "CannotListen",
     "CheckpointError",
+    "CredentialsError",
     "DeadlinePassed",
     "EngineBusy",
     "EngineStopped",
@@ -110,6 +112,12 @@ class CheckpointError(TrimserveError):
     """A checkpoint that is not an Mllama, or asks for something that trimserve cannot honour."""
 
     reason = "CHECKPOINT_REFUSED"
+
+
+class CredentialsError(TrimserveError):
+    """Certificates, keys or tokens that cannot be used; names the file and the option that sets it."""
+
+    reason = "CREDENTIALS_REFUSED"
 
 
 class CannotListen(TrimserveError):

@@ -168,7 +168,7 @@ async def test_a_port_that_is_taken_is_an_error_that_names_it(loopback: Loopback
 @pytest.mark.parametrize("host", ["no.such.host.invalid", "192.0.2.1", "::2"])
 async def test_a_host_that_is_not_ours_is_an_error(host: str) -> None:
     with pytest.raises(CannotListen, match=rf"^cannot listen on \S*{host}\S*:0 \(--host, --port\): [A-Z]"):
-        async with running_server(FakeRunner(), Config(server=ServerConfig(host=host, port=0))):
+        async with running_server(FakeRunner(), Config(server=ServerConfig(host=host, port=0, allow_plaintext=True))):
             pytest.fail("it must not serve")
 
 

@@ -13,6 +13,7 @@ from trimserve import errors
 from trimserve.errors import (
     CannotListen,
     CheckpointError,
+    CredentialsError,
     DeadlinePassed,
     EngineBusy,
     EngineStopped,
@@ -37,6 +38,7 @@ ROWS = [
     (DeadlinePassed("late"), grpc.StatusCode.DEADLINE_EXCEEDED, "DEADLINE_PASSED"),
     (RequestFailed("NaN in the logits"), grpc.StatusCode.INTERNAL, "REQUEST_FAILED"),
     (CheckpointError("not an Mllama"), grpc.StatusCode.FAILED_PRECONDITION, "CHECKPOINT_REFUSED"),
+    (CredentialsError("no PEM"), grpc.StatusCode.FAILED_PRECONDITION, "CREDENTIALS_REFUSED"),
     (CannotListen("the port is taken"), grpc.StatusCode.FAILED_PRECONDITION, "CANNOT_LISTEN"),
     (ZeroDivisionError("secret"), grpc.StatusCode.INTERNAL, "INTERNAL"),
 ]

@@ -23,6 +23,7 @@ from grpc_reflection.v1alpha import reflection
 from trimserve.config import Config
 from trimserve.engine.status import EngineStatus
 from trimserve.errors import CannotListen, EngineStopped
+from trimserve.server.certificates import server_credentials
 from trimserve.server.health import Health
 from trimserve.server.interceptors import RpcInterceptor
 from trimserve.server.logs import configure_logging
@@ -99,17 +100,24 @@ class Server:
         """Take connections; requests are refused with UNAVAILABLE until `warm_up` is done.
 
         Raises:
+            CredentialsError: the files of certificates cannot be used.
             CannotListen: a port is taken, or the host is not ours.
         """
         host, port, metrics_port = self._config.host, self._config.port, self._config.metrics_port
         with _listening("--port", host, port):
             # gRPC does not tell why it cannot listen; a plain socket does.
             socket.create_server((host, port), family=socket_family(host)).close()
-            self._port = self._server.add_insecure_port(_address(host, port))
+            self._port = self._add_port(_address(host, port))
         if self._config.metrics:
             with _listening("--metrics-port", host, metrics_port):
                 self._metrics_server = MetricsServer(host, metrics_port, self._metrics, self._status_reader())
         await self._server.start()
+
+    def _add_port(self, address: str) -> int:
+        credentials = server_credentials(self._config)
+        if credentials is None:
+            return self._server.add_insecure_port(address)
+        return self._server.add_secure_port(address, credentials)
 
     async def warm_up(self) -> None:
         """Start the runner and, when it is ready, tell that we are serving.

@@ -11,6 +11,7 @@ from grpc_status import rpc_status
 from trimserve.errors import (
     CannotListen,
     CheckpointError,
+    CredentialsError,
     DeadlinePassed,
     EngineBusy,
     EngineStopped,
@@ -34,6 +35,7 @@ STATUS: Mapping[type[TrimserveError], grpc.StatusCode] = {
     DeadlinePassed: grpc.StatusCode.DEADLINE_EXCEEDED,
     RequestFailed: grpc.StatusCode.INTERNAL,  # this request only
     CheckpointError: grpc.StatusCode.FAILED_PRECONDITION,  # at load time, before there are RPCs
+    CredentialsError: grpc.StatusCode.FAILED_PRECONDITION,  # the same
     CannotListen: grpc.StatusCode.FAILED_PRECONDITION,  # the same
 }
 """Anything else is INTERNAL, with the request id only; its stack is in the log."""
