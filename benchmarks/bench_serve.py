@@ -23,8 +23,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from benchmarks.bench_model import BENCH_MODEL, max_kept_fraction, write_bench_model
-from benchmarks.serve.comparison import NUM_STAGES, Comparison, Plan, UnderTest
+from benchmarks.bench_model import BENCH_MODEL
+from benchmarks.serve.comparison import NUM_STAGES, Comparison, Plan
+from benchmarks.serve.models import MODELS, under_test
 from benchmarks.serve.picture import draw_report
 from benchmarks.serve.report import make_report, print_report, write_json
 
@@ -39,7 +40,7 @@ def main() -> None:
     """Command line; the last line of standard output is the report as one JSON document."""
     arguments = _arguments()
     console = Console(stderr=True)
-    models = [_under_test(name, arguments.bench_model) for name in arguments.models]
+    models = [under_test(name, arguments.bench_model) for name in arguments.models]
     plans = [_plan(arguments, model.name) for model in models]
     start = time.monotonic()
     found = []
@@ -61,14 +62,6 @@ def _show_stage(progress: Progress, task: TaskID, model: str, stage: str) -> Non
     progress.update(task, description=f"{model}: {stage}", advance=1)
 
 
-def _under_test(name: str, bench_model: Path) -> UnderTest:
-    if name == "embedded":
-        return UnderTest(name, None, None)
-    if not (bench_model / "config.json").exists():
-        write_bench_model(bench_model)
-    return UnderTest(name, bench_model, max_kept_fraction())
-
-
 def _plan(arguments: argparse.Namespace, model: str) -> Plan:
     return Plan(
         num_requests=arguments.requests or _NUM_REQUESTS[model],
@@ -86,7 +79,7 @@ def _plan(arguments: argparse.Namespace, model: str) -> Plan:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--models", nargs="+", choices=list(_NUM_REQUESTS), default=list(_NUM_REQUESTS), help="default: both")
+    add("--models", nargs="+", choices=MODELS, default=list(MODELS), help="default: both")
     add("--bench-model", type=Path, default=BENCH_MODEL, help="folder of the checkpoint; written if it is not there")
     add("--rival-venv", type=Path, help="environment with transformers[serving]; unset leaves that server out")
     add("--out", type=Path, default=_OUT, help="folder of report.json and serve.png")

@@ -27,6 +27,7 @@ from google.protobuf.descriptor_pb2 import (  # noqa: E402 the root must be on t
     ServiceDescriptorProto,
 )
 
+from benchmarks.tables import bytes_tables, read_result, serve_tables  # noqa: E402
 from training.readme import accuracy_table  # noqa: E402
 from trimserve.config import Config  # noqa: E402
 from trimserve.server.metrics import Declared, Metrics  # noqa: E402
@@ -184,6 +185,8 @@ TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     "metrics": ("docs/metrics.md", metrics),
     "api": ("docs/api.md", api),
     "accuracy": ("README.md", accuracy),
+    "bytes": ("docs/performance.md", lambda: bytes_tables(read_result("bytes.json"))),
+    "serve": ("docs/performance.md", lambda: serve_tables(read_result("serve/report.json"))),
 }
 """Marker name -> document, and what generates the text."""
 
@@ -214,13 +217,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="change nothing, fail on a difference")
     check = parser.parse_args().check
-    stale = [(path, wanted) for path, text, wanted in (filled(name) for name in TABLES) if text != wanted]
-    for path, wanted in stale:
+    is_stale = False
+    for name in TABLES:
+        path, text, wanted = filled(name)
+        if text == wanted:
+            continue
+        is_stale = True
         if check:
-            print(f"{path.relative_to(ROOT)} is out of step with the code; run `make docs`")
+            print(f"{path.relative_to(ROOT)}: {name} is out of step; run `make docs`")
         else:
             path.write_text(wanted)
-    return 1 if check and stale else 0
+    return 1 if check and is_stale else 0
 
 
 if __name__ == "__main__":

@@ -62,10 +62,13 @@ def _load(folder: Path | None, num_threads: int) -> None:
 @torch.inference_mode()
 def _step_seconds(item: Item, max_kept_fraction: float | None, num_steps: int) -> list[float]:
     assert _model is not None
-    trim = TrimParams(k_ratio=_model.info.default_k_ratio, max_kept_fraction=max_kept_fraction)
-    image = () if item.image is None else (Image(item.image),)
-    prompt = _model.prepare(ChatPrompt((Message("user", (*image, Text(item.question))),)))
-    kv = KVPool(_model.info, _POOL_BYTES).allocate(len(prompt.token_ids) + num_steps)
+    info = _model.info
+    trim = TrimParams(
+        k_ratio=info.default_k_ratio, merge_ratio=info.default_merge_ratio, max_kept_fraction=max_kept_fraction
+    )
+    images = [Image(image) for image in item.images]
+    prompt = _model.prepare(ChatPrompt((Message("user", (*images, Text(item.question))),)))
+    kv = KVPool(info, _POOL_BYTES).allocate(len(prompt.token_ids) + num_steps)
     features = [run_through(_model.encode_image(each)) for each in prompt.images]
     prefilled = run_through(_model.prefill(prompt, features, trim, kv))
     token_id = int(prefilled.logits.argmax())

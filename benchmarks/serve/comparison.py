@@ -10,36 +10,18 @@ from typing import Any, Final
 from benchmarks.serve.bare import BareModel
 from benchmarks.serve.figures import agreement, ratios, summary
 from benchmarks.serve.load import Exchange, closed_loop, open_loop
+from benchmarks.serve.models import UnderTest
 from benchmarks.serve.probes import added_latency, repeated_images
 from benchmarks.serve.rivals import Transformers, transformers_serve
 from benchmarks.serve.service import GrpcTarget, ServerFailed, peak_rss_bytes, running_server
 from benchmarks.serve.workload import Item, Kind, WorkloadSettings, make_workload, poisson_arrivals
-from trimserve.models.loading import embedded_model_folder
-from trimserve.v1 import generation_pb2 as pb
 
-__all__ = ["NUM_STAGES", "Comparison", "Plan", "UnderTest"]
+__all__ = ["NUM_STAGES", "Comparison", "Plan"]
 
 NUM_STAGES = 7
 """How often a comparison tells what it begins."""
 
 _PROBED_KINDS: Final[tuple[Kind, ...]] = ("four_tiles", "one_tile")
-
-
-@dataclass(frozen=True, slots=True)
-class UnderTest:
-    """A model, and how it is trimmed."""
-
-    name: str
-    folder: Path | None
-    """Of the checkpoint; None is the embedded model."""
-    max_kept_fraction: float | None
-    """Cap of every trimmed request; None: none."""
-
-    def trim(self, *, is_on: bool) -> pb.TrimOptions:
-        """What a request says: the checkpoint's own budget, or off."""
-        if not is_on:
-            return pb.TrimOptions(mode=pb.TRIM_MODE_OFF)
-        return pb.TrimOptions(mode=pb.TRIM_MODE_ON, max_kept_fraction=self.max_kept_fraction)
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,8 +134,9 @@ class Comparison:
         """Returns how far the untrimmed answers are transformers' own."""
         plan = self._plan
         self._begin("transformers, one at a time")
-        folder = self._model.folder or embedded_model_folder()
-        with Transformers(folder, num_threads=plan.num_threads, max_new_tokens=plan.max_new_tokens) as rival:
+        with Transformers(
+            self._model.checkpoint, num_threads=plan.num_threads, max_new_tokens=plan.max_new_tokens
+        ) as rival:
             await rival.warm_up(self._items[0])
             exchanges = await closed_loop(rival.ask, self._items, plan.concurrency)
             rss = await rival.peak_rss_bytes()
@@ -181,10 +164,9 @@ class Comparison:
 
     async def _transformers_serve(self, venv: Path) -> None:
         plan = self._plan
-        folder = self._model.folder or embedded_model_folder()
         options = {"num_threads": plan.num_threads, "max_new_tokens": plan.max_new_tokens}
         try:
-            with transformers_serve(venv, folder, **options) as target:
+            with transformers_serve(venv, self._model.checkpoint, **options) as target:
                 await target.ask(self._items[0])
                 exchanges = await closed_loop(target.ask, self._items, plan.concurrency)
                 found = {**summary(exchanges), "peak_rss_bytes": peak_rss_bytes(target.pid)}

@@ -33,7 +33,7 @@ def summary(exchanges: Sequence[Exchange]) -> dict[str, Any]:
     seconds = max(each.finished for each in exchanges) - min(each.sent for each in exchanges)
     num_tokens = sum(each.answer.num_tokens for each in answered)
     valid = sum(each.answer.num_valid for each in answered)
-    kept = sum(each.answer.num_kept for each in answered)
+    kept = sum(each.answer.num_kept + each.answer.num_merged for each in answered)
     return {
         "num_requests": len(exchanges),
         "errors": sorted({each.answer.error for each in exchanges if each.answer.error}),

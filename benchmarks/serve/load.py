@@ -25,9 +25,14 @@ class Answer:
     num_prompt_tokens: int = 0
     token_ids: tuple[int, ...] = ()
     """Empty where the target does not tell them."""
+    num_padding: int = 0
+    """Visual features of padding tiles."""
     num_valid: int = 0
     """Visual features of the images' own tiles."""
     num_kept: int = 0
+    """Those of them that were kept."""
+    num_merged: int = 0
+    """Rows that the others were merged into."""
     cross_kv_bytes: int = 0
     """Cross-attention KV held, whole pages."""
     error: str | None = None

@@ -66,7 +66,7 @@ def _draw_probes(axes: Axes, model: dict[str, Any]) -> None:
     }
     _draw_bars(axes, bars, [_OURS, _OURS, _OURS, _THEIRS], "{:,.1f} ms")
     axes.set_xscale("log")
-    axes.set_xlim(right=4 * max(bars.values()))
+    axes.set_xlim(min(bars.values()) / 4, 4 * max(bars.values()))
     axes.set_title("one request at a time, 4 tiles (log scale)", loc="left", fontsize=10)
 
 

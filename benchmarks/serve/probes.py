@@ -68,7 +68,7 @@ async def repeated_images(
         side = tile_size * (2 if kind == "four_tiles" else 1)
         pictures = [draw_picture(rng, side) for _ in range(num_images)]
         items = [
-            Item(0, kind, question, picture, is_repeated)
+            Item(0, kind, question, (picture,), is_repeated)
             for picture in pictures
             for question, is_repeated in zip(_QUESTIONS, (False, True), strict=True)
         ]

@@ -24,7 +24,6 @@ from typing import Any, TypeVar
 import torch
 from PIL import Image
 from transformers import AutoProcessor, BatchFeature, MllamaForConditionalGeneration
-from transformers.cache_utils import DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
 from benchmarks.serve.load import Answer
@@ -42,13 +41,12 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True, slots=True)
 class CacheBytes:
-    """What transformers' cache holds of one request after prefill, counted from its tensors."""
+    """What transformers' cache holds of one request when its answer is complete, counted from its tensors."""
 
     cross: int
     """Of the cross-attention layers."""
     self: int
-    """Of the self-attention layers, for the prompt."""
-    num_prompt_tokens: int
+    """Of the self-attention layers."""
 
 
 class Transformers:
@@ -82,8 +80,8 @@ class Transformers:
         return await self._call(_generate_batch, list(items), self._max_new_tokens)
 
     async def cache_bytes(self, item: Item) -> CacheBytes:
-        """Prefill one item and measure its cache."""
-        return await self._call(_cache_bytes, item)
+        """Answer one item and measure the cache that is left."""
+        return await self._call(_cache_bytes, item, self._max_new_tokens)
 
     async def warm_up(self, item: Item) -> None:
         """Load the model and make it run once."""
@@ -142,15 +140,13 @@ def _generate_batch(items: list[Item], max_new_tokens: int) -> float:
 
 
 @torch.inference_mode()
-def _cache_bytes(item: Item) -> CacheBytes:
+def _cache_bytes(item: Item, max_new_tokens: int) -> CacheBytes:
     model = _loaded[0]
-    inputs = _inputs([item])
-    cache: Any = DynamicCache(config=model.config)
-    model(**inputs, past_key_values=cache, use_cache=True)
-    cross_layers = model.config.text_config.cross_attention_layers
+    options = _options(max_new_tokens)
+    cache = model.generate(**_inputs([item]), **options, return_dict_in_generate=True).past_key_values
     sizes = [layer.keys.nbytes + layer.values.nbytes if layer.is_initialized else 0 for layer in cache.layers]
-    cross = sum(sizes[index] for index in cross_layers)
-    return CacheBytes(cross, sum(sizes) - cross, inputs["input_ids"].shape[1])
+    cross = sum(sizes[index] for index in model.config.text_config.cross_attention_layers)
+    return CacheBytes(cross, sum(sizes) - cross)
 
 
 def _own_peak_rss_bytes() -> int | None:
@@ -161,10 +157,9 @@ def _inputs(items: Sequence[Item]) -> BatchFeature:
     processor = _loaded[1]
     texts, images = [], []
     for item in items:
-        shown = [] if item.image is None else [{"type": "image"}]
-        content = [*shown, {"type": "text", "text": item.question}]
+        content = [*({"type": "image"} for _ in item.images), {"type": "text", "text": item.question}]
         texts.append(processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True))
-        images.append([] if item.image is None else [Image.open(io.BytesIO(item.image))])
+        images.append([Image.open(io.BytesIO(image)) for image in item.images])
     inputs: BatchFeature = processor(
         images=images if any(images) else None,
         text=texts,
@@ -265,11 +260,9 @@ class TransformersServe:
 
 
 def _content(item: Item) -> list[dict[str, Any]]:
-    text = {"type": "text", "text": item.question}
-    if item.image is None:
-        return [text]
-    url = f"data:image/jpeg;base64,{base64.b64encode(item.image).decode()}"
-    return [{"type": "image_url", "image_url": {"url": url}}, text]
+    urls = [f"data:image/jpeg;base64,{base64.b64encode(image).decode()}" for image in item.images]
+    images = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
+    return [*images, {"type": "text", "text": item.question}]
 
 
 async def _read_events(reader: asyncio.StreamReader) -> Answer:

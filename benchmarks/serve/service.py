@@ -20,7 +20,7 @@ from trimserve.client import MAX_MESSAGE_BYTES, make_request
 from trimserve.v1 import generation_pb2 as pb
 from trimserve.v1 import generation_pb2_grpc, model_pb2, model_pb2_grpc
 
-__all__ = ["GrpcTarget", "Peak", "Server", "ServerFailed", "peak_rss_bytes", "running_server"]
+__all__ = ["GrpcTarget", "Held", "Peak", "Server", "ServerFailed", "peak_rss_bytes", "running_server"]
 
 _POLL_SECONDS = 0.05
 
@@ -92,6 +92,16 @@ class Peak:
     num_running: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Held:
+    """What one request holds while it decodes, by the server's account: pages do not change until it ends."""
+
+    self_bytes: int
+    cross_bytes: int
+    images: tuple[pb.ImageUsage, ...]
+    num_prompt_tokens: int
+
+
 class GrpcTarget:
     """Asks a trimserve server; an async context manager, used in one event loop."""
 
@@ -118,13 +128,11 @@ class GrpcTarget:
 
     async def ask(self, item: Item) -> Answer:
         """See `load.Ask`."""
-        images = [] if item.image is None else [item.image]
-        request = make_request(item.question, images, sampling=self._sampling, trim=self._trim)
         arrivals: list[float] = []
         token_ids: list[int] = []
         finished = pb.Finished()
         try:
-            async for event in self._generation.GenerateStream(request):
+            async for event in self._stream(item):
                 if event.delta.token_ids:
                     arrivals.append(time.monotonic())
                     token_ids += event.delta.token_ids
@@ -137,9 +145,61 @@ class GrpcTarget:
             num_tokens=len(token_ids),
             num_prompt_tokens=finished.usage.num_prompt_tokens,
             token_ids=tuple(token_ids),
+            num_padding=sum(image.padding_features for image in finished.usage.images),
             num_valid=sum(image.valid_features for image in finished.usage.images),
             num_kept=sum(image.kept_features for image in finished.usage.images),
+            num_merged=sum(image.merged_features for image in finished.usage.images),
             cross_kv_bytes=finished.cross_kv_bytes.held,
+        )
+
+    async def held(self, item: Item) -> Held:
+        """Ask for the account when the first token is there; the server must have nothing else to do."""
+        stream = self._stream(item)
+        started = pb.Started()
+        async for event in stream:
+            if event.HasField("started"):
+                started = event.started
+            else:
+                break
+        status = await self.status()
+        stream.cancel()
+        assert status.num_running == 1, f"{status.num_running} requests run, one was asked about"
+        return Held(status.self_kv_bytes, status.cross_kv_bytes, tuple(started.images), started.num_prompt_tokens)
+
+    async def num_at_once(self, item: Item, num_clients: int) -> int:
+        """How many of equal requests run at the same time.
+
+        Args:
+            item: what all ask. The server must prefill what fits before it decodes.
+            num_clients: more than can run.
+        """
+        peak = 0
+
+        async def client() -> None:
+            nonlocal peak
+            num_tokens = 0
+            async for event in self._stream(item):
+                num_tokens += len(event.delta.token_ids)
+                if num_tokens > self._sampling.max_new_tokens // 2:  # whatever fits has come in by now
+                    break
+            status = await self.status()
+            assert status.num_waiting, f"{num_clients} clients are too few to fill the pool"
+            peak = status.num_running
+
+        clients = {asyncio.create_task(client()) for _ in range(num_clients)}
+        done, running = await asyncio.wait(clients, return_when=asyncio.FIRST_COMPLETED)
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*done)
+        return peak
+
+    async def status(self) -> model_pb2.GetServerStatusResponse:
+        """The server's account now."""
+        return await self._model.GetServerStatus(model_pb2.GetServerStatusRequest())
+
+    def _stream(self, item: Item) -> grpc.aio.UnaryStreamCall[pb.GenerateRequest, pb.GenerateStreamResponse]:
+        return self._generation.GenerateStream(
+            make_request(item.question, item.images, sampling=self._sampling, trim=self._trim)
         )
 
     async def model(self) -> model_pb2.GetModelResponse:
@@ -153,7 +213,7 @@ class GrpcTarget:
 
         async def watch() -> None:
             while True:
-                status = await self._model.GetServerStatus(model_pb2.GetServerStatusRequest())
+                status = await self.status()
                 peak.pool_bytes = max(peak.pool_bytes, status.self_kv_bytes + status.cross_kv_bytes)
                 peak.cross_bytes = max(peak.cross_bytes, status.cross_kv_bytes)
                 peak.num_running = max(peak.num_running, status.num_running)

@@ -39,10 +39,10 @@ class Item:
     index: int
     kind: Kind
     question: str
-    image: bytes | None
-    """A JPEG file."""
+    images: tuple[bytes, ...]
+    """JPEG files."""
     is_repeated: bool
-    """Whether an earlier item shows the same image."""
+    """Whether an earlier item shows the same images."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,14 +72,14 @@ def make_workload(settings: WorkloadSettings) -> tuple[Item, ...]:
     for index, kind in enumerate(kinds):
         is_repeated = kind != "text" and seen[kind] in repeats[kind]
         seen[kind] += 1
-        image = None
+        images: tuple[bytes, ...] = ()
         if is_repeated:
-            image = rng.choice(shown[kind])
+            images = (rng.choice(shown[kind]),)
         elif kind != "text":
-            image = draw_picture(rng, settings.tile_size * (2 if kind == "four_tiles" else 1))
-            shown[kind].append(image)
+            images = (draw_picture(rng, settings.tile_size * (2 if kind == "four_tiles" else 1)),)
+            shown[kind] += images
         question = " ".join(rng.choices(_SENTENCES, k=rng.randint(1, _MAX_SENTENCES)))
-        items.append(Item(index, kind, question, image, is_repeated))
+        items.append(Item(index, kind, question, images, is_repeated))
     return tuple(items)
 
 

@@ -1,0 +1,149 @@
+"""Tables of docs/performance.md, made from what was measured, so that no number there is typed by hand."""
+
+import json
+from pathlib import Path
+from typing import Any, Final
+
+__all__ = ["RESULTS", "bytes_tables", "read_result", "serve_tables"]
+
+RESULTS = Path(__file__).parent / "results"
+"""What the benchmarks wrote."""
+
+_REQUESTS: Final = {"four_tiles": "4 tiles", "one_tile": "1 tile", "two_images": "2 images of 4 tiles", "text": "text"}
+_LAYOUTS: Final = {
+    "trimserve": "trimserve",
+    "trimserve_untrimmed": "trimserve, untrimmed",
+    "transformers": "transformers",
+    "sglang_layout": "SGLang's layout",
+}
+_LOADS: Final = {
+    "trimserve": "trimserve",
+    "trimserve_untrimmed": "trimserve, untrimmed",
+    "transformers_sequential": "transformers, one at a time",
+    "transformers_batched": "transformers, batched",
+    "transformers_serve": "`transformers serve`",
+    "trimserve_open_loop": "trimserve, open loop",
+}
+
+
+def read_result(name: str) -> dict[str, Any] | None:
+    """A document of `RESULTS`; None before it was measured.
+
+    Args:
+        name: path within the folder.
+    """
+    path = RESULTS / name
+    if not path.exists():
+        return None
+    document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return document
+
+
+def bytes_tables(report: dict[str, Any] | None) -> str:
+    """Bytes of one request by layout, and requests at once in equal bytes, as Markdown.
+
+    Args:
+        report: of `bench_bytes`; None says how to get one.
+    """
+    if report is None:
+        return _missing("bench_bytes")
+    return "\n\n".join([*(_bytes_of_model(model) for model in report["models"]), _origin(report)])
+
+
+def serve_tables(report: dict[str, Any] | None) -> str:
+    """Rates and latencies under load by target, and the probes of an idle server, as Markdown.
+
+    Args:
+        report: of `bench_serve`; None says how to get one.
+    """
+    if report is None:
+        return _missing("bench_serve")
+    picture = "![tokens per second, waiting and pace by target](../benchmarks/results/serve/serve.png)"
+    return "\n\n".join([picture, *(_loads_of_model(model) for model in report["models"]), _origin(report)])
+
+
+def _bytes_of_model(model: dict[str, Any]) -> str:
+    cap = f", at most {model['max_kept_fraction']:.0%} of the features kept" if model["max_kept_fraction"] else ""
+    title = f"**{model['model']}** ({model['dtype']}, k_ratio {model['k_ratio']:g}{cap})"
+    lines = [
+        f"{title}, answers of {model['max_new_tokens']} tokens; one request holds:",
+        "",
+        f"| request | features | held | {' | '.join(_LAYOUTS.values())} | cross KV over transformers' |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for name, request in model["requests"].items():
+        features = request["features"]
+        held = features["kept"] + features["merged"]
+        sizes = " | ".join(_size(request["bytes"][layout]["total"]) for layout in _LAYOUTS)
+        ratio = request["cross_bytes_over_transformers"]
+        over = "" if ratio is None else f"{ratio:.3f}"
+        lines.append(f"| {_REQUESTS[name]} | {features['valid']} | {held} | {sizes} | {over} |")
+    at_once = model["at_once"]
+    lines += [
+        "",
+        f"Requests that run at once in {_size(at_once['kv_bytes'])} of KV:",
+        "",
+        f"| request | {' | '.join(_LAYOUTS.values())} |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for name, counts in at_once.items():
+        if name in _REQUESTS:
+            lines.append(f"| {_REQUESTS[name]} | {' | '.join(str(counts[layout]) for layout in _LAYOUTS)} |")
+    return "\n".join(lines)
+
+
+def _loads_of_model(model: dict[str, Any]) -> str:
+    plan = model["plan"]
+    asked = f"{plan['num_requests']} requests of {plan['max_new_tokens']} tokens, {plan['concurrency']} clients"
+    lines = [
+        f"**{model['model']}**: {asked}, {plan['repeated_share']:.0%} of the images repeated; milliseconds:",
+        "",
+        "| target | tokens/s | first token p50 | p99 | between tokens p50 | p99 | whole answer p50 | p99 |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    loads = {name: model["loads"][name] for name in _LOADS if name in model["loads"]}
+    lines += [f"| {_LOADS[name]} | {' | '.join(_load_cells(load))} |" for name, load in loads.items()]
+    ratios, latency = model["ratios"], model["added_latency"]
+    over = {name: ratios.get(f"trimserve_over_{name}") for name in _LOADS if name.startswith("transformers")}
+    told = ", ".join(f"{ratio:.1f} times that of {_LOADS[name]}" for name, ratio in over.items() if ratio)
+    share = f"{latency['added_over_bare_step']:.0%}"
+    added, step = (f"{1e3 * latency[name]:.2f} ms" for name in ("added_seconds_per_token", "bare_step_seconds"))
+    images = model["repeated_images"]
+    waits = " and ".join(f"{images[kind]['repeated_over_first']:.2f} ({_REQUESTS[kind]})" for kind in images)
+    lines += [
+        "",
+        f"- Rate of trimserve: {told}." if told else "- No rival answered every request.",
+        f"- First token of another question on an image, over that of the first question on it: {waits}.",
+        f"- The service adds {added} to a token at batch 1, {share} of the bare decode step of {step}.",
+    ]
+    return "\n".join(lines)
+
+
+def _load_cells(load: dict[str, Any]) -> list[str]:
+    if "tokens_per_second" not in load:
+        return [f"failed: {load['errors'][0].splitlines()[-1][:80]}", *[""] * 6]
+    cells = [f"{load['tokens_per_second']:,.1f}"]
+    for name in ("time_to_first_token", "inter_token", "duration"):
+        found = load.get(f"{name}_seconds") or {}
+        cells += [f"{1e3 * found[point]:,.1f}" if found else "" for point in ("p50", "p99")]
+    return cells
+
+
+def _size(num_bytes: int) -> str:
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20)):
+        if num_bytes >= size:
+            return f"{num_bytes / size:.1f} {unit}"
+    return f"{num_bytes / 2**10:.0f} KiB"
+
+
+def _origin(report: dict[str, Any]) -> str:
+    machine, versions, commit = report["machine"], report["versions"], report["commit"]
+    at = "" if commit is None else f" at {commit[:12]}"
+    return (
+        f"Measured on {machine['cpu']}, {machine['num_threads']} thread(s) per process, torch {versions['torch']}, "
+        f"transformers {versions['transformers']}, trimserve {versions['trimserve']}{at}."
+    )
+
+
+def _missing(module: str) -> str:
+    return f"Not measured yet: `python -m benchmarks.{module}`."

@@ -1,0 +1,62 @@
+"""What exchanges come to, on examples worked by hand."""
+
+from typing import Any
+
+import pytest
+
+from benchmarks.serve.figures import agreement, percentiles, ratios, summary
+from tests.benchmarks.conftest import Maker
+
+
+def test_percentiles_lie_between_samples() -> None:
+    assert percentiles(range(101)) == {"p50": 50, "p90": 90, "p99": 99}
+    assert percentiles([1.0, 2.0]) == {"p50": 1.5, "p90": 1.9, "p99": 1.99}
+
+
+def test_nothing_has_no_percentiles() -> None:
+    assert percentiles([]) is None
+
+
+def test_rates_span_from_the_first_request_to_the_last_answer(make: Maker) -> None:
+    found = summary([make.exchange(10.0, 11.0, 12.0), make.exchange(10.5, 13.0, 14.0)])
+    assert found["seconds"] == 4.0
+    assert found["tokens_per_second"] == 1.0
+    assert found["requests_per_second"] == 0.5
+    assert found["num_tokens"] == 4
+    assert found["time_to_first_token_seconds"]["p50"] == 1.75
+
+
+def test_merged_rows_count_as_kept(make: Maker) -> None:
+    assert summary([make.exchange(0.0, 1.0, 2.0)])["kept_fraction"] == 0.5
+
+
+def test_a_failed_request_is_counted_and_adds_no_tokens(make: Maker) -> None:
+    found = summary([make.exchange(0.0, 1.0, 2.0), make.failure(0.0, 4.0)])
+    assert (found["num_requests"], found["num_failed"], found["errors"]) == (2, 1, ["UNAVAILABLE: gone"])
+    assert found["tokens_per_second"] == 0.5
+
+
+def test_waiting_is_told_apart_for_first_and_repeated_images(make: Maker) -> None:
+    first = make.exchange(0.0, 2.0, 2.1, item=make.item(0, "four_tiles"))
+    again = make.exchange(0.0, 0.5, 0.6, item=make.item(1, "four_tiles", is_repeated=True))
+    found = summary([first, again])["time_to_first_token_seconds_by_kind"]
+    assert found["four_tiles, first_image"]["p50"] == 2.0
+    assert found["four_tiles, repeated_image"]["p50"] == 0.5
+    assert found["one_tile, first_image"] is None
+
+
+def test_agreement_ends_with_the_first_token_that_differs(make: Maker) -> None:
+    ours = [make.exchange(0.0, 1.0, token_ids=(1, 2, 3)), make.exchange(0.0, 1.0, token_ids=(4, 5, 6))]
+    theirs = [make.exchange(0.0, 1.0, token_ids=(1, 9, 3)), make.exchange(0.0, 1.0, token_ids=(4, 5, 6))]
+    found = agreement(ours, theirs)
+    assert (found["num_equal_answers"], found["num_tokens_before_they_part"], found["num_tokens"]) == (1, 4, 6)
+
+
+def test_ratios_leave_out_a_rival_that_failed() -> None:
+    loads: dict[str, dict[str, Any]] = {
+        "trimserve": {"tokens_per_second": 90.0, "errors": []},
+        "transformers_sequential": {"tokens_per_second": 30.0, "errors": []},
+        "transformers_serve": {"tokens_per_second": 80.0, "errors": ["500"]},
+        "transformers_batched": {"errors": ["killed"]},
+    }
+    assert ratios(loads) == pytest.approx({"trimserve_over_transformers_sequential": 3.0})

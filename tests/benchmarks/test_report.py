@@ -1,0 +1,112 @@
+"""From exchanges to report, picture and tables."""
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from rich.console import Console
+
+from benchmarks.serve.comparison import Plan
+from benchmarks.serve.figures import ratios, summary
+from benchmarks.serve.picture import draw_report
+from benchmarks.serve.report import make_report, print_report, write_json
+from benchmarks.tables import bytes_tables, serve_tables
+from tests.benchmarks.conftest import Maker
+
+PLAN = Plan(
+    num_requests=2,
+    concurrency=2,
+    max_new_tokens=3,
+    repeated_share=0.5,
+    open_loop_load=0.7,
+    num_probe_images=1,
+    latency_rounds=1,
+    num_threads=1,
+    seed=0,
+)
+
+
+@pytest.fixture
+def report(make: Maker) -> dict[str, Any]:
+    """Of one model; `transformers serve` refused it."""
+    loads: dict[str, Any] = {
+        "trimserve": summary([make.exchange(0.0, 0.5, 0.6, 0.8), make.exchange(0.0, 0.6, 0.7, 1.0)]),
+        "transformers_sequential": summary([make.exchange(0.0, 1.0, 1.5, 2.0), make.exchange(0.0, 2.0, 3.0, 4.0)]),
+        "transformers_serve": {"errors": ["Traceback\nValueError: Mllama is not served"]},
+    }
+    image = {"num_images": 1, "first_seconds": 0.5, "repeated_seconds": 0.1, "repeated_over_first": 0.2}
+    latency = {"rounds": 1, "tokens_per_round": 3, "service_seconds_per_token": 0.011, "bare_step_seconds": 0.01}
+    model = {
+        "model": "embedded",
+        "max_kept_fraction": None,
+        "loads": loads,
+        "ratios": ratios(loads),
+        "repeated_images": {"four_tiles": image, "one_tile": image},
+        "added_latency": {**latency, "added_seconds_per_token": 0.001, "added_over_bare_step": 0.1},
+        "untrimmed_answers_and_transformers": {"num_compared": 2, "num_equal_answers": 2},
+    }
+    return make_report([model], [PLAN], seconds=7.25)
+
+
+def test_a_report_says_where_it_comes_from_and_survives_json(report: dict[str, Any], tmp_path: Path) -> None:
+    assert report["benchmark"] == "serve"
+    assert {"machine", "versions", "commit", "seconds", "models"} <= report.keys()
+    assert report["machine"]["num_threads"] == 1
+    assert report["models"][0]["plan"]["max_new_tokens"] == 3
+    write_json(report, tmp_path / "new" / "report.json")
+    assert json.loads((tmp_path / "new" / "report.json").read_text()) == report
+
+
+def test_the_picture_is_a_png_with_a_row_for_each_model(report: dict[str, Any], tmp_path: Path) -> None:
+    draw_report({**report, "models": report["models"] * 2}, tmp_path / "serve.png")
+    with Image.open(tmp_path / "serve.png") as picture:
+        assert (picture.format, picture.size) == ("PNG", (2250, 1080))
+
+
+def test_what_is_printed_names_rates_and_refusals(report: dict[str, Any]) -> None:
+    text = io.StringIO()
+    print_report(report, Console(file=text, width=200))
+    assert "Mllama is not served" in text.getvalue()
+    assert "6.0" in text.getvalue()
+
+
+def test_serve_table_has_a_row_for_each_target(report: dict[str, Any]) -> None:
+    table = serve_tables(report)
+    assert "| trimserve | 6.0 | 550.0 | 599.0 |" in table
+    assert "| `transformers serve` | failed: ValueError: Mllama is not served |" in table
+    assert "4.0 times that of transformers, one at a time" in table
+    assert "adds 1.00 ms to a token at batch 1, 10% of the bare decode step of 10.00 ms" in table
+
+
+def test_bytes_tables_name_every_layout() -> None:
+    sizes = {"self": 2**20, "cross": 2**20, "total": 2**21}
+    layouts = ("trimserve", "trimserve_untrimmed", "transformers", "sglang_layout")
+    request = {
+        "features": {"padding": 0, "valid": 100, "kept": 40, "merged": 10},
+        "bytes": {name: {**sizes, "total": (1 + index) * 2**20} for index, name in enumerate(layouts)},
+        "cross_bytes_over_transformers": 0.5,
+    }
+    model = {
+        "model": "bench",
+        "dtype": "float32",
+        "k_ratio": 0.2,
+        "max_kept_fraction": 0.5,
+        "max_new_tokens": 128,
+        "requests": {"four_tiles": request, "text": {**request, "cross_bytes_over_transformers": None}},
+        "at_once": {"kv_bytes": 2**30, "four_tiles": {name: index for index, name in enumerate(layouts)}},
+    }
+    origin = {"machine": {"cpu": "a CPU", "num_threads": 1}, "commit": None}
+    versions = dict.fromkeys(("torch", "transformers", "trimserve"), "1.0")
+    table = bytes_tables({**origin, "versions": versions, "models": [model]})
+    assert "| 4 tiles | 100 | 50 | 1.0 MiB | 2.0 MiB | 3.0 MiB | 4.0 MiB | 0.500 |" in table
+    assert "| text | 100 | 50 | 1.0 MiB | 2.0 MiB | 3.0 MiB | 4.0 MiB |  |" in table
+    assert "at once in 1.0 GiB of KV" in table
+    assert "| 4 tiles | 0 | 1 | 2 | 3 |" in table
+
+
+def test_what_was_not_measured_is_said_to_be_so() -> None:
+    assert bytes_tables(None) == "Not measured yet: `python -m benchmarks.bench_bytes`."
+    assert serve_tables(None) == "Not measured yet: `python -m benchmarks.bench_serve`."
