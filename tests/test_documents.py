@@ -1,5 +1,6 @@
 """What README and docs show runs: Python blocks, doctests, commands and flags."""
 
+import ast
 import doctest
 import importlib
 import re
@@ -14,6 +15,7 @@ from trimserve.cli import app
 from trimserve.local import in_process_server
 
 README = (ROOT / "README.md").read_text()
+CORRECTNESS = (ROOT / "docs/correctness.md").read_text()
 COMMANDS = re.findall(r"^\$ (.+?)(?:\s+#.*)?$", README, re.MULTILINE)
 
 
@@ -59,3 +61,15 @@ def test_flags_in_readmes_prose_exist() -> None:
     known = {name for command in group.commands.values() for parameter in command.params for name in parameter.opts}  # type: ignore[attr-defined]
     for flag in re.findall(r"`(--[a-z-]+)", README):
         assert flag in known, flag
+
+
+def test_every_defect_in_the_list_has_a_test_that_exists() -> None:
+    rows = [line for line in CORRECTNESS.splitlines() if line.startswith("|") and not line.startswith("|---")]
+    cited = [re.findall(r"`(tests/[^\s`]+\.py)::(test_\w+)`", row) for row in rows]
+    assert [row for row, tests in zip(rows, cited, strict=True) if not tests] == [
+        row for row in rows if row.startswith(("| Defect |", "| What happens |"))
+    ]
+    for file, name in {test for tests in cited for test in tests}:
+        tree = ast.parse((ROOT / file).read_text())
+        functions = {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)}
+        assert name in functions, f"{file}::{name}"
