@@ -19,9 +19,9 @@ from trimserve.config import EngineConfig, ModelConfig
 from trimserve.evaluation.curve import measure_curve
 from trimserve.evaluation.dataset import load_questions
 from trimserve.evaluation.in_process import InProcess
-from trimserve.evaluation.report import Report, Row
+from trimserve.evaluation.report import UNTRIMMED_POLICY, Report, Row
 from trimserve.models.loading import describe_model, load_model
-from trimserve.models.trimming import POLICIES, TrimParams
+from trimserve.models.trimming import TrimParams
 
 __all__ = ["compare", "main"]
 
@@ -33,7 +33,8 @@ def main() -> None:
     committed = Report.from_json(parser.parse_args().report.read_text())
     info = describe_model(ModelConfig(), EngineConfig())
     settings = {(0.05, 0.0), (info.default_k_ratio, info.default_merge_ratio)}
-    trims = [TrimParams(policy=name, k_ratio=k, merge_ratio=m) for name in POLICIES for k, m in sorted(settings)]
+    names = list(dict.fromkeys(row.policy for row in committed.rows if row.policy != UNTRIMMED_POLICY))
+    trims = [TrimParams(policy=name, k_ratio=k, merge_ratio=m) for name in names for k, m in sorted(settings)]
     with tempfile.TemporaryDirectory() as folder, Progress(console=Console(stderr=True)) as progress:
         questions = load_questions(write_held_out(Path(folder), committed.data["num_questions"]))
         task = progress.add_task("questions", total=len(questions))

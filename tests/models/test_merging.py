@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tests.models.peer import literal_groups
 from trimserve.models.merging import Groups, group_dropped
-from trimserve.models.trimming import budget
+from trimserve.models.policies.budget import budget
 
 
 def members_of(groups: Groups) -> list[list[int]]:

@@ -1,4 +1,4 @@
-"""The budget, the selection over heads and images, its cap and its controls: hand-worked."""
+"""The selection over heads and images, its cap and its controls: hand-worked."""
 
 import math
 
@@ -7,30 +7,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trimserve.models.trimming import POLICIES, TrimParams, bitmap, budget, select
+from tests.models.policies.layers import scored
+from trimserve.models.policies.budget import FixedCount, FixedRatio, Knee, TopP
+from trimserve.models.trimming import TrimParams, bitmap, select
 
 nan = math.nan
-
-
-@pytest.mark.parametrize(
-    ("k_ratio", "num_features", "k"),
-    [
-        (0.55, 100, 55),  # 55.00000000000001 in double precision
-        (0.2, 65, 13),
-        (0.2, 66, 14),  # 13.2
-        (0.25, 1601, 401),
-        (1.0, 37, 37),
-        (1e-6, 1601, 1),
-        (0.5, 1, 1),
-    ],
-)
-def test_budget_rounds_up_and_stays_within_the_image(k_ratio: float, num_features: int, k: int) -> None:
-    assert budget(k_ratio, num_features) == k
-
-
-@given(st.floats(1e-9, 1.0), st.integers(1, 7000))
-def test_budget_is_always_a_count_of_the_image(k_ratio: float, num_features: int) -> None:
-    assert 1 <= budget(k_ratio, num_features) <= num_features
 
 
 def test_heads_choose_apart_and_their_picks_are_united_per_image() -> None:
@@ -40,7 +21,7 @@ def test_heads_choose_apart_and_their_picks_are_united_per_image() -> None:
             [0.1, 0.1, 0.5, 0.6, nan, 0.1],  # head 1: image 0 -> 2, 3; image 1 -> 5 (NaN is last)
         ]
     )
-    selection = select(scores, (4, 2), TrimParams(k_ratio=0.5))
+    selection = select(scored(scores, (4, 2)), TrimParams(k_ratio=0.5))
     assert selection.picks.tolist() == [[0, 2, 5], [2, 3, 5]]
     assert selection.kept.tolist() == [0, 2, 3, 5]
     assert selection.num_kept == (3, 1)
@@ -58,18 +39,40 @@ def test_heads_choose_apart_and_their_picks_are_united_per_image() -> None:
 def test_the_cap_keeps_votes_then_scores_then_lower_indices(fraction: float, kept: list[int]) -> None:
     scores = torch.tensor([[0.4, 0.1, 0.3, 0.2], [0.1, 0.1, 0.5, 0.6]])
     trim = TrimParams(k_ratio=0.5, max_kept_fraction=fraction)
-    assert select(scores, (4,), trim).kept.tolist() == kept
+    assert select(scored(scores, (4,)), trim).kept.tolist() == kept
 
 
 def test_the_cap_breaks_full_ties_towards_the_lower_index() -> None:
     trim = TrimParams(k_ratio=1.0, max_kept_fraction=0.5)
-    assert select(torch.full((3, 6), 0.25), (4, 2), trim).kept.tolist() == [0, 1, 4]
+    assert select(scored(torch.full((3, 6), 0.25), (4, 2)), trim).kept.tolist() == [0, 1, 4]
+
+
+@pytest.mark.parametrize(
+    ("count", "kept"),
+    [
+        (1, [3]),  # k = 1 gives 0 and 3, one vote each
+        (2, [0, 3]),
+        (3, [0, 2, 3]),  # k = 2
+        (4, [0, 1, 2, 3]),
+        (9, [0, 1, 2, 3]),
+    ],
+)
+def test_a_count_takes_the_smallest_k_whose_union_reaches_it(count: int, kept: list[int]) -> None:
+    scores = torch.tensor([[0.4, 0.1, 0.3, 0.2], [0.1, 0.1, 0.5, 0.6]])
+    assert select(scored(scores, (4,)), TrimParams(budget=FixedCount(count))).kept.tolist() == kept
+
+
+def test_top_p_gives_every_head_a_k_of_its_own() -> None:
+    scores = torch.tensor([[0.7, 0.1, 0.1, 0.1, 0.5, 0.5], [0.25, 0.25, 0.25, 0.25, 0.9, 0.1]])
+    selection = select(scored(scores, (4, 2)), TrimParams(budget=TopP(0.6)))
+    assert selection.picks.tolist() == [[0, -1, -1, 4, 5], [0, 1, 2, 4, -1]]
+    assert selection.kept.tolist() == [0, 1, 2, 4, 5]
 
 
 def test_strided_takes_the_middle_of_equal_stretches_of_each_image() -> None:
     scores = torch.zeros(1, 14)
     scores[0, :4] = scores[0, 10] = 1.0
-    selection = select(scores, (10, 4), TrimParams(policy="strided", k_ratio=0.4))
+    selection = select(scored(scores, (10, 4)), TrimParams(policy="strided", k_ratio=0.4))
     # Image 0: 4 of 10, stretches of 2.5 with middles 1.25, 3.75, 6.25, 8.75. Image 1: 2 of 4, middles 1 and 3.
     assert selection.kept.tolist() == [1, 3, 6, 8, 11, 13]
     assert selection.num_kept == (4, 2)
@@ -78,7 +81,7 @@ def test_strided_takes_the_middle_of_equal_stretches_of_each_image() -> None:
 def test_random_draws_by_image_index_size_and_count_alone() -> None:
     rng = torch.Generator().manual_seed(0)
     trim = TrimParams(policy="random", k_ratio=0.3)
-    first, second = (select(torch.rand(1, 40, generator=rng), (20, 20), trim) for _ in range(2))
+    first, second = (select(scored(torch.rand(1, 40, generator=rng), (20, 20)), trim) for _ in range(2))
     assert first.kept.tolist() == second.kept.tolist()
     # Written down once: a later version that draws otherwise would make reports incomparable.
     assert first.kept.tolist() == [2, 7, 13, 14, 16, 17, 21, 22, 28, 31, 32, 39]
@@ -87,7 +90,7 @@ def test_random_draws_by_image_index_size_and_count_alone() -> None:
 def test_random_draws_every_feature_alike() -> None:
     drawn = torch.zeros(8)
     for size in range(8, 1208):  # another size, another seed; the first 8 of `size` features are counted
-        kept = select(torch.rand(1, size), (size,), TrimParams(policy="random", k_ratio=0.5)).kept
+        kept = select(scored(torch.rand(1, size), (size,)), TrimParams(policy="random", k_ratio=0.5)).kept
         drawn += torch.bincount(kept, minlength=size)[:8] > 0
     assert (drawn / 1200 - 0.5).abs().max() < 0.06  # four standard deviations
 
@@ -103,8 +106,8 @@ def test_controls_keep_of_each_image_as_many_features_as_trimmed(
 ) -> None:
     scores = torch.rand(4, sum(num_features), generator=torch.Generator().manual_seed(seed))
     trimmed, *controls = (
-        select(scores, num_features, TrimParams(policy=policy, k_ratio=k_ratio, max_kept_fraction=cap))
-        for policy in POLICIES
+        select(scored(scores, num_features), TrimParams(policy=policy, k_ratio=k_ratio, max_kept_fraction=cap))
+        for policy in ("trimmed", "random", "strided")
     )
     for control in controls:
         assert control.num_kept == trimmed.num_kept
@@ -126,6 +129,11 @@ def test_controls_keep_of_each_image_as_many_features_as_trimmed(
         (TrimParams(k_ratio=1.0, max_kept_fraction=0.5), True),
         (TrimParams(k_ratio=1.0, max_kept_fraction=1.0), False),
         (TrimParams(enabled=False, k_ratio=0.5), False),
+        (TrimParams(k_ratio=0.5, budget=FixedRatio(1.0)), False),
+        (TrimParams(k_ratio=0.5, budget=TopP(1.0)), False),
+        (TrimParams(k_ratio=1.0, budget=FixedRatio(0.9)), True),
+        (TrimParams(k_ratio=1.0, budget=FixedCount(1)), True),
+        (TrimParams(k_ratio=1.0, budget=Knee()), True),
     ],
 )
 def test_only_a_budget_below_everything_can_drop_features(trim: TrimParams, can_drop: bool) -> None:

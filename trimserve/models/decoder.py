@@ -25,6 +25,7 @@ from trimserve.models.checkpoint import text_config
 from trimserve.models.interruptible import Interruptible
 from trimserve.models.key_values import BatchTables, KeyValues, write_rows
 from trimserve.models.merging import Groups, group_dropped
+from trimserve.models.policies.policy import FirstLayer
 from trimserve.models.trimming import Selection, TrimParams, select
 from trimserve.models.visibility import feature_visibility
 from trimserve.models.weights import FUSED, fused_weight
@@ -329,13 +330,17 @@ class _CrossLayer(_Layer):
         """Select in the first cross-attention layer; `vision` holds the kept features afterwards."""
         seeing = [images for images in vision.visible_images if images[0] < images[1]]
         visibility = feature_visibility(seeing, vision.num_features).to(q.device)
-        scores = ops.headwise_scores(q, keys, visibility, self._scale)
-        selection = vision.selection = select(scores, vision.num_features, vision.trim)
+        layer = FirstLayer(
+            q, keys, vision.features, visibility, self._scale, vision.num_features, vision.features_per_tile
+        )
+        selection = vision.selection = select(layer, vision.trim)
         kept = ops.gather_kv(vision.features, keys, values, selection.kept)
-        if vision.trim.merge_ratio:
+        groups = selection.groups
+        if groups is None and vision.trim.merge_ratio:
             groups = group_dropped(
                 keys, selection.kept, vision.num_features, vision.features_per_tile, vision.trim.merge_ratio
             )
+        if groups is not None:
             return _merge(vision, selection, groups, kept, keys, values)
         vision.features, keys, values = kept
         vision.num_features = selection.num_kept

@@ -5,7 +5,7 @@ Made once by `loading.py`, read by every layer above. It knows no tensor.
 
 from dataclasses import dataclass
 
-__all__ = ["GenerationDefaults", "ModelInfo"]
+__all__ = ["GenerationDefaults", "ModelInfo", "ParameterInfo"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +26,22 @@ class GenerationDefaults:
     """Tokens; further bounded by the room that the prompt leaves in the context."""
     eos_token_ids: tuple[int, ...]
     """Tokens that end generation."""
+
+
+@dataclass(frozen=True, slots=True)
+class ParameterInfo:
+    """A number that a request may set for a policy."""
+
+    name: str
+    default: float
+    """A whole number where it is an int."""
+    description: str
+    low: float
+    """The least value."""
+    high: float
+    """The largest value."""
+    is_low_open: bool
+    """Whether `low` itself is out of range."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,8 +15,8 @@ from trimserve.models.checkpoint import (
 )
 from trimserve.models.info import GenerationDefaults, ModelInfo
 from trimserve.models.mllama import Mllama
+from trimserve.models.policies.table import POLICIES
 from trimserve.models.processor import Processor
-from trimserve.models.trimming import POLICIES
 from trimserve.models.weights import load_weights
 
 __all__ = ["EMBEDDED_MODEL", "describe_model", "embedded_model_folder", "load_model"]
@@ -86,7 +86,7 @@ def _describe(checkpoint: Checkpoint, config: ModelConfig, limits: EngineConfig)
         kv_bytes_per_position=2 * text.num_key_value_heads * head_dim * dtype.itemsize,
         default_k_ratio=config.k_ratio or checkpoint.trimserve.k_ratio,
         default_merge_ratio=checkpoint.trimserve.merge_ratio if config.merge_ratio is None else config.merge_ratio,
-        policies=POLICIES,
+        policies=tuple(POLICIES),
         generation_defaults=_generation_defaults(checkpoint, limits.default_max_new_tokens),
     )
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from trimserve.models.trimming import budget
+from trimserve.models.policies.budget import budget
 
 __all__ = ["Groups", "group_dropped"]
 
@@ -28,6 +28,15 @@ class Groups:
     """int64 [G], members of each group, at least 1; they sum to S."""
     num_groups: tuple[int, ...]
     """Groups of each image; they sum to G."""
+
+    @classmethod
+    def of(cls, images: Sequence[tuple["Groups", int]]) -> "Groups":
+        """Those of several images, each with the place where the image's features begin."""
+        return cls(
+            torch.cat([start + groups.members for groups, start in images]),
+            torch.cat([groups.sizes for groups, _ in images]),
+            tuple(num_groups for groups, _ in images for num_groups in groups.num_groups),
+        )
 
     def mean(self, rows: Tensor) -> Tensor:
         """Average the rows of each group: [N, ...] -> [G, ...], in float32 and rounded once."""

@@ -1,31 +1,23 @@
-"""Which visual features later layers keep: the budget, the policy `trimmed`, its controls, and what they answered.
+"""Which visual features later layers keep: what a request asks for, and what the policy that it names answers.
 
-Source: Trimmed Llama, arXiv 2504.00557. In the first cross-attention layer every query head picks the k features of
-an image that the text attends to most; the union of the picks over the heads is kept. What the paper leaves open
-(rows are averaged, k counts valid features of each image apart, heads are query heads) is decided in
-`docs/architecture.md`. This file knows no model: scores come in, indices go out.
-
-`random` and `strided` are controls for evaluation: of each image they keep as many features as `trimmed` would for
-the same request, but without looking. What they answer worse is what the choice of features is worth.
+Policies see one image at a time (`policies/policy.py`); here their answers are put together. This file knows no model.
 """
 
-import math
-import random
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from trimserve import ops
+from trimserve.models.merging import Groups
+from trimserve.models.policies.budget import Allowance, Budget, FixedCount, FixedRatio, HeadRatio, TopP, budget, cap
+from trimserve.models.policies.policy import AfterFirstLayer, Choice, FirstLayer, Policy
+from trimserve.models.policies.table import POLICIES
+from trimserve.models.policies.trimmed import Trimmed
 
-__all__ = ["POLICIES", "ImageSelection", "Selection", "TrimParams", "bitmap", "budget", "max_rows", "select"]
-
-POLICIES = ("trimmed", "random", "strided")
-"""Names that `TrimParams.policy` takes; the first is the default."""
-
-_ROUNDING = 1e-9  # 0.55 * 100 is 55.00000000000001 in double precision and must give 55 picks
+__all__ = ["ImageSelection", "Selection", "TrimParams", "bitmap", "max_rows", "select"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,19 +26,40 @@ class TrimParams:
 
     enabled: bool = True
     policy: str = "trimmed"
+    """One of `POLICIES`."""
     k_ratio: float = 1.0
-    """Budget per head in (0, 1]: each head picks ceil(k_ratio * N) of an image's N valid features."""
+    """Budget per head in (0, 1]: each head picks ceil(k_ratio * N) of an image's N valid features. Where `budget` is
+    None, every other policy that chooses after the first cross-attention layer keeps as many features as those picks
+    come to."""
     max_kept_fraction: float | None = None
-    """Cap of the union, in (0, 1], per image; None: no cap."""
+    """Cap of what is kept, in (0, 1], per image; None: no cap."""
     merge_ratio: float = 0.0
     """Rows in [0, 1] that the features of a tile that are not kept are merged into, as a share of its features
     (`merging.py`); 0: they are dropped."""
     return_selection: bool = False
+    budget: Budget | None = None
+    """How many features of each image stay; None: see `k_ratio`."""
+    parameters: Mapping[str, float] = field(default_factory=dict)
+    """Of the policy; those that are not there have its defaults."""
 
     @property
     def can_drop(self) -> bool:
         """Whether any feature could go; if not, the request takes the untrimmed path, bit for bit."""
-        return self.enabled and (self.k_ratio < 1 or (self.max_kept_fraction or 1) < 1)
+        if not self.enabled:
+            return False
+        if (self.max_kept_fraction or 1) < 1:
+            return True
+        match self.budget:
+            case None:
+                return self.k_ratio < 1
+            case FixedRatio(ratio) | TopP(ratio):
+                return ratio < 1
+            case _:
+                return True
+
+    def make_policy(self) -> Policy:
+        """The policy with its parameters."""
+        return POLICIES[self.policy](**self.parameters)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,22 +94,31 @@ class Selection:
     num_kept: tuple[int, ...]
     """Kept features of each image; sums to M."""
     picks: Tensor
-    """int64 [H, K], what each query head picked; [0, 0] where no head was asked."""
+    """int64 [H, K], what each query head picked, -1 where it picked fewer; [0, 0] where no head was asked."""
+    groups: Groups | None = None
+    """What the policy replaces by means; None: it leaves the other features to the request's `merge_ratio`."""
 
+    @classmethod
+    def of(cls, choices: Sequence[Choice], num_features: Sequence[int]) -> "Selection":
+        """Put the choices of a request's images, at least one, together.
 
-def budget(k_ratio: float, num_features: int) -> int:
-    """Picks per head for one image.
-
-    Args:
-        k_ratio: in (0, 1].
-        num_features: valid features of the image, at least 1.
-    Returns:
-        k = ceil(k_ratio * num_features - 1e-9), clamped to [1, num_features].
-
-    >>> budget(0.2, 65)
-    13
-    """
-    return min(max(math.ceil(k_ratio * num_features - _ROUNDING), 1), num_features)
+        Args:
+            choices: of one policy, one for each image.
+            num_features: of each image.
+        """
+        starts = [0, *accumulate(num_features)][:-1]
+        placed = list(zip(choices, starts, strict=True))
+        kept = torch.cat([start + choice.kept for choice, start in placed])
+        by_head = [
+            torch.where(each.picks < 0, -1, start + each.picks) for each, start in placed if each.picks is not None
+        ]
+        groups = [(each.groups, start) for each, start in placed if each.groups is not None]
+        return cls(
+            kept,
+            tuple(len(choice.kept) for choice in choices),
+            torch.cat(by_head, dim=1) if by_head else kept.new_empty((0, 0)),
+            Groups.of(groups) if groups else None,
+        )
 
 
 def max_rows(num_features: int, num_heads: int, features_per_tile: int, trim: TrimParams) -> int:
@@ -110,40 +132,37 @@ def max_rows(num_features: int, num_heads: int, features_per_tile: int, trim: Tr
     """
     if not trim.can_drop:
         return num_features
-    kept = num_heads * budget(trim.k_ratio, num_features)
-    if trim.max_kept_fraction is not None:
-        kept = min(kept, _cap(num_features, trim.max_kept_fraction))
+    match trim.budget:
+        case None:
+            kept = num_heads * budget(trim.k_ratio, num_features)
+        case FixedRatio(ratio):
+            kept = budget(ratio, num_features)
+        case FixedCount(count):
+            kept = count
+        case _:
+            kept = num_features
+    kept = min(kept, cap(trim.max_kept_fraction, num_features))
     if trim.merge_ratio:
         kept += num_features // features_per_tile * budget(trim.merge_ratio, features_per_tile)
     return min(kept, num_features)
 
 
-def select(scores: Tensor, num_features: Sequence[int], trim: TrimParams) -> Selection:
-    """Choose the features of each image that later layers keep.
+def select(layer: FirstLayer, trim: TrimParams) -> Selection:
+    """Choose the features of each image that later layers keep, after the first cross-attention layer.
 
     Args:
-        scores: float32 [H, N], attention of each query head on each feature (`ops.headwise_scores`).
-        num_features: valid features of each image, each at least 1, sum N.
-        trim: `policy`, `k_ratio` and `max_kept_fraction`.
-    Returns:
-        `trimmed`: the union of the heads' picks; at most `max(1, floor(max_kept_fraction * n))` features of an
-        image with n where that cap is given: more votes first, then the higher best score, then the lower index.
-        `random`: as many features of each image, drawn from all subsets of that size alike. Image index, n and
-        count are the seed, so a request's draw is the same on every run, on every machine and in every batch.
-        `strided`: as many features of each image, evenly spaced: feature floor((j + 1/2) * n / count) for each j.
-    Source: arXiv 2504.00557, method section; the cap and the controls are ours.
+        layer: what it knows of the images, at least one.
+        trim: names a policy that is asked there.
     """
-    selection = _trimmed(scores, num_features, trim)
-    if trim.policy == "trimmed":
-        return selection
-    choose = {"random": _random, "strided": _strided}[trim.policy]
-    pieces = []
-    start = 0
-    for image, (n, count) in enumerate(zip(num_features, selection.num_kept, strict=True)):
-        pieces.append(start + choose(image, n, count))
-        start += n
-    kept = torch.cat(pieces).to(scores.device)
-    return Selection(kept, selection.num_kept, selection.picks.new_empty((0, 0)))
+    policy = trim.make_policy()
+    assert isinstance(policy, AfterFirstLayer)
+    choices = []
+    for image in layer.images():
+        allowance = Allowance(trim.budget or HeadRatio(trim.k_ratio), trim.max_kept_fraction)
+        if trim.budget is None and not isinstance(policy, Trimmed):
+            allowance = Allowance(FixedCount(len(Trimmed().choose(image, allowance).kept)))
+        choices.append(policy.choose(image, allowance))
+    return Selection.of(choices, layer.num_features)
 
 
 def bitmap(indices: Tensor, num_features: int) -> bytes:
@@ -155,44 +174,3 @@ def bitmap(indices: Tensor, num_features: int) -> bytes:
     bits = np.zeros(num_features, dtype=bool)
     bits[indices.cpu().numpy()] = True
     return np.packbits(bits, bitorder="little").tobytes()
-
-
-def _trimmed(scores: Tensor, num_features: Sequence[int], trim: TrimParams) -> Selection:
-    ks = [budget(trim.k_ratio, n) for n in num_features]
-    picks = ops.headwise_topk(scores, list(num_features), ks)
-    padded, num_kept = ops.union_indices(picks, scores.shape[1])
-    kept = padded[: int(num_kept)]
-    if trim.max_kept_fraction is not None:
-        kept = _capped(kept, picks, scores, num_features, trim.max_kept_fraction)
-    ends = torch.tensor(num_features).cumsum(0)
-    counts = torch.searchsorted(kept.cpu(), ends).diff(prepend=torch.zeros(1, dtype=torch.int64))
-    return Selection(kept, tuple(counts.tolist()), picks)
-
-
-def _capped(kept: Tensor, picks: Tensor, scores: Tensor, num_features: Sequence[int], fraction: float) -> Tensor:
-    votes = torch.bincount(picks.flatten(), minlength=scores.shape[1])
-    best = scores.amax(dim=0)
-    pieces = []
-    start = 0
-    for n in num_features:
-        image = kept[(kept >= start) & (kept < start + n)]
-        # Stable sorts from the least to the most important key; `image` is ascending, which settles the last tie.
-        image = image[best[image].argsort(descending=True, stable=True)]
-        image = image[votes[image].argsort(descending=True, stable=True)]
-        pieces.append(image[: _cap(n, fraction)].sort().values)
-        start += n
-    return torch.cat(pieces)
-
-
-def _cap(num_features: int, fraction: float) -> int:
-    return max(1, math.floor(fraction * num_features + _ROUNDING))
-
-
-def _random(image: int, num_features: int, count: int) -> Tensor:
-    # Python's generator and not torch's: its stream for a seed is the same in every version.
-    rng = random.Random(f"{image}/{num_features}/{count}")
-    return torch.tensor(sorted(rng.sample(range(num_features), count)), dtype=torch.int64)
-
-
-def _strided(_image: int, num_features: int, count: int) -> Tensor:
-    return (2 * torch.arange(count) + 1) * num_features // (2 * count)

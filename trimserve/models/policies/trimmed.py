@@ -1,0 +1,70 @@
+"""The policy `trimmed`: what any query head looks at most stays."""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from trimserve import ops
+from trimserve.models.policies.budget import Allowance, FixedCount, FixedRatio, HeadRatio, cap
+from trimserve.models.policies.policy import AfterFirstLayer, Choice, SeenImage
+
+__all__ = ["Trimmed"]
+
+
+@dataclass(frozen=True, slots=True)
+class Trimmed(AfterFirstLayer):
+    """Each query head picks the k features that the text attends to most; the union over the heads is kept.
+
+    k is `k_ratio` of the image's features. A request that asks for a ratio or a count of the image gets the smallest k
+    whose union reaches it, capped to it; with `top_p` or the knee every head has a k of its own. A cap keeps more votes
+    first, then the higher best score, then the lower index.
+
+    Source: Trimmed Llama, arXiv 2504.00557, method section. What the paper leaves open (rows are averaged, k counts the
+    valid features of each image apart, heads are query heads) is decided in `docs/architecture.md`; budgets other than
+    k_ratio and the cap are ours.
+    """
+
+    name: ClassVar[str] = "trimmed"
+
+    def choose(self, image: SeenImage, allowance: Allowance) -> Choice:
+        """See `AfterFirstLayer.choose`; the only policy whose choice has picks."""
+        scores, asked = image.scores, allowance.budget
+        num_features = image.num_features
+        most = cap(allowance.max_fraction, num_features)
+        if isinstance(asked, FixedRatio | FixedCount):
+            most = allowance.count(scores[0])
+            picks = _top(scores, _smallest_k(scores, most))
+        elif isinstance(asked, HeadRatio):
+            picks = _top(scores, asked.counts(scores)[0])
+        else:
+            picks = _ragged_top(scores, torch.tensor(asked.counts(scores), device=scores.device))
+        votes = torch.bincount(picks[picks >= 0], minlength=num_features)
+        kept = votes.nonzero()[:, 0]
+        return Choice(kept if len(kept) <= most else _capped(kept, votes, scores, most), picks)
+
+
+def _top(scores: Tensor, k: int) -> Tensor:
+    return ops.headwise_topk(scores, [scores.shape[1]], [k])
+
+
+def _ragged_top(scores: Tensor, ks: Tensor) -> Tensor:
+    """Picks [H, max k] in the order of `ops.headwise_topk`; -1 past a head's own k."""
+    order = (-scores).argsort(dim=1, stable=True)[:, : int(ks.max())]
+    return order.masked_fill(torch.arange(order.shape[1], device=ks.device) >= ks[:, None], -1)
+
+
+def _smallest_k(scores: Tensor, count: int) -> int:
+    """The fewest picks of each head whose union has `count` features."""
+    best_rank = (-scores).argsort(dim=1, stable=True).argsort(dim=1).amin(dim=0)
+    return int(best_rank.sort().values[count - 1]) + 1
+
+
+def _capped(kept: Tensor, votes: Tensor, scores: Tensor, most: int) -> Tensor:
+    best = scores.nan_to_num(-math.inf).amax(dim=0)
+    # Stable sorts from the least to the most important key; `kept` is ascending, which settles the last tie.
+    kept = kept[best[kept].argsort(descending=True, stable=True)]
+    kept = kept[votes[kept].argsort(descending=True, stable=True)]
+    return kept[:most].sort().values
