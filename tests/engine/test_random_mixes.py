@@ -17,6 +17,7 @@ from trimserve.engine.request import Finished, GenerationChunk, GenerationReques
 from trimserve.engine.sequence import Sequence
 from trimserve.errors import InvalidRequest, TrimserveError
 from trimserve.models.mllama import Mllama
+from trimserve.models.policies.budget import FixedRatio, TopP
 from trimserve.models.prompt import RawPrompt
 from trimserve.models.trimming import TrimParams
 
@@ -41,6 +42,8 @@ TRIMS = (
     TrimParams(k_ratio=0.3, max_kept_fraction=0.4),
     TrimParams(k_ratio=0.05, merge_ratio=0.2),
     TrimParams(policy="strided", k_ratio=0.1),
+    TrimParams(policy="mmr", budget=FixedRatio(0.3), merge_ratio=0.1),
+    TrimParams(policy="sparsevlm", budget=TopP(0.7)),
 )
 
 

@@ -1,0 +1,49 @@
+"""The policy `sparsevlm`: what those text rows attend to most that have to do with the image."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from trimserve.models.policies.budget import Allowance
+from trimserve.models.policies.policy import AfterFirstLayer, Choice, SeenImage, top
+
+__all__ = ["SparseVLM"]
+
+_ROUNDING = 1e-6  # rows that are equally relevant are all raters, whatever the rounding of their mean
+
+
+@dataclass(frozen=True, slots=True)
+class SparseVLM(AfterFirstLayer):
+    """Features are ranked by the attention of the *rater* rows, averaged over raters and query heads.
+
+        relevance[t] = mean_h mean_n softmax_t(q[h, t] . k[h, n] * scale)
+        raters       = rows t with relevance[t] >= mean_t relevance
+        score[n]     = mean_h mean_{t in raters} softmax_n(q[h, t] . k[h, n] * scale)
+
+    Source: SparseVLM, arXiv 2410.04417, section 3. Adapted: the paper compares text and image embeddings, which in
+    Mllama lie in different spaces; queries and keys of the first cross-attention layer are made to be compared. Left
+    out: its schedule over layers, because the pages of several layers share one kept set, and its recycling, which is
+    what `merge_ratio` does for every policy.
+    """
+
+    name: ClassVar[str] = "sparsevlm"
+
+    def choose(self, image: SeenImage, allowance: Allowance) -> Choice:
+        """See `AfterFirstLayer.choose`."""
+        scores = image.scores_of(_raters(image)).mean(dim=0)
+        return Choice(top(scores, allowance.count(scores)))
+
+
+def _raters(image: SeenImage) -> Tensor:
+    """int64 [R], the rows that see the image and have at least average relevance for it; all if none has any."""
+    rows = image.rows
+    queries, keys = image.layer.queries[rows].float(), image.keys.float()
+    heads_per_key = queries.shape[1] // keys.shape[1]
+    relevance = torch.zeros(len(rows), device=rows.device)
+    for head in range(queries.shape[1]):  # one after the other: [H, T, N] is never in memory
+        logits = queries[:, head] @ keys[:, head // heads_per_key].T * image.layer.scale
+        relevance += logits.softmax(dim=0).mean(dim=1)
+    is_rater = relevance >= (1 - _ROUNDING) * relevance.mean()
+    return rows[is_rater] if is_rater.any() else rows
