@@ -268,8 +268,8 @@ TRAINING_EMPHASIS: dict[str, float] = {
     "yes_no": 1.3,
     "position": 1.2,
     "sign": 1.2,
-    "digits": 2.0,
-    "word": 2.0,
+    "digits": 4.0,
+    "word": 4.0,
 }
 """How much oftener training asks a kind than `KINDS` says: colours are learned first, reading last."""
 
