@@ -69,4 +69,13 @@ inline bool is_floating(ScalarType dtype) {
   return dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half;
 }
 
+// Throws unless all values of a contiguous int64 tensor are in [0, bound).
+inline void check_indices(const char* op, const char* name, const Tensor& indices, std::int64_t bound) {
+  const auto* values = static_cast<const std::int64_t*>(indices.const_data_ptr());
+  for (std::int64_t i = 0; i < indices.numel(); ++i) {
+    check(0 <= values[i] && values[i] < bound, op, ": ", name, " must be in [0, ", bound, "), got ",
+          values[i]);
+  }
+}
+
 }  // namespace trimserve

@@ -1,6 +1,6 @@
-// Signatures of all kernels: raw pointers and counts, no torch. ops.cpp has checked and allocated everything.
+// Signatures of all kernels: raw pointers and counts, no torch. The ops have checked and allocated everything.
 //
-// A kernel works on the half-open range [begin, end) of the dimension named here, so that ops.cpp can hand
+// A kernel works on the half-open range [begin, end) of the dimension named here, so that an op can hand
 // ranges to torch's thread pool; ranges write disjoint memory. Strides count elements between rows; a row
 // itself is contiguous. Dimensions: T text rows, N visual features, H query heads, Hkv key/value heads,
 // Dh head size, K picks of one head, M kept features, B sequences, P pages, G layers of a page.
@@ -136,8 +136,8 @@ PagedAttentionSizes paged_attention_sizes(const PagedAttentionArgs& args);
 void paged_attention(const PagedAttentionArgs& args, std::int64_t begin, std::int64_t end, float* partials,
                      float* workspace);
 
-// Serial, after all ranges.
-void merge_pieces(const PagedAttentionArgs& args, float* partials);
+// Range over the heads of all sequences, B * H; after all ranges of paged_attention.
+void merge_pieces(const PagedAttentionArgs& args, std::int64_t begin, std::int64_t end, float* partials);
 
 }  // namespace cpu
 }  // namespace trimserve

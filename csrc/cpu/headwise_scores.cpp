@@ -187,36 +187,6 @@ TRIMSERVE_INLINE void score_heads(const HeadwiseScoresArgs& args, std::int64_t b
   }
 }
 
-template <int kWidth>
-TRIMSERVE_INLINE void score_heads_of_dtype(const HeadwiseScoresArgs& args, std::int64_t begin,
-                                           std::int64_t end, const Workspace& ws) {
-  switch (args.dtype) {
-    case DType::kFloat32:
-      return score_heads<kWidth, DType::kFloat32>(args, begin, end, ws);
-    case DType::kBFloat16:
-      return score_heads<kWidth, DType::kBFloat16>(args, begin, end, ws);
-    case DType::kFloat16:
-      return score_heads<kWidth, DType::kFloat16>(args, begin, end, ws);
-  }
-}
-
-TRIMSERVE_TARGET_AVX512
-void score_heads_16(const HeadwiseScoresArgs& args, std::int64_t begin, std::int64_t end,
-                    const Workspace& ws) {
-  score_heads_of_dtype<16>(args, begin, end, ws);
-}
-
-TRIMSERVE_TARGET_AVX2
-void score_heads_8(const HeadwiseScoresArgs& args, std::int64_t begin, std::int64_t end,
-                   const Workspace& ws) {
-  score_heads_of_dtype<8>(args, begin, end, ws);
-}
-
-void score_heads_4(const HeadwiseScoresArgs& args, std::int64_t begin, std::int64_t end,
-                   const Workspace& ws) {
-  score_heads_of_dtype<4>(args, begin, end, ws);
-}
-
 }  // namespace
 
 std::int64_t headwise_scores_workspace(const HeadwiseScoresArgs& args) {
@@ -225,9 +195,11 @@ std::int64_t headwise_scores_workspace(const HeadwiseScoresArgs& args) {
 }
 
 void headwise_scores(const HeadwiseScoresArgs& args, std::int64_t begin, std::int64_t end, float* workspace) {
-  static const int width = widest_vector();
-  const auto score_heads_here = width == 16 ? score_heads_16 : width == 8 ? score_heads_8 : score_heads_4;
-  score_heads_here(args, begin, end, divide(args, workspace));
+  const Workspace ws = divide(args, workspace);
+  at_width(widest_vector(), [&](auto width) TRIMSERVE_INLINE_LAMBDA {
+    at_dtype(args.dtype,
+             [&](auto dtype) TRIMSERVE_INLINE_LAMBDA { score_heads<width, dtype>(args, begin, end, ws); });
+  });
 }
 
 }  // namespace trimserve::cpu

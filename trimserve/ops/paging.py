@@ -2,7 +2,7 @@
 
 A page pool is one contiguous tensor [P, G, 2, Hkv, PAGE_POSITIONS, Dh]: P pages; a page holds PAGE_POSITIONS
 positions of G layers; 2 is keys, values. A sequence's table lists the pages of its positions in order. Typed
-wrappers over the compiled ops of `csrc/ops.cpp`, each with its fake kernel (shapes only, for torch.compile). All
+wrappers over the compiled ops of `csrc/paging.cpp`, each with its fake kernel (shapes only, for torch.compile). All
 checks are made in C++. `reference.py` defines what each op computes.
 """
 

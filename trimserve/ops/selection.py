@@ -1,6 +1,6 @@
 """Ops that choose which visual features later layers keep: scores, picks, their union, the gather.
 
-Typed wrappers over the compiled ops of `csrc/ops.cpp`, each with its fake kernel (shapes only, for
+Typed wrappers over the compiled ops of `csrc/selection.cpp`, each with its fake kernel (shapes only, for
 torch.compile). All checks are made in C++. `reference.py` defines what each op computes.
 """
 

@@ -1,0 +1,78 @@
+// The ops of namespace `trimserve` as functions of tensors, and what they have in common. Registered in ops.cpp.
+//
+// An op checks its arguments, allocates, and hands ranges to the kernels of kernels.h; together with checks.h these
+// are the only files that know torch. Tensors whose rows are strided (views of a fused projection) are read in place;
+// any other layout is copied to a contiguous one first.
+
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+#include <new>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "checks.h"
+#include "kernels.h"
+
+namespace trimserve {
+
+// selection.cpp
+Tensor headwise_scores(const Tensor& q, const Tensor& k, const Tensor& visibility, double scale);
+Tensor headwise_topk(const Tensor& scores, std::vector<std::int64_t> segments, std::vector<std::int64_t> k);
+std::tuple<Tensor, Tensor> union_indices(const Tensor& picks, std::int64_t num_features);
+std::tuple<Tensor, Tensor, Tensor> gather_kv(const Tensor& features, const Tensor& keys, const Tensor& values,
+                                             const Tensor& kept);
+
+// paging.cpp
+void write_kv(const Tensor& pages, std::int64_t layer, const Tensor& keys, const Tensor& values,
+              const Tensor& slots);
+Tensor paged_attention(const Tensor& q, const Tensor& pages, std::int64_t layer, const Tensor& tables,
+                       const Tensor& lengths, double scale, std::optional<Tensor> bias);
+
+// --- what they have in common ---
+
+constexpr std::int64_t kGrainBytes = 256 * 1024;  // memory traffic that is worth a thread
+
+inline DType kernel_dtype(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
+    case ScalarType::Half:
+      return DType::kFloat16;
+    default:
+      return DType::kFloat32;
+  }
+}
+
+inline std::int64_t element_bytes(ScalarType dtype) { return dtype == ScalarType::Float ? 4 : 2; }
+
+inline Tensor with_contiguous_rows(const Tensor& tensor) {
+  std::int64_t expected = 1;
+  for (std::int64_t i = tensor.dim() - 1; i > 0; --i) {
+    if (tensor.size(i) != 1 && tensor.stride(i) != expected) return torch::stable::contiguous(tensor);
+    expected *= tensor.size(i);
+  }
+  return tensor;
+}
+
+struct Free {
+  void operator()(void* memory) const { std::free(memory); }
+};
+
+// Workspace of one thread, on a cache line.
+template <typename T>
+std::unique_ptr<T[], Free> workspace(std::int64_t count) {
+  constexpr std::size_t kCacheLine = 64;
+  const std::size_t num_bytes = (count * sizeof(T) / kCacheLine + 1) * kCacheLine;
+  void* memory = std::aligned_alloc(kCacheLine, num_bytes);
+  if (!memory) throw std::bad_alloc();
+  return std::unique_ptr<T[], Free>(static_cast<T*>(memory));
+}
+
+}  // namespace trimserve

@@ -1,0 +1,150 @@
+// Ops on keys and values that lie in pages: checks, allocation, threads. Kernels are in cpu/.
+
+#include <algorithm>
+#include <cmath>
+
+#include "ops.h"
+
+namespace trimserve {
+namespace {
+
+void check_pages(const char* op, const Tensor& pages, std::int64_t layer) {
+  check(is_floating(pages.scalar_type()) && pages.dim() == 6 && pages.size(2) == 2 &&
+            pages.size(4) == kPagePositions,
+        op, ": pages must be float32, bfloat16 or float16 [P, G, 2, Hkv, ", kPagePositions, ", Dh], got ",
+        describe(pages));
+  check(pages.is_contiguous(), op, ": pages must be contiguous");
+  check(0 <= layer && layer < pages.size(1), op, ": layer must be in [0, ", pages.size(1), "), got ", layer);
+}
+
+void check_write_kv(const Tensor& pages, std::int64_t layer, const Tensor& keys, const Tensor& values,
+                    const Tensor& slots) {
+  constexpr const char* kOp = "write_kv";
+  check_pages(kOp, pages, layer);
+  check_tensor(kOp, "slots", slots, ScalarType::Long, "[R]", slots.dim() == 1);
+  const auto check_rows = [&](const char* name, const Tensor& rows) {
+    check(rows.scalar_type() == pages.scalar_type() && rows.dim() == 3 && rows.size(0) == slots.size(0) &&
+              rows.size(1) == pages.size(3) && rows.size(2) == pages.size(5),
+          kOp, ": ", name, " must be ", name_of(pages.scalar_type()), " [", slots.size(0), ", ",
+          pages.size(3), ", ", pages.size(5), "] like slots and pages, got ", describe(rows));
+  };
+  check_rows("keys", keys);
+  check_rows("values", values);
+}
+
+Tensor with_contiguous_heads(const Tensor& rows) {
+  return rows.stride(2) == 1 || rows.size(2) == 1 ? rows : torch::stable::contiguous(rows);
+}
+
+void check_paged_attention(const Tensor& q, const Tensor& pages, std::int64_t layer, const Tensor& tables,
+                           const Tensor& lengths, double scale, const std::optional<Tensor>& bias) {
+  constexpr const char* kOp = "paged_attention";
+  check_pages(kOp, pages, layer);
+  check(q.scalar_type() == pages.scalar_type() && q.dim() == 3 && q.size(2) == pages.size(5), kOp,
+        ": q must be ", name_of(pages.scalar_type()), " [B, H, ", pages.size(5), "] like pages, got ",
+        describe(q));
+  check(q.size(1) >= 1 && pages.size(3) >= 1 && q.size(1) % pages.size(3) == 0, kOp,
+        ": H must be a multiple of Hkv, both at least 1, got H=", q.size(1), ", Hkv=", pages.size(3));
+  check(q.size(2) >= 1, kOp, ": Dh must be at least 1, got 0");
+  check_tensor(kOp, "tables", tables, ScalarType::Int, "[B, max_pages]", tables.dim() == 2);
+  check(tables.size(0) == q.size(0), kOp, ": tables must have B=", q.size(0), " rows like q, got ",
+        tables.size(0));
+  check_tensor(kOp, "lengths", lengths, ScalarType::Int, "[B]", lengths.dim() == 1);
+  check(lengths.size(0) == q.size(0), kOp, ": lengths must have B=", q.size(0), " entries like q, got ",
+        lengths.size(0));
+  check(std::isfinite(scale), kOp, ": scale must be finite, got ", scale);
+  if (!bias) return;
+  check_tensor(kOp, "bias", *bias, ScalarType::Float, "[B, max_pages * 16]", bias->dim() == 2);
+  check(bias->size(0) == q.size(0) && bias->size(1) == tables.size(1) * kPagePositions, kOp,
+        ": bias must be [B=", q.size(0), ", max_pages * 16=", tables.size(1) * kPagePositions, "], got ",
+        describe(*bias));
+}
+
+// Every length fits its row of the tables, and every page that a length needs exists.
+void check_page_tables(const PagedAttentionArgs& args, std::int64_t max_pages, std::int64_t num_pages) {
+  constexpr const char* kOp = "paged_attention";
+  for (std::int64_t b = 0; b < args.num_sequences; ++b) {
+    const std::int64_t length = args.lengths[b];
+    check(0 <= length && length <= max_pages * kPagePositions, kOp, ": lengths[", b, "] must be in [0, ",
+          max_pages * kPagePositions, "], got ", length);
+    const std::int32_t* const table = args.tables + b * args.table_stride;
+    for (std::int64_t i = 0; i * kPagePositions < length; ++i) {
+      check(0 <= table[i] && table[i] < num_pages, kOp, ": tables[", b, ", ", i, "] must be in [0, ",
+            num_pages, "), got ", table[i]);
+    }
+  }
+}
+
+}  // namespace
+
+void write_kv(const Tensor& pages, std::int64_t layer, const Tensor& keys, const Tensor& values,
+              const Tensor& slots) {
+  check_write_kv(pages, layer, keys, values, slots);
+  const Tensor indices = torch::stable::contiguous(slots);
+  check_indices("write_kv", "slots", indices, pages.size(0) * kPagePositions);
+
+  const std::int64_t item_bytes = element_bytes(pages.scalar_type());
+  const Tensor key_rows = with_contiguous_heads(keys), value_rows = with_contiguous_heads(values);
+  const auto source_of = [&](const Tensor& rows) {
+    return KvRows{static_cast<const std::byte*>(rows.const_data_ptr()), rows.stride(0) * item_bytes,
+                  rows.stride(1) * item_bytes};
+  };
+  const std::int64_t layer_bytes = pages.stride(1) * item_bytes;
+  const WriteKvArgs args{
+      .keys = source_of(key_rows),
+      .values = source_of(value_rows),
+      .pages = static_cast<std::byte*>(pages.mutable_data_ptr()) + layer * layer_bytes,
+      .slots = static_cast<const std::int64_t*>(indices.const_data_ptr()),
+      .num_kv_heads = pages.size(3),
+      .head_bytes = pages.size(5) * item_bytes,
+      .page_stride_bytes = pages.size(1) * layer_bytes,
+  };
+  const std::int64_t row_bytes = 2 * args.num_kv_heads * args.head_bytes;
+  const std::int64_t rows_per_thread = kGrainBytes / std::max<std::int64_t>(row_bytes, 1) + 1;
+  torch::stable::parallel_for(0, slots.size(0), rows_per_thread,
+                              [&](std::int64_t begin, std::int64_t end) { cpu::write_kv(args, begin, end); });
+}
+
+Tensor paged_attention(const Tensor& q, const Tensor& pages, std::int64_t layer, const Tensor& tables,
+                       const Tensor& lengths, double scale, std::optional<Tensor> bias) {
+  check_paged_attention(q, pages, layer, tables, lengths, scale, bias);
+  if (bias) bias = with_contiguous_rows(*bias);
+  const Tensor queries = with_contiguous_rows(q), page_ids = with_contiguous_rows(tables);
+  const Tensor num_positions = torch::stable::contiguous(lengths);
+  Tensor attended = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2)});
+  const std::int64_t item_bytes = element_bytes(q.scalar_type());
+  const PagedAttentionArgs args{
+      .q = queries.const_data_ptr(),
+      .pages = static_cast<const std::byte*>(pages.const_data_ptr()) + layer * pages.stride(1) * item_bytes,
+      .tables = static_cast<const std::int32_t*>(page_ids.const_data_ptr()),
+      .lengths = static_cast<const std::int32_t*>(num_positions.const_data_ptr()),
+      .bias = bias ? static_cast<const float*>(bias->const_data_ptr()) : nullptr,
+      .attended = attended.mutable_data_ptr(),
+      .dtype = kernel_dtype(q.scalar_type()),
+      .num_sequences = q.size(0),
+      .num_heads = q.size(1),
+      .num_kv_heads = pages.size(3),
+      .head_dim = q.size(2),
+      .q_stride = queries.stride(0),
+      .table_stride = page_ids.stride(0),
+      .page_stride = pages.size(1) * pages.stride(1),
+      .bias_stride = bias ? bias->stride(0) : 0,
+      .scale = static_cast<float>(scale),
+  };
+  check_page_tables(args, tables.size(1), pages.size(0));
+
+  const cpu::PagedAttentionSizes sizes = cpu::paged_attention_sizes(args);
+  const auto partials = workspace<float>(sizes.partials);
+  const std::int64_t pages_per_thread = kGrainBytes / (2 * kPagePositions * args.head_dim * item_bytes) + 1;
+  torch::stable::parallel_for(
+      0, sizes.num_pages, pages_per_thread, [&](std::int64_t begin, std::int64_t end) {
+        cpu::paged_attention(args, begin, end, partials.get(), workspace<float>(sizes.workspace).get());
+      });
+  const std::int64_t heads_per_thread = kGrainBytes / (item_bytes * args.head_dim) + 1;
+  torch::stable::parallel_for(
+      0, args.num_sequences * args.num_heads, heads_per_thread,
+      [&](std::int64_t begin, std::int64_t end) { cpu::merge_pieces(args, begin, end, partials.get()); });
+  return attended;
+}
+
+}  // namespace trimserve

@@ -1,0 +1,182 @@
+// Ops that choose which visual features later layers keep: checks, allocation, threads. Kernels are in cpu/.
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "ops.h"
+
+namespace trimserve {
+namespace {
+
+constexpr std::int64_t kMaxFeatures = std::numeric_limits<std::int32_t>::max();  // kernels may count in int32
+
+void check_headwise_scores(const Tensor& q, const Tensor& k, const Tensor& visibility, double scale) {
+  constexpr const char* kOp = "headwise_scores";
+  const ScalarType dtype = q.scalar_type();
+  check(is_floating(dtype) && q.dim() == 3, kOp, ": q must be float32, bfloat16 or float16 [T, H, Dh], got ",
+        describe(q));
+  check(k.dim() == 3 && k.scalar_type() == dtype && k.size(2) == q.size(2), kOp, ": k must be ",
+        name_of(dtype), " [N, Hkv, ", q.size(2), "] like q, got ", describe(k));
+  check(q.size(1) >= 1 && k.size(1) >= 1 && q.size(1) % k.size(1) == 0, kOp,
+        ": H must be a multiple of Hkv, both at least 1, got H=", q.size(1), ", Hkv=", k.size(1));
+  check(q.size(2) >= 1, kOp, ": Dh must be at least 1, got 0");
+  check(k.size(0) <= kMaxFeatures, kOp, ": N must be at most ", kMaxFeatures, ", got ", k.size(0));
+  check_tensor(kOp, "visibility", visibility, ScalarType::Int, "[T, 2]",
+               visibility.dim() == 2 && visibility.size(1) == 2);
+  check(visibility.size(0) == q.size(0), kOp, ": visibility must have T=", q.size(0), " rows like q, got ",
+        visibility.size(0));
+  check(std::isfinite(scale), kOp, ": scale must be finite, got ", scale);
+}
+
+void check_ranges(const Tensor& visibility, std::int64_t num_features) {
+  const auto* ranges = static_cast<const std::int32_t*>(visibility.const_data_ptr());
+  for (std::int64_t t = 0; t < visibility.size(0); ++t) {
+    const std::int32_t begin = ranges[2 * t], end = ranges[2 * t + 1];
+    check(0 <= begin && begin <= end && end <= num_features, "headwise_scores: visibility[", t,
+          "] must be a range within [0, ", num_features, "], got [", begin, ", ", end, "]");
+  }
+}
+
+std::vector<Segment> make_segments(const std::vector<std::int64_t>& sizes, const std::vector<std::int64_t>& k,
+                                   std::int64_t num_features) {
+  constexpr const char* kOp = "headwise_topk";
+  check(sizes.size() == k.size(), kOp, ": k must have one entry per segment, got ", k.size(), " for ",
+        sizes.size(), " segments");
+  std::vector<Segment> segments;
+  std::int64_t begin = 0, picks_begin = 0;
+  for (std::size_t i = 0; i < sizes.size(); ++i) {
+    check(sizes[i] >= 0, kOp, ": segments[", i, "] must be at least 0, got ", sizes[i]);
+    check(sizes[i] <= num_features - begin, kOp, ": segments must sum to N=", num_features, ", got more");
+    const std::int64_t least = std::min<std::int64_t>(sizes[i], 1);
+    check(least <= k[i] && k[i] <= sizes[i], kOp, ": k[", i, "] must be in [", least, ", ", sizes[i],
+          "] for a segment of ", sizes[i], " features, got ", k[i]);
+    segments.push_back({begin, sizes[i], k[i], picks_begin});
+    begin += sizes[i];
+    picks_begin += k[i];
+  }
+  check(begin == num_features, kOp, ": segments must sum to N=", num_features, ", got ", begin);
+  return segments;
+}
+
+void check_gather_kv(const Tensor& features, const Tensor& keys, const Tensor& values, const Tensor& kept) {
+  constexpr const char* kOp = "gather_kv";
+  const ScalarType dtype = features.scalar_type();
+  check(is_floating(dtype) && features.dim() == 2, kOp,
+        ": features must be float32, bfloat16 or float16 [N, D], got ", describe(features));
+  const auto check_kv = [&](const char* name, const Tensor& tensor) {
+    check(tensor.scalar_type() == dtype && tensor.dim() == 3 && tensor.size(0) == features.size(0), kOp, ": ",
+          name, " must be ", name_of(dtype), " [", features.size(0), ", Hkv, Dh] like features, got ",
+          describe(tensor));
+  };
+  check_kv("keys", keys);
+  check_kv("values", values);
+  check(keys.size(1) == values.size(1) && keys.size(2) == values.size(2), kOp,
+        ": values must have the shape of keys, got ", describe(values), " and ", describe(keys));
+  check_tensor(kOp, "kept", kept, ScalarType::Long, "[M]", kept.dim() == 1);
+}
+
+// What to copy from the rows of `source` to those of `result`, which is contiguous and has the same row
+// shape.
+GatherRows rows_of(const Tensor& source, const Tensor& result) {
+  std::int64_t row_bytes = element_bytes(source.scalar_type());
+  const std::int64_t stride_bytes = source.stride(0) * row_bytes;
+  for (std::int64_t i = 1; i < source.dim(); ++i) row_bytes *= source.size(i);
+  return {static_cast<const std::byte*>(source.const_data_ptr()),
+          static_cast<std::byte*>(result.mutable_data_ptr()), row_bytes, stride_bytes};
+}
+
+}  // namespace
+
+Tensor headwise_scores(const Tensor& q, const Tensor& k, const Tensor& visibility, double scale) {
+  check_headwise_scores(q, k, visibility, scale);
+  const Tensor queries = with_contiguous_rows(q), keys = with_contiguous_rows(k);
+  const Tensor ranges = torch::stable::contiguous(visibility);
+  check_ranges(ranges, k.size(0));
+
+  Tensor scores = torch::stable::new_empty(q, {q.size(1), k.size(0)}, ScalarType::Float);
+  const HeadwiseScoresArgs args{
+      .q = queries.const_data_ptr(),
+      .k = keys.const_data_ptr(),
+      .visibility = static_cast<const std::int32_t*>(ranges.const_data_ptr()),
+      .scores = static_cast<float*>(scores.mutable_data_ptr()),
+      .dtype = kernel_dtype(q.scalar_type()),
+      .num_rows = q.size(0),
+      .num_features = k.size(0),
+      .num_heads = q.size(1),
+      .num_kv_heads = k.size(1),
+      .head_dim = q.size(2),
+      .q_stride = queries.stride(0),
+      .k_stride = keys.stride(0),
+      .scale = static_cast<float>(scale),
+  };
+  torch::stable::parallel_for(0, args.num_heads, 1, [&](std::int64_t begin, std::int64_t end) {
+    cpu::headwise_scores(args, begin, end, workspace<float>(cpu::headwise_scores_workspace(args)).get());
+  });
+  return scores;
+}
+
+Tensor headwise_topk(const Tensor& scores, std::vector<std::int64_t> segments, std::vector<std::int64_t> k) {
+  check_tensor("headwise_topk", "scores", scores, ScalarType::Float, "[H, N]", scores.dim() == 2);
+  const std::int64_t num_heads = scores.size(0), num_features = scores.size(1);
+  const std::vector<Segment> ranges = make_segments(segments, k, num_features);
+  const std::int64_t num_picks = ranges.empty() ? 0 : ranges.back().picks_begin + ranges.back().k;
+  const std::int64_t longest = segments.empty() ? 0 : *std::max_element(segments.begin(), segments.end());
+
+  const Tensor rows = torch::stable::contiguous(scores);
+  Tensor picks = torch::stable::new_empty(scores, {num_heads, num_picks}, ScalarType::Long);
+  const HeadwiseTopkArgs args{
+      .scores = static_cast<const float*>(rows.const_data_ptr()),
+      .picks = static_cast<std::int64_t*>(picks.mutable_data_ptr()),
+      .segments = ranges.data(),
+      .num_segments = static_cast<std::int64_t>(ranges.size()),
+      .num_features = num_features,
+      .num_picks = num_picks,
+  };
+  constexpr std::int64_t kGrain = 16384;  // scores that are worth a thread
+  const std::int64_t heads_per_thread = kGrain / std::max<std::int64_t>(num_features, 1) + 1;
+  torch::stable::parallel_for(0, num_heads, heads_per_thread, [&](std::int64_t begin, std::int64_t end) {
+    cpu::headwise_topk(args, begin, end, workspace<std::uint32_t>(longest).get());
+  });
+  return picks;
+}
+
+std::tuple<Tensor, Tensor> union_indices(const Tensor& picks, std::int64_t num_features) {
+  constexpr const char* kOp = "union_indices";
+  check_tensor(kOp, "picks", picks, ScalarType::Long, "[H, K]", picks.dim() == 2);
+  check(0 <= num_features && num_features <= kMaxFeatures, kOp, ": num_features must be in [0, ",
+        kMaxFeatures, "], got ", num_features);
+  const Tensor flat = torch::stable::contiguous(picks);
+  check_indices(kOp, "picks", flat, num_features);
+
+  Tensor kept = torch::stable::new_empty(picks, {std::min(picks.numel(), num_features)});
+  Tensor num_kept = torch::stable::new_empty(picks, {});
+  *static_cast<std::int64_t*>(num_kept.mutable_data_ptr()) = cpu::union_indices(
+      static_cast<const std::int64_t*>(flat.const_data_ptr()), flat.numel(), num_features,
+      static_cast<std::int64_t*>(kept.mutable_data_ptr()), workspace<std::uint8_t>(num_features).get());
+  return {kept, num_kept};
+}
+
+std::tuple<Tensor, Tensor, Tensor> gather_kv(const Tensor& features, const Tensor& keys, const Tensor& values,
+                                             const Tensor& kept) {
+  check_gather_kv(features, keys, values, kept);
+  const Tensor indices = torch::stable::contiguous(kept);
+  check_indices("gather_kv", "kept", indices, features.size(0));
+
+  const std::int64_t num_kept = kept.size(0);
+  const Tensor sources[] = {with_contiguous_rows(features), with_contiguous_rows(keys),
+                            with_contiguous_rows(values)};
+  const Tensor results[] = {torch::stable::new_empty(features, {num_kept, features.size(1)}),
+                            torch::stable::new_empty(keys, {num_kept, keys.size(1), keys.size(2)}),
+                            torch::stable::new_empty(values, {num_kept, values.size(1), values.size(2)})};
+  const GatherRows rows[] = {rows_of(sources[0], results[0]), rows_of(sources[1], results[1]),
+                             rows_of(sources[2], results[2])};
+  const std::int64_t bytes_per_feature = rows[0].row_bytes + rows[1].row_bytes + rows[2].row_bytes;
+  const std::int64_t rows_per_thread = kGrainBytes / std::max<std::int64_t>(bytes_per_feature, 1) + 1;
+  torch::stable::parallel_for(0, num_kept, rows_per_thread, [&](std::int64_t begin, std::int64_t end) {
+    cpu::gather_kv(rows, 3, static_cast<const std::int64_t*>(indices.const_data_ptr()), begin, end);
+  });
+  return {results[0], results[1], results[2]};
+}
+
+}  // namespace trimserve

@@ -1,0 +1,23 @@
+"""Kernels for every width of vectors: machines with less than this one has get the same results."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+TESTS = [
+    "tests/ops/test_headwise_scores.py::test_equals_reference",
+    "tests/ops/test_paged_attention.py::test_equals_reference",
+    "tests/ops/test_paged_attention.py::test_results_are_rounded_once_to_the_nearest",
+]
+
+
+@pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
+def test_kernels_of_lesser_machines_equal_the_reference(capability: str) -> None:
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
+    command = [sys.executable, "-m", "pytest", "-q", *TESTS]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
