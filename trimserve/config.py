@@ -134,6 +134,11 @@ class ServerConfig(_Knobs):
         default=None,
         description="PEM file with certificates of authorities; clients must then show a certificate of one (mTLS).",
     )
+    auth_file: Path | None = Field(
+        default=None,
+        description="TOML file with the clients that may call, by digests of their tokens; unset lets everybody. "
+        "Health checks need no token.",
+    )
     allow_plaintext: bool = Field(
         default=False,
         validate_default=True,
@@ -149,11 +154,23 @@ class ServerConfig(_Knobs):
     max_concurrent_rpcs: int = Field(
         default=1024,
         ge=1,
-        description="Calls that are open at once, health checks and their watches included; more are "
-        "RESOURCE_EXHAUSTED.",
+        description="Calls of trimserve's services that are open at once; more are RESOURCE_EXHAUSTED. Health checks "
+        "and reflection do not count.",
+    )
+    max_concurrent_rpcs_per_client: int | None = Field(
+        default=None,
+        ge=1,
+        description="The same for each client: by its token, else by its certificate, else by its address. Unset is "
+        "no limit of its own.",
+    )
+    receive_timeout_seconds: float = Field(
+        default=60.0, gt=0, description="Seconds in which a call's message must have arrived."
     )
     default_deadline_seconds: float | None = Field(
         default=None, gt=0, description="Deadline of a call whose client set none; unset is no deadline."
+    )
+    max_deadline_seconds: float | None = Field(
+        default=None, gt=0, description="Longest deadline; a longer one, or none, counts as this. Unset is no limit."
     )
     drain_grace_seconds: float = Field(
         default=30.0,

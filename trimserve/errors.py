@@ -4,8 +4,11 @@
     ├── InvalidRequest     the caller can fix it: names the field, the bound and what was got
     ├── MessageTooLarge    a compressed message that unpacks to more than may be sent
     ├── UnknownMethod      an RPC that this version does not have
+    ├── Unauthenticated    no token, or nobody's
+    ├── PermissionDenied   a client that may not use this service
     ├── EngineBusy         the queue is full: try again later
-    │   └── OutOfMemory    no memory for this request now
+    │   ├── OutOfMemory    no memory for this request now
+    │   └── TooManyCalls   the server, or one client, has as many calls open as it may
     ├── EngineStopped      starting, draining or dead: another replica may serve it
     ├── DeadlinePassed     the request's deadline came before its end
     ├── RequestFailed      this request failed inside the model; others are not affected
@@ -26,8 +29,11 @@ __all__ = [
     "InvalidRequest",
     "MessageTooLarge",
     "OutOfMemory",
+    "PermissionDenied",
     "RequestFailed",
+    "TooManyCalls",
     "TrimserveError",
+    "Unauthenticated",
     "UnknownMethod",
 ]
 
@@ -68,6 +74,18 @@ class UnknownMethod(TrimserveError):
     reason = "UNKNOWN_METHOD"
 
 
+class Unauthenticated(TrimserveError):
+    """The call carries no token, or one that belongs to nobody."""
+
+    reason = "UNAUTHENTICATED"
+
+
+class PermissionDenied(TrimserveError):
+    """The client is known, but may not use this service."""
+
+    reason = "PERMISSION_DENIED"
+
+
 class EngineBusy(TrimserveError):
     """The queue is full; nothing was computed for the request."""
 
@@ -88,6 +106,25 @@ class OutOfMemory(EngineBusy):
     """No memory could be had for this request while others hold theirs; it ends alone."""
 
     reason = "OUT_OF_MEMORY"
+
+
+class TooManyCalls(EngineBusy):
+    """As many calls are open as may be; nothing of this one was read."""
+
+    reason = "TOO_MANY_CALLS"
+
+    def __init__(self, subject: str, knob: str, limit: int) -> None:
+        """Say whose limit is reached.
+
+        Args:
+            subject: `server`, or the client.
+            knob: that sets the limit.
+            limit: calls that may be open at once.
+        """
+        super().__init__(f"{subject} has {limit} calls open ({knob})")
+        self.subject = subject
+        self.knob = knob
+        self.limit = limit
 
 
 class EngineStopped(TrimserveError):

@@ -87,10 +87,11 @@ async def test_watching_an_unknown_service_says_so(loopback: Loopback) -> None:
     assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
 
 
-async def listed(channel: grpc.aio.Channel) -> set[str]:
+async def listed(channel: grpc.aio.Channel, metadata: tuple[tuple[str, str], ...] = ()) -> set[str]:
     make_stub: Any = reflection_pb2_grpc.ServerReflectionStub
     stub = make_stub(channel)
-    call = stub.ServerReflectionInfo(iter([reflection_pb2.ServerReflectionRequest(list_services="")]))
+    question = reflection_pb2.ServerReflectionRequest(list_services="")
+    call = stub.ServerReflectionInfo(iter([question]), metadata=metadata)
     return {service.name for service in (await call.read()).list_services_response.service}
 
 
@@ -172,32 +173,28 @@ async def test_a_host_that_is_not_ours_is_an_error(host: str) -> None:
             pytest.fail("it must not serve")
 
 
-async def test_more_calls_than_allowed_are_refused() -> None:
-    config = Config(server=ServerConfig(port=0, metrics=False, max_concurrent_rpcs=1))
-    runner = FakeRunner((STARTED, Pause.UNTIL_RELEASED, FINISHED))
-    async with (
-        running_server(runner, config) as server,
-        grpc.aio.insecure_channel(server.address) as channel,
-    ):
-        stub = generation_pb2_grpc.GenerationServiceStub(channel)
-        first = asyncio.ensure_future(stub.Generate(chat_request()))
-        await asyncio.wait_for(runner.paused.wait(), 5)
-        with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await stub.Generate(chat_request())
-        assert caught.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
-        runner.released.set()
-        await first
-
-
-async def test_a_default_deadline_holds_for_calls_without_one() -> None:
-    config = Config(server=ServerConfig(port=0, metrics=False, default_deadline_seconds=0.2))
+@pytest.mark.parametrize(
+    ("knobs", "client_seconds"),
+    [
+        ({"default_deadline_seconds": 0.2}, None),
+        ({"max_deadline_seconds": 0.2}, None),
+        ({"max_deadline_seconds": 0.2}, 60),
+        ({"max_deadline_seconds": 0.2, "default_deadline_seconds": 60}, None),
+        ({"max_deadline_seconds": 60, "default_deadline_seconds": 0.2}, None),
+    ],
+)
+async def test_the_servers_deadlines_hold_for_calls_with_none_or_a_longer_one(
+    knobs: dict[str, float], client_seconds: float | None
+) -> None:
+    config = Config(server=ServerConfig.model_validate({"port": 0, "metrics": False, **knobs}))
     async with (
         running_server(FakeRunner((STARTED, Pause.UNTIL_RELEASED)), config) as server,
         grpc.aio.insecure_channel(server.address) as channel,
     ):
         with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await generation_pb2_grpc.GenerationServiceStub(channel).Generate(chat_request())
+            await generation_pb2_grpc.GenerationServiceStub(channel).Generate(chat_request(), timeout=client_seconds)
         assert caught.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
+        assert caught.value.details() == "the fake was too slow"
 
 
 def test_a_server_in_a_thread_serves_a_program_without_an_event_loop() -> None:

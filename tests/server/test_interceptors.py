@@ -20,8 +20,11 @@ from trimserve.errors import (
     InvalidRequest,
     MessageTooLarge,
     OutOfMemory,
+    PermissionDenied,
     RequestFailed,
+    TooManyCalls,
     TrimserveError,
+    Unauthenticated,
     UnknownMethod,
 )
 from trimserve.server.responses import fold
@@ -38,10 +41,21 @@ ROWS = [
     (DeadlinePassed("late"), grpc.StatusCode.DEADLINE_EXCEEDED, "DEADLINE_PASSED"),
     (RequestFailed("NaN in the logits"), grpc.StatusCode.INTERNAL, "REQUEST_FAILED"),
     (CheckpointError("not an Mllama"), grpc.StatusCode.FAILED_PRECONDITION, "CHECKPOINT_REFUSED"),
+    (Unauthenticated("no token"), grpc.StatusCode.UNAUTHENTICATED, "UNAUTHENTICATED"),
+    (PermissionDenied("not yours"), grpc.StatusCode.PERMISSION_DENIED, "PERMISSION_DENIED"),
+    (TooManyCalls("server", "a_knob", 3), grpc.StatusCode.RESOURCE_EXHAUSTED, "TOO_MANY_CALLS"),
     (CredentialsError("no PEM"), grpc.StatusCode.FAILED_PRECONDITION, "CREDENTIALS_REFUSED"),
     (CannotListen("the port is taken"), grpc.StatusCode.FAILED_PRECONDITION, "CANNOT_LISTEN"),
     (ZeroDivisionError("secret"), grpc.StatusCode.INTERNAL, "INTERNAL"),
 ]
+
+
+DETAILS = (
+    error_details_pb2.ErrorInfo,
+    error_details_pb2.BadRequest,
+    error_details_pb2.RetryInfo,
+    error_details_pb2.QuotaFailure,
+)
 
 
 async def failure(loopback: Loopback, rpc: str) -> grpc.aio.AioRpcError:
@@ -65,10 +79,7 @@ async def failed(call: Awaitable[object]) -> tuple[grpc.StatusCode, error_detail
 def details(error: grpc.aio.AioRpcError) -> tuple[status_pb2.Status, list[object]]:
     """The rich status and its unpacked details."""
     status = rich_status(error)
-    kinds = {
-        kind.DESCRIPTOR.full_name: kind
-        for kind in (error_details_pb2.ErrorInfo, error_details_pb2.BadRequest, error_details_pb2.RetryInfo)
-    }
+    kinds = {kind.DESCRIPTOR.full_name: kind for kind in DETAILS}
     unpacked = []
     for detail in status.details:
         message = kinds[detail.TypeName()]()

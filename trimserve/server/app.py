@@ -24,28 +24,26 @@ from trimserve.config import Config
 from trimserve.engine.status import EngineStatus
 from trimserve.errors import CannotListen, EngineStopped
 from trimserve.server.certificates import server_credentials
+from trimserve.server.gate import Gate
 from trimserve.server.health import Health
 from trimserve.server.interceptors import RpcInterceptor
 from trimserve.server.logs import configure_logging
 from trimserve.server.metrics import Metrics
 from trimserve.server.metrics_http import MetricsServer, socket_family
 from trimserve.server.runner import Runner
-from trimserve.server.service import GenerationService, ModelService
+from trimserve.server.service import SERVICES, GenerationService, ModelService
 from trimserve.server.transport import channel_options
-from trimserve.v1 import generation_pb2, generation_pb2_grpc, model_pb2, model_pb2_grpc
+from trimserve.v1 import generation_pb2_grpc, model_pb2_grpc
 
 __all__ = ["InProcessServer", "Server", "running_server", "serve"]
 
 log = logging.getLogger(__name__)
 
-SERVICES = tuple(
-    service.full_name
-    for file in (generation_pb2.DESCRIPTOR, model_pb2.DESCRIPTOR)
-    for service in file.services_by_name.values()
-)
-
 FOLLOW_SECONDS = 0.25
 """How late health may tell that the engine has died."""
+
+OTHER_RPCS = 1024
+"""Calls that may be open beside those that the gate lets in: health checks, reflection, and what is being refused."""
 
 LAST_WORDS_SECONDS = 1.0
 """For the last messages of requests that were cut to reach their clients."""
@@ -63,15 +61,17 @@ class Server:
         Args:
             runner: not started; the server starts and stops it.
             config: all of it.
+        Raises:
+            CredentialsError: the file of clients cannot be used.
         """
         self._runner = runner
         self._config = config.server
         self._metrics = Metrics()
         self._health = Health(SERVICES)
         self._server = grpc.aio.server(
-            interceptors=[RpcInterceptor(self._metrics, self._config.max_message_bytes)],
+            interceptors=[RpcInterceptor(self._metrics, Gate(self._config), self._config)],
             options=channel_options(self._config),
-            maximum_concurrent_rpcs=self._config.max_concurrent_rpcs,
+            maximum_concurrent_rpcs=self._config.max_concurrent_rpcs + OTHER_RPCS,
         )
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(
             GenerationService(runner, config, self._metrics), self._server

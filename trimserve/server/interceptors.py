@@ -1,8 +1,8 @@
 """What every RPC has in common: exceptions become statuses with details, RPCs are counted, timed and logged.
 
-Handlers of trimserve's own services are turned into ones that read their message themselves: what is refused
-without looking at it is never read, and bytes that are no message get a status of ours. Health checks and
-reflection pass by, but for the bound on what a compressed message unpacks to.
+Handlers of trimserve's own services are turned into ones that read their message themselves: of a call that is
+not let in nothing is read, and bytes that are no message get a status of ours. Health checks and reflection
+pass by, but for the bound on what a compressed message unpacks to, and a token for reflection.
 """
 
 import asyncio
@@ -15,11 +15,14 @@ from typing import Any, TypeAlias
 import grpc
 from google.protobuf.message import Message
 from grpc.aio import ServicerContext
+from grpc_health.v1 import health
 
-from trimserve.errors import InvalidRequest, UnknownMethod
+from trimserve.config import ServerConfig
+from trimserve.errors import DeadlinePassed, InvalidRequest, TrimserveError, Unauthenticated, UnknownMethod
 from trimserve.server.codec import bounded
 from trimserve.server.convert import adopt_request_id
 from trimserve.server.deadline import Deadline
+from trimserve.server.gate import Gate
 from trimserve.server.metrics import Metrics
 from trimserve.server.statuses import REQUEST_ID_KEY, code_of, trailer
 
@@ -29,6 +32,9 @@ log = logging.getLogger(__name__)
 
 OWN_METHODS = "/trimserve."
 
+OPEN_METHODS = f"/{health.SERVICE_NAME}/"
+"""Kubernetes' probes cannot send a token."""
+
 Context = ServicerContext[Any, Any]
 RpcHandler: TypeAlias = Any  # gRPC has types for handlers of its synchronous API only
 
@@ -36,15 +42,18 @@ RpcHandler: TypeAlias = Any  # gRPC has types for handlers of its synchronous AP
 class RpcInterceptor(grpc.aio.ServerInterceptor):
     """Wraps every RPC."""
 
-    def __init__(self, metrics: Metrics, max_message_bytes: int) -> None:
+    def __init__(self, metrics: Metrics, gate: Gate, config: ServerConfig) -> None:
         """Count RPCs.
 
         Args:
             metrics: gets the `grpc_server_*` series.
-            max_message_bytes: largest message, once it is unpacked.
+            gate: lets calls in.
+            config: limits on messages.
         """
         self._metrics = metrics
-        self._max_message_bytes = max_message_bytes
+        self._gate = gate
+        self._max_message_bytes = config.max_message_bytes
+        self._receive_seconds = config.receive_timeout_seconds
 
     async def intercept_service(
         self,
@@ -55,37 +64,46 @@ class RpcInterceptor(grpc.aio.ServerInterceptor):
         handler = await continuation(handler_call_details)
         method = handler_call_details.method
         if handler is None:
-            return _unknown(method) if method.startswith(OWN_METHODS) else None
+            if method.startswith(OWN_METHODS):  # uncounted, because clients make such names up
+                return _refusal(UnknownMethod(f"there is no {method[:128]}; the server may be older than the client"))
+            return None
         parse = bounded(handler.request_deserializer, self._max_message_bytes)
         if method.startswith(OWN_METHODS):
             behaviour = self._behaviour(method, handler)
             return grpc.stream_stream_rpc_method_handler(behaviour, parse, handler.response_serializer)
+        if not method.startswith(OPEN_METHODS):
+            try:
+                self._gate.identify(dict(handler_call_details.invocation_metadata or ()))
+            except Unauthenticated as error:
+                return _refusal(error)
         return handler._replace(request_deserializer=parse)
 
     def _behaviour(self, method: str, handler: RpcHandler) -> Callable[[AsyncIterator[Message], Context], Any]:
         kind = "server_stream" if handler.response_streaming else "unary"
-        labels = (kind, *_split(method))
+        _, service, name = method.split("/")
 
         async def handle(requests: AsyncIterator[Message], context: Context) -> None:
-            async with self._rpc(_Rpc(self._metrics, labels, context)) as rpc:
-                request = await rpc.receive(requests)
-                if handler.response_streaming:
-                    async with aclosing(handler.unary_stream(request, context)) as responses:
-                        async for response in responses:
-                            await rpc.send(response)
-                else:
-                    await rpc.send(await handler.unary_unary(request, context))
+            rpc = _Rpc(self._metrics, (kind, service, name), context)
+            async with self._answered(rpc):
+                with self._gate.admit(service, context) as rpc.client:
+                    request = await rpc.receive(requests, self._receive_seconds)
+                    if handler.response_streaming:
+                        async with aclosing(handler.unary_stream(request, context)) as responses:
+                            async for response in responses:
+                                await rpc.send(response)
+                    else:
+                        await rpc.send(await handler.unary_unary(request, context))
 
         return handle
 
     @asynccontextmanager
-    async def _rpc(self, rpc: "_Rpc") -> AsyncIterator["_Rpc"]:
+    async def _answered(self, rpc: "_Rpc") -> AsyncIterator[None]:
         """Around one RPC, which ends with a status for any exception."""
         metrics, begin, deadline = self._metrics, time.monotonic(), Deadline(rpc.context)
         metrics.rpcs_started.labels(*rpc.labels).inc()
         code = grpc.StatusCode.OK
         try:
-            yield rpc
+            yield
             rpc.context.set_trailing_metadata(((REQUEST_ID_KEY, rpc.request_id),))
         except asyncio.CancelledError:
             code = grpc.StatusCode.CANCELLED
@@ -101,26 +119,32 @@ class RpcInterceptor(grpc.aio.ServerInterceptor):
             seconds = time.monotonic() - begin
             metrics.rpcs_handled.labels(*rpc.labels, code.name).inc()
             metrics.rpc_handling_seconds.labels(*rpc.labels).observe(seconds)
-            fields = {"method": rpc.labels[2], "code": code.name, "seconds": round(seconds, 6)}
+            fields = {"method": rpc.labels[2], "code": code.name, "seconds": round(seconds, 6), "client": rpc.client}
             log.info("rpc", extra={**fields, "request_id": rpc.request_id})
 
 
 class _Rpc:
-    """One call: its id, and its messages, counted."""
+    """One call: whose it is, its id, and its messages, counted."""
 
     def __init__(self, metrics: Metrics, labels: tuple[str, str, str], context: Context) -> None:
         self.labels = labels
         self.context = context
+        self.client = ""
+        """Empty until it is let in."""
+        metadata = dict(context.invocation_metadata() or ())
+        self.request_id = adopt_request_id(None, str(metadata.get(REQUEST_ID_KEY, "")))
         self._metrics = metrics
-        self._asked_id = str(dict(context.invocation_metadata() or ()).get(REQUEST_ID_KEY, ""))
-        self.request_id = adopt_request_id(None, self._asked_id)
 
-    async def receive(self, requests: AsyncIterator[Message]) -> Message:
+    async def receive(self, requests: AsyncIterator[Message], timeout_seconds: float) -> Message:
         """The one message of the client."""
         try:
-            request = await anext(requests)
+            async with asyncio.timeout(timeout_seconds):
+                request = await anext(requests)
         except StopAsyncIteration:
             raise InvalidRequest("request", "must be sent, got none") from None
+        except TimeoutError:
+            limit = f"{timeout_seconds:g} seconds (receive_timeout_seconds)"
+            raise DeadlinePassed(f"the request did not arrive within {limit}") from None
         self._metrics.rpc_messages_received.labels(*self.labels).inc()
         self.request_id = adopt_request_id(request, self.request_id)
         return request
@@ -134,17 +158,10 @@ class _Rpc:
         self._metrics.rpc_messages_sent.labels(*self.labels).inc()
 
 
-def _unknown(method: str) -> RpcHandler:
-    """Says so; uncounted, because clients make such names up."""
+def _refusal(error: TrimserveError) -> RpcHandler:
+    """Answers with an error, whatever is sent, and reads nothing of it."""
 
     async def refuse(_requests: AsyncIterator[bytes], context: Context) -> None:
-        error = UnknownMethod(f"there is no method {method[:128]}; the server may be older than the client")
         await context.abort(code_of(error), *trailer(error, adopt_request_id(None)))
 
     return grpc.stream_stream_rpc_method_handler(refuse)
-
-
-def _split(method: str) -> tuple[str, str]:
-    """Service and name of `/package.Service/Method`."""
-    _, service, name = method.split("/")
-    return service, name

@@ -15,7 +15,14 @@ from trimserve.server.observer import RequestObserver
 from trimserve.server.runner import Runner
 from trimserve.v1 import generation_pb2, generation_pb2_grpc, model_pb2, model_pb2_grpc
 
-__all__ = ["GenerationService", "ModelService"]
+__all__ = ["SERVICES", "GenerationService", "ModelService"]
+
+SERVICES = tuple(
+    service.full_name
+    for file in (generation_pb2.DESCRIPTOR, model_pb2.DESCRIPTOR)
+    for service in file.services_by_name.values()
+)
+"""Full names of what the protos define."""
 
 Context = ServicerContext[Any, Any]
 
@@ -70,11 +77,15 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
             raise
 
     def _latest(self, deadline: Deadline) -> float | None:
-        """The client's deadline, else the server's default, as a `time.monotonic()` value."""
-        default = self._config.server.default_deadline_seconds
-        if deadline.at is None and default is not None:
-            return time.monotonic() + default
-        return deadline.at
+        """The client's deadline, else the server's default, no later than the server's limit; `time.monotonic()`."""
+        now, server = time.monotonic(), self._config.server
+        wanted = deadline.at
+        if wanted is None and server.default_deadline_seconds is not None:
+            wanted = now + server.default_deadline_seconds
+        if server.max_deadline_seconds is None:
+            return wanted
+        limit = now + server.max_deadline_seconds
+        return limit if wanted is None else min(wanted, limit)
 
 
 class ModelService(model_pb2_grpc.ModelServiceServicer):

@@ -18,8 +18,11 @@ from trimserve.errors import (
     InvalidRequest,
     MessageTooLarge,
     OutOfMemory,
+    PermissionDenied,
     RequestFailed,
+    TooManyCalls,
     TrimserveError,
+    Unauthenticated,
     UnknownMethod,
 )
 
@@ -29,8 +32,11 @@ STATUS: Mapping[type[TrimserveError], grpc.StatusCode] = {
     InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,  # the caller can fix it
     MessageTooLarge: grpc.StatusCode.RESOURCE_EXHAUSTED,  # what gRPC itself says of a message that is too large
     UnknownMethod: grpc.StatusCode.UNIMPLEMENTED,
+    Unauthenticated: grpc.StatusCode.UNAUTHENTICATED,
+    PermissionDenied: grpc.StatusCode.PERMISSION_DENIED,
     EngineBusy: grpc.StatusCode.RESOURCE_EXHAUSTED,  # retry later
     OutOfMemory: grpc.StatusCode.RESOURCE_EXHAUSTED,  # retry later
+    TooManyCalls: grpc.StatusCode.RESOURCE_EXHAUSTED,  # retry later
     EngineStopped: grpc.StatusCode.UNAVAILABLE,  # another replica may serve it
     DeadlinePassed: grpc.StatusCode.DEADLINE_EXCEEDED,
     RequestFailed: grpc.StatusCode.INTERNAL,  # this request only
@@ -99,9 +105,17 @@ def _details(error: Exception) -> list[Message]:
         case EngineBusy():
             delay = Duration()
             delay.FromMilliseconds(_retry_milliseconds(error))
-            return [error_details_pb2.RetryInfo(retry_delay=delay)]
+            return [error_details_pb2.RetryInfo(retry_delay=delay), *_quota(error)]
         case _:
             return []
+
+
+def _quota(error: EngineBusy) -> list[Message]:
+    if not isinstance(error, TooManyCalls):
+        return []
+    limit = f"{error.knob} is {error.limit}"
+    violation = error_details_pb2.QuotaFailure.Violation(subject=error.subject, description=limit)
+    return [error_details_pb2.QuotaFailure(violations=[violation])]
 
 
 def _retry_milliseconds(error: EngineBusy) -> int:

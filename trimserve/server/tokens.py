@@ -1,0 +1,130 @@
+"""Who may call what: clients by their tokens, from a file that is read again when it changes.
+
+    [clients.shop]                                   # a name for logs, limits and errors
+    token_sha256 = ["9f86d0..."]                     # of its tokens; two while one replaces the other
+    services = ["trimserve.v1.GenerationService"]    # default: all
+
+The file holds digests only, so who reads it can call nothing. Tokens must be long and random: a digest of a
+guessable one can be guessed, too.
+"""
+
+import hashlib
+import hmac
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from trimserve.errors import CredentialsError, PermissionDenied, Unauthenticated
+from trimserve.server.reloaded import Reloaded
+from trimserve.server.service import SERVICES
+
+__all__ = ["Caller", "Tokens"]
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")]
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+SCHEME = "bearer "
+
+
+class _Entry(BaseModel):
+    """One client in the file."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    token_sha256: list[Digest] = Field(min_length=1)
+    services: frozenset[str] = frozenset(SERVICES)
+
+    @field_validator("services")
+    @classmethod
+    def _exist(cls, services: frozenset[str]) -> frozenset[str]:
+        if unknown := services - set(SERVICES):
+            raise ValueError(f"must be among {', '.join(SERVICES)}, got {', '.join(sorted(unknown))}")
+        return services
+
+
+class _Clients(BaseModel):
+    """The file."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    clients: dict[Name, _Entry]
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """A client that has shown its token."""
+
+    name: str
+    services: frozenset[str]
+    """Full names of what it may use."""
+
+    def check(self, service: str) -> None:
+        """See whether it may use a service.
+
+        Raises:
+            PermissionDenied: it may not.
+        """
+        if service not in self.services:
+            raise PermissionDenied(f"client {self.name} may not use {service}")
+
+
+class Tokens:
+    """The clients of a file."""
+
+    def __init__(self, path: Path) -> None:
+        """Read the file.
+
+        Args:
+            path: TOML, as described above.
+        Raises:
+            CredentialsError: it cannot be read, or says something else than clients.
+        """
+        self._callers = Reloaded([path], lambda: _read(path))
+
+    def caller(self, metadata: Mapping[str, str | bytes]) -> Caller:
+        """Who sends a token, as `authorization: Bearer TOKEN` or `x-api-key: TOKEN`.
+
+        Args:
+            metadata: of the call.
+        Raises:
+            Unauthenticated: there is no token, or nobody's.
+        """
+        digest = hashlib.sha256(_token(metadata).encode()).digest()
+        found = None
+        # Every digest is compared, in constant time: how long it takes tells nothing about them.
+        for known, caller in self._callers.get():
+            if hmac.compare_digest(digest, known):
+                found = caller
+        if found is None:
+            raise Unauthenticated("the token is not one of a client of this server")
+        return found
+
+
+def _token(metadata: Mapping[str, str | bytes]) -> str:
+    authorization = metadata.get("authorization")
+    if isinstance(authorization, str) and authorization.lower().startswith(SCHEME):
+        return authorization[len(SCHEME) :].strip()
+    key = metadata.get("x-api-key")
+    if isinstance(key, str):
+        return key
+    raise Unauthenticated("a token must be sent as metadata, authorization: Bearer TOKEN or x-api-key: TOKEN, got none")
+
+
+def _read(path: Path) -> tuple[tuple[bytes, Caller], ...]:
+    try:
+        entries = _Clients.model_validate(tomllib.loads(path.read_text())).clients
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise CredentialsError(f"{path} (--auth-file): {where}: {first['msg']}") from None
+    except (OSError, ValueError) as error:
+        raise CredentialsError(f"{path} (--auth-file) must be TOML with clients: {error}") from error
+    return tuple(
+        (bytes.fromhex(digest), Caller(name, entry.services))
+        for name, entry in entries.items()
+        for digest in entry.token_sha256
+    )
