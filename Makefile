@@ -55,8 +55,9 @@ protos: build  ## regenerate trimserve/v1 from protos/
 docs: build  ## regenerate the tables of docs/ and README.md
 	$(BIN)/python scripts/generate_docs.py
 
-bench: build  ## measure the ops, and try the load generator and the byte count (docs/performance.md measures with them)
+bench: build  ## measure ops and metrics, and try the load generator and the byte count (docs/performance.md measures with them)
 	$(BIN)/python benchmarks/bench_ops.py --out benchmarks/results/ops.json
+	$(BIN)/python -m benchmarks.bench_metrics --out benchmarks/results/metrics.json
 	$(BIN)/python -m benchmarks.bench_serve --quick --models embedded --out out/bench
 	$(BIN)/python -m benchmarks.bench_bytes --models embedded --max-new-tokens 32 --out out/bench/bytes.json
 

@@ -8,6 +8,6 @@ port = os.environ["TRIMSERVE__SERVER__METRICS_PORT"]
 # Without the proxy of the environment: it cannot reach our loopback.
 opener = build_opener(ProxyHandler({}))
 try:
-    opener.open(f"http://127.0.0.1:{port}/healthz", timeout=4)
+    opener.open(f"http://127.0.0.1:{port}/readyz", timeout=4)
 except OSError as error:
     sys.exit(str(error))

@@ -144,8 +144,10 @@ class ServerConfig(_Knobs):
         validate_default=True,
         description="Whether to listen beyond loopback without TLS, behind something that encrypts.",
     )
-    metrics: bool = Field(default=True, description="Whether `/metrics` and `/healthz` are served (HTTP).")
-    metrics_port: Port = Field(default=9464, description="Port of `/metrics` and `/healthz`; 0 is any free one.")
+    metrics: bool = Field(default=True, description="Whether `/metrics`, `/healthz` and `/readyz` are served (HTTP).")
+    metrics_port: Port = Field(
+        default=9464, description="Port of `/metrics`, `/healthz` and `/readyz`; 0 is any free one."
+    )
     max_message_bytes: int = Field(
         default=64 * 2**20,
         ge=4096,

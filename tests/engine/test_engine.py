@@ -382,6 +382,15 @@ def test_stages_add_up_to_the_total() -> None:
     assert finished(second).timings.queue_seconds >= 0.02 + 4 * 0.005
 
 
+def test_every_step_tells_how_many_it_decoded_and_how_long_that_took() -> None:
+    steps: list[tuple[int, float]] = []
+    model = FakeModel(before_decode=_sleep(0.002))
+    engine = Engine(model, max_batch=2, on_step=lambda *step: steps.append(step))
+    run(engine, *(request(prompt, max_new_tokens=4, ignore_eos=True) for prompt in "abc"))
+    assert [size for size, _ in steps] == model.batch_sizes
+    assert all(0.002 <= seconds < 1 for _, seconds in steps)
+
+
 PROMPTS: st.SearchStrategy[Prompt] = st.one_of(
     st.text(st.sampled_from("abc"), min_size=1, max_size=5).map(RawPrompt),
     st.just(TokenPrompt((IMAGE, 65), (Image(b"2"),))),

@@ -20,6 +20,7 @@ def test_what_was_used_longest_ago_goes_first() -> None:
     assert cache.get(b"b") is None
     assert cache.get(b"a") is not None
     assert cache.get(b"c") is not None
+    assert cache.num_evictions == 1
     assert cache.used_bytes == 90
     assert (cache.num_hits, cache.num_misses) == (3, 1)
 

@@ -7,7 +7,13 @@ import pytest
 import torch
 
 from tests.engine.fake_model import FakeModel
-from trimserve.engine.memory import available_bytes, default_kv_cache_bytes, is_out_of_memory, prefill_scratch_bytes
+from trimserve.engine.memory import (
+    available_bytes,
+    default_kv_cache_bytes,
+    is_out_of_memory,
+    memory_by_kind,
+    prefill_scratch_bytes,
+)
 
 INFO = FakeModel().info
 # 4 images of 4 tiles of 5 features: 80 features of 2 float32 and one layer's keys and values, twice.
@@ -45,6 +51,13 @@ def test_the_default_is_what_a_full_batch_can_use() -> None:
 
 def test_the_default_is_half_of_the_memory_where_that_is_less() -> None:
     assert default_kv_cache_bytes(replace(INFO, max_model_len=2**40), 3, 10_001) == 5000
+
+
+def test_weights_the_pool_and_what_is_free_are_told_apart() -> None:
+    kinds = memory_by_kind(replace(INFO, num_parameters=10, dtype="bfloat16"), 4096)
+    assert (kinds.pop("weights"), kinds.pop("kv")) == (20, 4096)
+    assert kinds.keys() == {"free"}
+    assert kinds["free"] > 0
 
 
 @pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("x"), RuntimeError("DefaultCPUAllocator: no")])

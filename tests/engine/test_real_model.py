@@ -12,7 +12,14 @@ from PIL import Image as PilImage
 from tests.models.random_checkpoint import Geometry, save_random_checkpoint
 from trimserve.config import EngineConfig, ModelConfig
 from trimserve.engine.engine import Engine
-from trimserve.engine.request import GenerationChunk, GenerationRequest, SamplingParams, Started, TokenDelta
+from trimserve.engine.request import (
+    Finished,
+    GenerationChunk,
+    GenerationRequest,
+    SamplingParams,
+    Started,
+    TokenDelta,
+)
 from trimserve.errors import TrimserveError
 from trimserve.models.loading import load_model
 from trimserve.models.mllama import Mllama
@@ -87,3 +94,34 @@ def test_a_mixed_batch_gives_the_tokens_and_the_kept_features_that_each_gives_al
     assert num_kept[5] == [20, 10, 30]
     assert num_kept[2][0] < 40
     assert alone[2][1] != alone[4][1]
+
+
+def test_the_stages_of_a_request_lie_where_they_belong(model: Mllama) -> None:
+    output: list[GenerationChunk | TrimserveError] = []
+    engine = Engine(model, max_batch=1)
+    submitted_at = time.monotonic()
+    engine.add(engine.prepare(replace(REQUESTS[6], request_id="timed"), output.append, submitted_at))
+    while engine.has_work:
+        engine.step()
+    started, last = output[0], output[-1]
+    assert isinstance(started, Started)
+    assert isinstance(last, Finished)
+    assert [span.stage for span in started.spans] == [
+        *["image_decode"] * 3,
+        "queue",
+        "vision_encode",
+        "trim_select",
+        "trim_gather",
+        "prefill",
+    ]
+    assert all(span.begin < span.end for span in started.spans)
+    queue, vision, select, gather, prefill = started.spans[3:]
+    assert queue.begin == submitted_at
+    assert all(queue.begin <= image.begin and image.end <= queue.end for image in started.spans[:3])
+    assert (vision.begin, prefill.begin) == (queue.end, vision.end)
+    assert prefill.begin < select.begin < select.end == gather.begin < gather.end < prefill.end
+    times = last.timings
+    assert 0 < times.image_decode_seconds < times.preprocess_seconds
+    assert 0 < times.trim_select_seconds < times.prefill_seconds
+    assert 0 < times.trim_gather_seconds < times.prefill_seconds
+    assert 0 < times.detokenize_seconds < times.decode_seconds

@@ -336,6 +336,7 @@ async def test_a_dying_engine_thread_ends_every_request() -> None:
         assert "the engine died" in str(results[1])
         assert all(isinstance(result, EngineStopped | list) for result in results)
         await until(lambda: not runner.status().is_ready)
+        assert not runner.status().is_alive
         with pytest.raises(EngineStopped, match="the engine died"):
             await collect(runner, request("late"))
 

@@ -14,12 +14,13 @@ from trimserve.engine.request import (
     GenerationChunk,
     GenerationRequest,
     ImageUsage,
+    StageSpan,
     Started,
     Timings,
     TokenDelta,
     TokenLogprob,
 )
-from trimserve.engine.status import EngineStatus
+from trimserve.engine.status import EngineStatus, StepListener
 from trimserve.errors import DeadlinePassed, EngineStopped
 from trimserve.models.info import GenerationDefaults, ModelInfo
 from trimserve.models.trimming import ImageSelection
@@ -83,6 +84,7 @@ STARTED = Started(
     images=(ImageUsage(padding_features=10, valid_features=10, kept_features=4, merged_features=1),),
     seed=2**64 - 1,
     selections=(SELECTION,),
+    spans=(StageSpan("queue", 1.0, 1.001), StageSpan("prefill", 1.004, 1.008)),
 )
 
 DELTAS = (
@@ -107,6 +109,10 @@ FINISHED = Finished(
         decode_seconds=0.005,
         time_to_first_token_seconds=0.011,
         total_seconds=0.015,
+        image_decode_seconds=0.0015,
+        trim_select_seconds=0.0025,
+        trim_gather_seconds=0.0005,
+        detokenize_seconds=0.0001,
     ),
 )
 
@@ -134,6 +140,8 @@ class FakeRunner:
         self.deadlines: list[float | None] = []
         self.num_running = 0
         self.is_ready = False
+        self.is_alive = True
+        self.step_listeners: list[StepListener] = []
         self.start_gate: asyncio.Event | None = None
         """When set, `start` waits for it."""
         self.paused = asyncio.Event()
@@ -154,6 +162,9 @@ class FakeRunner:
         if not self._is_loaded:
             raise EngineStopped("the fake has not started")
         return INFO
+
+    def watch_steps(self, listener: StepListener) -> None:
+        self.step_listeners.append(listener)
 
     async def start(self) -> None:
         if self.start_gate is not None:
@@ -208,6 +219,7 @@ class FakeRunner:
     def status(self) -> EngineStatus:
         return EngineStatus(
             is_ready=self.is_ready,
+            is_alive=self.is_alive,
             num_running=self.num_running,
             num_waiting=2,
             max_batch=16,
@@ -220,7 +232,9 @@ class FakeRunner:
             image_cache_bytes=777,
             image_cache_hits=66,
             image_cache_misses=55,
+            image_cache_evictions=44,
             uptime_seconds=4.5,
+            memory_bytes={"weights": 492, "kv": 9999, "free": 123456},
         )
 
     async def death(self) -> BaseException:

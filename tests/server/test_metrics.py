@@ -113,6 +113,16 @@ async def test_one_finished_request_adds_exactly_this(loopback: Loopback) -> Non
             'trimserve_stage_duration_seconds_sum{stage="prefill"}': 0.004,
             'trimserve_stage_duration_seconds_count{stage="decode"}': 1,
             'trimserve_stage_duration_seconds_sum{stage="decode"}': 0.005,
+            'trimserve_stage_duration_seconds_count{stage="image_decode"}': 1,
+            'trimserve_stage_duration_seconds_sum{stage="image_decode"}': 0.0015,
+            'trimserve_stage_duration_seconds_count{stage="trim_select"}': 1,
+            'trimserve_stage_duration_seconds_sum{stage="trim_select"}': 0.0025,
+            'trimserve_stage_duration_seconds_count{stage="trim_gather"}': 1,
+            'trimserve_stage_duration_seconds_sum{stage="trim_gather"}': 0.0005,
+            'trimserve_stage_duration_seconds_count{stage="detokenize"}': 1,
+            'trimserve_stage_duration_seconds_sum{stage="detokenize"}': 0.0001,
+            'trimserve_batch_size_count{phase="prefill"}': 1,
+            'trimserve_batch_size_sum{phase="prefill"}': 1,
             "trimserve_prompt_tokens_total": 20,
             "trimserve_request_prompt_tokens_count": 1,
             "trimserve_request_prompt_tokens_sum": 20,
@@ -260,10 +270,22 @@ async def test_gauges_show_the_engine_as_it_is(loopback: Loopback) -> None:
     assert series["trimserve_image_cache_used_bytes"] == 777
     assert series["trimserve_image_cache_capacity_bytes"] == 8888
     assert (series["trimserve_image_cache_hits_total"], series["trimserve_image_cache_misses_total"]) == (66, 55)
+    assert series["trimserve_image_cache_evictions_total"] == 44
+    kinds = ("weights", "kv", "free", "allocated")
+    assert [series[f'trimserve_device_memory_bytes{{kind="{kind}"}}'] for kind in kinds] == [492, 9999, 123456, 0]
     assert series["trimserve_model_ready"] == 1
     (model,) = (name for name in series if name.startswith("trimserve_model_info"))
     assert 'model_id="fake"' in model
     assert 'revision="cafe"' in model
+
+
+async def test_a_decode_step_shows_its_batch_and_its_seconds(loopback: Loopback) -> None:
+    (listener,) = loopback.runner.step_listeners
+    listener(3, 0.25)
+    series = await scrape(loopback)
+    assert series['trimserve_batch_size_count{phase="decode"}'] == 1
+    assert series['trimserve_batch_size_sum{phase="decode"}'] == 3
+    assert series['trimserve_stage_duration_seconds_sum{stage="decode_step"}'] == 0.25
 
 
 def test_every_known_label_value_starts_at_zero() -> None:
@@ -303,16 +325,25 @@ def test_names_end_in_their_unit() -> None:
         assert list(declared.buckets) == sorted(set(declared.buckets))
 
 
-async def test_healthz_follows_the_engine_and_other_paths_do_not_exist(loopback: Loopback) -> None:
-    assert (await asyncio.to_thread(get, loopback, "/healthz"))[0] == 200
-    loopback.runner.is_ready = False
-    assert (await asyncio.to_thread(get, loopback, "/healthz"))[0] == 503
+@pytest.mark.parametrize(
+    ("is_alive", "is_ready", "healthz", "readyz"),
+    [(True, True, 200, 200), (True, False, 200, 503), (False, False, 503, 503)],
+)
+async def test_a_server_that_takes_no_requests_is_alive_until_its_engine_dies(
+    loopback: Loopback, is_alive: bool, is_ready: bool, healthz: int, readyz: int
+) -> None:
+    loopback.runner.is_alive, loopback.runner.is_ready = is_alive, is_ready
+    assert (await asyncio.to_thread(get, loopback, "/healthz"))[0] == healthz
+    assert (await asyncio.to_thread(get, loopback, "/readyz"))[0] == readyz
+
+
+async def test_other_paths_do_not_exist(loopback: Loopback) -> None:
     assert (await asyncio.to_thread(get, loopback, "/"))[0] == 404
 
 
 async def test_an_event_loop_that_stalls_is_unavailable(loopback: Loopback, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(app, "STATUS_TIMEOUT_SECONDS", 0.1)
-    for path in ("/metrics", "/healthz"):
+    for path in ("/metrics", "/healthz", "/readyz"):
         asked = asyncio.get_running_loop().run_in_executor(None, get, loopback, path)
         time.sleep(0.5)  # noqa: ASYNC251 it is the stall
         assert (await asked)[0] == 503

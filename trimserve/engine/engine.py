@@ -25,6 +25,7 @@ from trimserve.engine.request import GenerationRequest
 from trimserve.engine.sampling import SampledToken, sample
 from trimserve.engine.scheduler import Scheduler
 from trimserve.engine.sequence import Sequence, Sink
+from trimserve.engine.status import StepListener
 from trimserve.errors import CheckpointError, DeadlinePassed, InvalidRequest, OutOfMemory, RequestFailed, TrimserveError
 from trimserve.models.info import ModelInfo
 from trimserve.models.interruptible import Interruptible
@@ -58,6 +59,7 @@ class Engine:
         kv_cache_bytes: int | None = None,
         image_cache_bytes: int = 0,
         prefill_slice_seconds: float = 0.1,
+        on_step: StepListener | None = None,
     ) -> None:
         """Start with nothing to do.
 
@@ -68,6 +70,7 @@ class Engine:
             image_cache_bytes: of visual features kept for another question on the same image; 0 keeps none.
             prefill_slice_seconds: how long a step may work on the next request, at least 0; it finishes the layer
                 that it has begun.
+            on_step: called in `step`.
         Raises:
             CheckpointError: `kv_cache_bytes` does not even hold the prefill scratch and a page.
         """
@@ -77,6 +80,7 @@ class Engine:
         self._max_batch = max_batch
         self._kv_cache_bytes = kv_cache_bytes
         self._prefill_slice_seconds = prefill_slice_seconds
+        self._on_step = on_step
         self._scheduler = Scheduler(max_batch)
         self._prefill: _Prefill | None = None
         self._pace = Pace()
@@ -238,7 +242,10 @@ class Engine:
                     sequence.kv.length = length
                     self._emit(sequence, *self._next_tokens([sequence]))
             return
-        self._pace.saw_step(time.monotonic() - started_at)
+        seconds = time.monotonic() - started_at
+        self._pace.saw_step(seconds)
+        if self._on_step is not None:
+            self._on_step(len(batch), seconds)
         for sequence, outcome in zip(batch, outcomes, strict=True):
             with self._alone(sequence):
                 self._emit(sequence, outcome)

@@ -28,6 +28,8 @@ class ImageCache:
         """Images found."""
         self.num_misses = 0
         """Images that had to be encoded."""
+        self.num_evictions = 0
+        """Images whose features made room for others'."""
         self._features: OrderedDict[bytes, Tensor] = OrderedDict()
 
     def get(self, key: bytes) -> Tensor | None:
@@ -51,5 +53,6 @@ class ImageCache:
         while self.used_bytes + size > self.capacity_bytes:
             _, oldest = self._features.popitem(last=False)
             self.used_bytes -= oldest.nbytes
+            self.num_evictions += 1
         self._features[key] = features
         self.used_bytes += size

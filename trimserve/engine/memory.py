@@ -9,7 +9,13 @@ from trimserve.models.info import ModelInfo
 from trimserve.models.key_values import layers_per_page, num_pages
 from trimserve.ops import PAGE_POSITIONS
 
-__all__ = ["available_bytes", "default_kv_cache_bytes", "is_out_of_memory", "prefill_scratch_bytes"]
+__all__ = [
+    "available_bytes",
+    "default_kv_cache_bytes",
+    "is_out_of_memory",
+    "memory_by_kind",
+    "prefill_scratch_bytes",
+]
 
 # On the CPU the memory is everybody's; on a GPU nobody else is expected.
 _SHARE = {"cpu": 0.5, "cuda": 0.9}
@@ -48,6 +54,28 @@ def available_bytes(device: str, meminfo: Path = _MEMINFO, cgroup: Path = _CGROU
     except OSError:  # no cgroup, or one of the first version
         pass
     return max(0, free)
+
+
+def memory_by_kind(info: ModelInfo, kv_cache_bytes: int) -> dict[str, int]:
+    """What the model's device holds, for who watches it.
+
+    Args:
+        info: of the model.
+        kv_cache_bytes: of the page pool.
+    Returns:
+        Bytes of `weights`, `kv` (the pool) and `free` (see `available_bytes`); of a GPU also what torch's allocator has
+        `reserved` and how much of that is `allocated`.
+    """
+    dtype: torch.dtype = getattr(torch, info.dtype)
+    kinds = {
+        "weights": info.num_parameters * dtype.itemsize,
+        "kv": kv_cache_bytes,
+        "free": available_bytes(info.device),
+    }
+    if torch.device(info.device).type == "cuda":
+        kinds["allocated"] = torch.cuda.memory_allocated(info.device)
+        kinds["reserved"] = torch.cuda.memory_reserved(info.device)
+    return kinds
 
 
 def prefill_scratch_bytes(info: ModelInfo) -> int:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from trimserve.engine.model import Model
+from trimserve.engine.request import StageSpan
 from trimserve.engine.sequence import Sequence
 from trimserve.models.prepared import NamedImage, PreparedPrompt
 from trimserve.models.prompt import Prompt
@@ -43,6 +44,7 @@ class Preparation:
         self._sequence: Sequence | None = None
         self._files: deque[NamedImage] = deque()
         self._images: list[PreparedImage] = []
+        self._image_spans: list[StageSpan] = []
         self._seconds = 0.0
 
     def advance(self) -> Sequence | None:
@@ -58,11 +60,12 @@ class Preparation:
             self._sequence = self._tokenize()
         else:
             self._images.append(self._model.prepare_image(self._files.popleft()))
+            self._image_spans.append(StageSpan("image_decode", started_at, time.monotonic()))
         self._seconds += time.monotonic() - started_at
         if self._files:
             return None
         token_ids = tuple(self._sequence.sampling.prompt_token_ids)
-        self._sequence.prepared(PreparedPrompt(token_ids, tuple(self._images)), self._seconds)
+        self._sequence.prepared(PreparedPrompt(token_ids, tuple(self._images)), self._seconds, self._image_spans)
         self._check(self._sequence)
         return self._sequence
 

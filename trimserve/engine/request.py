@@ -18,6 +18,7 @@ __all__ = [
     "GenerationRequest",
     "ImageUsage",
     "SamplingParams",
+    "StageSpan",
     "Started",
     "Timings",
     "TokenDelta",
@@ -96,6 +97,16 @@ class TokenLogprob:
 
 
 @dataclass(frozen=True, slots=True)
+class StageSpan:
+    """From when until when a stage of one request lasted, as `time.monotonic()`; it may lie within another."""
+
+    stage: str
+    """queue, image_decode, vision_encode, prefill, trim_select or trim_gather."""
+    begin: float
+    end: float
+
+
+@dataclass(frozen=True, slots=True)
 class Started:
     """First chunk: prefill is done, the kept set is known."""
 
@@ -106,6 +117,8 @@ class Started:
     """The seed in use, also when the server drew it: send it again to get the same tokens."""
     selections: tuple[ImageSelection, ...] = ()
     """One per image when the request asked for `return_selection`."""
+    spans: tuple[StageSpan, ...] = field(default=(), compare=False)
+    """Of every stage until now."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,12 +172,20 @@ class Timings:
 
     queue_seconds: float
     preprocess_seconds: float
-    """Tokenising, image decoding and resizing."""
+    """Tokenising, and `image_decode_seconds`."""
     vision_seconds: float
     prefill_seconds: float
     decode_seconds: float
     time_to_first_token_seconds: float
     total_seconds: float
+    image_decode_seconds: float = 0.0
+    """Decoding and resizing; a part of `preprocess_seconds`."""
+    trim_select_seconds: float = 0.0
+    """Scoring features and choosing among them; a part of `prefill_seconds`."""
+    trim_gather_seconds: float = 0.0
+    """Gathering and merging what was chosen; a part of `prefill_seconds`."""
+    detokenize_seconds: float = 0.0
+    """From tokens to text; a part of `decode_seconds`."""
 
 
 @dataclass(frozen=True, slots=True)

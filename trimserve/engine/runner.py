@@ -19,11 +19,11 @@ from functools import partial
 
 from trimserve.engine.engine import Engine
 from trimserve.engine.lookahead import Lookahead, Ticket
-from trimserve.engine.memory import is_out_of_memory
+from trimserve.engine.memory import is_out_of_memory, memory_by_kind
 from trimserve.engine.model import Model
 from trimserve.engine.request import Finished, GenerationChunk, GenerationRequest
 from trimserve.engine.sequence import Sequence, SequenceState
-from trimserve.engine.status import EngineStatus
+from trimserve.engine.status import EngineStatus, StepListener
 from trimserve.engine.stream import Stream
 from trimserve.engine.warm_up import warm_up
 from trimserve.engine.workers import Workers, in_daemon_thread
@@ -85,12 +85,14 @@ class Runner:
         self._text_workers = Workers(num_preprocess_workers, "trimserve-text")
         self._image_workers = Workers(num_preprocess_workers, "trimserve-image")
         self._lookahead = Lookahead(num_preprocess_workers + _PREPARED_AHEAD)
+        self._on_step: StepListener | None = None
         self._engine: Engine | None = None
         self._thread: threading.Thread | None = None
         self._refusal: str | None = "the engine has not started"
         """Why no request is taken now; None when they are."""
         self._ready_at: float | None = None
         self._death: asyncio.Future[BaseException]
+        self._is_alive = True
         self._streams: set[Stream] = set()
         self._is_idle = asyncio.Event()
         self._is_idle.set()
@@ -111,6 +113,10 @@ class Runner:
         """
         return self._loaded.info
 
+    def watch_steps(self, listener: StepListener) -> None:
+        """Tell a listener of every decode step, on the engine's thread; to be called before `start`."""
+        self._on_step = listener
+
     async def start(self) -> None:
         """Load the model, start the engine thread, warm up with a tiny generation, take requests. Once.
 
@@ -125,7 +131,7 @@ class Runner:
             model = await in_daemon_thread(self._load_model)
             if self._refusal != starting:
                 raise EngineStopped("the engine was stopped while its model was loaded")
-            self._engine = self._make_engine(model)
+            self._engine = self._make_engine(model, on_step=self._on_step)
             is_warm: asyncio.Future[None] = self._loop.create_future()
             self._thread = threading.Thread(
                 target=self._run, args=(self._engine, is_warm), name="trimserve-engine", daemon=True
@@ -173,6 +179,7 @@ class Runner:
         images = None if self._engine is None else self._engine.image_cache
         return EngineStatus(
             is_ready=self._refusal is None,
+            is_alive=self._is_alive,
             num_running=len(running),
             num_waiting=states.count(SequenceState.WAITING),
             max_batch=self._max_batch,
@@ -185,7 +192,9 @@ class Runner:
             image_cache_bytes=images.used_bytes if images else 0,
             image_cache_hits=images.num_hits if images else 0,
             image_cache_misses=images.num_misses if images else 0,
+            image_cache_evictions=images.num_evictions if images else 0,
             uptime_seconds=0.0 if self._ready_at is None else time.monotonic() - self._ready_at,
+            memory_bytes=memory_by_kind(self.info, pool.capacity_bytes) if pool else {},
         )
 
     async def death(self) -> BaseException:
@@ -276,6 +285,7 @@ class Runner:
     def _die(self, error: BaseException) -> None:
         self._refusal = "the engine died"  # why is the operator's business
         self._death.set_result(error)
+        self._is_alive = False
         for stream in tuple(self._streams):
             self._deliver(stream, EngineStopped(self._refusal))
 

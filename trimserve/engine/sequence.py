@@ -4,7 +4,7 @@ Made where the request enters, changed by the engine thread only. It knows no ot
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from enum import Enum
 
 from tokenizers import Tokenizer
@@ -20,6 +20,7 @@ from trimserve.engine.request import (
     GenerationRequest,
     ImageUsage,
     SamplingParams,
+    StageSpan,
     Started,
     Timings,
     TokenDelta,
@@ -98,7 +99,8 @@ class Sequence:
         self._kv: SequenceKV | None = None
         self._matched_stop: str | int | None = None
         self._detokenizer = Detokenizer(tokenizer, params.stop_strings)
-        self._preprocess_seconds = 0.0
+        self._preprocess_seconds = self._detokenize_seconds = 0.0
+        self._spans: list[StageSpan] = []
         self._admitted_at = self._encoded_at = self._prefilled_at = self._first_token_at = submitted_at
 
     @property
@@ -139,8 +141,16 @@ class Sequence:
         """Tokens drawn until now, an end token among them."""
         return len(self.sampling.generated_token_ids)
 
-    def prepared(self, prompt: PreparedPrompt, preprocess_seconds: float) -> None:
-        """Take the prompt with its images, and note how long preparing them took."""
+    def prepared(
+        self, prompt: PreparedPrompt, preprocess_seconds: float, image_spans: Iterable[StageSpan] = ()
+    ) -> None:
+        """Take the prompt with its images, and note how long preparing them took.
+
+        Args:
+            prompt: what prefill takes.
+            preprocess_seconds: of tokenising and of all images.
+            image_spans: one per image, `image_decode`.
+        """
         info, counts = self._info, [image.num_tiles * self._info.features_per_tile for image in prompt.images]
         first, end = visible_images(prompt.token_ids, info.image_token_id)[-1]
         self._num_features = sum(counts)
@@ -149,6 +159,7 @@ class Sequence:
         )
         self._prompt = prompt
         self._preprocess_seconds = preprocess_seconds
+        self._spans.extend(image_spans)
 
     def take_prompt(self) -> PreparedPrompt:
         """Hand the prompt over for prefill, once: nobody needs its pixels while tokens are generated."""
@@ -178,13 +189,23 @@ class Sequence:
         """Note that the prompt is in the KV and say what became of it."""
         self._prefilled_at = time.monotonic()
         self.cross_kv = account_cross_kv(prefilled, self.kv, pool)
+        self._spans += self._engine_spans(prefilled)
         return Started(
             request_id=self.request_id,
             num_prompt_tokens=self.num_prompt_tokens,
             images=_usage(prefilled),
             seed=self.sampling.params.seed,
             selections=prefilled.selections,
+            spans=tuple(self._spans),
         )
+
+    def _engine_spans(self, prefilled: Prefilled) -> Iterator[StageSpan]:
+        yield StageSpan("queue", self.submitted_at, self._admitted_at)
+        yield StageSpan("vision_encode", self._admitted_at, self._encoded_at)
+        if (times := prefilled.trim_times) is not None:
+            yield StageSpan("trim_select", times.began_at, times.selected_at)
+            yield StageSpan("trim_gather", times.selected_at, times.gathered_at)
+        yield StageSpan("prefill", self._encoded_at, self._prefilled_at)
 
     def append(self, sampled: SampledToken) -> TokenDelta:
         """Take the next token; sets `finish_reason` when it is the last.
@@ -198,9 +219,11 @@ class Sequence:
         watch = self.num_generated_tokens >= self.sampling.params.min_new_tokens
         is_end = token_id in self.sampling.end_token_ids
         is_last = is_end or self.num_generated_tokens >= self.max_new_tokens
+        began_at = time.monotonic()
         text = "" if is_end else detokenizer.add(token_id, watch=watch)
         if is_last:
             text += detokenizer.finish(watch=watch)
+        self._detokenize_seconds += time.monotonic() - began_at
         if is_end or detokenizer.matched_stop is not None:
             self.finish_reason = FinishReason.STOP
             self._matched_stop = token_id if detokenizer.matched_stop is None else detokenizer.matched_stop
@@ -230,7 +253,14 @@ class Sequence:
             decode_seconds=ended_at - self._prefilled_at,
             time_to_first_token_seconds=self._first_token_at - self.submitted_at,
             total_seconds=ended_at - self.submitted_at,
+            image_decode_seconds=self._seconds_of("image_decode"),
+            trim_select_seconds=self._seconds_of("trim_select"),
+            trim_gather_seconds=self._seconds_of("trim_gather"),
+            detokenize_seconds=self._detokenize_seconds,
         )
+
+    def _seconds_of(self, stage: str) -> float:
+        return sum(span.end - span.begin for span in self._spans if span.stage == stage)
 
 
 def _usage(prefilled: Prefilled) -> tuple[ImageUsage, ...]:

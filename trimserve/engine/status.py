@@ -1,8 +1,12 @@
-"""What the engine is doing at one moment: read by the server for its status and its gauges."""
+"""What the engine is doing: at one moment, for the server's status and gauges, and with every step."""
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
-__all__ = ["EngineStatus"]
+__all__ = ["EngineStatus", "StepListener"]
+
+StepListener = Callable[[int, float], None]
+"""Hears of every decode step: how many sequences it had, and the seconds of model and sampling. Must not raise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -11,6 +15,8 @@ class EngineStatus:
 
     is_ready: bool
     """Whether requests are taken: false before warm-up is done, while draining and after a crash."""
+    is_alive: bool
+    """Whether it can be ready, now or later: false once the engine has died."""
     num_running: int
     """Requests with a place in the batch."""
     num_waiting: int
@@ -35,5 +41,9 @@ class EngineStatus:
     """Images found in the cache since the start."""
     image_cache_misses: int
     """Images that had to be encoded since the start."""
+    image_cache_evictions: int
+    """Images that made room for others since the start."""
     uptime_seconds: float
     """Since the engine became ready; 0 before."""
+    memory_bytes: Mapping[str, int] = field(default_factory=dict)
+    """Of the model's device, by kind, see `memory.memory_by_kind`; empty before the model is loaded."""

@@ -7,6 +7,7 @@ interrupted after every layer. Scoring and gathering are `ops`, choosing is `tri
 is `key_values.py`.
 """
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -26,6 +27,7 @@ from trimserve.models.interruptible import Interruptible
 from trimserve.models.key_values import BatchTables, KeyValues, write_rows
 from trimserve.models.merging import Groups, group_dropped
 from trimserve.models.policies.policy import FirstLayer
+from trimserve.models.prefilled import TrimTimes
 from trimserve.models.trimming import Selection, TrimParams, select
 from trimserve.models.visibility import feature_visibility
 from trimserve.models.weights import FUSED, fused_weight
@@ -51,6 +53,7 @@ class VisionRows:
     """Merged rows among each image's; empty when nothing is merged."""
     bias: Tensor | None = field(default=None, init=False)
     """[rows of `features`], added to every logit of a row, in features' dtype; None: nothing is."""
+    trim_times: TrimTimes | None = field(default=None, init=False)
 
     @property
     def offsets(self) -> list[int]:
@@ -328,23 +331,32 @@ class _CrossLayer(_Layer):
 
     def _trim(self, q: Tensor, keys: Tensor, values: Tensor, vision: VisionRows) -> tuple[Tensor, Tensor]:
         """Select in the first cross-attention layer; `vision` holds the kept features afterwards."""
+        began_at = time.monotonic()
         seeing = [images for images in vision.visible_images if images[0] < images[1]]
         visibility = feature_visibility(seeing, vision.num_features).to(q.device)
         layer = FirstLayer(
             q, keys, vision.features, visibility, self._scale, vision.num_features, vision.features_per_tile
         )
         selection = vision.selection = select(layer, vision.trim)
-        kept = ops.gather_kv(vision.features, keys, values, selection.kept)
-        groups = selection.groups
-        if groups is None and vision.trim.merge_ratio:
-            groups = group_dropped(
-                keys, selection.kept, vision.num_features, vision.features_per_tile, vision.trim.merge_ratio
-            )
-        if groups is not None:
-            return _merge(vision, selection, groups, kept, keys, values)
-        vision.features, keys, values = kept
-        vision.num_features = selection.num_kept
+        selected_at = time.monotonic()
+        keys, values = _gather(vision, selection, keys, values)
+        vision.trim_times = TrimTimes(began_at, selected_at, time.monotonic())
         return keys, values
+
+
+def _gather(vision: VisionRows, selection: Selection, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values of what stays; `vision` holds its features afterwards."""
+    kept = ops.gather_kv(vision.features, keys, values, selection.kept)
+    groups = selection.groups
+    if groups is None and vision.trim.merge_ratio:
+        groups = group_dropped(
+            keys, selection.kept, vision.num_features, vision.features_per_tile, vision.trim.merge_ratio
+        )
+    if groups is not None:
+        return _merge(vision, selection, groups, kept, keys, values)
+    vision.features, keys, values = kept
+    vision.num_features = selection.num_kept
+    return keys, values
 
 
 def _merge(

@@ -104,6 +104,7 @@ class Mllama:
             num_kept=vision.num_features if vision else (),
             num_merged=vision.num_merged if vision else (),
             selections=selections,
+            trim_times=vision.trim_times if vision else None,
         )
 
     @torch.inference_mode()

@@ -1,12 +1,23 @@
 """What prefill of one request came to: the answer of `Mllama.prefill`, read by the engine."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
 from trimserve.models.trimming import ImageSelection
 
-__all__ = ["Prefilled"]
+__all__ = ["Prefilled", "TrimTimes"]
+
+
+class TrimTimes(NamedTuple):
+    """When trimming was done: values of `time.monotonic()`, on the host."""
+
+    began_at: float
+    selected_at: float
+    """What stays was known."""
+    gathered_at: float
+    """It lay side by side; merging is part of this."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,3 +36,5 @@ class Prefilled:
     """Merged rows among `num_kept`, per image; empty when nothing is merged."""
     selections: tuple[ImageSelection, ...] = ()
     """One per image when the request asked for it."""
+    trim_times: TrimTimes | None = None
+    """None when nothing was trimmed."""

@@ -67,6 +67,7 @@ class Server:
         self._runner = runner
         self._config = config.server
         self._metrics = Metrics()
+        runner.watch_steps(self._metrics.saw_step)
         self._health = Health(SERVICES)
         self._server = grpc.aio.server(
             interceptors=[RpcInterceptor(self._metrics, Gate(self._config), self._config)],
@@ -92,7 +93,7 @@ class Server:
 
     @property
     def metrics_address(self) -> str | None:
-        """`HOST:PORT` of `/metrics` and `/healthz`; None when they are off."""
+        """`HOST:PORT` of `/metrics`, `/healthz` and `/readyz`; None when they are off."""
         server = self._metrics_server
         return None if server is None else _address(self._config.host, server.port)
 
@@ -294,7 +295,7 @@ class InProcessServer:
 
     @property
     def metrics_address(self) -> str | None:
-        """`HOST:PORT` of `/metrics` and `/healthz`; None when they are off."""
+        """`HOST:PORT` of `/metrics`, `/healthz` and `/readyz`; None when they are off."""
         return self._ready.result()[1]
 
     async def _serve(self) -> None:

@@ -6,7 +6,7 @@ first event. One process serves one model, so no metric but `trimserve_model_inf
 """
 
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import product
@@ -19,15 +19,27 @@ from prometheus_client.core import Metric
 from trimserve import __version__
 from trimserve.engine.status import EngineStatus
 from trimserve.models.info import ModelInfo
+from trimserve.server.tally import Counts, Tallies
 from trimserve.v1 import generation_pb2, model_pb2
 
-__all__ = ["RPC_CODES", "Declared", "Metrics"]
+__all__ = ["RPCS", "RPC_CODES", "STAGES", "Declared", "Metrics"]
 
 Labels = Mapping[str, tuple[str, ...]]
 M = TypeVar("M", Counter, Gauge, Histogram)
 
 METHODS = ("Generate", "GenerateStream")
 TRIMMING = ("on", "off")
+STAGES = {
+    "preprocess": "preprocess_seconds",
+    "image_decode": "image_decode_seconds",
+    "vision_encode": "vision_seconds",
+    "prefill": "prefill_seconds",
+    "trim_select": "trim_select_seconds",
+    "trim_gather": "trim_gather_seconds",
+    "decode": "decode_seconds",
+    "detokenize": "detokenize_seconds",
+}
+"""Stages of one request, and where `engine.request.Timings` has them."""
 
 RPCS = tuple(
     ("server_stream" if method.server_streaming else "unary", service.full_name, method.name)
@@ -58,6 +70,7 @@ QUEUE = (0.001, 0.005, 0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 STAGE = (0.0001, 0.00025, 0.0006, 0.0015, 0.004, 0.01, 0.025, 0.06, 0.15, 0.4, 1, 2.5, 6, 10, 30, 60, 120)
 TOKENS = tuple(digit * 10**power for power in range(6) for digit in (1, 2, 5))
 IMAGES = (0, 1, 2, 3, 4, 8, 16)
+BATCH = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 FRACTION = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1)
 # Bytes: the embedded model's requests take some hundred KiB, one 4-tile image of the 11B model 200 MiB.
 KIB, MIB = 2**10, 2**20
@@ -97,6 +110,11 @@ class Metrics:
         self._declare_engine()
         ProcessCollector(registry=self.registry)
 
+    def saw_step(self, num_sequences: int, seconds: float) -> None:
+        """Count a decode step; the `StepListener` of the engine."""
+        self._decode_batches.observe(num_sequences)
+        self._decode_steps.observe(seconds)
+
     def show_status(self, status: EngineStatus) -> None:
         """Set the gauges of the engine, once per scrape."""
         self.model_ready.set(status.is_ready)
@@ -108,9 +126,12 @@ class Metrics:
         self.kv_cache_capacity_bytes.set(status.kv_capacity_bytes)
         self.image_cache_used_bytes.set(status.image_cache_bytes)
         self.image_cache_capacity_bytes.set(status.image_cache_capacity_bytes)
+        for kind, num_bytes in status.memory_bytes.items():
+            self.device_memory_bytes.labels(kind).set(num_bytes)
         with self._lock:
             self._raise_to("hits", self.image_cache_hits, status.image_cache_hits)
             self._raise_to("misses", self.image_cache_misses, status.image_cache_misses)
+            self._raise_to("evictions", self.image_cache_evictions, status.image_cache_evictions)
 
     def _raise_to(self, name: str, counter: Counter, total: int) -> None:
         """Let a counter follow one that the engine keeps."""
@@ -129,12 +150,14 @@ class Metrics:
             "grpc_server_handled_total", "RPCs that ended, by status code.", {**rpc, "grpc_code": RPC_CODES}
         )
         self.rpc_messages_received = self._counter("grpc_server_msg_received_total", "Messages that clients sent.", rpc)
-        self.rpc_messages_sent = self._counter("grpc_server_msg_sent_total", "Messages that were sent to clients.", rpc)
+        self.rpc_messages_sent = self._counts(
+            "grpc_server_msg_sent_total", "Messages that were sent to clients.", tuple(rpc), RPCS
+        )
         self.rpc_handling_seconds = self._histogram(
             "grpc_server_handling_seconds", "From an RPC's begin until its end.", HANDLING, rpc
         )
         for labels in RPCS:
-            for counter in (self.rpcs_started, self.rpc_messages_received, self.rpc_messages_sent):
+            for counter in (self.rpcs_started, self.rpc_messages_received):
                 counter.labels(*labels)
             self.rpc_handling_seconds.labels(*labels)
             for code in RPC_CODES:
@@ -186,7 +209,7 @@ class Metrics:
             FIRST_TOKEN,
             trimming,
         )
-        self.inter_token_latency_seconds = self._histogram(
+        self.inter_token_latency_seconds = self._tallies(
             "trimserve_inter_token_latency_seconds",
             "Between one token and the next of a request.",
             PER_TOKEN,
@@ -201,16 +224,25 @@ class Metrics:
         self.queue_time_seconds = self._histogram(
             "trimserve_queue_time_seconds", "From arrival at the engine until work began.", QUEUE
         )
-        self.stage_duration_seconds = self._histogram(
+        self.stage_duration_seconds = self._tallies(
             "trimserve_stage_duration_seconds",
-            "Time that one finished request spent in each stage, all its steps together.",
+            "Time that one finished request spent in each stage, all its steps together; decode_step is one step of "
+            "the whole batch. image_decode is a part of preprocess, trim_select and trim_gather are of prefill, "
+            "detokenize is of decode.",
             STAGE,
-            {"stage": ("preprocess", "vision_encode", "prefill", "decode")},
+            {"stage": (*STAGES, "decode_step")},
         )
+        self._decode_steps = self.stage_duration_seconds.labels("decode_step")
+        self.batch_size = self._tallies(
+            "trimserve_batch_size", "Requests that one step worked on.", BATCH, {"phase": ("prefill", "decode")}
+        )
+        self._decode_batches = self.batch_size.labels("decode")
 
     def _declare_tokens_and_features(self) -> None:
         self.prompt_tokens = self._counter("trimserve_prompt_tokens_total", "Prompt tokens that were prefilled.")
-        self.generation_tokens = self._counter("trimserve_generation_tokens_total", "Tokens that were sent to clients.")
+        self.generation_tokens = self._counts(
+            "trimserve_generation_tokens_total", "Tokens that were sent to clients.", (), [()]
+        ).labels()
         self.request_prompt_tokens = self._histogram(
             "trimserve_request_prompt_tokens", "Prompt tokens of one request.", TOKENS
         )
@@ -260,6 +292,9 @@ class Metrics:
         self.image_cache_misses = self._counter(
             "trimserve_image_cache_misses_total", "Images that went through the vision encoder."
         )
+        self.image_cache_evictions = self._counter(
+            "trimserve_image_cache_evictions_total", "Images whose visual features made room for others'."
+        )
         self.image_cache_used_bytes = self._gauge(
             "trimserve_image_cache_used_bytes", "Bytes of the visual features that are kept for another question."
         )
@@ -269,6 +304,12 @@ class Metrics:
         self.cross_kv_cache_untrimmed_bytes = self._gauge(
             "trimserve_cross_kv_cache_untrimmed_bytes",
             "What running requests would hold of cross-attention KV untrimmed.",
+        )
+        self.device_memory_bytes = self._gauge(
+            "trimserve_device_memory_bytes",
+            "Memory of the model's device: its weights, the page pool, and what is free; of a GPU also what torch has "
+            "reserved, and how much of that is allocated.",
+            {"kind": ("weights", "kv", "free", "allocated", "reserved")},
         )
         self.model_info = self._gauge(
             "trimserve_model_info",
@@ -301,6 +342,22 @@ class Metrics:
         self.declared.append(Declared(name, "histogram", text, labels or {}, buckets))
         histogram = Histogram(name, text, tuple(labels or ()), buckets=buckets, registry=self.registry)
         return _at_zero(histogram, labels)
+
+    def _counts(
+        self, name: str, text: str, label_names: tuple[str, ...], label_values: Sequence[tuple[str, ...]]
+    ) -> Counts:
+        self.declared.append(Declared(name, "counter", text, dict.fromkeys(label_names, ())))
+        counts = Counts(name, text, label_names, label_values)
+        self.registry.register(counts)
+        return counts
+
+    def _tallies(
+        self, name: str, text: str, buckets: tuple[float, ...], labels: Mapping[str, tuple[str, ...]]
+    ) -> Tallies:
+        self.declared.append(Declared(name, "histogram", text, labels, buckets))
+        histogram = Tallies(name, text, buckets, tuple(labels), list(product(*labels.values())))
+        self.registry.register(histogram)
+        return histogram
 
 
 class _Registry(CollectorRegistry):

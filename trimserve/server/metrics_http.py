@@ -1,4 +1,7 @@
-"""`/metrics` and `/healthz` over HTTP, on threads of their own."""
+"""`/metrics`, `/healthz` and `/readyz` over HTTP, on threads of their own.
+
+`/healthz` is liveness: the event loop answers and the engine has not died. `/readyz` is readiness: requests are taken.
+"""
 
 import socket
 import threading
@@ -66,7 +69,7 @@ def _handler(metrics: Metrics, read_status: Callable[[], EngineStatus]) -> type[
 
         def do_GET(self) -> None:  # noqa: N802 the name that http.server calls
             path = urlsplit(self.path).path
-            if path not in ("/metrics", "/healthz"):
+            if path not in ("/metrics", "/healthz", "/readyz"):
                 self._answer(HTTPStatus.NOT_FOUND)
                 return
             try:
@@ -78,7 +81,8 @@ def _handler(metrics: Metrics, read_status: Callable[[], EngineStatus]) -> type[
                 metrics.show_status(status)
                 super().do_GET()
             else:
-                self._answer(HTTPStatus.OK if status.is_ready else HTTPStatus.SERVICE_UNAVAILABLE)
+                is_well = status.is_alive if path == "/healthz" else status.is_ready
+                self._answer(HTTPStatus.OK if is_well else HTTPStatus.SERVICE_UNAVAILABLE)
 
         def _answer(self, status: HTTPStatus) -> None:
             body = f"{status.phrase}\n".encode()

@@ -5,7 +5,7 @@ import time
 
 from trimserve.engine.request import Finished, GenerationChunk, GenerationRequest, Started, TokenDelta
 from trimserve.errors import DeadlinePassed, EngineBusy, EngineStopped, InvalidRequest, OutOfMemory, RequestFailed
-from trimserve.server.metrics import Metrics
+from trimserve.server.metrics import STAGES, Metrics
 
 __all__ = ["RequestObserver"]
 
@@ -26,19 +26,21 @@ class RequestObserver:
         self._first_token: float | None = None
         self._last_token = self._arrived
         self._is_trimming = False
+        self._inter_token = metrics.inter_token_latency_seconds.labels("off")
         self._started: Started | None = None
 
     def accepted(self, request: GenerationRequest) -> None:
         """The request passed its checks."""
         self._is_trimming = request.trim.enabled
+        self._inter_token = self._metrics.inter_token_latency_seconds.labels(self._trimming)
 
     def saw(self, chunk: GenerationChunk) -> None:
         """A chunk is about to be sent."""
         match chunk:
+            case TokenDelta():  # first: it is nearly always one
+                self._saw_tokens(len(chunk.token_ids))
             case Started():
                 self._saw_started(chunk)
-            case TokenDelta():
-                self._saw_tokens(len(chunk.token_ids))
             case Finished():
                 self._saw_finished(chunk)
 
@@ -90,6 +92,7 @@ class RequestObserver:
         metrics.prompt_tokens.inc(chunk.num_prompt_tokens)
         metrics.request_prompt_tokens.observe(chunk.num_prompt_tokens)
         metrics.request_images.observe(len(chunk.images))
+        metrics.batch_size.labels("prefill").observe(1)
         valid = sum(image.valid_features for image in chunk.images)
         kept = sum(image.kept_features for image in chunk.images)
         metrics.visual_features.labels("valid").inc(valid)
@@ -119,9 +122,7 @@ class RequestObserver:
             self._metrics.time_to_first_token_seconds.labels(self._trimming).observe(now - self._arrived)
             num_gaps -= 1
         # Tokens of one delta left together: each counts for its share of the gap before it.
-        for _ in range(num_gaps):
-            latency = (now - self._last_token) / num_tokens
-            self._metrics.inter_token_latency_seconds.labels(self._trimming).observe(latency)
+        self._inter_token.observe((now - self._last_token) / num_tokens, num_gaps)
         self._last_token = now
 
     def _saw_finished(self, chunk: Finished) -> None:
@@ -134,13 +135,8 @@ class RequestObserver:
             metrics.time_per_output_token_seconds.labels(self._trimming).observe(per_token)
         metrics.request_generation_tokens.observe(chunk.num_generated_tokens)
         metrics.queue_time_seconds.observe(timings.queue_seconds)
-        for stage, seconds in (
-            ("preprocess", timings.preprocess_seconds),
-            ("vision_encode", timings.vision_seconds),
-            ("prefill", timings.prefill_seconds),
-            ("decode", timings.decode_seconds),
-        ):
-            metrics.stage_duration_seconds.labels(stage).observe(seconds)
+        for stage, name in STAGES.items():
+            metrics.stage_duration_seconds.labels(stage).observe(getattr(timings, name))
         if self._started is not None and self._started.images:
             self._saw_cross_kv(chunk)
 

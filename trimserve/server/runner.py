@@ -4,7 +4,7 @@ from collections.abc import AsyncGenerator
 from typing import Protocol
 
 from trimserve.engine.request import GenerationChunk, GenerationRequest
-from trimserve.engine.status import EngineStatus
+from trimserve.engine.status import EngineStatus, StepListener
 from trimserve.models.info import ModelInfo
 
 __all__ = ["Runner"]
@@ -20,6 +20,9 @@ class Runner(Protocol):
         Raises:
             EngineStopped: it is not loaded yet.
         """
+
+    def watch_steps(self, listener: StepListener) -> None:
+        """Tell a listener of every decode step, in a thread of the engine; to be called before `start`."""
 
     async def start(self) -> None:
         """Load and warm up the model, then take requests.
