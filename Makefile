@@ -36,12 +36,14 @@ check: build  ## lint, types, formatting, and that everything generated is up to
 	$(BIN)/buf lint
 	$(BIN)/python scripts/generate_protos.py --check
 	$(BIN)/python scripts/generate_docs.py --check
+	$(BIN)/python scripts/generate_dashboards.py --check
 
-verify: check test  ## what takes longer: more random mixes, ten minutes at full load, wheel, container image, benchmarks
+verify: check test  ## what takes longer: random mixes, full load, wheel, Prometheus, container image, benchmarks
 	$(BIN)/python -m pytest tests/engine/test_random_mixes.py --mixes 200 --timeout 3600
 	$(BIN)/python -m benchmarks.soak
 	PATH="$(abspath $(BIN)):$$PATH" scripts/verify_wheel.sh
-	scripts/verify_image.sh  # as root, on Debian
+	$(BIN)/python scripts/verify_monitoring.py  # these as root, on Debian
+	scripts/verify_image.sh
 	$(MAKE) bench
 
 fmt: build  ## format Python and C++
@@ -52,8 +54,9 @@ fmt: build  ## format Python and C++
 protos: build  ## regenerate trimserve/v1 from protos/
 	$(BIN)/python scripts/generate_protos.py
 
-docs: build  ## regenerate the tables of docs/ and README.md
+docs: build  ## regenerate the tables of docs/ and README.md, and the dashboard
 	$(BIN)/python scripts/generate_docs.py
+	$(BIN)/python scripts/generate_dashboards.py
 
 bench: build  ## measure ops and metrics, and try the load generator and the byte count (docs/performance.md measures with them)
 	$(BIN)/python benchmarks/bench_ops.py --out benchmarks/results/ops.json

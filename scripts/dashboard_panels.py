@@ -1,0 +1,302 @@
+"""The panels of the Grafana dashboard, by row: what each asks Prometheus. `generate_dashboards.py` draws them."""
+
+from dataclasses import dataclass
+
+__all__ = ["ROWS", "Panel"]
+
+CHOSEN = 'instance=~"$instance"'
+"""The instances that the dashboard's variable selects; every expression has it."""
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One panel, 24 columns in a row of them."""
+
+    title: str
+    unit: str
+    """As Grafana names it."""
+    queries: dict[str, str]
+    """Legend -> PromQL."""
+    text: str
+    """What one sees, and what to make of it."""
+    kind: str = "timeseries"
+    """timeseries, stat or heatmap."""
+    width: int = 8
+
+
+def series(metric: str, labels: str = "") -> str:
+    """A selector of the chosen instances."""
+    return f"{metric}{{{CHOSEN}{',' if labels else ''}{labels}}}"
+
+
+def total(metric: str, labels: str = "", by: str = "") -> str:
+    """A gauge, summed over instances."""
+    return f"sum{_by(by)} ({series(metric, labels)})"
+
+
+def rate(metric: str, labels: str = "", by: str = "") -> str:
+    """A counter's increase per second, summed over instances."""
+    return f"sum{_by(by)} (rate({series(metric, labels)}[$__rate_interval]))"
+
+
+def quantile(share: float, metric: str, labels: str = "", by: str = "") -> str:
+    """A quantile of a histogram over all chosen instances."""
+    return f"histogram_quantile({share}, {rate(f'{metric}_bucket', labels, 'le' + (', ' + by if by else ''))})"
+
+
+def mean(metric: str, by: str = "", labels: str = "") -> str:
+    """The mean of what a histogram saw."""
+    return f"{rate(f'{metric}_sum', labels, by)} / {rate(f'{metric}_count', labels, by)}"
+
+
+def quantiles(metric: str, by: str = "", labels: str = "") -> dict[str, str]:
+    """The usual three, by legend."""
+    legend = f" {{{{{by}}}}}" if by else ""
+    return {f"p{share * 100:g}{legend}": quantile(share, metric, labels, by) for share in (0.5, 0.95, 0.99)}
+
+
+def _by(labels: str) -> str:
+    return f" by ({labels})" if labels else ""
+
+
+FIRST_TOKEN, GAP = "trimserve_time_to_first_token_seconds", "trimserve_inter_token_latency_seconds"
+HELD, UNTRIMMED = (
+    total("trimserve_kv_cache_used_bytes", 'kind="cross"'),
+    total("trimserve_cross_kv_cache_untrimmed_bytes"),
+)
+SAVED = f"1 - {HELD} / {UNTRIMMED}"
+FAILED = rate("trimserve_requests_total", 'finish_reason="error"') + " / " + rate("trimserve_requests_total")
+HITS, MISSES = rate("trimserve_image_cache_hits_total"), rate("trimserve_image_cache_misses_total")
+IMAGES = total("trimserve_image_cache_used_bytes"), total("trimserve_image_cache_capacity_bytes")
+
+ROWS: dict[str, tuple[Panel, ...]] = {
+    "Overview": (
+        Panel("Replicas ready", "short", {"": total("trimserve_model_ready")}, "Those that take requests.", "stat", 3),
+        Panel("Requests", "reqps", {"": rate("trimserve_requests_total")}, "That ended, however.", "stat", 3),
+        Panel("Tokens", "short", {"": rate("trimserve_generation_tokens_total")}, "Sent, per second.", "stat", 3),
+        Panel("First token, p95", "s", {"": quantile(0.95, FIRST_TOKEN)}, "From a request's arrival.", "stat", 3),
+        Panel("Between tokens, p95", "s", {"": quantile(0.95, GAP)}, "Of all streams.", "stat", 3),
+        Panel("Failed", "percentunit", {"": FAILED}, "Through no fault of the client.", "stat", 3),
+        Panel("Waiting", "short", {"": total("trimserve_requests_waiting")}, "In the queues.", "stat", 3),
+        Panel("Cross KV saved now", "percentunit", {"": SAVED}, "Of what running requests would hold.", "stat", 3),
+    ),
+    "Latency": (
+        Panel("First token", "s", quantiles(FIRST_TOKEN), "From a request's arrival until its first token."),
+        Panel("Between tokens", "s", quantiles(GAP), "Prefill of other requests shows in the high quantiles."),
+        Panel(
+            "Per token, mean of a request",
+            "s",
+            quantiles("trimserve_request_time_per_output_token_seconds"),
+            "What a reader of the stream feels.",
+        ),
+        Panel(
+            "Whole request",
+            "s",
+            quantiles("trimserve_request_duration_seconds", "method"),
+            "From arrival to the last message, of requests that finished.",
+        ),
+        Panel(
+            "In the queue", "s", quantiles("trimserve_queue_time_seconds"), "Until the engine began. High: scale out."
+        ),
+        Panel(
+            "First token: trimming on and off",
+            "s",
+            {"p95 {{trimming}}": quantile(0.95, FIRST_TOKEN, by="trimming")},
+            "Requests choose, so compare the same kind of request.",
+        ),
+        Panel(
+            "Stages, mean per request",
+            "s",
+            {"{{stage}}": mean("trimserve_stage_duration_seconds", "stage", 'stage!="decode_step"')},
+            "image_decode is part of preprocess; trim_select, trim_gather of prefill; detokenize of decode.",
+        ),
+        Panel(
+            "One decode step",
+            "s",
+            quantiles("trimserve_stage_duration_seconds", labels='stage="decode_step"'),
+            "Model and sampling, the whole batch.",
+        ),
+        Panel(
+            "First token, spread",
+            "s",
+            {"{{le}}": rate(f"{FIRST_TOKEN}_bucket", by="le")},
+            "How many requests took how long.",
+            "heatmap",
+        ),
+    ),
+    "Throughput": (
+        Panel(
+            "Requests by end",
+            "reqps",
+            {"{{finish_reason}}": rate("trimserve_requests_total", by="finish_reason")},
+            "How.",
+        ),
+        Panel(
+            "Tokens",
+            "short",
+            {
+                "prompt": rate("trimserve_prompt_tokens_total"),
+                "generated": rate("trimserve_generation_tokens_total"),
+            },
+            "Per second.",
+        ),
+        Panel(
+            "Running and waiting",
+            "short",
+            {"running": total("trimserve_requests_running"), "waiting": total("trimserve_requests_waiting")},
+            "Waiting that grows while running stays: the batch or the page pool is full.",
+        ),
+        Panel(
+            "Batch",
+            "short",
+            {"{{phase}}": mean("trimserve_batch_size", "phase")},
+            "Mean of requests that one step works on.",
+        ),
+        Panel(
+            "Tokens of a request",
+            "short",
+            {
+                "prompt, p95": quantile(0.95, "trimserve_request_prompt_tokens"),
+                "generated, p95": quantile(0.95, "trimserve_request_generation_tokens"),
+            },
+            "What clients ask for.",
+        ),
+        Panel("Images of a request", "short", {"mean": mean("trimserve_request_images")}, "What clients send."),
+    ),
+    "Cache and trimming": (
+        Panel(
+            "Page pool",
+            "bytes",
+            {
+                "used by {{kind}}": total("trimserve_kv_cache_used_bytes", by="kind"),
+                "capacity": total("trimserve_kv_cache_capacity_bytes"),
+            },
+            "One pool for self- and cross-attention; full, requests wait.",
+        ),
+        Panel(
+            "Cross KV: held and untrimmed",
+            "bytes",
+            {
+                "held": HELD,
+                "untrimmed": UNTRIMMED,
+            },
+            "What running requests hold, and what they would hold.",
+        ),
+        Panel("Cross KV saved", "percentunit", {"now": SAVED}, "Room for other requests."),
+        Panel(
+            "Cross KV not held, by cause",
+            "Bps",
+            {"{{cause}}": rate("trimserve_cross_kv_bytes_saved_total", by="cause")},
+            "Padding and visibility are lossless, trimming is not.",
+        ),
+        Panel(
+            "Kept fraction, spread",
+            "percentunit",
+            {"{{le}}": rate("trimserve_kept_fraction_bucket", by="le")},
+            "Rows held over valid features; k_ratio is another number.",
+            "heatmap",
+        ),
+        Panel(
+            "Visual features",
+            "short",
+            {"{{state}}": rate("trimserve_visual_features_total", by="state")},
+            "Per second. valid = kept + dropped; merged are rows that dropped ones became.",
+        ),
+        Panel(
+            "What trimming did",
+            "reqps",
+            {"{{outcome}}": rate("trimserve_trim_requests_total", by="outcome")},
+            "Requests by outcome.",
+        ),
+        Panel(
+            "Cross KV of a request",
+            "bytes",
+            {"p95 {{state}}": quantile(0.95, "trimserve_request_cross_kv_bytes", by="state")},
+            "Untrimmed, and as held.",
+        ),
+        Panel(
+            "Image cache",
+            "percentunit",
+            {
+                "hits": f"{HITS} / ({HITS} + {MISSES})",
+                "full": " / ".join(IMAGES),
+            },
+            "Images that were not encoded again, and how full the cache is.",
+        ),
+        Panel("Image cache: evictions", "short", {"": rate("trimserve_image_cache_evictions_total")}, "Per second."),
+    ),
+    "gRPC": (
+        Panel(
+            "Calls by code",
+            "reqps",
+            {"{{grpc_code}}": rate("grpc_server_handled_total", by="grpc_code")},
+            "That ended.",
+        ),
+        Panel(
+            "Calls by method",
+            "reqps",
+            {"{{grpc_method}}": rate("grpc_server_started_total", by="grpc_method")},
+            "That began.",
+        ),
+        Panel(
+            "Open calls",
+            "short",
+            {
+                "{{grpc_method}}": f"{total('grpc_server_started_total', by='grpc_method')} - "
+                f"{total('grpc_server_handled_total', by='grpc_method')}"
+            },
+            "Began and did not end yet.",
+        ),
+        Panel(
+            "Messages",
+            "short",
+            {"received": rate("grpc_server_msg_received_total"), "sent": rate("grpc_server_msg_sent_total")},
+            "Per second.",
+        ),
+        Panel(
+            "Handling, p95",
+            "s",
+            {"{{grpc_method}}": quantile(0.95, "grpc_server_handling_seconds", by="grpc_method")},
+            "Whole calls.",
+        ),
+    ),
+    "Errors": (
+        Panel("Failed", "percentunit", {"share": FAILED}, "Of all requests, through no fault of the client."),
+        Panel(
+            "Failures by kind", "short", {"{{kind}}": rate("trimserve_engine_errors_total", by="kind")}, "Per second."
+        ),
+        Panel(
+            "Refused by reason",
+            "reqps",
+            {"{{reason}}": rate("trimserve_admission_rejections_total", by="reason")},
+            "queue_full: scale out. stopped: starting, draining or dead.",
+        ),
+        Panel(
+            "Ended early, by reason",
+            "reqps",
+            {"{{reason}}": rate("trimserve_cancelled_requests_total", by="reason")},
+            "Clients that go away, deadlines, shutdowns.",
+        ),
+    ),
+    "Process": (
+        Panel("Memory of the process", "bytes", {"{{instance}}": series("process_resident_memory_bytes")}, "Resident."),
+        Panel(
+            "Memory of the device",
+            "bytes",
+            {"{{kind}}": total("trimserve_device_memory_bytes", by="kind")},
+            "Weights, page pool, what is free; of a GPU also torch's allocator.",
+        ),
+        Panel(
+            "CPU", "short", {"{{instance}}": f"rate({series('process_cpu_seconds_total')}[$__rate_interval])"}, "Cores."
+        ),
+        Panel(
+            "Versions and models",
+            "short",
+            {
+                "{{version}}, torch {{torch}}": f"count by (version, torch) ({series('trimserve_build_info')})",
+                "{{model_id}} {{dtype}}": f"count by (model_id, dtype) ({series('trimserve_model_info')})",
+            },
+            "Replicas of each.",
+        ),
+    ),
+}
