@@ -17,6 +17,7 @@ HOMES = {
     "grpc_status": {"server"},
     "google": {"server", "client", "cli", "v1"},
     "prometheus_client": {"server"},
+    "opentelemetry": {"server"},
     "transformers": {"models"},
     "huggingface_hub": {"models"},
     "matplotlib": {"evaluation"},

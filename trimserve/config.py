@@ -6,6 +6,7 @@ The underscores are double because Kubernetes injects `TRIMSERVE_PORT` and the l
 """
 
 import ipaddress
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -192,6 +193,12 @@ class ServerConfig(_Knobs):
     log_format: Literal["console", "json"] = Field(
         default="console", description="Lines for people, or one JSON object each for machines."
     )
+    tracing_endpoint: str | None = Field(
+        default=None,
+        pattern=r"^https?://\S+$",
+        description="Collector that takes traces as OTLP over gRPC, such as `http://localhost:4317`; unset is no "
+        "traces. Needs `pip install 'trimserve[tracing]'`; OpenTelemetry's own variables (`OTEL_*`) set the rest.",
+    )
 
     @field_validator("tls_key", "tls_client_ca")
     @classmethod
@@ -210,6 +217,16 @@ class ServerConfig(_Knobs):
         if not (is_allowed or info.data.get("tls_cert") or _is_loopback(host)):
             raise ValueError(f"must be set, or tls_cert given, to listen on {host}, which is not loopback")
         return is_allowed
+
+    @field_validator("tracing_endpoint")
+    @classmethod
+    def _has_opentelemetry(cls, endpoint: str | None) -> str | None:
+        if endpoint is not None:
+            try:
+                distribution("opentelemetry-exporter-otlp-proto-grpc")
+            except PackageNotFoundError:
+                raise ValueError("traces need `pip install 'trimserve[tracing]'`") from None
+        return endpoint
 
 
 def _is_loopback(host: str) -> bool:

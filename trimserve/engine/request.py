@@ -118,7 +118,7 @@ class Started:
     selections: tuple[ImageSelection, ...] = ()
     """One per image when the request asked for `return_selection`."""
     spans: tuple[StageSpan, ...] = field(default=(), compare=False)
-    """Of every stage until now."""
+    """Of every stage until now; the last is prefill."""
 
 
 @dataclass(frozen=True, slots=True)

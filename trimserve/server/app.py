@@ -32,6 +32,7 @@ from trimserve.server.metrics import Metrics
 from trimserve.server.metrics_http import MetricsServer, socket_family
 from trimserve.server.runner import Runner
 from trimserve.server.service import SERVICES, GenerationService, ModelService
+from trimserve.server.tracing import Tracing
 from trimserve.server.transport import channel_options
 from trimserve.v1 import generation_pb2_grpc, model_pb2_grpc
 
@@ -68,9 +69,11 @@ class Server:
         self._config = config.server
         self._metrics = Metrics()
         runner.watch_steps(self._metrics.saw_step)
+        endpoint = self._config.tracing_endpoint
+        self._tracing = [] if endpoint is None else [Tracing(endpoint)]
         self._health = Health(SERVICES)
         self._server = grpc.aio.server(
-            interceptors=[RpcInterceptor(self._metrics, Gate(self._config), self._config)],
+            interceptors=[*self._tracing, RpcInterceptor(self._metrics, Gate(self._config), self._config)],
             options=channel_options(self._config),
             maximum_concurrent_rpcs=self._config.max_concurrent_rpcs + OTHER_RPCS,
         )
@@ -164,6 +167,8 @@ class Server:
         await self._server.stop(max(LAST_WORDS_SECONDS, end - time.monotonic()))
         if self._metrics_server is not None:
             await asyncio.to_thread(self._metrics_server.close)
+        for tracing in self._tracing:
+            await asyncio.to_thread(tracing.close)
         log.info("stopped")
 
     async def _follow(self) -> None:

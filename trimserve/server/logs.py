@@ -10,6 +10,8 @@ from typing import Literal
 
 import structlog
 
+from trimserve.server.tracing import current_trace
+
 __all__ = ["configure_logging"]
 
 
@@ -35,6 +37,7 @@ def configure_logging(level: str, log_format: Literal["console", "json"]) -> Non
                 structlog.stdlib.add_logger_name,
                 structlog.stdlib.ExtraAdder(),
                 structlog.processors.TimeStamper(fmt="iso", utc=True),
+                _add_trace_id,
             ],
             processors=[
                 structlog.stdlib.ProcessorFormatter.remove_processors_meta,
@@ -46,3 +49,11 @@ def configure_logging(level: str, log_format: Literal["console", "json"]) -> Non
     root.handlers = [handler]
     root.setLevel(logging.WARNING)
     logging.getLogger("trimserve").setLevel(level.upper())
+
+
+def _add_trace_id(_logger: object, _method: str, event: structlog.types.EventDict) -> structlog.types.EventDict:
+    """Leads from a line about an RPC to its trace."""
+    trace = current_trace()
+    if trace is not None and trace.trace_id is not None:
+        event["trace_id"] = trace.trace_id
+    return event

@@ -1,11 +1,12 @@
-"""What one generation request adds to the metrics, fed from its chunks and its end."""
+"""What one generation request adds to the metrics and to its trace, fed from its chunks and its end."""
 
 import asyncio
 import time
 
-from trimserve.engine.request import Finished, GenerationChunk, GenerationRequest, Started, TokenDelta
+from trimserve.engine.request import Finished, GenerationChunk, GenerationRequest, StageSpan, Started, TokenDelta
 from trimserve.errors import DeadlinePassed, EngineBusy, EngineStopped, InvalidRequest, OutOfMemory, RequestFailed
 from trimserve.server.metrics import STAGES, Metrics
+from trimserve.server.tracing import current_trace
 
 __all__ = ["RequestObserver"]
 
@@ -28,11 +29,14 @@ class RequestObserver:
         self._is_trimming = False
         self._inter_token = metrics.inter_token_latency_seconds.labels("off")
         self._started: Started | None = None
+        self._trace = current_trace()
 
     def accepted(self, request: GenerationRequest) -> None:
         """The request passed its checks."""
         self._is_trimming = request.trim.enabled
         self._inter_token = self._metrics.inter_token_latency_seconds.labels(self._trimming)
+        if self._trace is not None:
+            self._trace.describe({"trimserve.request_id": request.request_id})
 
     def saw(self, chunk: GenerationChunk) -> None:
         """A chunk is about to be sent."""
@@ -51,6 +55,7 @@ class RequestObserver:
             error: what ended it; CancelledError and GeneratorExit are a client that went away.
             is_past_deadline: whether the RPC's deadline has passed, which also arrives as CancelledError.
         """
+        self._trace_decode()
         match error:
             case InvalidRequest():
                 finish_reason = "rejected"
@@ -103,6 +108,10 @@ class RequestObserver:
         if chunk.images and self._is_trimming:
             metrics.kept_fraction.observe(sum(image.held_rows for image in chunk.images) / valid)
         metrics.trim_requests.labels(self._trim_outcome(chunk, kept < valid)).inc()
+        if self._trace is not None:
+            self._trace.describe({"gen_ai.usage.input_tokens": chunk.num_prompt_tokens})
+            for span in chunk.spans:
+                self._trace.add_stage(span)
 
     def _trim_outcome(self, chunk: Started, has_dropped: bool) -> str:
         if not self._is_trimming:
@@ -119,7 +128,8 @@ class RequestObserver:
         num_gaps = num_tokens
         if self._first_token is None:
             self._first_token = now
-            self._metrics.time_to_first_token_seconds.labels(self._trimming).observe(now - self._arrived)
+            seconds = self._metrics.time_to_first_token_seconds.labels(self._trimming)
+            seconds.observe(now - self._arrived, self._exemplar)
             num_gaps -= 1
         # Tokens of one delta left together: each counts for its share of the gap before it.
         self._inter_token.observe((now - self._last_token) / num_tokens, num_gaps)
@@ -129,7 +139,7 @@ class RequestObserver:
         metrics, timings = self._metrics, chunk.timings
         metrics.requests.labels(self._method, chunk.reason.value).inc()
         duration = time.monotonic() - self._arrived
-        metrics.request_duration_seconds.labels(self._method, self._trimming).observe(duration)
+        metrics.request_duration_seconds.labels(self._method, self._trimming).observe(duration, self._exemplar)
         if self._first_token is not None and chunk.num_generated_tokens > 1:
             per_token = (self._last_token - self._first_token) / (chunk.num_generated_tokens - 1)
             metrics.time_per_output_token_seconds.labels(self._trimming).observe(per_token)
@@ -139,6 +149,22 @@ class RequestObserver:
             metrics.stage_duration_seconds.labels(stage).observe(getattr(timings, name))
         if self._started is not None and self._started.images:
             self._saw_cross_kv(chunk)
+        self._trace_decode()
+        if self._trace is not None:
+            reasons: list[str] = [chunk.reason.value]
+            tokens = chunk.num_generated_tokens
+            self._trace.describe({"gen_ai.usage.output_tokens": tokens, "gen_ai.response.finish_reasons": reasons})
+
+    @property
+    def _exemplar(self) -> dict[str, str] | None:
+        """Leads from a bucket to one trace of those that it counts."""
+        trace_id = None if self._trace is None else self._trace.trace_id
+        return None if trace_id is None else {"trace_id": trace_id}
+
+    def _trace_decode(self) -> None:
+        """The last stage, which ends now; nothing when it did not begin."""
+        if self._trace is not None and self._started is not None and self._started.spans:
+            self._trace.add_stage(StageSpan("decode", self._started.spans[-1].end, time.monotonic()))
 
     def _saw_cross_kv(self, chunk: Finished) -> None:
         account, metrics = chunk.cross_kv, self._metrics
