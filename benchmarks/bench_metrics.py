@@ -29,17 +29,17 @@ def make_step(metrics: Metrics, batch: int) -> Callable[[], None]:
     """What the metrics do in one decode step of `batch` streams, wherever in the server that is."""
     stream = next(labels for labels in RPCS if labels[0] == "server_stream")
     observers = [RequestObserver(metrics, "GenerateStream") for _ in range(batch)]
-    counts = [metrics.rpc_messages_sent.labels(*stream).inc for _ in range(batch)]
+    counts = [metrics.rpc_messages_sent.labels(*stream) for _ in range(batch)]
     for observer in observers:
         observer.accepted(REQUEST)
     streams = list(zip(observers, counts, strict=True))
 
     def step() -> None:
-        for observer, count_sent in streams:
+        for observer, sent in streams:
             time.monotonic()  # the engine's clock before and after detokenising
             time.monotonic()
             observer.saw(DELTA)
-            count_sent()
+            sent.inc()
         metrics.saw_step(batch, 0.02)
 
     return step

@@ -191,4 +191,8 @@ async def test_every_call_is_logged_without_its_content(loopback: Loopback, capl
     (record,) = (record for record in caplog.records if record.message == "rpc")
     fields = record.__dict__
     assert (fields["method"], fields["code"], fields["request_id"]) == ("Generate", "OK", "mine")
+    assert fields["service"] == "trimserve.v1.GenerationService"
+    assert (fields["request_bytes"], fields["messages_sent"]) == (request.ByteSize(), 1)
+    assert fields["peer"].startswith("ipv4:127.0.0.1:")
+    assert fields["user_agent"].startswith("grpc-python")
     assert "confidential" not in str(fields)

@@ -34,6 +34,8 @@ OWN_METHODS = "/trimserve."
 
 OPEN_METHODS = f"/{health.SERVICE_NAME}/"
 """Kubernetes' probes cannot send a token."""
+MAX_USER_AGENT_CHARS = 128
+"""Of a client's name in the log."""
 
 Context = ServicerContext[Any, Any]
 RpcHandler: TypeAlias = Any  # gRPC has types for handlers of its synchronous API only
@@ -119,8 +121,7 @@ class RpcInterceptor(grpc.aio.ServerInterceptor):
             seconds = time.monotonic() - begin
             metrics.rpcs_handled.labels(*rpc.labels, code.name).inc()
             metrics.rpc_handling_seconds.labels(*rpc.labels).observe(seconds)
-            fields = {"method": rpc.labels[2], "code": code.name, "seconds": round(seconds, 6), "client": rpc.client}
-            log.info("rpc", extra={**fields, "request_id": rpc.request_id})
+            log.info("rpc", extra={**rpc.account(), "code": code.name, "seconds": round(seconds, 6)})
 
 
 class _Rpc:
@@ -131,9 +132,11 @@ class _Rpc:
         self.context = context
         self.client = ""
         """Empty until it is let in."""
-        metadata = dict(context.invocation_metadata() or ())
-        self.request_id = adopt_request_id(None, str(metadata.get(REQUEST_ID_KEY, "")))
+        self._metadata = dict(context.invocation_metadata() or ())
+        self.request_id = adopt_request_id(None, str(self._metadata.get(REQUEST_ID_KEY, "")))
         self._metrics = metrics
+        self._request_bytes = self._num_sent = 0
+        self._sent = metrics.rpc_messages_sent.labels(*labels)
 
     async def receive(self, requests: AsyncIterator[Message], timeout_seconds: float) -> Message:
         """The one message of the client."""
@@ -146,6 +149,7 @@ class _Rpc:
             limit = f"{timeout_seconds:g} seconds (receive_timeout_seconds)"
             raise DeadlinePassed(f"the request did not arrive within {limit}") from None
         self._metrics.rpc_messages_received.labels(*self.labels).inc()
+        self._request_bytes = request.ByteSize()
         self.request_id = adopt_request_id(request, self.request_id)
         return request
 
@@ -155,7 +159,22 @@ class _Rpc:
             await self.context.write(response)
         except grpc.aio.InternalError as error:  # the client went away during the write
             raise asyncio.CancelledError from error
-        self._metrics.rpc_messages_sent.labels(*self.labels).inc()
+        self._sent.inc()
+        self._num_sent += 1
+
+    def account(self) -> dict[str, str | int]:
+        """What the log says of it: who called what, and how much came and went; nothing of what was said."""
+        _, service, method = self.labels
+        return {
+            "service": service,
+            "method": method,
+            "request_id": self.request_id,
+            "client": self.client,
+            "peer": self.context.peer(),
+            "user_agent": str(self._metadata.get("user-agent", ""))[:MAX_USER_AGENT_CHARS],
+            "request_bytes": self._request_bytes,
+            "messages_sent": self._num_sent,
+        }
 
 
 def _refusal(error: TrimserveError) -> RpcHandler:
