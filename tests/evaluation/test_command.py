@@ -10,6 +10,7 @@ from typer.testing import CliRunner, Result
 
 from trimserve.cli import app
 from trimserve.evaluation.report import Report
+from trimserve.models.policies.table import POLICIES
 
 
 def run(*arguments: object) -> Result:
@@ -56,7 +57,7 @@ def test_calibration_is_written_and_told(data: Path, checkpoint: Path, tmp_path:
         (("--k-ratios", "0.5,0"), "must be numbers in (0, 1], got '0'"),
         (("--merge-ratios", "0,1.5"), "must be numbers in [0, 1], got '1.5'"),
         (("--k-ratios", "half"), "must be numbers in (0, 1], got 'half'"),
-        (("--policies", "trimmed,best"), "must be among trimmed, random, strided, got 'best'"),
+        (("--policies", "trimmed,best"), f"must be among {', '.join(POLICIES)}, got 'best'"),
         (("--address", "localhost:1"), "exclude each other"),
     ],
 )

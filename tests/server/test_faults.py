@@ -173,8 +173,10 @@ def test_a_request_that_no_pool_of_this_size_can_hold_is_told_bytes_and_knob() -
         serve(max_images=1, kv_cache_bytes=scratch + pages * positions * row_bytes) as small,
         Client(small.address) as client,
     ):
+        whole = question(1, [picture()])
+        whole.trim.k_ratio = 0.5  # the heads together may pick every feature
         with pytest.raises(grpc.RpcError) as caught:
-            client.generate(question(1, [picture()]))
+            client.generate(whole)
         assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
         told = str(caught.value.details())
         of_images = -(-features // positions) * positions * row_bytes
