@@ -96,7 +96,7 @@ with Client(sys.argv[1]) as client:
 
 
 def test_a_client_that_is_killed_frees_its_pages_and_harms_nobody(server: InProcessServer, client: Client) -> None:
-    other = question(300, [picture(colour="green")])
+    other = question(400, [picture(colour="green")])
     expected = client.generate(other).token_ids
     cancelled_before = num_cancelled(server)
     command = [sys.executable, "-c", READS_UNTIL_KILLED, server.address]
@@ -113,7 +113,8 @@ def test_a_client_that_is_killed_frees_its_pages_and_harms_nobody(server: InProc
         until(lambda: client.status().num_running == 2)
         process.send_signal(signal.SIGKILL)
         assert answer.result().token_ids == expected
-    until(lambda: is_idle(client))
+    # Both took a token in each step, and the killed one had most of its tokens before it.
+    assert is_idle(client)
     assert num_cancelled(server) == cancelled_before + 1
 
 
