@@ -16,6 +16,8 @@ from skimage import data
 from typer.testing import CliRunner, Result
 
 from tests.server.fakes import CONFIG, FINISHED, STARTED, FakeRunner
+from tests.server.test_access import entry
+from tests.server.test_tls import Files, server_config
 from trimserve import __version__
 from trimserve.cli import app, main
 from trimserve.config import Config, EngineConfig
@@ -87,6 +89,17 @@ def test_an_answer_of_any_text_is_printed_as_it_is(tmp_path: Path) -> None:
 def test_generate_without_an_address_serves_itself_and_streams_the_same_text() -> None:
     question = ("generate", "--image", SAMPLES[0], "--prompt", "What do you see?", "--temperature", 0)
     assert run(*question).stdout == run(*question, "--stream").stdout
+
+
+def test_generate_speaks_tls_and_sends_a_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files, clients = Files(tmp_path), tmp_path / "clients.toml"
+    clients.write_text(entry("us", "secret"))
+    config = server_config(files)
+    guarded = config.model_copy(update={"server": config.server.model_copy(update={"auth_file": clients})})
+    with InProcessServer(FakeRunner(), guarded) as fake:
+        question = ("generate", "--prompt", "Hi", "--address", fake.address, "--ca", files.path("clients.pem"))
+        monkeypatch.setenv("TRIMSERVE_TOKEN", "secret")
+        assert run(*question).stdout == "Hello ☃!\n"
 
 
 def test_streamed_json_is_one_event_a_line(address: str) -> None:

@@ -1,16 +1,21 @@
 """The client: requests made from strings and files, and calls over a real connection."""
 
-from collections.abc import Iterator
+import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import grpc
 import pytest
 
-from tests.server.fakes import CONFIG, FakeRunner
-from trimserve.client import Client, make_request
+from tests.server.fakes import CHUNKS, CONFIG, FakeRunner, Script, ScriptItem
+from tests.server.test_access import entry
+from tests.server.test_tls import Files, server_config
+from trimserve.client import SERVICE_CONFIG, Client, Tls, make_request
 from trimserve.config import EngineConfig
+from trimserve.errors import EngineBusy, EngineStopped, RequestFailed
 from trimserve.models.prompt import ChatPrompt, Image, Message, Text
 from trimserve.server.app import InProcessServer
+from trimserve.server.service import SERVICES
 from trimserve.v1 import generation_pb2 as pb
 
 
@@ -80,7 +85,7 @@ def test_a_status_is_raised_untouched(client: Client) -> None:
 
 
 def test_leaving_a_stream_cancels_the_request(client: Client, runner: FakeRunner) -> None:
-    runner.script = [*runner.script[:2], *[runner.script[1]] * 100_000]
+    runner.script = [*CHUNKS[:2], *CHUNKS[1:2] * 100_000]
     stream = client.stream("Hello")
     next(stream)
     stream.close()  # type: ignore[attr-defined]
@@ -94,3 +99,89 @@ def test_leaving_a_stream_cancels_the_request(client: Client, runner: FakeRunner
 def test_model_and_status_are_told(client: Client) -> None:
     assert client.model().model_id == "fake"
     assert client.status().is_ready
+
+
+class FailsAtFirst:
+    """A script that ends with an error the first times that it is played."""
+
+    def __init__(self, error: Exception, num_failures: int, before: Script = ()) -> None:
+        """Play `before`, then the error."""
+        self.num_plays = 0
+        self._num_failures = num_failures
+        self._failing = (*before, error)
+
+    def __iter__(self) -> Iterator[ScriptItem]:
+        self.num_plays += 1
+        return iter(self._failing if self.num_plays <= self._num_failures else CHUNKS)
+
+
+def test_an_unavailable_server_is_tried_again(client: Client, runner: FakeRunner) -> None:
+    answers: list[Callable[[], str]] = [
+        lambda: client.generate("Hello").text,
+        lambda: "".join(event.delta.text for event in client.stream("Hello")),
+    ]
+    for answer in answers:
+        runner.script = script = FailsAtFirst(EngineStopped("draining"), 2)
+        assert answer() == "Hello ☃!"
+        assert script.num_plays == 3
+
+
+def test_a_large_request_is_tried_again_too(client: Client, runner: FakeRunner) -> None:
+    runner.script = FailsAtFirst(EngineStopped("draining"), 1)
+    assert client.generate("What?", [bytes(20 * 2**20)]).text
+
+
+@pytest.mark.parametrize(
+    ("error", "before"),
+    [(EngineBusy("full"), ()), (RequestFailed("NaN"), ()), (EngineStopped("cut"), CHUNKS[:1])],
+    ids=["busy", "failed", "after its first message"],
+)
+def test_nothing_else_is_tried_again(client: Client, runner: FakeRunner, error: Exception, before: Script) -> None:
+    runner.script = script = FailsAtFirst(error, 1, before)
+    with pytest.raises(grpc.RpcError):
+        list(client.stream("Hello"))
+    assert script.num_plays == 1
+
+
+def test_calls_go_to_every_server_of_a_name_that_is_healthy() -> None:
+    runners = FakeRunner(), FakeRunner()
+    with (
+        InProcessServer(runners[0], CONFIG) as first,
+        InProcessServer(runners[1], CONFIG) as second,
+        Client(f"ipv4:{first.address},{second.address}") as client,
+    ):
+        while not all(runner.requests for runner in runners):
+            client.generate("Hello")
+        runners[0].is_ready = False
+        for _ in range(200):  # also before health has told
+            assert client.generate("Hello").text
+
+
+def test_a_client_shows_its_certificate_and_its_token(runner: FakeRunner, tmp_path: Path) -> None:
+    files = Files(tmp_path)
+    own = files.authority.issue_cert("a-client")
+    chain, key, clients = tmp_path / "own.pem", tmp_path / "own.key", tmp_path / "clients.toml"
+    own.cert_chain_pems[0].write_to_path(chain)
+    own.private_key_pem.write_to_path(key)
+    clients.write_text(entry("us", "secret"))
+    config = server_config(files, is_mutual=True)
+    server = config.server.model_copy(update={"auth_file": clients})
+    tls = Tls(ca=files.path("clients.pem"), certificate=chain, key=key)
+    with InProcessServer(runner, config.model_copy(update={"server": server})) as running:
+        with Client(running.address, tls=tls, token="secret") as client:
+            assert client.generate("Hello").text
+            assert list(client.stream("Hello"))
+            assert client.model().model_id == "fake"
+            assert client.status().is_ready
+        with Client(running.address, tls=tls, token="other") as client, pytest.raises(grpc.RpcError) as caught:
+            client.generate("Hello")
+        assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
+
+
+def test_the_service_config_names_real_services_and_retries_only_what_no_server_has_begun() -> None:
+    document = json.loads(SERVICE_CONFIG.read_text())
+    named = {entry["service"] for method in document["methodConfig"] for entry in method["name"]}
+    assert named == set(SERVICES)
+    assert document["healthCheckConfig"]["serviceName"] in SERVICES
+    for method in document["methodConfig"]:
+        assert method["retryPolicy"]["retryableStatusCodes"] == ["UNAVAILABLE"]

@@ -35,6 +35,7 @@ BAD = [
     (ServerConfig, "max_deadline_seconds", 0),
     (ServerConfig, "drain_grace_seconds", float("inf")),
     (ServerConfig, "max_connection_age_seconds", 0),
+    (ServerConfig, "keepalive_seconds", 0.5),
     (ServerConfig, "log_level", "loud"),
     (ServerConfig, "log_format", "xml"),
     (ServerConfig, "prot", 50051),

@@ -29,7 +29,7 @@ from pydantic import BaseModel, ByteSize, ValidationError
 from rich.console import Console
 
 from trimserve import __version__
-from trimserve.client import Client, RequestOptions, make_request
+from trimserve.client import Client, RequestOptions, Tls, make_request
 from trimserve.config import Config, EngineConfig, ModelConfig, ServerConfig
 from trimserve.engine.workers import is_any_left_behind
 from trimserve.errors import TrimserveError
@@ -64,6 +64,10 @@ Address = Annotated[
     str | None,
     typer.Option(help="HOST:PORT of a running server; default: start one, with the knobs of the model below."),
 ]
+Ca = Annotated[
+    Path | None, typer.Option(help="PEM file of the authorities of the server at --address, which then speaks TLS.")
+]
+Token = Annotated[str | None, typer.Option(envvar="TRIMSERVE_TOKEN", help="Token for the server at --address.")]
 
 
 def main() -> None:
@@ -207,6 +211,8 @@ def generate(
     seed: Annotated[int | None, typer.Option(min=0, max=2**64 - 1, help="Makes sampling repeatable.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print whole messages as JSON.")] = False,
     address: Address = None,
+    ca: Ca = None,
+    token: Token = None,
     *,
     config: Config,
 ) -> None:
@@ -214,7 +220,7 @@ def generate(
     sampling = pb.SamplingParams(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
     options = _options(system, sampling, _trim(k_ratio, merge_ratio, no_trim))
     request = make_request(prompt, image or [], **options)
-    with _client(address, config.model) as client:
+    with _client(address, ca, token, config.model) as client:
         if stream:
             for event in client.stream(request):
                 if as_json:
@@ -238,6 +244,8 @@ def explain(
     k_ratio: KRatio = None,
     merge_ratio: MergeRatio = None,
     address: Address = None,
+    ca: Ca = None,
+    token: Token = None,
     *,
     config: Config,
 ) -> None:
@@ -250,7 +258,7 @@ def explain(
     trim = _trim(k_ratio, merge_ratio, no_trim=False)
     trim.return_selection = True
     options = _options(system, pb.SamplingParams(temperature=0), trim)
-    with _client(address, config.model) as client:
+    with _client(address, ca, token, config.model) as client:
         response = client.generate(make_request(prompt, [image], **options))
         tile_size = client.model().tile_size
     [selection], [usage] = response.selections, response.usage.images
@@ -306,7 +314,7 @@ app.command("eval")(evaluate)
 
 
 @contextmanager
-def _client(address: str | None, model: ModelConfig) -> Iterator[Client]:
+def _client(address: str | None, ca: Path | None, token: str | None, model: ModelConfig) -> Iterator[Client]:
     """A client of the server at an address, or of one in this process on a free port."""
     if address is None:
         from trimserve.local import in_process_server
@@ -314,7 +322,7 @@ def _client(address: str | None, model: ModelConfig) -> Iterator[Client]:
         with in_process_server(model) as server, Client(server.address) as client:
             yield client
         return
-    with Client(address) as client:
+    with Client(address, tls=None if ca is None else Tls(ca), token=token) as client:
         try:
             yield client
         except grpc.RpcError as error:

@@ -1,10 +1,13 @@
 """A thin client: calls with the right limits, and requests made from strings and image files.
 
-Answers are the generated messages themselves, errors are gRPC's own `grpc.RpcError`. Programs with an event
-loop use `make_request` with the generated stubs.
+Answers are the generated messages themselves, errors are gRPC's own `grpc.RpcError`. `service_config.json`, which
+clients in other languages can use as it is, says which calls are tried again, how long they may take and how they are
+spread over the addresses of a name. Programs with an event loop use `make_request` with the generated stubs, and
+`channel_options`.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TypedDict, Unpack
@@ -15,10 +18,13 @@ from trimserve.v1 import generation_pb2, generation_pb2_grpc, model_pb2, model_p
 
 __all__ = [
     "MAX_MESSAGE_BYTES",
+    "SERVICE_CONFIG",
     "Client",
     "ImageSource",
     "Prompt",
     "RequestOptions",
+    "Tls",
+    "channel_options",
     "make_image",
     "make_request",
 ]
@@ -26,11 +32,52 @@ __all__ = [
 MAX_MESSAGE_BYTES = 64 * 2**20
 """What servers take unless configured otherwise; gRPC's own limit of 4 MiB is too small for images."""
 
+SERVICE_CONFIG = Path(__file__).with_name("service_config.json")
+"""File that says how clients time out, try again, balance and heed health."""
+
 ImageSource = bytes | str | Path
 """Content of an image file, or where it is."""
 
 Prompt = str | Sequence[generation_pb2.Message]
 """What the user asks, or a whole conversation."""
+
+
+def channel_options(max_message_bytes: int = MAX_MESSAGE_BYTES) -> list[tuple[str, int | str]]:
+    """What a channel to a server needs: sizes, the service config, pings.
+
+    Args:
+        max_message_bytes: of one message, either way.
+    """
+    return [
+        ("grpc.max_receive_message_length", max_message_bytes),
+        ("grpc.max_send_message_length", max_message_bytes),
+        ("grpc.per_rpc_retry_buffer_size", max_message_bytes),  # a larger request would not be tried again
+        ("grpc.service_config", SERVICE_CONFIG.read_text()),
+        ("grpc.keepalive_time_ms", 30_000),  # an answer may be long in coming: keeps its connection in NAT tables
+        ("grpc.keepalive_timeout_ms", 20_000),
+        ("grpc.http2.ping_timeout_ms", 20_000),
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class Tls:
+    """How a server proves itself to us, and we to it; PEM files."""
+
+    ca: Path | None = None
+    """Authorities that may have signed the server's certificate; None is those that gRPC brings along."""
+    certificate: Path | None = None
+    """Our own chain, for a server that asks for one."""
+    key: Path | None = None
+    """Its key."""
+
+    def credentials(self) -> grpc.ChannelCredentials:
+        """What a channel is made with.
+
+        Raises:
+            OSError: a file cannot be read.
+        """
+        files = (self.ca, self.key, self.certificate)
+        return grpc.ssl_channel_credentials(*(None if file is None else file.read_bytes() for file in files))
 
 
 def make_image(source: ImageSource) -> generation_pb2.Image:
@@ -94,20 +141,30 @@ def make_request(
 class Client:
     """A connection to one server; thread-safe, and a context manager."""
 
-    def __init__(self, address: str, *, max_message_bytes: int = MAX_MESSAGE_BYTES) -> None:
+    def __init__(
+        self,
+        address: str,
+        *,
+        tls: Tls | None = None,
+        token: str | None = None,
+        max_message_bytes: int = MAX_MESSAGE_BYTES,
+    ) -> None:
         """Connect when first needed.
 
         Args:
-            address: `HOST:PORT`.
+            address: `HOST:PORT`; calls are spread over all addresses of a name.
+            tls: None is plaintext.
+            token: sent with every call, as it is: over plaintext, whoever listens can read it.
             max_message_bytes: of one message, either way.
+        Raises:
+            OSError: a file of `tls` cannot be read.
         """
-        self._channel = grpc.insecure_channel(
-            address,
-            options=[
-                ("grpc.max_receive_message_length", max_message_bytes),
-                ("grpc.max_send_message_length", max_message_bytes),
-            ],
-        )
+        options = channel_options(max_message_bytes)
+        if tls is None:
+            self._channel = grpc.insecure_channel(address, options)
+        else:
+            self._channel = grpc.secure_channel(address, tls.credentials(), options)
+        self._metadata = () if token is None else (("authorization", f"Bearer {token}"),)
         self._generation = generation_pb2_grpc.GenerationServiceStub(self._channel)
         self._model = model_pb2_grpc.ModelServiceStub(self._channel)
 
@@ -136,14 +193,14 @@ class Client:
         Args:
             prompt: as `make_request` takes it, or a whole request, with nothing beside it.
             images: as `make_request` takes them.
-            timeout_seconds: deadline of the call; None is the server's default.
+            timeout_seconds: deadline of the call; None is that of `service_config.json`.
             **options: see `RequestOptions`.
         Raises:
             grpc.RpcError: any status but OK.
             OSError: an image file cannot be read.
         """
         request = _request(prompt, images, options)
-        return self._generation.Generate(request, timeout=timeout_seconds)
+        return self._generation.Generate(request, timeout=timeout_seconds, metadata=self._metadata)
 
     def stream(
         self,
@@ -158,14 +215,14 @@ class Client:
         Args:
             prompt: as `make_request` takes it, or a whole request, with nothing beside it.
             images: as `make_request` takes them.
-            timeout_seconds: deadline of the call; None is the server's default.
+            timeout_seconds: deadline of the call; None is that of `service_config.json`.
             **options: see `RequestOptions`.
         Raises:
             grpc.RpcError: any status but OK, also after some messages.
             OSError: an image file cannot be read.
         """
         request = _request(prompt, images, options)
-        call = self._generation.GenerateStream(request, timeout=timeout_seconds)
+        call = self._generation.GenerateStream(request, timeout=timeout_seconds, metadata=self._metadata)
         try:
             yield from call
         finally:
@@ -175,21 +232,22 @@ class Client:
         """The served model.
 
         Args:
-            timeout_seconds: deadline of the call; None is none.
+            timeout_seconds: deadline of the call; None is that of `service_config.json`.
         Raises:
             grpc.RpcError: any status but OK.
         """
-        return self._model.GetModel(model_pb2.GetModelRequest(), timeout=timeout_seconds)
+        return self._model.GetModel(model_pb2.GetModelRequest(), timeout=timeout_seconds, metadata=self._metadata)
 
     def status(self, *, timeout_seconds: float | None = None) -> model_pb2.GetServerStatusResponse:
         """The server now.
 
         Args:
-            timeout_seconds: deadline of the call; None is none.
+            timeout_seconds: deadline of the call; None is that of `service_config.json`.
         Raises:
             grpc.RpcError: any status but OK.
         """
-        return self._model.GetServerStatus(model_pb2.GetServerStatusRequest(), timeout=timeout_seconds)
+        request = model_pb2.GetServerStatusRequest()
+        return self._model.GetServerStatus(request, timeout=timeout_seconds, metadata=self._metadata)
 
 
 def _request(

@@ -186,6 +186,12 @@ class ServerConfig(_Knobs):
         description="Age at which a client is asked to connect anew, so that balancers that know only "
         "connections can spread load; calls that run get the drain grace to finish. Unset is never.",
     )
+    keepalive_seconds: float = Field(
+        default=60.0,
+        ge=1,
+        description="Seconds without data after which a client is asked for a sign of life; what a client without one "
+        "had open is cancelled 20 seconds later.",
+    )
     reflection: bool = Field(default=True, description="Whether clients may ask which services exist.")
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         default="info", description="Least severity that is logged, to standard error."

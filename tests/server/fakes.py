@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterable
 from contextlib import suppress
 from enum import Enum, auto
 
@@ -127,7 +127,8 @@ class Pause(Enum):
     """The engine dies, and the request ends with it."""
 
 
-Script = Sequence[GenerationChunk | Exception | Pause]
+ScriptItem = GenerationChunk | Exception | Pause
+Script = Iterable[ScriptItem]
 
 
 class FakeRunner:

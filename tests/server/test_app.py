@@ -293,10 +293,11 @@ def test_a_dead_engine_fails_its_requests_and_ends_the_process_with_the_cause() 
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen([sys.executable, "-c", KILLED_ENGINE], **pipes) as process:
         assert process.stdout is not None
-        with Client(process.stdout.readline().strip()) as client:
-            assert client.generate(pb.GenerateRequest(raw_prompt="hi")).text
+        with grpc.insecure_channel(process.stdout.readline().strip()) as channel:  # one that does not try again
+            stub = generation_pb2_grpc.GenerationServiceStub(channel)
+            assert stub.Generate(pb.GenerateRequest(raw_prompt="hi")).text
             with pytest.raises(grpc.RpcError) as caught:
-                client.generate(pb.GenerateRequest(raw_prompt="!kill"))
+                stub.Generate(pb.GenerateRequest(raw_prompt="!kill"))
         _, log = process.communicate(timeout=20)
     assert (caught.value.code(), caught.value.details()) == (grpc.StatusCode.UNAVAILABLE, "the engine died")
     assert process.returncode == 1

@@ -6,7 +6,7 @@ import grpc
 import pytest
 
 from tests.server.conftest import Loopback
-from tests.server.fakes import chat_request
+from tests.server.fakes import FINISHED, STARTED, chat_request
 from tests.server.test_interceptors import failed
 from tests.server.wire import Relay
 from trimserve.engine.request import TokenDelta
@@ -50,7 +50,7 @@ async def test_a_method_that_does_not_exist_is_told_with_details(loopback: Loopb
 
 async def test_requests_may_be_gzip_and_answers_are_plain(loopback: Loopback) -> None:
     text = "x" * 500_000
-    loopback.runner.script = (*loopback.runner.script[:1], TokenDelta(text, (1,)), *loopback.runner.script[-1:])
+    loopback.runner.script = (STARTED, TokenDelta(text, (1,)), FINISHED)
     async with Relay(loopback.server.address) as relay, grpc.aio.insecure_channel(relay.address) as channel:
         stub: generation_pb2_grpc.GenerationServiceAsyncStub = generation_pb2_grpc.GenerationServiceStub(channel)
         answer = await stub.Generate(chat_request(text), compression=grpc.Compression.Gzip)

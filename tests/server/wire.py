@@ -1,4 +1,4 @@
-"""What lies between a client and a server: a relay of TCP connections that counts what passes."""
+"""What lies between a client and a server: a relay of TCP connections that counts what passes, or loses it."""
 
 import asyncio
 from contextlib import suppress
@@ -14,6 +14,8 @@ class Relay:
         self._port = int(port)
         self._server: asyncio.Server
         self._tasks: set[asyncio.Task[None]] = set()
+        self._is_thawed = asyncio.Event()
+        self._is_thawed.set()
         self.num_connections = 0
         self.num_bytes_up = 0
         self.num_bytes_down = 0
@@ -23,6 +25,10 @@ class Relay:
         """Where it listens."""
         host, port = self._server.sockets[0].getsockname()
         return f"{host}:{port}"
+
+    def freeze(self) -> None:
+        """Forward nothing any more and close nothing, as a network that has lost one end."""
+        self._is_thawed.clear()
 
     async def __aenter__(self) -> "Relay":
         self._server = await asyncio.start_server(self._forward, "127.0.0.1", 0)
@@ -43,9 +49,10 @@ class Relay:
         self.num_connections += 1
         server_reader, server_writer = await asyncio.open_connection(self._host, self._port)
         try:
-            async with asyncio.TaskGroup() as group:
-                group.create_task(self._pump(reader, server_writer, "num_bytes_up"))
-                group.create_task(self._pump(server_reader, writer, "num_bytes_down"))
+            with suppress(asyncio.CancelledError):
+                async with asyncio.TaskGroup() as group:
+                    group.create_task(self._pump(reader, server_writer, "num_bytes_up"))
+                    group.create_task(self._pump(server_reader, writer, "num_bytes_down"))
         finally:
             writer.close()
             server_writer.close()
@@ -54,6 +61,7 @@ class Relay:
     async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, counter: str) -> None:
         with suppress(ConnectionError):
             while data := await reader.read(65536):
+                await self._is_thawed.wait()
                 setattr(self, counter, getattr(self, counter) + len(data))
                 writer.write(data)
                 await writer.drain()

@@ -33,7 +33,7 @@ from trimserve.server.metrics_http import MetricsServer, socket_family
 from trimserve.server.runner import Runner
 from trimserve.server.service import SERVICES, GenerationService, ModelService
 from trimserve.server.tracing import Tracing
-from trimserve.server.transport import channel_options
+from trimserve.server.transport import OTHER_RPCS, server_options
 from trimserve.v1 import generation_pb2_grpc, model_pb2_grpc
 
 __all__ = ["InProcessServer", "Server", "running_server", "serve"]
@@ -42,9 +42,6 @@ log = logging.getLogger(__name__)
 
 FOLLOW_SECONDS = 0.25
 """How late health may tell that the engine has died."""
-
-OTHER_RPCS = 1024
-"""Calls that may be open beside those that the gate lets in: health checks, reflection, and what is being refused."""
 
 LAST_WORDS_SECONDS = 1.0
 """For the last messages of requests that were cut to reach their clients."""
@@ -74,7 +71,7 @@ class Server:
         self._health = Health(SERVICES)
         self._server = grpc.aio.server(
             interceptors=[*self._tracing, RpcInterceptor(self._metrics, Gate(self._config), self._config)],
-            options=channel_options(self._config),
+            options=server_options(self._config),
             maximum_concurrent_rpcs=self._config.max_concurrent_rpcs + OTHER_RPCS,
         )
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(
