@@ -14,6 +14,7 @@ class Relay:
         self._port = int(port)
         self._server: asyncio.Server
         self._tasks: set[asyncio.Task[None]] = set()
+        self._writers: list[asyncio.StreamWriter] = []
         self._is_thawed = asyncio.Event()
         self._is_thawed.set()
         self.num_connections = 0
@@ -41,13 +42,18 @@ class Relay:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        for writer in self._writers:
+            writer.transport.abort()  # also what was never sent
+        await asyncio.sleep(0)  # a transport lets go of its socket in the loop's next round
 
     async def _forward(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
         assert task is not None
         self._tasks.add(task)
+        self._writers.append(writer)
         self.num_connections += 1
         server_reader, server_writer = await asyncio.open_connection(self._host, self._port)
+        self._writers.append(server_writer)
         try:
             with suppress(asyncio.CancelledError):
                 async with asyncio.TaskGroup() as group:
