@@ -28,6 +28,14 @@ def test_lines_become_questions_with_images_beside_the_file(tmp_path: Path) -> N
     ]
 
 
+def test_texts_of_any_unicode_survive_also_with_a_byte_order_mark(tmp_path: Path) -> None:
+    text = "first\u2028second\x85third \U0001f600"
+    line = json.dumps({"image": "a.png", "question": text}, ensure_ascii=False)
+    path = write(tmp_path)
+    path.write_bytes(f"\ufeff{line}\r\n{line}\r\n".encode())
+    assert [question.text for question in load_questions(path, need_answers=False)] == [text, text]
+
+
 def test_a_limit_reads_no_further(tmp_path: Path) -> None:
     assert len(load_questions(write(tmp_path, GOOD, GOOD, "not JSON"), limit=2)) == 2
 

@@ -57,7 +57,8 @@ def load_questions(path: Path, *, limit: int | None = None, need_answers: bool =
         DatasetError: no such file, no question, a line that is not as described, or a missing image.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Not splitlines: what it takes for line ends, such as U+2028, may stand within JSON's strings.
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DatasetError(f"{path}: cannot be read: {error}") from error
     questions: list[Question] = []
