@@ -195,15 +195,21 @@ def _account(selection: ImageSelection, num_merged: int) -> str:
 
 
 def _wrapped(text: str, size: int) -> list[str]:
-    """Lines that fit the page, at most `_MAX_LINES`."""
+    """Lines that fit the page, at most `_MAX_LINES`; what is longer than a line is cut."""
     font = ImageFont.load_default(size)
+    width = _WIDTH - 2 * _GAP - font.getlength(" ...")
     lines = [""]
-    for word in text.split():
+    for word in text[: _MAX_LINES * _WIDTH].split():  # no sign is narrower than a pixel
         longer = f"{lines[-1]} {word}".strip()
-        if not lines[-1] or font.getlength(longer) <= _WIDTH - 2 * _GAP:
+        if font.getlength(longer) <= width:
             lines[-1] = longer
-        else:
-            lines.append(word)
+            continue
+        if lines[-1]:
+            lines.append("")
+        for sign in word:
+            if lines[-1] and font.getlength(lines[-1] + sign) > width:
+                lines.append("")
+            lines[-1] += sign
     return lines if len(lines) <= _MAX_LINES else [*lines[: _MAX_LINES - 1], f"{lines[_MAX_LINES - 1]} ..."]
 
 
