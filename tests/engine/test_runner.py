@@ -218,6 +218,13 @@ async def test_a_deadline_says_where_the_request_was() -> None:
         assert await collect(runner, request("hi"), time.monotonic() + 60)
 
 
+async def test_a_slow_warm_up_makes_no_deadline_too_near() -> None:
+    slow = iter([0.5])  # what is made ready on first use
+    async with running(FakeModel(before_decode=lambda: time.sleep(next(slow, 0.0)))) as runner:
+        wanted = request("hi", ignore_eos=True, max_new_tokens=20)
+        assert await collect(runner, wanted, time.monotonic() + 5)
+
+
 async def test_a_runner_that_has_not_started_refuses() -> None:
     runner = Runner(FakeModel, max_batch=1, max_queue=1, num_preprocess_workers=1)
     assert not runner.status().is_ready

@@ -87,11 +87,12 @@ class Engine:
         self._make_pool()
 
     def warmed_up(self) -> None:
-        """What the model takes to run is known now: make the page pool again of what is left. Nothing may run.
+        """Make the page pool again, of what memory the model leaves, and forget how slow it began. Nothing may run.
 
         Raises:
             CheckpointError: see `Engine`.
         """
+        self._pace = Pace()
         self._make_pool()
 
     def _make_pool(self) -> None:
