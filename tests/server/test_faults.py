@@ -137,7 +137,7 @@ def test_a_reader_that_never_reads_holds_up_only_itself_and_misses_nothing(
         until(lambda: is_idle(client))
         for stream in streams:
             *deltas, last = stream
-            assert len(deltas) < num_tokens / 2  # what waited came as one message
+            assert len(deltas) < num_tokens / 2  # what waited came together
             assert sum(len(event.delta.token_ids) for event in deltas) == num_tokens
             assert last.finished.usage.num_generated_tokens == num_tokens
 

@@ -3,9 +3,10 @@
 Plain frozen data. Bounds are checked where requests enter, `server/convert.py` and `models/prompt.py`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from itertools import chain
 
 from trimserve.models.prompt import Prompt
 from trimserve.models.trimming import ImageSelection, TrimParams
@@ -133,9 +134,14 @@ class TokenDelta:
     logprobs: tuple[TokenLogprob, ...] = ()
     """One per token when the request asked for logprobs."""
 
-    def followed_by(self, other: "TokenDelta") -> "TokenDelta":
-        """Both as one."""
-        return TokenDelta(self.text + other.text, self.token_ids + other.token_ids, self.logprobs + other.logprobs)
+    @classmethod
+    def joined(cls, deltas: Sequence["TokenDelta"]) -> "TokenDelta":
+        """Several that follow each other as one."""
+        return cls(
+            "".join(delta.text for delta in deltas),
+            tuple(chain.from_iterable(delta.token_ids for delta in deltas)),
+            tuple(chain.from_iterable(delta.logprobs for delta in deltas)),
+        )
 
 
 class FinishReason(Enum):

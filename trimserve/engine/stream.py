@@ -9,7 +9,10 @@ from trimserve.engine.request import GenerationChunk, TokenDelta
 from trimserve.engine.sequence import Sequence, SequenceState
 from trimserve.errors import TrimserveError
 
-__all__ = ["Stream"]
+__all__ = ["MOST_TOKENS", "Stream"]
+
+MOST_TOKENS = 1024
+"""Of one delta: with all logprobs that can be asked for still less than the 4 MiB that gRPC clients take by default."""
 
 
 @dataclass(eq=False, slots=True)
@@ -33,15 +36,15 @@ class Stream:
     """None while the prompt is being prepared."""
 
     async def take(self) -> list[GenerationChunk | TrimserveError]:
-        """Wait for what comes next; tokens that came while nobody listened are one delta."""
+        """Wait for what comes next; tokens that came while nobody listened come together, `MOST_TOKENS` at most."""
         taken = [await self.chunks.get()]
         while not self.chunks.empty():
-            before, chunk = taken[-1], self.chunks.get_nowait()
-            if isinstance(before, TokenDelta) and isinstance(chunk, TokenDelta):
-                taken[-1] = before.followed_by(chunk)
-            else:
-                taken.append(chunk)
-        return taken
+            taken.append(self.chunks.get_nowait())
+        # They follow each other: only `Started` comes before them, only the end after.
+        deltas = [chunk for chunk in taken if isinstance(chunk, TokenDelta)]
+        first = next((place for place, chunk in enumerate(taken) if isinstance(chunk, TokenDelta)), 0)
+        parts = [deltas[begin : begin + MOST_TOKENS] for begin in range(0, len(deltas), MOST_TOKENS)]
+        return [*taken[:first], *map(TokenDelta.joined, parts), *taken[first + len(deltas) :]]
 
     @property
     def state(self) -> SequenceState:
