@@ -8,7 +8,6 @@ import argparse
 import json
 import shutil
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -19,7 +18,7 @@ from training.model import make_model
 from training.tokenizer import make_processor
 from training.train import Trainer
 
-__all__ = ["CHECKPOINT", "DEFAULT_K_RATIO", "DEFAULT_MERGE_RATIO", "export", "load_mean", "main"]
+__all__ = ["CHECKPOINT", "DEFAULT_K_RATIO", "DEFAULT_MERGE_RATIO", "export", "main"]
 
 CHECKPOINT = Path(__file__).parents[1] / "trimserve" / "assets" / "trimserve-tiny"
 """Where the package keeps the embedded model."""
@@ -69,33 +68,18 @@ def export(trainer: Trainer, folder: Path, k_ratio: float, merge_ratio: float, a
             shutil.move(file, folder / file.name)
 
 
-def load_mean(runs: Sequence[Path]) -> Trainer:
-    """Load several ends of one run and average their weights, which answers better than any of them.
-
-    Args:
-        runs: folders that `training.train` wrote, at least one; steps and minutes are told as of the last.
-    Source: stochastic weight averaging, arXiv 1803.05407.
-    """
-    trainers = [Trainer.load(run / "state.pt", torch.device("cpu")) for run in runs]
-    states = [trainer.model.state_dict() for trainer in trainers]
-    mean = {name: torch.stack([state[name] for state in states]).mean(dim=0) for name in states[0]}
-    trainers[-1].model.load_state_dict(mean)
-    return trainers[-1]
-
-
 def main() -> None:
     """Command line: export a run with the accuracy of `training/report.json`, where there is one."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--run", type=Path, required=True, nargs="+", help="folders that training.train wrote; weights are averaged"
-    )
+    parser.add_argument("--run", type=Path, required=True, help="folder that training.train wrote")
     parser.add_argument("--out", type=Path, default=CHECKPOINT)
     parser.add_argument("--k-ratio", type=float, default=DEFAULT_K_RATIO, help="recommended budget per head")
     parser.add_argument("--merge-ratio", type=float, default=DEFAULT_MERGE_RATIO, help="rows for what is not kept")
     parser.add_argument("--report", type=Path, help="report.json of training.evaluate")
     arguments = parser.parse_args()
     accuracy = json.loads(arguments.report.read_text())["accuracy"] if arguments.report else {}
-    export(load_mean(arguments.run), arguments.out, arguments.k_ratio, arguments.merge_ratio, accuracy)
+    trainer = Trainer.load(arguments.run / "state.pt", torch.device("cpu"))
+    export(trainer, arguments.out, arguments.k_ratio, arguments.merge_ratio, accuracy)
 
 
 if __name__ == "__main__":

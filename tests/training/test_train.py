@@ -1,7 +1,6 @@
 """A run is seeded, goes on where it stopped, and its checkpoint is what was trained."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +8,7 @@ import torch
 from transformers import AutoProcessor, MllamaForConditionalGeneration
 
 from training.evaluate import answer, held_out_questions
-from training.export import export, load_mean
+from training.export import export
 from training.mended import mend
 from training.train import Settings, Trainer
 
@@ -50,18 +49,6 @@ def test_exported_weights_are_the_trained_ones(tmp_path: Path) -> None:
     about = json.loads((tmp_path / "trimserve.json").read_text())
     assert (about["k_ratio"], about["merge_ratio"]) == (0.3, 0.15)
     assert about["accuracy"] == {"colour": 0.5}
-
-
-def test_the_mean_of_two_ends_lies_between_them(tmp_path: Path) -> None:
-    ends = [Trainer(replace(SETTINGS, seed=seed), CPU) for seed in (1, 2)]
-    for name, end in zip("ab", ends, strict=True):
-        (tmp_path / name).mkdir()
-        end.save(tmp_path / name / "state.pt")
-    mean = load_mean([tmp_path / "a", tmp_path / "b"]).model.state_dict()
-    first, second = (end.model.state_dict() for end in ends)
-    for name, weight in mean.items():
-        torch.testing.assert_close(weight, (first[name] + second[name]) / 2)
-    assert any(not torch.equal(first[name], second[name]) for name in mean)
 
 
 def test_answers_do_not_depend_on_the_batch(tmp_path: Path) -> None:
