@@ -41,6 +41,7 @@ check: build  ## lint, types, formatting, and that everything generated is up to
 verify: check test  ## what takes longer: random mixes, full load, wheel, Prometheus, container image, benchmarks
 	$(BIN)/python -m pytest tests/engine/test_random_mixes.py --mixes 200 --timeout 3600
 	$(BIN)/python -m benchmarks.soak
+	$(BIN)/python -m training.reproduce
 	PATH="$(abspath $(BIN)):$$PATH" scripts/verify_wheel.sh
 	$(BIN)/python scripts/verify_monitoring.py  # these as root, on Debian
 	scripts/verify_image.sh

@@ -23,7 +23,7 @@ _LINES: Final = ("-", (0, (2, 1.5)), (0, (1, 1)))  # of each merge_ratio
 _INK: Final = "#2b2f36"
 _COLUMNS: Final = 5
 _ENDS: Final = ("low", "high")
-_LEAST_DIVERGENCE: Final = 1e-5  # where the bands end on the logarithmic axis
+_LEAST_DIVERGENCE: Final = 1e-5  # where the logarithmic axis ends
 
 
 class _Style(TypedDict):
@@ -108,6 +108,7 @@ def _draw_divergence(axes: Axes, report: Report) -> None:
             at = (row.kept_fraction, row.divergence.value)
             axes.annotate(f"{row.k_ratio:g}", at, (-4, -12), textcoords="offset points", fontsize=8, color=_COLORS[0])
     axes.set_yscale("log")
+    axes.set_ylim(bottom=_LEAST_DIVERGENCE)
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter(NullFormatter())
     _finish(axes)
