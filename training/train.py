@@ -12,7 +12,8 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from statistics import fmean
+from typing import TextIO
 
 import torch
 from rich.progress import Progress
@@ -26,7 +27,7 @@ from training.model import PatchHead, encode_images, make_model
 from training.scenes import Split
 from training.tokenizer import make_processor
 
-__all__ = ["Settings", "Trainer", "main"]
+__all__ = ["Settings", "Trainer", "main", "open_log"]
 
 
 @dataclass(frozen=True)
@@ -228,26 +229,34 @@ def main() -> None:
         trainer = Trainer.load(out / "state.pt", device, arguments["minutes"])
     else:
         trainer = Trainer(Settings(**arguments), device)
-    with (out / "log.jsonl").open("a" if resume else "w") as log:
+    with open_log(out / "log.jsonl", trainer.step) as log:
         _train(trainer, out, log)
 
 
-def _train(trainer: Trainer, out: Path, log: Any) -> None:
-    sums: dict[str, float] = {}
+def open_log(path: Path, step: int) -> TextIO:
+    """Open a run's log to go on after a step: what an interrupted run wrote of later steps goes, they come again.
+
+    Args:
+        path: the log; need not be there.
+        step: steps of the run so far; 0 begins a new log.
+    """
+    lines = path.read_text().splitlines(keepends=True) if step and path.exists() else []
+    path.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
+    return path.open("a")
+
+
+def _train(trainer: Trainer, out: Path, log: TextIO) -> None:
+    recent: list[dict[str, float]] = []
     saved = measured = trainer.minutes
     with Progress() as bar:
         task = bar.add_task("training", total=1.0) if bar.console.is_terminal else None
         while trainer.progress < 1:
-            for name, value in trainer.take_step().items():
-                sums[name] = sums.get(name, 0.0) + value / 20
+            recent.append(trainer.take_step())
             if trainer.step % 20 == 0:
                 line = {"step": trainer.step, "minutes": round(trainer.minutes, 2)}
-                _write(
-                    log,
-                    line | {name: round(value, 4) for name, value in sums.items()},
-                    quiet=task is not None,
-                )
-                sums = {}
+                means = {name: round(fmean(step[name] for step in recent), 4) for name in recent[0]}
+                _write(log, line | means, quiet=task is not None)
+                recent.clear()
             if task is not None:
                 bar.update(task, completed=trainer.progress)
             if trainer.minutes - saved > 3:
@@ -260,12 +269,12 @@ def _train(trainer: Trainer, out: Path, log: Any) -> None:
     _measure(trainer, log, quiet=False)
 
 
-def _measure(trainer: Trainer, log: Any, quiet: bool) -> None:
+def _measure(trainer: Trainer, log: TextIO, quiet: bool) -> None:
     accuracy = {kind: round(share, 3) for kind, share in trainer.measure("held_out", num_batches=4).items()}
     _write(log, {"step": trainer.step, "minutes": round(trainer.minutes, 2), "held_out": accuracy}, quiet)
 
 
-def _write(log: Any, line: Mapping[str, object], quiet: bool) -> None:
+def _write(log: TextIO, line: Mapping[str, object], quiet: bool) -> None:
     text = json.dumps(line)
     log.write(text + "\n")
     log.flush()

@@ -10,7 +10,7 @@ from transformers import AutoProcessor, MllamaForConditionalGeneration
 from training.evaluate import answer, held_out_questions
 from training.export import export
 from training.mended import mend
-from training.train import Settings, Trainer
+from training.train import Settings, Trainer, main, open_log
 
 CPU = torch.device("cpu")
 SETTINGS = Settings(steps=4, rows=2, two_image_every=2)
@@ -36,6 +36,30 @@ def test_a_finished_run_goes_on_to_a_new_end(tmp_path: Path) -> None:
     longer = Trainer.load(tmp_path / "state.pt", CPU, minutes=2 * trainer.minutes)
     assert longer.step == SETTINGS.steps
     assert longer.progress == pytest.approx(0.5)
+
+
+def test_a_log_goes_on_after_the_step_that_was_saved(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    path.write_text("".join(f'{{"step": {step}}}\n' for step in (20, 40, 40, 60)))
+    for step, kept in ((45, [20, 40, 40, 50]), (0, [50])):
+        with open_log(path, step) as log:
+            log.write('{"step": 50}\n')
+        assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == kept
+
+
+def test_the_first_line_of_a_resumed_run_is_a_mean_of_the_steps_since(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = Trainer(Settings(steps=20, rows=1), CPU)
+    trainer.step = 19
+    trainer.save(tmp_path / "state.pt")
+    step = Trainer.load(tmp_path / "state.pt", CPU).take_step()
+    monkeypatch.setattr(Trainer, "measure", lambda *_, **__: {})
+    monkeypatch.setattr("sys.argv", ["train", "--out", str(tmp_path), "--resume", "--device", "cpu"])
+    main()
+    first = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[0])
+    assert first["step"] == 20
+    assert first["loss"] == pytest.approx(step["loss"], abs=1e-4)
 
 
 def test_exported_weights_are_the_trained_ones(tmp_path: Path) -> None:
