@@ -1,5 +1,6 @@
 """Answers of a model in this process and of a server that serves it: to each other, and to the model's own logits."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from torch.nn import functional as F
 from trimserve.client import Client
 from trimserve.config import ModelConfig
 from trimserve.engine.kv_pool import KVPool
+from trimserve.errors import RequestFailed
 from trimserve.evaluation.answers import UNTRIMMED, Answer
 from trimserve.evaluation.dataset import DatasetError, Question
 from trimserve.evaluation.in_process import InProcess
@@ -99,6 +101,25 @@ def test_an_image_that_the_model_refuses_names_its_line(model: Mllama, tmp_path:
     image.write_bytes(b"no image")
     with pytest.raises(DatasetError, match=r"set\.jsonl:3: must be an image file"):
         list(InProcess(model).answers([Question(image, "?", source="set.jsonl:3")], TRIMS))
+
+
+def test_an_end_token_that_has_a_text_is_no_part_of_the_answer(model: Mllama, questions: list[Question]) -> None:
+    answerer = InProcess(model)
+    [[one]] = answerer.answers(questions[:1], [], max_new_tokens=1)
+    logits = prefilled(model, questions[0], UNTRIMMED).logits
+    answerer._end_token_ids = frozenset([int(logits.argmax())])
+    [[ended]] = answerer.answers(questions[:1], [])
+    assert one.text
+    assert ended.text == ""
+
+
+def test_logits_that_are_not_finite_are_an_error_and_no_divergence_of_zero(
+    model: Mllama, questions: list[Question], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exact = Mllama.logits
+    monkeypatch.setattr(Mllama, "logits", lambda *arguments: exact(*arguments) * math.nan)
+    with pytest.raises(RequestFailed, match=r"questions\.jsonl:1: the model's logits are not finite"):
+        list(InProcess(model).answers(questions[:1], TRIMS))
 
 
 @pytest.fixture(scope="module")

@@ -49,4 +49,5 @@ class Answerer(Protocol):
             For each question, in order: the untrimmed answer, then one for each of `trims`.
         Raises:
             DatasetError: the model refuses a question's image or text.
+            RequestFailed: logits that are not finite, of which no divergence could be told.
         """

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from trimserve.engine.kv_pool import KVPool, SequenceKV
 from trimserve.engine.memory import available_bytes
-from trimserve.errors import InvalidRequest
+from trimserve.errors import InvalidRequest, RequestFailed
 from trimserve.evaluation.answers import UNTRIMMED, Answer
 from trimserve.evaluation.dataset import DatasetError, Question
 from trimserve.evaluation.metrics import kl_divergence
@@ -35,6 +35,8 @@ __all__ = ["InProcess"]
 class _Run:
     """One question under one setting."""
 
+    source: str
+    """Of the question, for errors."""
     prompt: PreparedPrompt
     rows: SequenceRows
     kv: SequenceKV
@@ -101,7 +103,7 @@ class InProcess:
         for trim in settings:
             kv = self._pool.allocate(len(prompt.token_ids) + limit)
             rows = self._model.prompt_rows(prompt, features, trim, kv)
-            runs.append(_Run(prompt, rows, kv, sum(map(len, features)), limit))
+            runs.append(_Run(_source(question), prompt, rows, kv, sum(map(len, features)), limit))
         return runs
 
     def _prepare(self, question: Question) -> PreparedPrompt:
@@ -109,7 +111,7 @@ class InProcess:
         try:
             return self._model.prepare(ChatPrompt((Message("user", parts),)))
         except InvalidRequest as error:
-            raise DatasetError(f"{question.source or question.image}: {error.message}") from error
+            raise DatasetError(f"{_source(question)}: {error.message}") from error
 
     def _read(self, runs: Sequence[_Run]) -> None:
         """Prefill all together and take the first tokens."""
@@ -120,6 +122,8 @@ class InProcess:
         logprobs = last.double().log_softmax(dim=-1).cpu().numpy()
         for run, row, token_id in zip(runs, logprobs, last.argmax(dim=-1).tolist(), strict=True):
             assert run.rows.vision is not None
+            if not np.isfinite(row).all():
+                raise RequestFailed(f"{run.source}: the model's logits are not finite")
             run.num_held = sum(run.rows.vision.num_features)
             run.logprobs = row
             run.token_ids.append(token_id)
@@ -134,9 +138,15 @@ class InProcess:
         return run.token_ids[-1] in self._end_token_ids or len(run.token_ids) >= run.max_new_tokens
 
     def _answer(self, run: _Run, untrimmed: _Run) -> Answer:
+        ended = run.token_ids[-1] in self._end_token_ids
+        token_ids = run.token_ids[:-1] if ended else run.token_ids  # some checkpoints end at tokens that have a text
         return Answer(
-            text=self._model.tokenizer.decode(run.token_ids, skip_special_tokens=True),
+            text=self._model.tokenizer.decode(token_ids, skip_special_tokens=True),
             num_valid=run.num_valid,
             num_held=run.num_held,
             divergence=kl_divergence(untrimmed.logprobs, run.logprobs),
         )
+
+
+def _source(question: Question) -> str:
+    return question.source or str(question.image)
