@@ -114,7 +114,7 @@ def score(
 
 
 def main() -> None:
-    """Command line: measure, write `report.json`, renew the tables in README.md."""
+    """Command line: measure and write `report.json`."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--questions", type=int, default=1000)
     parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT)
