@@ -35,7 +35,16 @@ def test_available_is_what_the_kernel_says(meminfo: Path, tmp_path: Path) -> Non
 def test_the_limit_of_the_control_group_is_respected(meminfo: Path, tmp_path: Path, limit: str, expected: int) -> None:
     (tmp_path / "memory.max").write_text(limit + "\n")
     (tmp_path / "memory.current").write_text("2000\n")
+    (tmp_path / "memory.stat").write_text("inactive_file 0\nactive_file 0\n")
     assert available_bytes("cpu", meminfo, tmp_path) == expected
+
+
+def test_the_page_cache_of_the_control_group_is_no_loss(meminfo: Path, tmp_path: Path) -> None:
+    # After a checkpoint was read, the kernel has filled what the limit leaves with its files.
+    (tmp_path / "memory.max").write_text("5000\n")
+    (tmp_path / "memory.current").write_text("5000\n")
+    (tmp_path / "memory.stat").write_text("anon 2000\nfile 3000\nshmem 500\ninactive_file 1500\nactive_file 1000\n")
+    assert available_bytes("cpu", meminfo, tmp_path) == 2500
 
 
 def test_without_a_linux_kernel_all_memory_counts(tmp_path: Path) -> None:

@@ -50,10 +50,17 @@ def available_bytes(device: str, meminfo: Path = _MEMINFO, cgroup: Path = _CGROU
     try:
         limit = (cgroup / "memory.max").read_text().strip()
         if limit != "max":
-            free = min(free, int(limit) - int((cgroup / "memory.current").read_text()))
+            used = int((cgroup / "memory.current").read_text()) - _page_cache_bytes(cgroup)
+            free = min(free, int(limit) - used)
     except OSError:  # no cgroup, or one of the first version
         pass
     return max(0, free)
+
+
+def _page_cache_bytes(cgroup: Path) -> int:
+    # Counted as used, though the kernel drops it when memory is wanted; `MemAvailable` leaves it out, too.
+    stat = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
+    return int(stat["active_file"]) + int(stat["inactive_file"])
 
 
 def memory_by_kind(info: ModelInfo, kv_cache_bytes: int) -> dict[str, int]:
