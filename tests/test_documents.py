@@ -73,3 +73,12 @@ def test_every_defect_in_the_list_has_a_test_that_exists() -> None:
         tree = ast.parse((ROOT / file).read_text())
         functions = {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)}
         assert name in functions, f"{file}::{name}"
+
+
+def test_every_point_of_the_service_has_tests_that_exist() -> None:
+    text = (ROOT / "docs/service.md").read_text()
+    rows = [line.split("|")[1:-1] for line in text.splitlines() if re.match(r"\| \d+ \|", line)]
+    assert [int(number) for number, *_ in rows] == list(range(1, 23))
+    assert all("::" in tests for *_, tests in rows)
+    for path, name in re.findall(r"`(tests/\S+\.py)::(\w+)`", text):
+        assert re.search(rf"^(async )?def {name}\(", (ROOT / path).read_text(), re.MULTILINE), f"{path}::{name}"

@@ -53,6 +53,7 @@ def channel_options(max_message_bytes: int = MAX_MESSAGE_BYTES) -> list[tuple[st
         ("grpc.max_send_message_length", max_message_bytes),
         ("grpc.per_rpc_retry_buffer_size", max_message_bytes),  # a larger request would not be tried again
         ("grpc.service_config", SERVICE_CONFIG.read_text()),
+        ("grpc.max_reconnect_backoff_ms", 10_000),  # gRPC's own is two minutes, after which a server is long back
         ("grpc.keepalive_time_ms", 30_000),  # an answer may be long in coming: keeps its connection in NAT tables
         ("grpc.keepalive_timeout_ms", 20_000),
         ("grpc.http2.ping_timeout_ms", 20_000),
