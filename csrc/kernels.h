@@ -50,6 +50,24 @@ struct HeadwiseTopkArgs {
   std::int64_t num_picks;     // K
 };
 
+// Where a head stops picking in a segment: it picks the keys (ordered_key.h) above the threshold, and those equal to it
+// of features before ties_end.
+struct Cut {
+  std::uint32_t threshold;
+  std::int32_t ties_end;
+};
+
+// scores [H, N]; cuts [H, segments]; is_kept [N], 0 or 1.
+struct SelectFeaturesArgs {
+  const float* scores;
+  Cut* cuts;
+  std::uint8_t* is_kept;
+  const Segment* segments;
+  std::int64_t num_segments;
+  std::int64_t num_heads;     // H
+  std::int64_t num_features;  // N
+};
+
 // Rows of one tensor that are to be copied: `row_bytes` each, `stride_bytes` apart in the source.
 struct GatherRows {
   const std::byte* source;
@@ -112,10 +130,20 @@ void headwise_scores(const HeadwiseScoresArgs& args, std::int64_t begin, std::in
 void headwise_topk(const HeadwiseTopkArgs& args, std::int64_t begin, std::int64_t end,
                    std::uint32_t* workspace);
 
-// Serial. Returns num_kept. picks: num_picks values in [0, num_features); kept: room for
-// min(num_picks, num_features); is_kept: num_features bytes of workspace.
-std::int64_t union_indices(const std::int64_t* picks, std::int64_t num_picks, std::int64_t num_features,
-                           std::int64_t* kept, std::uint8_t* is_kept);
+// Range over heads. workspace: as headwise_topk.
+void make_cuts(const SelectFeaturesArgs& args, std::int64_t begin, std::int64_t end,
+               std::uint32_t* workspace);
+
+// Range over features; after all ranges of make_cuts.
+void mark_kept(const SelectFeaturesArgs& args, std::int64_t begin, std::int64_t end);
+
+// Serial. is_kept[n] becomes 1 for every n in [0, num_features) that is among picks, else 0.
+void mark_picks(const std::int64_t* picks, std::int64_t num_picks, std::int64_t num_features,
+                std::uint8_t* is_kept);
+
+// Serial. The features whose mark is 1, at most `size`, ascending; the tail of kept is -1. Returns how many.
+std::int64_t list_kept(const std::uint8_t* is_kept, std::int64_t num_features, std::int64_t* kept,
+                       std::int64_t size);
 
 // Range over kept rows.
 void gather_kv(const GatherRows* tensors, std::int64_t num_tensors, const std::int64_t* kept,

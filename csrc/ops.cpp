@@ -8,6 +8,7 @@ STABLE_TORCH_LIBRARY(trimserve, m) {
   m.def("headwise_scores(Tensor q, Tensor k, Tensor visibility, float scale) -> Tensor");
   m.def("headwise_topk(Tensor scores, int[] segments, int[] k) -> Tensor");
   m.def("union_indices(Tensor picks, int num_features) -> (Tensor kept, Tensor num_kept)");
+  m.def("select_features(Tensor scores, int[] segments, int[] k) -> (Tensor kept, Tensor num_kept)");
   m.def(
       "gather_kv(Tensor features, Tensor keys, Tensor values, Tensor kept) -> "
       "(Tensor features, Tensor keys, Tensor values)");
@@ -21,6 +22,7 @@ STABLE_TORCH_LIBRARY_IMPL(trimserve, CPU, m) {
   m.impl("headwise_scores", TORCH_BOX(&trimserve::headwise_scores));
   m.impl("headwise_topk", TORCH_BOX(&trimserve::headwise_topk));
   m.impl("union_indices", TORCH_BOX(&trimserve::union_indices));
+  m.impl("select_features", TORCH_BOX(&trimserve::select_features));
   m.impl("gather_kv", TORCH_BOX(&trimserve::gather_kv));
   m.impl("write_kv", TORCH_BOX(&trimserve::write_kv));
   m.impl("paged_attention", TORCH_BOX(&trimserve::paged_attention));

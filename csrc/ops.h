@@ -26,6 +26,8 @@ namespace trimserve {
 Tensor headwise_scores(const Tensor& q, const Tensor& k, const Tensor& visibility, double scale);
 Tensor headwise_topk(const Tensor& scores, std::vector<std::int64_t> segments, std::vector<std::int64_t> k);
 std::tuple<Tensor, Tensor> union_indices(const Tensor& picks, std::int64_t num_features);
+std::tuple<Tensor, Tensor> select_features(const Tensor& scores, std::vector<std::int64_t> segments,
+                                           std::vector<std::int64_t> k);
 std::tuple<Tensor, Tensor, Tensor> gather_kv(const Tensor& features, const Tensor& keys, const Tensor& values,
                                              const Tensor& kept);
 

@@ -10,6 +10,7 @@ namespace trimserve {
 namespace {
 
 constexpr std::int64_t kMaxFeatures = std::numeric_limits<std::int32_t>::max();  // kernels may count in int32
+constexpr std::int64_t kGrainScores = 16384;  // scores that are worth a thread
 
 void check_headwise_scores(const Tensor& q, const Tensor& k, const Tensor& visibility, double scale) {
   constexpr const char* kOp = "headwise_scores";
@@ -38,25 +39,57 @@ void check_ranges(const Tensor& visibility, std::int64_t num_features) {
   }
 }
 
-std::vector<Segment> make_segments(const std::vector<std::int64_t>& sizes, const std::vector<std::int64_t>& k,
-                                   std::int64_t num_features) {
-  constexpr const char* kOp = "headwise_topk";
-  check(sizes.size() == k.size(), kOp, ": k must have one entry per segment, got ", k.size(), " for ",
+std::vector<Segment> make_segments(const char* op, const std::vector<std::int64_t>& sizes,
+                                   const std::vector<std::int64_t>& k, std::int64_t num_features) {
+  check(num_features <= kMaxFeatures, op, ": N must be at most ", kMaxFeatures, ", got ", num_features);
+  check(sizes.size() == k.size(), op, ": k must have one entry per segment, got ", k.size(), " for ",
         sizes.size(), " segments");
   std::vector<Segment> segments;
   std::int64_t begin = 0, picks_begin = 0;
   for (std::size_t i = 0; i < sizes.size(); ++i) {
-    check(sizes[i] >= 0, kOp, ": segments[", i, "] must be at least 0, got ", sizes[i]);
-    check(sizes[i] <= num_features - begin, kOp, ": segments must sum to N=", num_features, ", got more");
+    check(sizes[i] >= 0, op, ": segments[", i, "] must be at least 0, got ", sizes[i]);
+    check(sizes[i] <= num_features - begin, op, ": segments must sum to N=", num_features, ", got more");
     const std::int64_t least = std::min<std::int64_t>(sizes[i], 1);
-    check(least <= k[i] && k[i] <= sizes[i], kOp, ": k[", i, "] must be in [", least, ", ", sizes[i],
+    check(least <= k[i] && k[i] <= sizes[i], op, ": k[", i, "] must be in [", least, ", ", sizes[i],
           "] for a segment of ", sizes[i], " features, got ", k[i]);
     segments.push_back({begin, sizes[i], k[i], picks_begin});
     begin += sizes[i];
     picks_begin += k[i];
   }
-  check(begin == num_features, kOp, ": segments must sum to N=", num_features, ", got ", begin);
+  check(begin == num_features, op, ": segments must sum to N=", num_features, ", got ", begin);
   return segments;
+}
+
+struct Selection {
+  std::vector<Segment> segments;
+  std::int64_t num_picks;  // of a head
+  std::int64_t longest;    // features of the longest segment
+};
+
+Selection make_selection(const char* op, std::int64_t num_features, const std::vector<std::int64_t>& sizes,
+                         const std::vector<std::int64_t>& k) {
+  Selection selection{make_segments(op, sizes, k, num_features), 0, 0};
+  for (const Segment& segment : selection.segments) {
+    selection.num_picks += segment.k;
+    selection.longest = std::max(selection.longest, segment.size);
+  }
+  return selection;
+}
+
+// Calls body with ranges of the heads of scores [H, N].
+template <typename Body>
+void for_heads(const Tensor& scores, const Body& body) {
+  const std::int64_t heads_per_thread = kGrainScores / std::max<std::int64_t>(scores.size(1), 1) + 1;
+  torch::stable::parallel_for(0, scores.size(0), heads_per_thread, body);
+}
+
+std::tuple<Tensor, Tensor> list_kept(const Tensor& like, const std::uint8_t* is_kept,
+                                     std::int64_t num_features, std::int64_t size) {
+  Tensor kept = torch::stable::new_empty(like, {size}, ScalarType::Long);
+  Tensor num_kept = torch::stable::new_empty(like, {}, ScalarType::Long);
+  *static_cast<std::int64_t*>(num_kept.mutable_data_ptr()) =
+      cpu::list_kept(is_kept, num_features, static_cast<std::int64_t*>(kept.mutable_data_ptr()), size);
+  return {kept, num_kept};
 }
 
 void check_gather_kv(const Tensor& features, const Tensor& keys, const Tensor& values, const Tensor& kept) {
@@ -117,26 +150,22 @@ Tensor headwise_scores(const Tensor& q, const Tensor& k, const Tensor& visibilit
 }
 
 Tensor headwise_topk(const Tensor& scores, std::vector<std::int64_t> segments, std::vector<std::int64_t> k) {
-  check_tensor("headwise_topk", "scores", scores, ScalarType::Float, "[H, N]", scores.dim() == 2);
-  const std::int64_t num_heads = scores.size(0), num_features = scores.size(1);
-  const std::vector<Segment> ranges = make_segments(segments, k, num_features);
-  const std::int64_t num_picks = ranges.empty() ? 0 : ranges.back().picks_begin + ranges.back().k;
-  const std::int64_t longest = segments.empty() ? 0 : *std::max_element(segments.begin(), segments.end());
+  constexpr const char* kOp = "headwise_topk";
+  check_tensor(kOp, "scores", scores, ScalarType::Float, "[H, N]", scores.dim() == 2);
+  const Selection selection = make_selection(kOp, scores.size(1), segments, k);
 
   const Tensor rows = torch::stable::contiguous(scores);
-  Tensor picks = torch::stable::new_empty(scores, {num_heads, num_picks}, ScalarType::Long);
+  Tensor picks = torch::stable::new_empty(scores, {scores.size(0), selection.num_picks}, ScalarType::Long);
   const HeadwiseTopkArgs args{
       .scores = static_cast<const float*>(rows.const_data_ptr()),
       .picks = static_cast<std::int64_t*>(picks.mutable_data_ptr()),
-      .segments = ranges.data(),
-      .num_segments = static_cast<std::int64_t>(ranges.size()),
-      .num_features = num_features,
-      .num_picks = num_picks,
+      .segments = selection.segments.data(),
+      .num_segments = static_cast<std::int64_t>(selection.segments.size()),
+      .num_features = scores.size(1),
+      .num_picks = selection.num_picks,
   };
-  constexpr std::int64_t kGrain = 16384;  // scores that are worth a thread
-  const std::int64_t heads_per_thread = kGrain / std::max<std::int64_t>(num_features, 1) + 1;
-  torch::stable::parallel_for(0, num_heads, heads_per_thread, [&](std::int64_t begin, std::int64_t end) {
-    cpu::headwise_topk(args, begin, end, workspace<std::uint32_t>(longest).get());
+  for_heads(scores, [&](std::int64_t begin, std::int64_t end) {
+    cpu::headwise_topk(args, begin, end, workspace<std::uint32_t>(selection.longest).get());
   });
   return picks;
 }
@@ -149,12 +178,41 @@ std::tuple<Tensor, Tensor> union_indices(const Tensor& picks, std::int64_t num_f
   const Tensor flat = torch::stable::contiguous(picks);
   check_indices(kOp, "picks", flat, num_features);
 
-  Tensor kept = torch::stable::new_empty(picks, {std::min(picks.numel(), num_features)});
-  Tensor num_kept = torch::stable::new_empty(picks, {});
-  *static_cast<std::int64_t*>(num_kept.mutable_data_ptr()) = cpu::union_indices(
-      static_cast<const std::int64_t*>(flat.const_data_ptr()), flat.numel(), num_features,
-      static_cast<std::int64_t*>(kept.mutable_data_ptr()), workspace<std::uint8_t>(num_features).get());
-  return {kept, num_kept};
+  const auto is_kept = workspace<std::uint8_t>(num_features);
+  cpu::mark_picks(static_cast<const std::int64_t*>(flat.const_data_ptr()), flat.numel(), num_features,
+                  is_kept.get());
+  return list_kept(picks, is_kept.get(), num_features, std::min(picks.numel(), num_features));
+}
+
+std::tuple<Tensor, Tensor> select_features(const Tensor& scores, std::vector<std::int64_t> segments,
+                                           std::vector<std::int64_t> k) {
+  constexpr const char* kOp = "select_features";
+  check_tensor(kOp, "scores", scores, ScalarType::Float, "[H, N]", scores.dim() == 2);
+  const std::int64_t num_heads = scores.size(0), num_features = scores.size(1);
+  const Selection selection = make_selection(kOp, num_features, segments, k);
+
+  const Tensor rows = torch::stable::contiguous(scores);
+  const auto num_segments = static_cast<std::int64_t>(selection.segments.size());
+  const auto cuts = workspace<Cut>(num_heads * num_segments);
+  const auto is_kept = workspace<std::uint8_t>(num_features);
+  const SelectFeaturesArgs args{
+      .scores = static_cast<const float*>(rows.const_data_ptr()),
+      .cuts = cuts.get(),
+      .is_kept = is_kept.get(),
+      .segments = selection.segments.data(),
+      .num_segments = num_segments,
+      .num_heads = num_heads,
+      .num_features = num_features,
+  };
+  for_heads(scores, [&](std::int64_t begin, std::int64_t end) {
+    cpu::make_cuts(args, begin, end, workspace<std::uint32_t>(selection.longest).get());
+  });
+  const std::int64_t features_per_thread = kGrainScores / std::max<std::int64_t>(num_heads, 1) + 1;
+  torch::stable::parallel_for(
+      0, num_features, features_per_thread,
+      [&](std::int64_t begin, std::int64_t end) { cpu::mark_kept(args, begin, end); });
+  return list_kept(scores, is_kept.get(), num_features,
+                   std::min(num_heads * selection.num_picks, num_features));
 }
 
 std::tuple<Tensor, Tensor, Tensor> gather_kv(const Tensor& features, const Tensor& keys, const Tensor& values,

@@ -9,16 +9,20 @@
 
 namespace trimserve::cpu {
 
-std::int64_t union_indices(const std::int64_t* picks, std::int64_t num_picks, std::int64_t num_features,
-                           std::int64_t* kept, std::uint8_t* is_kept) {
+void mark_picks(const std::int64_t* picks, std::int64_t num_picks, std::int64_t num_features,
+                std::uint8_t* is_kept) {
   std::fill_n(is_kept, num_features, std::uint8_t{0});
   for (std::int64_t i = 0; i < num_picks; ++i) is_kept[picks[i]] = 1;
+}
 
+std::int64_t list_kept(const std::uint8_t* is_kept, std::int64_t num_features, std::int64_t* kept,
+                       std::int64_t size) {
   std::int64_t num_kept = 0;
-  for (std::int64_t n = 0; n < num_features; ++n) {
-    if (is_kept[n]) kept[num_kept++] = n;
+  for (std::int64_t n = 0; n < num_features && num_kept < size; ++n) {
+    kept[num_kept] = n;  // overwritten unless it counts
+    num_kept += is_kept[n];
   }
-  std::fill(kept + num_kept, kept + std::min(num_picks, num_features), std::int64_t{-1});
+  std::fill(kept + num_kept, kept + size, std::int64_t{-1});
   return num_kept;
 }
 

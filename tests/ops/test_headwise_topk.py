@@ -118,6 +118,7 @@ REFUSALS: list[tuple[tuple[Tensor, list[int], list[int]], str]] = [
     ((S, [5], [0]), "k[0] must be in [1, 5] for a segment of 5 features, got 0"),
     ((S, [2, 3], [1, 4]), "k[1] must be in [1, 3] for a segment of 3 features, got 4"),
     ((S, [5, 0], [1, 1]), "k[1] must be in [0, 0] for a segment of 0 features, got 1"),
+    ((S[:1, :1].expand(1, 2**31), [2**31], [1]), "N must be at most 2147483647, got 2147483648"),
 ]
 
 

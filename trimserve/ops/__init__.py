@@ -5,7 +5,7 @@ Importing this package loads the compiled ops. It knows nothing about models.
 
 from trimserve.ops.library import build_info, load_library
 from trimserve.ops.paging import PAGE_POSITIONS, paged_attention, write_kv
-from trimserve.ops.selection import gather_kv, headwise_scores, headwise_topk, union_indices
+from trimserve.ops.selection import gather_kv, headwise_scores, headwise_topk, select_features, union_indices
 
 __all__ = [
     "PAGE_POSITIONS",
@@ -15,6 +15,7 @@ __all__ = [
     "headwise_topk",
     "load_library",
     "paged_attention",
+    "select_features",
     "union_indices",
     "write_kv",
 ]

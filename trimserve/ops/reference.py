@@ -9,7 +9,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["gather_kv", "headwise_scores", "headwise_topk", "paged_attention", "union_indices", "write_kv"]
+__all__ = [
+    "gather_kv",
+    "headwise_scores",
+    "headwise_topk",
+    "paged_attention",
+    "select_features",
+    "union_indices",
+    "write_kv",
+]
 
 
 def headwise_scores(q: Tensor, k: Tensor, visibility: Tensor, scale: float) -> Tensor:
@@ -41,6 +49,11 @@ def union_indices(picks: Tensor, num_features: int) -> tuple[Tensor, Tensor]:
     kept = merged.new_full((min(picks.numel(), num_features),), -1)
     kept[: merged.numel()] = merged
     return kept, torch.tensor(merged.numel(), device=picks.device)
+
+
+def select_features(scores: Tensor, segments: Sequence[int], k: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Define `trimserve.ops.select_features`."""
+    return union_indices(headwise_topk(scores, segments, k), scores.shape[1])
 
 
 def gather_kv(features: Tensor, keys: Tensor, values: Tensor, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:

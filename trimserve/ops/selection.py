@@ -11,7 +11,7 @@ from torch import Tensor
 
 from trimserve.ops.library import load_library
 
-__all__ = ["gather_kv", "headwise_scores", "headwise_topk", "union_indices"]
+__all__ = ["gather_kv", "headwise_scores", "headwise_topk", "select_features", "union_indices"]
 
 load_library()
 
@@ -75,6 +75,26 @@ def union_indices(picks: Tensor, num_features: int) -> tuple[Tensor, Tensor]:
     return result
 
 
+def select_features(scores: Tensor, segments: Sequence[int], k: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Merge every head's picks into one ascending list, without making them.
+
+    Equal to `union_indices` of `headwise_topk`.
+
+    Args:
+        scores: float32 [H, N].
+        segments: features of each image, in order; they sum to N.
+        k: picks of each image and head, in [1, features], or 0 for an image without features.
+    Returns:
+        kept: int64 [min(H * K, N)], K the sum of k, ascending, unused tail -1.
+        num_kept: int64 [], real entries of kept.
+    Raises:
+        ValueError: a wrong dtype or shape, segments that do not sum to N, or a k out of range.
+    Source: arXiv 2504.00557, method section. Definition: reference.select_features.
+    """
+    result: tuple[Tensor, Tensor] = torch.ops.trimserve.select_features(scores, list(segments), list(k))
+    return result
+
+
 def gather_kv(features: Tensor, keys: Tensor, values: Tensor, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Copy the kept rows of visual features and of one layer's keys and values.
 
@@ -108,6 +128,11 @@ def _fake_union_indices(picks: Tensor, num_features: int) -> tuple[Tensor, Tenso
     return picks.new_empty((max_kept,)), picks.new_empty(())
 
 
+def _fake_select_features(scores: Tensor, segments: list[int], k: list[int]) -> tuple[Tensor, Tensor]:
+    max_kept = torch.sym_min(scores.shape[0] * sum(k), scores.shape[1])
+    return scores.new_empty((max_kept,), dtype=torch.int64), scores.new_empty((), dtype=torch.int64)
+
+
 def _fake_gather_kv(features: Tensor, keys: Tensor, values: Tensor, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     num_kept = kept.shape[0]
     return (
@@ -120,4 +145,5 @@ def _fake_gather_kv(features: Tensor, keys: Tensor, values: Tensor, kept: Tensor
 torch.library.register_fake("trimserve::headwise_scores", _fake_headwise_scores)
 torch.library.register_fake("trimserve::headwise_topk", _fake_headwise_topk)
 torch.library.register_fake("trimserve::union_indices", _fake_union_indices)
+torch.library.register_fake("trimserve::select_features", _fake_select_features)
 torch.library.register_fake("trimserve::gather_kv", _fake_gather_kv)
