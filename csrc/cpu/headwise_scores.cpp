@@ -3,15 +3,15 @@
 //   scores [H, N] float32: scores[h, n] = mean over the rows t that see n of
 //     softmax(q[h, t] . k[h / (H / Hkv)] * scale, over what t sees)[n]; 0 where no row sees n.
 //
-//   A head's keys are converted to float32 once, in panels of kPanel features, so that a vector holds one
-//   component of several features and products need no horizontal sums; heads of one KV head share them. Then
-//   kRowBlock rows at a time: their logits go to a buffer [kRowBlock, N], each row is normalised there and
-//   added to the scores. [T, N] or [H, T, N] never exists. Reads k once per KV head, its panels once per
-//   kRowBlock rows, q once. Heads are independent and rows are added in order, so results repeat bit for bit
-//   for any number of threads.
+//   The lanes of a vector are text rows. A block of kRowVectors vectors of one head's rows has its queries transposed
+//   once; keys are read where they lie, one component at a time for all rows. Logits of the block go to a buffer
+//   [N, rows of the block], are normalised there and added to the scores: [T, N] or [H, T, N] never exists. Maxima and
+//   sums are lane by lane; lanes are added up at the end only, kWidth features at once. Reads k once per block. Heads
+//   are independent and rows are added in order, so results repeat bit for bit for any number of threads.
 
 #include <algorithm>
 #include <array>
+#include <bit>
 #include <limits>
 
 #include "kernels.h"
@@ -20,45 +20,26 @@
 namespace trimserve::cpu {
 namespace {
 
-constexpr int kTileRows = 6;  // rows of the register tile: 6 x 16 floats leave registers for operands on AVX2
-constexpr int kRowBlock = 8 * kTileRows;
-constexpr int kPanel = 16;  // features of a panel and of the register tile: a multiple of every vector width
+constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
+constexpr int kRowVectors = 2;
+constexpr int kMaxRows = kRowVectors * 16;  // of a block, with the widest vectors
+constexpr int kPadding = 16;                // features behind the last that may be written
 
-TRIMSERVE_INLINE std::int64_t round_up(std::int64_t n) { return (n + kPanel - 1) / kPanel * kPanel; }
+// Features of the register tile: with two vectors of rows as many as leave registers for the operands.
+template <int kWidth>
+constexpr int kTileFeatures = kWidth == 16 ? 12 : 6;
 
 struct Workspace {
-  float* panels;       // [N / kPanel, Dh, kPanel], N rounded up
-  float* logits;       // [kRowBlock, N rounded up]
-  float* queries;      // [kRowBlock, Dh]
+  float* logits;       // [N + kPadding, rows of a block]
+  float* queries;      // [Dh, rows of a block], scaled
+  float* keys;         // [kTileFeatures, Dh]
   float* row_weights;  // [N + 1]: 1 / number of rows that see a feature
 };
 
-TRIMSERVE_INLINE Workspace divide(const HeadwiseScoresArgs& args, float* workspace) {
-  const std::int64_t padded = round_up(args.num_features);
-  float* const panels = workspace;
-  float* const logits = panels + padded * args.head_dim;
-  float* const queries = logits + kRowBlock * padded;
-  return {panels, logits, queries, queries + kRowBlock * args.head_dim};
-}
-
-// Some rows that see at least one feature, and the features that they see together.
-struct RowBlock {
-  std::array<std::int64_t, kRowBlock> rows;
-  int size = 0;
-  std::int64_t begin = std::numeric_limits<std::int64_t>::max();
-  std::int64_t end = 0;
-};
-
-TRIMSERVE_INLINE RowBlock next_rows(const HeadwiseScoresArgs& args, std::int64_t& t) {
-  RowBlock block;
-  for (; t < args.num_rows && block.size < kRowBlock; ++t) {
-    const std::int64_t begin = args.visibility[2 * t], end = args.visibility[2 * t + 1];
-    if (begin == end) continue;
-    block.rows[block.size++] = t;
-    block.begin = std::min(block.begin, begin);
-    block.end = std::max(block.end, end);
-  }
-  return block;
+Workspace divide(const HeadwiseScoresArgs& args, float* workspace) {
+  float* const queries = workspace + (args.num_features + kPadding) * kMaxRows;
+  float* const keys = queries + args.head_dim * kMaxRows;
+  return {workspace, queries, keys, keys + kPadding * args.head_dim};
 }
 
 TRIMSERVE_INLINE void count_rows(const HeadwiseScoresArgs& args, float* row_weights) {
@@ -75,92 +56,161 @@ TRIMSERVE_INLINE void count_rows(const HeadwiseScoresArgs& args, float* row_weig
   }
 }
 
-template <DType dtype>
-TRIMSERVE_INLINE void pack_keys(const HeadwiseScoresArgs& args, std::int64_t kv_head, float* panels) {
-  const auto* keys = static_cast<const Element<dtype>*>(args.k) + kv_head * args.head_dim;
-  const std::int64_t padded = round_up(args.num_features);
-  for (std::int64_t n = 0; n < padded; ++n) {
-    float* column = panels + n / kPanel * kPanel * args.head_dim + n % kPanel;
-    const Element<dtype>* key = keys + n * args.k_stride;
-    const bool is_padding = n >= args.num_features;
-    for (std::int64_t d = 0; d < args.head_dim; ++d)
-      column[d * kPanel] = is_padding ? 0.0f : key[d].to_float();
+// Some rows that see at least one feature, a lane each. Lanes without a row see nothing.
+template <int kWidth>
+struct RowBlock {
+  using Ints = typename Simd<kWidth>::Ints;
+  static constexpr int kRows = kRowVectors * kWidth;
+
+  std::array<std::int64_t, kRows> rows;
+  int size = 0;
+  std::array<std::int32_t, kRows> begins{}, ends{};
+  std::int32_t begin = std::numeric_limits<std::int32_t>::max();  // of what they see together
+  std::int32_t end = 0;
+
+  // Takes the next rows from t on.
+  TRIMSERVE_INLINE RowBlock(const HeadwiseScoresArgs& args, std::int64_t& t) {
+    for (; t < args.num_rows && size < kRows; ++t) {
+      const std::int32_t first = args.visibility[2 * t], last = args.visibility[2 * t + 1];
+      if (first == last) continue;
+      begins[size] = first;
+      ends[size] = last;
+      rows[size++] = t;
+      begin = std::min(begin, first);
+      end = std::max(end, last);
+    }
   }
+
+  // All bits of the lanes of vector i that see feature n. By signs: GCC makes scalars of a comparison here.
+  TRIMSERVE_INLINE void seeing(Ints& mask, int i, std::int32_t n) const {
+    Ints first, last;
+    std::memcpy(&first, &begins[i * kWidth], sizeof first);
+    std::memcpy(&last, &ends[i * kWidth], sizeof last);
+    mask = ((first - 1 - n) & (n - last)) >> 31;
+  }
+};
+
+// x where mask has all bits, otherwise where it has none.
+template <int kWidth>
+TRIMSERVE_INLINE void choose(typename Simd<kWidth>::Floats& x, const typename Simd<kWidth>::Ints& mask,
+                             float otherwise) {
+  typename Simd<kWidth>::Ints bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  bits = (bits & mask) | (std::bit_cast<std::int32_t>(otherwise) & ~mask);
+  std::memcpy(&x, &bits, sizeof x);
 }
 
-template <DType dtype>
-TRIMSERVE_INLINE void load_queries(const HeadwiseScoresArgs& args, const RowBlock& block, std::int64_t head,
-                                   float* queries) {
-  const auto* q = static_cast<const Element<dtype>*>(args.q) + head * args.head_dim;
+template <int kWidth, DType dtype>
+TRIMSERVE_INLINE void transpose_queries(const HeadwiseScoresArgs& args, const RowBlock<kWidth>& block,
+                                        std::int64_t head, float* queries) {
+  constexpr int kRows = RowBlock<kWidth>::kRows;
+  const auto* const q = static_cast<const Element<dtype>*>(args.q) + head * args.head_dim;
+  std::fill_n(queries, args.head_dim * kRows, 0.0f);
   for (int r = 0; r < block.size; ++r) {
-    const Element<dtype>* query = q + block.rows[r] * args.q_stride;
-    for (std::int64_t d = 0; d < args.head_dim; ++d) queries[r * args.head_dim + d] = query[d].to_float();
+    const Element<dtype>* const query = q + block.rows[r] * args.q_stride;
+    for (std::int64_t d = 0; d < args.head_dim; ++d)
+      queries[d * kRows + r] = query[d].to_float() * args.scale;
   }
-  // The last tile is computed whole; what its missing rows give is never read.
-  std::fill(queries + block.size * args.head_dim, queries + kRowBlock * args.head_dim, 0.0f);
 }
 
-// logits[r, 0..kPanel) = queries[r] . panel * scale, for kTileRows rows.
-template <int kWidth>
-TRIMSERVE_INLINE void multiply_tile(const float* queries, const float* panel, std::int64_t head_dim,
-                                    float scale, float* logits, std::int64_t logits_stride) {
+// Keys as rows of float32, `stride` apart: where they lie, or copied.
+template <DType dtype>
+TRIMSERVE_INLINE const float* float_keys(const Element<dtype>* keys, std::int64_t count,
+                                         const HeadwiseScoresArgs& args, float* copy, std::int64_t& stride) {
+  if constexpr (dtype == DType::kFloat32) {
+    stride = args.k_stride;
+    return &keys->value;
+  } else {
+    stride = args.head_dim;
+    for (std::int64_t i = 0; i < count; ++i) {
+      for (std::int64_t d = 0; d < stride; ++d) copy[i * stride + d] = keys[i * args.k_stride + d].to_float();
+    }
+    return copy;
+  }
+}
+
+// logits[i, rows] = keys[i] . queries for kFeatures features and kVectors vectors of rows.
+template <int kWidth, int kVectors, int kFeatures>
+TRIMSERVE_INLINE void multiply_tile(const float* queries, const float* keys, std::int64_t stride,
+                                    std::int64_t head_dim, float* logits) {
   using Vectors = Simd<kWidth>;
-  constexpr int kParts = kPanel / kWidth;
-  typename Vectors::Floats sums[kTileRows][kParts] = {};
+  constexpr int kRows = RowBlock<kWidth>::kRows;
+  typename Vectors::Floats sums[kFeatures][kVectors], q[kVectors];
+  unrolled<kFeatures>([&](auto i) TRIMSERVE_INLINE_LAMBDA {
+    unrolled<kVectors>([&](auto j) TRIMSERVE_INLINE_LAMBDA { sums[i][j] = typename Vectors::Floats{}; });
+  });
   for (std::int64_t d = 0; d < head_dim; ++d) {
-    typename Vectors::Floats keys[kParts];
-    for (int i = 0; i < kParts; ++i) Vectors::load(keys[i], panel + d * kPanel + i * kWidth);
-    for (int r = 0; r < kTileRows; ++r) {
-      for (int i = 0; i < kParts; ++i) sums[r][i] += queries[r * head_dim + d] * keys[i];
-    }
+    unrolled<kVectors>(
+        [&](auto j) TRIMSERVE_INLINE_LAMBDA { Vectors::load(q[j], queries + d * kRows + j * kWidth); });
+    unrolled<kFeatures>([&](auto i) TRIMSERVE_INLINE_LAMBDA {
+      const float key = keys[i * stride + d];
+      unrolled<kVectors>([&](auto j) TRIMSERVE_INLINE_LAMBDA { sums[i][j] += key * q[j]; });
+    });
   }
-  for (int r = 0; r < kTileRows; ++r) {
-    for (int i = 0; i < kParts; ++i)
-      Vectors::store(logits + r * logits_stride + i * kWidth, sums[r][i] * scale);
+  unrolled<kFeatures>([&](auto i) TRIMSERVE_INLINE_LAMBDA {
+    unrolled<kVectors>(
+        [&](auto j) TRIMSERVE_INLINE_LAMBDA { Vectors::store(logits + i * kRows + j * kWidth, sums[i][j]); });
+  });
+}
+
+template <int kWidth, int kVectors, DType dtype>
+TRIMSERVE_INLINE void multiply(const HeadwiseScoresArgs& args, const RowBlock<kWidth>& block,
+                               std::int64_t kv_head, const Workspace& ws) {
+  constexpr int kFeatures = kTileFeatures<kWidth>, kRows = RowBlock<kWidth>::kRows;
+  const auto* const keys = static_cast<const Element<dtype>*>(args.k) + kv_head * args.head_dim;
+  std::int64_t n = block.begin, stride;
+  for (; n + kFeatures <= block.end; n += kFeatures) {
+    const float* const tile = float_keys(keys + n * args.k_stride, kFeatures, args, ws.keys, stride);
+    multiply_tile<kWidth, kVectors, kFeatures>(ws.queries, tile, stride, args.head_dim,
+                                               ws.logits + n * kRows);
+  }
+  for (; n < block.end; ++n) {
+    const float* const tile = float_keys(keys + n * args.k_stride, 1, args, ws.keys, stride);
+    multiply_tile<kWidth, kVectors, 1>(ws.queries, tile, stride, args.head_dim, ws.logits + n * kRows);
   }
 }
 
+// scores += what each lane's softmax gives, summed over lanes. Overwrites the logits.
 template <int kWidth>
-TRIMSERVE_INLINE void multiply(const HeadwiseScoresArgs& args, const RowBlock& block, const Workspace& ws) {
-  const std::int64_t padded = round_up(args.num_features);
-  for (std::int64_t n = block.begin / kPanel * kPanel; n < block.end; n += kPanel) {
-    for (int r = 0; r < block.size; r += kTileRows) {
-      multiply_tile<kWidth>(ws.queries + r * args.head_dim, ws.panels + n * args.head_dim, args.head_dim,
-                            args.scale, ws.logits + r * padded + n, padded);
-    }
-  }
-}
-
-// scores[begin, end) += softmax(logits[begin, end)). Overwrites logits, also up to whole vectors on both
-// sides.
-template <int kWidth>
-TRIMSERVE_INLINE void add_softmax(float* logits, std::int64_t begin, std::int64_t end, float* scores) {
-  constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
+TRIMSERVE_INLINE void add_softmax(const RowBlock<kWidth>& block, float* logits, float* scores) {
   using Vectors = Simd<kWidth>;
-  const std::int64_t first = begin / kPanel * kPanel, last = round_up(end);
-  std::fill(logits + first, logits + begin, kMinusInfinity);
-  std::fill(logits + end, logits + last, kMinusInfinity);
-
-  typename Vectors::Floats x, maxima = typename Vectors::Floats{} + kMinusInfinity, sums = {};
-  for (std::int64_t n = first; n < last; n += kWidth) {
-    Vectors::load(x, logits + n);
-    maxima = x > maxima ? x : maxima;
+  using Floats = typename Vectors::Floats;
+  constexpr int kRows = RowBlock<kWidth>::kRows;
+  const int num_vectors = block.size > kWidth ? 2 : 1;
+  for (int i = 0; i < num_vectors; ++i) {
+    float* const column = logits + i * kWidth;
+    Floats x, maximum = Floats{} + kMinusInfinity, sum = {};
+    typename Vectors::Ints seen;
+    for (std::int32_t n = block.begin; n < block.end; ++n) {
+      Vectors::load(x, column + n * kRows);
+      block.seeing(seen, i, n);
+      choose<kWidth>(x, seen, kMinusInfinity);
+      maximum = x > maximum ? x : maximum;
+    }
+    for (std::int32_t n = block.begin; n < block.end; ++n) {
+      Vectors::load(x, column + n * kRows);
+      x -= maximum;
+      Vectors::exp_of_nonpositive(x);
+      block.seeing(seen, i, n);
+      choose<kWidth>(x, seen, 0.0f);
+      Vectors::store(column + n * kRows, x);
+      sum += x;
+    }
+    const Floats inverse = 1.0f / sum;
+    for (std::int32_t n = block.begin; n < block.end; n += kWidth) {
+      Floats weights[kWidth];
+      unrolled<kWidth>([&](auto j) TRIMSERVE_INLINE_LAMBDA {
+        block.seeing(seen, i, n + j);
+        Vectors::load(weights[j], column + (n + j) * kRows);
+        weights[j] *= inverse;
+        choose<kWidth>(weights[j], seen, 0.0f);  // a row with NaN spoils only what it sees
+      });
+      Vectors::sum_lanes(weights);
+      float sums[kWidth];
+      Vectors::store(sums, weights[0]);
+      for (int j = 0; j < std::min(kWidth, block.end - n); ++j) scores[n + j] += sums[j];
+    }
   }
-  float maximum = maxima[0];
-  for (int lane = 1; lane < kWidth; ++lane) maximum = std::max(maximum, maxima[lane]);
-
-  for (std::int64_t n = first; n < last; n += kWidth) {
-    Vectors::load(x, logits + n);
-    x -= maximum;
-    Vectors::exp_of_nonpositive(x);
-    Vectors::store(logits + n, x);
-    sums += x;
-  }
-  float sum = 0.0f;
-  for (int lane = 0; lane < kWidth; ++lane) sum += sums[lane];
-
-  const float inverse = 1.0f / sum;
-  for (std::int64_t n = begin; n < end; ++n) scores[n] += logits[n] * inverse;
 }
 
 template <int kWidth, DType dtype>
@@ -169,19 +219,17 @@ TRIMSERVE_INLINE void score_heads(const HeadwiseScoresArgs& args, std::int64_t b
   count_rows(args, ws.row_weights);
   const std::int64_t num_features = args.num_features, heads_per_kv_head = args.num_heads / args.num_kv_heads;
   for (std::int64_t head = begin; head < end; ++head) {
-    if (head == begin || head % heads_per_kv_head == 0) {
-      pack_keys<dtype>(args, head / heads_per_kv_head, ws.panels);
-    }
     float* const scores = args.scores + head * num_features;
     std::fill_n(scores, num_features, 0.0f);
     for (std::int64_t t = 0; t < args.num_rows;) {
-      const RowBlock block = next_rows(args, t);
-      load_queries<dtype>(args, block, head, ws.queries);
-      multiply<kWidth>(args, block, ws);
-      for (int r = 0; r < block.size; ++r) {
-        const std::int32_t* range = args.visibility + 2 * block.rows[r];
-        add_softmax<kWidth>(ws.logits + r * round_up(num_features), range[0], range[1], scores);
+      const RowBlock<kWidth> block(args, t);
+      transpose_queries<kWidth, dtype>(args, block, head, ws.queries);
+      if (block.size > kWidth) {
+        multiply<kWidth, 2, dtype>(args, block, head / heads_per_kv_head, ws);
+      } else {
+        multiply<kWidth, 1, dtype>(args, block, head / heads_per_kv_head, ws);
       }
+      add_softmax<kWidth>(block, ws.logits, scores);
     }
     for (std::int64_t n = 0; n < num_features; ++n) scores[n] *= ws.row_weights[n];
   }
@@ -190,8 +238,8 @@ TRIMSERVE_INLINE void score_heads(const HeadwiseScoresArgs& args, std::int64_t b
 }  // namespace
 
 std::int64_t headwise_scores_workspace(const HeadwiseScoresArgs& args) {
-  const std::int64_t padded = round_up(args.num_features);
-  return padded * args.head_dim + kRowBlock * (padded + args.head_dim) + args.num_features + 1;
+  return (args.num_features + kPadding) * kMaxRows + args.head_dim * (kMaxRows + kPadding) +
+         args.num_features + 1;
 }
 
 void headwise_scores(const HeadwiseScoresArgs& args, std::int64_t begin, std::int64_t end, float* workspace) {
