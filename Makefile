@@ -45,7 +45,8 @@ verify: check test  ## what takes longer: committed accuracies, random mixes, fu
 	$(BIN)/python -m training.reproduce
 	PATH="$(abspath $(BIN)):$$PATH" scripts/verify_wheel.sh
 	scripts/verify_deployment.sh
-	$(BIN)/python scripts/verify_monitoring.py  # these as root, on Debian
+	$(BIN)/python scripts/verify_clients.py  # these as root, on Debian
+	$(BIN)/python scripts/verify_monitoring.py
 	scripts/verify_image.sh
 	$(MAKE) bench
 
