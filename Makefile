@@ -39,7 +39,6 @@ check: build  ## lint, types, formatting, and that everything generated is up to
 	$(BIN)/python scripts/generate_dashboards.py --check
 
 verify: check test  ## what takes longer: committed accuracies, random mixes, full load, wheel, Prometheus, image, benchmarks
-	$(BIN)/python -m training.reproduce
 	$(BIN)/python -m pytest tests/engine/test_random_mixes.py --mixes 200 --timeout 3600
 	$(BIN)/python -m benchmarks.soak
 	$(BIN)/python -m training.reproduce

@@ -20,9 +20,11 @@ from trimserve.engine.kv_pool import SequenceKV
 from trimserve.engine.model import Prefilled
 from trimserve.engine.request import GenerationRequest, SamplingParams
 from trimserve.errors import InvalidRequest
+from trimserve.models.encoded_image import EncodedImage, Observation
 from trimserve.models.images import PreparedImage
 from trimserve.models.info import GenerationDefaults, ModelInfo
 from trimserve.models.interruptible import Interruptible
+from trimserve.models.policies.table import POLICIES
 from trimserve.models.prepared import NamedImage, PreparedPrompt, TokenizedPrompt
 from trimserve.models.prompt import Image, Prompt, RawPrompt, TokenPrompt
 from trimserve.models.trimming import TrimParams
@@ -102,7 +104,7 @@ class FakeModel:
             kv_bytes_per_position=8,
             default_k_ratio=0.5,
             default_merge_ratio=0.0,
-            policies=("trimmed",),
+            policy_details=tuple(policy.describe() for policy in POLICIES.values()),
             generation_defaults=GenerationDefaults(
                 temperature=0.0,
                 top_p=1.0,
@@ -135,20 +137,24 @@ class FakeModel:
         num_tiles = _num_tiles(image.image)
         return PreparedImage(torch.zeros(4, 3, 8, 8), 1, 1, num_tiles, 8, 8 * num_tiles, image.image.data)
 
-    def encode_image(self, image: PreparedImage) -> Interruptible[Tensor]:
+    def encode_image(
+        self, image: PreparedImage, needs: frozenset[Observation] = frozenset()
+    ) -> Interruptible[EncodedImage]:
         self.encoded.append(image.key)
         yield
         self.before_layer()
-        return torch.ones(image.num_tiles * FEATURES_PER_TILE, 2)
+        num_features = image.num_tiles * FEATURES_PER_TILE
+        observed = {name: torch.ones(1, num_features) for name in needs}
+        return EncodedImage(torch.ones(num_features, 2), FEATURES_PER_TILE, 1, observed)
 
     def prefill(
-        self, prompt: PreparedPrompt, features: Sequence[Tensor], trim: TrimParams, kv: SequenceKV
+        self, prompt: PreparedPrompt, images: Sequence[EncodedImage], trim: TrimParams, kv: SequenceKV
     ) -> Interruptible[Prefilled]:
         self.before_prefill()
         self.threads.add(threading.current_thread().name)
         if _text(prompt.token_ids) == BREAKS_PREFILL.text:
             raise RuntimeError("prefill broke")
-        num_valid = tuple(len(rows) for rows in features)
+        num_valid = tuple(image.num_features for image in images)
         num_kept = tuple(math.ceil(trim.k_ratio * valid) if trim.enabled else valid for valid in num_valid)
         num_merged = tuple(
             math.ceil(trim.merge_ratio * (n - kept)) for n, kept in zip(num_valid, num_kept, strict=True)

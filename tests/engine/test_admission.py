@@ -1,6 +1,7 @@
 """Who is let into the batch, by bytes: what waits, what never can, what is too late, what is not encoded twice."""
 
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -12,6 +13,7 @@ from trimserve.engine.request import Finished, Started
 from trimserve.engine.sequence import SequenceState
 from trimserve.errors import CheckpointError, DeadlinePassed, InvalidRequest
 from trimserve.models.prompt import Image, TokenPrompt
+from trimserve.models.trimming import TrimParams
 
 SCRATCH = prefill_scratch_bytes(FakeModel().info)
 PAGE = 16 * 8  # one layer of 16 positions: 2 self- and 3 cross-attention layers have no common divisor
@@ -129,3 +131,12 @@ def test_an_image_seen_before_is_not_encoded_again() -> None:
     assert (engine.image_cache.num_hits, engine.image_cache.num_misses) == (2, 2)
     for output, prompt in zip(outputs, (images(2, 3), images(3), images(2)), strict=True):
         assert text(output) == text(alone(FakeModel(), request(prompt)))
+
+
+def test_an_image_of_which_a_policy_needs_to_know_more_is_encoded_once_more() -> None:
+    model = FakeModel()
+    engine = Engine(model, max_batch=1, image_cache_bytes=2**20)
+    asked = [TrimParams(), TrimParams(policy="cls"), TrimParams(policy="vispruner"), TrimParams(policy="divprune")]
+    run(engine, *(replace(request(images(2)), trim=trim) for trim in asked))
+    assert model.encoded == [b"2", b"2"]
+    assert (engine.image_cache.num_hits, engine.image_cache.num_misses) == (2, 2)

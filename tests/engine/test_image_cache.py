@@ -5,18 +5,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trimserve.engine.image_cache import ImageCache
+from trimserve.models.encoded_image import EncodedImage, Observation
 
 
-def features(num_bytes: int) -> torch.Tensor:
-    return torch.zeros(num_bytes, dtype=torch.uint8)
+def image(num_bytes: int, observation: Observation = "class_attention") -> EncodedImage:
+    """An image of that many bytes, all of them observed."""
+    return EncodedImage(torch.zeros(0, 1), 1, observed={observation: torch.zeros(num_bytes, dtype=torch.uint8)})
 
 
 def test_what_was_used_longest_ago_goes_first() -> None:
     cache = ImageCache(100)
     for key in (b"a", b"b"):
-        cache.put(key, features(50))
+        cache.put(key, image(50))
     assert cache.get(b"a") is not None
-    cache.put(b"c", features(40))
+    cache.put(b"c", image(40))
     assert cache.get(b"b") is None
     assert cache.get(b"a") is not None
     assert cache.get(b"c") is not None
@@ -27,17 +29,27 @@ def test_what_was_used_longest_ago_goes_first() -> None:
 
 def test_what_is_larger_than_the_cache_is_not_kept_and_evicts_nothing() -> None:
     cache = ImageCache(100)
-    cache.put(b"a", features(60))
-    cache.put(b"huge", features(101))
+    cache.put(b"a", image(60))
+    cache.put(b"huge", image(101))
     assert cache.get(b"a") is not None
     assert cache.get(b"huge") is None
 
 
 def test_a_cache_of_no_bytes_keeps_nothing() -> None:
     cache = ImageCache(0)
-    cache.put(b"a", features(1))
+    cache.put(b"a", image(1))
     assert cache.get(b"a") is None
     assert cache.used_bytes == 0
+
+
+def test_an_image_of_which_too_little_is_known_is_a_miss_and_then_more_is_known() -> None:
+    cache = ImageCache(100)
+    cache.put(b"a", image(30))
+    assert cache.get(b"a", frozenset({"vision_attention"})) is None
+    cache.put(b"a", image(50, "vision_attention"))
+    assert cache.get(b"a", frozenset({"class_attention", "vision_attention"})) is not None
+    assert cache.used_bytes == 80
+    assert (cache.num_hits, cache.num_misses) == (1, 1)
 
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 9), st.integers(0, 60)), max_size=60))
@@ -50,7 +62,7 @@ def test_bytes_are_those_of_what_is_kept_and_never_more_than_the_capacity(
         key = bytes([number])
         if is_put:
             sizes.setdefault(key, size)
-            cache.put(key, features(sizes[key]))
+            cache.put(key, image(sizes[key]))
         else:
             cache.get(key)
         assert cache.used_bytes <= 100

@@ -44,6 +44,10 @@ TRIMS = (
     TrimParams(policy="strided", k_ratio=0.1),
     TrimParams(policy="mmr", budget=FixedRatio(0.3), merge_ratio=0.1),
     TrimParams(policy="sparsevlm", budget=TopP(0.7)),
+    TrimParams(policy="cls", budget=FixedRatio(0.3)),
+    TrimParams(policy="divprune", merge_ratio=0.2),
+    TrimParams(policy="visiondrop", budget=FixedRatio(0.4)),
+    TrimParams(policy="pool"),
 )
 
 

@@ -21,8 +21,12 @@ from trimserve.engine.request import (
     TokenDelta,
 )
 from trimserve.errors import TrimserveError
+from trimserve.models.encoded_image import Choice
 from trimserve.models.loading import load_model
 from trimserve.models.mllama import Mllama
+from trimserve.models.policies.budget import Allowance, FixedRatio
+from trimserve.models.policies.policy import Policy
+from trimserve.models.policies.table import POLICIES
 from trimserve.models.prompt import Image, RawPrompt
 from trimserve.models.trimming import ImageSelection, TrimParams
 
@@ -125,3 +129,31 @@ def test_the_stages_of_a_request_lie_where_they_belong(model: Mllama) -> None:
     assert 0 < times.trim_select_seconds < times.prefill_seconds
     assert 0 < times.trim_gather_seconds < times.prefill_seconds
     assert 0 < times.detokenize_seconds < times.decode_seconds
+
+
+@pytest.mark.parametrize(("name", "num_asked"), [("cls", 1), ("divprune", 1), ("mean", 2)])
+def test_only_what_was_chosen_from_an_image_alone_serves_a_second_question_on_it(
+    model: Mllama, monkeypatch: pytest.MonkeyPatch, name: str, num_asked: int
+) -> None:
+    policy = POLICIES[name]
+    asked = []
+    choose = policy.choose  # type: ignore[attr-defined]  # every policy has one
+
+    def watched(self: Policy, image: object, allowance: Allowance) -> Choice:
+        asked.append(image)
+        choice: Choice = choose(self, image, allowance)
+        return choice
+
+    monkeypatch.setattr(policy, "choose", watched)
+    engine = Engine(model, max_batch=1, image_cache_bytes=2**22)
+    trim = TrimParams(policy=name, budget=FixedRatio(0.3), return_selection=True)
+    outputs: list[list[GenerationChunk | TrimserveError]] = [[], []]
+    for text, output in zip(("What is this?", "How many are there?"), outputs, strict=True):
+        request = GenerationRequest(text, RawPrompt(f"<|image|>{text}", ONE.images), GREEDY, trim)
+        engine.add(engine.prepare(request, output.append, time.monotonic()))
+    while engine.has_work:
+        engine.step()
+    assert len(asked) == num_asked
+    for output in outputs:
+        assert isinstance(output[-1], Finished)
+        assert 0 < output[-1].timings.trim_select_seconds < output[-1].timings.prefill_seconds

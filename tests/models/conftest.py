@@ -12,6 +12,7 @@ from tests.models.peer import Peer
 from tests.models.random_checkpoint import Geometry, save_random_checkpoint
 from trimserve.config import EngineConfig, ModelConfig
 from trimserve.engine.kv_pool import KVPool, SequenceKV
+from trimserve.models.encoded_image import EncodedImage
 from trimserve.models.interruptible import run_through
 from trimserve.models.loading import load_model
 from trimserve.models.mllama import Mllama
@@ -35,15 +36,15 @@ class Pair:
         """A fresh pool of the model's geometry."""
         return KVPool(self.ours.info, 2**24)
 
-    def features(self, prompt: PreparedPrompt) -> list[Tensor]:
-        """Visual features of each image."""
-        return [run_through(self.ours.encode_image(image)) for image in prompt.images]
+    def encoded(self, prompt: PreparedPrompt, trim: TrimParams = NO_TRIM) -> list[EncodedImage]:
+        """Each image, with what the policy needs."""
+        return [run_through(self.ours.encode_image(image, trim.needs)) for image in prompt.images]
 
     def logits(self, prompt: Prompt, trim: TrimParams = NO_TRIM) -> tuple[Tensor, SequenceKV]:
         """Logits of every prompt row, and the keys and values."""
         prepared = self.ours.prepare(prompt)
         kv = self.pool.allocate(len(prepared.token_ids) + 16)
-        rows = self.ours.prompt_rows(prepared, self.features(prepared), trim, kv)
+        rows = self.ours.prompt_rows(prepared, self.encoded(prepared, trim), trim, kv)
         return self.ours.logits([rows], prepared.token_ids), kv
 
 

@@ -14,10 +14,13 @@ from tests.models.random_checkpoint import Geometry, draw_geometry
 from tests.tolerances import LOGITS, LOGITS_BFLOAT16
 from trimserve.config import EngineConfig, ModelConfig
 from trimserve.models.decoder import SequenceRows
+from trimserve.models.encoded_image import EncodedImage
 from trimserve.models.interruptible import run_through
 from trimserve.models.loading import load_model
+from trimserve.models.policies.budget import FixedCount, FixedRatio
+from trimserve.models.policies.table import POLICIES
 from trimserve.models.prompt import ChatPrompt, Image, Message, Prompt, RawPrompt, Text
-from trimserve.models.trimming import TrimParams
+from trimserve.models.trimming import TrimParams, choose_from_image
 
 ONE = "<|image|>What is this?"
 TWO_APART = "First<|image|>one, then<|image|>another: compare"
@@ -61,9 +64,9 @@ def assert_trimmed_logits_equal(
 ) -> None:
     """Prompt rows and decoded rows equal the peer's when its later layers see what the rules keep and merge."""
     prepared = pair.ours.prepare(raw(text, images))
-    features = pair.features(prepared)
+    encoded_images = pair.encoded(prepared)
     kv = pair.pool.allocate(len(prepared.token_ids) + 2)
-    rows = pair.ours.prompt_rows(prepared, features, TrimParams(k_ratio=k_ratio, merge_ratio=merge_ratio), kv)
+    rows = pair.ours.prompt_rows(prepared, encoded_images, TrimParams(k_ratio=k_ratio, merge_ratio=merge_ratio), kv)
     logits = pair.ours.logits([rows], prepared.token_ids)
     continuation = [7, 3]
     decoded = torch.cat([pair.ours.decode([token], [kv]) for token in continuation])
@@ -74,7 +77,7 @@ def assert_trimmed_logits_equal(
     assert rows.vision is not None
     assert rows.vision.selection is not None
     assert rows.vision.selection.kept.tolist() == kept
-    assert len(kept) < sum(len(image) for image in features)
+    assert len(kept) < sum(image.num_features for image in encoded_images)
     torch.testing.assert_close(torch.cat([logits, decoded]), expected, atol=LOGITS, rtol=0)
     assert bool(rows.vision.num_merged) == bool(merge_ratio)
     untrimmed = pair.peer.logits(token_ids, images)
@@ -201,6 +204,43 @@ def test_k_ratio_one_is_bit_for_bit_the_untrimmed_path(pair: Pair) -> None:
         assert torch.equal(pair.logits(prompt, trim)[0], pair.logits(prompt, NO_TRIM)[0])
 
 
+@pytest.mark.parametrize("policy", [name for name, each in POLICIES.items() if each.budgets])
+def test_a_budget_of_everything_is_bit_for_bit_the_untrimmed_path(pair: Pair, policy: str) -> None:
+    prompt = raw(ONE, [noise((1, 2), pair.ours.info.tile_size)])
+    trim = TrimParams(policy=policy, k_ratio=0.1, budget=FixedRatio(1.0), merge_ratio=0.5)
+    assert torch.equal(pair.logits(prompt, trim)[0], pair.logits(prompt)[0])
+    almost = TrimParams(policy=policy, k_ratio=0.1, budget=FixedCount(2 * pair.ours.info.features_per_tile))
+    assert torch.equal(pair.logits(prompt, almost)[0], pair.logits(prompt)[0])
+
+
+@pytest.mark.parametrize("merge_ratio", [0.0, 0.3])
+def test_what_is_chosen_before_the_decoder_is_all_that_it_gets(pair: Pair, merge_ratio: float) -> None:
+    images = [noise((2, 2), pair.ours.info.tile_size, 1), noise((1, 2), pair.ours.info.tile_size, 2)]
+    prompt = raw(TWO_APART, images)
+    trim = TrimParams(policy="cls", budget=FixedRatio(0.3), merge_ratio=merge_ratio)
+    prepared = pair.ours.prepare(prompt)
+    encoded = pair.encoded(prepared, trim)
+    rows = pair.ours.prompt_rows(prepared, encoded, trim, pair.pool.allocate(len(prepared.token_ids)))
+    logits = pair.ours.logits([rows], prepared.token_ids)
+    choices = [choose_from_image(image, trim) for image in encoded]
+    assert rows.vision is not None
+    assert rows.vision.num_features == tuple(
+        len(choice.kept) + (len(choice.groups.sizes) if choice.groups else 0) for choice in choices
+    )
+    assert bool(rows.vision.num_merged) == bool(merge_ratio)
+
+    # A row that stands for s features weighs as much as s equal ones.
+    repeated = []
+    for image, choice in zip(encoded, choices, strict=True):
+        pieces = [image.features[choice.kept]]
+        if choice.groups is not None:
+            pieces.append(choice.groups.mean(image.features).repeat_interleave(choice.groups.sizes, dim=0))
+        repeated.append(EncodedImage(torch.cat(pieces), image.features_per_tile))
+    whole = pair.ours.prompt_rows(prepared, repeated, NO_TRIM, pair.pool.allocate(len(prepared.token_ids)))
+    torch.testing.assert_close(logits, pair.ours.logits([whole], prepared.token_ids), atol=LOGITS, rtol=0)
+    assert (logits - pair.logits(prompt)[0]).abs().max() > 100 * LOGITS
+
+
 def test_a_mixed_ragged_batch_equals_each_alone(pair: Pair) -> None:
     tile = pair.ours.info.tile_size
     requests = [
@@ -215,7 +255,7 @@ def test_a_mixed_ragged_batch_equals_each_alone(pair: Pair) -> None:
     def fresh_rows() -> list[SequenceRows]:
         pool = pair.pool
         return [
-            pair.ours.prompt_rows(prompt, pair.features(prompt), trim, pool.allocate(len(prompt.token_ids) + 1))
+            pair.ours.prompt_rows(prompt, pair.encoded(prompt, trim), trim, pool.allocate(len(prompt.token_ids) + 1))
             for prompt, (_, trim) in zip(prompts, requests, strict=True)
         ]
 
@@ -247,10 +287,10 @@ def test_padding_tiles_are_neither_projected_nor_cached(pair: Pair) -> None:
 def test_the_cap_bounds_what_is_kept_of_each_image(pair: Pair) -> None:
     images = [noise((2, 2), pair.ours.info.tile_size, 1), noise((1, 1), pair.ours.info.tile_size, 2)]
     prepared = pair.ours.prepare(raw("<|image|><|image|>both", images))
-    features = pair.features(prepared)
+    encoded_images = pair.encoded(prepared)
     kv = pair.pool.allocate(len(prepared.token_ids))
     trim = TrimParams(k_ratio=0.9, max_kept_fraction=0.25, return_selection=True)
-    prefilled = run_through(pair.ours.prefill(prepared, features, trim, kv))
+    prefilled = run_through(pair.ours.prefill(prepared, encoded_images, trim, kv))
     assert prefilled.num_kept == (10, 2)  # floor of a quarter of 40 and of 10
     assert kv.cross_length == 12
     for selection, kept in zip(prefilled.selections, prefilled.num_kept, strict=True):

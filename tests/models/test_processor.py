@@ -60,7 +60,7 @@ def info(tokens: TinyTokens) -> ModelInfo:
         kv_bytes_per_position=64,
         default_k_ratio=0.2,
         default_merge_ratio=0.0,
-        policies=("trimmed",),
+        policy_details=(),
         generation_defaults=GenerationDefaults(0.0, 1.0, 0, 0.0, 1.0, 16, tokens.eos_ids),
     )
 

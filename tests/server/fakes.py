@@ -23,6 +23,7 @@ from trimserve.engine.request import (
 from trimserve.engine.status import EngineStatus, StepListener
 from trimserve.errors import DeadlinePassed, EngineStopped
 from trimserve.models.info import GenerationDefaults, ModelInfo
+from trimserve.models.policies.table import POLICIES
 from trimserve.models.trimming import ImageSelection
 from trimserve.v1 import generation_pb2 as pb
 
@@ -59,7 +60,7 @@ INFO = ModelInfo(
     kv_bytes_per_position=256,
     default_k_ratio=0.2,
     default_merge_ratio=0.25,
-    policies=("trimmed", "other"),
+    policy_details=tuple(policy.describe() for policy in POLICIES.values()),
     generation_defaults=DEFAULTS,
 )
 

@@ -15,6 +15,9 @@ from tests.server.conftest import Loopback, rich_status
 from tests.server.fakes import CONFIG, DEFAULTS, INFO, chat_request
 from trimserve.engine.request import GenerationRequest, SamplingParams
 from trimserve.errors import InvalidRequest
+from trimserve.models.policies.budget import Budget, FixedCount, FixedRatio, Knee, TopP
+from trimserve.models.policies.gprune import GPrune
+from trimserve.models.policies.table import POLICIES
 from trimserve.models.prompt import ChatPrompt, Image, Message, RawPrompt, Text, TokenPrompt
 from trimserve.models.trimming import TrimParams
 from trimserve.server.convert import (
@@ -24,6 +27,7 @@ from trimserve.server.convert import (
     MAX_STOP_CHARS,
     MAX_STOP_STRINGS,
     MAX_STOP_TOKENS,
+    Interval,
     to_generation_request,
 )
 from trimserve.v1 import generation_pb2 as pb
@@ -139,7 +143,21 @@ BAD = [
     sampling("stop_token_ids[1]", "[0, 999], got 1000", stop_token_ids=[999, 1000]),
     sampling("num_top_logprobs", "[0, 20], got 21", num_top_logprobs=21),
     trim("mode", "TRIM_MODE_OFF, got 7", mode=7),
-    trim("policy", "one of trimmed, other, got 'best'", policy="best"),
+    trim("policy", f"one of {', '.join(POLICIES)}, got 'best'", policy="best"),
+    trim(
+        "budget",
+        "'divprune' takes (ratio, count), got knee",
+        policy="divprune",
+        budget=pb.Budget(knee=pb.Knee()),
+    ),
+    trim("budget", "policy 'pool' takes (none), got ratio", policy="pool", budget=pb.Budget(ratio=0.5)),
+    *(trim("budget.ratio", f"(0, 1], got {value}", budget=pb.Budget(ratio=value)) for value in (0.0, 1.5, NAN)),
+    *(trim("budget.top_p", f"(0, 1], got {value}", budget=pb.Budget(top_p=value)) for value in (0.0, 1.5, NAN)),
+    trim("budget.count", "[1, 4294967295], got 0", budget=pb.Budget(count=0)),
+    trim("parameters.hops", "of policy 'mmr' (relevance_weight)", policy="mmr", parameters=pb.PolicyParameters(hops=2)),
+    trim("parameters.hops", "of policy 'trimmed' (none)", parameters=pb.PolicyParameters(hops=2)),
+    trim("parameters.hops", "[1, 64], got 65", policy="gprune", parameters=pb.PolicyParameters(hops=65)),
+    trim("parameters.temperature", "(0, 10], got 0", policy="gprune", parameters=pb.PolicyParameters(temperature=0)),
     *(trim("k_ratio", f"(0, 1], got {value}", k_ratio=value) for value in (0.0, -0.5, 1.5, NAN, INF)),
     *(trim("merge_ratio", f"[0, 1], got {value}", merge_ratio=value) for value in (-0.1, 1.5, NAN, INF)),
     *(trim("max_kept_fraction", f"(0, 1], got {value}", max_kept_fraction=value) for value in (0.0, 1.5, NAN, INF)),
@@ -222,7 +240,7 @@ def test_set_fields_arrive_unchanged() -> None:
     request.trim.CopyFrom(
         pb.TrimOptions(
             mode=pb.TRIM_MODE_OFF,
-            policy="other",
+            policy="random",
             k_ratio=0.3,
             max_kept_fraction=1.0,
             merge_ratio=1.0,
@@ -249,7 +267,7 @@ def test_set_fields_arrive_unchanged() -> None:
         num_top_logprobs=20,
     )
     assert got.trim == TrimParams(
-        enabled=False, policy="other", k_ratio=0.3, max_kept_fraction=1.0, merge_ratio=1.0, return_selection=True
+        enabled=False, policy="random", k_ratio=0.3, max_kept_fraction=1.0, merge_ratio=1.0, return_selection=True
     )
 
 
@@ -293,10 +311,25 @@ def test_raw_and_token_prompts_take_their_images_from_the_request(
     assert converted(request).prompt == prompt((Image(b"x", "image/png"),))
 
 
-REQUEST_MESSAGES = ("GenerateRequest", "Chat", "Message", "Part", "Image", "TokenIds", "SamplingParams", "TrimOptions")
+REQUEST_MESSAGES = (
+    "GenerateRequest",
+    "Chat",
+    "Message",
+    "Part",
+    "Image",
+    "TokenIds",
+    "SamplingParams",
+    "TrimOptions",
+    "Budget",
+    "PolicyParameters",
+)
+
+SPELLED = {"sampling.logit_bias", "trim.budget.count"}
+"""Bounds that the protos tell in another way."""
 
 SAID = {
-    **{path: f"Range: {interval}." for path, interval in BOUNDS.items() if path != "sampling.logit_bias"},
+    **{path: f"Range: {interval}." for path, interval in BOUNDS.items() if path not in SPELLED},
+    "trim.budget.count": "Range: [1, 2^32 - 1].",
     "request_id": f"Range: at most {MAX_REQUEST_ID_CHARS} of ",
     "sampling.logit_bias": f"Range: at most {MAX_LOGIT_BIASES} ids, each in [0, vocab_size), each bias in "
     f"{BOUNDS['sampling.logit_bias']}.",
@@ -311,7 +344,7 @@ def said() -> dict[str, tuple[FieldDescriptorProto, str]]:
     """Every field of a request, by its path, or its message's name where it has no path of its own, and its comment."""
     (file,) = (file for file in descriptors() if file.name.endswith("generation.proto"))
     text = comments(file)
-    owners = {"GenerateRequest": "", "SamplingParams": "sampling.", "TrimOptions": "trim."}
+    owners = {"GenerateRequest": "", "SamplingParams": "sampling.", "TrimOptions": "trim.", "Budget": "trim.budget."}
     return {
         owners.get(message.name, f"{message.name}.") + field.name: (field, text[4, index, 2, place])
         for index, message in enumerate(file.message_type)
@@ -333,7 +366,44 @@ def test_every_value_of_a_request_tells_its_range(said: dict[str, tuple[FieldDes
         assert "Range: " in comment, path
 
 
-@pytest.mark.parametrize("path", [path for path in BOUNDS if path not in {"priority", "sampling.logit_bias"}])
+def test_the_protos_tell_every_parameter_of_every_policy(said: dict[str, tuple[FieldDescriptorProto, str]]) -> None:
+    told = {path.partition(".")[2]: each for path, each in said.items() if path.startswith("PolicyParameters.")}
+    taken = [(policy, each) for policy in INFO.policy_details for each in policy.parameters]
+    assert told.keys() == {each.name for _, each in taken}
+    for policy, each in taken:
+        field, comment = told[each.name]
+        bounds = Interval(each.low, each.high, each.is_low_open)
+        assert f"`{policy.name}`" in comment.partition(":")[0], each.name
+        assert f"Default: {each.default:g}. Range: {bounds}." in comment, each.name
+        is_whole = field.type == FieldDescriptorProto.TYPE_UINT32
+        assert is_whole == isinstance(each.default, int), each.name
+
+
+BUDGETS = [
+    (pb.Budget(ratio=0.3), FixedRatio(0.3)),
+    (pb.Budget(count=7), FixedCount(7)),
+    (pb.Budget(top_p=0.9), TopP(0.9)),
+    (pb.Budget(knee=pb.Knee()), Knee()),
+    (pb.Budget(), None),
+]
+
+
+@pytest.mark.parametrize(("sent", "got"), BUDGETS)
+def test_each_kind_of_budget_arrives(sent: pb.Budget, got: Budget | None) -> None:
+    request = chat_request()
+    request.trim.budget.CopyFrom(sent)
+    assert converted(request).trim.budget == got
+
+
+def test_parameters_of_the_policy_arrive_and_the_others_have_its_defaults() -> None:
+    request = chat_request()
+    request.trim.policy = "gprune"
+    request.trim.parameters.hops = 3
+    assert converted(request).trim.parameters == {"hops": 3}
+    assert converted(request).trim.make_policy() == GPrune(hops=3)
+
+
+@pytest.mark.parametrize("path", [path for path in BOUNDS if path.count(".") == 1 and path != "sampling.logit_bias"])
 @given(value=st.floats() | st.integers(0, 30).map(float))
 def test_a_number_is_taken_exactly_when_it_is_within_its_bounds(path: str, value: float) -> None:
     section, _, field = path.partition(".")

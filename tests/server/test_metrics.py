@@ -98,7 +98,7 @@ async def test_one_finished_request_adds_exactly_this(loopback: Loopback) -> Non
             f"grpc_server_msg_sent_total{rpc('GenerateStream')}": 5,
             f"grpc_server_handling_seconds_count{rpc('GenerateStream')}": 1,
             'trimserve_requests_total{finish_reason="stop",method="GenerateStream"}': 1,
-            'trimserve_trim_requests_total{outcome="trimmed"}': 1,
+            'trimserve_trim_requests_total{outcome="trimmed",policy="trimmed"}': 1,
             'trimserve_request_duration_seconds_count{method="GenerateStream",trimming="on"}': 1,
             'trimserve_time_to_first_token_seconds_count{trimming="on"}': 1,
             'trimserve_inter_token_latency_seconds_count{trimming="on"}': 2,
@@ -136,8 +136,10 @@ async def test_one_finished_request_adds_exactly_this(loopback: Loopback) -> Non
             'trimserve_visual_features_total{state="dropped"}': 6,
             'trimserve_visual_features_total{state="padding"}': 10,
             'trimserve_visual_features_total{state="merged"}': 1,
-            "trimserve_kept_fraction_count": 1,
-            "trimserve_kept_fraction_sum": 0.5,
+            'trimserve_kept_fraction_count{policy="trimmed"}': 1,
+            'trimserve_kept_fraction_sum{policy="trimmed"}': 0.5,
+            'trimserve_trim_select_seconds_count{policy="trimmed"}': 1,
+            'trimserve_trim_select_seconds_sum{policy="trimmed"}': 0.0025,
             'trimserve_request_cross_kv_bytes_count{state="untrimmed"}': 1,
             'trimserve_request_cross_kv_bytes_sum{state="untrimmed"}': 8192,
             'trimserve_request_cross_kv_bytes_count{state="held"}': 1,
@@ -168,12 +170,14 @@ async def test_what_trimming_did_is_told_apart(
     loopback: Loopback, started: Started, mode: pb.TrimMode, outcome: str
 ) -> None:
     request = chat_request()
-    request.trim.mode = mode
+    request.trim.mode, request.trim.policy = mode, "cls"
     loopback.runner.script = (started, *DELTAS, FINISHED)
     change = await added(loopback, request)
-    assert change[f'trimserve_trim_requests_total{{outcome="{outcome}"}}'] == 1
-    has_fraction = "trimserve_kept_fraction_count" in change
-    assert has_fraction == (outcome in {"trimmed", "bypassed_no_gain"})
+    is_asked = outcome in {"trimmed", "bypassed_no_gain"}
+    policy = "cls" if is_asked else "none"
+    assert change[f'trimserve_trim_requests_total{{outcome="{outcome}",policy="{policy}"}}'] == 1
+    for name in ("kept_fraction", "trim_select_seconds"):
+        assert (f'trimserve_{name}_count{{policy="cls"}}' in change) == is_asked
     assert ('trimserve_request_cross_kv_bytes_count{state="held"}' in change) == bool(started.images)
     trimming = "off" if outcome == "disabled" else "on"
     assert change[f'trimserve_time_to_first_token_seconds_count{{trimming="{trimming}"}}'] == 1

@@ -12,6 +12,7 @@ from tests.server.fakes import CHUNKS, CONFIG, DELTAS, FINISHED, INFO, SELECTION
 from trimserve import __version__
 from trimserve.client import Client
 from trimserve.engine.request import TokenDelta
+from trimserve.models.policies.table import POLICIES
 from trimserve.server.responses import fold
 from trimserve.v1 import generation_pb2 as pb
 from trimserve.v1 import model_pb2
@@ -146,7 +147,15 @@ async def test_get_model_tells_every_field(loopback: Loopback) -> None:
     assert (model.model_id, model.model_revision, model.max_images) == ("fake", "cafe", 3)
     assert model.cross_kv_bytes_per_feature == INFO.cross_kv_bytes_per_feature
     assert model.max_image_bytes == CONFIG.engine.max_image_bytes
-    assert list(model.policies) == ["trimmed", "other"]
+    assert list(model.policies) == [policy.name for policy in model.policy_details] == list(POLICIES)
+    first, mmr, pool = (model.policy_details[list(POLICIES).index(name)] for name in ("trimmed", "mmr", "pool"))
+    assert first.summary.startswith("Each query head picks")
+    assert list(first.needs) == ["text"]
+    assert mmr.stage == model_pb2.POLICY_STAGE_AFTER_FIRST_LAYER
+    assert pool.stage == model_pb2.POLICY_STAGE_BEFORE_DECODER
+    assert not pool.budgets
+    [parameter] = mmr.parameters
+    assert (parameter.name, parameter.default_value, parameter.low, parameter.high) == ("relevance_weight", 0.5, 0, 1)
     assert list(model.generation_defaults.eos_token_ids) == [7, 8]
 
 

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from trimserve.engine.image_cache import ImageCache
 from trimserve.engine.kv_pool import KVPool
@@ -27,6 +26,7 @@ from trimserve.engine.scheduler import Scheduler
 from trimserve.engine.sequence import Sequence, Sink
 from trimserve.engine.status import StepListener
 from trimserve.errors import CheckpointError, DeadlinePassed, InvalidRequest, OutOfMemory, RequestFailed, TrimserveError
+from trimserve.models.encoded_image import EncodedImage, Observation
 from trimserve.models.info import ModelInfo
 from trimserve.models.interruptible import Interruptible
 
@@ -214,22 +214,22 @@ class Engine:
 
     def _work(self, sequence: Sequence) -> Interruptible[None]:
         prompt = sequence.take_prompt()
-        features: list[Tensor] = []
+        images: list[EncodedImage] = []
         for image in prompt.images:
-            of_image = yield from self._features(image)
-            features.append(of_image)
+            encoded = yield from self._encoded(image, sequence.trim.needs)
+            images.append(encoded)
         sequence.encoded()
-        prefilled = yield from self._model.prefill(prompt, features, sequence.trim, sequence.kv)
+        prefilled = yield from self._model.prefill(prompt, images, sequence.trim, sequence.kv)
         sequence.sink(sequence.started(prefilled, self.pool))
         [outcome] = sample(prefilled.logits[None], [sequence.sampling])
         self._emit(sequence, outcome)
 
-    def _features(self, image: "PreparedImage") -> Interruptible[Tensor]:
-        features = self.image_cache.get(image.key)
-        if features is None:
-            features = yield from self._model.encode_image(image)
-            self.image_cache.put(image.key, features)
-        return features
+    def _encoded(self, image: "PreparedImage", needs: frozenset[Observation]) -> Interruptible[EncodedImage]:
+        encoded = self.image_cache.get(image.key, needs)
+        if encoded is None:
+            encoded = yield from self._model.encode_image(image, needs)
+            self.image_cache.put(image.key, encoded)
+        return encoded
 
     def _decode(self, batch: list[Sequence]) -> None:
         started_at = time.monotonic()

@@ -1,12 +1,13 @@
-"""Visual features of images seen before: another question on the same image skips the vision encoder.
+"""Images seen before: another question on the same image skips the vision encoder.
 
-Keyed by what the encoder sees (`PreparedImage.key`), so the same picture in another file format is another image
-only if its pixels differ. Shared by requests and bounded in bytes; it never counts as trimming.
+Beside its features an image keeps what policies chose from it alone (`models/encoded_image.py`). Keyed by what the
+encoder sees (`PreparedImage.key`), so the same picture in another file format is another image only if its pixels
+differ. Shared by requests and bounded in bytes; it never counts as trimming.
 """
 
 from collections import OrderedDict
 
-from torch import Tensor
+from trimserve.models.encoded_image import EncodedImage, Observation
 
 __all__ = ["ImageCache"]
 
@@ -18,41 +19,44 @@ class ImageCache:
         """Start empty.
 
         Args:
-            capacity_bytes: of all features together, at least 0; 0 keeps nothing.
+            capacity_bytes: of all images together, at least 0; 0 keeps nothing.
         """
         self.capacity_bytes = capacity_bytes
         """Most bytes it holds."""
         self.used_bytes = 0
-        """Bytes of the features that it holds."""
+        """Bytes of the images that it holds."""
         self.num_hits = 0
         """Images found."""
         self.num_misses = 0
         """Images that had to be encoded."""
         self.num_evictions = 0
-        """Images whose features made room for others'."""
-        self._features: OrderedDict[bytes, Tensor] = OrderedDict()
+        """Images that made room for others."""
+        self._images: OrderedDict[bytes, EncodedImage] = OrderedDict()
 
-    def get(self, key: bytes) -> Tensor | None:
-        """Features of an image, [N, hidden_size], or None; they must not be changed."""
-        features = self._features.get(key)
-        if features is None:
+    def get(self, key: bytes, needs: frozenset[Observation] = frozenset()) -> EncodedImage | None:
+        """An image of which all that is needed is known, or None."""
+        image = self._images.get(key)
+        if image is None or not image.has(needs):
             self.num_misses += 1
             return None
         self.num_hits += 1
-        self._features.move_to_end(key)
-        return features
+        self._images.move_to_end(key)
+        return image
 
-    def put(self, key: bytes, features: Tensor) -> None:
-        """Keep an image's features, at the expense of those not used for the longest time.
+    def put(self, key: bytes, image: EncodedImage) -> None:
+        """Keep an image, at the expense of those not used for the longest time.
 
-        Features larger than the whole cache are not kept.
+        What was observed of it before stays known. An image larger than the whole cache is not kept.
         """
-        size = features.nbytes
-        if size > self.capacity_bytes or key in self._features:
+        before = self._images.pop(key, None)
+        if before is not None:
+            self.used_bytes -= before.nbytes
+            image.observed = before.observed | image.observed
+        if image.nbytes > self.capacity_bytes:
             return
-        while self.used_bytes + size > self.capacity_bytes:
-            _, oldest = self._features.popitem(last=False)
+        while self.used_bytes + image.nbytes > self.capacity_bytes:
+            _, oldest = self._images.popitem(last=False)
             self.used_bytes -= oldest.nbytes
             self.num_evictions += 1
-        self._features[key] = features
-        self.used_bytes += size
+        self._images[key] = image
+        self.used_bytes += image.nbytes

@@ -7,6 +7,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from trimserve.engine.kv_pool import SequenceKV
+from trimserve.models.encoded_image import EncodedImage, Observation
 from trimserve.models.info import ModelInfo
 from trimserve.models.interruptible import Interruptible
 from trimserve.models.prefilled import Prefilled
@@ -45,11 +46,13 @@ class Model(Protocol):
             InvalidRequest: bad image.
         """
 
-    def encode_image(self, image: "PreparedImage") -> Interruptible[Tensor]:
-        """Visual features of an image, [tiles * features_per_tile, hidden_size], real tiles only."""
+    def encode_image(
+        self, image: "PreparedImage", needs: frozenset[Observation] = frozenset()
+    ) -> Interruptible[EncodedImage]:
+        """Visual features of an image, and what else is needed."""
 
     def prefill(
-        self, prompt: PreparedPrompt, features: Sequence[Tensor], trim: TrimParams, kv: SequenceKV
+        self, prompt: PreparedPrompt, images: Sequence[EncodedImage], trim: TrimParams, kv: SequenceKV
     ) -> Interruptible[Prefilled]:
         """Run the prompt, fill `kv` and return the logits that follow it."""
 

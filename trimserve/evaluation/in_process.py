@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from trimserve.engine.kv_pool import KVPool, SequenceKV
 from trimserve.engine.memory import available_bytes
@@ -22,6 +21,7 @@ from trimserve.evaluation.answers import UNTRIMMED, Answer
 from trimserve.evaluation.dataset import DatasetError, Question
 from trimserve.evaluation.metrics import kl_divergence
 from trimserve.models.decoder import SequenceRows
+from trimserve.models.encoded_image import EncodedImage, Observation
 from trimserve.models.interruptible import run_through
 from trimserve.models.mllama import Mllama
 from trimserve.models.processor import PreparedPrompt
@@ -62,7 +62,7 @@ class InProcess:
         self._batch = batch
         self._pool = KVPool(model.info, available_bytes(model.info.device) // 2)
         self._end_token_ids = frozenset(model.info.generation_defaults.eos_token_ids)
-        self._encoded: tuple[Path, list[Tensor]] | None = None
+        self._encoded: tuple[Path, frozenset[Observation], list[EncodedImage]] | None = None
 
     @property
     def policies(self) -> Sequence[str]:
@@ -95,15 +95,17 @@ class InProcess:
         prompt = self._prepare(question)
         room = info.max_model_len - len(prompt.token_ids)
         limit = min(room, max_new_tokens or info.generation_defaults.max_new_tokens)
-        if self._encoded is None or self._encoded[0] != question.image:
-            features = [run_through(self._model.encode_image(image)) for image in prompt.images]
-            self._encoded = question.image, features
-        features = self._encoded[1]
+        needs = frozenset[Observation]().union(*(trim.needs for trim in settings))
+        if self._encoded is None or self._encoded[0] != question.image or self._encoded[1] != needs:
+            encoded = [run_through(self._model.encode_image(image, needs)) for image in prompt.images]
+            self._encoded = question.image, needs, encoded
+        images = self._encoded[2]
         runs = []
         for trim in settings:
             kv = self._pool.allocate(len(prompt.token_ids) + limit)
-            rows = self._model.prompt_rows(prompt, features, trim, kv)
-            runs.append(_Run(_source(question), prompt, rows, kv, sum(map(len, features)), limit))
+            rows = self._model.prompt_rows(prompt, images, trim, kv)
+            num_valid = sum(image.num_features for image in images)
+            runs.append(_Run(_source(question), prompt, rows, kv, num_valid, limit))
         return runs
 
     def _prepare(self, question: Question) -> PreparedPrompt:

@@ -12,6 +12,7 @@ from trimserve.client import Client, make_request
 from trimserve.evaluation.answers import UNTRIMMED, Answer
 from trimserve.evaluation.dataset import Question
 from trimserve.evaluation.metrics import top_kl_divergence
+from trimserve.models.policies.budget import Budget, FixedCount, FixedRatio, Knee, TopP
 from trimserve.models.trimming import TrimParams
 from trimserve.v1 import generation_pb2 as pb
 
@@ -78,8 +79,29 @@ def _request(question: Question, trim: TrimParams, max_new_tokens: int | None) -
             repetition_penalty=1,
             num_top_logprobs=_NUM_TOP_LOGPROBS,
         ),
-        trim=pb.TrimOptions(mode=mode, policy=trim.policy, k_ratio=trim.k_ratio, merge_ratio=trim.merge_ratio),
+        trim=pb.TrimOptions(
+            mode=mode,
+            policy=trim.policy,
+            k_ratio=trim.k_ratio,
+            merge_ratio=trim.merge_ratio,
+            budget=_budget(trim.budget),
+            parameters=pb.PolicyParameters(**trim.parameters),  # type: ignore[arg-type]  # whole numbers are ints there
+        ),
     )
+
+
+def _budget(budget: Budget | None) -> pb.Budget | None:
+    match budget:
+        case FixedRatio(ratio):
+            return pb.Budget(ratio=ratio)
+        case FixedCount(count):
+            return pb.Budget(count=count)
+        case TopP(share):
+            return pb.Budget(top_p=share)
+        case Knee():
+            return pb.Budget(knee=pb.Knee())
+        case None:
+            return None
 
 
 def _first_token(response: pb.GenerateResponse) -> Mapping[int, float]:

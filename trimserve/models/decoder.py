@@ -2,15 +2,14 @@
 
 Text rows see images by the processor's rule; a row that sees none passes a cross-attention layer unchanged (both
 of its branches are zero there). In a prefill with trimming, the first cross-attention layer attends to all valid
-features, scores them and keeps some; the following layers project, cache and attend to those only. A prefill can be
-interrupted after every layer. Scoring and gathering are `ops`, choosing is `trimming.py`, where keys and values lie
-is `key_values.py`.
+features, scores them and keeps some; the following layers project, cache and attend to those only. What was chosen
+before the decoder comes in as fewer features. A prefill can be interrupted after every layer. Scoring and gathering are
+`ops`, choosing is `trimming.py`, where keys and values lie is `key_values.py`.
 """
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from itertools import accumulate
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -25,46 +24,14 @@ from trimserve import ops
 from trimserve.models.checkpoint import text_config
 from trimserve.models.interruptible import Interruptible
 from trimserve.models.key_values import BatchTables, KeyValues, write_rows
-from trimserve.models.merging import Groups, group_dropped
 from trimserve.models.policies.policy import FirstLayer
 from trimserve.models.prefilled import TrimTimes
-from trimserve.models.trimming import Selection, TrimParams, select
+from trimserve.models.trimming import select
 from trimserve.models.visibility import feature_visibility
+from trimserve.models.vision_rows import VisionRows
 from trimserve.models.weights import FUSED, fused_weight
 
-__all__ = ["RaggedDecoder", "SequenceRows", "VisionRows"]
-
-
-@dataclass(slots=True)
-class VisionRows:
-    """The images of one sequence during its prefill."""
-
-    features: Tensor
-    """[N, hidden_size], the images' features one after another; after selection those that are kept, and behind
-    each image's the rows that the others are merged into."""
-    num_features: tuple[int, ...]
-    """Rows of each image in `features`."""
-    visible_images: list[tuple[int, int]]
-    """Of each row: the half-open range of images that it sees."""
-    features_per_tile: int
-    trim: TrimParams
-    selection: Selection | None = field(default=None, init=False)
-    num_merged: tuple[int, ...] = field(default=(), init=False)
-    """Merged rows among each image's; empty when nothing is merged."""
-    bias: Tensor | None = field(default=None, init=False)
-    """[rows of `features`], added to every logit of a row, in features' dtype; None: nothing is."""
-    trim_times: TrimTimes | None = field(default=None, init=False)
-
-    @property
-    def offsets(self) -> list[int]:
-        """Where each image's features begin, and the end of the last."""
-        return [0, *accumulate(self.num_features)]
-
-    @property
-    def held_range(self) -> tuple[int, int]:
-        """The features that the last row sees."""
-        first, last = self.visible_images[-1]
-        return self.offsets[first], self.offsets[last]
+__all__ = ["RaggedDecoder", "SequenceRows"]
 
 
 @dataclass(slots=True)
@@ -322,7 +289,7 @@ class _CrossLayer(_Layer):
 
     def _store(self, q: Tensor, keys: Tensor, values: Tensor, kv: KeyValues, vision: VisionRows) -> None:
         """Trim in the first cross-attention layer; cache what the last row, and so every decoded row, sees."""
-        if self._index == 0 and vision.trim.can_drop:
+        if self._index == 0 and vision.trim.is_after_first_layer:
             keys, values = self._trim(q, keys, values, vision)
         first, end = vision.held_range
         if self._index == 0:
@@ -334,51 +301,15 @@ class _CrossLayer(_Layer):
         began_at = time.monotonic()
         seeing = [images for images in vision.visible_images if images[0] < images[1]]
         visibility = feature_visibility(seeing, vision.num_features).to(q.device)
+        everything = (vision.features, keys, values)
         layer = FirstLayer(
             q, keys, vision.features, visibility, self._scale, vision.num_features, vision.features_per_tile
         )
-        selection = vision.selection = select(layer, vision.trim)
+        selection = select(layer, vision.trim)
         selected_at = time.monotonic()
-        keys, values = _gather(vision, selection, keys, values)
+        keys, values = vision.hold(selection, ops.gather_kv(*everything, selection.kept), everything)
         vision.trim_times = TrimTimes(began_at, selected_at, time.monotonic())
         return keys, values
-
-
-def _gather(vision: VisionRows, selection: Selection, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values of what stays; `vision` holds its features afterwards."""
-    kept = ops.gather_kv(vision.features, keys, values, selection.kept)
-    groups = selection.groups
-    if groups is None and vision.trim.merge_ratio:
-        groups = group_dropped(
-            keys, selection.kept, vision.num_features, vision.features_per_tile, vision.trim.merge_ratio
-        )
-    if groups is not None:
-        return _merge(vision, selection, groups, kept, keys, values)
-    vision.features, keys, values = kept
-    vision.num_features = selection.num_kept
-    return keys, values
-
-
-def _merge(
-    vision: VisionRows,
-    selection: Selection,
-    groups: Groups,
-    kept: tuple[Tensor, Tensor, Tensor],
-    keys: Tensor,
-    values: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Put the merged rows of each image behind its kept ones; the weight of a merged row becomes its bias."""
-    bias = torch.cat([keys.new_zeros(len(selection.kept)), groups.sizes.log().to(keys.dtype)])
-    num_kept, num_merged = selection.num_kept, groups.num_groups
-    images = range(len(num_kept))
-    image = torch.tensor([*images, *images]).repeat_interleave(torch.tensor([*num_kept, *num_merged]))
-    order = image.argsort(stable=True).to(keys.device)
-    everything = (vision.features, keys, values)
-    rows = (torch.cat([part, groups.mean(all_rows)])[order] for part, all_rows in zip(kept, everything, strict=True))
-    vision.features, keys, values = rows
-    vision.num_features = tuple(a + b for a, b in zip(num_kept, num_merged, strict=True))
-    vision.num_merged, vision.bias = num_merged, bias[order]
-    return keys, values
 
 
 def _rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

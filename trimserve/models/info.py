@@ -5,7 +5,7 @@ Made once by `loading.py`, read by every layer above. It knows no tensor.
 
 from dataclasses import dataclass
 
-__all__ = ["GenerationDefaults", "ModelInfo", "ParameterInfo"]
+__all__ = ["GenerationDefaults", "ModelInfo", "ParameterInfo", "PolicyInfo"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +42,23 @@ class ParameterInfo:
     """The largest value."""
     is_low_open: bool
     """Whether `low` itself is out of range."""
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyInfo:
+    """One way of choosing visual features."""
+
+    name: str
+    """What `trim.policy` calls it."""
+    summary: str
+    """What it does, in a sentence."""
+    is_before_decoder: bool
+    """Whether it is asked before the decoder, from the image alone; otherwise after the first cross-attention layer."""
+    needs: tuple[str, ...]
+    """What it looks at beside the features: `text`, or an `Observation` of the vision encoder."""
+    budgets: tuple[str, ...]
+    """Kinds of budget that it takes."""
+    parameters: tuple[ParameterInfo, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,9 +99,14 @@ class ModelInfo:
     """Budget per head of a request that names none, in (0, 1]."""
     default_merge_ratio: float
     """`TrimParams.merge_ratio` of a request that names none, in [0, 1]."""
-    policies: tuple[str, ...]
-    """Names that `trim.policy` takes."""
+    policy_details: tuple[PolicyInfo, ...]
+    """What `trim.policy` takes; the first is the default."""
     generation_defaults: GenerationDefaults
+
+    @property
+    def policies(self) -> tuple[str, ...]:
+        """Names of `policy_details`."""
+        return tuple(policy.name for policy in self.policy_details)
 
     @property
     def cross_kv_bytes_per_feature(self) -> int:

@@ -86,7 +86,7 @@ def _describe(checkpoint: Checkpoint, config: ModelConfig, limits: EngineConfig)
         kv_bytes_per_position=2 * text.num_key_value_heads * head_dim * dtype.itemsize,
         default_k_ratio=config.k_ratio or checkpoint.trimserve.k_ratio,
         default_merge_ratio=checkpoint.trimserve.merge_ratio if config.merge_ratio is None else config.merge_ratio,
-        policies=tuple(POLICIES),
+        policy_details=tuple(policy.describe() for policy in POLICIES.values()),
         generation_defaults=_generation_defaults(checkpoint, limits.default_max_new_tokens),
     )
 

@@ -4,6 +4,7 @@ Puts `processor.py`, `vision.py` and `decoder.py` together for one caller, the e
 queues, sampling or text.
 """
 
+import time
 from collections.abc import Sequence
 
 import torch
@@ -11,18 +12,20 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import MllamaForConditionalGeneration
 
-from trimserve.models.decoder import RaggedDecoder, SequenceRows, VisionRows
+from trimserve.models.decoder import RaggedDecoder, SequenceRows
+from trimserve.models.encoded_image import EncodedImage, Observation
 from trimserve.models.images import PreparedImage
 from trimserve.models.info import ModelInfo
 from trimserve.models.interruptible import Interruptible, run_through
 from trimserve.models.key_values import KeyValues
-from trimserve.models.prefilled import Prefilled
+from trimserve.models.prefilled import Prefilled, TrimTimes
 from trimserve.models.prepared import NamedImage, PreparedPrompt, TokenizedPrompt
 from trimserve.models.processor import Processor
 from trimserve.models.prompt import Prompt
-from trimserve.models.trimming import ImageSelection, Selection, TrimParams, bitmap
+from trimserve.models.trimming import ImageSelection, Selection, TrimParams, bitmap, choose_from_image
 from trimserve.models.visibility import visible_images
 from trimserve.models.vision import IntermediateFeatures, VisionEncoder
+from trimserve.models.vision_rows import VisionRows
 
 __all__ = ["Mllama"]
 
@@ -67,32 +70,43 @@ class Mllama:
         return self._processor.prepare(prompt)
 
     @torch.inference_mode()
-    def encode_image(self, image: PreparedImage) -> Interruptible[Tensor]:
+    def encode_image(
+        self, image: PreparedImage, needs: frozenset[Observation] = frozenset()
+    ) -> Interruptible[EncodedImage]:
         """Visual features of one image; yields after each layer.
 
-        Returns:
-            [num_tiles * features_per_tile, hidden_size], real tiles only.
+        Args:
+            image: tiles.
+            needs: what else is wanted, see `TrimParams.needs`.
         """
-        return (yield from self._vision.encode(image.pixel_values, image.aspect_ratio_id, image.num_tiles))
+        return (yield from self._vision.encode(image.pixel_values, image.aspect_ratio_id, image.num_tiles, needs))
 
     @torch.inference_mode()
     def prefill(
-        self, prompt: PreparedPrompt, features: Sequence[Tensor], trim: TrimParams, kv: KeyValues
+        self, prompt: PreparedPrompt, images: Sequence[EncodedImage], trim: TrimParams, kv: KeyValues
     ) -> Interruptible[Prefilled]:
         """Run the prompt and fill `kv`; yields after each layer.
 
         Args:
             prompt: token ids [T] and images.
-            features: of each image, see `encode_image`.
+            images: of the prompt, see `encode_image`; with what `trim` needs.
             trim: how to trim; without images it has no effect.
             kv: empty, with room for T positions.
         Returns:
             The logits that follow the prompt and the account of its visual features.
         """
-        rows = self.prompt_rows(prompt, features, trim, kv)
-        logits = (yield from self._decoder.prefill(self._ids(prompt.token_ids), [rows]))[0]
+        began_at = time.monotonic()
+        if trim.is_before_decoder:
+            for image in images:
+                if not image.remembers(trim.choice_key):
+                    choose_from_image(image, trim)
+                    yield
+        rows = self.prompt_rows(prompt, images, trim, kv)
         vision = rows.vision
-        num_valid = tuple(len(image) for image in features)
+        if vision is not None and vision.trim_times is not None:
+            vision.trim_times = vision.trim_times._replace(began_at=began_at)
+        logits = (yield from self._decoder.prefill(self._ids(prompt.token_ids), [rows]))[0]
+        num_valid = tuple(image.num_features for image in images)
         max_features = self._info.max_tiles * self._info.features_per_tile
         selections: tuple[ImageSelection, ...] = ()
         if vision is not None and trim.return_selection:
@@ -125,14 +139,21 @@ class Mllama:
         return run_through(self._decoder.prefill(self._ids(token_ids), prompts, all_rows=True))
 
     def prompt_rows(
-        self, prompt: PreparedPrompt, features: Sequence[Tensor], trim: TrimParams, kv: KeyValues
+        self, prompt: PreparedPrompt, images: Sequence[EncodedImage], trim: TrimParams, kv: KeyValues
     ) -> SequenceRows:
-        """A prompt as rows of a ragged batch; `features` as in `prefill`."""
+        """A prompt as rows of a ragged batch, chosen from already by a policy before the decoder; as in `prefill`."""
         vision = None
-        if features:
+        if images:
             visible = visible_images(prompt.token_ids, self._info.image_token_id)
-            counts = tuple(len(image) for image in features)
-            vision = VisionRows(torch.cat(list(features)), counts, visible, self._info.features_per_tile, trim)
+            counts = tuple(image.num_features for image in images)
+            features = torch.cat([image.features for image in images])
+            vision = VisionRows(features, counts, visible, self._info.features_per_tile, trim)
+            if trim.is_before_decoder:
+                began_at = time.monotonic()
+                selection = Selection.of([choose_from_image(image, trim) for image in images], counts)
+                selected_at = time.monotonic()
+                vision.hold(selection, (features[selection.kept],), (features,))
+                vision.trim_times = TrimTimes(began_at, selected_at, time.monotonic())
         return SequenceRows(len(prompt.token_ids), kv, vision)
 
     def _ids(self, token_ids: Sequence[int]) -> Tensor:

@@ -3,21 +3,34 @@
 Policies see one image at a time (`policies/policy.py`); here their answers are put together. This file knows no model.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from trimserve.models.merging import Groups
+from trimserve.models.encoded_image import Choice, EncodedImage, Observation
+from trimserve.models.merging import Groups, group_dropped
 from trimserve.models.policies.budget import Allowance, Budget, FixedCount, FixedRatio, HeadRatio, TopP, budget, cap
-from trimserve.models.policies.policy import AfterFirstLayer, Choice, FirstLayer, Policy
+from trimserve.models.policies.policy import AfterFirstLayer, BeforeDecoder, FirstLayer, Policy
 from trimserve.models.policies.table import POLICIES
 from trimserve.models.policies.trimmed import Trimmed
 
-__all__ = ["ImageSelection", "Selection", "TrimParams", "bitmap", "max_rows", "select"]
+__all__ = [
+    "DEFAULT_RATIO",
+    "ImageSelection",
+    "Selection",
+    "TrimParams",
+    "bitmap",
+    "choose_from_image",
+    "max_rows",
+    "select",
+]
+
+DEFAULT_RATIO = 0.5
+"""Share of an image that a policy before the decoder keeps when the request names no budget."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +51,8 @@ class TrimParams:
     (`merging.py`); 0: they are dropped."""
     return_selection: bool = False
     budget: Budget | None = None
-    """How many features of each image stay; None: see `k_ratio`."""
+    """How many features of each image stay; None: `DEFAULT_RATIO` of them where the policy chooses before the decoder,
+    otherwise see `k_ratio`."""
     parameters: Mapping[str, float] = field(default_factory=dict)
     """Of the policy; those that are not there have its defaults."""
 
@@ -47,15 +61,40 @@ class TrimParams:
         """Whether any feature could go; if not, the request takes the untrimmed path, bit for bit."""
         if not self.enabled:
             return False
-        if (self.max_kept_fraction or 1) < 1:
+        if (self.max_kept_fraction or 1) < 1 or not POLICIES[self.policy].budgets:
             return True
-        match self.budget:
-            case None:
-                return self.k_ratio < 1
-            case FixedRatio(ratio) | TopP(ratio):
+        match self.allowance.budget:
+            case HeadRatio(ratio) | FixedRatio(ratio) | TopP(ratio):
                 return ratio < 1
             case _:
                 return True
+
+    @property
+    def is_before_decoder(self) -> bool:
+        """Whether features are chosen from the images alone."""
+        return self.can_drop and issubclass(POLICIES[self.policy], BeforeDecoder)
+
+    @property
+    def is_after_first_layer(self) -> bool:
+        """Whether features are chosen in the first cross-attention layer."""
+        return self.can_drop and issubclass(POLICIES[self.policy], AfterFirstLayer)
+
+    @property
+    def allowance(self) -> Allowance:
+        """How many features of an image may stay, or how many each head may pick."""
+        is_before = issubclass(POLICIES[self.policy], BeforeDecoder)
+        asked = self.budget or (FixedRatio(DEFAULT_RATIO) if is_before else HeadRatio(self.k_ratio))
+        return Allowance(asked, self.max_kept_fraction)
+
+    @property
+    def needs(self) -> frozenset[Observation]:
+        """What the policy wants to know of the vision layers."""
+        return POLICIES[self.policy].needs if self.can_drop else frozenset()
+
+    @property
+    def choice_key(self) -> Hashable:
+        """All that a choice before the decoder depends on beside the image."""
+        return self.make_policy(), self.allowance, self.merge_ratio
 
     def make_policy(self) -> Policy:
         """The policy with its parameters."""
@@ -96,7 +135,7 @@ class Selection:
     picks: Tensor
     """int64 [H, K], what each query head picked, -1 where it picked fewer; [0, 0] where no head was asked."""
     groups: Groups | None = None
-    """What the policy replaces by means; None: it leaves the other features to the request's `merge_ratio`."""
+    """What is merged; None: what is not kept is dropped."""
 
     @classmethod
     def of(cls, choices: Sequence[Choice], num_features: Sequence[int]) -> "Selection":
@@ -132,9 +171,9 @@ def max_rows(num_features: int, num_heads: int, features_per_tile: int, trim: Tr
     """
     if not trim.can_drop:
         return num_features
-    match trim.budget:
-        case None:
-            kept = num_heads * budget(trim.k_ratio, num_features)
+    match trim.allowance.budget if POLICIES[trim.policy].budgets else None:
+        case HeadRatio(ratio):
+            kept = num_heads * budget(ratio, num_features)
         case FixedRatio(ratio):
             kept = budget(ratio, num_features)
         case FixedCount(count):
@@ -158,11 +197,39 @@ def select(layer: FirstLayer, trim: TrimParams) -> Selection:
     assert isinstance(policy, AfterFirstLayer)
     choices = []
     for image in layer.images():
-        allowance = Allowance(trim.budget or HeadRatio(trim.k_ratio), trim.max_kept_fraction)
-        if trim.budget is None and not isinstance(policy, Trimmed):
+        allowance = trim.allowance
+        if isinstance(allowance.budget, HeadRatio) and not isinstance(policy, Trimmed):
             allowance = Allowance(FixedCount(len(Trimmed().choose(image, allowance).kept)))
         choices.append(policy.choose(image, allowance))
-    return Selection.of(choices, layer.num_features)
+    selection = Selection.of(choices, layer.num_features)
+    if selection.groups is not None or not trim.merge_ratio:
+        return selection
+    size = layer.features_per_tile
+    groups = group_dropped(layer.keys, selection.kept, layer.num_features, size, trim.merge_ratio)
+    return replace(selection, groups=groups)
+
+
+def choose_from_image(image: EncodedImage, trim: TrimParams) -> Choice:
+    """Choose the features of one image that the decoder gets; an image that was asked before remembers.
+
+    Args:
+        image: of which the policy's `needs` were observed.
+        trim: names a policy that is asked before the decoder.
+    Returns:
+        A choice whose groups are what is merged; None: the rest is dropped.
+    """
+    policy, allowance = trim.make_policy(), trim.allowance
+    assert isinstance(policy, BeforeDecoder)
+
+    def choose() -> Choice:
+        choice = policy.choose(image, allowance)
+        if choice.groups is not None or not trim.merge_ratio:
+            return choice
+        features, counts = image.features[:, None], (image.num_features,)
+        groups = group_dropped(features, choice.kept, counts, image.features_per_tile, trim.merge_ratio)
+        return replace(choice, groups=groups)
+
+    return image.remembered(trim.choice_key, choose)
 
 
 def bitmap(indices: Tensor, num_features: int) -> bytes:

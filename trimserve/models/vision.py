@@ -17,7 +17,9 @@ from transformers import MllamaForConditionalGeneration
 from transformers.models.mllama.modeling_mllama import MllamaVisionEncoderLayer
 
 from trimserve.models.checkpoint import vision_config
+from trimserve.models.encoded_image import EncodedImage, Observation
 from trimserve.models.interruptible import Interruptible
+from trimserve.models.vision_observer import VisionObserver
 
 __all__ = ["IntermediateFeatures", "VisionEncoder"]
 
@@ -42,16 +44,22 @@ class VisionEncoder:
         # The output of layer i is the input of layer i + 1, so both choices are a list of layer inputs.
         self._collected = [i + (intermediate_features == "outputs") for i in indices]
 
-    def encode(self, pixel_values: Tensor, aspect_ratio_id: int, num_tiles: int) -> Interruptible[Tensor]:
+    def encode(
+        self,
+        pixel_values: Tensor,
+        aspect_ratio_id: int,
+        num_tiles: int,
+        needs: frozenset[Observation] = frozenset(),
+    ) -> Interruptible[EncodedImage]:
         """Visual features of one image, padding tiles left out; yields after each layer.
 
         Args:
             pixel_values: [max_tiles, 3, tile_size, tile_size], any float dtype; padding tiles are zero.
             aspect_ratio_id: 1-based index into `supported_aspect_ratios`.
             num_tiles: real tiles, in [1, max_tiles]; they come first.
+            needs: what is noted on the way.
         Returns:
-            `cross_attention_states` [num_tiles * features_per_tile, hidden_size] in the model's dtype: tile by tile,
-            the class token first, then the patches row by row.
+            `cross_attention_states` of the real tiles in the model's dtype, and what was noted.
         """
         vision = self._vision
         ids = torch.tensor([[aspect_ratio_id]], device=self._projector.weight.device)
@@ -59,18 +67,21 @@ class VisionEncoder:
         max_tiles, num_rows, width = hidden.shape
         real, order = _real_rows_first(max_tiles, num_rows, num_tiles, vision.num_patches, hidden.device)
         restore = order.argsort()
+        local_layers = vision.transformer.layers
+        observer = VisionObserver(needs, num_tiles, vision.num_patches, len(local_layers))
 
         hidden, intermediate = yield from self._encode(
-            vision.transformer.layers, hidden.view(-1, width)[order], real, self._collected
+            local_layers, hidden.view(-1, width)[order], real, self._collected, observer
         )
         hidden = vision.layernorm_post(hidden)
         tiles = hidden[restore].view(1, max_tiles, num_rows, width)
         tiles = vision.post_tile_positional_embedding(tiles, ids)
-        hidden, _ = yield from self._encode(vision.global_transformer.layers, tiles.view(-1, width)[order], real, [])
+        hidden, _ = yield from self._encode(
+            vision.global_transformer.layers, tiles.view(-1, width)[order], real, [], observer
+        )
 
         features = torch.cat([hidden[:real], torch.stack(intermediate, dim=-1).flatten(1)], dim=-1)
-        projected: Tensor = self._projector(features)
-        return projected
+        return EncodedImage(self._projector(features), vision.num_patches, len(local_layers), observer.observed())
 
     def _embed(self, pixel_values: Tensor, aspect_ratio_ids: Tensor) -> Tensor:
         """Patches, class token and position embeddings, rows padded to the alignment: [max_tiles, rows, width]."""
@@ -85,7 +96,7 @@ class VisionEncoder:
 
     @staticmethod
     def _encode(
-        layers: nn.ModuleList, hidden: Tensor, real: int, collected: Sequence[int]
+        layers: nn.ModuleList, hidden: Tensor, real: int, collected: Sequence[int], observer: VisionObserver
     ) -> Interruptible[tuple[Tensor, list[Tensor]]]:
         """Run encoder layers over rows [R, width] of which the first `real` are real.
 
@@ -97,7 +108,7 @@ class VisionEncoder:
         for index, layer in enumerate(layers):
             if index in collected:
                 inputs[index] = hidden[:real]
-            hidden = _encoder_layer(layer, hidden, real)
+            hidden = _encoder_layer(layer, hidden, real, observer)
             yield
         inputs[len(layers)] = hidden[:real]
         return hidden, [inputs[index] for index in collected]
@@ -112,9 +123,9 @@ def _real_rows_first(
     return num_tiles * num_patches, is_padding.flatten().argsort(stable=True)
 
 
-def _encoder_layer(layer: nn.Module, hidden: Tensor, real: int) -> Tensor:
+def _encoder_layer(layer: nn.Module, hidden: Tensor, real: int, observer: VisionObserver) -> Tensor:
     assert isinstance(layer, MllamaVisionEncoderLayer)
-    attention = _attend(layer, layer.input_layernorm(hidden), real)
+    attention = _attend(layer, layer.input_layernorm(hidden), real, observer)
     if layer.is_gated:
         attention = layer.gate_attn.tanh() * attention
     hidden = hidden + attention
@@ -124,12 +135,13 @@ def _encoder_layer(layer: nn.Module, hidden: Tensor, real: int) -> Tensor:
     return hidden + mlp
 
 
-def _attend(layer: MllamaVisionEncoderLayer, hidden: Tensor, real: int) -> Tensor:
+def _attend(layer: MllamaVisionEncoderLayer, hidden: Tensor, real: int, observer: VisionObserver) -> Tensor:
     module = layer.self_attn
     q, k, v = (
         projection(hidden).view(1, -1, module.num_heads, module.head_dim).transpose(1, 2)
         for projection in (module.q_proj, module.k_proj, module.v_proj)
     )
+    observer.attends(q[0], k[0], module.scaling)
     seen = F.scaled_dot_product_attention(q[:, :, :real], k, v, scale=module.scaling)
     padding = F.scaled_dot_product_attention(q[:, :, real:], k[:, :, :real], v[:, :, :real], scale=module.scaling)
     attended = torch.cat([seen, padding], dim=2).transpose(1, 2).flatten(2)[0]

@@ -15,7 +15,8 @@ from google.protobuf.message import Message as ProtoMessage
 from trimserve.config import EngineConfig
 from trimserve.engine.request import GenerationRequest, SamplingParams
 from trimserve.errors import InvalidRequest
-from trimserve.models.info import ModelInfo
+from trimserve.models.info import ModelInfo, PolicyInfo
+from trimserve.models.policies.budget import Budget, FixedCount, FixedRatio, Knee, TopP
 from trimserve.models.prompt import ChatPrompt, Image, Message, Part, Prompt, RawPrompt, Text, TokenPrompt
 from trimserve.models.trimming import TrimParams
 from trimserve.v1 import generation_pb2 as pb
@@ -74,6 +75,9 @@ BOUNDS = {
     "trim.k_ratio": Interval(0, 1, is_low_open=True),
     "trim.max_kept_fraction": Interval(0, 1, is_low_open=True),
     "trim.merge_ratio": Interval(0, 1),
+    "trim.budget.ratio": Interval(0, 1, is_low_open=True),
+    "trim.budget.count": Interval(1, 2**32 - 1),
+    "trim.budget.top_p": Interval(0, 1, is_low_open=True),
 }
 """Bounds that do not depend on the model, by field path; the protos' comments say the same."""
 
@@ -263,14 +267,50 @@ def _trim(trim: pb.TrimOptions, info: ModelInfo) -> TrimParams:
         raise InvalidRequest("trim.mode", f"must be one of {known}, got {trim.mode}")
     if trim.policy and trim.policy not in info.policies:
         raise InvalidRequest("trim.policy", f"must be one of {', '.join(info.policies)}, got {trim.policy[:64]!r}")
+    policy = info.policy_details[info.policies.index(trim.policy) if trim.policy else 0]
     return TrimParams(
         enabled=TRIM_MODES[trim.mode],
-        policy=trim.policy or info.policies[0],
+        policy=policy.name,
         k_ratio=_optional(trim, "k_ratio", "trim.", info.default_k_ratio),
         max_kept_fraction=_optional(trim, "max_kept_fraction", "trim.", None),
         merge_ratio=_optional(trim, "merge_ratio", "trim.", info.default_merge_ratio),
         return_selection=trim.return_selection,
+        budget=_budget(trim.budget, policy),
+        parameters=_parameters(trim.parameters, policy),
     )
+
+
+def _budget(budget: pb.Budget, policy: PolicyInfo) -> Budget | None:
+    path = "trim.budget."
+    kind = budget.WhichOneof("kind")
+    if kind is not None and kind not in policy.budgets:
+        known = ", ".join(policy.budgets) or "none"
+        raise InvalidRequest("trim.budget", f"must be one that policy {policy.name!r} takes ({known}), got {kind}")
+    match kind:
+        case "ratio":
+            return FixedRatio(_number(budget, kind, path))
+        case "count":
+            return FixedCount(_number(budget, kind, path))
+        case "top_p":
+            return TopP(_number(budget, kind, path))
+        case "knee":
+            return Knee()
+        case _:
+            return None
+
+
+def _parameters(parameters: pb.PolicyParameters, policy: PolicyInfo) -> dict[str, float]:
+    known = {parameter.name: parameter for parameter in policy.parameters}
+    wanted: dict[str, float] = {}
+    for field, value in parameters.ListFields():
+        path = f"trim.parameters.{field.name}"
+        if field.name not in known:
+            names = ", ".join(known) or "none"
+            raise InvalidRequest(path, f"must be a parameter of policy {policy.name!r} ({names})")
+        bounds = known[field.name]
+        _check(path, value, Interval(bounds.low, bounds.high, bounds.is_low_open))
+        wanted[field.name] = value
+    return wanted
 
 
 def _check_token_ids(field: str, token_ids: Sequence[int], info: ModelInfo, *, may_be_image: bool = False) -> None:

@@ -19,16 +19,18 @@ from prometheus_client.core import Metric
 from trimserve import __version__
 from trimserve.engine.status import EngineStatus
 from trimserve.models.info import ModelInfo
+from trimserve.models.policies.table import POLICIES
 from trimserve.server.tally import Counts, Tallies
 from trimserve.v1 import generation_pb2, model_pb2
 
-__all__ = ["RPCS", "RPC_CODES", "STAGES", "Declared", "Metrics"]
+__all__ = ["NO_POLICY", "RPCS", "RPC_CODES", "STAGES", "Declared", "Metrics"]
 
 Labels = Mapping[str, tuple[str, ...]]
 M = TypeVar("M", Counter, Gauge, Histogram)
 
 METHODS = ("Generate", "GenerateStream")
 TRIMMING = ("on", "off")
+NO_POLICY = "none"
 STAGES = {
     "preprocess": "preprocess_seconds",
     "image_decode": "image_decode_seconds",
@@ -191,8 +193,11 @@ class Metrics:
         self.trim_requests = self._counter(
             "trimserve_trim_requests_total",
             "Requests that were prefilled, by what trimming did: dropped or merged features, was off, had no image, "
-            "or kept every feature.",
-            {"outcome": ("trimmed", "disabled", "bypassed_text_only", "bypassed_no_gain")},
+            "or kept every feature. The policy is none where none was asked.",
+            {
+                "policy": (NO_POLICY, *POLICIES),
+                "outcome": ("trimmed", "disabled", "bypassed_text_only", "bypassed_no_gain"),
+            },
         )
 
     def _declare_latencies(self) -> None:
@@ -261,6 +266,14 @@ class Metrics:
             "Rows held, kept features and merged ones, over valid features of one request with images and trimming "
             "on: measured, not k_ratio.",
             FRACTION,
+            {"policy": tuple(POLICIES)},
+        )
+        self.trim_select_seconds = self._histogram(
+            "trimserve_trim_select_seconds",
+            "The stage trim_select of one finished request with images and trimming on: next to nothing where an image "
+            "remembered what a policy chose of it.",
+            STAGE,
+            {"policy": tuple(POLICIES)},
         )
         self.request_cross_kv_bytes = self._histogram(
             "trimserve_request_cross_kv_bytes",

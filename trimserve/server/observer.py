@@ -5,7 +5,7 @@ import time
 
 from trimserve.engine.request import Finished, GenerationChunk, GenerationRequest, StageSpan, Started, TokenDelta
 from trimserve.errors import DeadlinePassed, EngineBusy, EngineStopped, InvalidRequest, OutOfMemory, RequestFailed
-from trimserve.server.metrics import STAGES, Metrics
+from trimserve.server.metrics import NO_POLICY, STAGES, Metrics
 from trimserve.server.tracing import current_trace
 
 __all__ = ["RequestObserver"]
@@ -28,12 +28,14 @@ class RequestObserver:
         self._last_token = self._arrived
         self._is_trimming = False
         self._inter_token = metrics.inter_token_latency_seconds.labels("off")
+        self._policy = NO_POLICY
         self._started: Started | None = None
         self._trace = current_trace()
 
     def accepted(self, request: GenerationRequest) -> None:
         """The request passed its checks."""
         self._is_trimming = request.trim.enabled
+        self._policy = request.trim.policy
         self._inter_token = self._metrics.inter_token_latency_seconds.labels(self._trimming)
         if self._trace is not None:
             self._trace.describe({"trimserve.request_id": request.request_id})
@@ -105,9 +107,11 @@ class RequestObserver:
         metrics.visual_features.labels("dropped").inc(valid - kept)
         metrics.visual_features.labels("merged").inc(sum(image.merged_features for image in chunk.images))
         metrics.visual_features.labels("padding").inc(sum(image.padding_features for image in chunk.images))
-        if chunk.images and self._is_trimming:
-            metrics.kept_fraction.observe(sum(image.held_rows for image in chunk.images) / valid)
-        metrics.trim_requests.labels(self._trim_outcome(chunk, kept < valid)).inc()
+        is_asked = chunk.images and self._is_trimming
+        if is_asked:
+            metrics.kept_fraction.labels(self._policy).observe(sum(image.held_rows for image in chunk.images) / valid)
+        policy = self._policy if is_asked else NO_POLICY
+        metrics.trim_requests.labels(policy, self._trim_outcome(chunk, kept < valid)).inc()
         if self._trace is not None:
             self._trace.describe({"gen_ai.usage.input_tokens": chunk.num_prompt_tokens})
             for span in chunk.spans:
@@ -149,6 +153,8 @@ class RequestObserver:
             metrics.stage_duration_seconds.labels(stage).observe(getattr(timings, name))
         if self._started is not None and self._started.images:
             self._saw_cross_kv(chunk)
+            if self._is_trimming:
+                metrics.trim_select_seconds.labels(self._policy).observe(timings.trim_select_seconds)
         self._trace_decode()
         if self._trace is not None:
             reasons: list[str] = [chunk.reason.value]

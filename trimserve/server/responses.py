@@ -17,7 +17,7 @@ from trimserve.engine.request import (
     TokenLogprob,
 )
 from trimserve.engine.status import EngineStatus
-from trimserve.models.info import ModelInfo
+from trimserve.models.info import ModelInfo, PolicyInfo
 from trimserve.v1 import generation_pb2, model_pb2
 
 __all__ = ["EventWriter", "fold", "model_response", "status_response"]
@@ -121,12 +121,23 @@ def model_response(info: ModelInfo, config: EngineConfig) -> model_pb2.GetModelR
         max_image_bytes=config.max_image_bytes,
         max_image_pixels=config.max_image_pixels,
         generation_defaults=_mirror(model_pb2.GenerationDefaults, info.generation_defaults),
+        policy_details=[_policy(policy) for policy in info.policy_details],
     )
 
 
 def status_response(status: EngineStatus) -> model_pb2.GetServerStatusResponse:
     """What `GetServerStatus` says."""
     return _mirror(model_pb2.GetServerStatusResponse, status, version=__version__)
+
+
+def _policy(policy: PolicyInfo) -> model_pb2.Policy:
+    is_before = policy.is_before_decoder
+    return _mirror(
+        model_pb2.Policy,
+        policy,
+        stage=model_pb2.POLICY_STAGE_BEFORE_DECODER if is_before else model_pb2.POLICY_STAGE_AFTER_FIRST_LAYER,
+        parameters=[_mirror(model_pb2.PolicyParameter, each, default_value=each.default) for each in policy.parameters],
+    )
 
 
 def _add_started(response: generation_pb2.GenerateResponse, started: generation_pb2.Started) -> None:

@@ -134,20 +134,62 @@ class SamplingParams(_message.Message):
     def __init__(self, max_new_tokens: _Optional[int] = ..., min_new_tokens: _Optional[int] = ..., ignore_eos: bool = ..., temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., min_p: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., logit_bias: _Optional[_Mapping[int, float]] = ..., seed: _Optional[int] = ..., stop_strings: _Optional[_Iterable[str]] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., num_top_logprobs: _Optional[int] = ...) -> None: ...
 
 class TrimOptions(_message.Message):
-    __slots__ = ("mode", "policy", "k_ratio", "max_kept_fraction", "return_selection", "merge_ratio")
+    __slots__ = ("mode", "policy", "k_ratio", "max_kept_fraction", "return_selection", "merge_ratio", "budget", "parameters")
     MODE_FIELD_NUMBER: _ClassVar[int]
     POLICY_FIELD_NUMBER: _ClassVar[int]
     K_RATIO_FIELD_NUMBER: _ClassVar[int]
     MAX_KEPT_FRACTION_FIELD_NUMBER: _ClassVar[int]
     RETURN_SELECTION_FIELD_NUMBER: _ClassVar[int]
     MERGE_RATIO_FIELD_NUMBER: _ClassVar[int]
+    BUDGET_FIELD_NUMBER: _ClassVar[int]
+    PARAMETERS_FIELD_NUMBER: _ClassVar[int]
     mode: TrimMode
     policy: str
     k_ratio: float
     max_kept_fraction: float
     return_selection: bool
     merge_ratio: float
-    def __init__(self, mode: _Optional[_Union[TrimMode, str]] = ..., policy: _Optional[str] = ..., k_ratio: _Optional[float] = ..., max_kept_fraction: _Optional[float] = ..., return_selection: bool = ..., merge_ratio: _Optional[float] = ...) -> None: ...
+    budget: Budget
+    parameters: PolicyParameters
+    def __init__(self, mode: _Optional[_Union[TrimMode, str]] = ..., policy: _Optional[str] = ..., k_ratio: _Optional[float] = ..., max_kept_fraction: _Optional[float] = ..., return_selection: bool = ..., merge_ratio: _Optional[float] = ..., budget: _Optional[_Union[Budget, _Mapping]] = ..., parameters: _Optional[_Union[PolicyParameters, _Mapping]] = ...) -> None: ...
+
+class Budget(_message.Message):
+    __slots__ = ("ratio", "count", "top_p", "knee")
+    RATIO_FIELD_NUMBER: _ClassVar[int]
+    COUNT_FIELD_NUMBER: _ClassVar[int]
+    TOP_P_FIELD_NUMBER: _ClassVar[int]
+    KNEE_FIELD_NUMBER: _ClassVar[int]
+    ratio: float
+    count: int
+    top_p: float
+    knee: Knee
+    def __init__(self, ratio: _Optional[float] = ..., count: _Optional[int] = ..., top_p: _Optional[float] = ..., knee: _Optional[_Union[Knee, _Mapping]] = ...) -> None: ...
+
+class Knee(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class PolicyParameters(_message.Message):
+    __slots__ = ("relevance_weight", "relevance_power", "layer", "num_layers", "important_ratio", "contextual_ratio", "threshold", "temperature", "hops")
+    RELEVANCE_WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    RELEVANCE_POWER_FIELD_NUMBER: _ClassVar[int]
+    LAYER_FIELD_NUMBER: _ClassVar[int]
+    NUM_LAYERS_FIELD_NUMBER: _ClassVar[int]
+    IMPORTANT_RATIO_FIELD_NUMBER: _ClassVar[int]
+    CONTEXTUAL_RATIO_FIELD_NUMBER: _ClassVar[int]
+    THRESHOLD_FIELD_NUMBER: _ClassVar[int]
+    TEMPERATURE_FIELD_NUMBER: _ClassVar[int]
+    HOPS_FIELD_NUMBER: _ClassVar[int]
+    relevance_weight: float
+    relevance_power: float
+    layer: int
+    num_layers: int
+    important_ratio: float
+    contextual_ratio: float
+    threshold: float
+    temperature: float
+    hops: int
+    def __init__(self, relevance_weight: _Optional[float] = ..., relevance_power: _Optional[float] = ..., layer: _Optional[int] = ..., num_layers: _Optional[int] = ..., important_ratio: _Optional[float] = ..., contextual_ratio: _Optional[float] = ..., threshold: _Optional[float] = ..., temperature: _Optional[float] = ..., hops: _Optional[int] = ...) -> None: ...
 
 class GenerateResponse(_message.Message):
     __slots__ = ("request_id", "model_id", "model_revision", "text", "token_ids", "logprobs", "finish_reason", "matched_stop_string", "matched_stop_token_id", "usage", "cross_kv_bytes", "timings", "seed", "selections")

@@ -1,4 +1,5 @@
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from collections.abc import Iterable as _Iterable, Mapping as _Mapping
@@ -6,12 +7,21 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class PolicyStage(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    POLICY_STAGE_UNSPECIFIED: _ClassVar[PolicyStage]
+    POLICY_STAGE_BEFORE_DECODER: _ClassVar[PolicyStage]
+    POLICY_STAGE_AFTER_FIRST_LAYER: _ClassVar[PolicyStage]
+POLICY_STAGE_UNSPECIFIED: PolicyStage
+POLICY_STAGE_BEFORE_DECODER: PolicyStage
+POLICY_STAGE_AFTER_FIRST_LAYER: PolicyStage
+
 class GetModelRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
 class GetModelResponse(_message.Message):
-    __slots__ = ("model_id", "model_revision", "dtype", "device", "num_parameters", "vocab_size", "image_token_id", "max_model_len", "max_images", "max_image_bytes", "max_image_pixels", "num_self_attention_layers", "num_cross_attention_layers", "num_heads", "num_kv_heads", "head_dim", "hidden_size", "tile_size", "patch_size", "max_tiles", "features_per_tile", "cross_kv_bytes_per_feature", "self_kv_bytes_per_token", "policies", "default_k_ratio", "generation_defaults", "default_merge_ratio")
+    __slots__ = ("model_id", "model_revision", "dtype", "device", "num_parameters", "vocab_size", "image_token_id", "max_model_len", "max_images", "max_image_bytes", "max_image_pixels", "num_self_attention_layers", "num_cross_attention_layers", "num_heads", "num_kv_heads", "head_dim", "hidden_size", "tile_size", "patch_size", "max_tiles", "features_per_tile", "cross_kv_bytes_per_feature", "self_kv_bytes_per_token", "policies", "default_k_ratio", "generation_defaults", "default_merge_ratio", "policy_details")
     MODEL_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_REVISION_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
@@ -39,6 +49,7 @@ class GetModelResponse(_message.Message):
     DEFAULT_K_RATIO_FIELD_NUMBER: _ClassVar[int]
     GENERATION_DEFAULTS_FIELD_NUMBER: _ClassVar[int]
     DEFAULT_MERGE_RATIO_FIELD_NUMBER: _ClassVar[int]
+    POLICY_DETAILS_FIELD_NUMBER: _ClassVar[int]
     model_id: str
     model_revision: str
     dtype: str
@@ -66,7 +77,40 @@ class GetModelResponse(_message.Message):
     default_k_ratio: float
     generation_defaults: GenerationDefaults
     default_merge_ratio: float
-    def __init__(self, model_id: _Optional[str] = ..., model_revision: _Optional[str] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., num_parameters: _Optional[int] = ..., vocab_size: _Optional[int] = ..., image_token_id: _Optional[int] = ..., max_model_len: _Optional[int] = ..., max_images: _Optional[int] = ..., max_image_bytes: _Optional[int] = ..., max_image_pixels: _Optional[int] = ..., num_self_attention_layers: _Optional[int] = ..., num_cross_attention_layers: _Optional[int] = ..., num_heads: _Optional[int] = ..., num_kv_heads: _Optional[int] = ..., head_dim: _Optional[int] = ..., hidden_size: _Optional[int] = ..., tile_size: _Optional[int] = ..., patch_size: _Optional[int] = ..., max_tiles: _Optional[int] = ..., features_per_tile: _Optional[int] = ..., cross_kv_bytes_per_feature: _Optional[int] = ..., self_kv_bytes_per_token: _Optional[int] = ..., policies: _Optional[_Iterable[str]] = ..., default_k_ratio: _Optional[float] = ..., generation_defaults: _Optional[_Union[GenerationDefaults, _Mapping]] = ..., default_merge_ratio: _Optional[float] = ...) -> None: ...
+    policy_details: _containers.RepeatedCompositeFieldContainer[Policy]
+    def __init__(self, model_id: _Optional[str] = ..., model_revision: _Optional[str] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., num_parameters: _Optional[int] = ..., vocab_size: _Optional[int] = ..., image_token_id: _Optional[int] = ..., max_model_len: _Optional[int] = ..., max_images: _Optional[int] = ..., max_image_bytes: _Optional[int] = ..., max_image_pixels: _Optional[int] = ..., num_self_attention_layers: _Optional[int] = ..., num_cross_attention_layers: _Optional[int] = ..., num_heads: _Optional[int] = ..., num_kv_heads: _Optional[int] = ..., head_dim: _Optional[int] = ..., hidden_size: _Optional[int] = ..., tile_size: _Optional[int] = ..., patch_size: _Optional[int] = ..., max_tiles: _Optional[int] = ..., features_per_tile: _Optional[int] = ..., cross_kv_bytes_per_feature: _Optional[int] = ..., self_kv_bytes_per_token: _Optional[int] = ..., policies: _Optional[_Iterable[str]] = ..., default_k_ratio: _Optional[float] = ..., generation_defaults: _Optional[_Union[GenerationDefaults, _Mapping]] = ..., default_merge_ratio: _Optional[float] = ..., policy_details: _Optional[_Iterable[_Union[Policy, _Mapping]]] = ...) -> None: ...
+
+class Policy(_message.Message):
+    __slots__ = ("name", "summary", "stage", "needs", "budgets", "parameters")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    SUMMARY_FIELD_NUMBER: _ClassVar[int]
+    STAGE_FIELD_NUMBER: _ClassVar[int]
+    NEEDS_FIELD_NUMBER: _ClassVar[int]
+    BUDGETS_FIELD_NUMBER: _ClassVar[int]
+    PARAMETERS_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    summary: str
+    stage: PolicyStage
+    needs: _containers.RepeatedScalarFieldContainer[str]
+    budgets: _containers.RepeatedScalarFieldContainer[str]
+    parameters: _containers.RepeatedCompositeFieldContainer[PolicyParameter]
+    def __init__(self, name: _Optional[str] = ..., summary: _Optional[str] = ..., stage: _Optional[_Union[PolicyStage, str]] = ..., needs: _Optional[_Iterable[str]] = ..., budgets: _Optional[_Iterable[str]] = ..., parameters: _Optional[_Iterable[_Union[PolicyParameter, _Mapping]]] = ...) -> None: ...
+
+class PolicyParameter(_message.Message):
+    __slots__ = ("name", "description", "default_value", "low", "high", "is_low_open")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    DESCRIPTION_FIELD_NUMBER: _ClassVar[int]
+    DEFAULT_VALUE_FIELD_NUMBER: _ClassVar[int]
+    LOW_FIELD_NUMBER: _ClassVar[int]
+    HIGH_FIELD_NUMBER: _ClassVar[int]
+    IS_LOW_OPEN_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    description: str
+    default_value: float
+    low: float
+    high: float
+    is_low_open: bool
+    def __init__(self, name: _Optional[str] = ..., description: _Optional[str] = ..., default_value: _Optional[float] = ..., low: _Optional[float] = ..., high: _Optional[float] = ..., is_low_open: bool = ...) -> None: ...
 
 class GenerationDefaults(_message.Message):
     __slots__ = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_new_tokens", "eos_token_ids")

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from trimserve.models.encoded_image import EncodedImage
 from trimserve.models.policies.budget import Allowance, FixedCount, FixedRatio
-from trimserve.models.policies.policy import AfterFirstLayer, Choice, FirstLayer
+from trimserve.models.policies.policy import AfterFirstLayer, BeforeDecoder, Choice, FirstLayer
 from trimserve.models.policies.table import POLICIES
 from trimserve.models.trimming import TrimParams, select
 
@@ -15,6 +16,7 @@ SIZE = 10
 """Features of a tile: a class token and 3 x 3 patches."""
 
 NAMES = list(POLICIES)
+WITH_BUDGET = [name for name, policy in POLICIES.items() if policy.budgets]
 
 
 def features(num_tiles: int, seed: int = 0) -> Tensor:
@@ -33,9 +35,17 @@ def layer_of(*images: Tensor) -> FirstLayer:
     return FirstLayer(queries, keys, together, seen, 0.5, counts, SIZE)
 
 
+def encoded(image: Tensor) -> EncodedImage:
+    """An image whose class tokens attend to what its features say."""
+    attention = image[:, :3].T.softmax(dim=1)
+    return EncodedImage(image, SIZE, 2, {"class_attention": attention})
+
+
 def choices(name: str, allowance: Allowance, *images: Tensor) -> list[Choice]:
     """What a policy keeps of each image of one request."""
     policy = POLICIES[name]()
+    if isinstance(policy, BeforeDecoder):
+        return [policy.choose(encoded(image), allowance) for image in images]
     assert isinstance(policy, AfterFirstLayer)
     return [policy.choose(image, allowance) for image in layer_of(*images).images()]
 
@@ -46,17 +56,27 @@ def kept(name: str, count: int, image: Tensor) -> list[int]:
     return choice.kept.tolist()
 
 
-@pytest.mark.parametrize("name", NAMES)
+def num_rows(choice: Choice) -> int:
+    """Rows that the image holds."""
+    return len(choice.kept) + (len(choice.groups.sizes) if choice.groups else 0)
+
+
+@pytest.mark.parametrize("name", WITH_BUDGET)
 @pytest.mark.parametrize("num_tiles", [1, 4])
 @pytest.mark.parametrize("ratio", [0.01, 0.33, 0.9, 1.0])
 def test_as_many_features_stay_as_the_budget_says(name: str, num_tiles: int, ratio: float) -> None:
     [choice] = choices(name, Allowance(FixedRatio(ratio)), features(num_tiles))
-    indices = choice.kept.tolist()
-    assert len(indices) == math.ceil(ratio * num_tiles * SIZE)
-    assert indices == sorted(set(indices) & set(range(num_tiles * SIZE)))
+    assert num_rows(choice) == math.ceil(ratio * num_tiles * SIZE)
+    kept = choice.kept.tolist()
+    assert kept == sorted(set(kept) & set(range(num_tiles * SIZE)))
+    if choice.groups is not None:
+        members = choice.groups.members.tolist()
+        assert len(set(members)) == len(members) == choice.groups.sizes.sum()
+        assert set(members) <= set(range(num_tiles * SIZE)) - set(kept)
+        assert len(choice.groups.sizes) == sum(choice.groups.num_groups)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", WITH_BUDGET)
 def test_a_budget_above_the_image_keeps_all_of_it(name: str) -> None:
     assert kept(name, 99, features(2)) == list(range(2 * SIZE))
 
@@ -76,34 +96,39 @@ def test_a_choice_is_the_same_every_time(name: str) -> None:
     assert kept(name, 11, features(3)) == kept(name, 11, features(3))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", WITH_BUDGET)
 def test_equal_features_are_as_good_as_any(name: str) -> None:
-    assert len(kept(name, 7, torch.ones(2 * SIZE, 16))) == 7
+    [choice] = choices(name, Allowance(FixedCount(7)), torch.ones(2 * SIZE, 16))
+    assert num_rows(choice) == 7
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", WITH_BUDGET)
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_features_that_are_no_numbers_break_nothing(name: str, value: float) -> None:
     image = features(2)
     image[3] = value
     image[5, 2] = -value
-    assert len(kept(name, 12, image)) == 12
-    assert len(kept(name, 12, torch.full_like(image, value))) == 12
+    for broken in (image, torch.full_like(image, value)):
+        [choice] = choices(name, Allowance(FixedCount(12)), broken)
+        assert num_rows(choice) == 12
 
 
-@pytest.mark.parametrize("name", ["mmr", "cdpruner"])
+@pytest.mark.parametrize("name", ["mmr", "cdpruner", "gprune", "divprune", "todre"])
 def test_features_that_are_no_numbers_come_last_in_their_tile(name: str) -> None:
     image = features(1)
     image[3] = math.nan
-    layer = layer_of(image)
-    layer.scores = torch.rand(4, SIZE, generator=torch.Generator().manual_seed(2))
-    policy = POLICIES[name]()
-    assert isinstance(policy, AfterFirstLayer)
-    [seen] = layer.images()
-    assert policy.choose(seen, Allowance(FixedCount(SIZE - 1))).kept.tolist() == [n for n in range(SIZE) if n != 3]
+    policy, allowance = POLICIES[name](), Allowance(FixedCount(SIZE - 1))
+    if isinstance(policy, BeforeDecoder):
+        choice = policy.choose(encoded(image), allowance)
+    else:
+        assert isinstance(policy, AfterFirstLayer)
+        layer = layer_of(image)
+        layer.scores = torch.rand(4, SIZE, generator=torch.Generator().manual_seed(2))
+        choice = policy.choose(layer.images()[0], allowance)
+    assert choice.kept.tolist() == [n for n in range(SIZE) if n != 3]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name, policy in POLICIES.items() if issubclass(policy, AfterFirstLayer)])
 def test_without_a_budget_as_many_stay_as_trimmed_keeps(name: str) -> None:
     layer = layer_of(features(2, 1), features(1, 2))
     trim = TrimParams(policy=name, k_ratio=0.15, max_kept_fraction=0.4)

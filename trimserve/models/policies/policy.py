@@ -16,24 +16,11 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from trimserve import ops
-from trimserve.models.info import ParameterInfo
-from trimserve.models.merging import Groups
+from trimserve.models.encoded_image import Choice, EncodedImage, Observation
+from trimserve.models.info import ParameterInfo, PolicyInfo
 from trimserve.models.policies.budget import Allowance
 
-__all__ = ["AfterFirstLayer", "Choice", "FirstLayer", "Policy", "SeenImage", "parameter", "top"]
-
-
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """What becomes of one image's features."""
-
-    kept: Tensor
-    """int64 [M], ascending; stay as they are."""
-    picks: Tensor | None = None
-    """int64 [H, K], what each query head picked, -1 where it picked fewer; None where no head was asked."""
-    groups: Groups | None = None
-    """What is replaced by the mean of its group; None: whatever is not kept may be dropped or merged as the request
-    wishes."""
+__all__ = ["AfterFirstLayer", "BeforeDecoder", "Choice", "FirstLayer", "Policy", "SeenImage", "parameter", "top"]
 
 
 class Policy(ABC):
@@ -43,12 +30,22 @@ class Policy(ABC):
     """What requests call it."""
     budgets: ClassVar[tuple[str, ...]] = ("ratio", "count", "top_p", "knee")
     """Kinds of budget that it takes."""
+    needs: ClassVar[frozenset[Observation]] = frozenset()
+    """What it wants to know of the vision layers."""
 
     @classmethod
-    def parameters(cls) -> tuple[ParameterInfo, ...]:
-        """What a request may set."""
+    def describe(cls) -> PolicyInfo:
+        """What people may want to know of it; its summary is the first sentence of its docstring."""
         own: Sequence[Field[float]] = fields(cls)  # type: ignore[arg-type]  # every policy is a dataclass
-        return tuple(ParameterInfo(name=each.name, default=each.default, **each.metadata) for each in own)  # type: ignore[arg-type]  # and every field has a default
+        is_before = issubclass(cls, BeforeDecoder)
+        return PolicyInfo(
+            name=cls.name,
+            summary=" ".join((cls.__doc__ or "").split("\n\n")[0].split()),
+            is_before_decoder=is_before,
+            needs=tuple(sorted(cls.needs)) if is_before else ("text",),
+            budgets=cls.budgets,
+            parameters=tuple(ParameterInfo(name=each.name, default=each.default, **each.metadata) for each in own),  # type: ignore[arg-type]  # every parameter has a default
+        )
 
 
 class AfterFirstLayer(Policy):
@@ -57,6 +54,14 @@ class AfterFirstLayer(Policy):
     @abstractmethod
     def choose(self, image: "SeenImage", allowance: Allowance) -> Choice:
         """Choose the features of one image that later layers keep."""
+
+
+class BeforeDecoder(Policy):
+    """A policy that chooses from the image alone, before the decoder; its choice serves every question on the image."""
+
+    @abstractmethod
+    def choose(self, image: EncodedImage, allowance: Allowance) -> Choice:
+        """Choose the features of one image that the decoder gets."""
 
 
 class FirstLayer:

@@ -1,0 +1,87 @@
+"""What an image remembers, and what the encoder notes of it on the way."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.models.conftest import Pair
+from tests.models.test_mllama import ONE, noise, raw
+from tests.tolerances import ATTENTION
+from trimserve.models.encoded_image import MAX_CHOICES, Choice, EncodedImage, Observation
+from trimserve.models.interruptible import run_through
+from trimserve.models.policies.budget import FixedRatio
+from trimserve.models.trimming import TrimParams, choose_from_image
+
+
+def test_a_choice_is_made_once_for_each_of_the_last_few_keys() -> None:
+    image = EncodedImage(torch.zeros(5, 2), 5)
+    made: list[int] = []
+
+    def choice(key: int) -> Choice:
+        def choose() -> Choice:
+            made.append(key)
+            return Choice(torch.tensor([key]))
+
+        return image.remembered(key, choose)
+
+    for key in (*range(MAX_CHOICES), 0, MAX_CHOICES, 0, 1):
+        assert choice(key).kept.tolist() == [key]
+    assert made == [*range(MAX_CHOICES), MAX_CHOICES, 1]  # 1 was the one used longest ago
+
+
+def test_policy_parameters_budget_cap_and_merging_are_the_key() -> None:
+    image = EncodedImage(torch.randn(10, 2), 10, 2, {"class_attention": torch.rand(3, 10)})
+    cls = TrimParams(policy="cls", budget=FixedRatio(0.5))
+    first = choose_from_image(image, cls)
+    assert choose_from_image(image, TrimParams(policy="cls", k_ratio=0.1)) is first  # k_ratio is not asked
+    for other in (
+        TrimParams(policy="cls", budget=FixedRatio(0.4)),
+        TrimParams(policy="cls", parameters={"num_layers": 1}),
+        TrimParams(policy="cls", max_kept_fraction=0.3),
+        TrimParams(policy="cls", merge_ratio=0.2),
+        TrimParams(policy="divprune"),
+    ):
+        assert choose_from_image(image, other) is not first
+
+
+def test_there_is_room_for_what_an_image_remembers() -> None:
+    image = EncodedImage(torch.randn(40, 1), 20, 2, {"class_attention": torch.rand(3, 40)})
+    before = image.nbytes
+    held = 0
+    for budget in (FixedRatio(0.1), FixedRatio(0.3), FixedRatio(0.6), FixedRatio(0.9)):
+        choice = choose_from_image(image, TrimParams(policy="cls", budget=budget, merge_ratio=1.0))
+        assert choice.groups is not None
+        held += choice.kept.nbytes + choice.groups.members.nbytes + choice.groups.sizes.nbytes
+    assert image.features.nbytes + image.observed["class_attention"].nbytes + held <= before == image.nbytes
+
+
+@pytest.mark.parametrize("grid", [(1, 1), (1, 2), (2, 2)])
+def test_class_attention_is_that_of_a_literal_reading_of_every_vision_layer(pair: Pair, grid: tuple[int, int]) -> None:
+    info = pair.ours.info
+    image = noise(grid, info.tile_size)
+    prompt = pair.ours.prepare(raw(ONE, [image]))
+    num_tiles, size = grid[0] * grid[1], info.features_per_tile
+    expected: list[Tensor] = []
+
+    def literal(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        [hidden] = args[0]
+        num_rows = len(hidden) // info.max_tiles  # of a tile, padded
+        heads: int = module.num_heads  # type: ignore[assignment]  # torch's modules have attributes of any type
+        q, k = (rows(hidden).view(len(hidden), heads, -1) for rows in (module.q_proj, module.k_proj))  # type: ignore[operator]
+        weights = torch.einsum("thd,nhd->htn", q, k).div(q.shape[-1] ** 0.5).softmax(dim=-1)
+        of_class_tokens = weights[:, : num_tiles * num_rows : num_rows].mean(dim=(0, 1))
+        expected.append(of_class_tokens.view(info.max_tiles, num_rows)[:num_tiles, :size].flatten())
+
+    vision = pair.peer.model.model.vision_model
+    layers = [*vision.transformer.layers, *vision.global_transformer.layers]
+    hooks = [layer.self_attn.register_forward_pre_hook(literal) for layer in layers]
+    try:
+        pair.peer.logits(list(prompt.token_ids), [image])
+    finally:
+        for hook in hooks:
+            hook.remove()
+    needs = frozenset[Observation]({"class_attention"})
+    encoded = run_through(pair.ours.encode_image(prompt.images[0], needs))
+    torch.testing.assert_close(encoded.observed["class_attention"], torch.stack(expected), **ATTENTION)
+    assert encoded.num_local_layers == len(vision.transformer.layers)
+    assert not run_through(pair.ours.encode_image(prompt.images[0])).observed
