@@ -224,6 +224,18 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             "Images that were not encoded again, and how full the cache is.",
         ),
         Panel("Image cache: evictions", "short", {"": rate("trimserve_image_cache_evictions_total")}, "Per second."),
+        Panel(
+            "Choosing features, by policy",
+            "s",
+            {"p95 {{policy}}": quantile(0.95, "trimserve_trim_select_seconds", by="policy")},
+            "Of one request; next to nothing where an image remembered a choice.",
+        ),
+        Panel(
+            "Requests by policy",
+            "reqps",
+            {"{{policy}}": rate("trimserve_trim_requests_total", by="policy")},
+            "None where trimming was off or there was no image.",
+        ),
     ),
     "gRPC": (
         Panel(
