@@ -1,16 +1,19 @@
 """What an image remembers, and what the encoder notes of it on the way."""
 
+import math
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from tests.models.conftest import Pair
 from tests.models.test_mllama import ONE, noise, raw
-from tests.tolerances import ATTENTION
+from tests.tolerances import ATTENTION, LOGITS
 from trimserve.models.encoded_image import MAX_CHOICES, Choice, EncodedImage, Observation
 from trimserve.models.interruptible import run_through
 from trimserve.models.policies.budget import FixedRatio
 from trimserve.models.trimming import TrimParams, choose_from_image
+from trimserve.models.vision_observer import patch_entropy
 
 
 def test_a_choice_is_made_once_for_each_of_the_last_few_keys() -> None:
@@ -56,12 +59,13 @@ def test_there_is_room_for_what_an_image_remembers() -> None:
 
 
 @pytest.mark.parametrize("grid", [(1, 1), (1, 2), (2, 2)])
-def test_class_attention_is_that_of_a_literal_reading_of_every_vision_layer(pair: Pair, grid: tuple[int, int]) -> None:
+def test_the_encoder_notes_the_attention_that_a_literal_reading_finds(pair: Pair, grid: tuple[int, int]) -> None:
     info = pair.ours.info
     image = noise(grid, info.tile_size)
     prompt = pair.ours.prepare(raw(ONE, [image]))
     num_tiles, size = grid[0] * grid[1], info.features_per_tile
     expected: list[Tensor] = []
+    seen: list[Tensor] = []
 
     def literal(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         [hidden] = args[0]
@@ -69,6 +73,9 @@ def test_class_attention_is_that_of_a_literal_reading_of_every_vision_layer(pair
         heads: int = module.num_heads  # type: ignore[assignment]  # torch's modules have attributes of any type
         q, k = (rows(hidden).view(len(hidden), heads, -1) for rows in (module.q_proj, module.k_proj))  # type: ignore[operator]
         weights = torch.einsum("thd,nhd->htn", q, k).div(q.shape[-1] ** 0.5).softmax(dim=-1)
+        seen.append(
+            torch.stack([rows.unflatten(0, (-1, num_rows))[:num_tiles, :size].flatten(0, 1) for rows in (q, k)])
+        )
         of_class_tokens = weights[:, : num_tiles * num_rows : num_rows].mean(dim=(0, 1))
         expected.append(of_class_tokens.view(info.max_tiles, num_rows)[:num_tiles, :size].flatten())
 
@@ -80,8 +87,19 @@ def test_class_attention_is_that_of_a_literal_reading_of_every_vision_layer(pair
     finally:
         for hook in hooks:
             hook.remove()
-    needs = frozenset[Observation]({"class_attention"})
+    needs = frozenset[Observation]({"class_attention", "vision_attention"})
     encoded = run_through(pair.ours.encode_image(prompt.images[0], needs))
     torch.testing.assert_close(encoded.observed["class_attention"], torch.stack(expected), **ATTENTION)
     assert encoded.num_local_layers == len(vision.transformer.layers)
+    last_but_one = seen[encoded.num_local_layers - 2]
+    torch.testing.assert_close(encoded.observed["vision_attention"], last_but_one, atol=LOGITS, rtol=0)
     assert not run_through(pair.ours.encode_image(prompt.images[0])).observed
+
+
+def test_patch_entropy_is_that_of_each_patch_of_each_tile() -> None:
+    tile = torch.zeros(4, 4)
+    tile[:2, 2:] = torch.tensor([[0.0, 1.0], [2.0, 3.0]])  # four grey values, alike often
+    tile[2, 0] = 3.0  # one of four differs
+    entropies = [0.0, 0.0, math.log(4), 0.75 * math.log(4 / 3) + 0.25 * math.log(4), 0.0]
+    found = patch_entropy(torch.stack([tile.expand(3, 4, 4), torch.zeros(3, 4, 4)]), 2)
+    torch.testing.assert_close(found, torch.tensor([*entropies, *[0.0] * 5]))

@@ -14,12 +14,13 @@ from trimserve.models.merging import Groups
 
 __all__ = ["MAX_CHOICES", "Choice", "EncodedImage", "Observation"]
 
-Observation = Literal["class_attention", "vision_attention"]
-"""What a policy may want to know of the vision layers; nothing is noted that nobody asked for.
+Observation = Literal["class_attention", "vision_attention", "patch_entropy"]
+"""What a policy may want to know of the image beside its features; nothing is noted that nobody asked for.
 
 class_attention: float32 [L, N], how much the class tokens of the image's tiles attend to each of its features, mean
 over class tokens and heads; layer after layer, local ones first.
 vision_attention: [2, N, heads, Dh], queries and keys of the last but one local layer.
+patch_entropy: float32 [N], see `vision_observer.patch_entropy`.
 """
 
 MAX_CHOICES = 4

@@ -69,6 +69,7 @@ class VisionEncoder:
         restore = order.argsort()
         local_layers = vision.transformer.layers
         observer = VisionObserver(needs, num_tiles, vision.num_patches, len(local_layers))
+        observer.sees(pixel_values[:num_tiles].to(hidden.device))
 
         hidden, intermediate = yield from self._encode(
             local_layers, hidden.view(-1, width)[order], real, self._collected, observer

@@ -170,7 +170,7 @@ class Knee(_message.Message):
     def __init__(self) -> None: ...
 
 class PolicyParameters(_message.Message):
-    __slots__ = ("relevance_weight", "relevance_power", "layer", "num_layers", "important_ratio", "contextual_ratio", "threshold", "temperature", "hops")
+    __slots__ = ("relevance_weight", "relevance_power", "layer", "num_layers", "important_ratio", "contextual_ratio", "threshold", "temperature", "hops", "global_threshold", "entropy_weight")
     RELEVANCE_WEIGHT_FIELD_NUMBER: _ClassVar[int]
     RELEVANCE_POWER_FIELD_NUMBER: _ClassVar[int]
     LAYER_FIELD_NUMBER: _ClassVar[int]
@@ -180,6 +180,8 @@ class PolicyParameters(_message.Message):
     THRESHOLD_FIELD_NUMBER: _ClassVar[int]
     TEMPERATURE_FIELD_NUMBER: _ClassVar[int]
     HOPS_FIELD_NUMBER: _ClassVar[int]
+    GLOBAL_THRESHOLD_FIELD_NUMBER: _ClassVar[int]
+    ENTROPY_WEIGHT_FIELD_NUMBER: _ClassVar[int]
     relevance_weight: float
     relevance_power: float
     layer: int
@@ -189,7 +191,9 @@ class PolicyParameters(_message.Message):
     threshold: float
     temperature: float
     hops: int
-    def __init__(self, relevance_weight: _Optional[float] = ..., relevance_power: _Optional[float] = ..., layer: _Optional[int] = ..., num_layers: _Optional[int] = ..., important_ratio: _Optional[float] = ..., contextual_ratio: _Optional[float] = ..., threshold: _Optional[float] = ..., temperature: _Optional[float] = ..., hops: _Optional[int] = ...) -> None: ...
+    global_threshold: float
+    entropy_weight: float
+    def __init__(self, relevance_weight: _Optional[float] = ..., relevance_power: _Optional[float] = ..., layer: _Optional[int] = ..., num_layers: _Optional[int] = ..., important_ratio: _Optional[float] = ..., contextual_ratio: _Optional[float] = ..., threshold: _Optional[float] = ..., temperature: _Optional[float] = ..., hops: _Optional[int] = ..., global_threshold: _Optional[float] = ..., entropy_weight: _Optional[float] = ...) -> None: ...
 
 class GenerateResponse(_message.Message):
     __slots__ = ("request_id", "model_id", "model_revision", "text", "token_ids", "logprobs", "finish_reason", "matched_stop_string", "matched_stop_token_id", "usage", "cross_kv_bytes", "timings", "seed", "selections")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from trimserve.models.encoded_image import EncodedImage
+from trimserve.models.encoded_image import EncodedImage, Observation
 from trimserve.models.policies.budget import Allowance, Budget, FixedCount, FixedRatio, Knee
 from trimserve.models.policies.cls import Cls
 from trimserve.models.policies.divprune import DivPrune
@@ -14,6 +14,7 @@ from trimserve.models.policies.gprune import GPrune
 from trimserve.models.policies.policy import BeforeDecoder
 from trimserve.models.policies.pool import Pool
 from trimserve.models.policies.todre import ToDRE
+from trimserve.models.policies.vflowopt import VFlowOpt
 from trimserve.models.policies.visiondrop import VisionDrop
 from trimserve.models.policies.vispruner import VisPruner
 
@@ -149,6 +150,35 @@ def test_visiondrop_without_means_is_vispruner_by_attention_alone() -> None:
     choice = VisionDrop(contextual_ratio=0.0).choose(encoded, Allowance(FixedCount(5)))
     assert choice.kept.tolist() == kept(VisPruner(important_ratio=1.0), encoded, 5)
     assert choice.groups is None  # so that merge_ratio may have the rest
+
+
+def looking(weights: Tensor, entropy: list[float]) -> EncodedImage:
+    """An image of one tile whose features have these attention weights in the vision layer, [heads, N, N]."""
+    num_heads, num_features, _ = weights.shape
+    width = num_features**0.5  # takes back what queries and keys are scaled by
+    queries = torch.eye(num_features)[:, None].expand(-1, num_heads, -1) * width
+    keys = weights.log().permute(2, 0, 1)
+    observed: dict[Observation, Tensor] = {
+        "vision_attention": torch.stack([queries, keys]),
+        "patch_entropy": torch.tensor(entropy),
+    }
+    return EncodedImage(torch.zeros(num_features, 1), num_features, 2, observed)
+
+
+@pytest.mark.parametrize(
+    ("policy", "expected"),
+    [
+        # Received on average: 0.4 0.21 0.19 0.2, so 0 is the only one above 1.5 / 4, and it looks at 2 and 3.
+        (VFlowOpt(global_threshold=1.5), [2, 3]),
+        (VFlowOpt(global_threshold=30.0), [2, 3]),  # nobody is: the one that receives most
+        (VFlowOpt(global_threshold=0.0), [0, 1]),  # all are, and the scores are what is received
+        (VFlowOpt(global_threshold=1.5, entropy_weight=0.5), [1, 3]),  # adds 0.36 to 1 and 0.05 to the others
+    ],
+)
+def test_vflowopt_asks_those_that_receive_most(policy: VFlowOpt, expected: list[int]) -> None:
+    head = torch.tensor([[0.1, 0.1, 0.3, 0.5], [0.5, 0.3, 0.1, 0.1], [0.5, 0.2, 0.2, 0.1], [0.5, 0.25, 0.15, 0.1]])
+    encoded = looking(torch.stack([head, head]), [0.0, 2.0, 0.0, 0.0])
+    assert kept(policy, encoded, 2) == expected
 
 
 @pytest.mark.parametrize(

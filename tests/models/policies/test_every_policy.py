@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from trimserve.models.encoded_image import EncodedImage
+from trimserve.models.encoded_image import EncodedImage, Observation
 from trimserve.models.policies.budget import Allowance, FixedCount, FixedRatio
 from trimserve.models.policies.policy import AfterFirstLayer, BeforeDecoder, Choice, FirstLayer
 from trimserve.models.policies.table import POLICIES
@@ -37,8 +37,12 @@ def layer_of(*images: Tensor) -> FirstLayer:
 
 def encoded(image: Tensor) -> EncodedImage:
     """An image whose class tokens attend to what its features say."""
-    attention = image[:, :3].T.softmax(dim=1)
-    return EncodedImage(image, SIZE, 2, {"class_attention": attention})
+    observed: dict[Observation, Tensor] = {
+        "class_attention": image[:, :3].T.softmax(dim=1),
+        "vision_attention": image.view(len(image), 2, 2, 4).transpose(0, 1),
+        "patch_entropy": image[:, 0].abs(),
+    }
+    return EncodedImage(image, SIZE, 2, observed)
 
 
 def choices(name: str, allowance: Allowance, *images: Tensor) -> list[Choice]:

@@ -16,13 +16,14 @@ from trimserve.models.policies.sparsevlm import SparseVLM
 from trimserve.models.policies.strided import Strided
 from trimserve.models.policies.todre import ToDRE
 from trimserve.models.policies.trimmed import Trimmed
+from trimserve.models.policies.vflowopt import VFlowOpt
 from trimserve.models.policies.visiondrop import VisionDrop
 from trimserve.models.policies.vispruner import VisPruner
 
 __all__ = ["POLICIES"]
 
 _AFTER_FIRST_LAYER = (Trimmed, Random, Strided, Mean, FastV, SparseVLM, Mmr, CDPruner)
-_BEFORE_DECODER = (Cls, VisPruner, VisionDrop, GPrune, DivPrune, ToDRE, Pool)
+_BEFORE_DECODER = (Cls, VisPruner, VisionDrop, GPrune, DivPrune, ToDRE, VFlowOpt, Pool)
 
 POLICIES: Mapping[str, type[Policy]] = {policy.name: policy for policy in (*_AFTER_FIRST_LAYER, *_BEFORE_DECODER)}
 """The first is the default."""
