@@ -13,9 +13,11 @@ import typer
 from tests.test_repository import MODULES, ROOT, module_name
 from trimserve.cli import app
 from trimserve.local import in_process_server
+from trimserve.models.policies.table import POLICIES
 
 README = (ROOT / "README.md").read_text()
 CORRECTNESS = (ROOT / "docs/correctness.md").read_text()
+ALGORITHMS = (ROOT / "docs/algorithms.md").read_text()
 COMMANDS = re.findall(r"^\$ (.+?)(?:\s+#.*)?$", README, re.MULTILINE)
 
 
@@ -70,9 +72,7 @@ def test_every_defect_in_the_list_has_a_test_that_exists() -> None:
         row for row in rows if row.startswith(("| Defect |", "| What happens |"))
     ]
     for file, name in {test for tests in cited for test in tests}:
-        tree = ast.parse((ROOT / file).read_text())
-        functions = {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)}
-        assert name in functions, f"{file}::{name}"
+        assert name in defined(file), f"{file}::{name}"
 
 
 def test_every_point_of_the_service_has_tests_that_exist() -> None:
@@ -81,4 +81,19 @@ def test_every_point_of_the_service_has_tests_that_exist() -> None:
     assert [int(number) for number, *_ in rows] == list(range(1, 23))
     assert all("::" in tests for *_, tests in rows)
     for path, name in re.findall(r"`(tests/\S+\.py)::(\w+)`", text):
-        assert re.search(rf"^(async )?def {name}\(", (ROOT / path).read_text(), re.MULTILINE), f"{path}::{name}"
+        assert name in defined(path), f"{path}::{name}"
+
+
+def defined(file: str) -> set[str]:
+    """Functions and classes at the top of a file of the repository."""
+    definitions = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+    return {node.name for node in ast.parse((ROOT / file).read_text()).body if isinstance(node, definitions)}
+
+
+def test_every_policy_has_a_source_a_formula_code_and_a_test_that_exists() -> None:
+    rows = re.findall(r"^\| `(\w+)` \| (.+?) \| (.+?) \| `([^`]+):(\w+)` \| `tests/", ALGORITHMS, re.MULTILINE)
+    assert [(name, symbol) for name, *_, symbol in rows] == [(name, each.__name__) for name, each in POLICIES.items()]
+    for name, _, _, file, _ in rows:
+        assert importlib.import_module(module_name(ROOT / file)).__name__ == POLICIES[name].__module__
+    for file, symbol in re.findall(r"`((?:trimserve|tests)/[^\s`]+\.py)::?(\w+)`", ALGORITHMS):
+        assert symbol in defined(file), f"{file}:{symbol}"

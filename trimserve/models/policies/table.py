@@ -1,4 +1,4 @@
-"""Every policy by its name."""
+"""Every policy by its name; `docs/algorithms.md` lists them with source, formula and test."""
 
 from collections.abc import Mapping
 
