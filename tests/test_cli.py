@@ -116,6 +116,7 @@ def test_info_tells_versions_ops_and_geometry() -> None:
         "headwise_scores",
         "headwise_topk",
         "paged_attention",
+        "select_features",
         "union_indices",
         "write_kv",
     ]
