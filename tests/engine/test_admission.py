@@ -11,6 +11,7 @@ from trimserve.engine.engine import Engine
 from trimserve.engine.memory import prefill_scratch_bytes
 from trimserve.engine.request import Finished, Started
 from trimserve.engine.sequence import SequenceState
+from trimserve.engine.warm_up import warm_up
 from trimserve.errors import CheckpointError, DeadlinePassed, InvalidRequest
 from trimserve.models.prompt import Image, TokenPrompt
 from trimserve.models.trimming import TrimParams
@@ -30,6 +31,12 @@ def images(*tiles: int) -> TokenPrompt:
 def test_a_pool_without_a_page_is_refused_naming_what_it_takes() -> None:
     with pytest.raises(CheckpointError, match=f"kv_cache_bytes: must be at least {SCRATCH + PAGE}, .* got {SCRATCH}"):
         Engine(FakeModel(), max_batch=1, kv_cache_bytes=SCRATCH)
+
+
+def test_a_pool_that_no_image_fits_into_is_refused_at_the_start_by_its_own_knob() -> None:
+    with pytest.raises(CheckpointError, match=r"kv_cache_bytes: must hold an image .* needs up to 640 bytes"):
+        warm_up(engine_of(num_pages=4))
+    warm_up(engine_of(num_pages=5))
 
 
 def test_a_request_waits_until_there_are_pages_for_all_that_it_may_hold() -> None:

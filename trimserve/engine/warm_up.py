@@ -4,7 +4,7 @@ import time
 
 from trimserve.engine.engine import Engine
 from trimserve.engine.request import GenerationChunk, GenerationRequest, SamplingParams
-from trimserve.errors import CheckpointError, TrimserveError
+from trimserve.errors import CheckpointError, InvalidRequest, TrimserveError
 from trimserve.models.info import ModelInfo
 from trimserve.models.prompt import Image, TokenPrompt
 from trimserve.models.trimming import TrimParams
@@ -23,11 +23,15 @@ def warm_up(engine: Engine) -> None:
     Args:
         engine: nothing else has used it.
     Raises:
-        CheckpointError: `ModelInfo.max_model_len` is too small for any request with an image, or the memory for KV.
+        CheckpointError: `ModelInfo.max_model_len` is too small for any request with an image, or the page pool.
         TrimserveError: what the request failed with.
     """
     chunks: list[GenerationChunk | TrimserveError] = []
-    engine.add(engine.prepare(_request(engine.info), chunks.append, time.monotonic()))
+    try:
+        sequence = engine.prepare(_request(engine.info), chunks.append, time.monotonic())
+    except InvalidRequest as error:  # nobody sent it: what does not fit is the pool
+        raise CheckpointError(f"kv_cache_bytes: must hold an image of a tile and an answer: {error.message}") from error
+    engine.add(sequence)
     while engine.has_work:
         engine.step()
     if isinstance(chunks[-1], TrimserveError):
