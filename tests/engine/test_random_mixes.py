@@ -3,6 +3,7 @@
 `--mixes 200` tries more of them than the usual 20.
 """
 
+import math
 import random
 import time
 from collections.abc import Iterator
@@ -104,6 +105,7 @@ class Mix:
             image_cache_bytes=self._rng.choice([0, 2**16, 2**24]),
             prefill_slice_seconds=self._rng.choice([0.0, 0.005, 0.1]),
         )
+        self.engine.pool.pages.fill_(math.nan)  # what a request has not written itself reaches none of its tokens
 
     def run(self) -> int:
         """Check all; how often rounding decided."""
