@@ -42,6 +42,7 @@ verify: check test  ## what takes longer: committed accuracies, random mixes, fu
 	$(BIN)/python -m pytest tests/engine/test_random_mixes.py --mixes 200 --timeout 3600
 	$(BIN)/python -m benchmarks.soak
 	$(BIN)/python -m training.reproduce
+	$(PIP) --no-build-isolation --editable '.[fuzz]' && $(BIN)/python scripts/fuzz_convert.py -max_total_time=300
 	PATH="$(abspath $(BIN)):$$PATH" scripts/verify_wheel.sh
 	scripts/verify_deployment.sh
 	$(BIN)/python scripts/verify_clients.py  # these as root, on Debian
