@@ -1,6 +1,7 @@
 """TLS on a real port: who may connect, and certificates that are renewed while the server runs."""
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
@@ -96,7 +97,10 @@ async def test_only_who_trusts_the_server_and_speaks_tls_is_answered(files: File
         assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
 
 
-async def test_with_client_authorities_only_their_valid_certificates_are_answered(files: Files) -> None:
+async def test_with_client_authorities_only_their_valid_certificates_are_answered(
+    files: Files, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "trimserve")
     async with running_server(FakeRunner(), server_config(files, is_mutual=True)) as server:
         for credentials, expected in (
             (files.client(), grpc.StatusCode.OK),
@@ -105,6 +109,7 @@ async def test_with_client_authorities_only_their_valid_certificates_are_answere
             (files.client(not_after=YESTERDAY), grpc.StatusCode.UNAVAILABLE),
         ):
             assert await ask(server.address, credentials) is expected
+    assert [record.__dict__["client"] for record in caplog.records if record.message == "rpc"] == ["a-client"]
 
 
 async def test_an_expired_server_certificate_is_refused_by_clients_until_it_is_renewed(files: Files) -> None:
