@@ -6,14 +6,20 @@ Usage: python scripts/verify_clients.py [LANGUAGE...]
 """
 
 import argparse
+import hashlib
 import os
 import re
 import shutil
 import subprocess
 import tempfile
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from trimserve.local import in_process_server
+import trustme
+
+from trimserve.config import Config, ServerConfig
+from trimserve.local import in_process_server, make_runner
+from trimserve.server.app import InProcessServer
 
 ROOT = Path(__file__).resolve().parent.parent
 LANGUAGES = ("cpp", "go", "node")
@@ -21,6 +27,7 @@ LANGUAGES = ("cpp", "go", "node")
 
 DOCUMENTED = "127.0.0.1:50051"
 NOBODY = "127.0.0.1:1"
+README_ASK = re.compile(r"^\$ (node .+)$", re.MULTILINE)
 ANSWER = re.compile(r".+\nkept \d+ of \d+ visual features, \d+ merged rows\n")
 
 
@@ -29,12 +36,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("languages", nargs="*", metavar="LANGUAGE", help=f"of {', '.join(LANGUAGES)}; default: all")
     languages = parser.parse_args().languages or LANGUAGES
-    with in_process_server() as server, tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder:
         for name in ("protos", "trimserve"):
             (Path(folder) / name).symlink_to(ROOT / name)
-        for language in languages:
-            answer = verify(ROOT / "examples" / language, Path(folder) / "examples" / language, server.address)
-            print(f"{language}: {answer}")
+        with in_process_server() as server:
+            for language in languages:
+                answer = verify(ROOT / "examples" / language, Path(folder) / "examples" / language, server.address)
+                print(f"{language}: {answer}")
+        if "node" in languages:
+            verify_access(Path(folder) / "examples/node")
+            print("node: no token, a wrong one, an expired certificate and a right one are told apart")
 
 
 def verify(source: Path, folder: Path, address: str) -> str:
@@ -65,6 +76,49 @@ def verify(source: Path, folder: Path, address: str) -> str:
         raise SystemExit(f"{source.name}: expected an answer and its account, got {answer!r}")
     run(ask.replace(DOCUMENTED, NOBODY), folder, expected=1)
     return answer.partition("\n")[0]
+
+
+def verify_access(folder: Path) -> None:
+    """Four clients in Node of a server with mutual TLS and tokens: each ends as it should.
+
+    Args:
+        folder: what `verify` made.
+    Raises:
+        SystemExit: one does not.
+    """
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(folder / "ca.pem")
+    issue(authority, folder, "server", "localhost")
+    issue(authority, folder, "valid", "a-client")
+    issue(authority, folder, "expired", "a-client", not_after=datetime.now(UTC) - timedelta(days=1))
+    digest = hashlib.sha256(b"right").hexdigest()
+    (folder / "clients.toml").write_text(f'[clients.node]\ntoken_sha256 = ["{digest}"]\n')
+    files = {"tls_cert": "server.pem", "tls_key": "server.key", "tls_client_ca": "ca.pem", "auth_file": "clients.toml"}
+    knobs = {knob: folder / name for knob, name in files.items()}
+    config = Config(server=ServerConfig.model_validate({"port": 0, "metrics": False, **knobs}))
+    with InProcessServer(make_runner(config), config) as server:
+        ask = README_ASK.search((ROOT / "examples/node/README.md").read_text())
+        assert ask is not None
+        command = ask[1].replace(DOCUMENTED, server.address.replace("127.0.0.1", "localhost"))
+        for certificate, token, status in (
+            ("valid", "", "UNAUTHENTICATED"),
+            ("valid", "wrong", "UNAUTHENTICATED"),
+            ("expired", "right", "UNAVAILABLE"),
+            ("valid", "right", None),
+        ):
+            own = f"TRIMSERVE_CA=ca.pem TRIMSERVE_CERT={certificate}.pem TRIMSERVE_KEY={certificate}.key"
+            said = run(f"{own} TRIMSERVE_TOKEN={token} {command} 2>&1", folder, expected=0 if status is None else 1)
+            if not (ANSWER.fullmatch(said) if status is None else said.startswith(f"{status}: ")):
+                raise SystemExit(
+                    f"{certificate} certificate, token {token!r}: expected {status or 'an answer'}, got {said}"
+                )
+
+
+def issue(authority: trustme.CA, folder: Path, name: str, identity: str, not_after: datetime | None = None) -> None:
+    """Write a certificate and its key."""
+    issued = authority.issue_cert(identity, not_after=not_after)
+    (folder / f"{name}.pem").write_bytes(b"".join(blob.bytes() for blob in issued.cert_chain_pems))
+    issued.private_key_pem.write_to_path(folder / f"{name}.key")
 
 
 def is_installed(package: str) -> bool:

@@ -1,6 +1,7 @@
 // Asks about an image and prints the answer as it comes; the protos are read at run time.
 //
 // Usage: node stream.js HOST:PORT IMAGE QUESTION
+// TLS with TRIMSERVE_CA, a file; a certificate of one's own with TRIMSERVE_CERT and TRIMSERVE_KEY; TRIMSERVE_TOKEN.
 
 import { readFileSync } from "node:fs";
 import { fileURLToPath } from "node:url";
@@ -18,10 +19,16 @@ if (question === undefined) {
   process.exit(2);
 }
 
-const client = new trimserve.v1.GenerationService(address, grpc.credentials.createInsecure());
+const { TRIMSERVE_CA: ca, TRIMSERVE_CERT: cert, TRIMSERVE_KEY: key, TRIMSERVE_TOKEN: token } = process.env;
+const read = (path) => (path ? readFileSync(path) : null);
+const tls = ca && grpc.credentials.createSsl(read(ca), read(key), read(cert));
+const client = new trimserve.v1.GenerationService(address, tls || grpc.credentials.createInsecure());
+const metadata = new grpc.Metadata();
+if (token) metadata.set("authorization", `Bearer ${token}`);
+
 const parts = [{ image: { data: readFileSync(image) } }, { text: question }];
 const request = { chat: { messages: [{ role: "ROLE_USER", parts }] } };
-const call = client.GenerateStream(request, { deadline: Date.now() + 60_000 });
+const call = client.GenerateStream(request, metadata, { deadline: Date.now() + 60_000 });
 
 call.on("data", ({ delta, finished }) => {
   if (delta) process.stdout.write(delta.text);
