@@ -1,6 +1,7 @@
 """The command line as people type it, against a server and with one of its own."""
 
 import json
+import math
 import shutil
 import signal
 import socket
@@ -68,6 +69,15 @@ def test_generate_and_explain_take_a_photo(photo: Path, address: str, tmp_path: 
     assert json.loads(run("generate", *question, "--json", "--no-trim").stdout)["usage"]
     run("explain", *question, "--out", tmp_path / "explain.png", "--k-ratio", 0.1)
     assert (tmp_path / "explain.png").exists()
+
+
+def test_another_policy_with_a_budget_is_asked_by_its_name(address: str, tmp_path: Path) -> None:
+    question = ("--image", SAMPLES[0], "--prompt", "?", "--address", address, "--merge-ratio", 0)
+    asked = (*question, "--policy", "cls", "--keep", 0.3)
+    told = run("explain", *asked, "--out", tmp_path / "explain.png").stderr
+    [usage] = json.loads(run("generate", *asked, "--json").stdout)["usage"]["images"]
+    assert usage["kept_features"] == math.ceil(0.3 * usage["valid_features"])
+    assert f"kept {usage['kept_features']} of {usage['valid_features']} features (" in told
 
 
 def test_a_picture_is_a_png_whatever_its_name(address: str, tmp_path: Path) -> None:
@@ -217,6 +227,7 @@ def test_a_negative_number_is_refused_by_its_option(option: str) -> None:
         (["generate", "--prompt", "x", "--image", "no/such/file.png"], "no/such/file.png"),
         (["generate", "--prompt", "x", "--model", "no/such/model"], "no/such/model"),
         (["generate", "--prompt", "x", "--k-ratio", "2"], "trim.k_ratio: must be in (0, 1], got 2.0"),
+        (["generate", "--prompt", "x", "--policy", "best"], "trim.policy: must be one of trimmed, random, "),
         (["generate", "--prompt", "x", "--merge-ratio", "-1"], "trim.merge_ratio: must be in [0, 1], got -1.0"),
         (["generate", "--prompt", "x", "--model", "[/red]" + "no" * 100], "[/red]" + "no" * 100),
         (["generate", "--prompt", "x", "--address", "127.0.0.1:1"], "cannot reach 127.0.0.1:1 (HOST:PORT expected): "),

@@ -52,6 +52,11 @@ _SECTIONS: dict[str, type[BaseModel]] = {"model": ModelConfig, "engine": EngineC
 
 Prompt = Annotated[str, typer.Option(help="What to ask.")]
 System = Annotated[str | None, typer.Option(help="A system message.")]
+Policy = Annotated[str | None, typer.Option(help="What chooses visual features; default: the model's first.")]
+Keep = Annotated[
+    float | None,
+    typer.Option(help="Budget: share of an image that stays, in (0, 1]; default: the policy's."),
+]
 KRatio = Annotated[float | None, typer.Option(help="Budget per head, in (0, 1]; default: the model's.")]
 MergeRatio = Annotated[
     float | None,
@@ -201,6 +206,8 @@ def generate(
     image: Annotated[list[Path] | None, typer.Option(help="Image file; may be given again.")] = None,
     system: System = None,
     stream: Annotated[bool, typer.Option("--stream", help="Print text as it comes.")] = False,
+    policy: Policy = None,
+    keep: Keep = None,
     k_ratio: KRatio = None,
     merge_ratio: MergeRatio = None,
     no_trim: Annotated[bool, typer.Option("--no-trim", help="Keep every valid feature.")] = False,
@@ -218,7 +225,7 @@ def generate(
 ) -> None:
     """Ask a question about images and print the answer."""
     sampling = pb.SamplingParams(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
-    options = _options(system, sampling, _trim(k_ratio, merge_ratio, no_trim))
+    options = _options(system, sampling, _trim(policy, keep, k_ratio, merge_ratio, no_trim))
     request = make_request(prompt, image or [], **options)
     with _client(address, ca, token, config.model) as client:
         if stream:
@@ -241,6 +248,8 @@ def explain(
     prompt: Prompt,
     out: Annotated[Path, typer.Option(dir_okay=False, help="File to write; it is a PNG.")] = Path("explain.png"),
     system: System = None,
+    policy: Policy = None,
+    keep: Keep = None,
     k_ratio: KRatio = None,
     merge_ratio: MergeRatio = None,
     address: Address = None,
@@ -255,7 +264,7 @@ def explain(
 
     picture = decode_image(image.read_bytes(), str(image), config.engine.max_image_pixels)
     out.parent.mkdir(parents=True, exist_ok=True)
-    trim = _trim(k_ratio, merge_ratio, no_trim=False)
+    trim = _trim(policy, keep, k_ratio, merge_ratio, no_trim=False)
     trim.return_selection = True
     options = _options(system, pb.SamplingParams(temperature=0), trim)
     with _client(address, ca, token, config.model) as client:
@@ -332,12 +341,16 @@ def _client(address: str | None, ca: Path | None, token: str | None, model: Mode
             raise ConnectionError(f"cannot reach {address} (HOST:PORT expected): {why}") from None
 
 
-def _trim(k_ratio: float | None, merge_ratio: float | None, no_trim: bool) -> pb.TrimOptions:
-    for option, value in (("--k-ratio", k_ratio), ("--merge-ratio", merge_ratio)):
+def _trim(
+    policy: str | None, keep: float | None, k_ratio: float | None, merge_ratio: float | None, no_trim: bool
+) -> pb.TrimOptions:
+    told = {"--policy": policy, "--keep": keep, "--k-ratio": k_ratio, "--merge-ratio": merge_ratio}
+    for option, value in told.items():
         if no_trim and value is not None:
             raise typer.BadParameter(f"--no-trim and {option} exclude each other")
     mode = pb.TRIM_MODE_OFF if no_trim else pb.TRIM_MODE_ON
-    return pb.TrimOptions(mode=mode, k_ratio=k_ratio, merge_ratio=merge_ratio)
+    budget = None if keep is None else pb.Budget(ratio=keep)
+    return pb.TrimOptions(mode=mode, policy=policy, budget=budget, k_ratio=k_ratio, merge_ratio=merge_ratio)
 
 
 def _options(system: str | None, sampling: pb.SamplingParams, trim: pb.TrimOptions) -> RequestOptions:
