@@ -66,7 +66,8 @@ def show(address: str, metrics: str) -> None:
     console.rule(f"http://{metrics}/metrics")
     with urllib.request.urlopen(f"http://{metrics}/metrics") as page:
         for line in page.read().decode().splitlines():
-            if line.startswith("trimserve_") and any(name in line for name in METRICS):
+            is_zero = line.endswith(" 0.0")  # of policies that nobody asked for
+            if line.startswith("trimserve_") and any(name in line for name in METRICS) and not is_zero:
                 console.print(line, markup=False, highlight=False, soft_wrap=True)
     console.rule("what the question made the model look at")
     explain = [
