@@ -8,12 +8,14 @@ import argparse
 import json
 import os
 import platform
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
+from numpy.typing import NDArray
 from PIL import Image
 from transformers import AutoProcessor, MllamaForConditionalGeneration, MllamaProcessor
 
@@ -22,20 +24,31 @@ from training.export import CHECKPOINT
 from training.mended import mend
 from training.questions import Turn
 from training.scenes import SHAPES
+from trimserve.evaluation.metrics import Bootstrap
 
-__all__ = ["Score", "answer", "held_out_questions", "main", "score"]
+__all__ = ["GROUPS", "Outcome", "answer", "held_out_questions", "main", "outcomes"]
+
+
+GROUPS = {
+    "single_word": ("colour", "count", "position", "shape", "sign", "yes_no"),
+    "reading": ("digits", "word"),
+    "description": ("description",),
+}
+"""Kinds of questions that have a bar in common."""
 
 
 @dataclass(frozen=True, slots=True)
-class Score:
-    """Exact matches of one kind of question."""
+class Outcome:
+    """One question, answered."""
 
-    asked: int
-    right: int
-    right_grey: int
-    """Right with a grey image of the same size instead."""
-    shapes_named: int
-    """Shapes that the answers name, with the image: how much a description tells."""
+    kind: str
+    image: int
+    """Number of the image; questions on one image have the same."""
+    is_right: bool
+    is_right_grey: bool
+    """With a grey image of the same size instead."""
+    num_shapes: int
+    """Shapes that the answer names, with the image: how much a description tells."""
 
 
 def held_out_questions(count: int, seed: int = 0) -> list[tuple[Image.Image, Turn]]:
@@ -85,13 +98,13 @@ def answer(
     return new
 
 
-def score(
+def outcomes(
     model: MllamaForConditionalGeneration,
     processor: MllamaProcessor,
     questions: list[tuple[Image.Image, Turn]],
     batch_size: int = 48,
-) -> dict[str, Score]:
-    """Exact match by kind, with the image and with a grey one.
+) -> list[Outcome]:
+    """Answer every question with its image and with a grey one.
 
     Args:
         model: a mended Mllama.
@@ -99,18 +112,18 @@ def score(
         questions: see `held_out_questions`.
         batch_size: questions answered together.
     """
-    tallies: dict[str, list[int]] = {}
+    numbers: dict[int, int] = {}
+    found = []
     for start in range(0, len(questions), batch_size):
         part = questions[start : start + batch_size]
         seen = answer(model, processor, [(image, turn.question) for image, turn in part])
         grey = [Image.new("RGB", image.size, (110, 110, 110)) for image, _ in part]
         blind = answer(model, processor, [(g, turn.question) for g, (_, turn) in zip(grey, part, strict=True)])
-        for (_, turn), one, other in zip(part, seen, blind, strict=True):
-            tally = tallies.setdefault(turn.kind, [0, 0, 0, 0])
+        for (image, turn), one, other in zip(part, seen, blind, strict=True):
             num_shapes = sum(word.strip(",.") in SHAPES for word in one.split())
-            for place, more in enumerate((1, one == turn.answer, other == turn.answer, num_shapes)):
-                tally[place] += more
-    return {kind: Score(*tally) for kind, tally in sorted(tallies.items())}
+            number = numbers.setdefault(id(image), len(numbers))
+            found.append(Outcome(turn.kind, number, one == turn.answer, other == turn.answer, num_shapes))
+    return found
 
 
 def main() -> None:
@@ -124,13 +137,21 @@ def main() -> None:
         torch.set_num_threads(arguments.threads)
     model = mend(MllamaForConditionalGeneration.from_pretrained(arguments.checkpoint)).eval()
     processor = AutoProcessor.from_pretrained(arguments.checkpoint)
-    scores = score(model, processor, held_out_questions(arguments.questions))
-    report = _report(scores, json.loads((arguments.checkpoint / "trimserve.json").read_text()))
+    found = outcomes(model, processor, held_out_questions(arguments.questions))
+    report = _report(found, json.loads((arguments.checkpoint / "trimserve.json").read_text()))
     (Path(__file__).parent / "report.json").write_text(json.dumps(report, indent=2) + "\n")
 
 
-def _report(scores: dict[str, Score], about: dict[str, object]) -> dict[str, object]:
-    everything = _total(scores)
+def _report(found: list[Outcome], about: dict[str, object]) -> dict[str, object]:
+    kinds = np.array([outcome.kind for outcome in found])
+    groups = {kind: kinds == kind for kind in sorted({*kinds})} | {"overall": np.ones(len(found), np.bool_)}
+    is_right = np.array([outcome.is_right for outcome in found], np.float64)
+    is_right_grey = np.array([outcome.is_right_grey for outcome in found], np.float64)
+    num_shapes = np.array([outcome.num_shapes for outcome in found], np.float64)
+    bootstrap = Bootstrap(np.array([outcome.image for outcome in found]))
+    estimates = {name: bootstrap.mean(is_right, np.isin(kinds, of)) for name, of in GROUPS.items()}
+    estimates["loss_with_grey_image"] = bootstrap.mean(is_right - is_right_grey)
+    estimates["objects_per_description"] = bootstrap.mean(num_shapes, kinds == "description")
     return {
         "machine": {"processor": platform.machine(), "cores": os.cpu_count()},
         "versions": {
@@ -140,22 +161,15 @@ def _report(scores: dict[str, Score], about: dict[str, object]) -> dict[str, obj
         },
         "data_version": DATA_VERSION,
         "training": {name: about[name] for name in ("training_steps", "training_minutes")},
-        "questions": {kind: tally.asked for kind, tally in scores.items()} | {"overall": everything.asked},
-        "accuracy": {kind: _share(tally.right, tally) for kind, tally in scores.items()}
-        | {"overall": _share(everything.right, everything)},
-        "objects_per_description": round(scores["description"].shapes_named / scores["description"].asked, 2),
-        "accuracy_grey_image": {kind: _share(tally.right_grey, tally) for kind, tally in scores.items()}
-        | {"overall": _share(everything.right_grey, everything)},
+        "questions": {name: int(where.sum()) for name, where in groups.items()},
+        "accuracy": {name: _share(is_right[where]) for name, where in groups.items()},
+        "accuracy_grey_image": {name: _share(is_right_grey[where]) for name, where in groups.items()},
+        "estimates": {name: asdict(estimate) for name, estimate in estimates.items()},
     }
 
 
-def _total(scores: dict[str, Score]) -> Score:
-    tallies = scores.values()
-    return Score(*(sum(getattr(tally, field.name) for tally in tallies) for field in fields(Score)))
-
-
-def _share(hits: int, tally: Score) -> float:
-    return round(hits / tally.asked, 4)
+def _share(hits: NDArray[np.float64]) -> float:
+    return round(float(hits.mean()), 4)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import grpc
@@ -211,6 +212,15 @@ def test_a_server_in_a_thread_raises_what_its_start_raised() -> None:
         pytest.fail("it must not serve")
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """SIGINT interrupts: shells start programs in the background with it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupt_while_a_server_in_a_thread_warms_up_ends_both() -> None:
     runner = FakeRunner()
     runner.start_gate = asyncio.Event()

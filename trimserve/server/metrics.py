@@ -60,6 +60,8 @@ RPC_CODES = (
     "FAILED_PRECONDITION",
     "INTERNAL",
     "UNAVAILABLE",
+    "UNAUTHENTICATED",
+    "PERMISSION_DENIED",
 )
 """Codes that the interceptor can answer with."""
 
