@@ -63,7 +63,7 @@ docs: build  ## regenerate the tables of docs/ and README.md, and the dashboard
 	$(BIN)/python scripts/generate_dashboards.py
 
 bench: build  ## measure ops and metrics, and try the load generator and the byte count (docs/performance.md measures with them)
-	$(BIN)/python benchmarks/bench_ops.py --out benchmarks/results/ops.json
+	$(BIN)/python -m benchmarks.bench_ops
 	$(BIN)/python -m benchmarks.bench_metrics --out benchmarks/results/metrics.json
 	$(BIN)/python -m benchmarks.bench_serve --quick --models embedded --out out/bench
 	$(BIN)/python -m benchmarks.bench_bytes --models embedded --max-new-tokens 32 --out out/bench/bytes.json

@@ -1,0 +1,1 @@
+"""Times the compiled ops; `benchmarks/bench_ops.py` is the program."""

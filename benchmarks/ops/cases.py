@@ -1,0 +1,208 @@
+"""What is timed: each op at the geometry of Llama-3.2-Vision 11B beside what a PyTorch user would write.
+
+A case is made only after the op was found equal to its reference.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers.models.mllama.modeling_mllama import repeat_kv
+
+from benchmarks.ops.measure import Floor
+from tests.tolerances import HEADWISE_SCORES, PAGED_ATTENTION
+from trimserve import ops
+from trimserve.ops import PAGE_POSITIONS, reference
+
+__all__ = ["GEOMETRY", "Case", "make_cases"]
+
+_ROWS, _FEATURES, _HEADS, _KV_HEADS, _HEAD_DIM, _DIM = 64, 4 * 1601, 32, 8, 128, 4096
+_PICKS = 1281  # k_ratio 0.2
+_BATCH = 8
+_SCALE = _HEAD_DIM**-0.5
+GEOMETRY: Final = {
+    "T": _ROWS,
+    "N": _FEATURES,
+    "H": _HEADS,
+    "Hkv": _KV_HEADS,
+    "Dh": _HEAD_DIM,
+    "D": _DIM,
+    "K": _PICKS,
+    "B": _BATCH,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One op at one size."""
+
+    op: str
+    detail: str
+    """What tells it from other cases of the op; may be empty."""
+    dtype: torch.dtype
+    run: Callable[[], Any]
+    baseline: Callable[[], Any]
+    baseline_name: str
+    num_bytes: int
+    """Least traffic with memory."""
+    floor: Floor | None
+    """Whose bandwidth bounds it; None: bound by arithmetic."""
+    matrix_bytes: int | None = None
+    """Of the intermediate tensor that the op does without; its peak extra memory is then measured."""
+
+
+def make_cases(dtype: torch.dtype) -> Iterator[Case]:
+    """Cases of all ops, one after another, so that only one holds its tensors.
+
+    Raises:
+        AssertionError: an op differs from its reference.
+    """
+    generator = torch.Generator().manual_seed(0)
+    yield from _selection_cases(dtype, generator)
+    yield _write_kv_case(dtype, generator)
+    for length in (_FEATURES // 2, _FEATURES):
+        yield _paged_attention_case(dtype, generator, length)
+
+
+def _draw(*shape: int, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    return torch.randn(*shape, generator=generator).to(dtype)
+
+
+def _selection_cases(dtype: torch.dtype, generator: torch.Generator) -> Iterator[Case]:
+    q = _draw(_ROWS, _HEADS, _HEAD_DIM, dtype=dtype, generator=generator)
+    keys, values = _draw(2, _FEATURES, _KV_HEADS, _HEAD_DIM, dtype=dtype, generator=generator)
+    visibility = torch.tensor([[0, _FEATURES]], dtype=torch.int32).expand(_ROWS, 2)
+    scores = ops.headwise_scores(q, keys, visibility, _SCALE)
+    expected = reference.headwise_scores(q, keys, visibility, _SCALE)
+    torch.testing.assert_close(scores, expected, **HEADWISE_SCORES)
+    yield Case(
+        "headwise_scores",
+        "",
+        dtype,
+        lambda: ops.headwise_scores(q, keys, visibility, _SCALE),
+        lambda: _scores_in_torch(q, keys),
+        "bmm + softmax + mean",
+        q.nbytes + keys.nbytes + scores.nbytes,
+        None,
+        4 * _HEADS * _ROWS * _FEATURES,
+    )
+    if dtype == torch.float32:  # scores are float32 whatever the model's dtype is
+        yield from _pick_cases(scores)
+    features = _draw(_FEATURES, _DIM, dtype=dtype, generator=generator)
+    kept = torch.randperm(_FEATURES, generator=generator)[: _FEATURES // 2].sort().values
+    tensors = (features, keys, values)
+    results = zip(ops.gather_kv(*tensors, kept), reference.gather_kv(*tensors, kept), strict=True)
+    assert all(torch.equal(ours, theirs) for ours, theirs in results)
+    yield Case(
+        "gather_kv",
+        "half kept",
+        dtype,
+        lambda: ops.gather_kv(*tensors, kept),
+        lambda: [tensor.index_select(0, kept) for tensor in tensors],
+        "index_select",
+        2 * len(kept) * sum(tensor[0].nbytes for tensor in tensors),
+        "copy",
+    )
+
+
+def _scores_in_torch(q: Tensor, k: Tensor) -> Tensor:
+    """When every row sees every feature: two batched ops and a mean."""
+    keys = k.permute(1, 2, 0).repeat_interleave(_HEADS // _KV_HEADS, dim=0)  # [H, Dh, N]
+    weights: Tensor = (torch.bmm(q.transpose(0, 1), keys).float() * _SCALE).softmax(dim=-1)
+    scores: Tensor = weights.mean(dim=1)
+    return scores
+
+
+def _pick_cases(scores: Tensor) -> Iterator[Case]:
+    segments, k = [_FEATURES], [_PICKS]
+    picks = ops.headwise_topk(scores, segments, k)
+    assert torch.equal(picks, reference.headwise_topk(scores, segments, k))
+    kept, _ = ops.union_indices(picks, _FEATURES)
+    assert torch.equal(kept, reference.union_indices(picks, _FEATURES)[0])
+    assert torch.equal(kept, ops.select_features(scores, segments, k)[0])
+
+    def case(op: str, run: Callable[[], Any], baseline: Callable[[], Any], name: str, num_bytes: int) -> Case:
+        return Case(op, "", scores.dtype, run, baseline, name, num_bytes, None)
+
+    yield case(
+        "headwise_topk",
+        lambda: ops.headwise_topk(scores, segments, k),
+        lambda: scores.topk(_PICKS).indices.sort().values,
+        "topk + sort",
+        scores.nbytes + picks.nbytes,
+    )
+    yield case(
+        "union_indices",
+        lambda: ops.union_indices(picks, _FEATURES),
+        lambda: picks.unique(),
+        "unique",
+        picks.nbytes + kept.nbytes,
+    )
+    yield case(
+        "select_features",
+        lambda: ops.select_features(scores, segments, k),
+        lambda: scores.topk(_PICKS).indices.unique(),
+        "topk + unique",
+        scores.nbytes + kept.nbytes,
+    )
+
+
+def _write_kv_case(dtype: torch.dtype, generator: torch.Generator) -> Case:
+    rows = _FEATURES // 2
+    keys, values = _draw(2, rows, _KV_HEADS, _HEAD_DIM, dtype=dtype, generator=generator)
+    pages = torch.zeros(-(-rows // PAGE_POSITIONS), 1, 2, _KV_HEADS, PAGE_POSITIONS, _HEAD_DIM, dtype=dtype)
+    order = torch.randperm(len(pages), generator=generator)
+    position = torch.arange(rows)
+    slots = order[position // PAGE_POSITIONS] * PAGE_POSITIONS + position % PAGE_POSITIONS
+    expected = pages.clone()
+    reference.write_kv(expected, 0, keys, values, slots)
+    ops.write_kv(pages, 0, keys, values, slots)
+    assert torch.equal(pages, expected)
+    return Case(
+        "write_kv",
+        f"{rows} rows",
+        dtype,
+        lambda: ops.write_kv(pages, 0, keys, values, slots),
+        lambda: reference.write_kv(pages, 0, keys, values, slots),
+        "advanced indexing",
+        2 * (keys.nbytes + values.nbytes),
+        "copy",
+    )
+
+
+def _paged_attention_case(dtype: torch.dtype, generator: torch.Generator, length: int) -> Case:
+    q = _draw(_BATCH, _HEADS, _HEAD_DIM, dtype=dtype, generator=generator)
+    per_sequence = -(-length // PAGE_POSITIONS)
+    shape = (_BATCH * per_sequence, 1, 2, _KV_HEADS, PAGE_POSITIONS, _HEAD_DIM)
+    pages = _draw(*shape, dtype=dtype, generator=generator)
+    tables = torch.randperm(len(pages), generator=generator, dtype=torch.int32).view(_BATCH, per_sequence)
+    lengths = torch.full((_BATCH,), length, dtype=torch.int32)
+    arguments = (q, pages, 0, tables, lengths, _SCALE)
+    attended = ops.paged_attention(*arguments)
+    expected = reference.paged_attention(q[:1], pages, 0, tables[:1], lengths[:1], _SCALE)
+    torch.testing.assert_close(attended[:1], expected, **PAGED_ATTENTION[dtype])
+    # The same keys and values as transformers caches them, [B, Hkv, length, Dh].
+    together = pages[tables.long(), 0].permute(2, 0, 3, 1, 4, 5).flatten(3, 4)[..., :length, :].contiguous()
+    keys, values = together
+    torch.testing.assert_close(_attention_in_torch(q, keys, values), attended, rtol=1e-2, atol=1e-2)
+    return Case(
+        "paged_attention",
+        f"length {length}",
+        dtype,
+        lambda: ops.paged_attention(*arguments),
+        lambda: _attention_in_torch(q, keys, values),
+        "repeat_kv + sdpa",
+        2 * _BATCH * length * _KV_HEADS * _HEAD_DIM * dtype.itemsize,
+        "read",
+    )
+
+
+def _attention_in_torch(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """As transformers' sdpa attention does it for models with grouped heads and a mask."""
+    group = _HEADS // _KV_HEADS
+    keys, values = repeat_kv(keys, group), repeat_kv(values, group)
+    attended: Tensor = F.scaled_dot_product_attention(q[:, :, None], keys, values, scale=_SCALE)
+    return attended[:, :, 0]
