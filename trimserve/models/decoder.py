@@ -8,7 +8,7 @@ before the decoder comes in as fewer features. A prefill can be interrupted afte
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +18,7 @@ from transformers import MllamaForConditionalGeneration
 from transformers.models.mllama.modeling_mllama import (
     MllamaCrossAttentionDecoderLayer,
     MllamaSelfAttentionDecoderLayer,
+    MllamaTextRMSNorm,
 )
 
 from trimserve import ops
@@ -81,7 +82,7 @@ class RaggedDecoder:
         head_dim = config.hidden_size // config.num_attention_heads
         self._embed = text.embed_tokens
         self._rotary = text.rotary_emb
-        self._norm = text.norm
+        self._norm = _rms_norm(text.norm)
         self._lm_head = model.lm_head
         self._layers: list[_SelfLayer | _CrossLayer] = []
         num_self = num_cross = 0
@@ -171,8 +172,8 @@ class _Layer:
         self._index = index
         self._head_dim = head_dim
         self._scale = head_dim**-0.5
-        self._input_norm = layer.input_layernorm
-        self._mlp_norm = layer.post_attention_layernorm
+        self._input_norm = _rms_norm(layer.input_layernorm)
+        self._mlp_norm = _rms_norm(layer.post_attention_layernorm)
         self._gate_up = fused_weight(layer.mlp, FUSED["mlp"])
         self._activation = layer.mlp.act_fn
         self._down = layer.mlp.down_proj
@@ -240,6 +241,8 @@ class _CrossLayer(_Layer):
         super().__init__(layer, index, head_dim)
         self._layer = layer
         self._kv = fused_weight(layer.cross_attn, FUSED["cross_attn"])
+        self._q_norm = _rms_norm(layer.cross_attn.q_norm)
+        self._k_norm = _rms_norm(layer.cross_attn.k_norm)
 
     def prefill(self, hidden: Tensor, batch: _Rows, prompts: Sequence[SequenceRows]) -> Tensor:
         if not any(batch.num_seeing):
@@ -260,7 +263,7 @@ class _CrossLayer(_Layer):
         """The rows that see something, and their queries [S, H, Dh]."""
         residual = hidden if batch.seeing is None else hidden[batch.seeing]
         attention = self._layer.cross_attn
-        return residual, attention.q_norm(self._heads(attention.q_proj(self._input_norm(residual))))
+        return residual, self._q_norm(self._heads(attention.q_proj(self._input_norm(residual))))
 
     def _finish(self, hidden: Tensor, residual: Tensor, attended: Tensor, batch: _Rows) -> Tensor:
         residual = residual + self._layer.cross_attn_attn_gate.tanh() * self._layer.cross_attn.o_proj(attended)
@@ -285,7 +288,7 @@ class _CrossLayer(_Layer):
 
     def _project(self, features: Tensor) -> tuple[Tensor, Tensor]:
         keys, values = (self._heads(part) for part in F.linear(features, self._kv).chunk(2, dim=-1))
-        return self._layer.cross_attn.k_norm(keys), values
+        return self._k_norm(keys), values
 
     def _store(self, q: Tensor, keys: Tensor, values: Tensor, kv: KeyValues, vision: VisionRows) -> None:
         """Trim in the first cross-attention layer; cache what the last row, and so every decoded row, sees."""
@@ -310,6 +313,12 @@ class _CrossLayer(_Layer):
         keys, values = vision.hold(selection, ops.gather_kv(*everything, selection.kept), everything)
         vision.trim_times = TrimTimes(began_at, selected_at, time.monotonic())
         return keys, values
+
+
+def _rms_norm(norm: MllamaTextRMSNorm) -> Callable[[Tensor], Tensor]:
+    """The module's norm as one op, which its five would be."""
+    weight, epsilon = norm.weight, norm.variance_epsilon
+    return lambda rows: F.rms_norm(rows, weight.shape, weight, epsilon)
 
 
 def _rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """The two gRPC services: requests in, messages out. Errors are raised; `interceptors.py` answers."""
 
+import asyncio
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -56,6 +57,8 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         async with aclosing(self._events(request, context, "GenerateStream")) as events:
             async for event in events:
                 yield event
+                if event.HasField("delta"):  # what is generated meanwhile comes together
+                    await asyncio.sleep(self._config.server.stream_interval_seconds)
 
     async def _events(
         self, request: generation_pb2.GenerateRequest, context: Context, method: str
