@@ -176,10 +176,10 @@ class ServerConfig(_Knobs):
         default=None, gt=0, description="Longest deadline; a longer one, or none, counts as this. Unset is no limit."
     )
     stream_interval_seconds: float = Field(
-        default=0.02,
+        default=0.0,
         ge=0,
-        description="Seconds from one message of a stream to the next: tokens that are generated faster come together, "
-        "which spares the processor a message for each. The first token never waits.",
+        description="Least seconds from one message of a stream to the next: tokens that are generated faster come "
+        "together, which spares the processor a message for each. The first token never waits; 0 sends each at once.",
     )
     drain_grace_seconds: float = Field(
         default=30.0,
