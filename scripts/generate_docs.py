@@ -27,10 +27,10 @@ from google.protobuf.descriptor_pb2 import (  # noqa: E402 the root must be on t
     ServiceDescriptorProto,
 )
 
-from benchmarks.tables import bytes_tables, read_result, serve_tables  # noqa: E402
-from training.readme import accuracy_table  # noqa: E402
-from trimserve.config import Config  # noqa: E402
-from trimserve.server.metrics import Declared, Metrics  # noqa: E402
+from benchmarks.tables import bytes_tables, read_result, serve_tables  # noqa: E402 as above
+from training.readme import accuracy_table  # noqa: E402 as above
+from trimserve.config import Config  # noqa: E402 as above
+from trimserve.server.metrics import Declared, Metrics  # noqa: E402 as above
 
 SCALARS = {value: name.removeprefix("TYPE_").lower() for name, value in FieldDescriptorProto.Type.items()}
 

@@ -151,7 +151,7 @@ def ask_everything(url: str) -> int:
     end = time.monotonic() + PATIENCE_SECONDS
     missing = dict(wanted)
     while missing and time.monotonic() < end:
-        time.sleep(2)
+        time.sleep(2)  # Prometheus scrapes once a second and tells nobody
         missing = {name: query for name, query in missing.items() if not _has_data(url, query)}
     for variable in ("model_id", "instance"):
         if not _get(url, f"label/{variable}/values"):

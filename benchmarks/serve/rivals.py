@@ -215,7 +215,7 @@ def _is_up(port: int, process: subprocess.Popen[bytes]) -> bool:
         try:
             socket.create_connection(("127.0.0.1", port)).close()
         except OSError:
-            time.sleep(0.2)
+            time.sleep(0.2)  # it tells nobody when it listens
         else:
             return True
     return False

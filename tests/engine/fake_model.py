@@ -128,7 +128,7 @@ class FakeModel:
             case TokenPrompt(token_ids, images):
                 pass
             case _:
-                raise NotImplementedError
+                raise TypeError(f"the fake has no chat template for {prompt!r}")
         return TokenizedPrompt(token_ids, tuple(NamedImage(image.mime_type, image) for image in images))
 
     def prepare_image(self, image: NamedImage) -> PreparedImage:

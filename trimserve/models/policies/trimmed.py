@@ -41,9 +41,9 @@ class Trimmed(AfterFirstLayer):
             picks = _top(scores, asked.counts(scores)[0])
         else:
             picks = _ragged_top(scores, torch.tensor(asked.counts(scores), device=scores.device))
-        votes = torch.bincount(picks[picks >= 0], minlength=num_features)
-        kept = votes.nonzero()[:, 0]
-        return Choice(kept if len(kept) <= most else _capped(kept, votes, scores, most), picks)
+        padded, num_kept = ops.union_indices(picks[picks >= 0][None], num_features)
+        kept = padded[: int(num_kept)]
+        return Choice(kept if len(kept) <= most else _capped(kept, picks, scores, most), picks)
 
 
 def _top(scores: Tensor, k: int) -> Tensor:
@@ -62,7 +62,8 @@ def _smallest_k(scores: Tensor, count: int) -> int:
     return int(best_rank.sort().values[count - 1]) + 1
 
 
-def _capped(kept: Tensor, votes: Tensor, scores: Tensor, most: int) -> Tensor:
+def _capped(kept: Tensor, picks: Tensor, scores: Tensor, most: int) -> Tensor:
+    votes = torch.bincount(picks[picks >= 0], minlength=scores.shape[1])
     best = scores.nan_to_num(-math.inf).amax(dim=0)
     # Stable sorts from the least to the most important key; `kept` is ascending, which settles the last tie.
     kept = kept[best[kept].argsort(descending=True, stable=True)]
