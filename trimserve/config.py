@@ -175,12 +175,6 @@ class ServerConfig(_Knobs):
     max_deadline_seconds: float | None = Field(
         default=None, gt=0, description="Longest deadline; a longer one, or none, counts as this. Unset is no limit."
     )
-    stream_interval_seconds: float = Field(
-        default=0.0,
-        ge=0,
-        description="Least seconds from one message of a stream to the next: tokens that are generated faster come "
-        "together, which spares the processor a message for each. The first token never waits; 0 sends each at once.",
-    )
     drain_grace_seconds: float = Field(
         default=30.0,
         ge=0,

@@ -8,27 +8,14 @@ import grpc
 import pytest
 
 from tests.server.conftest import Loopback
-from tests.server.fakes import (
-    CHUNKS,
-    CONFIG,
-    DELTAS,
-    FINISHED,
-    INFO,
-    SELECTION,
-    STARTED,
-    FakeRunner,
-    Pause,
-    chat_request,
-)
+from tests.server.fakes import CHUNKS, CONFIG, DELTAS, FINISHED, INFO, SELECTION, STARTED, Pause, chat_request
 from trimserve import __version__
 from trimserve.client import Client
-from trimserve.config import Config, ServerConfig
 from trimserve.engine.request import TokenDelta
 from trimserve.models.policies.table import POLICIES
-from trimserve.server.app import running_server
 from trimserve.server.responses import fold
 from trimserve.v1 import generation_pb2 as pb
-from trimserve.v1 import generation_pb2_grpc, model_pb2
+from trimserve.v1 import model_pb2
 
 
 async def test_unary_is_the_fold_of_the_stream(loopback: Loopback) -> None:
@@ -58,23 +45,6 @@ async def test_the_stream_tells_what_the_engine_told(loopback: Loopback) -> None
     assert finished.cross_kv_bytes.held == 2048
     assert finished.cross_kv_bytes.saved_by_trimming == 5120
     assert finished.timings.time_to_first_token_seconds == 0.011
-
-
-@pytest.mark.parametrize("seconds", [0.0, 0.3])
-async def test_deltas_of_a_stream_are_an_interval_apart_and_the_first_is_not_held_up(seconds: float) -> None:
-    knobs = {"port": 0, "metrics": False, "stream_interval_seconds": seconds}
-    async with (
-        running_server(FakeRunner(CHUNKS), Config(server=ServerConfig.model_validate(knobs))) as server,
-        grpc.aio.insecure_channel(server.address) as channel,
-    ):
-        stub = generation_pb2_grpc.GenerationServiceStub(channel)
-        await stub.Generate(chat_request())  # connected
-        begin = time.monotonic()
-        events = stub.GenerateStream(chat_request())
-        arrivals = [time.monotonic() - begin async for event in events if event.HasField("delta")]
-    assert len(arrivals) == len(DELTAS)
-    assert arrivals[0] < 0.3
-    assert (arrivals[-1] - arrivals[0] > 0.59) == (seconds > 0)
 
 
 async def test_the_unary_answer_has_every_field(loopback: Loopback) -> None:

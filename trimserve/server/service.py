@@ -1,6 +1,5 @@
 """The two gRPC services: requests in, messages out. Errors are raised; `interceptors.py` answers."""
 
-import asyncio
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -54,12 +53,9 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         self, request: generation_pb2.GenerateRequest, context: Context
     ) -> AsyncGenerator[generation_pb2.GenerateStreamResponse, None]:
         """The answer as it comes."""
-        interval = self._config.server.stream_interval_seconds
         async with aclosing(self._events(request, context, "GenerateStream")) as events:
             async for event in events:
                 yield event
-                if interval and event.HasField("delta"):
-                    await asyncio.sleep(interval)  # what is generated meanwhile comes together
 
     async def _events(
         self, request: generation_pb2.GenerateRequest, context: Context, method: str
