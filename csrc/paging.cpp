@@ -1,63 +1,15 @@
 // Ops on keys and values that lie in pages: checks, allocation, threads. Kernels are in cpu/.
 
 #include <algorithm>
-#include <cmath>
 
+#include "op_checks.h"
 #include "ops.h"
 
 namespace trimserve {
 namespace {
 
-void check_pages(const char* op, const Tensor& pages, std::int64_t layer) {
-  check(is_floating(pages.scalar_type()) && pages.dim() == 6 && pages.size(2) == 2 &&
-            pages.size(4) == kPagePositions,
-        op, ": pages must be float32, bfloat16 or float16 [P, G, 2, Hkv, ", kPagePositions, ", Dh], got ",
-        describe(pages));
-  check(pages.is_contiguous(), op, ": pages must be contiguous");
-  check(0 <= layer && layer < pages.size(1), op, ": layer must be in [0, ", pages.size(1), "), got ", layer);
-}
-
-void check_write_kv(const Tensor& pages, std::int64_t layer, const Tensor& keys, const Tensor& values,
-                    const Tensor& slots) {
-  constexpr const char* kOp = "write_kv";
-  check_pages(kOp, pages, layer);
-  check_tensor(kOp, "slots", slots, ScalarType::Long, "[R]", slots.dim() == 1);
-  const auto check_rows = [&](const char* name, const Tensor& rows) {
-    check(rows.scalar_type() == pages.scalar_type() && rows.dim() == 3 && rows.size(0) == slots.size(0) &&
-              rows.size(1) == pages.size(3) && rows.size(2) == pages.size(5),
-          kOp, ": ", name, " must be ", name_of(pages.scalar_type()), " [", slots.size(0), ", ",
-          pages.size(3), ", ", pages.size(5), "] like slots and pages, got ", describe(rows));
-  };
-  check_rows("keys", keys);
-  check_rows("values", values);
-}
-
 Tensor with_contiguous_heads(const Tensor& rows) {
   return rows.stride(2) == 1 || rows.size(2) == 1 ? rows : torch::stable::contiguous(rows);
-}
-
-void check_paged_attention(const Tensor& q, const Tensor& pages, std::int64_t layer, const Tensor& tables,
-                           const Tensor& lengths, double scale, const std::optional<Tensor>& bias) {
-  constexpr const char* kOp = "paged_attention";
-  check_pages(kOp, pages, layer);
-  check(q.scalar_type() == pages.scalar_type() && q.dim() == 3 && q.size(2) == pages.size(5), kOp,
-        ": q must be ", name_of(pages.scalar_type()), " [B, H, ", pages.size(5), "] like pages, got ",
-        describe(q));
-  check(q.size(1) >= 1 && pages.size(3) >= 1 && q.size(1) % pages.size(3) == 0, kOp,
-        ": H must be a multiple of Hkv, both at least 1, got H=", q.size(1), ", Hkv=", pages.size(3));
-  check(q.size(2) >= 1, kOp, ": Dh must be at least 1, got 0");
-  check_tensor(kOp, "tables", tables, ScalarType::Int, "[B, max_pages]", tables.dim() == 2);
-  check(tables.size(0) == q.size(0), kOp, ": tables must have B=", q.size(0), " rows like q, got ",
-        tables.size(0));
-  check_tensor(kOp, "lengths", lengths, ScalarType::Int, "[B]", lengths.dim() == 1);
-  check(lengths.size(0) == q.size(0), kOp, ": lengths must have B=", q.size(0), " entries like q, got ",
-        lengths.size(0));
-  check(std::isfinite(scale), kOp, ": scale must be finite, got ", scale);
-  if (!bias) return;
-  check_tensor(kOp, "bias", *bias, ScalarType::Float, "[B, max_pages * 16]", bias->dim() == 2);
-  check(bias->size(0) == q.size(0) && bias->size(1) == tables.size(1) * kPagePositions, kOp,
-        ": bias must be [B=", q.size(0), ", max_pages * 16=", tables.size(1) * kPagePositions, "], got ",
-        describe(*bias));
 }
 
 // Every length fits its row of the tables, and every page that a length needs exists.

@@ -1,34 +1,14 @@
-// Ops that choose which visual features later layers keep: checks, allocation, threads. Kernels are in cpu/.
+// Ops that choose which visual features later layers keep: values, allocation, threads. Kernels are in cpu/.
 
 #include <algorithm>
-#include <cmath>
-#include <limits>
 
+#include "op_checks.h"
 #include "ops.h"
 
 namespace trimserve {
 namespace {
 
-constexpr std::int64_t kMaxFeatures = std::numeric_limits<std::int32_t>::max();  // kernels may count in int32
 constexpr std::int64_t kGrainScores = 16384;  // scores that are worth a thread
-
-void check_headwise_scores(const Tensor& q, const Tensor& k, const Tensor& visibility, double scale) {
-  constexpr const char* kOp = "headwise_scores";
-  const ScalarType dtype = q.scalar_type();
-  check(is_floating(dtype) && q.dim() == 3, kOp, ": q must be float32, bfloat16 or float16 [T, H, Dh], got ",
-        describe(q));
-  check(k.dim() == 3 && k.scalar_type() == dtype && k.size(2) == q.size(2), kOp, ": k must be ",
-        name_of(dtype), " [N, Hkv, ", q.size(2), "] like q, got ", describe(k));
-  check(q.size(1) >= 1 && k.size(1) >= 1 && q.size(1) % k.size(1) == 0, kOp,
-        ": H must be a multiple of Hkv, both at least 1, got H=", q.size(1), ", Hkv=", k.size(1));
-  check(q.size(2) >= 1, kOp, ": Dh must be at least 1, got 0");
-  check(k.size(0) <= kMaxFeatures, kOp, ": N must be at most ", kMaxFeatures, ", got ", k.size(0));
-  check_tensor(kOp, "visibility", visibility, ScalarType::Int, "[T, 2]",
-               visibility.dim() == 2 && visibility.size(1) == 2);
-  check(visibility.size(0) == q.size(0), kOp, ": visibility must have T=", q.size(0), " rows like q, got ",
-        visibility.size(0));
-  check(std::isfinite(scale), kOp, ": scale must be finite, got ", scale);
-}
 
 void check_ranges(const Tensor& visibility, std::int64_t num_features) {
   const auto* ranges = static_cast<const std::int32_t*>(visibility.const_data_ptr());
@@ -37,43 +17,6 @@ void check_ranges(const Tensor& visibility, std::int64_t num_features) {
     check(0 <= begin && begin <= end && end <= num_features, "headwise_scores: visibility[", t,
           "] must be a range within [0, ", num_features, "], got [", begin, ", ", end, "]");
   }
-}
-
-std::vector<Segment> make_segments(const char* op, const std::vector<std::int64_t>& sizes,
-                                   const std::vector<std::int64_t>& k, std::int64_t num_features) {
-  check(num_features <= kMaxFeatures, op, ": N must be at most ", kMaxFeatures, ", got ", num_features);
-  check(sizes.size() == k.size(), op, ": k must have one entry per segment, got ", k.size(), " for ",
-        sizes.size(), " segments");
-  std::vector<Segment> segments;
-  std::int64_t begin = 0, picks_begin = 0;
-  for (std::size_t i = 0; i < sizes.size(); ++i) {
-    check(sizes[i] >= 0, op, ": segments[", i, "] must be at least 0, got ", sizes[i]);
-    check(sizes[i] <= num_features - begin, op, ": segments must sum to N=", num_features, ", got more");
-    const std::int64_t least = std::min<std::int64_t>(sizes[i], 1);
-    check(least <= k[i] && k[i] <= sizes[i], op, ": k[", i, "] must be in [", least, ", ", sizes[i],
-          "] for a segment of ", sizes[i], " features, got ", k[i]);
-    segments.push_back({begin, sizes[i], k[i], picks_begin});
-    begin += sizes[i];
-    picks_begin += k[i];
-  }
-  check(begin == num_features, op, ": segments must sum to N=", num_features, ", got ", begin);
-  return segments;
-}
-
-struct Selection {
-  std::vector<Segment> segments;
-  std::int64_t num_picks;  // of a head
-  std::int64_t longest;    // features of the longest segment
-};
-
-Selection make_selection(const char* op, std::int64_t num_features, const std::vector<std::int64_t>& sizes,
-                         const std::vector<std::int64_t>& k) {
-  Selection selection{make_segments(op, sizes, k, num_features), 0, 0};
-  for (const Segment& segment : selection.segments) {
-    selection.num_picks += segment.k;
-    selection.longest = std::max(selection.longest, segment.size);
-  }
-  return selection;
 }
 
 // Calls body with ranges of the heads of scores [H, N].
@@ -90,23 +33,6 @@ std::tuple<Tensor, Tensor> list_kept(const Tensor& like, const std::uint8_t* is_
   *static_cast<std::int64_t*>(num_kept.mutable_data_ptr()) =
       cpu::list_kept(is_kept, num_features, static_cast<std::int64_t*>(kept.mutable_data_ptr()), size);
   return {kept, num_kept};
-}
-
-void check_gather_kv(const Tensor& features, const Tensor& keys, const Tensor& values, const Tensor& kept) {
-  constexpr const char* kOp = "gather_kv";
-  const ScalarType dtype = features.scalar_type();
-  check(is_floating(dtype) && features.dim() == 2, kOp,
-        ": features must be float32, bfloat16 or float16 [N, D], got ", describe(features));
-  const auto check_kv = [&](const char* name, const Tensor& tensor) {
-    check(tensor.scalar_type() == dtype && tensor.dim() == 3 && tensor.size(0) == features.size(0), kOp, ": ",
-          name, " must be ", name_of(dtype), " [", features.size(0), ", Hkv, Dh] like features, got ",
-          describe(tensor));
-  };
-  check_kv("keys", keys);
-  check_kv("values", values);
-  check(keys.size(1) == values.size(1) && keys.size(2) == values.size(2), kOp,
-        ": values must have the shape of keys, got ", describe(values), " and ", describe(keys));
-  check_tensor(kOp, "kept", kept, ScalarType::Long, "[M]", kept.dim() == 1);
 }
 
 // What to copy from the rows of `source` to those of `result`, which is contiguous and has the same row
@@ -150,9 +76,7 @@ Tensor headwise_scores(const Tensor& q, const Tensor& k, const Tensor& visibilit
 }
 
 Tensor headwise_topk(const Tensor& scores, std::vector<std::int64_t> segments, std::vector<std::int64_t> k) {
-  constexpr const char* kOp = "headwise_topk";
-  check_tensor(kOp, "scores", scores, ScalarType::Float, "[H, N]", scores.dim() == 2);
-  const Selection selection = make_selection(kOp, scores.size(1), segments, k);
+  const Selection selection = make_selection("headwise_topk", scores, segments, k);
 
   const Tensor rows = torch::stable::contiguous(scores);
   Tensor picks = torch::stable::new_empty(scores, {scores.size(0), selection.num_picks}, ScalarType::Long);
@@ -171,12 +95,9 @@ Tensor headwise_topk(const Tensor& scores, std::vector<std::int64_t> segments, s
 }
 
 std::tuple<Tensor, Tensor> union_indices(const Tensor& picks, std::int64_t num_features) {
-  constexpr const char* kOp = "union_indices";
-  check_tensor(kOp, "picks", picks, ScalarType::Long, "[H, K]", picks.dim() == 2);
-  check(0 <= num_features && num_features <= kMaxFeatures, kOp, ": num_features must be in [0, ",
-        kMaxFeatures, "], got ", num_features);
+  check_union_indices(picks, num_features);
   const Tensor flat = torch::stable::contiguous(picks);
-  check_indices(kOp, "picks", flat, num_features);
+  check_indices("union_indices", "picks", flat, num_features);
 
   const auto is_kept = workspace<std::uint8_t>(num_features);
   cpu::mark_picks(static_cast<const std::int64_t*>(flat.const_data_ptr()), flat.numel(), num_features,
@@ -186,10 +107,8 @@ std::tuple<Tensor, Tensor> union_indices(const Tensor& picks, std::int64_t num_f
 
 std::tuple<Tensor, Tensor> select_features(const Tensor& scores, std::vector<std::int64_t> segments,
                                            std::vector<std::int64_t> k) {
-  constexpr const char* kOp = "select_features";
-  check_tensor(kOp, "scores", scores, ScalarType::Float, "[H, N]", scores.dim() == 2);
+  const Selection selection = make_selection("select_features", scores, segments, k);
   const std::int64_t num_heads = scores.size(0), num_features = scores.size(1);
-  const Selection selection = make_selection(kOp, num_features, segments, k);
 
   const Tensor rows = torch::stable::contiguous(scores);
   const auto num_segments = static_cast<std::int64_t>(selection.segments.size());

@@ -1,0 +1,134 @@
+#include "op_checks.h"
+
+#include <algorithm>
+#include <cmath>
+
+namespace trimserve {
+
+void check_headwise_scores(const Tensor& q, const Tensor& k, const Tensor& visibility, double scale) {
+  constexpr const char* kOp = "headwise_scores";
+  const ScalarType dtype = q.scalar_type();
+  check(is_floating(dtype) && q.dim() == 3, kOp, ": q must be float32, bfloat16 or float16 [T, H, Dh], got ",
+        describe(q));
+  check(k.dim() == 3 && k.scalar_type() == dtype && k.size(2) == q.size(2), kOp, ": k must be ",
+        name_of(dtype), " [N, Hkv, ", q.size(2), "] like q, got ", describe(k));
+  check(q.size(1) >= 1 && k.size(1) >= 1 && q.size(1) % k.size(1) == 0, kOp,
+        ": H must be a multiple of Hkv, both at least 1, got H=", q.size(1), ", Hkv=", k.size(1));
+  check(q.size(2) >= 1, kOp, ": Dh must be at least 1, got 0");
+  check(k.size(0) <= kMaxFeatures, kOp, ": N must be at most ", kMaxFeatures, ", got ", k.size(0));
+  check_tensor(kOp, "visibility", visibility, ScalarType::Int, "[T, 2]",
+               visibility.dim() == 2 && visibility.size(1) == 2);
+  check(visibility.size(0) == q.size(0), kOp, ": visibility must have T=", q.size(0), " rows like q, got ",
+        visibility.size(0));
+  check(std::isfinite(scale), kOp, ": scale must be finite, got ", scale);
+}
+
+namespace {
+
+std::vector<Segment> make_segments(const char* op, const std::vector<std::int64_t>& sizes,
+                                   const std::vector<std::int64_t>& k, std::int64_t num_features) {
+  check(num_features <= kMaxFeatures, op, ": N must be at most ", kMaxFeatures, ", got ", num_features);
+  check(sizes.size() == k.size(), op, ": k must have one entry per segment, got ", k.size(), " for ",
+        sizes.size(), " segments");
+  std::vector<Segment> segments;
+  std::int64_t begin = 0, picks_begin = 0;
+  for (std::size_t i = 0; i < sizes.size(); ++i) {
+    check(sizes[i] >= 0, op, ": segments[", i, "] must be at least 0, got ", sizes[i]);
+    check(sizes[i] <= num_features - begin, op, ": segments must sum to N=", num_features, ", got more");
+    const std::int64_t least = std::min<std::int64_t>(sizes[i], 1);
+    check(least <= k[i] && k[i] <= sizes[i], op, ": k[", i, "] must be in [", least, ", ", sizes[i],
+          "] for a segment of ", sizes[i], " features, got ", k[i]);
+    segments.push_back({begin, sizes[i], k[i], picks_begin});
+    begin += sizes[i];
+    picks_begin += k[i];
+  }
+  check(begin == num_features, op, ": segments must sum to N=", num_features, ", got ", begin);
+  return segments;
+}
+
+}  // namespace
+
+Selection make_selection(const char* op, const Tensor& scores, const std::vector<std::int64_t>& sizes,
+                         const std::vector<std::int64_t>& k) {
+  check_tensor(op, "scores", scores, ScalarType::Float, "[H, N]", scores.dim() == 2);
+  Selection selection{make_segments(op, sizes, k, scores.size(1)), 0, 0};
+  for (const Segment& segment : selection.segments) {
+    selection.num_picks += segment.k;
+    selection.longest = std::max(selection.longest, segment.size);
+  }
+  return selection;
+}
+
+void check_union_indices(const Tensor& picks, std::int64_t num_features) {
+  constexpr const char* kOp = "union_indices";
+  check_tensor(kOp, "picks", picks, ScalarType::Long, "[H, K]", picks.dim() == 2);
+  check(0 <= num_features && num_features <= kMaxFeatures, kOp, ": num_features must be in [0, ",
+        kMaxFeatures, "], got ", num_features);
+}
+
+void check_gather_kv(const Tensor& features, const Tensor& keys, const Tensor& values, const Tensor& kept) {
+  constexpr const char* kOp = "gather_kv";
+  const ScalarType dtype = features.scalar_type();
+  check(is_floating(dtype) && features.dim() == 2, kOp,
+        ": features must be float32, bfloat16 or float16 [N, D], got ", describe(features));
+  const auto check_kv = [&](const char* name, const Tensor& tensor) {
+    check(tensor.scalar_type() == dtype && tensor.dim() == 3 && tensor.size(0) == features.size(0), kOp, ": ",
+          name, " must be ", name_of(dtype), " [", features.size(0), ", Hkv, Dh] like features, got ",
+          describe(tensor));
+  };
+  check_kv("keys", keys);
+  check_kv("values", values);
+  check(keys.size(1) == values.size(1) && keys.size(2) == values.size(2), kOp,
+        ": values must have the shape of keys, got ", describe(values), " and ", describe(keys));
+  check_tensor(kOp, "kept", kept, ScalarType::Long, "[M]", kept.dim() == 1);
+}
+
+void check_pages(const char* op, const Tensor& pages, std::int64_t layer) {
+  check(is_floating(pages.scalar_type()) && pages.dim() == 6 && pages.size(2) == 2 &&
+            pages.size(4) == kPagePositions,
+        op, ": pages must be float32, bfloat16 or float16 [P, G, 2, Hkv, ", kPagePositions, ", Dh], got ",
+        describe(pages));
+  check(pages.is_contiguous(), op, ": pages must be contiguous");
+  check(0 <= layer && layer < pages.size(1), op, ": layer must be in [0, ", pages.size(1), "), got ", layer);
+}
+
+void check_write_kv(const Tensor& pages, std::int64_t layer, const Tensor& keys, const Tensor& values,
+                    const Tensor& slots) {
+  constexpr const char* kOp = "write_kv";
+  check_pages(kOp, pages, layer);
+  check_tensor(kOp, "slots", slots, ScalarType::Long, "[R]", slots.dim() == 1);
+  const auto check_rows = [&](const char* name, const Tensor& rows) {
+    check(rows.scalar_type() == pages.scalar_type() && rows.dim() == 3 && rows.size(0) == slots.size(0) &&
+              rows.size(1) == pages.size(3) && rows.size(2) == pages.size(5),
+          kOp, ": ", name, " must be ", name_of(pages.scalar_type()), " [", slots.size(0), ", ",
+          pages.size(3), ", ", pages.size(5), "] like slots and pages, got ", describe(rows));
+  };
+  check_rows("keys", keys);
+  check_rows("values", values);
+}
+
+void check_paged_attention(const Tensor& q, const Tensor& pages, std::int64_t layer, const Tensor& tables,
+                           const Tensor& lengths, double scale, const std::optional<Tensor>& bias) {
+  constexpr const char* kOp = "paged_attention";
+  check_pages(kOp, pages, layer);
+  check(q.scalar_type() == pages.scalar_type() && q.dim() == 3 && q.size(2) == pages.size(5), kOp,
+        ": q must be ", name_of(pages.scalar_type()), " [B, H, ", pages.size(5), "] like pages, got ",
+        describe(q));
+  check(q.size(1) >= 1 && pages.size(3) >= 1 && q.size(1) % pages.size(3) == 0, kOp,
+        ": H must be a multiple of Hkv, both at least 1, got H=", q.size(1), ", Hkv=", pages.size(3));
+  check(q.size(2) >= 1, kOp, ": Dh must be at least 1, got 0");
+  check_tensor(kOp, "tables", tables, ScalarType::Int, "[B, max_pages]", tables.dim() == 2);
+  check(tables.size(0) == q.size(0), kOp, ": tables must have B=", q.size(0), " rows like q, got ",
+        tables.size(0));
+  check_tensor(kOp, "lengths", lengths, ScalarType::Int, "[B]", lengths.dim() == 1);
+  check(lengths.size(0) == q.size(0), kOp, ": lengths must have B=", q.size(0), " entries like q, got ",
+        lengths.size(0));
+  check(std::isfinite(scale), kOp, ": scale must be finite, got ", scale);
+  if (!bias) return;
+  check_tensor(kOp, "bias", *bias, ScalarType::Float, "[B, max_pages * 16]", bias->dim() == 2);
+  check(bias->size(0) == q.size(0) && bias->size(1) == tables.size(1) * kPagePositions, kOp,
+        ": bias must be [B=", q.size(0), ", max_pages * 16=", tables.size(1) * kPagePositions, "], got ",
+        describe(*bias));
+}
+
+}  // namespace trimserve

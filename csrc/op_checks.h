@@ -1,0 +1,40 @@
+// What an op demands of its arguments on every device: dtypes, shapes, counts. Values of tensors are not looked at.
+
+#pragma once
+
+#include <cstdint>
+#include <limits>
+#include <optional>
+#include <vector>
+
+#include "checks.h"
+#include "kernels.h"
+
+namespace trimserve {
+
+constexpr std::int64_t kMaxFeatures = std::numeric_limits<std::int32_t>::max();  // kernels may count in int32
+
+void check_headwise_scores(const Tensor& q, const Tensor& k, const Tensor& visibility, double scale);
+
+// Images and picks of an op that takes scores [H, N].
+struct Selection {
+  std::vector<Segment> segments;
+  std::int64_t num_picks;  // of a head
+  std::int64_t longest;    // features of the longest segment
+};
+Selection make_selection(const char* op, const Tensor& scores, const std::vector<std::int64_t>& sizes,
+                         const std::vector<std::int64_t>& k);
+
+void check_union_indices(const Tensor& picks, std::int64_t num_features);
+
+void check_gather_kv(const Tensor& features, const Tensor& keys, const Tensor& values, const Tensor& kept);
+
+void check_pages(const char* op, const Tensor& pages, std::int64_t layer);
+
+void check_write_kv(const Tensor& pages, std::int64_t layer, const Tensor& keys, const Tensor& values,
+                    const Tensor& slots);
+
+void check_paged_attention(const Tensor& q, const Tensor& pages, std::int64_t layer, const Tensor& tables,
+                           const Tensor& lengths, double scale, const std::optional<Tensor>& bias);
+
+}  // namespace trimserve
