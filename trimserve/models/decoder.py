@@ -25,12 +25,13 @@ from trimserve import ops
 from trimserve.models.checkpoint import text_config
 from trimserve.models.interruptible import Interruptible
 from trimserve.models.key_values import BatchTables, KeyValues, write_rows
+from trimserve.models.linear import linear
 from trimserve.models.policies.policy import FirstLayer
 from trimserve.models.prefilled import TrimTimes
 from trimserve.models.trimming import select
 from trimserve.models.visibility import feature_visibility
 from trimserve.models.vision_rows import VisionRows
-from trimserve.models.weights import FUSED, fused_weight
+from trimserve.models.weights import FUSED
 
 __all__ = ["RaggedDecoder", "SequenceRows"]
 
@@ -83,7 +84,7 @@ class RaggedDecoder:
         self._embed = text.embed_tokens
         self._rotary = text.rotary_emb
         self._norm = _rms_norm(text.norm)
-        self._lm_head = model.lm_head
+        self._lm_head = linear(model, "lm_head")
         self._layers: list[_SelfLayer | _CrossLayer] = []
         num_self = num_cross = 0
         for layer in text.layers:
@@ -152,8 +153,7 @@ class RaggedDecoder:
         return self._logits(hidden)
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        logits: Tensor = self._lm_head(self._norm(hidden))
-        return logits.float()
+        return self._lm_head(self._norm(hidden)).float()
 
     def _rows(self, hidden: Tensor, positions: Tensor, seeing: Sequence[int], num_seeing: Sequence[int]) -> _Rows:
         cos, sin = self._rotary(hidden, positions.to(hidden.device)[None])
@@ -174,14 +174,13 @@ class _Layer:
         self._scale = head_dim**-0.5
         self._input_norm = _rms_norm(layer.input_layernorm)
         self._mlp_norm = _rms_norm(layer.post_attention_layernorm)
-        self._gate_up = fused_weight(layer.mlp, FUSED["mlp"])
+        self._gate_up = linear(layer.mlp, *FUSED["mlp"])
         self._activation = layer.mlp.act_fn
-        self._down = layer.mlp.down_proj
+        self._down = linear(layer.mlp, "down_proj")
 
     def _mlp(self, hidden: Tensor) -> Tensor:
-        gate, up = F.linear(self._mlp_norm(hidden), self._gate_up).chunk(2, dim=-1)
-        output: Tensor = self._down(self._activation(gate) * up)
-        return output
+        gate, up = self._gate_up(self._mlp_norm(hidden)).chunk(2, dim=-1)
+        return self._down(self._activation(gate) * up)
 
     def _heads(self, rows: Tensor) -> Tensor:
         """[R, heads * Dh] -> [R, heads, Dh]."""
@@ -207,9 +206,9 @@ class _SelfLayer(_Layer):
     def __init__(self, layer: MllamaSelfAttentionDecoderLayer, index: int, head_dim: int) -> None:
         super().__init__(layer, index, head_dim)
         attention = layer.self_attn
-        self._qkv = fused_weight(attention, FUSED["self_attn"])
-        self._split = [linear.out_features for linear in (attention.q_proj, attention.k_proj, attention.v_proj)]
-        self._output = attention.o_proj
+        self._qkv = linear(attention, *FUSED["self_attn"])
+        self._split = [part.out_features for part in (attention.q_proj, attention.k_proj, attention.v_proj)]
+        self._output = linear(attention, "o_proj")
 
     def prefill(self, hidden: Tensor, batch: _Rows, prompts: Sequence[SequenceRows]) -> Tensor:
         q, k, v = self._project(hidden, batch)
@@ -227,7 +226,7 @@ class _SelfLayer(_Layer):
         return self._finish(hidden, text.attend(self._index, q, self._scale).flatten(1))
 
     def _project(self, hidden: Tensor, batch: _Rows) -> tuple[Tensor, Tensor, Tensor]:
-        qkv = F.linear(self._input_norm(hidden), self._qkv)
+        qkv = self._qkv(self._input_norm(hidden))
         q, k, v = (self._heads(part) for part in qkv.split(self._split, dim=-1))
         return _rotate(q, batch.cos, batch.sin), _rotate(k, batch.cos, batch.sin), v
 
@@ -240,9 +239,12 @@ class _CrossLayer(_Layer):
     def __init__(self, layer: MllamaCrossAttentionDecoderLayer, index: int, head_dim: int) -> None:
         super().__init__(layer, index, head_dim)
         self._layer = layer
-        self._kv = fused_weight(layer.cross_attn, FUSED["cross_attn"])
-        self._q_norm = _rms_norm(layer.cross_attn.q_norm)
-        self._k_norm = _rms_norm(layer.cross_attn.k_norm)
+        attention = layer.cross_attn
+        self._query = linear(attention, "q_proj")
+        self._kv = linear(attention, *FUSED["cross_attn"])
+        self._output = linear(attention, "o_proj")
+        self._q_norm = _rms_norm(attention.q_norm)
+        self._k_norm = _rms_norm(attention.k_norm)
 
     def prefill(self, hidden: Tensor, batch: _Rows, prompts: Sequence[SequenceRows]) -> Tensor:
         if not any(batch.num_seeing):
@@ -262,11 +264,10 @@ class _CrossLayer(_Layer):
     def _queries(self, hidden: Tensor, batch: _Rows) -> tuple[Tensor, Tensor]:
         """The rows that see something, and their queries [S, H, Dh]."""
         residual = hidden if batch.seeing is None else hidden[batch.seeing]
-        attention = self._layer.cross_attn
-        return residual, self._q_norm(self._heads(attention.q_proj(self._input_norm(residual))))
+        return residual, self._q_norm(self._heads(self._query(self._input_norm(residual))))
 
     def _finish(self, hidden: Tensor, residual: Tensor, attended: Tensor, batch: _Rows) -> Tensor:
-        residual = residual + self._layer.cross_attn_attn_gate.tanh() * self._layer.cross_attn.o_proj(attended)
+        residual = residual + self._layer.cross_attn_attn_gate.tanh() * self._output(attended)
         residual = residual + self._layer.cross_attn_mlp_gate.tanh() * self._mlp(residual)
         return residual if batch.seeing is None else hidden.index_copy(0, batch.seeing, residual)
 
@@ -287,7 +288,7 @@ class _CrossLayer(_Layer):
         return attended
 
     def _project(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        keys, values = (self._heads(part) for part in F.linear(features, self._kv).chunk(2, dim=-1))
+        keys, values = (self._heads(part) for part in self._kv(features).chunk(2, dim=-1))
         return self._k_norm(keys), values
 
     def _store(self, q: Tensor, keys: Tensor, values: Tensor, kv: KeyValues, vision: VisionRows) -> None:

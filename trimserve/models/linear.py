@@ -1,0 +1,28 @@
+"""The decoder's linear layers, as functions of rows: how their weights are stored is known here alone."""
+
+from typing import Protocol
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from trimserve.models.weights import fused_weight
+
+__all__ = ["Linear", "linear"]
+
+
+class Linear(Protocol):
+    """Rows [R, columns] times the weights of one or several linear layers, [R, outputs]; there are no biases."""
+
+    def __call__(self, rows: Tensor, /) -> Tensor:
+        """The outputs of all layers, one after another."""
+
+
+def linear(module: nn.Module, *names: str) -> Linear:
+    """The linear layers `names` of a module as one, as `weights.load_weights` has stored them.
+
+    Args:
+        module: a part of the decoder.
+        names: one name, or several whose weights are rows of one tensor, see `weights.FUSED`.
+    """
+    weight = fused_weight(module, names)
+    return lambda rows: F.linear(rows, weight)
