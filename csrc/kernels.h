@@ -3,7 +3,8 @@
 // A kernel works on the half-open range [begin, end) of the dimension named here, so that an op can hand
 // ranges to torch's thread pool; ranges write disjoint memory. Strides count elements between rows; a row
 // itself is contiguous. Dimensions: T text rows, N visual features, H query heads, Hkv key/value heads,
-// Dh head size, K picks of one head, M kept features, B sequences, P pages, G layers of a page.
+// Dh head size, K picks of one head, M kept features, B sequences, P pages, G layers of a page. In ops on rows: R rows,
+// K elements of one, N outputs.
 
 #pragma once
 
@@ -118,6 +119,42 @@ struct PagedAttentionArgs {
   float scale;
 };
 
+// x [R, K]; weight [N, K]; output [R, N] = x weight^T; all of `dtype`.
+struct LinearArgs {
+  const void* x;
+  const void* weight;
+  void* output;
+  DType dtype;
+  std::int64_t num_rows;     // R
+  std::int64_t num_outputs;  // N
+  std::int64_t num_inputs;   // K
+  std::int64_t x_stride;
+};
+constexpr std::int64_t kLinearColumns = 16;
+
+// x and output [R, H, K], weight [K], all of `dtype`.
+struct RmsNormArgs {
+  const void* x;
+  const void* weight;
+  void* output;
+  DType dtype;
+  std::int64_t num_heads;  // H
+  std::int64_t size;       // K
+  std::int64_t x_stride;
+  float epsilon;
+};
+
+// heads [R, H, Dh] of `dtype`; cosines and sines [R, Dh / 2].
+struct RotateArgs {
+  void* heads;
+  const float* cosines;
+  const float* sines;
+  DType dtype;
+  std::int64_t num_heads;  // H
+  std::int64_t head_dim;   // Dh
+  std::int64_t row_stride;
+};
+
 namespace cpu {
 
 // Floats of workspace that one call of headwise_scores needs.
@@ -166,6 +203,15 @@ void paged_attention(const PagedAttentionArgs& args, std::int64_t begin, std::in
 
 // Range over the heads of all sequences, B * H; after all ranges of paged_attention.
 void merge_pieces(const PagedAttentionArgs& args, std::int64_t begin, std::int64_t end, float* partials);
+
+// Range over blocks of kLinearColumns outputs; at least one row.
+void linear(const LinearArgs& args, std::int64_t begin, std::int64_t end);
+
+// Range over rows.
+void rms_norm(const RmsNormArgs& args, std::int64_t begin, std::int64_t end);
+
+// Range over rows.
+void rotate(const RotateArgs& args, std::int64_t begin, std::int64_t end);
 
 }  // namespace cpu
 }  // namespace trimserve

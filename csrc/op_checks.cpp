@@ -131,4 +131,38 @@ void check_paged_attention(const Tensor& q, const Tensor& pages, std::int64_t la
         describe(*bias));
 }
 
+void check_linear(const Tensor& x, const Tensor& weight) {
+  constexpr const char* kOp = "linear";
+  check(is_floating(x.scalar_type()) && x.dim() == 2, kOp,
+        ": x must be float32, bfloat16 or float16 [R, K], got ", describe(x));
+  check_tensor(kOp, "weight", weight, x.scalar_type(), "[N, K] like x", weight.dim() == 2 && weight.size(1) == x.size(1));
+  check(weight.is_contiguous(), kOp, ": weight must be contiguous");
+}
+
+void check_rms_norm(const Tensor& x, const Tensor& weight, double epsilon) {
+  constexpr const char* kOp = "rms_norm";
+  check(is_floating(x.scalar_type()) && (x.dim() == 2 || x.dim() == 3), kOp,
+        ": x must be float32, bfloat16 or float16 [R, K] or [R, H, K], got ", describe(x));
+  check_tensor(kOp, "weight", weight, x.scalar_type(), "[K] like x",
+               weight.dim() == 1 && weight.size(0) == x.size(x.dim() - 1));
+  check(epsilon >= 0 && std::isfinite(epsilon), kOp, ": epsilon must be finite and at least 0, got ", epsilon);
+}
+
+void check_rotate(const Tensor& heads, const Tensor& cosines, const Tensor& sines) {
+  constexpr const char* kOp = "rotate";
+  check(is_floating(heads.scalar_type()) && heads.dim() == 3 && heads.size(2) % 2 == 0, kOp,
+        ": heads must be float32, bfloat16 or float16 [R, H, Dh] with Dh even, got ", describe(heads));
+  check(heads.numel() == 0 ||
+            (heads.stride(2) == 1 && (heads.size(1) == 1 || heads.stride(1) == heads.size(2))),
+        kOp, ": heads must be contiguous within a row");
+  const auto check_angles = [&](const char* name, const Tensor& angles) {
+    check(angles.scalar_type() == ScalarType::Float && angles.dim() == 2 && angles.size(0) == heads.size(0) &&
+              angles.size(1) == heads.size(2) / 2,
+          kOp, ": ", name, " must be float32 [", heads.size(0), ", ", heads.size(2) / 2, "] like heads, got ",
+          describe(angles));
+  };
+  check_angles("cosines", cosines);
+  check_angles("sines", sines);
+}
+
 }  // namespace trimserve

@@ -16,6 +16,9 @@ STABLE_TORCH_LIBRARY(trimserve, m) {
   m.def(
       "paged_attention(Tensor q, Tensor pages, int layer, Tensor tables, Tensor lengths, float scale, "
       "Tensor? bias=None) -> Tensor");
+  m.def("linear(Tensor x, Tensor weight) -> Tensor");
+  m.def("rms_norm(Tensor x, Tensor weight, float epsilon) -> Tensor");
+  m.def("rotate(Tensor(a!) heads, Tensor cosines, Tensor sines) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(trimserve, CPU, m) {
@@ -26,4 +29,7 @@ STABLE_TORCH_LIBRARY_IMPL(trimserve, CPU, m) {
   m.impl("gather_kv", TORCH_BOX(&trimserve::gather_kv));
   m.impl("write_kv", TORCH_BOX(&trimserve::write_kv));
   m.impl("paged_attention", TORCH_BOX(&trimserve::paged_attention));
+  m.impl("linear", TORCH_BOX(&trimserve::linear));
+  m.impl("rms_norm", TORCH_BOX(&trimserve::rms_norm));
+  m.impl("rotate", TORCH_BOX(&trimserve::rotate));
 }

@@ -37,6 +37,11 @@ void write_kv(const Tensor& pages, std::int64_t layer, const Tensor& keys, const
 Tensor paged_attention(const Tensor& q, const Tensor& pages, std::int64_t layer, const Tensor& tables,
                        const Tensor& lengths, double scale, std::optional<Tensor> bias);
 
+// layers.cpp
+Tensor linear(const Tensor& x, const Tensor& weight);
+Tensor rms_norm(const Tensor& x, const Tensor& weight, double epsilon);
+void rotate(const Tensor& heads, const Tensor& cosines, const Tensor& sines);
+
 // --- what they have in common ---
 
 constexpr std::int64_t kGrainBytes = 256 * 1024;  // memory traffic that is worth a thread
@@ -53,6 +58,10 @@ inline DType kernel_dtype(ScalarType dtype) {
 }
 
 inline std::int64_t element_bytes(ScalarType dtype) { return dtype == ScalarType::Float ? 4 : 2; }
+
+inline std::int64_t rows_per_thread(std::int64_t row_elements, ScalarType dtype) {
+  return kGrainBytes / (row_elements * element_bytes(dtype) + 1) + 1;
+}
 
 inline Tensor with_contiguous_rows(const Tensor& tensor) {
   std::int64_t expected = 1;

@@ -28,6 +28,7 @@ from trimserve.models.key_values import BatchTables, KeyValues, write_rows
 from trimserve.models.linear import linear
 from trimserve.models.policies.policy import FirstLayer
 from trimserve.models.prefilled import TrimTimes
+from trimserve.models.rotary import RotaryAngles
 from trimserve.models.trimming import select
 from trimserve.models.visibility import feature_visibility
 from trimserve.models.vision_rows import VisionRows
@@ -64,11 +65,11 @@ class SequenceRows:
 class _Rows:
     """What every layer needs to know of one forward pass."""
 
-    cos: Tensor
-    """[R, 1, Dh]"""
-    sin: Tensor
-    seeing: Tensor | None
-    """int64 [S], the flat rows that see an image; None: every row does."""
+    cosines: Tensor
+    """float32 [R, Dh / 2]"""
+    sines: Tensor
+    seeing: Tensor | slice | None
+    """int64 [S], or a slice, the flat rows that see an image; None: every row does."""
     num_seeing: tuple[int, ...]
     """How many of those each sequence has."""
 
@@ -82,7 +83,7 @@ class RaggedDecoder:
         config = text_config(model.config)
         head_dim = config.hidden_size // config.num_attention_heads
         self._embed = text.embed_tokens
-        self._rotary = text.rotary_emb
+        self._angles = RotaryAngles(text.rotary_emb)
         self._norm = _rms_norm(text.norm)
         self._lm_head = linear(model, "lm_head")
         self._layers: list[_SelfLayer | _CrossLayer] = []
@@ -108,7 +109,7 @@ class RaggedDecoder:
             float32 logits [B, vocab_size], or [R, vocab_size].
         """
         hidden = self._embed(token_ids)
-        positions = torch.cat([torch.arange(prompt.num_rows) for prompt in prompts])
+        positions = [row for prompt in prompts for row in range(prompt.num_rows)]
         seeing = []
         num_seeing = []
         start = 0
@@ -117,7 +118,8 @@ class RaggedDecoder:
             seeing += rows
             num_seeing.append(len(rows))
             start += prompt.num_rows
-        batch = self._rows(hidden, positions, seeing, num_seeing)
+        index = torch.tensor(seeing, dtype=torch.int64, device=hidden.device) if len(seeing) < start else None
+        batch = _Rows(*self._angles.at(positions), index, tuple(num_seeing))
         for layer in self._layers:
             hidden = layer.prefill(hidden, batch, prompts)
             yield
@@ -137,12 +139,16 @@ class RaggedDecoder:
         Returns:
             float32 logits [B, vocab_size].
         """
-        hidden = self._embed(token_ids)
-        positions = torch.tensor([kv.length for kv in kvs])
-        seeing = [row for row, kv in enumerate(kvs) if kv.cross_length]
-        batch = self._rows(hidden, positions, seeing, [1 if kv.cross_length else 0 for kv in kvs])
+        order = sorted(range(len(kvs)), key=lambda row: not kvs[row].cross_length)  # first those that see an image
+        is_sorted = order == [*range(len(kvs))]
+        if not is_sorted:
+            kvs, token_ids = [kvs[row] for row in order], token_ids[order]
+        num_seeing = sum(kv.cross_length > 0 for kv in kvs)
+        seeing = slice(num_seeing) if num_seeing < len(kvs) else None
+        batch = _Rows(*self._angles.at([kv.length for kv in kvs]), seeing, (num_seeing,))
         text = BatchTables.of_text(kvs)
-        features = BatchTables.of_features([kvs[row] for row in seeing]) if seeing else None
+        features = BatchTables.of_features(kvs[:num_seeing]) if num_seeing else None
+        hidden = self._embed(token_ids)
         for layer in self._layers:
             if isinstance(layer, _SelfLayer):
                 hidden = layer.decode(hidden, batch, text)
@@ -150,17 +156,11 @@ class RaggedDecoder:
                 hidden = layer.decode(hidden, batch, features)
         for kv in kvs:
             kv.length += 1
-        return self._logits(hidden)
+        logits = self._logits(hidden)
+        return logits if is_sorted else torch.empty_like(logits).index_copy_(0, torch.tensor(order, device=logits.device), logits)
 
     def _logits(self, hidden: Tensor) -> Tensor:
         return self._lm_head(self._norm(hidden)).float()
-
-    def _rows(self, hidden: Tensor, positions: Tensor, seeing: Sequence[int], num_seeing: Sequence[int]) -> _Rows:
-        cos, sin = self._rotary(hidden, positions.to(hidden.device)[None])
-        index = None
-        if len(seeing) < len(positions):
-            index = torch.tensor(seeing, dtype=torch.int64, device=hidden.device)
-        return _Rows(cos[0, :, None], sin[0, :, None], index, tuple(num_seeing))
 
 
 class _Layer:
@@ -207,7 +207,7 @@ class _SelfLayer(_Layer):
         super().__init__(layer, index, head_dim)
         attention = layer.self_attn
         self._qkv = linear(attention, *FUSED["self_attn"])
-        self._split = [part.out_features for part in (attention.q_proj, attention.k_proj, attention.v_proj)]
+        self._split = [attention.num_heads, attention.num_key_value_heads, attention.num_key_value_heads]
         self._output = linear(attention, "o_proj")
 
     def prefill(self, hidden: Tensor, batch: _Rows, prompts: Sequence[SequenceRows]) -> Tensor:
@@ -226,9 +226,10 @@ class _SelfLayer(_Layer):
         return self._finish(hidden, text.attend(self._index, q, self._scale).flatten(1))
 
     def _project(self, hidden: Tensor, batch: _Rows) -> tuple[Tensor, Tensor, Tensor]:
-        qkv = self._qkv(self._input_norm(hidden))
-        q, k, v = (self._heads(part) for part in qkv.split(self._split, dim=-1))
-        return _rotate(q, batch.cos, batch.sin), _rotate(k, batch.cos, batch.sin), v
+        heads = self._heads(self._qkv(self._input_norm(hidden)))
+        q, k, v = heads.split(self._split, dim=1)
+        ops.rotate(heads[:, : -v.shape[1]], batch.cosines, batch.sines)
+        return q, k, v
 
     def _finish(self, hidden: Tensor, attended: Tensor) -> Tensor:
         hidden = hidden + self._output(attended)
@@ -238,8 +239,9 @@ class _SelfLayer(_Layer):
 class _CrossLayer(_Layer):
     def __init__(self, layer: MllamaCrossAttentionDecoderLayer, index: int, head_dim: int) -> None:
         super().__init__(layer, index, head_dim)
-        self._layer = layer
         attention = layer.cross_attn
+        self._attention_gate = layer.cross_attn_attn_gate.tanh().item()
+        self._mlp_gate = layer.cross_attn_mlp_gate.tanh().item()
         self._query = linear(attention, "q_proj")
         self._kv = linear(attention, *FUSED["cross_attn"])
         self._output = linear(attention, "o_proj")
@@ -267,9 +269,12 @@ class _CrossLayer(_Layer):
         return residual, self._q_norm(self._heads(self._query(self._input_norm(residual))))
 
     def _finish(self, hidden: Tensor, residual: Tensor, attended: Tensor, batch: _Rows) -> Tensor:
-        residual = residual + self._layer.cross_attn_attn_gate.tanh() * self._output(attended)
-        residual = residual + self._layer.cross_attn_mlp_gate.tanh() * self._mlp(residual)
-        return residual if batch.seeing is None else hidden.index_copy(0, batch.seeing, residual)
+        residual = residual.add(self._output(attended), alpha=self._attention_gate)
+        residual = residual.add(self._mlp(residual), alpha=self._mlp_gate)
+        if batch.seeing is None:
+            return residual
+        hidden[batch.seeing] = residual
+        return hidden
 
     def _attend_prompt(
         self, q: Tensor, kv: KeyValues, vision: VisionRows, runs: Sequence[tuple[int, int, int, int]]
@@ -317,12 +322,5 @@ class _CrossLayer(_Layer):
 
 
 def _rms_norm(norm: MllamaTextRMSNorm) -> Callable[[Tensor], Tensor]:
-    """The module's norm as one op, which its five would be."""
     weight, epsilon = norm.weight, norm.variance_epsilon
-    return lambda rows: F.rms_norm(rows, weight.shape, weight, epsilon)
-
-
-def _rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding of [R, heads, Dh]; cos and sin are [R, 1, Dh]."""
-    left, right = heads.chunk(2, dim=-1)
-    return heads * cos + torch.cat([-right, left], dim=-1) * sin
+    return lambda rows: ops.rms_norm(rows, weight, epsilon)

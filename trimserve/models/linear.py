@@ -1,13 +1,18 @@
 """The decoder's linear layers, as functions of rows: how their weights are stored is known here alone."""
 
-from typing import Protocol
+from typing import Final, Protocol
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from trimserve import ops
 from trimserve.models.weights import fused_weight
 
 __all__ = ["Linear", "linear"]
+
+_MOST_ROWS: Final = {torch.float32: 256, torch.float16: 256, torch.bfloat16: 8}
+"""Up to so many rows `ops.linear` is faster than torch on a CPU (`benchmarks/results/ops.json`)."""
 
 
 class Linear(Protocol):
@@ -25,4 +30,5 @@ def linear(module: nn.Module, *names: str) -> Linear:
         names: one name, or several whose weights are rows of one tensor, see `weights.FUSED`.
     """
     weight = fused_weight(module, names)
-    return lambda rows: F.linear(rows, weight)
+    most_rows = _MOST_ROWS.get(weight.dtype, 0) if weight.device.type == "cpu" else 0
+    return lambda rows: ops.linear(rows, weight) if len(rows) <= most_rows else F.linear(rows, weight)

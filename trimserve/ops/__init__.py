@@ -1,8 +1,9 @@
-"""The compiled operations of trimming and of paged attention, and what is known about their build.
+"""The compiled operations of trimming, of paged attention of rows between attentions, and their build.
 
 Importing this package loads the compiled ops. It knows nothing about models.
 """
 
+from trimserve.ops.layers import linear, rms_norm, rotate
 from trimserve.ops.library import build_info, load_library
 from trimserve.ops.paging import PAGE_POSITIONS, paged_attention, write_kv
 from trimserve.ops.selection import gather_kv, headwise_scores, headwise_topk, select_features, union_indices
@@ -13,8 +14,11 @@ __all__ = [
     "gather_kv",
     "headwise_scores",
     "headwise_topk",
+    "linear",
     "load_library",
     "paged_attention",
+    "rms_norm",
+    "rotate",
     "select_features",
     "union_indices",
     "write_kv",

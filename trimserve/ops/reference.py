@@ -13,7 +13,10 @@ __all__ = [
     "gather_kv",
     "headwise_scores",
     "headwise_topk",
+    "linear",
     "paged_attention",
+    "rms_norm",
+    "rotate",
     "select_features",
     "union_indices",
     "write_kv",
@@ -90,3 +93,21 @@ def paged_attention(
             weights = (logits if bias is None else logits + bias[b, :length]).softmax(dim=-1)
             attended[b] = torch.einsum("hp,hpd->hd", weights, values).to(q.dtype)
     return attended
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """Define `trimserve.ops.linear`; computes in float64."""
+    return (x.double() @ weight.double().T).to(x.dtype)
+
+
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """Define `trimserve.ops.rms_norm`; computes in float64."""
+    rows = x.double()
+    return (rows / (rows.square().mean(dim=-1, keepdim=True) + epsilon).sqrt() * weight.double()).to(x.dtype)
+
+
+def rotate(heads: Tensor, cosines: Tensor, sines: Tensor) -> None:
+    """Define `trimserve.ops.rotate`; computes in float64."""
+    left, right = heads.double().chunk(2, dim=-1)
+    cos, sin = cosines.double()[:, None], sines.double()[:, None]
+    heads.copy_(torch.cat([left * cos - right * sin, right * cos + left * sin], dim=-1))

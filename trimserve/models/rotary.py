@@ -1,0 +1,35 @@
+"""Angles of the rotary position embedding, computed once for each position."""
+
+import torch
+from torch import Tensor
+from transformers.models.mllama.modeling_mllama import MllamaRotaryEmbedding
+
+__all__ = ["RotaryAngles"]
+
+_FEWEST = 256
+
+
+class RotaryAngles:
+    """Cosines and sines of the positions seen so far, as `ops.rotate` takes them."""
+
+    def __init__(self, rotary: MllamaRotaryEmbedding) -> None:
+        """Compute none yet.
+
+        Args:
+            rotary: of the checkpoint; its angles must not depend on how long a prompt is.
+        """
+        self._rotary = rotary
+        self._cosines = self._sines = torch.empty(0)
+
+    def at(self, positions: list[int]) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of R positions, float32 [R, Dh / 2] each."""
+        if (num := max(positions, default=0) + 1) > len(self._cosines):
+            self._grow(max(_FEWEST, 1 << (num - 1).bit_length()))
+        index = torch.tensor(positions, device=self._cosines.device)
+        return self._cosines[index], self._sines[index]
+
+    def _grow(self, num_positions: int) -> None:
+        device = self._rotary.inv_freq.device
+        like = torch.empty(0, device=device)
+        both_halves = self._rotary(like, torch.arange(num_positions, device=device)[None])
+        self._cosines, self._sines = (angles[0].chunk(2, dim=-1)[0].contiguous() for angles in both_halves)
