@@ -69,35 +69,31 @@ struct SelectFeaturesArgs {
   std::int64_t num_features;  // N
 };
 
-// Rows of one tensor that are to be copied: `row_bytes` each, `stride_bytes` apart in the source.
-struct GatherRows {
-  const std::byte* source;
-  std::byte* destination;
-  std::int64_t row_bytes;
-  std::int64_t stride_bytes;
-};
-
 // Keys and values live in pages [P, G, 2, Hkv, kPagePositions, Dh]: a page holds that many positions of G layers,
 // 2 is keys, values. A sequence's table lists its pages.
 constexpr std::int64_t kPagePositions = 16;
 
-// Rows [R, Hkv, Dh], each head contiguous.
+// Rows [N, Hkv, Dh], each head contiguous.
 struct KvRows {
   const std::byte* data;
   std::int64_t row_stride_bytes;
   std::int64_t head_stride_bytes;
 };
 
-// Row r goes to page slots[r] / kPagePositions, offset slots[r] % kPagePositions.
+// Row kept[r] goes to page slots[r] / kPagePositions, offset slots[r] % kPagePositions.
 struct WriteKvArgs {
   KvRows keys;
   KvRows values;
-  std::byte* pages;  // of one layer: its slot in the first page
+  std::byte* pages;          // of one layer: its slot in the first page
+  const std::int64_t* kept;  // null: r itself
   const std::int64_t* slots;
   std::int64_t num_kv_heads;  // Hkv
   std::int64_t head_bytes;    // of Dh elements
   std::int64_t page_stride_bytes;
+  bool is_streamed;  // past the caches; pages and head_bytes are multiples of kStreamedBytes then
 };
+
+constexpr std::int64_t kStreamedBytes = 16;
 
 // q and attended [B, H, Dh] of `dtype`; tables [B, max_pages]; lengths [B].
 struct PagedAttentionArgs {
@@ -182,11 +178,7 @@ void mark_picks(const std::int64_t* picks, std::int64_t num_picks, std::int64_t 
 std::int64_t list_kept(const std::uint8_t* is_kept, std::int64_t num_features, std::int64_t* kept,
                        std::int64_t size);
 
-// Range over kept rows.
-void gather_kv(const GatherRows* tensors, std::int64_t num_tensors, const std::int64_t* kept,
-               std::int64_t begin, std::int64_t end);
-
-// Range over rows.
+// Range over slots.
 void write_kv(const WriteKvArgs& args, std::int64_t begin, std::int64_t end);
 
 // What one call of paged_attention needs.

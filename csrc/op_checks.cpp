@@ -66,23 +66,6 @@ void check_union_indices(const Tensor& picks, std::int64_t num_features) {
         kMaxFeatures, "], got ", num_features);
 }
 
-void check_gather_kv(const Tensor& features, const Tensor& keys, const Tensor& values, const Tensor& kept) {
-  constexpr const char* kOp = "gather_kv";
-  const ScalarType dtype = features.scalar_type();
-  check(is_floating(dtype) && features.dim() == 2, kOp,
-        ": features must be float32, bfloat16 or float16 [N, D], got ", describe(features));
-  const auto check_kv = [&](const char* name, const Tensor& tensor) {
-    check(tensor.scalar_type() == dtype && tensor.dim() == 3 && tensor.size(0) == features.size(0), kOp, ": ",
-          name, " must be ", name_of(dtype), " [", features.size(0), ", Hkv, Dh] like features, got ",
-          describe(tensor));
-  };
-  check_kv("keys", keys);
-  check_kv("values", values);
-  check(keys.size(1) == values.size(1) && keys.size(2) == values.size(2), kOp,
-        ": values must have the shape of keys, got ", describe(values), " and ", describe(keys));
-  check_tensor(kOp, "kept", kept, ScalarType::Long, "[M]", kept.dim() == 1);
-}
-
 void check_pages(const char* op, const Tensor& pages, std::int64_t layer) {
   check(is_floating(pages.scalar_type()) && pages.dim() == 6 && pages.size(2) == 2 &&
             pages.size(4) == kPagePositions,
@@ -92,19 +75,39 @@ void check_pages(const char* op, const Tensor& pages, std::int64_t layer) {
   check(0 <= layer && layer < pages.size(1), op, ": layer must be in [0, ", pages.size(1), "), got ", layer);
 }
 
+namespace {
+
+// Keys or values that go to pages; `like` names what their shape comes from.
+void check_kv_rows(const char* op, const char* name, const Tensor& rows, std::int64_t num_rows,
+                   const Tensor& pages, const char* like) {
+  check(rows.scalar_type() == pages.scalar_type() && rows.dim() == 3 && rows.size(0) == num_rows &&
+            rows.size(1) == pages.size(3) && rows.size(2) == pages.size(5),
+        op, ": ", name, " must be ", name_of(pages.scalar_type()), " [", num_rows, ", ", pages.size(3), ", ",
+        pages.size(5), "] like ", like, ", got ", describe(rows));
+}
+
+}  // namespace
+
 void check_write_kv(const Tensor& pages, std::int64_t layer, const Tensor& keys, const Tensor& values,
                     const Tensor& slots) {
   constexpr const char* kOp = "write_kv";
   check_pages(kOp, pages, layer);
   check_tensor(kOp, "slots", slots, ScalarType::Long, "[R]", slots.dim() == 1);
-  const auto check_rows = [&](const char* name, const Tensor& rows) {
-    check(rows.scalar_type() == pages.scalar_type() && rows.dim() == 3 && rows.size(0) == slots.size(0) &&
-              rows.size(1) == pages.size(3) && rows.size(2) == pages.size(5),
-          kOp, ": ", name, " must be ", name_of(pages.scalar_type()), " [", slots.size(0), ", ",
-          pages.size(3), ", ", pages.size(5), "] like slots and pages, got ", describe(rows));
-  };
-  check_rows("keys", keys);
-  check_rows("values", values);
+  check_kv_rows(kOp, "keys", keys, slots.size(0), pages, "slots and pages");
+  check_kv_rows(kOp, "values", values, slots.size(0), pages, "slots and pages");
+}
+
+void check_gather_kv(const Tensor& pages, std::int64_t layer, const Tensor& keys, const Tensor& values,
+                     const Tensor& kept, const Tensor& slots) {
+  constexpr const char* kOp = "gather_kv";
+  check_pages(kOp, pages, layer);
+  check(keys.dim() == 3, kOp, ": keys must be [N, Hkv, Dh], got ", describe(keys));
+  check_kv_rows(kOp, "keys", keys, keys.size(0), pages, "pages");
+  check_kv_rows(kOp, "values", values, keys.size(0), pages, "keys and pages");
+  check_tensor(kOp, "kept", kept, ScalarType::Long, "[M]", kept.dim() == 1);
+  check_tensor(kOp, "slots", slots, ScalarType::Long, "[M]", slots.dim() == 1);
+  check(slots.size(0) == kept.size(0), kOp, ": slots must have M=", kept.size(0), " entries like kept, got ",
+        slots.size(0));
 }
 
 void check_paged_attention(const Tensor& q, const Tensor& pages, std::int64_t layer, const Tensor& tables,

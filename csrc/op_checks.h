@@ -27,12 +27,13 @@ Selection make_selection(const char* op, const Tensor& scores, const std::vector
 
 void check_union_indices(const Tensor& picks, std::int64_t num_features);
 
-void check_gather_kv(const Tensor& features, const Tensor& keys, const Tensor& values, const Tensor& kept);
-
 void check_pages(const char* op, const Tensor& pages, std::int64_t layer);
 
 void check_write_kv(const Tensor& pages, std::int64_t layer, const Tensor& keys, const Tensor& values,
                     const Tensor& slots);
+
+void check_gather_kv(const Tensor& pages, std::int64_t layer, const Tensor& keys, const Tensor& values,
+                     const Tensor& kept, const Tensor& slots);
 
 void check_paged_attention(const Tensor& q, const Tensor& pages, std::int64_t layer, const Tensor& tables,
                            const Tensor& lengths, double scale, const std::optional<Tensor>& bias);

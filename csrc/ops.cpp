@@ -9,10 +9,9 @@ STABLE_TORCH_LIBRARY(trimserve, m) {
   m.def("headwise_topk(Tensor scores, int[] segments, int[] k) -> Tensor");
   m.def("union_indices(Tensor picks, int num_features) -> (Tensor kept, Tensor num_kept)");
   m.def("select_features(Tensor scores, int[] segments, int[] k) -> (Tensor kept, Tensor num_kept)");
-  m.def(
-      "gather_kv(Tensor features, Tensor keys, Tensor values, Tensor kept) -> "
-      "(Tensor features, Tensor keys, Tensor values)");
   m.def("write_kv(Tensor(a!) pages, int layer, Tensor keys, Tensor values, Tensor slots) -> ()");
+  m.def(
+      "gather_kv(Tensor(a!) pages, int layer, Tensor keys, Tensor values, Tensor kept, Tensor slots) -> ()");
   m.def(
       "paged_attention(Tensor q, Tensor pages, int layer, Tensor tables, Tensor lengths, float scale, "
       "Tensor? bias=None) -> Tensor");
@@ -26,8 +25,8 @@ STABLE_TORCH_LIBRARY_IMPL(trimserve, CPU, m) {
   m.impl("headwise_topk", TORCH_BOX(&trimserve::headwise_topk));
   m.impl("union_indices", TORCH_BOX(&trimserve::union_indices));
   m.impl("select_features", TORCH_BOX(&trimserve::select_features));
-  m.impl("gather_kv", TORCH_BOX(&trimserve::gather_kv));
   m.impl("write_kv", TORCH_BOX(&trimserve::write_kv));
+  m.impl("gather_kv", TORCH_BOX(&trimserve::gather_kv));
   m.impl("paged_attention", TORCH_BOX(&trimserve::paged_attention));
   m.impl("linear", TORCH_BOX(&trimserve::linear));
   m.impl("rms_norm", TORCH_BOX(&trimserve::rms_norm));

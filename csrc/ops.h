@@ -28,12 +28,12 @@ Tensor headwise_topk(const Tensor& scores, std::vector<std::int64_t> segments, s
 std::tuple<Tensor, Tensor> union_indices(const Tensor& picks, std::int64_t num_features);
 std::tuple<Tensor, Tensor> select_features(const Tensor& scores, std::vector<std::int64_t> segments,
                                            std::vector<std::int64_t> k);
-std::tuple<Tensor, Tensor, Tensor> gather_kv(const Tensor& features, const Tensor& keys, const Tensor& values,
-                                             const Tensor& kept);
 
 // paging.cpp
 void write_kv(const Tensor& pages, std::int64_t layer, const Tensor& keys, const Tensor& values,
               const Tensor& slots);
+void gather_kv(const Tensor& pages, std::int64_t layer, const Tensor& keys, const Tensor& values,
+               const Tensor& kept, const Tensor& slots);
 Tensor paged_attention(const Tensor& q, const Tensor& pages, std::int64_t layer, const Tensor& tables,
                        const Tensor& lengths, double scale, std::optional<Tensor> bias);
 

@@ -8,6 +8,8 @@
 namespace trimserve {
 namespace {
 
+constexpr std::int64_t kCachedBytes = 4 << 20;  // what is written beyond this is not read soon
+
 Tensor with_contiguous_heads(const Tensor& rows) {
   return rows.stride(2) == 1 || rows.size(2) == 1 ? rows : torch::stable::contiguous(rows);
 }
@@ -27,14 +29,9 @@ void check_page_tables(const PagedAttentionArgs& args, std::int64_t max_pages, s
   }
 }
 
-}  // namespace
-
-void write_kv(const Tensor& pages, std::int64_t layer, const Tensor& keys, const Tensor& values,
-              const Tensor& slots) {
-  check_write_kv(pages, layer, keys, values, slots);
-  const Tensor indices = torch::stable::contiguous(slots);
-  check_indices("write_kv", "slots", indices, pages.size(0) * kPagePositions);
-
+// Writes row kept[r], or r where kept is null, to slots[r]; both were checked.
+void write_rows(const Tensor& pages, std::int64_t layer, const Tensor& keys, const Tensor& values,
+                const std::int64_t* kept, const Tensor& slots) {
   const std::int64_t item_bytes = element_bytes(pages.scalar_type());
   const Tensor key_rows = with_contiguous_heads(keys), value_rows = with_contiguous_heads(values);
   const auto source_of = [&](const Tensor& rows) {
@@ -42,19 +39,42 @@ void write_kv(const Tensor& pages, std::int64_t layer, const Tensor& keys, const
                   rows.stride(1) * item_bytes};
   };
   const std::int64_t layer_bytes = pages.stride(1) * item_bytes;
-  const WriteKvArgs args{
+  WriteKvArgs args{
       .keys = source_of(key_rows),
       .values = source_of(value_rows),
       .pages = static_cast<std::byte*>(pages.mutable_data_ptr()) + layer * layer_bytes,
-      .slots = static_cast<const std::int64_t*>(indices.const_data_ptr()),
+      .kept = kept,
+      .slots = static_cast<const std::int64_t*>(slots.const_data_ptr()),
       .num_kv_heads = pages.size(3),
       .head_bytes = pages.size(5) * item_bytes,
       .page_stride_bytes = pages.size(1) * layer_bytes,
+      .is_streamed = false,
   };
-  const std::int64_t row_bytes = 2 * args.num_kv_heads * args.head_bytes;
+  const std::int64_t row_bytes = 2 * args.num_kv_heads * args.head_bytes, num_rows = slots.size(0);
+  args.is_streamed = num_rows * row_bytes >= kCachedBytes && args.head_bytes % kStreamedBytes == 0 &&
+                     reinterpret_cast<std::uintptr_t>(args.pages) % kStreamedBytes == 0;
   const std::int64_t rows_per_thread = kGrainBytes / std::max<std::int64_t>(row_bytes, 1) + 1;
-  torch::stable::parallel_for(0, slots.size(0), rows_per_thread,
+  torch::stable::parallel_for(0, num_rows, rows_per_thread,
                               [&](std::int64_t begin, std::int64_t end) { cpu::write_kv(args, begin, end); });
+}
+
+}  // namespace
+
+void write_kv(const Tensor& pages, std::int64_t layer, const Tensor& keys, const Tensor& values,
+              const Tensor& slots) {
+  check_write_kv(pages, layer, keys, values, slots);
+  const Tensor places = torch::stable::contiguous(slots);
+  check_indices("write_kv", "slots", places, pages.size(0) * kPagePositions);
+  write_rows(pages, layer, keys, values, nullptr, places);
+}
+
+void gather_kv(const Tensor& pages, std::int64_t layer, const Tensor& keys, const Tensor& values,
+               const Tensor& kept, const Tensor& slots) {
+  check_gather_kv(pages, layer, keys, values, kept, slots);
+  const Tensor indices = torch::stable::contiguous(kept), places = torch::stable::contiguous(slots);
+  check_indices("gather_kv", "kept", indices, keys.size(0));
+  check_indices("gather_kv", "slots", places, pages.size(0) * kPagePositions);
+  write_rows(pages, layer, keys, values, static_cast<const std::int64_t*>(indices.const_data_ptr()), places);
 }
 
 Tensor paged_attention(const Tensor& q, const Tensor& pages, std::int64_t layer, const Tensor& tables,

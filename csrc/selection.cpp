@@ -35,16 +35,6 @@ std::tuple<Tensor, Tensor> list_kept(const Tensor& like, const std::uint8_t* is_
   return {kept, num_kept};
 }
 
-// What to copy from the rows of `source` to those of `result`, which is contiguous and has the same row
-// shape.
-GatherRows rows_of(const Tensor& source, const Tensor& result) {
-  std::int64_t row_bytes = element_bytes(source.scalar_type());
-  const std::int64_t stride_bytes = source.stride(0) * row_bytes;
-  for (std::int64_t i = 1; i < source.dim(); ++i) row_bytes *= source.size(i);
-  return {static_cast<const std::byte*>(source.const_data_ptr()),
-          static_cast<std::byte*>(result.mutable_data_ptr()), row_bytes, stride_bytes};
-}
-
 }  // namespace
 
 Tensor headwise_scores(const Tensor& q, const Tensor& k, const Tensor& visibility, double scale) {
@@ -132,28 +122,6 @@ std::tuple<Tensor, Tensor> select_features(const Tensor& scores, std::vector<std
       [&](std::int64_t begin, std::int64_t end) { cpu::mark_kept(args, begin, end); });
   return list_kept(scores, is_kept.get(), num_features,
                    std::min(num_heads * selection.num_picks, num_features));
-}
-
-std::tuple<Tensor, Tensor, Tensor> gather_kv(const Tensor& features, const Tensor& keys, const Tensor& values,
-                                             const Tensor& kept) {
-  check_gather_kv(features, keys, values, kept);
-  const Tensor indices = torch::stable::contiguous(kept);
-  check_indices("gather_kv", "kept", indices, features.size(0));
-
-  const std::int64_t num_kept = kept.size(0);
-  const Tensor sources[] = {with_contiguous_rows(features), with_contiguous_rows(keys),
-                            with_contiguous_rows(values)};
-  const Tensor results[] = {torch::stable::new_empty(features, {num_kept, features.size(1)}),
-                            torch::stable::new_empty(keys, {num_kept, keys.size(1), keys.size(2)}),
-                            torch::stable::new_empty(values, {num_kept, values.size(1), values.size(2)})};
-  const GatherRows rows[] = {rows_of(sources[0], results[0]), rows_of(sources[1], results[1]),
-                             rows_of(sources[2], results[2])};
-  const std::int64_t bytes_per_feature = rows[0].row_bytes + rows[1].row_bytes + rows[2].row_bytes;
-  const std::int64_t rows_per_thread = kGrainBytes / std::max<std::int64_t>(bytes_per_feature, 1) + 1;
-  torch::stable::parallel_for(0, num_kept, rows_per_thread, [&](std::int64_t begin, std::int64_t end) {
-    cpu::gather_kv(rows, 3, static_cast<const std::int64_t*>(indices.const_data_ptr()), begin, end);
-  });
-  return {results[0], results[1], results[2]};
 }
 
 }  // namespace trimserve

@@ -19,7 +19,7 @@ from trimserve.ops import PAGE_POSITIONS, reference
 
 __all__ = ["GEOMETRY", "Case", "make_cases"]
 
-_ROWS, _FEATURES, _HEADS, _KV_HEADS, _HEAD_DIM, _DIM = 64, 4 * 1601, 32, 8, 128, 4096
+_ROWS, _FEATURES, _HEADS, _KV_HEADS, _HEAD_DIM = 64, 4 * 1601, 32, 8, 128
 _PICKS = 1281  # k_ratio 0.2
 _BATCH = 8
 _SCALE = _HEAD_DIM**-0.5
@@ -29,7 +29,6 @@ GEOMETRY: Final = {
     "H": _HEADS,
     "Hkv": _KV_HEADS,
     "Dh": _HEAD_DIM,
-    "D": _DIM,
     "K": _PICKS,
     "B": _BATCH,
 }
@@ -62,7 +61,7 @@ def make_cases(dtype: torch.dtype) -> Iterator[Case]:
     """
     generator = torch.Generator().manual_seed(0)
     yield from _selection_cases(dtype, generator)
-    yield _write_kv_case(dtype, generator)
+    yield from _writing_cases(dtype, generator)
     for length in (_FEATURES // 2, _FEATURES):
         yield _paged_attention_case(dtype, generator, length)
 
@@ -73,7 +72,7 @@ def _draw(*shape: int, dtype: torch.dtype, generator: torch.Generator) -> Tensor
 
 def _selection_cases(dtype: torch.dtype, generator: torch.Generator) -> Iterator[Case]:
     q = _draw(_ROWS, _HEADS, _HEAD_DIM, dtype=dtype, generator=generator)
-    keys, values = _draw(2, _FEATURES, _KV_HEADS, _HEAD_DIM, dtype=dtype, generator=generator)
+    keys = _draw(_FEATURES, _KV_HEADS, _HEAD_DIM, dtype=dtype, generator=generator)
     visibility = torch.tensor([[0, _FEATURES]], dtype=torch.int32).expand(_ROWS, 2)
     scores = ops.headwise_scores(q, keys, visibility, _SCALE)
     expected = reference.headwise_scores(q, keys, visibility, _SCALE)
@@ -91,21 +90,6 @@ def _selection_cases(dtype: torch.dtype, generator: torch.Generator) -> Iterator
     )
     if dtype == torch.float32:  # scores are float32 whatever the model's dtype is
         yield from _pick_cases(scores)
-    features = _draw(_FEATURES, _DIM, dtype=dtype, generator=generator)
-    kept = torch.randperm(_FEATURES, generator=generator)[: _FEATURES // 2].sort().values
-    tensors = (features, keys, values)
-    results = zip(ops.gather_kv(*tensors, kept), reference.gather_kv(*tensors, kept), strict=True)
-    assert all(torch.equal(ours, theirs) for ours, theirs in results)
-    yield Case(
-        "gather_kv",
-        "half kept",
-        dtype,
-        lambda: ops.gather_kv(*tensors, kept),
-        lambda: [tensor.index_select(0, kept) for tensor in tensors],
-        "index_select",
-        2 * len(kept) * sum(tensor[0].nbytes for tensor in tensors),
-        "copy",
-    )
 
 
 def _scores_in_torch(q: Tensor, k: Tensor) -> Tensor:
@@ -150,27 +134,27 @@ def _pick_cases(scores: Tensor) -> Iterator[Case]:
     )
 
 
-def _write_kv_case(dtype: torch.dtype, generator: torch.Generator) -> Case:
+def _writing_cases(dtype: torch.dtype, generator: torch.Generator) -> Iterator[Case]:
     rows = _FEATURES // 2
-    keys, values = _draw(2, rows, _KV_HEADS, _HEAD_DIM, dtype=dtype, generator=generator)
+    keys, values = _draw(2, _FEATURES, _KV_HEADS, _HEAD_DIM, dtype=dtype, generator=generator)
+    kept = torch.randperm(_FEATURES, generator=generator)[:rows].sort().values
     pages = torch.zeros(-(-rows // PAGE_POSITIONS), 1, 2, _KV_HEADS, PAGE_POSITIONS, _HEAD_DIM, dtype=dtype)
     order = torch.randperm(len(pages), generator=generator)
     position = torch.arange(rows)
     slots = order[position // PAGE_POSITIONS] * PAGE_POSITIONS + position % PAGE_POSITIONS
-    expected = pages.clone()
-    reference.write_kv(expected, 0, keys, values, slots)
-    ops.write_kv(pages, 0, keys, values, slots)
-    assert torch.equal(pages, expected)
-    return Case(
-        "write_kv",
-        f"{rows} rows",
-        dtype,
-        lambda: ops.write_kv(pages, 0, keys, values, slots),
-        lambda: reference.write_kv(pages, 0, keys, values, slots),
-        "advanced indexing",
-        2 * (keys.nbytes + values.nbytes),
-        "copy",
-    )
+
+    def case(name: str, detail: str, *arguments: Tensor) -> Case:
+        ours, theirs = getattr(ops, name), getattr(reference, name)
+        expected = torch.zeros_like(pages)
+        theirs(expected, 0, *arguments)
+        ours(pages.zero_(), 0, *arguments)
+        assert torch.equal(pages, expected)
+        run, baseline = (lambda: ours(pages, 0, *arguments)), (lambda: theirs(pages, 0, *arguments))
+        num_bytes = 2 * rows * (keys[0].nbytes + values[0].nbytes)
+        return Case(name, detail, dtype, run, baseline, "advanced indexing", num_bytes, "copy")
+
+    yield case("write_kv", f"{rows} rows", keys[:rows], values[:rows], slots)
+    yield case("gather_kv", "half kept", keys, values, kept, slots)
 
 
 def _paged_attention_case(dtype: torch.dtype, generator: torch.Generator, length: int) -> Case:

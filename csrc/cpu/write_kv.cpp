@@ -1,29 +1,67 @@
-// write_kv: stores new positions' keys and values in their pages.
-//   keys, values [R, Hkv, Dh], each head contiguous     slots [R] int64     pages [P, G, 2, Hkv, 16, Dh], one layer
-//   Row r goes to page slots[r] / 16, offset slots[r] % 16. One copy of each head; bound by memory bandwidth.
+// write_kv, gather_kv: store positions' keys and values in their pages.
+//   keys, values [N, Hkv, Dh], each head contiguous     kept, slots [R] int64     pages [P, G, 2, Hkv, 16, Dh], one layer
+//   Row kept[r], or r, goes to page slots[r] / 16, offset slots[r] % 16. One copy of each head; bound by memory
+//   bandwidth. The next row is fetched while one is copied: hardware foresees no row whose predecessor was not kept.
+//   Many rows are streamed past the caches: memory then need not be read before it is written.
 
+#include <algorithm>
 #include <cstring>
+#ifdef __x86_64__
+#include <immintrin.h>
+#endif
 
 #include "kernels.h"
+#include "simd.h"
 
 namespace trimserve::cpu {
+namespace {
+
+constexpr std::int64_t kCacheLine = 64;
+
+TRIMSERVE_INLINE void stream(std::byte* destination, const std::byte* source, std::int64_t num_bytes) {
+#ifdef __x86_64__
+  for (std::int64_t i = 0; i < num_bytes; i += kStreamedBytes) {
+    _mm_stream_si128(reinterpret_cast<__m128i*>(destination + i),
+                     _mm_loadu_si128(reinterpret_cast<const __m128i*>(source + i)));
+  }
+#else
+  std::memcpy(destination, source, static_cast<std::size_t>(num_bytes));
+#endif
+}
+
+// The heads of one row. next: a row that is copied soon.
+TRIMSERVE_INLINE void write_heads(const WriteKvArgs& args, const KvRows& rows, std::int64_t row,
+                                  std::int64_t next, std::byte* destination) {
+  const std::byte* source = rows.data + row * rows.row_stride_bytes;
+  const std::byte* ahead = rows.data + next * rows.row_stride_bytes;
+  for (std::int64_t head = 0; head < args.num_kv_heads; ++head) {
+    for (std::int64_t i = 0; i < args.head_bytes; i += kCacheLine) __builtin_prefetch(ahead + i);
+    if (args.is_streamed)
+      stream(destination, source, args.head_bytes);
+    else
+      std::memcpy(destination, source, static_cast<std::size_t>(args.head_bytes));
+    source += rows.head_stride_bytes;
+    ahead += rows.head_stride_bytes;
+    destination += kPagePositions * args.head_bytes;
+  }
+}
+
+}  // namespace
 
 void write_kv(const WriteKvArgs& args, std::int64_t begin, std::int64_t end) {
-  const std::int64_t block_bytes = kPagePositions * args.head_bytes;  // a page's positions of one head
-  const auto write_heads = [&](const KvRows& rows, std::int64_t r, std::byte* destination) {
-    const std::byte* const source = rows.data + r * rows.row_stride_bytes;
-    for (std::int64_t head = 0; head < args.num_kv_heads; ++head) {
-      std::memcpy(destination + head * block_bytes, source + head * rows.head_stride_bytes,
-                  static_cast<std::size_t>(args.head_bytes));
-    }
-  };
   if (args.head_bytes == 0) return;  // no memory behind the pointers
+  const auto row_at = [&](std::int64_t r) { return args.kept ? args.kept[r] : r; };
+  const std::int64_t half_bytes = args.num_kv_heads * kPagePositions * args.head_bytes;
   for (std::int64_t r = begin; r < end; ++r) {
+    const std::int64_t row = row_at(r), next = row_at(std::min(r + 1, end - 1));
     std::byte* const keys = args.pages + args.slots[r] / kPagePositions * args.page_stride_bytes +
                             args.slots[r] % kPagePositions * args.head_bytes;
-    write_heads(args.keys, r, keys);
-    write_heads(args.values, r, keys + args.num_kv_heads * block_bytes);
+    write_heads(args, args.keys, row, next, keys);
+    write_heads(args, args.values, row, next, keys + half_bytes);
   }
+#ifdef __x86_64__
+  if (args.is_streamed) _mm_sfence();  // other threads read the pages next
+#endif
 }
 
 }  // namespace trimserve::cpu

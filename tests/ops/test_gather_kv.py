@@ -10,42 +10,53 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.ops.arrays import LAYOUTS, misaligned
-from trimserve.ops import gather_kv, reference
+from trimserve.ops import PAGE_POSITIONS, gather_kv, reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
+Inputs = tuple[Tensor, int, Tensor, Tensor, Tensor, Tensor]
 
 
 def draw(
     num_features: int,
     num_kept: int,
-    dim: int = 12,
     num_kv_heads: int = 2,
     head_dim: int = 5,
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
 ) -> Inputs:
+    """Pages full of NaN with room for more than is kept, random rows and choices of them, distinct random slots."""
     generator = torch.Generator().manual_seed(seed)
-    features = torch.randn(num_features, dim, generator=generator).to(dtype)
+    num_pages = num_kept // PAGE_POSITIONS + 2
+    pages = torch.full((num_pages, 3, 2, num_kv_heads, PAGE_POSITIONS, head_dim), nan, dtype=dtype)
     keys, values = torch.randn(2, num_features, num_kv_heads, head_dim, generator=generator).to(dtype)
     kept = torch.randint(0, max(num_features, 1), (num_kept,), generator=generator)
-    return features, keys, values, kept
+    slots = torch.randperm(num_pages * PAGE_POSITIONS, generator=generator)[:num_kept]
+    return pages, 1, keys, values, kept, slots
+
+
+def assert_same(pages: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(pages, expected, rtol=0, atol=0, equal_nan=True)
 
 
 def assert_equals_reference(inputs: Inputs) -> None:
-    for result, expected in zip(gather_kv(*inputs), reference.gather_kv(*inputs), strict=True):
-        assert result.is_contiguous()
-        assert result.dtype == expected.dtype
-        assert torch.equal(result, expected)
+    expected = inputs[0].clone()
+    reference.gather_kv(expected, *inputs[1:])
+    gather_kv(*inputs)
+    assert_same(inputs[0], expected)
 
 
 @pytest.mark.parametrize("op", [gather_kv, reference.gather_kv])
-def test_copies_the_kept_rows_in_their_order(op: Callable[..., tuple[Tensor, Tensor, Tensor]]) -> None:
-    rows = torch.tensor([[0.0, 1.0], [10.0, 11.0], [20.0, 21.0]])
-    features, keys, values = op(rows, rows.view(3, 1, 2), -rows.view(3, 1, 2), torch.tensor([0, 2, 2]))
-    assert features.tolist() == [[0.0, 1.0], [20.0, 21.0], [20.0, 21.0]]
-    assert keys.tolist() == [[[0.0, 1.0]], [[20.0, 21.0]], [[20.0, 21.0]]]
-    assert torch.equal(values, -keys)
+def test_kept_rows_go_to_their_page_and_offset(op: Callable[..., None]) -> None:
+    pages = torch.zeros(2, 2, 2, 1, PAGE_POSITIONS, 2)
+    rows = torch.tensor([[[1.0, 2.0]], [[3.0, 4.0]], [[5.0, 6.0]]])
+    op(pages, 1, rows, 10 * rows, torch.tensor([2, 0]), torch.tensor([PAGE_POSITIONS + 3, 0]))
+    written = {tuple(place): pages[tuple(place)].tolist() for place in pages.any(dim=-1).nonzero().tolist()}
+    assert written == {  # page, layer, half, head, offset
+        (1, 1, 0, 0, 3): [5.0, 6.0],
+        (1, 1, 1, 0, 3): [50.0, 60.0],
+        (0, 1, 0, 0, 0): [1.0, 2.0],
+        (0, 1, 1, 0, 0): [10.0, 20.0],
+    }
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -57,69 +68,75 @@ def test_equals_reference(num_features: int, num_kept: int, dtype: torch.dtype) 
 @given(
     num_features=st.integers(1, 50),
     num_kept=st.integers(0, 60),
-    dim=st.integers(0, 40),
     num_kv_heads=st.integers(1, 4),
     head_dim=st.integers(1, 20),
     dtype=st.sampled_from(DTYPES),
     seed=st.integers(0, 2**32),
 )
 def test_equals_reference_on_any_shape(
-    num_features: int,
-    num_kept: int,
-    dim: int,
-    num_kv_heads: int,
-    head_dim: int,
-    dtype: torch.dtype,
-    seed: int,
+    num_features: int, num_kept: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, seed: int
 ) -> None:
-    assert_equals_reference(draw(num_features, num_kept, dim, num_kv_heads, head_dim, dtype, seed))
+    assert_equals_reference(draw(num_features, num_kept, num_kv_heads, head_dim, dtype, seed))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layout_does_not_matter(layout: Callable[[Tensor], Tensor]) -> None:
-    features, keys, values, kept = draw(30, 12)
-    assert_equals_reference((layout(features), layout(keys), layout(values), kept.repeat_interleave(2)[::2]))
+    pages, layer, keys, values, *indices = draw(30, 12)
+    kept, slots = (index.repeat_interleave(2)[::2] for index in indices)
+    assert_equals_reference((pages, layer, layout(keys), layout(values), kept, slots))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_reads_only_its_inputs(dtype: torch.dtype) -> None:
-    inputs = draw(30, 12, dtype=dtype)
+def test_reads_only_its_inputs_and_writes_only_its_slots(dtype: torch.dtype) -> None:
+    pages, layer, keys, values, kept, slots = draw(30, 12, dtype=dtype)
+    expected = pages.clone()
+    reference.gather_kv(expected, layer, keys, values, kept, slots)
     for offset in range(18):
-        moved = [misaligned(tensor, offset, nan) for tensor in inputs[:3]]
-        before = [buffer.clone() for _, buffer in moved]
-        (features, _), (keys, _), (values, _) = moved
-        kept, _ = misaligned(inputs[3], offset, -7)
-        results = gather_kv(features, keys, values, kept)
-        for result, expected in zip(results, reference.gather_kv(*inputs), strict=True):
-            assert torch.equal(result, expected)
-        after = [buffer for _, buffer in moved]
-        torch.testing.assert_close(after, before, rtol=0, atol=0, equal_nan=True)
+        view, buffer = misaligned(pages, offset, 7.0)
+        rows = (misaligned(part, offset, nan)[0] for part in (keys, values))
+        gather_kv(view, layer, *rows, *(misaligned(index, offset, -7)[0] for index in (kept, slots)))
+        assert_same(buffer, misaligned(expected, offset, 7.0)[1])
 
 
-def test_threads_copy_disjoint_rows() -> None:
-    inputs = draw(1000, 900, dim=512, num_kv_heads=2, head_dim=64)
+@pytest.mark.parametrize("offset", [0, 1, 4], ids=["aligned", "misaligned", "aligned to 16 bytes"])
+def test_threads_write_disjoint_rows_that_no_cache_holds(offset: int) -> None:
+    pages, layer, keys, values, kept, slots = draw(1000, 900, num_kv_heads=8, head_dim=96)
     torch.set_num_threads(3)
     try:
-        assert_equals_reference(inputs)
+        assert_equals_reference((misaligned(pages, offset, 7.0)[0], layer, keys, values, kept, slots))
     finally:
         torch.set_num_threads(1)
 
 
-F, KV, M = torch.zeros(5, 6), torch.zeros(5, 2, 8), torch.zeros(3, dtype=torch.int64)
+def test_refused_indices_leave_the_pages_alone() -> None:
+    pages, layer, keys, values, kept, slots = draw(30, 12)
+    kept[-1] = 30
+    with pytest.raises(ValueError, match="kept"):
+        gather_kv(pages, layer, keys, values, kept, slots)
+    assert pages.isnan().all()
+
+
+P, KV = torch.zeros(3, 4, 2, 2, PAGE_POSITIONS, 8), torch.zeros(5, 2, 8)
+M = torch.arange(3)
 REFUSALS: list[tuple[Inputs, str]] = [
-    ((F.double(), KV, KV, M), "features must be float32, bfloat16 or float16 [N, D], got float64 [5, 6]"),
-    ((F[0], KV, KV, M), "features must be float32, bfloat16 or float16 [N, D], got float32 [6]"),
-    ((F, KV.half(), KV, M), "keys must be float32 [5, Hkv, Dh] like features, got float16 [5, 2, 8]"),
-    ((F, KV[:4], KV, M), "keys must be float32 [5, Hkv, Dh] like features, got float32 [4, 2, 8]"),
-    ((F, KV, KV[:, 0], M), "values must be float32 [5, Hkv, Dh] like features, got float32 [5, 8]"),
     (
-        (F, KV, KV[:, :1], M),
-        "values must have the shape of keys, got float32 [5, 1, 8] and float32 [5, 2, 8]",
+        (P[0], 0, KV, KV, M, M),
+        "pages must be float32, bfloat16 or float16 [P, G, 2, Hkv, 16, Dh], got float32 [4, 2, 2, 16, 8]",
     ),
-    ((F, KV, KV, M.int()), "kept must be int64 [M], got int32 [3]"),
-    ((F, KV, KV, M[None]), "kept must be int64 [M], got int64 [1, 3]"),
-    ((F, KV, KV, M + 5), "kept must be in [0, 5), got 5"),
-    ((F, KV, KV, M - 1), "kept must be in [0, 5), got -1"),
+    ((P[:, :2], 0, KV, KV, M, M), "pages must be contiguous"),
+    ((P, 4, KV, KV, M, M), "layer must be in [0, 4), got 4"),
+    ((P, 0, KV[0], KV, M, M), "keys must be [N, Hkv, Dh], got float32 [2, 8]"),
+    ((P, 0, KV.half(), KV, M, M), "keys must be float32 [5, 2, 8] like pages, got float16 [5, 2, 8]"),
+    ((P, 0, KV[:, :1], KV, M, M), "keys must be float32 [5, 2, 8] like pages, got float32 [5, 1, 8]"),
+    ((P, 0, KV, KV[:4], M, M), "values must be float32 [5, 2, 8] like keys and pages, got float32 [4, 2, 8]"),
+    ((P, 0, KV, KV[..., :7], M, M), "values must be float32 [5, 2, 8] like keys and pages, got float32 [5, 2, 7]"),
+    ((P, 0, KV, KV, M.int(), M), "kept must be int64 [M], got int32 [3]"),
+    ((P, 0, KV, KV, M[None], M), "kept must be int64 [M], got int64 [1, 3]"),
+    ((P, 0, KV, KV, M, M.int()), "slots must be int64 [M], got int32 [3]"),
+    ((P, 0, KV, KV, M, M[:2]), "slots must have M=3 entries like kept, got 2"),
+    ((P, 0, KV, KV, M + 3, M), "kept must be in [0, 5), got 5"),
+    ((P, 0, KV, KV, M - 1, M), "kept must be in [0, 5), got -1"),
+    ((P, 0, KV, KV, M, M + 46), "slots must be in [0, 48), got 48"),
 ]
 
 

@@ -24,7 +24,7 @@ from transformers.models.mllama.modeling_mllama import (
 from trimserve import ops
 from trimserve.models.checkpoint import text_config
 from trimserve.models.interruptible import Interruptible
-from trimserve.models.key_values import BatchTables, KeyValues, write_rows
+from trimserve.models.key_values import BatchTables, KeyValues, row_slots, write_rows
 from trimserve.models.linear import linear
 from trimserve.models.policies.policy import FirstLayer
 from trimserve.models.prefilled import TrimTimes
@@ -299,26 +299,34 @@ class _CrossLayer(_Layer):
     def _store(self, q: Tensor, keys: Tensor, values: Tensor, kv: KeyValues, vision: VisionRows) -> None:
         """Trim in the first cross-attention layer; cache what the last row, and so every decoded row, sees."""
         if self._index == 0 and vision.trim.is_after_first_layer:
-            keys, values = self._trim(q, keys, values, vision)
+            self._trim(q, keys, values, kv, vision)
+            return
         first, end = vision.held_range
         if self._index == 0:
-            kv.reserve_cross(end - first, None if vision.bias is None else vision.bias[first:end])
+            kv.reserve_cross(end - first, vision.held_bias)
         write_rows(kv.pages, kv.cross_tables, self._index, keys[first:end], values[first:end])
 
-    def _trim(self, q: Tensor, keys: Tensor, values: Tensor, vision: VisionRows) -> tuple[Tensor, Tensor]:
-        """Select in the first cross-attention layer; `vision` holds the kept features afterwards."""
+    def _trim(self, q: Tensor, keys: Tensor, values: Tensor, kv: KeyValues, vision: VisionRows) -> None:
+        """Select in the first cross-attention layer and cache; `vision` holds the kept features afterwards."""
         began_at = time.monotonic()
         seeing = [images for images in vision.visible_images if images[0] < images[1]]
         visibility = feature_visibility(seeing, vision.num_features).to(q.device)
-        everything = (vision.features, keys, values)
         layer = FirstLayer(
             q, keys, vision.features, visibility, self._scale, vision.num_features, vision.features_per_tile
         )
         selection = select(layer, vision.trim)
         selected_at = time.monotonic()
-        keys, values = vision.hold(selection, ops.gather_kv(*everything, selection.kept), everything)
+        kept, merged = vision.hold(selection)
+        first, end = vision.held_range
+        kv.reserve_cross(end - first, vision.held_bias)
+        slots = row_slots(kv.pages, kv.cross_tables, 0, end - first)
+        is_held = (first <= kept) & (kept < end)
+        ops.gather_kv(kv.pages, 0, keys, values, selection.kept[is_held], slots[kept[is_held] - first])
+        if selection.groups is not None:
+            is_held = (first <= merged) & (merged < end)
+            mean_keys, mean_values = (selection.groups.mean(rows)[is_held] for rows in (keys, values))
+            ops.write_kv(kv.pages, 0, mean_keys, mean_values, slots[merged[is_held] - first])
         vision.trim_times = TrimTimes(began_at, selected_at, time.monotonic())
-        return keys, values
 
 
 def _rms_norm(norm: MllamaTextRMSNorm) -> Callable[[Tensor], Tensor]:

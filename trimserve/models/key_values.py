@@ -18,7 +18,7 @@ from torch import Tensor
 from trimserve import ops
 from trimserve.ops import PAGE_POSITIONS
 
-__all__ = ["BatchTables", "KeyValues", "Tables", "layers_per_page", "num_pages", "write_rows"]
+__all__ = ["BatchTables", "KeyValues", "Tables", "layers_per_page", "num_pages", "row_slots", "write_rows"]
 
 Tables = NDArray[np.int32]
 """[groups, pages of each], ids of the pages of one sequence in the order of their positions."""
@@ -68,6 +68,14 @@ class KeyValues(Protocol):
         """Take pages for the rows that decoding sees; `bias` [num_rows] is added to their logits."""
 
 
+def row_slots(pages: Tensor, tables: Tables, layer: int, num_rows: int) -> Tensor:
+    """Where a sequence's first positions lie in the pages of a layer, int64 [num_rows]; see `write_rows`."""
+    positions = np.arange(num_rows)
+    table = tables[layer // pages.shape[1]]
+    slots = table[positions // PAGE_POSITIONS].astype(np.int64) * PAGE_POSITIONS + positions % PAGE_POSITIONS
+    return torch.from_numpy(slots).to(pages.device)
+
+
 def write_rows(pages: Tensor, tables: Tables, layer: int, keys: Tensor, values: Tensor) -> None:
     """Store one layer's keys and values of a sequence from its first position on.
 
@@ -78,10 +86,7 @@ def write_rows(pages: Tensor, tables: Tables, layer: int, keys: Tensor, values: 
         keys: [R, Hkv, Dh].
         values: [R, Hkv, Dh].
     """
-    positions = np.arange(keys.shape[0])
-    table = tables[layer // pages.shape[1]]
-    slots = table[positions // PAGE_POSITIONS].astype(np.int64) * PAGE_POSITIONS + positions % PAGE_POSITIONS
-    ops.write_kv(pages, layer % pages.shape[1], keys, values, torch.from_numpy(slots).to(pages.device))
+    ops.write_kv(pages, layer % pages.shape[1], keys, values, row_slots(pages, tables, layer, len(keys)))
 
 
 @dataclass(frozen=True, slots=True)

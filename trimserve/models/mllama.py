@@ -146,13 +146,13 @@ class Mllama:
         if images:
             visible = visible_images(prompt.token_ids, self._info.image_token_id)
             counts = tuple(image.num_features for image in images)
-            features = torch.cat([image.features for image in images])
+            features = images[0].features if len(images) == 1 else torch.cat([image.features for image in images])
             vision = VisionRows(features, counts, visible, self._info.features_per_tile, trim)
             if trim.is_before_decoder:
                 began_at = time.monotonic()
                 selection = Selection.of([choose_from_image(image, trim) for image in images], counts)
                 selected_at = time.monotonic()
-                vision.hold(selection, (features[selection.kept],), (features,))
+                vision.hold(selection)
                 vision.trim_times = TrimTimes(began_at, selected_at, time.monotonic())
         return SequenceRows(len(prompt.token_ids), kv, vision)
 

@@ -1,6 +1,5 @@
 """The images of one sequence during its prefill: rows of features, before and after selection."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 
@@ -45,28 +44,34 @@ class VisionRows:
         first, last = self.visible_images[-1]
         return self.offsets[first], self.offsets[last]
 
-    def hold(self, selection: Selection, kept: Sequence[Tensor], everything: Sequence[Tensor]) -> Sequence[Tensor]:
+    @property
+    def held_bias(self) -> Tensor | None:
+        """`bias` of those."""
+        first, end = self.held_range
+        return None if self.bias is None else self.bias[first:end]
+
+    def hold(self, selection: Selection) -> tuple[Tensor, Tensor]:
         """Go on with what was selected; the merged rows of each image come behind its kept ones.
 
         Args:
             selection: what is kept and merged; the weight of a merged row becomes its bias.
-            kept: the kept rows of `features` and of what goes with them.
-            everything: all rows of the same.
         Returns:
-            What goes with the features, rows as in `features` now.
+            Where `features` now has the kept rows and the merged ones: int64 [M] and [G], each ascending.
         """
+        everything, groups = self.features, selection.groups
         self.selection = selection
-        self.num_features = selection.num_kept
-        groups = selection.groups
-        if groups is not None:
-            self.num_merged = groups.num_groups
-            images = range(len(selection.num_kept))
-            counts = torch.tensor([*selection.num_kept, *groups.num_groups])
-            order = torch.tensor([*images, *images]).repeat_interleave(counts).argsort(stable=True)
-            order = order.to(self.features.device)
-            bias = torch.cat([self.features.new_zeros(len(selection.kept)), groups.sizes.log().to(self.features.dtype)])
-            kept = [torch.cat([part, groups.mean(rows)])[order] for part, rows in zip(kept, everything, strict=True)]
-            self.num_features = tuple(map(sum, zip(selection.num_kept, groups.num_groups, strict=True)))
-            self.bias = bias[order]
-        self.features = kept[0]
-        return kept[1:]
+        self.num_merged = () if groups is None else groups.num_groups
+        num_merged = self.num_merged or (0,) * len(selection.num_kept)
+        counts = [n for of_image in zip(selection.num_kept, num_merged, strict=True) for n in of_image]
+        runs = torch.arange(sum(counts), device=everything.device).split(counts)
+        kept, merged = torch.cat(runs[::2]), torch.cat(runs[1::2])
+        self.num_features = tuple(map(sum, zip(selection.num_kept, num_merged, strict=True)))
+        if groups is None:
+            self.features = everything[selection.kept]
+        else:
+            self.features = everything.new_empty(sum(counts), everything.shape[1])
+            self.features[kept] = everything[selection.kept]
+            self.features[merged] = groups.mean(everything)
+            self.bias = everything.new_zeros(sum(counts))
+            self.bias[merged] = groups.sizes.log().to(everything.dtype)
+        return kept, merged

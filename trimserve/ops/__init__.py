@@ -5,8 +5,8 @@ Importing this package loads the compiled ops. It knows nothing about models.
 
 from trimserve.ops.layers import linear, rms_norm, rotate
 from trimserve.ops.library import build_info, load_library
-from trimserve.ops.paging import PAGE_POSITIONS, paged_attention, write_kv
-from trimserve.ops.selection import gather_kv, headwise_scores, headwise_topk, select_features, union_indices
+from trimserve.ops.paging import PAGE_POSITIONS, gather_kv, paged_attention, write_kv
+from trimserve.ops.selection import headwise_scores, headwise_topk, select_features, union_indices
 
 __all__ = [
     "PAGE_POSITIONS",

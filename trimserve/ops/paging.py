@@ -1,4 +1,4 @@
-"""Ops on keys and values that lie in pages: storing new positions, attending to a sequence's positions.
+"""Ops on keys and values that lie in pages: storing positions, attending to a sequence's positions.
 
 A page pool is one contiguous tensor [P, G, 2, Hkv, PAGE_POSITIONS, Dh]: P pages; a page holds PAGE_POSITIONS
 positions of G layers; 2 is keys, values. A sequence's table lists the pages of its positions in order. Typed
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from trimserve.ops.library import load_library
 
-__all__ = ["PAGE_POSITIONS", "paged_attention", "write_kv"]
+__all__ = ["PAGE_POSITIONS", "gather_kv", "paged_attention", "write_kv"]
 
 PAGE_POSITIONS = 16
 """Positions of one page: allocation waste stays under 16 positions, page tables short."""
@@ -36,6 +36,27 @@ def write_kv(pages: Tensor, layer: int, keys: Tensor, values: Tensor, slots: Ten
     Definition: reference.write_kv.
     """
     torch.ops.trimserve.write_kv(pages, layer, keys, values, slots)
+
+
+def gather_kv(pages: Tensor, layer: int, keys: Tensor, values: Tensor, kept: Tensor, slots: Tensor) -> None:
+    """Store the kept rows of one layer's keys and values in their pages, in place: `write_kv` of some rows.
+
+    Row kept[m] goes to page slots[m] // PAGE_POSITIONS, offset slots[m] % PAGE_POSITIONS. Rows and heads with gaps
+    between them are read in place.
+
+    Args:
+        pages: float32, bfloat16 or float16 [P, G, 2, Hkv, PAGE_POSITIONS, Dh], contiguous; written to.
+        layer: slot of the layer in its pages, in [0, G).
+        keys: same dtype [N, Hkv, Dh].
+        values: as keys.
+        kept: int64 [M], indices in [0, N), any order; M may be 0.
+        slots: int64 [M], in [0, P * PAGE_POSITIONS), none of them twice.
+    Raises:
+        ValueError: a wrong dtype or shape, pages that are not contiguous, or a layer, slot or index out of range (such
+            as the -1 that pads a union).
+    Definition: reference.gather_kv.
+    """
+    torch.ops.trimserve.gather_kv(pages, layer, keys, values, kept, slots)
 
 
 def paged_attention(
@@ -77,6 +98,10 @@ def _fake_write_kv(pages: Tensor, layer: int, keys: Tensor, values: Tensor, slot
     return None
 
 
+def _fake_gather_kv(pages: Tensor, layer: int, keys: Tensor, values: Tensor, kept: Tensor, slots: Tensor) -> None:
+    return None
+
+
 def _fake_paged_attention(
     q: Tensor,
     pages: Tensor,
@@ -90,4 +115,5 @@ def _fake_paged_attention(
 
 
 torch.library.register_fake("trimserve::write_kv", _fake_write_kv)
+torch.library.register_fake("trimserve::gather_kv", _fake_gather_kv)
 torch.library.register_fake("trimserve::paged_attention", _fake_paged_attention)

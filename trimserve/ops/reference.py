@@ -59,17 +59,17 @@ def select_features(scores: Tensor, segments: Sequence[int], k: Sequence[int]) -
     return union_indices(headwise_topk(scores, segments, k), scores.shape[1])
 
 
-def gather_kv(features: Tensor, keys: Tensor, values: Tensor, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Define `trimserve.ops.gather_kv`."""
-    return features[kept], keys[kept], values[kept]
-
-
 def write_kv(pages: Tensor, layer: int, keys: Tensor, values: Tensor, slots: Tensor) -> None:
     """Define `trimserve.ops.write_kv`."""
     page_positions = pages.shape[4]
     page, offset = slots // page_positions, slots % page_positions
     for half, rows in enumerate((keys, values)):
         pages[:, layer, half].transpose(1, 2)[page, offset] = rows  # [P, 16, Hkv, Dh] at [R], [R]
+
+
+def gather_kv(pages: Tensor, layer: int, keys: Tensor, values: Tensor, kept: Tensor, slots: Tensor) -> None:
+    """Define `trimserve.ops.gather_kv`."""
+    write_kv(pages, layer, keys[kept], values[kept], slots)
 
 
 def paged_attention(

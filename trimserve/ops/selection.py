@@ -1,4 +1,4 @@
-"""Ops that choose which visual features later layers keep: scores, picks, their union, the gather.
+"""Ops that choose which visual features later layers keep: scores, picks, their union.
 
 Typed wrappers over the compiled ops of `csrc/selection.cpp`, each with its fake kernel (shapes only, for
 torch.compile). All checks are made in C++. `reference.py` defines what each op computes.
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from trimserve.ops.library import load_library
 
-__all__ = ["gather_kv", "headwise_scores", "headwise_topk", "select_features", "union_indices"]
+__all__ = ["headwise_scores", "headwise_topk", "select_features", "union_indices"]
 
 load_library()
 
@@ -95,26 +95,6 @@ def select_features(scores: Tensor, segments: Sequence[int], k: Sequence[int]) -
     return result
 
 
-def gather_kv(features: Tensor, keys: Tensor, values: Tensor, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Copy the kept rows of visual features and of one layer's keys and values.
-
-    Strided rows are read in place.
-
-    Args:
-        features: float32, bfloat16 or float16 [N, D].
-        keys: same dtype [N, Hkv, Dh].
-        values: as keys.
-        kept: int64 [M], indices in [0, N), any order.
-    Returns:
-        features [M, D], keys [M, Hkv, Dh] and values [M, Hkv, Dh], contiguous.
-    Raises:
-        ValueError: a wrong dtype or shape, or an index out of range (such as the -1 that pads a union).
-    Definition: reference.gather_kv.
-    """
-    result: tuple[Tensor, Tensor, Tensor] = torch.ops.trimserve.gather_kv(features, keys, values, kept)
-    return result
-
-
 def _fake_headwise_scores(q: Tensor, k: Tensor, visibility: Tensor, scale: float) -> Tensor:
     return q.new_empty((q.shape[1], k.shape[0]), dtype=torch.float32)
 
@@ -133,17 +113,7 @@ def _fake_select_features(scores: Tensor, segments: list[int], k: list[int]) -> 
     return scores.new_empty((max_kept,), dtype=torch.int64), scores.new_empty((), dtype=torch.int64)
 
 
-def _fake_gather_kv(features: Tensor, keys: Tensor, values: Tensor, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    num_kept = kept.shape[0]
-    return (
-        features.new_empty((num_kept, *features.shape[1:])),
-        keys.new_empty((num_kept, *keys.shape[1:])),
-        values.new_empty((num_kept, *values.shape[1:])),
-    )
-
-
 torch.library.register_fake("trimserve::headwise_scores", _fake_headwise_scores)
 torch.library.register_fake("trimserve::headwise_topk", _fake_headwise_topk)
 torch.library.register_fake("trimserve::union_indices", _fake_union_indices)
 torch.library.register_fake("trimserve::select_features", _fake_select_features)
-torch.library.register_fake("trimserve::gather_kv", _fake_gather_kv)
