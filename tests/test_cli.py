@@ -161,7 +161,7 @@ def test_serve_has_an_option_and_a_variable_for_every_knob() -> None:
 
 @pytest.mark.parametrize("command", ["generate", "explain", "info"])
 def test_commands_that_load_a_model_take_its_knobs(command: str) -> None:
-    assert options(command).keys() >= {"model", "revision", "dtype", "max_model_len", "intermediate_features"}
+    assert options(command).keys() >= {"model", "revision", "dtype", "quantize", "max_model_len"}
     for knob in ("k_ratio", "merge_ratio"):  # options of the request in the commands that make one
         own = options(command)[knob]
         assert own == (f"TRIMSERVE__MODEL__{knob.upper()}" if command == "info" else None)

@@ -4,7 +4,16 @@ from typing import TypedDict
 
 import torch
 
-__all__ = ["ATTENTION", "HEADWISE_SCORES", "LOGITS", "LOGITS_BFLOAT16", "PAGED_ATTENTION", "Tolerance"]
+__all__ = [
+    "ATTENTION",
+    "HEADWISE_SCORES",
+    "INT8_LINEAR",
+    "LOGITS",
+    "LOGITS_BFLOAT16",
+    "LOGITS_INT8",
+    "PAGED_ATTENTION",
+    "Tolerance",
+]
 
 
 class Tolerance(TypedDict):
@@ -36,3 +45,13 @@ LOGITS = 1e-4
 
 # Share of the logits' standard deviation that rounding weights and activations to bfloat16 may take.
 LOGITS_BFLOAT16 = 0.1
+
+# The same of int8 weights: half of a 127th of a row's largest at most, 1 % of the weights' own standard deviation.
+LOGITS_INT8 = 0.1
+
+# Products with int8 weights, by dtype of the rows: float16 rows go through bfloat16.
+INT8_LINEAR: dict[torch.dtype, Tolerance] = {
+    torch.float32: {"rtol": 1e-5, "atol": 1e-5},
+    torch.bfloat16: {"rtol": 2**-7, "atol": 1e-5},
+    torch.float16: {"rtol": 2**-6, "atol": 0.1},
+}

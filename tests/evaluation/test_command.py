@@ -58,7 +58,7 @@ def test_calibration_is_written_and_told(data: Path, checkpoint: Path, tmp_path:
         (("--merge-ratios", "0,1.5"), "must be numbers in [0, 1], got '1.5'"),
         (("--k-ratios", "half"), "must be numbers in (0, 1], got 'half'"),
         (("--policies", "trimmed,best"), f"must be among {', '.join(POLICIES)}, got 'best'"),
-        (("--address", "localhost:1"), "exclude each other"),
+        (("--address", "localhost:1"), "--address excludes --model"),
     ],
 )
 def test_bad_options_are_refused_before_anything_is_asked(

@@ -73,9 +73,8 @@ def memory_by_kind(info: ModelInfo, kv_cache_bytes: int) -> dict[str, int]:
         Bytes of `weights`, `kv` (the pool) and `free` (see `available_bytes`); of a GPU also what torch's allocator has
         `reserved` and how much of that is `allocated`.
     """
-    dtype: torch.dtype = getattr(torch, info.dtype)
     kinds = {
-        "weights": info.num_parameters * dtype.itemsize,
+        "weights": info.weight_bytes,
         "kv": kv_cache_bytes,
         "free": available_bytes(info.device),
     }

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from trimserve.client import Client
-from trimserve.config import EngineConfig, ModelConfig
+from trimserve.config import Dtype, EngineConfig, ModelConfig, Quantize
 from trimserve.evaluation.dataset import ALL_KINDS, Question, describe_questions, load_questions
 
 if TYPE_CHECKING:
@@ -62,6 +62,8 @@ def evaluate(
         str | None, typer.Option(help="HOST:PORT of a running server; default: a model in this process.")
     ] = None,
     model: Annotated[str | None, typer.Option("--model", help="Folder or hub id; default: the embedded model.")] = None,
+    dtype: Annotated[Dtype, typer.Option(help="Of weights and KV of a model in this process.")] = "auto",
+    quantize: Annotated[Quantize, typer.Option(help="How that model's linear layers are stored.")] = "none",
 ) -> None:
     """Measure what trimming costs: accuracy and divergence against the kept fraction of the visual features."""
     from trimserve.evaluation.curve import measure_curve
@@ -71,7 +73,9 @@ def evaluate(
     merge_budgets = _parse_ratios(merge_ratios, "--merge-ratios", "[0, 1]", lambda ratio: 0 <= ratio <= 1)
     questions = load_questions(data, limit=limit, need_answers=not only_calibrate)
     draw_curves = None if only_calibrate else _find_draw_curves()
-    with _answerer(address, model, num_threads) as answerer:
+    if address is not None and (model, dtype, quantize) != (None, "auto", "none"):
+        raise typer.BadParameter("--address excludes --model, --dtype and --quantize")
+    with _answerer(address, ModelConfig(model=model, dtype=dtype, quantize=quantize), num_threads) as answerer:
         names = _parse_policies(policies, answerer.policies)
         out.mkdir(parents=True, exist_ok=True)
         if draw_curves is None:
@@ -122,7 +126,7 @@ def _table(report: "Report") -> Table:
 
 
 @contextmanager
-def _answerer(address: str | None, model: str | None, num_threads: int | None) -> Iterator["Answerer"]:
+def _answerer(address: str | None, model: ModelConfig, num_threads: int | None) -> Iterator["Answerer"]:
     """The server at an address, or a model in this process."""
     if address is None:
         import torch
@@ -132,10 +136,8 @@ def _answerer(address: str | None, model: str | None, num_threads: int | None) -
 
         if num_threads is not None:
             torch.set_num_threads(num_threads)
-        yield InProcess(load_model(ModelConfig(model=model), EngineConfig()))
+        yield InProcess(load_model(model, EngineConfig()))
         return
-    if model is not None:
-        raise typer.BadParameter("--address and --model exclude each other")
     from trimserve.evaluation.served import Served
 
     with Client(address) as client:

@@ -72,7 +72,13 @@ class InProcess:
     def describe(self) -> dict[str, Any]:
         """The model, for reports."""
         info = self._model.info
-        return {"model": info.model_id, "revision": info.revision, "dtype": info.dtype, "through": "this process"}
+        return {
+            "model": info.model_id,
+            "revision": info.revision,
+            "dtype": info.dtype,
+            "quantization": info.quantization,
+            "through": "this process",
+        }
 
     def answers(
         self, questions: Iterable[Question], trims: Sequence[TrimParams], *, max_new_tokens: int | None = None

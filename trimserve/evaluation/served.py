@@ -48,6 +48,7 @@ class Served:
             "model": self._model.model_id,
             "revision": self._model.model_revision,
             "dtype": self._model.dtype,
+            "quantization": self._model.quantization,
             "through": f"a server of version {self._client.status().version}",
         }
 

@@ -69,9 +69,13 @@ class ModelInfo:
     revision: str
     """Commit hash of a hub checkpoint, content hash of a folder."""
     dtype: str
-    """`float32`, `bfloat16` or `float16`."""
+    """Of KV and of weights that are not quantized: `float32`, `bfloat16` or `float16`."""
+    quantization: str
+    """`none`, or `int8` where the decoder's linear layers are stored so."""
     device: str
     num_parameters: int
+    weight_bytes: int
+    """Of all parameters, as they are stored."""
     vocab_size: int
     """Rows of the logits; the id of `<|image|>` lies past it."""
     image_token_id: int

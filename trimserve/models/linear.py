@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from trimserve import ops
-from trimserve.models.weights import fused_weight
+from trimserve.models.int8 import int8_linear
+from trimserve.models.weights import fused_scales, fused_weight
 
 __all__ = ["Linear", "linear"]
 
@@ -30,5 +31,8 @@ def linear(module: nn.Module, *names: str) -> Linear:
         names: one name, or several whose weights are rows of one tensor, see `weights.FUSED`.
     """
     weight = fused_weight(module, names)
+    if weight.dtype == torch.int8:
+        scales = fused_scales(module, names)
+        return lambda rows: int8_linear(rows, weight, scales)
     most_rows = _MOST_ROWS.get(weight.dtype, 0) if weight.device.type == "cpu" else 0
     return lambda rows: ops.linear(rows, weight) if len(rows) <= most_rows else F.linear(rows, weight)

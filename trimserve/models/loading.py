@@ -1,7 +1,6 @@
 """From a checkpoint to a model that is ready to serve, or only to a description of it."""
 
 import torch
-from transformers import MllamaForConditionalGeneration
 
 from trimserve.config import EngineConfig, ModelConfig
 from trimserve.errors import CheckpointError
@@ -17,7 +16,7 @@ from trimserve.models.info import GenerationDefaults, ModelInfo
 from trimserve.models.mllama import Mllama
 from trimserve.models.policies.table import POLICIES
 from trimserve.models.processor import Processor
-from trimserve.models.weights import load_weights
+from trimserve.models.weights import empty_model, load_weights, weight_bytes
 
 __all__ = ["EMBEDDED_MODEL", "describe_model", "embedded_model_folder", "load_model"]
 
@@ -52,7 +51,8 @@ def load_model(config: ModelConfig, limits: EngineConfig) -> Mllama:
     processor = Processor.from_pretrained(
         checkpoint.folder, info, template_date=config.template_date, max_image_pixels=limits.max_image_pixels
     )
-    model = load_weights(checkpoint.folder, checkpoint.config, checkpoint.dtype(config.dtype), _DEVICE)
+    dtype = checkpoint.dtype(config.dtype)
+    model = load_weights(checkpoint.folder, checkpoint.config, dtype, _DEVICE, config.quantize)
     return Mllama(model, processor, info, config.intermediate_features)
 
 
@@ -60,6 +60,7 @@ def _describe(checkpoint: Checkpoint, config: ModelConfig, limits: EngineConfig)
     text, vision = text_config(checkpoint.config), vision_config(checkpoint.config)
     dtype = checkpoint.dtype(config.dtype)
     head_dim = text.hidden_size // text.num_attention_heads
+    model = empty_model(checkpoint.config, dtype, config.quantize)
     num_cross = len(text.cross_attention_layers or [])
     assert isinstance(vision.image_size, int)
     assert isinstance(vision.patch_size, int)
@@ -67,8 +68,10 @@ def _describe(checkpoint: Checkpoint, config: ModelConfig, limits: EngineConfig)
         model_id=checkpoint.model_id,
         revision=checkpoint.revision,
         dtype=str(dtype).removeprefix("torch."),
+        quantization=config.quantize,
         device=str(_DEVICE),
-        num_parameters=_num_parameters(checkpoint),
+        num_parameters=model.num_parameters(),
+        weight_bytes=weight_bytes(model),
         vocab_size=text.vocab_size,
         image_token_id=checkpoint.config.image_token_index,
         max_model_len=_max_model_len(text.max_position_embeddings, config.max_model_len),
@@ -89,12 +92,6 @@ def _describe(checkpoint: Checkpoint, config: ModelConfig, limits: EngineConfig)
         policy_details=tuple(policy.describe() for policy in POLICIES.values()),
         generation_defaults=_generation_defaults(checkpoint, limits.default_max_new_tokens),
     )
-
-
-def _num_parameters(checkpoint: Checkpoint) -> int:
-    with torch.device("meta"):
-        model = MllamaForConditionalGeneration._from_config(checkpoint.config)
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def _max_model_len(limit: int, wanted: int | None) -> int:

@@ -1,12 +1,12 @@
 """Reads a safetensors checkpoint into a transformers model whose decoder weights share fused storage.
 
 The model is built without memory, each parameter gets its place once, and the files are copied into those places
-in slices that are unmapped again, so that loading takes the weights' bytes and one slice. Query, key and value
-projections lie in one tensor (key and value in cross-attention layers, where queries come from other rows), gate
-and up projections in another; transformers' own parameters are views of them.
+in slices that are unmapped again, so that loading takes the weights' bytes and one slice; int8 weights are quantized
+slice by slice. Query, key and value projections lie in one tensor (key and value in cross-attention layers, where
+queries come from other rows), gate and up projections in another; transformers' own parameters are views of them.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -15,10 +15,12 @@ from torch import Tensor, nn
 from transformers import MllamaConfig, MllamaForConditionalGeneration
 from transformers.models.mllama.modeling_mllama import MllamaRotaryEmbedding
 
+from trimserve.config import Quantize
 from trimserve.errors import CheckpointError
 from trimserve.models.checkpoint import read_json, text_config
+from trimserve.models.int8 import SCALES, make_int8, to_int8
 
-__all__ = ["FUSED", "fused_weight", "load_weights"]
+__all__ = ["FUSED", "empty_model", "fused_scales", "fused_weight", "load_weights", "weight_bytes"]
 
 FUSED = {
     "self_attn": ("q_proj", "k_proj", "v_proj"),
@@ -39,7 +41,11 @@ _RENAMED_PREFIXES = {
 
 
 def load_weights(
-    folder: Path, config: MllamaConfig, dtype: torch.dtype, device: torch.device
+    folder: Path,
+    config: MllamaConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    quantize: Quantize = "none",
 ) -> MllamaForConditionalGeneration:
     """Build the model that a checkpoint folder describes.
 
@@ -48,21 +54,22 @@ def load_weights(
         config: the folder's `config.json`.
         dtype: of the parameters; the files may hold another.
         device: where the parameters go.
+        quantize: as in `ModelConfig`.
     Returns:
         The model in evaluation mode, without gradients.
     Raises:
         CheckpointError: no safetensors files, a parameter is missing or has another shape, or a tensor is unknown.
     """
-    with torch.device("meta"):
-        model: MllamaForConditionalGeneration = MllamaForConditionalGeneration._from_config(config, dtype=dtype)
+    model = empty_model(config, dtype, quantize)
     _give_storage(model, device)
     # Computed from the config, not stored: the one thing that the meta device has no values of.
     model.model.language_model.rotary_emb = MllamaRotaryEmbedding(text_config(config)).to(device)
 
     missing = dict(model.named_parameters())
+    scales = dict(_scales(model))
     for file in _files(folder):
         try:
-            _read_file(file, missing)
+            _read_file(file, missing, scales)
         except SafetensorError as error:
             raise CheckpointError(f"{file}: not a complete safetensors file: {error}") from error
     if missing:
@@ -71,13 +78,45 @@ def load_weights(
     return model
 
 
-def fused_weight(module: nn.Module, names: tuple[str, ...]) -> Tensor:
+def empty_model(
+    config: MllamaConfig, dtype: torch.dtype, quantize: Quantize = "none"
+) -> MllamaForConditionalGeneration:
+    """The model of a config on the meta device: shapes and dtypes without memory."""
+    with torch.device("meta"):
+        model: MllamaForConditionalGeneration = MllamaForConditionalGeneration._from_config(config, dtype=dtype)
+    if quantize == "int8":
+        make_int8(model)
+    return model
+
+
+def weight_bytes(model: MllamaForConditionalGeneration) -> int:
+    """Bytes of a model's parameters and scales."""
+    scales = (scale for _, scale in _scales(model))
+    return sum(tensor.nbytes for tensor in (*model.parameters(), *scales))
+
+
+def fused_weight(module: nn.Module, names: Sequence[str]) -> Tensor:
     """The tensor [rows, columns] whose rows are the weights of a module's linear layers, in order; no copy."""
-    weights = [module.get_submodule(name).weight for name in names]
-    first = weights[0]
-    assert isinstance(first, Tensor)
-    num_rows = sum(weight.shape[0] for weight in weights if isinstance(weight, Tensor))
-    return first.data.as_strided((num_rows, first.shape[1]), (first.shape[1], 1), first.storage_offset())
+    return _fused([module.get_submodule(name).weight for name in names])
+
+
+def fused_scales(module: nn.Module, names: Sequence[str]) -> Tensor:
+    """The same of the scales [rows] of int8 weights."""
+    return _fused([getattr(module.get_submodule(name), SCALES) for name in names])
+
+
+def _fused(parts: Sequence[Tensor | nn.Module]) -> Tensor:
+    tensors = [part.detach() for part in parts if isinstance(part, Tensor)]
+    first = tensors[0]
+    num_rows = sum(len(tensor) for tensor in tensors)
+    return first.as_strided((num_rows, *first.shape[1:]), first.stride(), first.storage_offset())
+
+
+def _scales(model: MllamaForConditionalGeneration) -> Iterator[tuple[str, Tensor]]:
+    """Scales by the name of their weight."""
+    for name, buffer in model.named_buffers():
+        if name.endswith(SCALES):
+            yield name.removesuffix(SCALES) + "weight", buffer
 
 
 def _give_storage(model: MllamaForConditionalGeneration, device: torch.device) -> None:
@@ -88,7 +127,11 @@ def _give_storage(model: MllamaForConditionalGeneration, device: torch.device) -
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.is_meta:
-                setattr(module, name, nn.Parameter(torch.empty_like(parameter, device=device)))
+                place = torch.empty_like(parameter, device=device)
+                setattr(module, name, nn.Parameter(place, requires_grad=False))
+        scale = getattr(module, SCALES, None)
+        if scale is not None and scale.is_meta:
+            setattr(module, SCALES, torch.empty_like(scale, device=device))
 
 
 def _fuse(module: nn.Module, names: tuple[str, ...], device: torch.device) -> None:
@@ -97,7 +140,11 @@ def _fuse(module: nn.Module, names: tuple[str, ...], device: torch.device) -> No
     example = next(linears[0].parameters())
     storage = torch.empty(sum(rows), example.shape[1], dtype=example.dtype, device=device)
     for linear, part in zip(linears, storage.split(rows), strict=True):
-        linear.weight = nn.Parameter(part)
+        linear.weight = nn.Parameter(part, requires_grad=False)
+    if hasattr(linears[0], SCALES):
+        scales = torch.empty(sum(rows), dtype=torch.float32, device=device)
+        for linear, of_linear in zip(linears, scales.split(rows), strict=True):
+            setattr(linear, SCALES, of_linear)
 
 
 def _files(folder: Path) -> Iterator[Path]:
@@ -115,15 +162,15 @@ def _files(folder: Path) -> Iterator[Path]:
         yield folder / name
 
 
-def _read_file(file: Path, missing: dict[str, nn.Parameter]) -> None:
-    """Fill the parameters that a file holds and take them out of `missing`."""
+def _read_file(file: Path, missing: dict[str, nn.Parameter], scales: Mapping[str, Tensor]) -> None:
+    """Fill the parameters that a file holds, and their scales, and take them out of `missing`."""
     with safe_open(file, framework="pt") as tensors:
         names = list(tensors.keys())
     for name in names:
         parameter = missing.pop(_current_name(name), None)
         if parameter is None:
             raise CheckpointError(f"{file.name}: tensor {name} is not part of an Mllama with this config.json")
-        _read(file, name, parameter.data)
+        _read(file, name, parameter.data, scales.get(_current_name(name)))
 
 
 def _current_name(name: str) -> str:
@@ -133,14 +180,22 @@ def _current_name(name: str) -> str:
     return name
 
 
-def _read(file: Path, name: str, target: Tensor) -> None:
-    """Copy one tensor in slices of rows; reopening unmaps what was read, which else stays resident."""
+def _read(file: Path, name: str, target: Tensor, scales: Tensor | None) -> None:
+    """Copy one tensor in slices of rows; reopening unmaps what was read, which else stays resident.
+
+    With scales, the tensor is quantized.
+    """
     with safe_open(file, framework="pt") as tensors:
         shape = tuple(tensors.get_slice(name).get_shape())
     if shape != tuple(target.shape):
         raise CheckpointError(f"{file.name}: {name} must be {list(target.shape)}, got {list(shape)}")
-    row_bytes = max(1, target[:1].numel() * target.element_size())
+    row_bytes = max(1, target[:1].numel() * torch.float32.itemsize)
     num_rows = max(1, _SLICE_BYTES // row_bytes)
     for start in range(0, shape[0], num_rows):
+        part = slice(start, start + num_rows)
         with safe_open(file, framework="pt") as tensors:
-            target[start : start + num_rows] = tensors.get_slice(name)[start : start + num_rows]
+            rows = tensors.get_slice(name)[part]
+        if scales is None:
+            target[part] = rows
+        else:
+            target[part], scales[part] = to_int8(rows)

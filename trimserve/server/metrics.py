@@ -144,8 +144,9 @@ class Metrics:
 
     def describe_model(self, info: ModelInfo) -> None:
         """Publish `trimserve_model_info` once the model is loaded."""
+        weights = (info.dtype, info.quantization, info.device)
         ratios = (f"{info.default_k_ratio:g}", f"{info.default_merge_ratio:g}")
-        self.model_info.labels(info.model_id, info.revision, info.dtype, info.device, *ratios).set(1)
+        self.model_info.labels(info.model_id, info.revision, *weights, *ratios).set(1)
 
     def _declare_rpcs(self) -> None:
         rpc = {"grpc_type": (), "grpc_service": (), "grpc_method": ()}
@@ -326,10 +327,11 @@ class Metrics:
             "reserved, and how much of that is allocated.",
             {"kind": ("weights", "kv", "free", "allocated", "reserved")},
         )
+        model_labels = ("model_id", "revision", "dtype", "quantization", "device")
         self.model_info = self._gauge(
             "trimserve_model_info",
             "1, with the served model in its labels.",
-            dict.fromkeys(("model_id", "revision", "dtype", "device", "default_k_ratio", "default_merge_ratio"), ()),
+            dict.fromkeys((*model_labels, "default_k_ratio", "default_merge_ratio"), ()),
         )
         self.build_info = self._gauge(
             "trimserve_build_info",
