@@ -78,11 +78,7 @@ Token = Annotated[str | None, typer.Option(envvar="TRIMSERVE_TOKEN", help="Token
 def main() -> None:
     """Entry point of `trimserve`; what a user can mend is one line on standard error and exit status 1, Ctrl-C 130."""
     try:
-        app()
-    except grpc.RpcError as error:
-        _fail(f"{error.code().name}: {error.details()}")
-    except (TrimserveError, DatasetError, OSError) as error:
-        _fail(f"error: {error}")
+        _run()
     except SystemExit as end:
         is_interrupted = end.code == _INTERRUPTED
         if is_interrupted:
@@ -93,13 +89,22 @@ def main() -> None:
         raise
 
 
+def _run() -> None:
+    try:
+        app()
+    except grpc.RpcError as error:
+        _fail(f"{error.code().name}: {error.details()}")
+    except (TrimserveError, DatasetError, OSError) as error:
+        _fail(f"error: {error}")
+
+
 def _fail(message: str) -> NoReturn:
     print(message, file=sys.stderr)
     raise SystemExit(1) from None
 
 
 def _leave(status: object) -> NoReturn:
-    """End now, because a model may be loading: a thread in compiled code aborts Python's normal end."""
+    """End now, because a model may be loading, or hang: a thread in compiled code aborts Python's normal end."""
     with suppress(OSError):
         sys.stdout.flush()
     os._exit(status if isinstance(status, int) else 0)

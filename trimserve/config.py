@@ -99,6 +99,12 @@ class EngineConfig(_Knobs):
         description="Seconds that running requests wait, between two of their tokens, for the prefill of the next "
         "one; the layer that has begun is finished.",
     )
+    step_timeout_seconds: float = Field(
+        default=300.0,
+        gt=0,
+        description="Seconds after which a step of the engine that has not returned, a decode step or a layer of a "
+        "prefill, counts as hung: health says NOT_SERVING, and the process ends with the cause.",
+    )
     default_max_new_tokens: int = Field(
         default=256,
         ge=1,

@@ -32,6 +32,7 @@ def make_runner(config: Config) -> Runner:
         kv_cache_bytes=engine.kv_cache_bytes,
         image_cache_bytes=engine.image_cache_bytes,
         prefill_slice_seconds=engine.prefill_slice_seconds,
+        step_timeout_seconds=engine.step_timeout_seconds,
     )
 
 

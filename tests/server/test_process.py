@@ -1,5 +1,6 @@
-"""A server as a process of its own: signals under load, a kill, a disk that is full."""
+"""A server as a process of its own: signals under load, a kill, an engine that hangs, a disk that is full."""
 
+import json
 import subprocess
 import sys
 import time
@@ -7,10 +8,11 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import grpc
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from trimserve.client import Client
 from trimserve.v1 import generation_pb2 as pb
@@ -117,3 +119,83 @@ def test_a_full_disk_under_the_log_stops_nothing() -> None:
             assert client.generate(long_request(3)).usage.num_generated_tokens == 3
         process.terminate()
         assert process.wait(60) == 0
+
+
+HANGING = """
+import asyncio, ctypes, sys, time
+from tests.engine.fake_model import FakeModel
+from trimserve.config import Config, EngineConfig, ServerConfig
+from trimserve.engine.runner import Runner
+from trimserve.server.app import serve
+
+def sleep_for_ever():
+    time.sleep(1000)
+
+def sleep_with_the_lock_of_python():
+    ctypes.PyDLL(None).sleep(1000)
+
+hang, good_steps = globals()[sys.argv[1]], iter(range(int(sys.argv[2])))
+runner = Runner(
+    lambda: FakeModel(before_decode=lambda: next(good_steps, None) is not None or hang()),
+    max_batch=1, max_queue=4, num_preprocess_workers=1, step_timeout_seconds=1.5,
+)
+config = Config(
+    engine=EngineConfig(step_timeout_seconds=1.5),
+    server=ServerConfig(port=0, metrics=False, log_format="json"),
+)
+asyncio.run(serve(runner, config, on_serving=lambda server: print(server.address, flush=True)))
+"""
+
+
+@contextmanager
+def hanging_server(how: str, num_good_steps: int) -> Iterator[subprocess.Popen[str]]:
+    """A process whose model hangs after some decode steps; must have ended by itself at the end of the block."""
+    command = [sys.executable, "-c", HANGING, how, str(num_good_steps)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def test_an_engine_that_hangs_is_no_longer_served_and_ends_the_process_with_the_cause() -> None:
+    with hanging_server("sleep_for_ever", num_good_steps=10) as process:
+        assert process.stdout is not None
+        with grpc.insecure_channel(process.stdout.readline().strip()) as channel:
+            make_stub: Any = health_pb2_grpc.HealthStub
+            watch = make_stub(channel).Watch(health_pb2.HealthCheckRequest())
+            assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
+            stub = generation_pb2_grpc.GenerationServiceStub(channel)
+            running, waiting = (stub.GenerateStream(long_request(100)) for _ in range(2))
+            for stream in (running, waiting):
+                with pytest.raises(grpc.RpcError) as caught:
+                    list(stream)
+                assert (caught.value.code(), caught.value.details()) == (grpc.StatusCode.UNAVAILABLE, "the engine died")
+            assert next(watch).status == health_pb2.HealthCheckResponse.NOT_SERVING
+        _, log = process.communicate(timeout=60)
+    assert process.returncode == 1
+    cause = "a step has not returned for 1.5 s (step_timeout_seconds)"
+    assert log.splitlines()[-1] == f"trimserve.errors.EngineStopped: the engine died: TimeoutError('{cause}')"
+    [line] = (line for line in log.splitlines() if "the engine thread hangs" in line)
+    assert "in sleep_for_ever" in json.loads(line)["stack"]
+
+
+def test_an_engine_that_hangs_while_it_warms_up_ends_the_process_with_the_cause() -> None:
+    with hanging_server("sleep_for_ever", num_good_steps=0) as process:
+        _, log = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert log.splitlines()[-1] == "TimeoutError: a step has not returned for 1.5 s (step_timeout_seconds)"
+
+
+def test_an_engine_that_hangs_with_the_lock_of_python_ends_the_process_with_all_stacks() -> None:
+    with hanging_server("sleep_with_the_lock_of_python", num_good_steps=10) as process:
+        assert process.stdout is not None
+        with (
+            grpc.insecure_channel(process.stdout.readline().strip()) as channel,
+            pytest.raises(grpc.RpcError) as caught,
+        ):
+            list(generation_pb2_grpc.GenerationServiceStub(channel).GenerateStream(long_request(100)))
+        _, log = process.communicate(timeout=60)
+    assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+    assert process.returncode == 1
+    assert "in sleep_with_the_lock_of_python" in log

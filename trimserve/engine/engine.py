@@ -76,6 +76,8 @@ class Engine:
         """
         self.image_cache = ImageCache(image_cache_bytes)
         """Features of images seen before."""
+        self.step_began_at: float | None = None
+        """`time.monotonic()` when the step began that is being taken; None between two steps."""
         self._model = model
         self._max_batch = max_batch
         self._kv_cache_bytes = kv_cache_bytes
@@ -170,11 +172,13 @@ class Engine:
 
     def step(self) -> None:
         """Work on the next request for a slice of time, then decode one token of every running one."""
+        self.step_began_at = time.monotonic()
         with torch.inference_mode():
             self._advance()
             batch = [sequence for sequence in self._scheduler.running if not self._is_in_prefill(sequence)]
             if batch:
                 self._decode(batch)
+        self.step_began_at = None
 
     def _is_in_prefill(self, sequence: Sequence) -> bool:
         return self._prefill is not None and self._prefill.sequence is sequence

@@ -21,12 +21,14 @@ from trimserve.engine.engine import Engine
 from trimserve.engine.lookahead import Lookahead, Ticket
 from trimserve.engine.memory import is_out_of_memory, memory_by_kind
 from trimserve.engine.model import Model
+from trimserve.engine.outbox import Outbox, call_on
 from trimserve.engine.request import Finished, GenerationChunk, GenerationRequest
 from trimserve.engine.sequence import Sequence, SequenceState
 from trimserve.engine.status import EngineStatus, StepListener
 from trimserve.engine.stream import Stream
 from trimserve.engine.warm_up import warm_up
-from trimserve.engine.workers import Workers, in_daemon_thread
+from trimserve.engine.watchdog import hang
+from trimserve.engine.workers import Workers, in_daemon_thread, leave_behind
 from trimserve.errors import (
     DeadlinePassed,
     EngineBusy,
@@ -42,6 +44,8 @@ __all__ = ["Runner"]
 
 log = logging.getLogger(__name__)
 
+_JOIN_SECONDS = 0.1
+"""How late it may be told that the engine hangs while its end is awaited."""
 
 _PREPARED_AHEAD = 2
 """Requests whose decoded images wait for the engine while the workers decode those of others."""
@@ -60,6 +64,7 @@ class Runner:
         kv_cache_bytes: int | None = None,
         image_cache_bytes: int = 0,
         prefill_slice_seconds: float = 0.1,
+        step_timeout_seconds: float = 300.0,
     ) -> None:
         """Start nothing yet.
 
@@ -71,6 +76,7 @@ class Runner:
             kv_cache_bytes: see `Engine`.
             image_cache_bytes: see `Engine`.
             prefill_slice_seconds: see `Engine`.
+            step_timeout_seconds: after which a step of the engine that has not returned counts as its death.
         """
         self._load_model = load_model
         self._make_engine = partial(
@@ -82,12 +88,14 @@ class Runner:
         )
         self._max_batch = max_batch
         self._max_queue = max_queue
+        self._step_timeout_seconds = step_timeout_seconds
         self._text_workers = Workers(num_preprocess_workers, "trimserve-text")
         self._image_workers = Workers(num_preprocess_workers, "trimserve-image")
         self._lookahead = Lookahead(num_preprocess_workers + _PREPARED_AHEAD)
         self._on_step: StepListener | None = None
         self._engine: Engine | None = None
         self._thread: threading.Thread | None = None
+        self._watcher: asyncio.Task[None] | None = None
         self._refusal: str | None = "the engine has not started"
         """Why no request is taken now; None when they are."""
         self._ready_at: float | None = None
@@ -99,10 +107,9 @@ class Runner:
         # Its lock guards what several threads change: the commands, and what a stream has until it is closed.
         self._wake = threading.Condition()
         self._commands: list[Callable[[], None]] = []
-        self._outbox_lock = threading.Lock()
-        self._outbox: list[tuple[Stream, GenerationChunk | TrimserveError]] = []
         self._is_leaving = False
         self._loop: asyncio.AbstractEventLoop
+        self._outbox: Outbox
 
     @property
     def info(self) -> ModelInfo:
@@ -127,6 +134,7 @@ class Runner:
         self._refusal = starting = "the engine is starting"
         self._loop = asyncio.get_running_loop()
         self._death = self._loop.create_future()
+        self._outbox = Outbox(self._loop, self._deliver)
         try:
             model = await in_daemon_thread(self._load_model)
             if self._refusal != starting:
@@ -137,6 +145,7 @@ class Runner:
                 target=self._run, args=(self._engine, is_warm), name="trimserve-engine", daemon=True
             )
             self._thread.start()
+            self._watcher = asyncio.create_task(self._watch(self._engine, self._thread, is_warm))
             await is_warm
             if self._refusal != starting:
                 raise EngineStopped("the engine was stopped while it warmed up")
@@ -198,14 +207,14 @@ class Runner:
         )
 
     async def death(self) -> BaseException:
-        """Wait, for ever in the good case, until the engine thread of a started runner dies; what killed it."""
+        """Wait, for ever in the good case, until the engine thread of a started runner dies or hangs; the cause."""
         return await asyncio.shield(self._death)
 
     async def stop(self, grace_seconds: float) -> None:
         """Refuse new requests, let the accepted ones finish, end what is left with `EngineStopped`.
 
-        Returns when the engine thread has ended; workers end with the image that they have in hand. A second call
-        does nothing more.
+        Returns when the engine thread has ended, or hangs; workers end with the image that they have in hand. A second
+        call does nothing more.
 
         Args:
             grace_seconds: how long accepted requests may go on, at least 0.
@@ -217,6 +226,8 @@ class Runner:
             self._deliver(stream, EngineStopped("the engine stopped before the request ended"))
         self._command(self._leave)
         await asyncio.to_thread(self._join)
+        if self._watcher is not None:
+            self._watcher.cancel()
         self._refusal = "the engine has stopped"
 
     # ---- event loop ----
@@ -248,8 +259,9 @@ class Runner:
         if num_live >= self._max_batch + self._max_queue:
             raise EngineBusy(f"{num_live} requests run or wait: the queue of {self._max_queue} (max_queue) is full")
         stream = Stream(request.request_id, request.priority, time.monotonic())
+        sink = partial(self._outbox.put, stream)
         stream.preparation = self._loaded.preparation(
-            request, partial(self._send, stream), stream.submitted_at, deadline, partial(self._images_taken, stream)
+            request, sink, stream.submitted_at, deadline, partial(self._images_taken, stream)
         )
         self._streams.add(stream)
         self._is_idle.clear()
@@ -260,12 +272,6 @@ class Runner:
             stream.chunks.put_nowait(item)
             if isinstance(item, Finished | TrimserveError):
                 self._close(stream)
-
-    def _deliver_all(self) -> None:
-        with self._outbox_lock:
-            outbox, self._outbox = self._outbox, []
-        for stream, item in outbox:
-            self._deliver(stream, item)
 
     def _close(self, stream: Stream) -> None:
         with self._wake:
@@ -282,7 +288,15 @@ class Runner:
         doing = "being prepared" if stream.sequence is None else stream.state.value
         self._deliver(stream, DeadlinePassed(f"the deadline passed while the request was {doing}"))
 
+    async def _watch(self, engine: Engine, thread: threading.Thread, is_warm: "asyncio.Future[None]") -> None:
+        error = await hang(thread, lambda: engine.step_began_at, self._step_timeout_seconds)
+        leave_behind(thread)  # it cannot be ended from outside
+        self._die(error)
+        _settle(is_warm, error)
+
     def _die(self, error: BaseException) -> None:
+        if self._death.done():
+            return
         self._refusal = "the engine died"  # why is the operator's business
         self._death.set_result(error)
         self._is_alive = False
@@ -290,8 +304,8 @@ class Runner:
             self._deliver(stream, EngineStopped(self._refusal))
 
     def _join(self) -> None:
-        if self._thread is not None:
-            self._thread.join()
+        while self._is_alive and self._thread is not None and self._thread.is_alive():
+            self._thread.join(_JOIN_SECONDS)
         self._text_workers.stop()
         self._image_workers.stop()
 
@@ -311,13 +325,13 @@ class Runner:
         try:
             sequence = preparation.advance()
         except InvalidRequest as error:
-            self._send(stream, error)
+            self._outbox.put(stream, error)
         except BaseException as error:  # a panic in compiled code is no Exception
             log.exception("preparing request %s failed", stream.request_id)
             if is_out_of_memory(error):
-                self._send(stream, OutOfMemory(f"out of memory while request {stream.request_id} was prepared"))
+                self._outbox.put(stream, OutOfMemory(f"out of memory while request {stream.request_id} was prepared"))
             else:
-                self._send(stream, RequestFailed(f"preparing request {stream.request_id} failed"))
+                self._outbox.put(stream, RequestFailed(f"preparing request {stream.request_id} failed"))
         else:
             self._go_on(stream, sequence)
 
@@ -342,9 +356,9 @@ class Runner:
         try:
             warm_up(engine)
         except BaseException as error:  # noqa: BLE001  # handed to who awaits it
-            self._on_loop(partial(_settle, is_warm, error))
+            call_on(self._loop, partial(_settle, is_warm, error))
             return
-        self._on_loop(partial(_settle, is_warm, None))
+        call_on(self._loop, partial(_settle, is_warm, None))
         try:
             while not self._is_leaving:
                 for command in self._take_commands(engine):
@@ -352,7 +366,7 @@ class Runner:
                 engine.step()
         except BaseException as error:
             log.critical("the engine thread dies", exc_info=True)
-            self._on_loop(partial(self._die, error))
+            call_on(self._loop, partial(self._die, error))
 
     def _take_commands(self, engine: Engine) -> list[Callable[[], None]]:
         """Wait until there is something to do."""
@@ -375,18 +389,6 @@ class Runner:
         with self._wake:
             self._commands.append(command)
             self._wake.notify()
-
-    def _send(self, stream: Stream, item: GenerationChunk | TrimserveError) -> None:
-        with self._outbox_lock:
-            self._outbox.append((stream, item))
-            is_first = len(self._outbox) == 1
-        if is_first:  # what follows before the loop gets to it goes with it
-            self._on_loop(self._deliver_all)
-
-    def _on_loop(self, callback: Callable[[], None]) -> None:
-        """Call on the event loop."""
-        with suppress(RuntimeError):  # it is closed: nobody listens any more
-            self._loop.call_soon_threadsafe(callback)
 
 
 def _settle(future: "asyncio.Future[None]", error: BaseException | None) -> None:

@@ -10,12 +10,13 @@ from itertools import count
 from queue import PriorityQueue
 from typing import TypeVar
 
-__all__ = ["Workers", "in_daemon_thread", "is_any_left_behind"]
+__all__ = ["Workers", "in_daemon_thread", "is_any_left_behind", "leave_behind"]
 
 Job = Callable[[], object]
 T = TypeVar("T")
 
-_DAEMON = "trimserve-daemon"
+_LEFT_BEHIND = "trimserve-left-behind"
+"""Name of the threads that nobody waits for."""
 
 
 async def in_daemon_thread(function: Callable[[], T]) -> T:
@@ -44,13 +45,18 @@ async def in_daemon_thread(function: Callable[[], T]) -> T:
         with suppress(RuntimeError):  # the event loop is closed: nobody waits any more
             loop.call_soon_threadsafe(settle, finish)
 
-    threading.Thread(target=call, name=_DAEMON, daemon=True).start()
+    threading.Thread(target=call, name=_LEFT_BEHIND, daemon=True).start()
     return await outcome
 
 
+def leave_behind(thread: threading.Thread) -> None:
+    """Wait no longer for a thread that hangs."""
+    thread.name = _LEFT_BEHIND
+
+
 def is_any_left_behind() -> bool:
-    """Whether a function that `in_daemon_thread` called still runs."""
-    return any(thread.name == _DAEMON for thread in threading.enumerate())
+    """Whether a function that `in_daemon_thread` called still runs, or a thread that was left behind."""
+    return any(thread.name == _LEFT_BEHIND for thread in threading.enumerate())
 
 
 class Workers:

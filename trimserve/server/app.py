@@ -22,6 +22,7 @@ from grpc_reflection.v1alpha import reflection
 
 from trimserve.config import Config
 from trimserve.engine.status import EngineStatus
+from trimserve.engine.watchdog import loop_watched
 from trimserve.errors import CannotListen, EngineStopped
 from trimserve.server.certificates import server_credentials
 from trimserve.server.gate import Gate
@@ -198,11 +199,12 @@ async def serve(runner: Runner, config: Config, *, on_serving: Callable[[Server]
         on_serving: called once requests are taken, such as to print the address.
     Raises:
         CannotListen: a port is taken, or the host is not ours.
-        EngineStopped: the engine died, and with it the server, so that something starts it anew.
+        EngineStopped: the engine died or hangs, and with it the server, so that something starts it anew.
         Exception: whatever loading or warm-up raised.
     """
     configure_logging(config.server.log_level, config.server.log_format)
-    await _serve_until(_signalled(), Server(runner, config), on_serving or (lambda _: None))
+    async with loop_watched(config.engine.step_timeout_seconds):
+        await _serve_until(_signalled(), Server(runner, config), on_serving or (lambda _: None))
 
 
 async def _serve_until(is_over: asyncio.Future[Any], server: Server, on_serving: Callable[[Server], None]) -> None:

@@ -47,7 +47,7 @@ class Runner(Protocol):
         """A consistent snapshot; also before `start`."""
 
     async def death(self) -> BaseException:
-        """Wait, for ever in the good case, until the engine of a started runner dies; what killed it."""
+        """Wait, for ever in the good case, until the engine of a started runner dies or hangs; the cause."""
 
     async def stop(self, grace_seconds: float) -> None:
         """Refuse new requests, let running ones finish, end the rest with EngineStopped.
