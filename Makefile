@@ -41,6 +41,7 @@ check: build  ## lint, types, formatting, and that everything generated is up to
 verify: check test  ## what takes longer: committed accuracies, random mixes, full load, wheel, Prometheus, image, benchmarks
 	$(BIN)/python -m pytest tests/engine/test_random_mixes.py --mixes 200 --timeout 3600
 	$(BIN)/python -m benchmarks.soak
+	$(BIN)/python -m benchmarks.soak load
 	$(BIN)/python -m training.reproduce
 	$(PIP) --no-build-isolation --editable '.[fuzz]' && $(BIN)/python scripts/fuzz_convert.py -max_total_time=300
 	PATH="$(abspath $(BIN)):$$PATH" scripts/verify_wheel.sh

@@ -1,1 +1,1 @@
-"""Hours of use in minutes: does a server at full load leak, fail or leave a stream hanging?"""
+"""Hours of use in minutes: does a server at full load leak, fail, hang or keep health checks waiting?"""

@@ -1,16 +1,21 @@
-"""Serves the embedded model at full load for some minutes, with clients that give up and input that is bad.
+"""Serves the embedded model at full load for some minutes.
 
-    python -m benchmarks.soak [--minutes 10] [--out benchmarks/results/soak.json]
+    python -m benchmarks.soak [soak|load] [--seconds 600] [--out benchmarks/results/soak.json]
 
-A closed loop of more clients than the batch has places asks about text, one image and several images, trimmed and not,
-streamed and unary; a tenth of the requests is cancelled at a random moment, a twentieth cannot be answered. Page pool
-and image cache are small, so that both are full all the time. Afterwards must hold:
+Clients in a closed loop ask about text, one image and several images, trimmed and not.
+
+- soak: more clients than the batch has places, streamed and unary; a tenth of the requests is cancelled at a random
+  moment, a twentieth cannot be answered. Page pool and image cache are small, so that both are full all the time.
+- load: two hundred streams that all decode together, and all to their end.
+
+Meanwhile another process asks for health, metrics and reflection. Afterwards must hold:
 
 - the page pool is empty, and nothing runs or waits;
 - resident memory is flat: its median in the last fifth of the time is at most 3 % above that in the second fifth
   (the first fifth warms up);
 - no request ended otherwise than provoked, as the clients and as the server's own counters tell it;
-- every stream had its start, all of its tokens and its end, and no call is still open.
+- every stream had its start, all of its tokens and its end, and no call is still open;
+- of health, metrics and reflection, 99 of 100 answers came within a tenth of a second.
 
 Exits with status 1 if one of these does not hold.
 """
@@ -29,19 +34,22 @@ import grpc
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from benchmarks.serve.figures import percentiles
 from benchmarks.serve.report import about, write_json
 from benchmarks.serve.service import Server, running_server
 from benchmarks.soak.asks import Asks, Shares
 from benchmarks.soak.clients import Tally, full_load
 from benchmarks.soak.memory import Growth, Sample, growth, watched_memory
+from benchmarks.soak.onlookers import asked
 from trimserve.v1 import model_pb2, model_pb2_grpc
 
 __all__ = ["main"]
 
-_OUT = Path(__file__).parent.parent / "results" / "soak.json"
+_RESULTS = Path(__file__).parent.parent / "results"
 _MAX_GROWTH = 0.03
-_KV_CACHE_BYTES = 12 * 2**20  # the prefill scratch, and less than what a full batch of these requests takes
-_IMAGE_CACHE_BYTES = 4 * 2**20  # some twenty images
+_MAX_ANSWER_SECONDS = 0.1
+"""For 99 of 100 onlookers."""
+_IMAGE_CACHE = ("--image-cache-bytes", str(4 * 2**20))  # some twenty images
 _SECONDS_TO_SETTLE = 10.0
 _GENERATION = 'grpc_service="trimserve.v1.GenerationService"'
 _NUM_POINTS = 40
@@ -50,10 +58,20 @@ _NUM_POINTS = 40
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    minutes: float
+    """How a server is used."""
+
     clients: int
-    threads: int
-    seed: int
+    """That always have a request."""
+    shares: Shares
+    flags: tuple[str, ...]
+    """Of the server."""
+
+
+_PLANS = {
+    # The prefill scratch, and less than what a full batch of these requests takes.
+    "soak": _Plan(32, Shares(), ("--kv-cache-bytes", str(12 * 2**20), *_IMAGE_CACHE)),
+    "load": _Plan(200, Shares(cancelled=0, refused=0, streamed=1), ("--max-batch", "200", *_IMAGE_CACHE)),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,45 +83,48 @@ class _Run:
     status: model_pb2.GetServerStatusResponse
     """Once all was quiet."""
     metrics: dict[str, float]
+    onlookers: dict[str, list[float]]
+    """Seconds that each of them waited, by what was asked."""
     seconds: float
 
 
 def main() -> None:
     """Command line; the last line of standard output is the report as one JSON document."""
     arguments = _arguments()
-    plan = _Plan(arguments.minutes, arguments.clients, arguments.threads, arguments.seed)
-    console = Console(stderr=True)
-    flags = ("--kv-cache-bytes", str(_KV_CACHE_BYTES), "--image-cache-bytes", str(_IMAGE_CACHE_BYTES))
-    with running_server(None, num_threads=plan.threads, flags=flags) as server:
-        run = asyncio.run(_soak(server, plan, console))
-    report = _report(run, plan)
-    write_json(report, arguments.out)
-    console.print({name: report[name] for name in ("requests", "memory", "checks")})
+    plan, console = _PLANS[arguments.plan], Console(stderr=True)
+    with running_server(None, num_threads=arguments.threads, flags=plan.flags) as server:
+        run = asyncio.run(_use(server, plan, arguments, console))
+    report = _report(run, plan, arguments)
+    write_json(report, arguments.out or _RESULTS / f"{arguments.plan}.json")
+    console.print({name: report[name] for name in ("requests", "memory", "onlookers_seconds", "checks")})
     print(json.dumps(report))
     if not all(report["checks"].values()):
         console.print("[red]failed[/]", report["faults"], [name for name, held in report["checks"].items() if not held])
         sys.exit(1)
 
 
-async def _soak(server: Server, plan: _Plan, console: Console) -> _Run:
+async def _use(server: Server, plan: _Plan, arguments: argparse.Namespace, console: Console) -> _Run:
     async with grpc.aio.insecure_channel(server.address) as channel:
         model = model_pb2_grpc.ModelServiceStub(channel)
         tile_size = (await model.GetModel(model_pb2.GetModelRequest())).tile_size
         start = time.monotonic()
-        async with watched_memory(server.pid) as samples:
-            watcher = asyncio.create_task(_show(samples, plan, console))
-            asks = Asks(tile_size, Shares(), plan.seed)
-            tally = await full_load(channel, asks, num_clients=plan.clients, seconds=plan.minutes * 60)
+        async with (
+            asked(server.address, server.metrics_address) as onlookers,
+            watched_memory(server.pid) as samples,
+        ):
+            watcher = asyncio.create_task(_show(samples, arguments.seconds, console))
+            asks = Asks(tile_size, plan.shares, arguments.seed)
+            tally = await full_load(channel, asks, num_clients=plan.clients, seconds=arguments.seconds)
             watcher.cancel()
         seconds = time.monotonic() - start
         status = await _settled(model)
-    return _Run(tally, samples, status, server.metrics(), seconds)
+    return _Run(tally, samples, status, server.metrics(), onlookers, seconds)
 
 
-async def _show(samples: list[Sample], plan: _Plan, console: Console) -> None:
+async def _show(samples: list[Sample], seconds: float, console: Console) -> None:
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
-        task = progress.add_task("", total=plan.minutes * 60)
+        task = progress.add_task("", total=seconds)
         while True:
             await asyncio.sleep(1)
             last = samples[-1]
@@ -124,14 +145,14 @@ def _is_busy(status: model_pb2.GetServerStatusResponse) -> bool:
     return bool(status.num_running or status.num_waiting or status.self_kv_bytes or status.cross_kv_bytes)
 
 
-def _report(run: _Run, plan: _Plan) -> dict[str, Any]:
+def _report(run: _Run, plan: _Plan, arguments: argparse.Namespace) -> dict[str, Any]:
     tally, status = run.tally, run.status
     memory = growth(run.samples)
     return {
-        "benchmark": "soak",
-        **about(plan.threads),
+        "benchmark": arguments.plan,
+        **about(arguments.threads),
         "seconds": round(run.seconds, 1),
-        "plan": {**asdict(plan), **asdict(Shares())},
+        "plan": {**asdict(plan), "seconds": arguments.seconds, "seed": arguments.seed},
         "requests": {**tally.ended, "not_as_provoked": tally.num_faults},
         "answered_by_kind": dict(sorted(tally.answered.items())),
         "tokens_per_second": round(tally.num_tokens / run.seconds, 1),
@@ -148,6 +169,7 @@ def _report(run: _Run, plan: _Plan) -> dict[str, Any]:
             "most_growth": _MAX_GROWTH,
         },
         "memory_curve": _curve(run.samples),
+        "onlookers_seconds": {name: _waited(seconds) for name, seconds in run.onlookers.items()},
         "checks": _checks(run, memory),
     }
 
@@ -167,7 +189,12 @@ def _checks(run: _Run, memory: Growth) -> dict[str, bool]:
         "memory_is_flat": memory.fraction <= _MAX_GROWTH,
         "no_error_but_those_provoked": run.tally.num_faults + failed + refused == 0,
         "no_call_is_open": started == handled > 0,
+        "onlookers_are_answered": all(_waited(each)["p99"] <= _MAX_ANSWER_SECONDS for each in run.onlookers.values()),
     }
+
+
+def _waited(seconds: list[float]) -> dict[str, float]:
+    return {**(percentiles(seconds) or {}), "max": round(max(seconds), 5), "num": len(seconds)}
 
 
 def _total(metrics: Mapping[str, float], name: str, label: str = "") -> float:
@@ -184,11 +211,11 @@ def _curve(samples: list[Sample]) -> list[tuple[float, int]]:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--minutes", type=float, default=10, help="of full load")
-    add("--clients", type=int, default=32, help="that always have a request; more than the batch has places")
+    add("plan", nargs="?", choices=_PLANS, default="soak", help="how the server is used")
+    add("--seconds", type=float, default=600, help="of full load")
     add("--threads", type=int, default=1, help="of one op; leave a core to the clients")
     add("--seed", type=int, default=0, help="of the requests")
-    add("--out", type=Path, default=_OUT, help="the report")
+    add("--out", type=Path, help="the report; default: PLAN.json in benchmarks/results")
     return parser.parse_args()
 
 

@@ -67,6 +67,8 @@ class Shares:
     """Bad input."""
     repeated: float = 0.5
     """Of the images: those that were shown before."""
+    streamed: float = 0.5
+    """The others are unary."""
 
 
 class Asks:
@@ -91,9 +93,9 @@ class Asks:
         fate = rng.random()
         if fate < shares.refused:
             name, make = rng.choice(list(_BAD.items()))
-            return Ask(make(self._image()), f"bad input: {name}", rng.random() < 0.5, Fate.REFUSED)
+            return Ask(make(self._image()), f"bad input: {name}", rng.random() < shares.streamed, Fate.REFUSED)
         request, kind = self._good()
-        is_streamed = rng.random() < 0.5
+        is_streamed = rng.random() < shares.streamed
         kind += ", streamed" if is_streamed else ", unary"
         if fate < shares.refused + shares.cancelled:
             return Ask(request, kind, is_streamed, Fate.CANCELLED, rng.random())

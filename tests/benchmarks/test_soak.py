@@ -1,4 +1,4 @@
-"""The soak's own judgement: what it calls a leak, a broken stream, and a fair mix of requests."""
+"""The soak's own judgement: what it calls a leak, a broken stream, and a fair mix of requests; who looks on."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -8,6 +8,9 @@ import pytest
 from benchmarks.soak.asks import Asks, Fate, Shares
 from benchmarks.soak.clients import fault_of_stream
 from benchmarks.soak.memory import Sample, growth
+from benchmarks.soak.onlookers import asked
+from tests.server.fakes import CONFIG, FakeRunner
+from trimserve.server.app import running_server
 from trimserve.v1 import generation_pb2 as pb
 
 MIB = 2**20
@@ -54,3 +57,18 @@ def test_requests_are_drawn_in_the_shares_that_are_asked_for_and_of_every_kind()
     assert fates[Fate.CANCELLED] == pytest.approx(200, abs=40)
     assert fates[Fate.REFUSED] == pytest.approx(100, abs=30)
     assert len({ask.kind for ask in drawn if ask.fate is Fate.ANSWERED}) == 3 * 2 * 2
+
+
+def test_all_requests_may_be_streams() -> None:
+    asks = Asks(tile_size=16, shares=Shares(cancelled=0, refused=0, streamed=1), seed=0)
+    assert all(ask.is_streamed and ask.fate is Fate.ANSWERED for ask in (asks.draw() for _ in range(100)))
+
+
+async def test_onlookers_tell_how_long_each_answer_took() -> None:
+    async with running_server(FakeRunner(), CONFIG) as server:
+        assert server.metrics_address is not None
+        async with asked(server.address, server.metrics_address) as seconds:
+            pass
+    assert set(seconds) == {"health", "metrics", "reflection"}
+    assert all(0 < each < 10 for answers in seconds.values() for each in answers)
+    assert all(seconds.values())  # at least once
