@@ -115,12 +115,14 @@ struct PagedAttentionArgs {
   float scale;
 };
 
-// x [R, K]; weight [N, K]; output [R, N] = x weight^T; all of `dtype`.
+// x [R, K]; weight [N, K]; output [R, N] = gate * x weight^T, added to what it holds if `accumulates`; all of `dtype`.
 struct LinearArgs {
   const void* x;
   const void* weight;
   void* output;
   DType dtype;
+  bool accumulates;
+  float gate;
   std::int64_t num_rows;     // R
   std::int64_t num_outputs;  // N
   std::int64_t num_inputs;   // K
@@ -138,6 +140,15 @@ struct RmsNormArgs {
   std::int64_t size;       // K
   std::int64_t x_stride;
   float epsilon;
+};
+
+// gate_up [R, 2 I], output [R, I], of `dtype`.
+struct SiluGateArgs {
+  const void* gate_up;
+  void* output;
+  DType dtype;
+  std::int64_t size;  // I
+  std::int64_t row_stride;
 };
 
 // heads [R, H, Dh] of `dtype`; cosines and sines [R, Dh / 2].
@@ -201,6 +212,9 @@ void linear(const LinearArgs& args, std::int64_t begin, std::int64_t end);
 
 // Range over rows.
 void rms_norm(const RmsNormArgs& args, std::int64_t begin, std::int64_t end);
+
+// Range over rows.
+void silu_gate(const SiluGateArgs& args, std::int64_t begin, std::int64_t end);
 
 // Range over rows.
 void rotate(const RotateArgs& args, std::int64_t begin, std::int64_t end);

@@ -7,28 +7,50 @@
 
 namespace trimserve {
 
-Tensor linear(const Tensor& x, const Tensor& weight) {
-  check_linear(x, weight);
+namespace {
+
+// output = gate * x weight^T, or added to it.
+void multiply(const Tensor& output, const Tensor& x, const Tensor& weight, double gate, bool accumulates) {
   const Tensor rows = with_contiguous_rows(x);
-  Tensor output = torch::stable::new_empty(x, {x.size(0), weight.size(0)});
   const LinearArgs args{
       .x = rows.const_data_ptr(),
       .weight = weight.const_data_ptr(),
       .output = output.mutable_data_ptr(),
       .dtype = kernel_dtype(x.scalar_type()),
+      .accumulates = accumulates,
+      .gate = static_cast<float>(gate),
       .num_rows = x.size(0),
       .num_outputs = weight.size(0),
       .num_inputs = x.size(1),
       .x_stride = rows.stride(0),
   };
-  if (args.num_rows == 0) return output;
+  if (args.num_rows == 0) return;
   // A thread is worth some bytes of the weight, and fewer of them the more products they take part in.
   const std::int64_t block_bytes = kLinearColumns * args.num_inputs * element_bytes(x.scalar_type());
-  const std::int64_t blocks_per_thread = kGrainBytes / (block_bytes * std::min<std::int64_t>(args.num_rows, 16) + 1) + 1;
+  const std::int64_t blocks_per_thread =
+      kGrainBytes / (block_bytes * std::min<std::int64_t>(args.num_rows, 16) + 1) + 1;
   const std::int64_t num_blocks = (args.num_outputs + kLinearColumns - 1) / kLinearColumns;
   torch::stable::parallel_for(0, num_blocks, blocks_per_thread,
                               [&](std::int64_t begin, std::int64_t end) { cpu::linear(args, begin, end); });
+}
+
+}  // namespace
+
+Tensor linear(const Tensor& x, const Tensor& weight) {
+  check_linear(x, weight);
+  Tensor output = torch::stable::new_empty(x, {x.size(0), weight.size(0)});
+  multiply(output, x, weight, 1.0, false);
   return output;
+}
+
+// output += gate * x weight^T; output [R, N] contiguous.
+void add_linear(const Tensor& output, const Tensor& x, const Tensor& weight, double gate) {
+  check_linear(x, weight);
+  check(output.scalar_type() == x.scalar_type() && output.dim() == 2 && output.is_contiguous() &&
+            output.size(0) == x.size(0) && output.size(1) == weight.size(0),
+        "add_linear: output must be contiguous ", name_of(x.scalar_type()), " [", x.size(0), ", ", weight.size(0),
+        "], got ", describe(output));
+  multiply(output, x, weight, gate, true);
 }
 
 Tensor rms_norm(const Tensor& x, const Tensor& weight, double epsilon) {
@@ -49,6 +71,22 @@ Tensor rms_norm(const Tensor& x, const Tensor& weight, double epsilon) {
   };
   torch::stable::parallel_for(0, x.size(0), rows_per_thread(args.num_heads * args.size, x.scalar_type()),
                               [&](std::int64_t begin, std::int64_t end) { cpu::rms_norm(args, begin, end); });
+  return output;
+}
+
+Tensor silu_gate(const Tensor& gate_up) {
+  check_silu_gate(gate_up);
+  const Tensor rows = with_contiguous_rows(gate_up);
+  Tensor output = torch::stable::new_empty(gate_up, {gate_up.size(0), gate_up.size(1) / 2});
+  const SiluGateArgs args{
+      .gate_up = rows.const_data_ptr(),
+      .output = output.mutable_data_ptr(),
+      .dtype = kernel_dtype(gate_up.scalar_type()),
+      .size = output.size(1),
+      .row_stride = rows.stride(0),
+  };
+  torch::stable::parallel_for(0, rows.size(0), rows_per_thread(gate_up.size(1), gate_up.scalar_type()),
+                              [&](std::int64_t begin, std::int64_t end) { cpu::silu_gate(args, begin, end); });
   return output;
 }
 

@@ -151,6 +151,11 @@ void check_rms_norm(const Tensor& x, const Tensor& weight, double epsilon) {
   check(epsilon >= 0 && std::isfinite(epsilon), kOp, ": epsilon must be finite and at least 0, got ", epsilon);
 }
 
+void check_silu_gate(const Tensor& gate_up) {
+  check(is_floating(gate_up.scalar_type()) && gate_up.dim() == 2 && gate_up.size(1) % 2 == 0,
+        "silu_gate: gate_up must be float32, bfloat16 or float16 [R, 2 I], got ", describe(gate_up));
+}
+
 void check_rotate(const Tensor& heads, const Tensor& cosines, const Tensor& sines) {
   constexpr const char* kOp = "rotate";
   check(is_floating(heads.scalar_type()) && heads.dim() == 3 && heads.size(2) % 2 == 0, kOp,

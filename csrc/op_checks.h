@@ -42,6 +42,8 @@ void check_linear(const Tensor& x, const Tensor& weight);
 
 void check_rms_norm(const Tensor& x, const Tensor& weight, double epsilon);
 
+void check_silu_gate(const Tensor& gate_up);
+
 void check_rotate(const Tensor& heads, const Tensor& cosines, const Tensor& sines);
 
 }  // namespace trimserve

@@ -17,7 +17,12 @@ STABLE_TORCH_LIBRARY(trimserve, m) {
       "Tensor? bias=None) -> Tensor");
   m.def("linear(Tensor x, Tensor weight) -> Tensor");
   m.def("rms_norm(Tensor x, Tensor weight, float epsilon) -> Tensor");
+  m.def("silu_gate(Tensor gate_up) -> Tensor");
   m.def("rotate(Tensor(a!) heads, Tensor cosines, Tensor sines) -> ()");
+  m.def(
+      "decode_layers(Tensor(a!) hidden, Tensor(b!) pages, Tensor[] weights, int[] cross_layers, float[] gates, "
+      "Tensor cosines, Tensor sines, Tensor text_tables, Tensor text_lengths, Tensor slots, Tensor? feature_tables, "
+      "Tensor? feature_lengths, Tensor? bias, float epsilon) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(trimserve, CPU, m) {
@@ -30,5 +35,7 @@ STABLE_TORCH_LIBRARY_IMPL(trimserve, CPU, m) {
   m.impl("paged_attention", TORCH_BOX(&trimserve::paged_attention));
   m.impl("linear", TORCH_BOX(&trimserve::linear));
   m.impl("rms_norm", TORCH_BOX(&trimserve::rms_norm));
+  m.impl("silu_gate", TORCH_BOX(&trimserve::silu_gate));
   m.impl("rotate", TORCH_BOX(&trimserve::rotate));
+  m.impl("decode_layers", TORCH_BOX(&trimserve::decode_layers));
 }

@@ -1,5 +1,5 @@
 // linear: rows times a weight that lies as torch stores it.
-//   x [R, K]     weight [N, K]     output [R, N]
+//   x [R, K]     weight [N, K]     output [R, N] = x weight^T, or output + gate * x weight^T
 //   Tiles of as many products as a vector has lanes stay in registers: sums along K, whose lanes are added up at its end,
 //   so nothing is packed or transposed. Made for the few rows of a decode step: one row is bound by the bytes of the
 //   weight, more by arithmetic. An output is the same to the last bit in every batch.
@@ -80,7 +80,10 @@ TRIMSERVE_INLINE void multiply_tile(const LinearArgs& args, std::int64_t row, st
   for (std::int64_t r = 0; r < num_rows; ++r) {
     const float* const of_row = values + r * kColumns;
     auto* const output = static_cast<Element<dtype>*>(args.output) + (row + r) * args.num_outputs + column;
-    for (std::int64_t c = 0; c < num_columns; ++c) output[c] = Element<dtype>::from_float(of_row[c]);
+    for (std::int64_t c = 0; c < num_columns; ++c) {
+      const float before = args.accumulates ? output[c].to_float() : 0.0f;
+      output[c] = Element<dtype>::from_float(before + args.gate * of_row[c]);
+    }
   }
 }
 

@@ -1,7 +1,12 @@
-"""What other threads have for the streams of the event loop: in order, and many things with one wake-up."""
+"""What other threads have for the streams of the event loop: in order, and many things with one wake-up.
+
+A message of one token can cost the loop more than that token cost the engine, and both share the interpreter. So the
+loop may spend a small part of its time on messages: tokens that come faster than that wait a moment for each other.
+"""
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -12,6 +17,12 @@ from trimserve.errors import TrimserveError
 __all__ = ["Outbox", "call_on"]
 
 Item = GenerationChunk | TrimserveError
+
+_MOST_BUSY = 0.1
+"""Part of its time that the loop may work before what comes next waits."""
+
+_LONGEST_WAIT_SECONDS = 0.02
+"""Nobody reads so fast as to notice."""
 
 
 def call_on(loop: asyncio.AbstractEventLoop, callback: Callable[[], None]) -> None:
@@ -34,6 +45,7 @@ class Outbox:
         self._deliver = deliver
         self._lock = threading.Lock()
         self._items: list[tuple[Stream, Item]] = []
+        self._delivered_at = self._busy_seconds = 0.0
 
     def put(self, stream: Stream, item: Item) -> None:
         """Have an item delivered soon."""
@@ -44,6 +56,12 @@ class Outbox:
             call_on(self._loop, self._deliver_all)
 
     def _deliver_all(self) -> None:
+        now, busy_seconds = time.monotonic(), time.thread_time()
+        pause = min((busy_seconds - self._busy_seconds) / _MOST_BUSY, _LONGEST_WAIT_SECONDS)
+        if now < self._delivered_at + pause:
+            self._loop.call_at(self._delivered_at + pause, self._deliver_all)
+            return
+        self._delivered_at, self._busy_seconds = now, busy_seconds
         with self._lock:
             items, self._items = self._items, []
         for stream, item in items:

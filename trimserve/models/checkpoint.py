@@ -203,6 +203,8 @@ def _read_config(folder: Path) -> MllamaConfig:
         config = MllamaConfig.from_pretrained(folder)
     except Exception as error:  # transformers raises whatever it meets in a broken file
         raise CheckpointError(f"{file}: {error}") from error
+    if (activation := text_config(config).hidden_act) != "silu":
+        raise CheckpointError(f"{file}: text_config.hidden_act must be silu, got {activation}")
     vision = vision_config(config)
     if not isinstance(vision.image_size, int) or not isinstance(vision.patch_size, int):
         sides = f"{vision.image_size} and {vision.patch_size}"

@@ -7,71 +7,22 @@ before the decoder comes in as fewer features. A prefill can be interrupted afte
 `ops`, choosing is `trimming.py`, where keys and values lie is `key_values.py`.
 """
 
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import MllamaForConditionalGeneration
-from transformers.models.mllama.modeling_mllama import (
-    MllamaCrossAttentionDecoderLayer,
-    MllamaSelfAttentionDecoderLayer,
-    MllamaTextRMSNorm,
-)
+from transformers.models.mllama.modeling_mllama import MllamaCrossAttentionDecoderLayer, MllamaSelfAttentionDecoderLayer
 
-from trimserve import ops
 from trimserve.models.checkpoint import text_config
+from trimserve.models.compiled_decode import CompiledDecode
+from trimserve.models.decoder_layers import BatchRows, CrossLayer, RmsNorm, SelfLayer, SequenceRows
 from trimserve.models.interruptible import Interruptible
-from trimserve.models.key_values import BatchTables, KeyValues, row_slots, write_rows
+from trimserve.models.key_values import BatchTables, KeyValues
 from trimserve.models.linear import linear
-from trimserve.models.policies.policy import FirstLayer
-from trimserve.models.prefilled import TrimTimes
 from trimserve.models.rotary import RotaryAngles
-from trimserve.models.trimming import select
-from trimserve.models.visibility import feature_visibility
-from trimserve.models.vision_rows import VisionRows
-from trimserve.models.weights import FUSED
 
 __all__ = ["RaggedDecoder", "SequenceRows"]
-
-
-@dataclass(slots=True)
-class SequenceRows:
-    """One sequence's prompt in a ragged batch."""
-
-    num_rows: int
-    kv: KeyValues
-    """Empty before the prefill."""
-    vision: VisionRows | None = None
-
-    def visible_runs(self) -> list[tuple[int, int, int, int]]:
-        """(first row, end row, first feature, end feature) of consecutive rows that see the same features."""
-        if self.vision is None:
-            return []
-        offsets = self.vision.offsets
-        images = self.vision.visible_images
-        starts = [row for row in range(self.num_rows) if row == 0 or images[row] != images[row - 1]]
-        runs = []
-        for start, end in zip(starts, [*starts[1:], self.num_rows], strict=True):
-            first, last = images[start]
-            if first < last:
-                runs.append((start, end, offsets[first], offsets[last]))
-        return runs
-
-
-@dataclass(frozen=True, slots=True)
-class _Rows:
-    """What every layer needs to know of one forward pass."""
-
-    cosines: Tensor
-    """float32 [R, Dh / 2]"""
-    sines: Tensor
-    seeing: Tensor | slice | None
-    """int64 [S], or a slice, the flat rows that see an image; None: every row does."""
-    num_seeing: tuple[int, ...]
-    """How many of those each sequence has."""
 
 
 class RaggedDecoder:
@@ -84,17 +35,18 @@ class RaggedDecoder:
         head_dim = config.hidden_size // config.num_attention_heads
         self._embed = text.embed_tokens
         self._angles = RotaryAngles(text.rotary_emb)
-        self._norm = _rms_norm(text.norm)
+        self._norm = RmsNorm(text.norm)
         self._lm_head = linear(model, "lm_head")
-        self._layers: list[_SelfLayer | _CrossLayer] = []
+        self._layers: list[SelfLayer | CrossLayer] = []
         num_self = num_cross = 0
         for layer in text.layers:
             if isinstance(layer, MllamaCrossAttentionDecoderLayer):
-                self._layers.append(_CrossLayer(layer, num_cross, head_dim))
+                self._layers.append(CrossLayer(layer, num_cross, head_dim))
                 num_cross += 1
             elif isinstance(layer, MllamaSelfAttentionDecoderLayer):
-                self._layers.append(_SelfLayer(layer, num_self, head_dim))
+                self._layers.append(SelfLayer(layer, num_self, head_dim))
                 num_self += 1
+        self._compiled = CompiledDecode.of(self._layers)
 
     def prefill(
         self, token_ids: Tensor, prompts: Sequence[SequenceRows], *, all_rows: bool = False
@@ -119,7 +71,7 @@ class RaggedDecoder:
             num_seeing.append(len(rows))
             start += prompt.num_rows
         index = torch.tensor(seeing, dtype=torch.int64, device=hidden.device) if len(seeing) < start else None
-        batch = _Rows(*self._angles.at(positions), index, tuple(num_seeing))
+        batch = BatchRows(*self._angles.at(positions), index, tuple(num_seeing))
         for layer in self._layers:
             hidden = layer.prefill(hidden, batch, prompts)
             yield
@@ -145,190 +97,30 @@ class RaggedDecoder:
             kvs, token_ids = [kvs[row] for row in order], token_ids[order]
         num_seeing = sum(kv.cross_length > 0 for kv in kvs)
         seeing = slice(num_seeing) if num_seeing < len(kvs) else None
-        batch = _Rows(*self._angles.at([kv.length for kv in kvs]), seeing, (num_seeing,))
+        batch = BatchRows(*self._angles.at([kv.length for kv in kvs]), seeing, (num_seeing,))
         text = BatchTables.of_text(kvs)
         features = BatchTables.of_features(kvs[:num_seeing]) if num_seeing else None
         hidden = self._embed(token_ids)
-        for layer in self._layers:
-            if isinstance(layer, _SelfLayer):
-                hidden = layer.decode(hidden, batch, text)
-            elif features is not None:
-                hidden = layer.decode(hidden, batch, features)
+        if self._compiled is not None and len(kvs) <= self._compiled.most_rows:
+            self._compiled(hidden, batch, text, features)
+        else:
+            hidden = self._decode_layers(hidden, batch, text, features)
         for kv in kvs:
             kv.length += 1
         logits = self._logits(hidden)
-        return logits if is_sorted else torch.empty_like(logits).index_copy_(0, torch.tensor(order, device=logits.device), logits)
+        if not is_sorted:
+            logits = torch.empty_like(logits).index_copy_(0, torch.tensor(order, device=logits.device), logits)
+        return logits
+
+    def _decode_layers(
+        self, hidden: Tensor, batch: BatchRows, text: BatchTables, features: BatchTables | None
+    ) -> Tensor:
+        for layer in self._layers:
+            if isinstance(layer, SelfLayer):
+                hidden = layer.decode(hidden, batch, text)
+            elif features is not None:
+                hidden = layer.decode(hidden, batch, features)
+        return hidden
 
     def _logits(self, hidden: Tensor) -> Tensor:
         return self._lm_head(self._norm(hidden)).float()
-
-
-class _Layer:
-    """What self- and cross-attention layers share: the shape of heads, attention and the MLP."""
-
-    def __init__(
-        self, layer: MllamaSelfAttentionDecoderLayer | MllamaCrossAttentionDecoderLayer, index: int, head_dim: int
-    ) -> None:
-        self._index = index
-        self._head_dim = head_dim
-        self._scale = head_dim**-0.5
-        self._input_norm = _rms_norm(layer.input_layernorm)
-        self._mlp_norm = _rms_norm(layer.post_attention_layernorm)
-        self._gate_up = linear(layer.mlp, *FUSED["mlp"])
-        self._activation = layer.mlp.act_fn
-        self._down = linear(layer.mlp, "down_proj")
-
-    def _mlp(self, hidden: Tensor) -> Tensor:
-        gate, up = self._gate_up(self._mlp_norm(hidden)).chunk(2, dim=-1)
-        return self._down(self._activation(gate) * up)
-
-    def _heads(self, rows: Tensor) -> Tensor:
-        """[R, heads * Dh] -> [R, heads, Dh]."""
-        return rows.view(rows.shape[0], -1, self._head_dim)
-
-    def _attend(
-        self, q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool = False, bias: Tensor | None = None
-    ) -> Tensor:
-        """[T, H, Dh] over [L, Hkv, Dh] -> [T, H * Dh]; `bias` [L] is added to every row's logits."""
-        attended = F.scaled_dot_product_attention(
-            q.transpose(0, 1)[None],
-            k.transpose(0, 1)[None],
-            v.transpose(0, 1)[None],
-            attn_mask=None if bias is None else bias.expand(1, 1, len(q), -1),
-            is_causal=is_causal,
-            scale=self._scale,
-            enable_gqa=q.shape[1] != k.shape[1],
-        )
-        return attended[0].transpose(0, 1).flatten(1)
-
-
-class _SelfLayer(_Layer):
-    def __init__(self, layer: MllamaSelfAttentionDecoderLayer, index: int, head_dim: int) -> None:
-        super().__init__(layer, index, head_dim)
-        attention = layer.self_attn
-        self._qkv = linear(attention, *FUSED["self_attn"])
-        self._split = [attention.num_heads, attention.num_key_value_heads, attention.num_key_value_heads]
-        self._output = linear(attention, "o_proj")
-
-    def prefill(self, hidden: Tensor, batch: _Rows, prompts: Sequence[SequenceRows]) -> Tensor:
-        q, k, v = self._project(hidden, batch)
-        rows = [prompt.num_rows for prompt in prompts]
-        attended = []
-        for prompt, *of_prompt in zip(prompts, q.split(rows), k.split(rows), v.split(rows), strict=True):
-            queries, keys, values = of_prompt
-            write_rows(prompt.kv.pages, prompt.kv.self_tables, self._index, keys, values)
-            attended.append(self._attend(queries, keys, values, is_causal=prompt.num_rows > 1))
-        return self._finish(hidden, torch.cat(attended))
-
-    def decode(self, hidden: Tensor, batch: _Rows, text: BatchTables) -> Tensor:
-        q, k, v = self._project(hidden, batch)
-        text.write(self._index, k, v)
-        return self._finish(hidden, text.attend(self._index, q, self._scale).flatten(1))
-
-    def _project(self, hidden: Tensor, batch: _Rows) -> tuple[Tensor, Tensor, Tensor]:
-        heads = self._heads(self._qkv(self._input_norm(hidden)))
-        q, k, v = heads.split(self._split, dim=1)
-        ops.rotate(heads[:, : -v.shape[1]], batch.cosines, batch.sines)
-        return q, k, v
-
-    def _finish(self, hidden: Tensor, attended: Tensor) -> Tensor:
-        hidden = hidden + self._output(attended)
-        return hidden + self._mlp(hidden)
-
-
-class _CrossLayer(_Layer):
-    def __init__(self, layer: MllamaCrossAttentionDecoderLayer, index: int, head_dim: int) -> None:
-        super().__init__(layer, index, head_dim)
-        attention = layer.cross_attn
-        self._attention_gate = layer.cross_attn_attn_gate.tanh().item()
-        self._mlp_gate = layer.cross_attn_mlp_gate.tanh().item()
-        self._query = linear(attention, "q_proj")
-        self._kv = linear(attention, *FUSED["cross_attn"])
-        self._output = linear(attention, "o_proj")
-        self._q_norm = _rms_norm(attention.q_norm)
-        self._k_norm = _rms_norm(attention.k_norm)
-
-    def prefill(self, hidden: Tensor, batch: _Rows, prompts: Sequence[SequenceRows]) -> Tensor:
-        if not any(batch.num_seeing):
-            return hidden
-        residual, q = self._queries(hidden, batch)
-        attended = [
-            self._attend_prompt(rows, prompt.kv, prompt.vision, prompt.visible_runs())
-            for rows, prompt in zip(q.split(batch.num_seeing), prompts, strict=True)
-            if prompt.vision is not None and len(rows)
-        ]
-        return self._finish(hidden, residual, torch.cat(attended), batch)
-
-    def decode(self, hidden: Tensor, batch: _Rows, features: BatchTables) -> Tensor:
-        residual, q = self._queries(hidden, batch)
-        return self._finish(hidden, residual, features.attend(self._index, q, self._scale).flatten(1), batch)
-
-    def _queries(self, hidden: Tensor, batch: _Rows) -> tuple[Tensor, Tensor]:
-        """The rows that see something, and their queries [S, H, Dh]."""
-        residual = hidden if batch.seeing is None else hidden[batch.seeing]
-        return residual, self._q_norm(self._heads(self._query(self._input_norm(residual))))
-
-    def _finish(self, hidden: Tensor, residual: Tensor, attended: Tensor, batch: _Rows) -> Tensor:
-        residual = residual.add(self._output(attended), alpha=self._attention_gate)
-        residual = residual.add(self._mlp(residual), alpha=self._mlp_gate)
-        if batch.seeing is None:
-            return residual
-        hidden[batch.seeing] = residual
-        return hidden
-
-    def _attend_prompt(
-        self, q: Tensor, kv: KeyValues, vision: VisionRows, runs: Sequence[tuple[int, int, int, int]]
-    ) -> Tensor:
-        """Queries [S, H, Dh] of the rows that see something -> [S, H * Dh]; also selects and stores."""
-        keys, values = self._project(vision.features)
-        bias = vision.bias
-        pieces = q.split([end_row - first_row for first_row, end_row, _, _ in runs])
-        attended = torch.cat(
-            [
-                self._attend(piece, keys[first:end], values[first:end], bias=None if bias is None else bias[first:end])
-                for piece, (_, _, first, end) in zip(pieces, runs, strict=True)
-            ]
-        )
-        self._store(q, keys, values, kv, vision)
-        return attended
-
-    def _project(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        keys, values = (self._heads(part) for part in self._kv(features).chunk(2, dim=-1))
-        return self._k_norm(keys), values
-
-    def _store(self, q: Tensor, keys: Tensor, values: Tensor, kv: KeyValues, vision: VisionRows) -> None:
-        """Trim in the first cross-attention layer; cache what the last row, and so every decoded row, sees."""
-        if self._index == 0 and vision.trim.is_after_first_layer:
-            self._trim(q, keys, values, kv, vision)
-            return
-        first, end = vision.held_range
-        if self._index == 0:
-            kv.reserve_cross(end - first, vision.held_bias)
-        write_rows(kv.pages, kv.cross_tables, self._index, keys[first:end], values[first:end])
-
-    def _trim(self, q: Tensor, keys: Tensor, values: Tensor, kv: KeyValues, vision: VisionRows) -> None:
-        """Select in the first cross-attention layer and cache; `vision` holds the kept features afterwards."""
-        began_at = time.monotonic()
-        seeing = [images for images in vision.visible_images if images[0] < images[1]]
-        visibility = feature_visibility(seeing, vision.num_features).to(q.device)
-        layer = FirstLayer(
-            q, keys, vision.features, visibility, self._scale, vision.num_features, vision.features_per_tile
-        )
-        selection = select(layer, vision.trim)
-        selected_at = time.monotonic()
-        kept, merged = vision.hold(selection)
-        first, end = vision.held_range
-        kv.reserve_cross(end - first, vision.held_bias)
-        slots = row_slots(kv.pages, kv.cross_tables, 0, end - first)
-        is_held = (first <= kept) & (kept < end)
-        ops.gather_kv(kv.pages, 0, keys, values, selection.kept[is_held], slots[kept[is_held] - first])
-        if selection.groups is not None:
-            is_held = (first <= merged) & (merged < end)
-            mean_keys, mean_values = (selection.groups.mean(rows)[is_held] for rows in (keys, values))
-            ops.write_kv(kv.pages, 0, mean_keys, mean_values, slots[merged[is_held] - first])
-        vision.trim_times = TrimTimes(began_at, selected_at, time.monotonic())
-
-
-def _rms_norm(norm: MllamaTextRMSNorm) -> Callable[[Tensor], Tensor]:
-    weight, epsilon = norm.weight, norm.variance_epsilon
-    return lambda rows: ops.rms_norm(rows, weight, epsilon)

@@ -1,5 +1,6 @@
 """The decoder's linear layers, as functions of rows: how their weights are stored is known here alone."""
 
+from dataclasses import dataclass
 from typing import Final, Protocol
 
 import torch
@@ -10,7 +11,7 @@ from trimserve import ops
 from trimserve.models.int8 import int8_linear
 from trimserve.models.weights import fused_scales, fused_weight
 
-__all__ = ["Linear", "linear"]
+__all__ = ["FloatLinear", "Linear", "linear"]
 
 _MOST_ROWS: Final = {torch.float32: 256, torch.float16: 256, torch.bfloat16: 8}
 """Up to so many rows `ops.linear` is faster than torch on a CPU (`benchmarks/results/ops.json`)."""
@@ -21,6 +22,20 @@ class Linear(Protocol):
 
     def __call__(self, rows: Tensor, /) -> Tensor:
         """The outputs of all layers, one after another."""
+
+
+@dataclass(frozen=True, slots=True)
+class FloatLinear:
+    """Weights of the rows' own dtype."""
+
+    weight: Tensor
+    """[outputs, columns], contiguous."""
+    most_rows: int
+    """Up to so many rows `ops.linear` is faster than torch."""
+
+    def __call__(self, rows: Tensor, /) -> Tensor:
+        """[R, columns] -> [R, outputs]."""
+        return ops.linear(rows, self.weight) if len(rows) <= self.most_rows else F.linear(rows, self.weight)
 
 
 def linear(module: nn.Module, *names: str) -> Linear:
@@ -34,5 +49,4 @@ def linear(module: nn.Module, *names: str) -> Linear:
     if weight.dtype == torch.int8:
         scales = fused_scales(module, names)
         return lambda rows: int8_linear(rows, weight, scales)
-    most_rows = _MOST_ROWS.get(weight.dtype, 0) if weight.device.type == "cpu" else 0
-    return lambda rows: ops.linear(rows, weight) if len(rows) <= most_rows else F.linear(rows, weight)
+    return FloatLinear(weight, _MOST_ROWS[weight.dtype] if weight.device.type == "cpu" else 0)

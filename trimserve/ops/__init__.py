@@ -3,7 +3,7 @@
 Importing this package loads the compiled ops. It knows nothing about models.
 """
 
-from trimserve.ops.layers import linear, rms_norm, rotate
+from trimserve.ops.layers import decode_layers, linear, rms_norm, rotate, silu_gate
 from trimserve.ops.library import build_info, load_library
 from trimserve.ops.paging import PAGE_POSITIONS, gather_kv, paged_attention, write_kv
 from trimserve.ops.selection import headwise_scores, headwise_topk, select_features, union_indices
@@ -11,6 +11,7 @@ from trimserve.ops.selection import headwise_scores, headwise_topk, select_featu
 __all__ = [
     "PAGE_POSITIONS",
     "build_info",
+    "decode_layers",
     "gather_kv",
     "headwise_scores",
     "headwise_topk",
@@ -20,6 +21,7 @@ __all__ = [
     "rms_norm",
     "rotate",
     "select_features",
+    "silu_gate",
     "union_indices",
     "write_kv",
 ]

@@ -4,13 +4,15 @@ Typed wrappers over the compiled ops of `csrc/layers.cpp`, each with its fake ke
 All checks are made in C++. On CUDA they are torch's own ops. `reference.py` defines what each op computes.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from trimserve.ops.library import load_library
 
-__all__ = ["linear", "rms_norm", "rotate"]
+__all__ = ["decode_layers", "linear", "rms_norm", "rotate", "silu_gate"]
 
 load_library()
 
@@ -51,6 +53,21 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     return result
 
 
+def silu_gate(gate_up: Tensor) -> Tensor:
+    """What the gate of an MLP lets through: gate * sigmoid(gate) * up.
+
+    Args:
+        gate_up: float32, bfloat16 or float16 [R, 2 * I], of each row first the gates.
+    Returns:
+        [R, I] of the same dtype, computed in float32.
+    Raises:
+        ValueError: a wrong dtype or shape.
+    Source: SwiGLU, arXiv:2002.05202. Definition: reference.silu_gate.
+    """
+    result: Tensor = torch.ops.trimserve.silu_gate(gate_up)
+    return result
+
+
 def rotate(heads: Tensor, cosines: Tensor, sines: Tensor) -> None:
     """Rotary position embedding, in place: elements d and d + Dh / 2 of a head are turned by angle d of its row.
 
@@ -66,12 +83,75 @@ def rotate(heads: Tensor, cosines: Tensor, sines: Tensor) -> None:
     torch.ops.trimserve.rotate(heads, cosines, sines)
 
 
+def decode_layers(
+    hidden: Tensor,
+    pages: Tensor,
+    weights: Sequence[Tensor],
+    cross_layers: Sequence[int],
+    gates: Sequence[float],
+    cosines: Tensor,
+    sines: Tensor,
+    text_tables: Tensor,
+    text_lengths: Tensor,
+    slots: Tensor,
+    feature_tables: Tensor | None,
+    feature_lengths: Tensor | None,
+    bias: Tensor | None,
+    epsilon: float,
+) -> None:
+    """One new row of each sequence through all layers of a decoder, in one call; CPU only.
+
+    The first rows see features, the others pass cross-attention layers unchanged. Other threads of Python run
+    meanwhile. All tensors of numbers have the dtype of `hidden`, and shapes as the ops above and `paged_attention` have.
+
+    Args:
+        hidden: [B, D], contiguous; becomes the last layer's output.
+        pages: [P, G, 2, Hkv, PAGE_POSITIONS, Dh]; written to.
+        weights: layer after layer. Self-attention: input norm, query-key-value, output, MLP norm, gate-up, down.
+            Cross-attention: input norm, query, query norm, output, MLP norm, gate-up, down.
+        cross_layers: which layers are cross-attention.
+        gates: factors of each cross-attention layer's attention and MLP.
+        cosines: float32 [B, Dh / 2], of the rows' positions.
+        sines: as cosines.
+        text_tables: int32 [groups, B, max_pages].
+        text_lengths: int32 [B], the new row among them.
+        slots: int64 [groups, B], where the new rows' keys and values go.
+        feature_tables: int32 [groups, S, max_pages], of the first S rows; None: no row sees any.
+        feature_lengths: int32 [S]; None with `feature_tables`.
+        bias: float32 [S, max_pages * PAGE_POSITIONS], added to the logits of features; None: nothing is.
+        epsilon: of all norms.
+    Raises:
+        ValueError: what any of the ops would refuse, or numbers of weights and gates that do not fit.
+    Definition: the same ops one by one, `models.decoder.RaggedDecoder.decode`.
+    """
+    torch.ops.trimserve.decode_layers(
+        hidden,
+        pages,
+        weights,
+        cross_layers,
+        gates,
+        cosines,
+        sines,
+        text_tables,
+        text_lengths,
+        slots,
+        feature_tables,
+        feature_lengths,
+        bias,
+        epsilon,
+    )
+
+
 def _fake_linear(x: Tensor, weight: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[0])
 
 
 def _fake_rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     return x.new_empty(x.shape)
+
+
+def _fake_silu_gate(gate_up: Tensor) -> Tensor:
+    return gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
 
 
 def _fake_rotate(heads: Tensor, cosines: Tensor, sines: Tensor) -> None:
@@ -82,6 +162,11 @@ def _rms_norm_of_torch(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     return F.rms_norm(x, weight.shape, weight, epsilon)
 
 
+def _silu_gate_of_torch(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
 def _rotate_of_torch(heads: Tensor, cosines: Tensor, sines: Tensor) -> None:
     left, right = heads.float().chunk(2, dim=-1)
     cos, sin = cosines[:, None], sines[:, None]
@@ -90,7 +175,9 @@ def _rotate_of_torch(heads: Tensor, cosines: Tensor, sines: Tensor) -> None:
 
 torch.library.impl("trimserve::linear", "CUDA", F.linear)
 torch.library.impl("trimserve::rms_norm", "CUDA", _rms_norm_of_torch)
+torch.library.impl("trimserve::silu_gate", "CUDA", _silu_gate_of_torch)
 torch.library.impl("trimserve::rotate", "CUDA", _rotate_of_torch)
 torch.library.register_fake("trimserve::linear", _fake_linear)
 torch.library.register_fake("trimserve::rms_norm", _fake_rms_norm)
+torch.library.register_fake("trimserve::silu_gate", _fake_silu_gate)
 torch.library.register_fake("trimserve::rotate", _fake_rotate)

@@ -18,6 +18,7 @@ __all__ = [
     "rms_norm",
     "rotate",
     "select_features",
+    "silu_gate",
     "union_indices",
     "write_kv",
 ]
@@ -104,6 +105,12 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """Define `trimserve.ops.rms_norm`; computes in float64."""
     rows = x.double()
     return (rows / (rows.square().mean(dim=-1, keepdim=True) + epsilon).sqrt() * weight.double()).to(x.dtype)
+
+
+def silu_gate(gate_up: Tensor) -> Tensor:
+    """Define `trimserve.ops.silu_gate`; computes in float64."""
+    gate, up = gate_up.double().chunk(2, dim=-1)
+    return (gate * gate.sigmoid() * up).to(gate_up.dtype)
 
 
 def rotate(heads: Tensor, cosines: Tensor, sines: Tensor) -> None:

@@ -1,0 +1,105 @@
+// decode_layers: one new row of each sequence through all layers of the decoder, in one call.
+//
+// It is the ops of layers.cpp and paging.cpp in the order of trimserve/models/decoder.py, whose decode path says the same
+// op by op. One call matters where an op takes microseconds: Python would need as long between two of them, and every op
+// that Python calls lets another of its threads in.
+
+#include <algorithm>
+#include <cmath>
+
+#include "op_checks.h"
+#include "ops.h"
+
+namespace trimserve {
+namespace {
+
+namespace ts = torch::stable;
+
+constexpr const char* kOp = "decode_layers";
+constexpr std::size_t kWeightsOfSelf = 6, kWeightsOfCross = 7;
+
+// Pages of one kind of layer, for a batch.
+struct Paged {
+  const Tensor& pages;
+  const Tensor& tables;   // [groups, B, max_pages]
+  const Tensor& lengths;  // [B]
+
+  Tensor attend(const Tensor& q, std::int64_t layer, const std::optional<Tensor>& bias) const {
+    const std::int64_t layers_per_page = pages.size(1);
+    check(layer / layers_per_page < tables.size(0), kOp, ": tables must have a group for layer ", layer, ", got ",
+          describe(tables));
+    const Tensor attended =
+        paged_attention(q, pages, layer % layers_per_page, ts::select(tables, 0, layer / layers_per_page),
+                        lengths, 1.0 / std::sqrt(static_cast<double>(pages.size(5))), bias);
+    return ts::view(attended, {attended.size(0), attended.size(1) * attended.size(2)});
+  }
+};
+
+// rows += gate * mlp(rows); weights: norm, gate and up, down.
+void add_mlp(const Tensor& rows, const Tensor* weights, double gate, double epsilon) {
+  add_linear(rows, silu_gate(linear(rms_norm(rows, weights[0], epsilon), weights[1])), weights[2], gate);
+}
+
+// A view of `size` places from `start` on. By value: torch's narrow asks for a tensor that it could change.
+Tensor part(Tensor tensor, std::int64_t dim, std::int64_t start, std::int64_t size) {
+  return ts::narrow(tensor, dim, start, size);
+}
+
+Tensor heads_of(const Tensor& rows, std::int64_t head_dim) {
+  return ts::view(rows, {rows.size(0), rows.size(1) / head_dim, head_dim});
+}
+
+}  // namespace
+
+void decode_layers(const Tensor& hidden, const Tensor& pages, std::vector<Tensor> weights,
+                   std::vector<std::int64_t> cross_layers, std::vector<double> gates, const Tensor& cosines,
+                   const Tensor& sines, const Tensor& text_tables, const Tensor& text_lengths,
+                   const Tensor& slots, std::optional<Tensor> feature_tables,
+                   std::optional<Tensor> feature_lengths, std::optional<Tensor> bias, double epsilon) {
+  check_pages(kOp, pages, 0);
+  check(gates.size() == 2 * cross_layers.size(), kOp, ": gates must be two of each of ", cross_layers.size(),
+        " cross-attention layers, got ", gates.size());
+  const std::size_t of_cross = kWeightsOfCross * cross_layers.size();
+  check(weights.size() >= of_cross && (weights.size() - of_cross) % kWeightsOfSelf == 0, kOp,
+        ": weights must be six of each self-attention layer and seven of each cross-attention layer, got ",
+        weights.size());
+  check(feature_tables.has_value() == feature_lengths.has_value(), kOp,
+        ": feature_tables and feature_lengths must come together");
+  const std::int64_t num_layers =
+      static_cast<std::int64_t>((weights.size() - of_cross) / kWeightsOfSelf + cross_layers.size());
+  const std::int64_t num_kv_heads = pages.size(3), head_dim = pages.size(5);
+  const Paged text{pages, text_tables, text_lengths};
+
+  const Tensor* of_layer = weights.data();
+  std::int64_t num_self = 0, num_cross = 0;
+  for (std::int64_t layer = 0; layer < num_layers; ++layer) {
+    if (std::find(cross_layers.begin(), cross_layers.end(), layer) == cross_layers.end()) {
+      const Tensor heads = heads_of(linear(rms_norm(hidden, of_layer[0], epsilon), of_layer[1]), head_dim);
+      const std::int64_t num_heads = heads.size(1) - 2 * num_kv_heads;
+      check(num_heads > 0, kOp, ": a projection to queries, keys and values has too few outputs, ", heads.size(1),
+            " heads");
+      rotate(part(heads, 1, 0, num_heads + num_kv_heads), cosines, sines);
+      write_kv(pages, num_self % pages.size(1), part(heads, 1, num_heads, num_kv_heads),
+               part(heads, 1, num_heads + num_kv_heads, num_kv_heads),
+               ts::select(slots, 0, num_self / pages.size(1)));
+      const Tensor attended = text.attend(part(heads, 1, 0, num_heads), num_self, std::nullopt);
+      add_linear(hidden, attended, of_layer[2], 1.0);
+      add_mlp(hidden, of_layer + 3, 1.0, epsilon);
+      of_layer += kWeightsOfSelf;
+      ++num_self;
+    } else {
+      if (feature_lengths) {
+        const Tensor rows = part(hidden, 0, 0, feature_lengths->size(0));
+        const Tensor q = rms_norm(heads_of(linear(rms_norm(rows, of_layer[0], epsilon), of_layer[1]), head_dim),
+                                  of_layer[2], epsilon);
+        const Tensor attended = Paged{pages, *feature_tables, *feature_lengths}.attend(q, num_cross, bias);
+        add_linear(rows, attended, of_layer[3], gates[2 * num_cross]);
+        add_mlp(rows, of_layer + 4, gates[2 * num_cross + 1], epsilon);
+      }
+      of_layer += kWeightsOfCross;
+      ++num_cross;
+    }
+  }
+}
+
+}  // namespace trimserve
