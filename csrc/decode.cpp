@@ -26,8 +26,8 @@ struct Paged {
 
   Tensor attend(const Tensor& q, std::int64_t layer, const std::optional<Tensor>& bias) const {
     const std::int64_t layers_per_page = pages.size(1);
-    check(layer / layers_per_page < tables.size(0), kOp, ": tables must have a group for layer ", layer, ", got ",
-          describe(tables));
+    check(layer / layers_per_page < tables.size(0), kOp, ": tables must have a group for layer ", layer,
+          ", got ", describe(tables));
     const Tensor attended =
         paged_attention(q, pages, layer % layers_per_page, ts::select(tables, 0, layer / layers_per_page),
                         lengths, 1.0 / std::sqrt(static_cast<double>(pages.size(5))), bias);
@@ -76,8 +76,8 @@ void decode_layers(const Tensor& hidden, const Tensor& pages, std::vector<Tensor
     if (std::find(cross_layers.begin(), cross_layers.end(), layer) == cross_layers.end()) {
       const Tensor heads = heads_of(linear(rms_norm(hidden, of_layer[0], epsilon), of_layer[1]), head_dim);
       const std::int64_t num_heads = heads.size(1) - 2 * num_kv_heads;
-      check(num_heads > 0, kOp, ": a projection to queries, keys and values has too few outputs, ", heads.size(1),
-            " heads");
+      check(num_heads > 0, kOp, ": a projection to queries, keys and values has too few outputs, ",
+            heads.size(1), " heads");
       rotate(part(heads, 1, 0, num_heads + num_kv_heads), cosines, sines);
       write_kv(pages, num_self % pages.size(1), part(heads, 1, num_heads, num_kv_heads),
                part(heads, 1, num_heads + num_kv_heads, num_kv_heads),
@@ -90,8 +90,9 @@ void decode_layers(const Tensor& hidden, const Tensor& pages, std::vector<Tensor
     } else {
       if (feature_lengths) {
         const Tensor rows = part(hidden, 0, 0, feature_lengths->size(0));
-        const Tensor q = rms_norm(heads_of(linear(rms_norm(rows, of_layer[0], epsilon), of_layer[1]), head_dim),
-                                  of_layer[2], epsilon);
+        const Tensor q =
+            rms_norm(heads_of(linear(rms_norm(rows, of_layer[0], epsilon), of_layer[1]), head_dim),
+                     of_layer[2], epsilon);
         const Tensor attended = Paged{pages, *feature_tables, *feature_lengths}.attend(q, num_cross, bias);
         add_linear(rows, attended, of_layer[3], gates[2 * num_cross]);
         add_mlp(rows, of_layer + 4, gates[2 * num_cross + 1], epsilon);

@@ -48,8 +48,8 @@ void add_linear(const Tensor& output, const Tensor& x, const Tensor& weight, dou
   check_linear(x, weight);
   check(output.scalar_type() == x.scalar_type() && output.dim() == 2 && output.is_contiguous() &&
             output.size(0) == x.size(0) && output.size(1) == weight.size(0),
-        "add_linear: output must be contiguous ", name_of(x.scalar_type()), " [", x.size(0), ", ", weight.size(0),
-        "], got ", describe(output));
+        "add_linear: output must be contiguous ", name_of(x.scalar_type()), " [", x.size(0), ", ",
+        weight.size(0), "], got ", describe(output));
   multiply(output, x, weight, gate, true);
 }
 
@@ -85,8 +85,9 @@ Tensor silu_gate(const Tensor& gate_up) {
       .size = output.size(1),
       .row_stride = rows.stride(0),
   };
-  torch::stable::parallel_for(0, rows.size(0), rows_per_thread(gate_up.size(1), gate_up.scalar_type()),
-                              [&](std::int64_t begin, std::int64_t end) { cpu::silu_gate(args, begin, end); });
+  torch::stable::parallel_for(
+      0, rows.size(0), rows_per_thread(gate_up.size(1), gate_up.scalar_type()),
+      [&](std::int64_t begin, std::int64_t end) { cpu::silu_gate(args, begin, end); });
   return output;
 }
 
@@ -102,7 +103,8 @@ void rotate(const Tensor& heads, const Tensor& cosines, const Tensor& sines) {
       .head_dim = heads.size(2),
       .row_stride = heads.stride(0),
   };
-  torch::stable::parallel_for(0, heads.size(0), rows_per_thread(args.num_heads * args.head_dim, heads.scalar_type()),
+  torch::stable::parallel_for(0, heads.size(0),
+                              rows_per_thread(args.num_heads * args.head_dim, heads.scalar_type()),
                               [&](std::int64_t begin, std::int64_t end) { cpu::rotate(args, begin, end); });
 }
 

@@ -138,7 +138,8 @@ void check_linear(const Tensor& x, const Tensor& weight) {
   constexpr const char* kOp = "linear";
   check(is_floating(x.scalar_type()) && x.dim() == 2, kOp,
         ": x must be float32, bfloat16 or float16 [R, K], got ", describe(x));
-  check_tensor(kOp, "weight", weight, x.scalar_type(), "[N, K] like x", weight.dim() == 2 && weight.size(1) == x.size(1));
+  check_tensor(kOp, "weight", weight, x.scalar_type(), "[N, K] like x",
+               weight.dim() == 2 && weight.size(1) == x.size(1));
   check(weight.is_contiguous(), kOp, ": weight must be contiguous");
 }
 
@@ -148,7 +149,8 @@ void check_rms_norm(const Tensor& x, const Tensor& weight, double epsilon) {
         ": x must be float32, bfloat16 or float16 [R, K] or [R, H, K], got ", describe(x));
   check_tensor(kOp, "weight", weight, x.scalar_type(), "[K] like x",
                weight.dim() == 1 && weight.size(0) == x.size(x.dim() - 1));
-  check(epsilon >= 0 && std::isfinite(epsilon), kOp, ": epsilon must be finite and at least 0, got ", epsilon);
+  check(epsilon >= 0 && std::isfinite(epsilon), kOp, ": epsilon must be finite and at least 0, got ",
+        epsilon);
 }
 
 void check_silu_gate(const Tensor& gate_up) {

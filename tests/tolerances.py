@@ -8,6 +8,7 @@ __all__ = [
     "ATTENTION",
     "HEADWISE_SCORES",
     "INT8_LINEAR",
+    "LINEAR",
     "LOGITS",
     "LOGITS_BFLOAT16",
     "LOGITS_INT8",
@@ -30,6 +31,14 @@ HEADWISE_SCORES: Tolerance = {"rtol": 1e-5, "atol": 1e-9}
 
 # Attention weights of vision layers: the rows that they are made of went through other attention kernels before.
 ATTENTION: Tolerance = {"rtol": 1e-4, "atol": 1e-6}
+
+# Sums of up to 3000 products of normal numbers, themselves up to about 250, in float32 against float64; the other
+# dtypes are also off by one unit of their last place.
+LINEAR: dict[torch.dtype, Tolerance] = {
+    torch.float32: {"rtol": 1e-5, "atol": 1e-4},
+    torch.bfloat16: {"rtol": 2**-7, "atol": 1e-4},
+    torch.float16: {"rtol": 2**-10, "atol": 1e-4},
+}
 
 # As above, by dtype of the result: float32 is off by up to about 30 * 2^-24 of the largest value, itself about 4; the
 # others also by one unit of their last place, where the two sides round to different neighbours.

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from transformers.models.mllama.modeling_mllama import repeat_kv
 
 from benchmarks.ops.measure import Floor
-from tests.tolerances import HEADWISE_SCORES, PAGED_ATTENTION
+from tests.tolerances import HEADWISE_SCORES, LINEAR, PAGED_ATTENTION
 from trimserve import ops
 from trimserve.ops import PAGE_POSITIONS, reference
 
@@ -64,6 +64,8 @@ def make_cases(dtype: torch.dtype) -> Iterator[Case]:
     yield from _writing_cases(dtype, generator)
     for length in (_FEATURES // 2, _FEATURES):
         yield _paged_attention_case(dtype, generator, length)
+    for num_rows in (1, _BATCH):
+        yield _linear_case(dtype, generator, num_rows)
 
 
 def _draw(*shape: int, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
@@ -181,6 +183,25 @@ def _paged_attention_case(dtype: torch.dtype, generator: torch.Generator, length
         "repeat_kv + sdpa",
         2 * _BATCH * length * _KV_HEADS * _HEAD_DIM * dtype.itemsize,
         "read",
+    )
+
+
+def _linear_case(dtype: torch.dtype, generator: torch.Generator, num_rows: int) -> Case:
+    size = _HEADS * _HEAD_DIM
+    x, weight = (_draw(n, size, dtype=dtype, generator=generator) for n in (num_rows, size))
+    product = ops.linear(x, weight)
+    torch.testing.assert_close(product, reference.linear(x, weight), **LINEAR[dtype])
+    floor: Floor | None = "read" if num_rows == 1 else None
+    num_bytes = x.nbytes + weight.nbytes + product.nbytes
+    return Case(
+        "linear",
+        f"{num_rows} rows",
+        dtype,
+        lambda: ops.linear(x, weight),
+        lambda: F.linear(x, weight),
+        "linear",
+        num_bytes,
+        floor,
     )
 
 

@@ -46,11 +46,11 @@ TRIMSERVE_INLINE void multiply(const Element<dtype>* x, std::int64_t x_stride, s
   const std::int64_t whole = num_inputs / kSize * kSize;
   for (std::int64_t k = 0; k < whole; k += kSize) {
     if (ahead) {
-      unrolled<kColumns>([&](auto c) TRIMSERVE_INLINE_LAMBDA { __builtin_prefetch(ahead + c * num_inputs + k); });
+      unrolled<kColumns>([&](auto c)
+                             TRIMSERVE_INLINE_LAMBDA { __builtin_prefetch(ahead + c * num_inputs + k); });
     }
-    add(k, [](Floats(&vectors)[Stored::kVectors], const Element<dtype>* source) TRIMSERVE_INLINE_LAMBDA {
-      Stored::load(vectors, source);
-    });
+    add(k, [](Floats(&vectors)[Stored::kVectors], const Element<dtype>* source)
+               TRIMSERVE_INLINE_LAMBDA { Stored::load(vectors, source); });
   }
   if (whole < num_inputs) {
     add(whole, [&](Floats(&vectors)[Stored::kVectors], const Element<dtype>* source) TRIMSERVE_INLINE_LAMBDA {
@@ -64,7 +64,8 @@ TRIMSERVE_INLINE void multiply(const Element<dtype>* x, std::int64_t x_stride, s
 }
 
 template <int kWidth, DType dtype, int kRows>
-TRIMSERVE_INLINE void multiply_tile(const LinearArgs& args, std::int64_t row, std::int64_t column, bool is_first) {
+TRIMSERVE_INLINE void multiply_tile(const LinearArgs& args, std::int64_t row, std::int64_t column,
+                                    bool is_first) {
   using Floats = typename Simd<kWidth>::Floats;
   constexpr int kColumns = kWidth / kRows;
   const std::int64_t num_rows = std::min<std::int64_t>(kRows, args.num_rows - row);
@@ -106,7 +107,8 @@ TRIMSERVE_INLINE void multiply_block(const LinearArgs& args, std::int64_t first_
 template <DType dtype>
 std::int64_t rows_of_block(const LinearArgs& args) {
   constexpr std::int64_t kBytes = 256 * 1024;
-  const std::int64_t rows = kBytes / (args.num_inputs * static_cast<std::int64_t>(sizeof(Element<dtype>)) + 1);
+  const std::int64_t rows =
+      kBytes / (args.num_inputs * static_cast<std::int64_t>(sizeof(Element<dtype>)) + 1);
   return std::clamp<std::int64_t>(rows / 4 * 4, 8, 64);
 }
 

@@ -23,14 +23,14 @@ TRIMSERVE_INLINE void pass_row(const Element<dtype>* gate, const Element<dtype>*
                                Element<dtype>* output) {
   using Stored = Packed<kWidth, dtype>;
   constexpr std::int64_t kSize = Stored::kVectors * kWidth;
-  const auto pass_some = [](const Element<dtype>* gates, const Element<dtype>* ups,
-                            Element<dtype>* to) TRIMSERVE_INLINE_LAMBDA {
-    typename Stored::Floats x[Stored::kVectors], y[Stored::kVectors];
-    Stored::load(x, gates);
-    Stored::load(y, ups);
-    for (int i = 0; i < Stored::kVectors; ++i) pass<kWidth>(x[i], y[i]);
-    Stored::store(to, x);
-  };
+  const auto pass_some = [](const Element<dtype>* gates, const Element<dtype>* ups, Element<dtype>* to)
+                             TRIMSERVE_INLINE_LAMBDA {
+                               typename Stored::Floats x[Stored::kVectors], y[Stored::kVectors];
+                               Stored::load(x, gates);
+                               Stored::load(y, ups);
+                               for (int i = 0; i < Stored::kVectors; ++i) pass<kWidth>(x[i], y[i]);
+                               Stored::store(to, x);
+                             };
   std::int64_t d = 0;
   for (; d + kSize <= size; d += kSize) pass_some(gate + d, up + d, output + d);
   if (d < size) {

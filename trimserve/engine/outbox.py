@@ -1,7 +1,8 @@
 """What other threads have for the streams of the event loop: in order, and many things with one wake-up.
 
-A message of one token can cost the loop more than that token cost the engine, and both share the interpreter. So the
-loop may spend a small part of its time on messages: tokens that come faster than that wait a moment for each other.
+A message of one token can cost the loop more than the token cost the engine, and both share the interpreter. So the
+more streams there are, the smaller the part of its time that the loop may spend on messages: tokens that come faster
+than that wait a moment for each other. A stream that is alone hardly waits, and with a large model none does.
 """
 
 import asyncio
@@ -17,9 +18,6 @@ from trimserve.errors import TrimserveError
 __all__ = ["Outbox", "call_on"]
 
 Item = GenerationChunk | TrimserveError
-
-_MOST_BUSY = 0.1
-"""Part of its time that the loop may work before what comes next waits."""
 
 _LONGEST_WAIT_SECONDS = 0.02
 """Nobody reads so fast as to notice."""
@@ -46,6 +44,8 @@ class Outbox:
         self._lock = threading.Lock()
         self._items: list[tuple[Stream, Item]] = []
         self._delivered_at = self._busy_seconds = 0.0
+        self._num_streams = 0
+        """That something was delivered to, the last time."""
 
     def put(self, stream: Stream, item: Item) -> None:
         """Have an item delivered soon."""
@@ -57,12 +57,13 @@ class Outbox:
 
     def _deliver_all(self) -> None:
         now, busy_seconds = time.monotonic(), time.thread_time()
-        pause = min((busy_seconds - self._busy_seconds) / _MOST_BUSY, _LONGEST_WAIT_SECONDS)
+        pause = min((busy_seconds - self._busy_seconds) * self._num_streams, _LONGEST_WAIT_SECONDS)
         if now < self._delivered_at + pause:
             self._loop.call_at(self._delivered_at + pause, self._deliver_all)
             return
         self._delivered_at, self._busy_seconds = now, busy_seconds
         with self._lock:
             items, self._items = self._items, []
+        self._num_streams = len({id(stream) for stream, _ in items})
         for stream, item in items:
             self._deliver(stream, item)

@@ -16,6 +16,7 @@ from transformers.models.mllama.modeling_mllama import MllamaCrossAttentionDecod
 
 from trimserve.models.checkpoint import text_config
 from trimserve.models.compiled_decode import CompiledDecode
+from trimserve.models.decode_batch import DecodeBatch
 from trimserve.models.decoder_layers import BatchRows, CrossLayer, RmsNorm, SelfLayer, SequenceRows
 from trimserve.models.interruptible import Interruptible
 from trimserve.models.key_values import BatchTables, KeyValues
@@ -47,6 +48,7 @@ class RaggedDecoder:
                 self._layers.append(SelfLayer(layer, num_self, head_dim))
                 num_self += 1
         self._compiled = CompiledDecode.of(self._layers)
+        self._batch: DecodeBatch | None = None
 
     def prefill(
         self, token_ids: Tensor, prompts: Sequence[SequenceRows], *, all_rows: bool = False
@@ -91,35 +93,35 @@ class RaggedDecoder:
         Returns:
             float32 logits [B, vocab_size].
         """
-        order = sorted(range(len(kvs)), key=lambda row: not kvs[row].cross_length)  # first those that see an image
-        is_sorted = order == [*range(len(kvs))]
-        if not is_sorted:
-            kvs, token_ids = [kvs[row] for row in order], token_ids[order]
-        num_seeing = sum(kv.cross_length > 0 for kv in kvs)
-        seeing = slice(num_seeing) if num_seeing < len(kvs) else None
-        batch = BatchRows(*self._angles.at([kv.length for kv in kvs]), seeing, (num_seeing,))
-        text = BatchTables.of_text(kvs)
-        features = BatchTables.of_features(kvs[:num_seeing]) if num_seeing else None
-        hidden = self._embed(token_ids)
+        batch = self._batch_of(kvs)
+        lengths = batch.lengths(kvs)
+        seeing = slice(batch.num_seeing) if batch.num_seeing < len(kvs) else None
+        rows = BatchRows(*self._angles.at(lengths), seeing, (batch.num_seeing,))
+        hidden, text = self._embed(batch.ordered(token_ids)), batch.text(lengths)
         if self._compiled is not None and len(kvs) <= self._compiled.most_rows:
-            self._compiled(hidden, batch, text, features)
+            self._compiled(hidden, rows, text, batch.features)
         else:
-            hidden = self._decode_layers(hidden, batch, text, features)
+            hidden = self._decode_layers(hidden, rows, text, batch.features)
         for kv in kvs:
             kv.length += 1
-        logits = self._logits(hidden)
-        if not is_sorted:
-            logits = torch.empty_like(logits).index_copy_(0, torch.tensor(order, device=logits.device), logits)
-        return logits
+        return batch.as_given(self._logits(hidden))
+
+    def _batch_of(self, kvs: Sequence[KeyValues]) -> DecodeBatch:
+        if self._batch is None or not self._batch.is_of(kvs):
+            self._batch = DecodeBatch(kvs, self._forget_batch)
+        return self._batch
+
+    def _forget_batch(self) -> None:
+        self._batch = None
 
     def _decode_layers(
-        self, hidden: Tensor, batch: BatchRows, text: BatchTables, features: BatchTables | None
+        self, hidden: Tensor, rows: BatchRows, text: BatchTables, features: BatchTables | None
     ) -> Tensor:
         for layer in self._layers:
             if isinstance(layer, SelfLayer):
-                hidden = layer.decode(hidden, batch, text)
+                hidden = layer.decode(hidden, rows, text)
             elif features is not None:
-                hidden = layer.decode(hidden, batch, features)
+                hidden = layer.decode(hidden, rows, features)
         return hidden
 
     def _logits(self, hidden: Tensor) -> Tensor:

@@ -120,6 +120,7 @@ class SelfLayer(_Layer):
     """A self-attention layer."""
 
     def __init__(self, layer: MllamaSelfAttentionDecoderLayer, index: int, head_dim: int) -> None:
+        """Borrow the weights of transformers' layer, the `index`-th of its kind."""
         super().__init__(layer, index, head_dim)
         attention = layer.self_attn
         self._qkv = linear(attention, *FUSED["self_attn"])
@@ -163,6 +164,7 @@ class CrossLayer(_Layer):
     """A cross-attention layer; the first one trims."""
 
     def __init__(self, layer: MllamaCrossAttentionDecoderLayer, index: int, head_dim: int) -> None:
+        """Borrow the weights of transformers' layer, the `index`-th of its kind."""
         super().__init__(layer, index, head_dim)
         attention = layer.cross_attn
         self._attention_gate = layer.cross_attn_attn_gate.tanh().item()

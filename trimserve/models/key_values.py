@@ -103,45 +103,46 @@ class BatchTables:
     bias: Tensor | None
     """float32 [B, most pages * 16], added to the logits; None: nothing is."""
 
+    host_tables: NDArray[np.int32]
+    """`tables` where looking something up waits for nothing."""
+
     @classmethod
     def of_text(cls, kvs: Sequence[KeyValues]) -> "BatchTables":
         """Of self-attention: the new row is the position behind `length`."""
-        return cls._make(kvs[0].pages, [kv.self_tables for kv in kvs], [kv.length + 1 for kv in kvs], None)
+        most = max(kv.self_tables.shape[1] for kv in kvs)
+        tables = _together([kv.self_tables for kv in kvs], most)
+        return cls._make(kvs[0].pages, tables, [kv.length + 1 for kv in kvs], None)
 
     @classmethod
     def of_features(cls, kvs: Sequence[KeyValues]) -> "BatchTables":
         """Of cross-attention, where nothing is written; every sequence holds at least one row."""
-        biases = [kv.cross_bias for kv in kvs]
-        return cls._make(kvs[0].pages, [kv.cross_tables for kv in kvs], [kv.cross_length for kv in kvs], biases)
+        lengths = [kv.cross_length for kv in kvs]
+        most = num_pages(max(lengths))
+        tables = _together([kv.cross_tables for kv in kvs], most)
+        biases = {row: kv.cross_bias for row, kv in enumerate(kvs) if kv.cross_bias is not None}
+        bias = np.zeros((len(kvs), most * PAGE_POSITIONS), dtype=np.float32) if biases else None
+        for row, of_row in biases.items():
+            assert bias is not None
+            bias[row, : len(of_row)] = of_row
+        return cls._make(kvs[0].pages, tables, lengths, bias)
 
     @classmethod
     def _make(
-        cls,
-        pages: Tensor,
-        tables: Sequence[Tables],
-        lengths: Sequence[int],
-        biases: Sequence[NDArray[np.float32] | None] | None,
+        cls, pages: Tensor, tables: NDArray[np.int32], lengths: Sequence[int], bias: NDArray[np.float32] | None
     ) -> "BatchTables":
-        most = max(num_pages(length) for length in lengths)
-        together = np.zeros((tables[0].shape[0], len(tables), most), dtype=np.int32)
-        last = np.array(lengths, dtype=np.int64) - 1
-        for row, table in enumerate(tables):
-            used = min(table.shape[1], most)
-            together[:, row, :used] = table[:, :used]
-        ids = together[:, np.arange(len(tables)), last // PAGE_POSITIONS].astype(np.int64)
-        bias = None
-        if biases is not None and any(one is not None for one in biases):
-            bias = np.zeros((len(tables), most * PAGE_POSITIONS), dtype=np.float32)
-            for row, one in enumerate(biases):
-                if one is not None:
-                    bias[row, : len(one)] = one
+        device = pages.device
         return cls(
             pages,
-            torch.from_numpy(together).to(pages.device),
-            torch.tensor(lengths, dtype=torch.int32, device=pages.device),
-            torch.from_numpy(ids * PAGE_POSITIONS + last % PAGE_POSITIONS).to(pages.device),
-            None if bias is None else torch.from_numpy(bias).to(pages.device),
+            torch.from_numpy(tables).to(device),
+            *_lengths_and_slots(tables, lengths, device),
+            None if bias is None else torch.from_numpy(bias).to(device),
+            tables,
         )
+
+    def at(self, lengths: Sequence[int]) -> "BatchTables":
+        """Of the same sequences when they have other lengths, [B]."""
+        found, slots = _lengths_and_slots(self.host_tables, lengths, self.pages.device)
+        return BatchTables(self.pages, self.tables, found, slots, self.bias, self.host_tables)
 
     def write(self, layer: int, keys: Tensor, values: Tensor) -> None:
         """Store the new row of each sequence, [B, Hkv, Dh]."""
@@ -152,3 +153,21 @@ class BatchTables:
         """Queries [B, H, Dh] over what each sequence holds -> [B, H, Dh]."""
         group, slot = divmod(layer, self.pages.shape[1])
         return ops.paged_attention(q, self.pages, slot, self.tables[group], self.lengths, scale, self.bias)
+
+
+def _together(tables: Sequence[Tables], most: int) -> NDArray[np.int32]:
+    """int32 [groups, B, most], the first pages of each sequence."""
+    together = np.zeros((tables[0].shape[0], len(tables), most), dtype=np.int32)
+    for row, table in enumerate(tables):
+        used = min(table.shape[1], most)
+        together[:, row, :used] = table[:, :used]
+    return together
+
+
+def _lengths_and_slots(
+    tables: NDArray[np.int32], lengths: Sequence[int], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    last = np.array(lengths, dtype=np.int64) - 1
+    ids = tables[:, np.arange(len(last)), last // PAGE_POSITIONS].astype(np.int64)
+    slots = ids * PAGE_POSITIONS + last % PAGE_POSITIONS
+    return torch.from_numpy((last + 1).astype(np.int32)).to(device), torch.from_numpy(slots).to(device)

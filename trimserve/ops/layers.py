@@ -102,7 +102,7 @@ def decode_layers(
     """One new row of each sequence through all layers of a decoder, in one call; CPU only.
 
     The first rows see features, the others pass cross-attention layers unchanged. Other threads of Python run
-    meanwhile. All tensors of numbers have the dtype of `hidden`, and shapes as the ops above and `paged_attention` have.
+    meanwhile. Tensors have the dtypes and shapes that `paged_attention` and the ops above take.
 
     Args:
         hidden: [B, D], contiguous; becomes the last layer's output.

@@ -1,0 +1,89 @@
+"""A decode step's layers as one op: what they give layer by layer, for any mixture of sequences."""
+
+import gc
+import weakref
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.models.conftest import NO_TRIM, Pair
+from tests.models.random_checkpoint import Geometry, draw_geometry
+from tests.models.test_mllama import noise, raw
+from tests.tolerances import LOGITS, LOGITS_BFLOAT16
+from trimserve.engine.kv_pool import KVPool, SequenceKV
+from trimserve.models.compiled_decode import CompiledDecode
+from trimserve.models.trimming import TrimParams
+
+TRIM = TrimParams(k_ratio=0.2, merge_ratio=0.1)
+
+
+def prefilled(pair: Pair, pool: KVPool, seed: int = 0) -> list[SequenceKV]:
+    """Text, a trimmed image and an untrimmed one, text again."""
+    image = noise((1, 2), pair.ours.info.tile_size, seed)
+    kvs = []
+    for text, images, trim in [
+        ("Tell me", [], NO_TRIM),
+        ("<|image|>What is this?", [image], TRIM),
+        ("<|image|>And what is that?", [image], NO_TRIM),
+        ("Tell me more", [], NO_TRIM),
+    ]:
+        prepared = pair.ours.prepare(raw(text, images))
+        kv = pool.allocate(len(prepared.token_ids) + 4)
+        rows = pair.ours.prompt_rows(prepared, pair.encoded(prepared, trim), trim, kv)
+        pair.ours.logits([rows], prepared.token_ids)
+        kvs.append(kv)
+    return kvs
+
+
+def decoded(pair: Pair, kvs: list[SequenceKV]) -> Tensor:
+    """Logits of two steps, sequence after sequence."""
+    return torch.stack([pair.ours.decode([3 + step, 5, 7, 9], kvs) for step in range(2)])
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", LOGITS), ("bfloat16", LOGITS_BFLOAT16)])
+def test_equals_layer_by_layer(
+    make_pair: Callable[..., Pair], monkeypatch: pytest.MonkeyPatch, seed: int, dtype: str, tolerance: float
+) -> None:
+    pair = make_pair(draw_geometry(seed), seed, dtype=dtype)
+    pool = pair.pool
+    together = decoded(pair, prefilled(pair, pool))
+    monkeypatch.setattr(CompiledDecode, "__call__", lambda *_: pytest.fail("layer by layer was asked for"))
+    monkeypatch.setattr(pair.ours._decoder, "_compiled", None)
+    apart = decoded(pair, prefilled(pair, pool))
+    torch.testing.assert_close(together, apart, atol=2 * tolerance, rtol=0)  # each is off by as much
+
+
+def test_is_used_for_plain_weights_on_a_cpu(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CompiledDecode, "__call__", lambda *_: (_ for _ in ()).throw(AssertionError("used")))
+    with pytest.raises(AssertionError, match="used"):
+        decoded(pair, prefilled(pair, pair.pool))
+
+
+def test_weights_of_another_kind_are_decoded_layer_by_layer(make_pair: Callable[..., Pair]) -> None:
+    layers = make_pair(Geometry()).ours._decoder._layers
+    assert CompiledDecode.of(layers) is not None
+    layers[1]._output = lambda rows: rows  # such as quantized ones
+    assert CompiledDecode.of(layers) is None
+
+
+def test_nothing_is_kept_of_sequences_that_ended(pair: Pair) -> None:
+    pool = KVPool(pair.ours.info, 2**22)
+    kvs = prefilled(pair, pool)
+    decoded(pair, kvs)
+    pages = weakref.ref(pool.pages)
+    del kvs, pool
+    gc.collect()
+    assert pages() is None
+
+
+def test_a_batch_whose_members_change_is_looked_up_anew(pair: Pair) -> None:
+    pool = pair.pool
+    kvs, others = prefilled(pair, pool), prefilled(pair, pool, seed=1)
+    alone = decoded(pair, prefilled(pair, pool, seed=1))
+    decoded(pair, kvs)
+    mixed = [kvs[0], others[1], others[2], kvs[3]]
+    pair.ours.decode([1, 1, 1, 1], [kvs[0], kvs[1], kvs[2], kvs[3]])
+    torch.testing.assert_close(decoded(pair, mixed)[:, 1:3], alone[:, 1:3], atol=LOGITS, rtol=0)
