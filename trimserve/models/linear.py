@@ -1,4 +1,4 @@
-"""The decoder's linear layers, as functions of rows: how their weights are stored is known here alone."""
+"""Linear layers without biases, as functions of rows: how their weights are stored is known here alone."""
 
 from dataclasses import dataclass
 from typing import Final, Protocol
@@ -42,7 +42,7 @@ def linear(module: nn.Module, *names: str) -> Linear:
     """The linear layers `names` of a module as one, as `weights.load_weights` has stored them.
 
     Args:
-        module: a part of the decoder.
+        module: a part of the model.
         names: one name, or several whose weights are rows of one tensor, see `weights.FUSED`.
     """
     weight = fused_weight(module, names)

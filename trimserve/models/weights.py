@@ -1,9 +1,10 @@
-"""Reads a safetensors checkpoint into a transformers model whose decoder weights share fused storage.
+"""Reads a safetensors checkpoint into a transformers model in which weights that are used together share storage.
 
 The model is built without memory, each parameter gets its place once, and the files are copied into those places
 in slices that are unmapped again, so that loading takes the weights' bytes and one slice; int8 weights are quantized
 slice by slice. Query, key and value projections lie in one tensor (key and value in cross-attention layers, where
-queries come from other rows), gate and up projections in another; transformers' own parameters are views of them.
+queries come from other rows), the decoder's gate and up projections in another; transformers' own parameters are views
+of them.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,7 +28,7 @@ FUSED = {
     "cross_attn": ("k_proj", "v_proj"),
     "mlp": ("gate_proj", "up_proj"),
 }
-"""Linear layers of a decoder layer's module whose weights are rows of one tensor, in this order."""
+"""Linear layers of a layer's module whose weights are rows of one tensor, in this order."""
 
 _SLICE_BYTES = 8 << 20
 
@@ -120,10 +121,13 @@ def _scales(model: MllamaForConditionalGeneration) -> Iterator[tuple[str, Tensor
 
 
 def _give_storage(model: MllamaForConditionalGeneration, device: torch.device) -> None:
+    vision = model.model.vision_model
     for layer in model.model.language_model.layers:
         for module_name, names in FUSED.items():
             if hasattr(layer, module_name):
                 _fuse(getattr(layer, module_name), names, device)
+    for layer in (*vision.transformer.layers, *vision.global_transformer.layers):
+        _fuse(layer.self_attn, FUSED["self_attn"], device)
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.is_meta:
