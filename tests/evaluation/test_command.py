@@ -41,6 +41,22 @@ def test_a_curve_is_written_and_told(data: Path, checkpoint: Path, tmp_path: Pat
     assert "strided" in result.output
 
 
+def test_all_policies_are_compared_at_equal_counts(data: Path, checkpoint: Path, tmp_path: Path) -> None:
+    options = ("--policies", "all", "--keep", "0.2,0.5", "--limit", 2)
+    result = run("--data", data, "--out", tmp_path, "--model", checkpoint, *options)
+    assert result.exit_code == 0, result.output
+    report = Report.from_json((tmp_path / "report.json").read_text())
+    assert (tmp_path / "curves.png").stat().st_size > 10_000
+    rows = [row for row in report.rows if row.kind == "all" and row.policy != "untrimmed"]
+    controlled = [name for name, policy in POLICIES.items() if policy.budgets]
+    assert {(row.policy, row.keep) for row in rows} == {*product(controlled, (0.2, 0.5)), ("pool", None)}
+    for share in (0.2, 0.5):
+        assert len({row.kept_fraction for row in rows if row.keep == share}) == 1
+    gains = [(gain.policy, gain.over, gain.keep) for gain in report.advantages if gain.kind == "all"]
+    rivals = [name for name in controlled if name != "random"]
+    assert sorted(gains) == sorted(("random", *rival) for rival in product(rivals, (0.2, 0.5)))
+
+
 def test_calibration_is_written_and_told(data: Path, checkpoint: Path, tmp_path: Path) -> None:
     options = ("--calibrate", "--max-kl", 0.5)
     result = run("--data", data, "--out", tmp_path, "--model", checkpoint, *options)
@@ -58,6 +74,8 @@ def test_calibration_is_written_and_told(data: Path, checkpoint: Path, tmp_path:
         (("--merge-ratios", "0,1.5"), "must be numbers in [0, 1], got '1.5'"),
         (("--k-ratios", "half"), "must be numbers in (0, 1], got 'half'"),
         (("--policies", "trimmed,best"), f"must be among {', '.join(POLICIES)}, got 'best'"),
+        (("--keep", "0,0.5"), "must be numbers in (0, 1], got '0'"),
+        (("--policies", "trimmed,cls"), "cls chooses before any head looks: use --keep"),
         (("--address", "localhost:1"), "--address excludes --model"),
     ],
 )

@@ -11,6 +11,7 @@ from trimserve.evaluation.answers import Answer
 from trimserve.evaluation.curve import MAX_PROBES, calibrate, measure_curve
 from trimserve.evaluation.dataset import Question
 from trimserve.evaluation.report import Report, Row
+from trimserve.models.policies.budget import FixedRatio
 from trimserve.models.trimming import TrimParams
 
 NUM_VALID = 100
@@ -109,6 +110,23 @@ def test_a_report_is_drawn(ten_questions: list[Question], tmp_path: Path) -> Non
     from trimserve.evaluation.picture import draw_curves
 
     draw_curves(measure_curve(Known(), ten_questions, TRIMS), tmp_path / "curves.png")
+    with Image.open(tmp_path / "curves.png") as picture:
+        assert picture.width > 1000
+        assert len(picture.convert("RGB").getcolors(maxcolors=1 << 24) or []) > 50
+
+
+def test_a_comparison_is_drawn(ten_questions: list[Question], tmp_path: Path) -> None:
+    from PIL import Image
+
+    from trimserve.evaluation.comparison import draw_comparison
+
+    trims = [
+        TrimParams(policy=policy, budget=FixedRatio(share), merge_ratio=merge_ratio)
+        for policy in ("random", "trimmed", "cls")
+        for merge_ratio in (0.0, 0.1)
+        for share in (0.2, 0.5)
+    ]
+    draw_comparison(measure_curve(Known(), ten_questions, trims), tmp_path / "curves.png")
     with Image.open(tmp_path / "curves.png") as picture:
         assert picture.width > 1000
         assert len(picture.convert("RGB").getcolors(maxcolors=1 << 24) or []) > 50

@@ -4,7 +4,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 __all__ = ["evaluate"]
 
+_ALL = "all"
+_KEEP = "0.05,0.11,0.22,0.33,0.5"
+
 _console = Console(stderr=True)
 
 
@@ -31,11 +34,26 @@ def evaluate(
     data: Annotated[Path, typer.Option(help="JSONL file: image, question, answer and kind on each line.")],
     out: Annotated[Path, typer.Option(help="Folder for report.json and curves.png, or calibration.json.")],
     policies: Annotated[
-        str, typer.Option(help="What chooses the features, separated by commas; the first is compared with the others.")
+        str,
+        typer.Option(
+            help="What chooses the features, separated by commas; the first is compared with the others. all: every "
+            "policy, beside random."
+        ),
     ] = "trimmed,random,strided",
     k_ratios: Annotated[
-        str, typer.Option(help="Budgets per head, each in (0, 1], separated by commas.")
+        str,
+        typer.Option(
+            help="Budgets per head, each in (0, 1], separated by commas; other policies than trimmed keep as many "
+            "features as it does."
+        ),
     ] = "0.02,0.05,0.1,0.2,0.4,1.0",
+    keep: Annotated[
+        str | None,
+        typer.Option(
+            help="Instead of --k-ratios: shares of each image that every policy keeps, each in (0, 1], separated by "
+            f"commas; with --policies all: {_KEEP}."
+        ),
+    ] = None,
     merge_ratios: Annotated[
         str,
         typer.Option(
@@ -69,29 +87,31 @@ def evaluate(
     from trimserve.evaluation.curve import measure_curve
     from trimserve.models.trimming import TrimParams
 
-    k_budgets = _parse_ratios(k_ratios, "--k-ratios", "(0, 1]", lambda ratio: 0 < ratio <= 1)
-    merge_budgets = _parse_ratios(merge_ratios, "--merge-ratios", "[0, 1]", lambda ratio: 0 <= ratio <= 1)
+    if keep is None and policies == _ALL:
+        keep = _KEEP
+    budgets = _parse_ratios(keep, "--keep") if keep else _parse_ratios(k_ratios, "--k-ratios")
+    merge_budgets = _parse_ratios(merge_ratios, "--merge-ratios", can_be_zero=True)
     questions = load_questions(data, limit=limit, need_answers=not only_calibrate)
-    draw_curves = None if only_calibrate else _find_draw_curves()
+    draw = None if only_calibrate else _find_picture(is_comparison=keep is not None)
     if address is not None and (model, dtype, quantize) != (None, "auto", "none"):
         raise typer.BadParameter("--address excludes --model, --dtype and --quantize")
     with _answerer(address, ModelConfig(model=model, dtype=dtype, quantize=quantize), num_threads) as answerer:
-        names = _parse_policies(policies, answerer.policies)
+        names = _parse_policies(policies, answerer.policies, is_kept=keep is not None)
         out.mkdir(parents=True, exist_ok=True)
-        if draw_curves is None:
+        if draw is None:
             trim = TrimParams(policy=names[0], merge_ratio=merge_budgets[0])
             _calibrate(answerer, questions, trim, max_kl, out / "calibration.json")
             return
         trims = [
-            TrimParams(policy=name, k_ratio=k_ratio, merge_ratio=merge_ratio)
+            trim
             for name in names
             for merge_ratio in merge_budgets
-            for k_ratio in k_budgets
+            for trim in _under(TrimParams(policy=name, merge_ratio=merge_ratio), budgets, is_kept=keep is not None)
         ]
         with _progress("questions", len(questions)) as advance:
             report = measure_curve(answerer, questions, trims, on_question=advance)
     (out / "report.json").write_text(report.to_json())
-    draw_curves(report, out / "curves.png")
+    draw(report, out / "curves.png")
     Console().print(_table(report))
     _console.print(f"{out / 'report.json'}, {out / 'curves.png'}", highlight=False, markup=False, soft_wrap=True)
 
@@ -115,13 +135,14 @@ def _calibrate(
 
 
 def _table(report: "Report") -> Table:
-    table = Table("policy", "k_ratio", "merge_ratio", "kept", "exact match", "95 % interval", "KL, nats", box=None)
+    budget = "keep" if any(row.keep for row in report.rows) else "k_ratio"
+    table = Table("policy", budget, "merge_ratio", "kept", "exact match", "95 % interval", "KL, nats", box=None)
     for row in report.rows:
         if row.kind == ALL_KINDS:
             accuracy = row.accuracy
             interval = f"{accuracy.low:.1%} to {accuracy.high:.1%}"
             figures = (f"{row.kept_fraction:.1%}", f"{accuracy.value:.1%}", interval, f"{row.divergence.value:.4f}")
-            table.add_row(row.policy, f"{row.k_ratio:g}", f"{row.merge_ratio:g}", *figures)
+            table.add_row(row.policy, f"{row.keep or row.k_ratio:g}", f"{row.merge_ratio:g}", *figures)
     return table
 
 
@@ -153,31 +174,51 @@ def _progress(what: str, total: int) -> Iterator[Callable[[], None]]:
         yield lambda: progress.advance(task)
 
 
-def _parse_ratios(text: str, option: str, bounds: str, is_within: Callable[[float], bool]) -> list[float]:
+def _parse_ratios(text: str, option: str, *, can_be_zero: bool = False) -> list[float]:
+    bounds = "[0, 1]" if can_be_zero else "(0, 1]"
     ratios: list[float] = []
     for part in text.split(","):
         try:
             ratio = float(part)
         except ValueError:
             ratio = math.nan
-        if not is_within(ratio):
+        if not (0 < ratio <= 1 or (can_be_zero and ratio == 0)):
             raise typer.BadParameter(f"must be numbers in {bounds}, got {part.strip()!r}", param_hint=option)
         ratios.append(ratio)
     return list(dict.fromkeys(ratios))
 
 
-def _parse_policies(text: str, known: Sequence[str]) -> list[str]:
-    names = list(dict.fromkeys(name.strip() for name in text.split(",")))
+def _parse_policies(text: str, known: Sequence[str], *, is_kept: bool) -> list[str]:
+    from trimserve.models.policies.policy import BeforeDecoder
+    from trimserve.models.policies.table import POLICIES
+
+    asked = ["random", *known] if text == _ALL else [name.strip() for name in text.split(",")]
+    names = list(dict.fromkeys(asked))
     for name in names:
         if name not in known:
             raise typer.BadParameter(f"must be among {', '.join(known)}, got {name!r}", param_hint="--policies")
+        if issubclass(POLICIES[name], BeforeDecoder) and not is_kept:
+            raise typer.BadParameter(f"{name} chooses before any head looks: use --keep", param_hint="--k-ratios")
     return names
 
 
-def _find_draw_curves() -> Callable[["Report", Path], None]:
-    """`draw_curves`, looked for before anything is measured."""
+def _under(trim: "TrimParams", budgets: Sequence[float], *, is_kept: bool) -> list["TrimParams"]:
+    """A policy under each of the budgets: shares of the image, or of each head's."""
+    from trimserve.models.policies.budget import FixedRatio
+    from trimserve.models.policies.table import POLICIES
+
+    if not is_kept:
+        return [replace(trim, k_ratio=ratio) for ratio in budgets]
+    if not POLICIES[trim.policy].budgets:
+        return [trim]
+    return [replace(trim, budget=FixedRatio(ratio)) for ratio in budgets]
+
+
+def _find_picture(*, is_comparison: bool) -> Callable[["Report", Path], None]:
+    """What draws the report, looked for before anything is measured."""
     try:
+        from trimserve.evaluation.comparison import draw_comparison
         from trimserve.evaluation.picture import draw_curves
     except ModuleNotFoundError as error:
         raise typer.BadParameter(f"the picture needs {error.name}: pip install 'trimserve[eval]'") from None
-    return draw_curves
+    return draw_comparison if is_comparison else draw_curves

@@ -55,7 +55,7 @@ def measure_curve(
     Args:
         answerer: who answers.
         questions: with what is right, at least one.
-        trims: policies and budgets, at least one; the first policy has every budget that another has.
+        trims: policies and budgets, at least one.
         on_question: called after each question.
     Raises:
         DatasetError: the model refuses a question's image or text.

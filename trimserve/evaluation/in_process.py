@@ -104,6 +104,8 @@ class InProcess:
         needs = frozenset[Observation]().union(*(trim.needs for trim in settings))
         if self._encoded is None or self._encoded[0] != question.image or self._encoded[1] != needs:
             encoded = [run_through(self._model.encode_image(image, needs)) for image in prompt.images]
+            for image in encoded:
+                image.max_choices = len(settings)
             self._encoded = question.image, needs, encoded
         images = self._encoded[2]
         runs = []

@@ -10,6 +10,7 @@ __all__ = ["Bootstrap", "Estimate", "is_match", "kl_divergence", "top_kl_diverge
 
 Floats = NDArray[np.float64]
 
+_DIGITS = 6  # of estimates; far below what chance does to them, and reports stay small
 _LEAST_PROBABILITY = 1e-9  # of what a list of the likeliest tokens leaves over; float32 sums may pass 1
 
 
@@ -93,7 +94,7 @@ class Bootstrap:
         has_any = totals > 0  # a draw may have none of a rare kind
         means = (weights @ values.astype(np.float32))[has_any] / totals[has_any]
         low, high = np.percentile(means, (2.5, 97.5))
-        return Estimate(float(values.mean()), float(low), float(high))
+        return Estimate(*(round(float(figure), _DIGITS) for figure in (values.mean(), low, high)))
 
 
 def _normalised(text: str) -> str:

@@ -22,6 +22,7 @@ from trimserve import __version__
 from trimserve.evaluation.answers import Answer
 from trimserve.evaluation.dataset import ALL_KINDS, Question
 from trimserve.evaluation.metrics import Bootstrap, Estimate, is_match
+from trimserve.models.policies.budget import FixedRatio
 from trimserve.models.trimming import TrimParams
 
 __all__ = ["UNTRIMMED_POLICY", "Advantage", "Report", "Row", "about_this_run", "make_report"]
@@ -36,6 +37,7 @@ class Row:
 
     policy: str
     k_ratio: float
+    """Budget per head where `keep` is None; 1 where nothing is trimmed and for a policy that takes no budget."""
     merge_ratio: float
     kind: str
     """`all`: every question."""
@@ -48,6 +50,8 @@ class Row:
     """Accuracy minus that of the untrimmed answers to the same questions."""
     divergence: Estimate
     """Mean KL(untrimmed || this) of the first generated token's distribution, in nats."""
+    keep: float | None = None
+    """Budget of the whole image: the share of its features that stays."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +66,8 @@ class Advantage:
     kept_fraction: float
     accuracy: Estimate
     """Difference of the two accuracies over the same questions."""
+    keep: float | None = None
+    """See `Row.keep`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +122,7 @@ def make_report(
     Args:
         questions: with what is right.
         answers: for each question the untrimmed answer, then one for each of `trims`.
-        trims: policies and budgets; the first policy's advantage over the others is told.
+        trims: policies and budgets; the first policy's advantage over the others is told where it had their budget.
         run: see `Report`.
         model: see `Report`.
         data: see `Report`.
@@ -124,14 +130,14 @@ def make_report(
     table = _Table(questions, answers)
     settings = [
         _Setting(UNTRIMMED_POLICY, 1.0, 0.0),
-        *(_Setting(trim.policy, trim.k_ratio, trim.merge_ratio) for trim in trims),
+        *(_Setting(trim.policy, trim.k_ratio, trim.merge_ratio, _keep(trim)) for trim in trims),
     ]
     rows = [table.row(column, setting, kind) for column, setting in enumerate(settings) for kind in table.kinds]
     first = trims[0].policy
     advantages = [
-        table.advantage(settings.index(setting._replace(policy=first)), first, column, setting, kind)
+        table.advantage(settings.index(rival), first, column, setting, kind)
         for column, setting in enumerate(settings)
-        if column and setting.policy != first
+        if column and setting.policy != first and (rival := setting._replace(policy=first)) in settings
         for kind in table.kinds
     ]
     return Report(run, model, data, tuple(rows), tuple(advantages))
@@ -170,6 +176,7 @@ class _Setting(NamedTuple):
     policy: str
     k_ratio: float
     merge_ratio: float
+    keep: float | None = None
 
 
 class _Table:
@@ -216,6 +223,7 @@ class _Table:
             over=over.policy,
             k_ratio=over.k_ratio,
             merge_ratio=over.merge_ratio,
+            keep=over.keep,
             kind=kind,
             kept_fraction=self._kept_fraction(column, kind),
             accuracy=self._bootstrap.mean(gain, self._where[kind]),
@@ -223,6 +231,10 @@ class _Table:
 
     def _kept_fraction(self, column: int, kind: str) -> float:
         return float(self._kept[self._where[kind], column].mean())
+
+
+def _keep(trim: TrimParams) -> float | None:
+    return trim.budget.ratio if isinstance(trim.budget, FixedRatio) else None
 
 
 def _cpu() -> str:

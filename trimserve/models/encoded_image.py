@@ -24,7 +24,7 @@ patch_entropy: float32 [N], see `vision_observer.patch_entropy`.
 """
 
 MAX_CHOICES = 4
-"""Choices that an image remembers: each is a policy with its parameters and a budget."""
+"""Choices that an image of the server remembers: each is a policy with its parameters and a budget."""
 
 _CHOICE_BYTES = 16  # int64 index of every feature as kept or as a member of a group, and the groups' sizes at most
 
@@ -53,6 +53,8 @@ class EncodedImage:
     """Vision layers before the global ones."""
     observed: dict[Observation, Tensor] = field(default_factory=dict)
     """What was asked for, see `Observation`."""
+    max_choices: int = MAX_CHOICES
+    """How many it remembers."""
     _choices: OrderedDict[Hashable, Choice] = field(default_factory=OrderedDict, init=False)
 
     @property
@@ -64,7 +66,7 @@ class EncodedImage:
     def nbytes(self) -> int:
         """Bytes of all tensors, with room for every choice that it may come to remember."""
         observed = sum(tensor.nbytes for tensor in self.observed.values())
-        return self.features.nbytes + observed + MAX_CHOICES * _CHOICE_BYTES * self.num_features
+        return self.features.nbytes + observed + self.max_choices * _CHOICE_BYTES * self.num_features
 
     def has(self, needs: frozenset[Observation]) -> bool:
         """Whether all of that was observed."""
@@ -75,10 +77,10 @@ class EncodedImage:
         return key in self._choices
 
     def remembered(self, key: Hashable, choose: Callable[[], Choice]) -> Choice:
-        """What `choose` answers, asked once for each of the last `MAX_CHOICES` keys."""
+        """What `choose` answers, asked once for each of the last `max_choices` keys."""
         if key not in self._choices:
             self._choices[key] = choose()
         self._choices.move_to_end(key)
-        if len(self._choices) > MAX_CHOICES:
+        if len(self._choices) > self.max_choices:
             self._choices.popitem(last=False)
         return self._choices[key]
