@@ -46,6 +46,7 @@ verify: check test  ## what takes longer: committed accuracies, random mixes, fu
 	$(PIP) --no-build-isolation --editable '.[fuzz]' && $(BIN)/python scripts/fuzz_convert.py -max_total_time=300
 	PATH="$(abspath $(BIN)):$$PATH" scripts/verify_wheel.sh
 	scripts/verify_deployment.sh
+	$(BIN)/python scripts/verify_walkthrough.py
 	$(BIN)/python scripts/verify_clients.py  # these as root, on Debian
 	$(BIN)/python scripts/verify_monitoring.py
 	scripts/verify_image.sh

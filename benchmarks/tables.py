@@ -1,10 +1,10 @@
-"""Tables of docs/performance.md, made from what was measured, so that no number there is typed by hand."""
+"""Tables of README and docs, made from what was measured, so that no number there is typed by hand."""
 
 import json
 from pathlib import Path
 from typing import Any, Final
 
-__all__ = ["RESULTS", "bytes_tables", "read_result", "serve_tables"]
+__all__ = ["RESULTS", "bytes_tables", "load_table", "read_result", "serve_tables", "walkthrough_table"]
 
 RESULTS = Path(__file__).parent / "results"
 """What the benchmarks wrote."""
@@ -60,6 +60,44 @@ def serve_tables(report: dict[str, Any] | None) -> str:
         return _missing("bench_serve")
     picture = "![tokens per second, waiting and pace by target](../benchmarks/results/serve/serve.png)"
     return "\n\n".join([picture, *(_loads_of_model(model) for model in report["models"]), _origin(report)])
+
+
+def load_table(report: dict[str, Any] | None) -> str:
+    """What two hundred streams came to, and how long those waited who looked on, as Markdown.
+
+    Args:
+        report: of `benchmarks.soak load`; None says how to get one.
+    """
+    if report is None:
+        return _missing("soak load")
+    requests, checks = report["requests"], report["checks"]
+    lines = ["| asked for | times | p50, ms | p99, ms | longest, ms |", "|---|---:|---:|---:|---:|"]
+    for name, waited in report["onlookers_seconds"].items():
+        cells = " | ".join(f"{1e3 * waited[point]:,.0f}" for point in ("p50", "p99", "max"))
+        lines.append(f"| {name} | {waited['num']:,} | {cells} |")
+    failed = [name.replace("_", " ") for name, held in checks.items() if not held]
+    told = (
+        f"{report['plan']['clients']} clients, {report['seconds']:,.0f} s: {requests['answered']:,} streams came whole "
+        f"and {requests['not_as_provoked']} did not; {report['tokens_per_second']:,.0f} tokens/s. Memory grew by "
+        f"{report['memory']['growth']:.1%} from the second fifth of the time to the last. "
+        + (f"Not held: {', '.join(failed)}." if failed else "All checks held.")
+    )
+    return "\n".join([told, "", *lines, "", _origin(report)])
+
+
+def walkthrough_table(report: dict[str, Any] | None) -> str:
+    """How long each command took, as Markdown.
+
+    Args:
+        report: of `scripts/verify_walkthrough.py`; None says how to get one.
+    """
+    if report is None:
+        return "Not measured yet: `python scripts/verify_walkthrough.py`."
+    lines = ["| command | seconds |", "|---|---:|"]
+    for step in report["steps"]:
+        command = step["command"].replace("|", "\\|")
+        lines.append(f"| `{command}` | {step['seconds']:.1f} |")
+    return "\n".join(lines)
 
 
 def _bytes_of_model(model: dict[str, Any]) -> str:

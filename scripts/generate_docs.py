@@ -27,7 +27,13 @@ from google.protobuf.descriptor_pb2 import (  # noqa: E402 the root must be on t
     ServiceDescriptorProto,
 )
 
-from benchmarks.tables import bytes_tables, read_result, serve_tables  # noqa: E402 as above
+from benchmarks.tables import (  # noqa: E402 as above
+    bytes_tables,
+    load_table,
+    read_result,
+    serve_tables,
+    walkthrough_table,
+)
 from training.readme import accuracy_table  # noqa: E402 as above
 from trimserve.config import Config  # noqa: E402 as above
 from trimserve.server.metrics import Declared, Metrics  # noqa: E402 as above
@@ -185,6 +191,8 @@ TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     "metrics": ("docs/metrics.md", metrics),
     "api": ("docs/api.md", api),
     "accuracy": ("README.md", accuracy),
+    "walkthrough": ("README.md", lambda: walkthrough_table(read_result("walkthrough.json"))),
+    "load": ("docs/service.md", lambda: load_table(read_result("load.json"))),
     "bytes": ("docs/performance.md", lambda: bytes_tables(read_result("bytes.json"))),
     "serve": ("docs/performance.md", lambda: serve_tables(read_result("serve/report.json"))),
 }

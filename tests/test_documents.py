@@ -52,6 +52,8 @@ def test_readme_commands_name_real_targets_subcommands_and_flags() -> None:
         if program == "make":
             assert words[0] in targets, command
             continue
+        if program in ("cd", "curl", "node", "npm"):  # scripts/verify_walkthrough.py runs them
+            continue
         assert program.endswith("trimserve"), command
         known = {name for parameter in group.commands[words[0]].params for name in parameter.opts}  # type: ignore[attr-defined]  # a group
         used = {word for word in words if word.startswith("--")}
