@@ -1,4 +1,4 @@
-"""Linear layers without biases, as functions of rows: how their weights are stored is known here alone."""
+"""Linear layers as functions of rows: how their weights are stored is known here alone."""
 
 from dataclasses import dataclass
 from typing import Final, Protocol
@@ -13,12 +13,12 @@ from trimserve.models.weights import fused_scales, fused_weight
 
 __all__ = ["FloatLinear", "Linear", "linear"]
 
-_MOST_ROWS: Final = {torch.float32: 256, torch.float16: 256, torch.bfloat16: 8}
+_MOST_ROWS: Final = {torch.float32: 512, torch.float16: 512, torch.bfloat16: 8}
 """Up to so many rows `ops.linear` is faster than torch on a CPU (`benchmarks/results/ops.json`)."""
 
 
 class Linear(Protocol):
-    """Rows [R, columns] times the weights of one or several linear layers, [R, outputs]; there are no biases."""
+    """Rows [R, columns] times the weights of one or several linear layers, [R, outputs], with its bias."""
 
     def __call__(self, rows: Tensor, /) -> Tensor:
         """The outputs of all layers, one after another."""
@@ -32,10 +32,15 @@ class FloatLinear:
     """[outputs, columns], contiguous."""
     most_rows: int
     """Up to so many rows `ops.linear` is faster than torch."""
+    bias: Tensor | None = None
+    """[outputs]"""
 
     def __call__(self, rows: Tensor, /) -> Tensor:
         """[R, columns] -> [R, outputs]."""
-        return ops.linear(rows, self.weight) if len(rows) <= self.most_rows else F.linear(rows, self.weight)
+        if len(rows) > self.most_rows:
+            return F.linear(rows, self.weight, self.bias)
+        product = ops.linear(rows, self.weight)
+        return product if self.bias is None else product.add_(self.bias)
 
 
 def linear(module: nn.Module, *names: str) -> Linear:
@@ -43,10 +48,12 @@ def linear(module: nn.Module, *names: str) -> Linear:
 
     Args:
         module: a part of the model.
-        names: one name, or several whose weights are rows of one tensor, see `weights.FUSED`.
+        names: one name, or several without biases whose weights are rows of one tensor, see `weights.FUSED`.
     """
     weight = fused_weight(module, names)
     if weight.dtype == torch.int8:
         scales = fused_scales(module, names)
         return lambda rows: int8_linear(rows, weight, scales)
-    return FloatLinear(weight, _MOST_ROWS[weight.dtype] if weight.device.type == "cpu" else 0)
+    first = module.get_submodule(names[0])
+    assert isinstance(first, nn.Linear)
+    return FloatLinear(weight, _MOST_ROWS[weight.dtype] if weight.device.type == "cpu" else 0, first.bias)

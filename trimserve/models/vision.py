@@ -132,7 +132,9 @@ class VisionLayer:
         self._output = linear(attention, "o_proj")
         self._attention_gate = layer.gate_attn.tanh().item() if layer.is_gated else 1
         self._mlp_norm = layer.post_attention_layernorm
-        self._mlp = layer.mlp
+        self._first = linear(layer.mlp, "fc1")
+        self._activation = layer.mlp.activation_fn
+        self._second = linear(layer.mlp, "fc2")
         self._mlp_gate = layer.gate_ffn.tanh().item() if layer.is_gated else 1
 
     def __call__(self, hidden: Tensor, images: Sequence[ImageRows]) -> Tensor:
@@ -147,7 +149,8 @@ class VisionLayer:
             rows for image in zip(qkv.permute(0, 2, 3, 1, 4), images, strict=True) for rows in self._attend(*image)
         ]
         hidden = hidden.add(self._output(torch.cat(attended)), alpha=self._attention_gate)
-        return hidden.add(self._mlp(self._mlp_norm(hidden)), alpha=self._mlp_gate)
+        between = self._activation(self._first(self._mlp_norm(hidden)))
+        return hidden.add(self._second(between), alpha=self._mlp_gate)
 
     def _attend(self, qkv: Tensor, image: ImageRows) -> tuple[Tensor, Tensor]:
         """What an image's real rows and its padding rows attend to, [rows, width]; qkv are [3, heads, R, Dh]."""
