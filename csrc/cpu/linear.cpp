@@ -63,6 +63,17 @@ TRIMSERVE_INLINE void multiply(const Element<dtype>* x, std::int64_t x_stride, s
   total = sums[0];
 }
 
+// `count` products to where they belong; a constant count makes it a vector.
+template <DType dtype, typename Count>
+TRIMSERVE_INLINE void store(const float* products, Count count, bool accumulates, Element<dtype>* output) {
+  if (accumulates) {
+    for (std::int64_t c = 0; c < count; ++c)
+      output[c] = Element<dtype>::from_float(output[c].to_float() + products[c]);
+  } else {
+    for (std::int64_t c = 0; c < count; ++c) output[c] = Element<dtype>::from_float(products[c]);
+  }
+}
+
 template <int kWidth, DType dtype, int kRows>
 TRIMSERVE_INLINE void multiply_tile(const LinearArgs& args, std::int64_t row, std::int64_t column,
                                     bool is_first) {
@@ -76,15 +87,17 @@ TRIMSERVE_INLINE void multiply_tile(const LinearArgs& args, std::int64_t row, st
   Floats sums;
   multiply<kWidth, dtype, kRows>(x, args.x_stride, num_rows, weight, num_columns, args.num_inputs,
                                  has_next ? weight + kColumns * args.num_inputs : nullptr, sums);
-  float values[kWidth];
-  std::memcpy(values, &sums, sizeof values);
-  for (std::int64_t r = 0; r < num_rows; ++r) {
-    const float* const of_row = values + r * kColumns;
-    auto* const output = static_cast<Element<dtype>*>(args.output) + (row + r) * args.num_outputs + column;
-    for (std::int64_t c = 0; c < num_columns; ++c) {
-      const float before = args.accumulates ? output[c].to_float() : 0.0f;
-      output[c] = Element<dtype>::from_float(before + args.gate * of_row[c]);
-    }
+  sums *= args.gate;
+  float products[kWidth];
+  std::memcpy(products, &sums, sizeof products);
+  auto* const output = static_cast<Element<dtype>*>(args.output) + row * args.num_outputs + column;
+  if (num_columns == kColumns) {
+    for (std::int64_t r = 0; r < num_rows; ++r)
+      store<dtype>(products + r * kColumns, std::integral_constant<int, kColumns>(), args.accumulates,
+                   output + r * args.num_outputs);
+  } else {
+    for (std::int64_t r = 0; r < num_rows; ++r)
+      store<dtype>(products + r * kColumns, num_columns, args.accumulates, output + r * args.num_outputs);
   }
 }
 
