@@ -10,15 +10,21 @@ BUILD_TOOLS := scikit-build-core==1.1.2 cmake==4.4.4 ninja==1.13.2 pybind11==3.1
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
-CXX_SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/*.cu csrc/cuda/*.h)
+CXX_SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/*.cu csrc/cuda/*.cpp \
+	csrc/cuda/*.h tests/csrc/fibers/*)
+# The Python of a machine with a GPU, which needs no network: it has a torch for CUDA, transformers, cmake, ninja,
+# pybind11, pytest, hypothesis and matplotlib. Plugins that pyproject.toml configures may be missing there.
+GPU_PYTHON ?= python3
+GPU_PYTEST := -c /dev/null --rootdir . -o pythonpath=. --import-mode importlib -p no:cacheprovider -q
+VERSION := $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' trimserve/__init__.py)
 export PYTHONUNBUFFERED := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test check verify fmt protos docs bench clean
+.PHONY: help build demo test check verify cuda-check test-gpu bench-gpu fmt protos docs bench clean
 
 help:  ## list the commands
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/\1|\2/' | column -t -s '|'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1|\2/' | column -t -s '|'
 
 build: $(VENV)/.built  ## set up .venv and compile the extension
 
@@ -37,6 +43,7 @@ check: build  ## lint, types, formatting, and that everything generated is up to
 	$(BIN)/python scripts/generate_protos.py --check
 	$(BIN)/python scripts/generate_docs.py --check
 	$(BIN)/python scripts/generate_dashboards.py --check
+	$(BIN)/python scripts/cuda_check.py
 
 verify: check test  ## what takes longer: committed accuracies, random mixes, full load, wheel, Prometheus, image, benchmarks
 	$(BIN)/python -m pytest tests/engine/test_random_mixes.py --mixes 200 --timeout 3600
@@ -51,6 +58,16 @@ verify: check test  ## what takes longer: committed accuracies, random mixes, fu
 	$(BIN)/python scripts/verify_monitoring.py
 	scripts/verify_image.sh
 	$(MAKE) bench
+
+cuda-check: build  ## compile the CUDA kernels within their budget, run them on the CPU (parts of check and test)
+	$(BIN)/python scripts/cuda_check.py
+	$(BIN)/python -m pytest tests/csrc
+
+test-gpu: build/gpu/.built  ## on a machine with a GPU: test the ops on it; fails if there is none
+	$(GPU_PYTHON) -m pytest $(GPU_PYTEST) --device cuda tests/ops
+
+bench-gpu: build/gpu/.built  ## on a machine with a GPU: measure the ops on it
+	$(GPU_PYTHON) -m benchmarks.bench_ops --device cuda
 
 fmt: build  ## format Python and C++
 	$(BIN)/ruff check --fix-only .
@@ -82,4 +99,12 @@ $(VENV)/.tools: Makefile
 
 $(VENV)/.built: $(VENV)/.tools pyproject.toml CMakeLists.txt $(CXX_SOURCES)
 	$(PIP) --no-build-isolation --editable '.[dev]'
+	touch $@
+
+build/gpu/.built: CMakeLists.txt $(CXX_SOURCES)
+	cmake -S . -B build/gpu -G Ninja -DTRIMSERVE_CUDA=ON -DCMAKE_BUILD_TYPE=Release -DSKBUILD_PROJECT_VERSION=$(VERSION) \
+		-DPython_EXECUTABLE="$$(command -v $(GPU_PYTHON))" \
+		-Dpybind11_DIR="$$($(GPU_PYTHON) -m pybind11 --cmakedir)"
+	cmake --build build/gpu
+	cmake --install build/gpu --prefix .
 	touch $@

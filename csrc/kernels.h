@@ -11,6 +11,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "ordered_key.h"
+
 namespace trimserve {
 
 enum class DType { kFloat32, kBFloat16, kFloat16 };
@@ -49,13 +51,6 @@ struct HeadwiseTopkArgs {
   std::int64_t num_segments;
   std::int64_t num_features;  // N
   std::int64_t num_picks;     // K
-};
-
-// Where a head stops picking in a segment: it picks the keys (ordered_key.h) above the threshold, and those equal to it
-// of features before ties_end.
-struct Cut {
-  std::uint32_t threshold;
-  std::int32_t ties_end;
 };
 
 // scores [H, N]; cuts [H, segments]; is_kept [N], 0 or 1.

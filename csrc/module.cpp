@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <sstream>
 #include <string>
 
 namespace py = pybind11;
@@ -16,6 +17,13 @@ std::string torch_target_version() {
   return std::to_string(version >> 56) + "." + std::to_string((version >> 48) & 0xff);
 }
 
+py::list cuda_architectures() {
+  std::istringstream names(TRIMSERVE_CUDA_ARCHITECTURES);
+  py::list architectures;
+  for (std::string name; names >> name;) architectures.append(name);
+  return architectures;
+}
+
 py::dict build_info() {
   const std::string git_sha = TRIMSERVE_GIT_SHA;
   py::dict info;
@@ -23,7 +31,7 @@ py::dict build_info() {
   info["compiler"] = TRIMSERVE_COMPILER;
   info["build_type"] = TRIMSERVE_BUILD_TYPE;
   info["torch_target_version"] = torch_target_version();
-  info["cuda_architectures"] = py::list();
+  info["cuda_architectures"] = cuda_architectures();
   info["git_sha"] = git_sha.empty() ? py::object(py::none()) : py::object(py::str(git_sha));
   return info;
 }

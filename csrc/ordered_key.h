@@ -24,4 +24,17 @@ TRIMSERVE_HOST_DEVICE inline std::uint32_t ordered_key(float score) {
   return (bits & kSign) ? ~bits : bits | kSign;
 }
 
+// Where a head stops picking in a segment: it picks the keys above the threshold, and those equal to it
+// of features before ties_end.
+struct Cut {
+  std::uint32_t threshold;
+  std::int32_t ties_end;
+};
+
+// Whether a cut picks the key of feature n, counted from the segment's first.
+[[gnu::always_inline]] TRIMSERVE_HOST_DEVICE inline bool is_picked(const Cut& cut, std::uint32_t key,
+                                                                   std::int32_t n) {
+  return key > cut.threshold || (key == cut.threshold && n < cut.ties_end);
+}
+
 }  // namespace trimserve

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "op_args.h"
 #include "op_checks.h"
 #include "ops.h"
 
@@ -9,10 +10,6 @@ namespace trimserve {
 namespace {
 
 constexpr std::int64_t kCachedBytes = 4 << 20;  // what is written beyond this is not read soon
-
-Tensor with_contiguous_heads(const Tensor& rows) {
-  return rows.stride(2) == 1 || rows.size(2) == 1 ? rows : torch::stable::contiguous(rows);
-}
 
 // Every length fits its row of the tables, and every page that a length needs exists.
 void check_page_tables(const PagedAttentionArgs& args, std::int64_t max_pages, std::int64_t num_pages) {
@@ -32,24 +29,8 @@ void check_page_tables(const PagedAttentionArgs& args, std::int64_t max_pages, s
 // Writes row kept[r], or r where kept is null, to slots[r]; both were checked.
 void write_rows(const Tensor& pages, std::int64_t layer, const Tensor& keys, const Tensor& values,
                 const std::int64_t* kept, const Tensor& slots) {
-  const std::int64_t item_bytes = element_bytes(pages.scalar_type());
   const Tensor key_rows = with_contiguous_heads(keys), value_rows = with_contiguous_heads(values);
-  const auto source_of = [&](const Tensor& rows) {
-    return KvRows{static_cast<const std::byte*>(rows.const_data_ptr()), rows.stride(0) * item_bytes,
-                  rows.stride(1) * item_bytes};
-  };
-  const std::int64_t layer_bytes = pages.stride(1) * item_bytes;
-  WriteKvArgs args{
-      .keys = source_of(key_rows),
-      .values = source_of(value_rows),
-      .pages = static_cast<std::byte*>(pages.mutable_data_ptr()) + layer * layer_bytes,
-      .kept = kept,
-      .slots = static_cast<const std::int64_t*>(slots.const_data_ptr()),
-      .num_kv_heads = pages.size(3),
-      .head_bytes = pages.size(5) * item_bytes,
-      .page_stride_bytes = pages.size(1) * layer_bytes,
-      .is_streamed = false,
-  };
+  WriteKvArgs args = write_kv_args(pages, layer, key_rows, value_rows, kept, slots);
   const std::int64_t row_bytes = 2 * args.num_kv_heads * args.head_bytes, num_rows = slots.size(0);
   args.is_streamed = num_rows * row_bytes >= kCachedBytes && args.head_bytes % kStreamedBytes == 0 &&
                      reinterpret_cast<std::uintptr_t>(args.pages) % kStreamedBytes == 0;
@@ -84,35 +65,18 @@ Tensor paged_attention(const Tensor& q, const Tensor& pages, std::int64_t layer,
   const Tensor queries = with_contiguous_rows(q), page_ids = with_contiguous_rows(tables);
   const Tensor num_positions = torch::stable::contiguous(lengths);
   Tensor attended = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2)});
-  const std::int64_t item_bytes = element_bytes(q.scalar_type());
-  const PagedAttentionArgs args{
-      .q = queries.const_data_ptr(),
-      .pages = static_cast<const std::byte*>(pages.const_data_ptr()) + layer * pages.stride(1) * item_bytes,
-      .tables = static_cast<const std::int32_t*>(page_ids.const_data_ptr()),
-      .lengths = static_cast<const std::int32_t*>(num_positions.const_data_ptr()),
-      .bias = bias ? static_cast<const float*>(bias->const_data_ptr()) : nullptr,
-      .attended = attended.mutable_data_ptr(),
-      .dtype = kernel_dtype(q.scalar_type()),
-      .num_sequences = q.size(0),
-      .num_heads = q.size(1),
-      .num_kv_heads = pages.size(3),
-      .head_dim = q.size(2),
-      .q_stride = queries.stride(0),
-      .table_stride = page_ids.stride(0),
-      .page_stride = pages.size(1) * pages.stride(1),
-      .bias_stride = bias ? bias->stride(0) : 0,
-      .scale = static_cast<float>(scale),
-  };
+  const PagedAttentionArgs args =
+      paged_attention_args(queries, pages, layer, page_ids, num_positions, bias, attended, scale);
   check_page_tables(args, tables.size(1), pages.size(0));
 
   const cpu::PagedAttentionSizes sizes = cpu::paged_attention_sizes(args);
   const auto partials = workspace<float>(sizes.partials);
-  const std::int64_t pages_per_thread = kGrainBytes / (2 * kPagePositions * args.head_dim * item_bytes) + 1;
+  const std::int64_t pages_per_thread = rows_per_thread(2 * kPagePositions * args.head_dim, q.scalar_type());
   torch::stable::parallel_for(
       0, sizes.num_pages, pages_per_thread, [&](std::int64_t begin, std::int64_t end) {
         cpu::paged_attention(args, begin, end, partials.get(), workspace<float>(sizes.workspace).get());
       });
-  const std::int64_t heads_per_thread = kGrainBytes / (item_bytes * args.head_dim) + 1;
+  const std::int64_t heads_per_thread = rows_per_thread(args.head_dim, q.scalar_type());
   torch::stable::parallel_for(
       0, args.num_sequences * args.num_heads, heads_per_thread,
       [&](std::int64_t begin, std::int64_t end) { cpu::merge_pieces(args, begin, end, partials.get()); });

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "op_args.h"
 #include "op_checks.h"
 #include "ops.h"
 
@@ -44,21 +45,7 @@ Tensor headwise_scores(const Tensor& q, const Tensor& k, const Tensor& visibilit
   check_ranges(ranges, k.size(0));
 
   Tensor scores = torch::stable::new_empty(q, {q.size(1), k.size(0)}, ScalarType::Float);
-  const HeadwiseScoresArgs args{
-      .q = queries.const_data_ptr(),
-      .k = keys.const_data_ptr(),
-      .visibility = static_cast<const std::int32_t*>(ranges.const_data_ptr()),
-      .scores = static_cast<float*>(scores.mutable_data_ptr()),
-      .dtype = kernel_dtype(q.scalar_type()),
-      .num_rows = q.size(0),
-      .num_features = k.size(0),
-      .num_heads = q.size(1),
-      .num_kv_heads = k.size(1),
-      .head_dim = q.size(2),
-      .q_stride = queries.stride(0),
-      .k_stride = keys.stride(0),
-      .scale = static_cast<float>(scale),
-  };
+  const HeadwiseScoresArgs args = headwise_scores_args(queries, keys, ranges, scores, scale);
   torch::stable::parallel_for(0, args.num_heads, 1, [&](std::int64_t begin, std::int64_t end) {
     cpu::headwise_scores(args, begin, end, workspace<float>(cpu::headwise_scores_workspace(args)).get());
   });
@@ -70,14 +57,7 @@ Tensor headwise_topk(const Tensor& scores, std::vector<std::int64_t> segments, s
 
   const Tensor rows = torch::stable::contiguous(scores);
   Tensor picks = torch::stable::new_empty(scores, {scores.size(0), selection.num_picks}, ScalarType::Long);
-  const HeadwiseTopkArgs args{
-      .scores = static_cast<const float*>(rows.const_data_ptr()),
-      .picks = static_cast<std::int64_t*>(picks.mutable_data_ptr()),
-      .segments = selection.segments.data(),
-      .num_segments = static_cast<std::int64_t>(selection.segments.size()),
-      .num_features = scores.size(1),
-      .num_picks = selection.num_picks,
-  };
+  const HeadwiseTopkArgs args = headwise_topk_args(rows, selection, picks);
   for_heads(scores, [&](std::int64_t begin, std::int64_t end) {
     cpu::headwise_topk(args, begin, end, workspace<std::uint32_t>(selection.longest).get());
   });

@@ -17,6 +17,9 @@ settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--device", choices=["cpu", "cuda", "fibers"], help="the only device to test ops on; it must be there"
+    )
     parser.addoption("--mixes", type=int, default=20, help="random mixes of requests that are compared with each alone")
 
 

@@ -7,15 +7,9 @@
 #pragma once
 
 #include "kernels.h"
-#include "ordered_key.h"
 #include "simd.h"
 
 namespace trimserve::cpu {
-
-// Whether a cut picks the key of feature n, counted from the segment's first.
-TRIMSERVE_INLINE bool is_picked(const Cut& cut, std::uint32_t key, std::int32_t n) {
-  return key > cut.threshold || (key == cut.threshold && n < cut.ties_end);
-}
 
 // The cut below the k largest of `size` scores; 1 <= k <= size. keys: workspace of that size.
 TRIMSERVE_INLINE Cut make_cut(const float* scores, std::int32_t size, std::int32_t k, std::uint32_t* keys) {

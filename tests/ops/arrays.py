@@ -1,10 +1,16 @@
-"""Tensors laid out the hard way: off alignment, strided, with sentinels around them."""
+"""Tensors laid out the hard way: off alignment, strided, with sentinels around them; random numbers for them."""
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
-__all__ = ["LAYOUTS", "misaligned", "with_strided_columns", "with_strided_rows"]
+__all__ = ["LAYOUTS", "misaligned", "seeded", "with_strided_columns", "with_strided_rows"]
+
+
+def seeded(seed: int) -> torch.Generator:
+    """Random numbers on the device where new tensors are made."""
+    return torch.Generator(torch.get_default_device()).manual_seed(seed)
 
 
 def misaligned(tensor: Tensor, offset: int, sentinel: float) -> tuple[Tensor, Tensor]:

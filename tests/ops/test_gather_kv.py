@@ -9,8 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.ops.arrays import LAYOUTS, misaligned
+from tests.ops.arrays import LAYOUTS, misaligned, seeded
 from trimserve.ops import PAGE_POSITIONS, gather_kv, reference
+
+pytestmark = pytest.mark.usefixtures("device")
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 Inputs = tuple[Tensor, int, Tensor, Tensor, Tensor, Tensor]
@@ -25,7 +27,7 @@ def draw(
     seed: int = 0,
 ) -> Inputs:
     """Pages full of NaN with room for more than is kept, random rows and choices of them, distinct random slots."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     num_pages = num_kept // PAGE_POSITIONS + 2
     pages = torch.full((num_pages, 3, 2, num_kv_heads, PAGE_POSITIONS, head_dim), nan, dtype=dtype)
     keys, values = torch.randn(2, num_features, num_kv_heads, head_dim, generator=generator).to(dtype)
@@ -108,6 +110,7 @@ def test_threads_write_disjoint_rows_that_no_cache_holds(offset: int) -> None:
         torch.set_num_threads(1)
 
 
+@pytest.mark.usefixtures("checked_values")
 def test_refused_indices_leave_the_pages_alone() -> None:
     pages, layer, keys, values, kept, slots = draw(30, 12)
     kept[-1] = 30
@@ -134,17 +137,30 @@ REFUSALS: list[tuple[Inputs, str]] = [
     ((P, 0, KV, KV, M[None], M), "kept must be int64 [M], got int64 [1, 3]"),
     ((P, 0, KV, KV, M, M.int()), "slots must be int64 [M], got int32 [3]"),
     ((P, 0, KV, KV, M, M[:2]), "slots must have M=3 entries like kept, got 2"),
+]
+REFUSED_VALUES: list[tuple[Inputs, str]] = [
     ((P, 0, KV, KV, M + 3, M), "kept must be in [0, 5), got 5"),
     ((P, 0, KV, KV, M - 1, M), "kept must be in [0, 5), got -1"),
     ((P, 0, KV, KV, M, M + 46), "slots must be in [0, 48), got 48"),
 ]
 
 
-@pytest.mark.parametrize(("arguments", "message"), REFUSALS)
-def test_refuses_with_its_reason(arguments: Inputs, message: str) -> None:
+def assert_refused(arguments: Inputs, message: str) -> None:
     with pytest.raises(ValueError) as error:  # noqa: PT011 - the whole message is compared
         gather_kv(*arguments)
     assert str(error.value) == f"gather_kv: {message}"
+
+
+@pytest.mark.usefixtures("host")
+@pytest.mark.parametrize(("arguments", "message"), REFUSALS)
+def test_refuses_with_its_reason(arguments: Inputs, message: str) -> None:
+    assert_refused(arguments, message)
+
+
+@pytest.mark.usefixtures("checked_values")
+@pytest.mark.parametrize(("arguments", "message"), REFUSED_VALUES)
+def test_refuses_values_with_its_reason(arguments: Inputs, message: str) -> None:
+    assert_refused(arguments, message)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -9,9 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.ops.arrays import LAYOUTS, misaligned
+from tests.ops.arrays import LAYOUTS, misaligned, seeded
 from tests.tolerances import HEADWISE_SCORES
 from trimserve.ops import headwise_scores, reference
+
+pytestmark = pytest.mark.usefixtures("device")
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 Inputs = tuple[Tensor, Tensor, Tensor, float]
@@ -27,7 +29,7 @@ def draw(
     seed: int = 0,
 ) -> Inputs:
     """Random logits with a standard deviation of about 4, and random ranges, some empty."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     q = torch.randn(num_rows, num_heads, head_dim, generator=generator) * 4
     k = torch.randn(num_features, num_kv_heads, head_dim, generator=generator)
     ends = torch.randint(0, num_features + 1, (num_rows, 2), generator=generator, dtype=torch.int32)
@@ -205,21 +207,34 @@ REFUSALS: list[tuple[tuple[Tensor, Tensor, Tensor, float], str]] = [
     ((Q, K, V[:, :1], 1.0), "visibility must be int32 [T, 2], got int32 [3, 1]"),
     ((Q, K, V[:2], 1.0), "visibility must have T=3 rows like q, got 2"),
     ((Q, K, V, math.inf), "scale must be finite, got inf"),
-    ((Q, K, V + torch.tensor([0, 6]).int(), 1.0), "visibility[0] must be a range within [0, 5], got [0, 6]"),
-    ((Q, K, V - 1, 1.0), "visibility[0] must be a range within [0, 5], got [-1, -1]"),
-    ((Q, K, V + torch.tensor([3, 2]).int(), 1.0), "visibility[0] must be a range within [0, 5], got [3, 2]"),
     (
         (Q, torch.zeros(1, 1, 1).expand(2**31, 2, 8), V, 1.0),
         "N must be at most 2147483647, got 2147483648",
     ),
 ]
+REFUSED_VALUES: list[tuple[tuple[Tensor, Tensor, Tensor, float], str]] = [
+    ((Q, K, V + torch.tensor([0, 6]).int(), 1.0), "visibility[0] must be a range within [0, 5], got [0, 6]"),
+    ((Q, K, V - 1, 1.0), "visibility[0] must be a range within [0, 5], got [-1, -1]"),
+    ((Q, K, V + torch.tensor([3, 2]).int(), 1.0), "visibility[0] must be a range within [0, 5], got [3, 2]"),
+]
 
 
-@pytest.mark.parametrize(("arguments", "message"), REFUSALS)
-def test_refuses_with_its_reason(arguments: tuple[Tensor, Tensor, Tensor, float], message: str) -> None:
+def assert_refused(arguments: tuple[Tensor, Tensor, Tensor, float], message: str) -> None:
     with pytest.raises(ValueError) as error:  # noqa: PT011 - the whole message is compared
         headwise_scores(*arguments)
     assert str(error.value) == f"headwise_scores: {message}"
+
+
+@pytest.mark.usefixtures("host")
+@pytest.mark.parametrize(("arguments", "message"), REFUSALS)
+def test_refuses_with_its_reason(arguments: tuple[Tensor, Tensor, Tensor, float], message: str) -> None:
+    assert_refused(arguments, message)
+
+
+@pytest.mark.usefixtures("checked_values")
+@pytest.mark.parametrize(("arguments", "message"), REFUSED_VALUES)
+def test_refuses_values_with_its_reason(arguments: tuple[Tensor, Tensor, Tensor, float], message: str) -> None:
+    assert_refused(arguments, message)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -9,8 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.ops.arrays import LAYOUTS, misaligned
+from tests.ops.arrays import LAYOUTS, misaligned, seeded
 from trimserve.ops import headwise_topk, reference
+
+pytestmark = pytest.mark.usefixtures("device")
 
 TABLE = [  # one head's scores, segments, k, picks
     ([3.0, 1.0, 2.0], [3], [2], [0, 2]),
@@ -56,7 +58,7 @@ def test_no_heads_no_picks() -> None:
 
 @pytest.mark.parametrize("k", [1, 7, 320, 1601])
 def test_equals_reference_at_real_size(k: int) -> None:
-    scores = torch.rand(32, 3202, generator=torch.Generator().manual_seed(k))
+    scores = torch.rand(32, 3202, generator=seeded(k))
     assert torch.equal(
         headwise_topk(scores, [1601, 1601], [k, 1601 - k + 1]),
         reference.headwise_topk(scores, [1601, 1601], [k, 1601 - k + 1]),
@@ -81,12 +83,12 @@ def test_equals_reference_on_any_scores(case: tuple[Tensor, list[int], list[int]
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layout_does_not_matter(layout: Callable[[Tensor], Tensor]) -> None:
-    scores = torch.rand(3, 40, generator=torch.Generator().manual_seed(0))
+    scores = torch.rand(3, 40, generator=seeded(0))
     assert torch.equal(headwise_topk(layout(scores), [40], [9]), headwise_topk(scores, [40], [9]))
 
 
 def test_reads_only_its_inputs() -> None:
-    scores = torch.rand(3, 37, generator=torch.Generator().manual_seed(0))
+    scores = torch.rand(3, 37, generator=seeded(0))
     expected = headwise_topk(scores, [30, 7], [9, 2])
     for offset in range(18):
         view, buffer = misaligned(scores, offset, inf)  # a stray read would be picked
@@ -96,7 +98,7 @@ def test_reads_only_its_inputs() -> None:
 
 
 def test_any_number_of_threads_gives_the_same_picks() -> None:
-    scores = torch.rand(32, 3202, generator=torch.Generator().manual_seed(0)).round(decimals=2)
+    scores = torch.rand(32, 3202, generator=seeded(0)).round(decimals=2)
     alone = headwise_topk(scores, [3202], [500])
     torch.set_num_threads(3)
     try:
@@ -122,6 +124,7 @@ REFUSALS: list[tuple[tuple[Tensor, list[int], list[int]], str]] = [
 ]
 
 
+@pytest.mark.usefixtures("host")
 @pytest.mark.parametrize(("arguments", "message"), REFUSALS)
 def test_refuses_with_its_reason(arguments: tuple[Tensor, list[int], list[int]], message: str) -> None:
     with pytest.raises(ValueError) as error:  # noqa: PT011 - the whole message is compared

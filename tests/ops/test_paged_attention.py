@@ -9,9 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.ops.arrays import LAYOUTS, misaligned
+from tests.ops.arrays import LAYOUTS, misaligned, seeded
 from tests.tolerances import PAGED_ATTENTION
 from trimserve.ops import PAGE_POSITIONS, paged_attention, reference, write_kv
+
+pytestmark = pytest.mark.usefixtures("device")
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 EDGES = [0, 1, 15, 16, 17, 100, 255, 256, 257, 1030]  # around a page and around a piece of the work
@@ -49,7 +51,7 @@ def draw(
     seed: int = 0,
 ) -> Inputs:
     """Random logits with a standard deviation of about 4."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     q = torch.randn(len(lengths), num_heads, head_dim, generator=generator) * 4
     keys, values = torch.randn(2, sum(lengths), num_kv_heads, head_dim, generator=generator).to(dtype)
     pages, tables = place(keys, values, lengths, generator)
@@ -59,7 +61,7 @@ def draw(
 def with_bias(inputs: Inputs, seed: int = 0) -> BiasedInputs:
     """A random bias, NaN behind each sequence's last position."""
     tables, lengths = inputs[3], inputs[4]
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     bias = torch.randn(len(tables), tables.shape[1] * PAGE_POSITIONS, generator=generator) * 4
     return *inputs, bias.masked_fill(torch.arange(bias.shape[1]) >= lengths[:, None], math.nan)
 
@@ -172,7 +174,7 @@ def test_large_logits_do_not_overflow() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_results_are_rounded_once_to_the_nearest(dtype: torch.dtype) -> None:
-    bits = torch.randint(-(2**15), 2**15, (2, 1, 4096), generator=torch.Generator().manual_seed(0), dtype=torch.int16)
+    bits = torch.randint(-(2**15), 2**15, (2, 1, 4096), generator=seeded(0), dtype=torch.int16)
     values = bits.view(dtype).nan_to_num(0.0, 0.0, 0.0).unsqueeze(1)  # [2 positions, 1, 1, 4096], all magnitudes
     pages = torch.zeros(1, 1, 2, 1, PAGE_POSITIONS, 4096, dtype=dtype)
     pages[0, 0, 1, :, :2] = values[:, 0, 0]
@@ -233,7 +235,8 @@ def test_reads_only_its_inputs(head_dim: int, dtype: torch.dtype) -> None:
         counts, _ = misaligned(lengths, offset, -1)
         added, _ = misaligned(bias, offset, math.nan)
         before = q_buffer.clone(), pages_buffer.clone()
-        assert torch.equal(paged_attention(q_view, pages_view, layer, table, counts, scale, added), expected)
+        attended = paged_attention(q_view, pages_view, layer, table, counts, scale, added)
+        torch.testing.assert_close(attended, expected, **PAGED_ATTENTION[dtype])
         torch.testing.assert_close((q_buffer, pages_buffer), before, rtol=0, atol=0, equal_nan=True)
 
 
@@ -290,19 +293,32 @@ REFUSALS: list[tuple[Inputs, str]] = [
     ((Q, P, 0, T, L.long(), 1.0), "lengths must be int32 [B], got int64 [2]"),
     ((Q, P, 0, T, L[None], 1.0), "lengths must be int32 [B], got int32 [1, 2]"),
     ((Q, P, 0, T, L[:1], 1.0), "lengths must have B=2 entries like q, got 1"),
+    ((Q, P, 0, T, L, math.nan), "scale must be finite, got nan"),
+]
+REFUSED_VALUES: list[tuple[Inputs, str]] = [
     ((Q, P, 0, T, L - 18, 1.0), "lengths[1] must be in [0, 32], got -1"),
     ((Q, P, 0, T, L + 1, 1.0), "lengths[0] must be in [0, 32], got 33"),
     ((Q, P, 0, T + torch.tensor([0, 3]).int(), L, 1.0), "tables[0, 1] must be in [0, 3), got 3"),
     ((Q, P, 0, T - torch.tensor([[0], [1]]).int(), L, 1.0), "tables[1, 0] must be in [0, 3), got -1"),
-    ((Q, P, 0, T, L, math.nan), "scale must be finite, got nan"),
 ]
 
 
-@pytest.mark.parametrize(("arguments", "message"), REFUSALS)
-def test_refuses_with_its_reason(arguments: Inputs, message: str) -> None:
+def assert_refused(arguments: Inputs, message: str) -> None:
     with pytest.raises(ValueError) as error:  # noqa: PT011 - the whole message is compared
         paged_attention(*arguments)
     assert str(error.value) == f"paged_attention: {message}"
+
+
+@pytest.mark.usefixtures("host")
+@pytest.mark.parametrize(("arguments", "message"), REFUSALS)
+def test_refuses_with_its_reason(arguments: Inputs, message: str) -> None:
+    assert_refused(arguments, message)
+
+
+@pytest.mark.usefixtures("checked_values")
+@pytest.mark.parametrize(("arguments", "message"), REFUSED_VALUES)
+def test_refuses_values_with_its_reason(arguments: Inputs, message: str) -> None:
+    assert_refused(arguments, message)
 
 
 B = torch.zeros(2, 32)
@@ -314,6 +330,7 @@ BIAS_REFUSALS: list[tuple[Tensor, str]] = [
 ]
 
 
+@pytest.mark.usefixtures("host")
 @pytest.mark.parametrize(("bias", "message"), BIAS_REFUSALS)
 def test_refuses_a_bias_with_its_reason(bias: Tensor, message: str) -> None:
     with pytest.raises(ValueError) as error:  # noqa: PT011 - the whole message is compared

@@ -8,9 +8,11 @@ import torch
 from hypothesis import given
 from torch import Tensor
 
-from tests.ops.arrays import LAYOUTS, misaligned
+from tests.ops.arrays import LAYOUTS, misaligned, seeded
 from tests.ops.test_headwise_topk import cases
 from trimserve.ops import headwise_topk, reference, select_features, union_indices
+
+pytestmark = pytest.mark.usefixtures("device")
 
 TABLE = [  # scores, segments, k, kept, num_kept
     ([[3.0, 1.0, 2.0], [1.0, 2.0, 3.0]], [3], [1], [0, 2], 2),
@@ -58,12 +60,12 @@ def test_no_heads_keep_nothing() -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layout_does_not_matter(layout: Callable[[Tensor], Tensor]) -> None:
-    scores = torch.rand(3, 40, generator=torch.Generator().manual_seed(0))
+    scores = torch.rand(3, 40, generator=seeded(0))
     assert torch.equal(select_features(layout(scores), [40], [9])[0], select_features(scores, [40], [9])[0])
 
 
 def test_reads_only_its_inputs() -> None:
-    scores = torch.rand(3, 37, generator=torch.Generator().manual_seed(0))
+    scores = torch.rand(3, 37, generator=seeded(0))
     expected = select_features(scores, [30, 7], [9, 2])[0]
     for offset in range(18):
         view, buffer = misaligned(scores, offset, inf)  # a stray read would be kept
@@ -74,7 +76,7 @@ def test_reads_only_its_inputs() -> None:
 
 @pytest.mark.parametrize("segments", [[3202], [1601, 1601], [1, 3000, 201]])
 def test_any_number_of_threads_keeps_the_same(segments: list[int]) -> None:
-    scores = torch.rand(32, 3202, generator=torch.Generator().manual_seed(0)).round(decimals=2)
+    scores = torch.rand(32, 3202, generator=seeded(0)).round(decimals=2)
     k = [max(1, size // 6) for size in segments]
     alone = select_features(scores, segments, k)[0]
     assert torch.equal(alone, reference.select_features(scores, segments, k)[0])
@@ -96,6 +98,7 @@ REFUSALS: list[tuple[tuple[Tensor, list[int], list[int]], str]] = [
 ]
 
 
+@pytest.mark.usefixtures("host")
 @pytest.mark.parametrize(("arguments", "message"), REFUSALS)
 def test_refuses_with_its_reason(arguments: tuple[Tensor, list[int], list[int]], message: str) -> None:
     with pytest.raises(ValueError) as error:  # noqa: PT011 - the whole message is compared
@@ -104,5 +107,5 @@ def test_refuses_with_its_reason(arguments: tuple[Tensor, list[int], list[int]],
 
 
 def test_opcheck() -> None:
-    arguments = torch.rand(4, 40, generator=torch.Generator().manual_seed(0)), [30, 10], [9, 2]
+    arguments = torch.rand(4, 40, generator=seeded(0)), [30, 10], [9, 2]
     torch.library.opcheck(torch.ops.trimserve.select_features.default, arguments)

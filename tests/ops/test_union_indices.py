@@ -8,8 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.ops.arrays import LAYOUTS, misaligned
+from tests.ops.arrays import LAYOUTS, misaligned, seeded
 from trimserve.ops import reference, union_indices
+
+pytestmark = pytest.mark.usefixtures("device")
 
 TABLE: list[tuple[list[list[int]], int, list[int], int]] = [  # picks, num_features, kept, num_kept
     ([[1, 3], [0, 3]], 6, [0, 1, 3, -1], 3),
@@ -46,7 +48,7 @@ def test_hand_worked_unions(
     seed=st.integers(0, 2**32),
 )
 def test_equals_reference_on_any_picks(num_heads: int, num_picks: int, num_features: int, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     picks = torch.randint(0, num_features, (num_heads, num_picks), generator=generator)
     kept, num_kept = union_indices(picks, num_features)
     expected_kept, expected_num_kept = reference.union_indices(picks, num_features)
@@ -75,17 +77,30 @@ REFUSALS: list[tuple[tuple[Tensor, int], str]] = [
     ((P[0], 5), "picks must be int64 [H, K], got int64 [3]"),
     ((P, -1), "num_features must be in [0, 2147483647], got -1"),
     ((P, 2**31), "num_features must be in [0, 2147483647], got 2147483648"),
+]
+REFUSED_VALUES: list[tuple[tuple[Tensor, int], str]] = [
     ((P, 0), "picks must be in [0, 0), got 0"),
     ((P + 5, 5), "picks must be in [0, 5), got 5"),
     ((P - 1, 5), "picks must be in [0, 5), got -1"),
 ]
 
 
-@pytest.mark.parametrize(("arguments", "message"), REFUSALS)
-def test_refuses_with_its_reason(arguments: tuple[Tensor, int], message: str) -> None:
+def assert_refused(arguments: tuple[Tensor, int], message: str) -> None:
     with pytest.raises(ValueError) as error:  # noqa: PT011 - the whole message is compared
         union_indices(*arguments)
     assert str(error.value) == f"union_indices: {message}"
+
+
+@pytest.mark.usefixtures("host")
+@pytest.mark.parametrize(("arguments", "message"), REFUSALS)
+def test_refuses_with_its_reason(arguments: tuple[Tensor, int], message: str) -> None:
+    assert_refused(arguments, message)
+
+
+@pytest.mark.usefixtures("checked_values")
+@pytest.mark.parametrize(("arguments", "message"), REFUSED_VALUES)
+def test_refuses_values_with_its_reason(arguments: tuple[Tensor, int], message: str) -> None:
+    assert_refused(arguments, message)
 
 
 def test_opcheck() -> None:

@@ -9,8 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.ops.arrays import LAYOUTS, misaligned
+from tests.ops.arrays import LAYOUTS, misaligned, seeded
 from trimserve.ops import PAGE_POSITIONS, reference, write_kv
+
+pytestmark = pytest.mark.usefixtures("device")
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 Inputs = tuple[Tensor, int, Tensor, Tensor, Tensor]
@@ -27,7 +29,7 @@ def draw(
     seed: int = 0,
 ) -> Inputs:
     """Pages full of NaN, random rows, distinct random slots."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     pages = torch.full((num_pages, num_layers, 2, num_kv_heads, PAGE_POSITIONS, head_dim), nan, dtype=dtype)
     keys, values = torch.randn(2, num_rows, num_kv_heads, head_dim, generator=generator).to(dtype)
     slots = torch.randperm(num_pages * PAGE_POSITIONS, generator=generator)[:num_rows]
@@ -117,6 +119,7 @@ def test_threads_write_disjoint_rows() -> None:
         torch.set_num_threads(1)
 
 
+@pytest.mark.usefixtures("checked_values")
 def test_refused_slots_leave_the_pages_alone() -> None:
     pages, layer, keys, values, slots = draw(3, 20)
     slots[-1] = 48
@@ -143,16 +146,29 @@ REFUSALS: list[tuple[Inputs, str]] = [
     ((P, 0, KV, KV[0], S), f"values {LIKE} float32 [2, 8]"),
     ((P, 0, KV, KV, S.int()), "slots must be int64 [R], got int32 [5]"),
     ((P, 0, KV, KV, S[None]), "slots must be int64 [R], got int64 [1, 5]"),
+]
+REFUSED_VALUES: list[tuple[Inputs, str]] = [
     ((P, 0, KV, KV, S + 44), "slots must be in [0, 48), got 48"),
     ((P, 0, KV, KV, S - 1), "slots must be in [0, 48), got -1"),
 ]
 
 
-@pytest.mark.parametrize(("arguments", "message"), REFUSALS)
-def test_refuses_with_its_reason(arguments: Inputs, message: str) -> None:
+def assert_refused(arguments: Inputs, message: str) -> None:
     with pytest.raises(ValueError) as error:  # noqa: PT011 - the whole message is compared
         write_kv(*arguments)
     assert str(error.value) == f"write_kv: {message}"
+
+
+@pytest.mark.usefixtures("host")
+@pytest.mark.parametrize(("arguments", "message"), REFUSALS)
+def test_refuses_with_its_reason(arguments: Inputs, message: str) -> None:
+    assert_refused(arguments, message)
+
+
+@pytest.mark.usefixtures("checked_values")
+@pytest.mark.parametrize(("arguments", "message"), REFUSED_VALUES)
+def test_refuses_values_with_its_reason(arguments: Inputs, message: str) -> None:
+    assert_refused(arguments, message)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

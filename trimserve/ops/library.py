@@ -1,6 +1,7 @@
 """Loads the compiled modules of this package and says what they are. It knows no op.
 
-`_ops_cpu` registers the ops with torch and has no Python inside; `_host` is a Python module without torch.
+`_ops_cpu` and `_ops_cuda` register the ops with torch and have no Python inside; `_host` is a Python module without
+torch.
 """
 
 import importlib.util
@@ -13,14 +14,23 @@ __all__ = ["build_info", "load_library"]
 def load_library() -> None:
     """Register the compiled ops with torch; a second call does nothing.
 
+    Those for CUDA tensors where they are built and a GPU is there.
+
     Raises:
         ImportError: they are not built.
     """
-    # Looked up by module name: in an editable install the file is not beside this one.
-    spec = importlib.util.find_spec("trimserve.ops._ops_cpu")
-    if spec is None or spec.origin is None:
+    cpu, cuda = _module_file("_ops_cpu"), _module_file("_ops_cuda")
+    if cpu is None:
         raise ImportError("trimserve.ops: the compiled ops are not built; run `make build`")
-    torch.ops.load_library(spec.origin)
+    torch.ops.load_library(cpu)
+    if cuda is not None and torch.cuda.is_available():
+        torch.ops.load_library(cuda)
+
+
+def _module_file(name: str) -> str | None:
+    # Looked up by module name: in an editable install the file is not beside this one.
+    spec = importlib.util.find_spec(f"trimserve.ops.{name}")
+    return None if spec is None else spec.origin
 
 
 def build_info() -> dict[str, str | list[str] | None]:
@@ -28,7 +38,8 @@ def build_info() -> dict[str, str | list[str] | None]:
 
     Returns:
         `version` of the package, `compiler`, `build_type`, `torch_target_version` (the oldest torch that can
-        load them), `cuda_architectures` (empty: no CUDA kernels) and `git_sha` (None where it was not known).
+        load them), `cuda_architectures` (such as `90-real`; empty: no CUDA kernels) and `git_sha` (None where it was
+        not known).
     """
     from trimserve.ops import _host
 

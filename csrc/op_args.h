@@ -1,0 +1,95 @@
+// From the tensors of an op, checked and laid out, to the arguments of its kernels: the same on every device.
+
+#pragma once
+
+#include <optional>
+
+#include "op_checks.h"
+#include "ops.h"
+
+namespace trimserve {
+
+inline Tensor with_contiguous_heads(const Tensor& rows) {
+  return rows.stride(2) == 1 || rows.size(2) == 1 ? rows : torch::stable::contiguous(rows);
+}
+
+inline HeadwiseScoresArgs headwise_scores_args(const Tensor& q, const Tensor& k, const Tensor& visibility,
+                                               const Tensor& scores, double scale) {
+  return {
+      .q = q.const_data_ptr(),
+      .k = k.const_data_ptr(),
+      .visibility = static_cast<const std::int32_t*>(visibility.const_data_ptr()),
+      .scores = static_cast<float*>(scores.mutable_data_ptr()),
+      .dtype = kernel_dtype(q.scalar_type()),
+      .num_rows = q.size(0),
+      .num_features = k.size(0),
+      .num_heads = q.size(1),
+      .num_kv_heads = k.size(1),
+      .head_dim = q.size(2),
+      .q_stride = q.stride(0),
+      .k_stride = k.stride(0),
+      .scale = static_cast<float>(scale),
+  };
+}
+
+// Points to the segments of `selection`.
+inline HeadwiseTopkArgs headwise_topk_args(const Tensor& scores, const Selection& selection,
+                                           const Tensor& picks) {
+  return {
+      .scores = static_cast<const float*>(scores.const_data_ptr()),
+      .picks = static_cast<std::int64_t*>(picks.mutable_data_ptr()),
+      .segments = selection.segments.data(),
+      .num_segments = static_cast<std::int64_t>(selection.segments.size()),
+      .num_features = scores.size(1),
+      .num_picks = selection.num_picks,
+  };
+}
+
+// kept: null for all rows.
+inline WriteKvArgs write_kv_args(const Tensor& pages, std::int64_t layer, const Tensor& keys,
+                                 const Tensor& values, const std::int64_t* kept, const Tensor& slots) {
+  const std::int64_t item_bytes = element_bytes(pages.scalar_type()),
+                     layer_bytes = pages.stride(1) * item_bytes;
+  const auto rows_of = [&](const Tensor& rows) {
+    return KvRows{static_cast<const std::byte*>(rows.const_data_ptr()), rows.stride(0) * item_bytes,
+                  rows.stride(1) * item_bytes};
+  };
+  return {
+      .keys = rows_of(keys),
+      .values = rows_of(values),
+      .pages = static_cast<std::byte*>(pages.mutable_data_ptr()) + layer * layer_bytes,
+      .kept = kept,
+      .slots = static_cast<const std::int64_t*>(slots.const_data_ptr()),
+      .num_kv_heads = pages.size(3),
+      .head_bytes = pages.size(5) * item_bytes,
+      .page_stride_bytes = pages.size(1) * layer_bytes,
+      .is_streamed = false,
+  };
+}
+
+inline PagedAttentionArgs paged_attention_args(const Tensor& q, const Tensor& pages, std::int64_t layer,
+                                               const Tensor& tables, const Tensor& lengths,
+                                               const std::optional<Tensor>& bias, const Tensor& attended,
+                                               double scale) {
+  const std::int64_t layer_bytes = pages.stride(1) * element_bytes(q.scalar_type());
+  return {
+      .q = q.const_data_ptr(),
+      .pages = static_cast<const std::byte*>(pages.const_data_ptr()) + layer * layer_bytes,
+      .tables = static_cast<const std::int32_t*>(tables.const_data_ptr()),
+      .lengths = static_cast<const std::int32_t*>(lengths.const_data_ptr()),
+      .bias = bias ? static_cast<const float*>(bias->const_data_ptr()) : nullptr,
+      .attended = attended.mutable_data_ptr(),
+      .dtype = kernel_dtype(q.scalar_type()),
+      .num_sequences = q.size(0),
+      .num_heads = q.size(1),
+      .num_kv_heads = pages.size(3),
+      .head_dim = q.size(2),
+      .q_stride = q.stride(0),
+      .table_stride = tables.stride(0),
+      .page_stride = pages.size(1) * pages.stride(1),
+      .bias_stride = bias ? bias->stride(0) : 0,
+      .scale = static_cast<float>(scale),
+  };
+}
+
+}  // namespace trimserve
