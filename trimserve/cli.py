@@ -29,8 +29,9 @@ from pydantic import BaseModel, ByteSize, ValidationError
 from rich.console import Console
 
 from trimserve import __version__
-from trimserve.client import Client, RequestOptions, Tls, make_request
+from trimserve.client import Client, RequestOptions, make_request
 from trimserve.config import Config, EngineConfig, ModelConfig, ServerConfig
+from trimserve.connection import Ca, Token, connected
 from trimserve.engine.workers import is_any_left_behind
 from trimserve.errors import TrimserveError
 from trimserve.evaluation.command import evaluate
@@ -69,10 +70,6 @@ Address = Annotated[
     str | None,
     typer.Option(help="HOST:PORT of a running server; default: start one, with the knobs of the model below."),
 ]
-Ca = Annotated[
-    Path | None, typer.Option(help="PEM file of the authorities of the server at --address, which then speaks TLS.")
-]
-Token = Annotated[str | None, typer.Option(envvar="TRIMSERVE_TOKEN", help="Token for the server at --address.")]
 
 
 def main() -> None:
@@ -336,14 +333,8 @@ def _client(address: str | None, ca: Path | None, token: str | None, model: Mode
         with in_process_server(model) as server, Client(server.address) as client:
             yield client
         return
-    with Client(address, tls=None if ca is None else Tls(ca), token=token) as client:
-        try:
-            yield client
-        except grpc.RpcError as error:
-            if error.code() is not grpc.StatusCode.UNAVAILABLE or error.trailing_metadata():
-                raise  # the server's own words
-            why = f"{error.code().name}: {error.details()}"
-            raise ConnectionError(f"cannot reach {address} (HOST:PORT expected): {why}") from None
+    with connected(address, ca, token) as client:
+        yield client
 
 
 def _trim(

@@ -13,7 +13,7 @@ from benchmarks.serve.comparison import Plan
 from benchmarks.serve.figures import ratios, summary
 from benchmarks.serve.picture import draw_report
 from benchmarks.serve.report import make_report, print_report, write_json
-from benchmarks.tables import bytes_tables, serve_tables
+from benchmarks.tables import bytes_tables, load_table, serve_tables, walkthrough_table
 from tests.benchmarks.conftest import Maker
 
 PLAN = Plan(
@@ -110,3 +110,29 @@ def test_bytes_tables_name_every_layout() -> None:
 def test_what_was_not_measured_is_said_to_be_so() -> None:
     assert bytes_tables(None) == "Not measured yet: `python -m benchmarks.bench_bytes`."
     assert serve_tables(None) == "Not measured yet: `python -m benchmarks.bench_serve`."
+
+
+def test_the_load_tells_who_waited_and_what_did_not_hold() -> None:
+    report = {
+        "machine": {"cpu": "a CPU", "num_threads": 1},
+        "versions": {"torch": "2", "transformers": "5", "trimserve": "0"},
+        "commit": None,
+        "seconds": 60.4,
+        "plan": {"clients": 200},
+        "requests": {"answered": 1234, "not_as_provoked": 1},
+        "tokens_per_second": 99.6,
+        "memory": {"growth": 0.012},
+        "onlookers_seconds": {"health": {"p50": 0.001, "p99": 0.25, "max": 1.5, "num": 1000}},
+        "checks": {"pool_is_empty": True, "onlookers_are_answered": False},
+    }
+    table = load_table(report)
+    assert "| health | 1,000 | 1 | 250 | 1,500 |" in table
+    assert "1,234 streams came whole and 1 did not; 100 tokens/s" in table
+    assert "Not held: onlookers are answered." in table
+    assert "All checks held." in load_table({**report, "checks": {"pool_is_empty": True}})
+
+
+def test_the_walkthrough_tells_each_command_with_its_seconds() -> None:
+    steps = [{"command": "make build", "seconds": 123.44}, {"command": "curl | grep", "seconds": 0.04}]
+    table = walkthrough_table({"steps": steps})
+    assert table.splitlines()[2:] == ["| `make build` | 123.4 |", r"| `curl \| grep` | 0.0 |"]

@@ -5,12 +5,18 @@ import sys
 from itertools import product
 from pathlib import Path
 
+import grpc
 import pytest
 from typer.testing import CliRunner, Result
 
+from tests.server.test_access import entry
+from tests.server.test_tls import Files, server_config
 from trimserve.cli import app
+from trimserve.config import Config, ModelConfig
 from trimserve.evaluation.report import Report
+from trimserve.local import make_runner
 from trimserve.models.policies.table import POLICIES
+from trimserve.server.app import InProcessServer
 
 
 def run(*arguments: object) -> Result:
@@ -55,6 +61,26 @@ def test_all_policies_are_compared_at_equal_counts(data: Path, checkpoint: Path,
     gains = [(gain.policy, gain.over, gain.keep) for gain in report.advantages if gain.kind == "all"]
     rivals = [name for name in controlled if name != "random"]
     assert sorted(gains) == sorted(("random", *rival) for rival in product(rivals, (0.2, 0.5)))
+
+
+def test_the_server_that_is_asked_may_speak_tls_and_want_a_token(
+    data: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files, clients = Files(tmp_path), tmp_path / "clients.toml"
+    clients.write_text(entry("us", "secret"))
+    server_section = server_config(files).server.model_copy(update={"auth_file": clients})
+    config = Config(model=ModelConfig(model=str(checkpoint)), server=server_section)
+    options = ("--policies", "strided", "--k-ratios", "0.2", "--limit", 1, "--ca", files.path("clients.pem"))
+    with InProcessServer(make_runner(config), config) as server:
+        asked = ("--data", data, "--out", tmp_path / "out", "--address", server.address, *options)
+        refused = run(*asked)
+        monkeypatch.setenv("TRIMSERVE_TOKEN", "secret")
+        answered = run(*asked)
+    assert isinstance(refused.exception, grpc.RpcError)
+    assert refused.exception.code() is grpc.StatusCode.UNAUTHENTICATED
+    assert answered.exit_code == 0, answered.output
+    report = Report.from_json((tmp_path / "out/report.json").read_text())
+    assert "a server" in report.model["through"]
 
 
 def test_calibration_is_written_and_told(data: Path, checkpoint: Path, tmp_path: Path) -> None:

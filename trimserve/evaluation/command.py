@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -15,6 +15,7 @@ from rich.table import Table
 
 from trimserve.client import Client
 from trimserve.config import Dtype, EngineConfig, ModelConfig, Quantize
+from trimserve.connection import Ca, Token, connected
 from trimserve.evaluation.dataset import ALL_KINDS, Question, describe_questions, load_questions
 
 if TYPE_CHECKING:
@@ -79,6 +80,8 @@ def evaluate(
     address: Annotated[
         str | None, typer.Option(help="HOST:PORT of a running server; default: a model in this process.")
     ] = None,
+    ca: Ca = None,
+    token: Token = None,
     model: Annotated[str | None, typer.Option("--model", help="Folder or hub id; default: the embedded model.")] = None,
     dtype: Annotated[Dtype, typer.Option(help="Of weights and KV of a model in this process.")] = "auto",
     quantize: Annotated[Quantize, typer.Option(help="How that model's linear layers are stored.")] = "none",
@@ -95,7 +98,8 @@ def evaluate(
     draw = None if only_calibrate else _find_picture(is_comparison=keep is not None)
     if address is not None and (model, dtype, quantize) != (None, "auto", "none"):
         raise typer.BadParameter("--address excludes --model, --dtype and --quantize")
-    with _answerer(address, ModelConfig(model=model, dtype=dtype, quantize=quantize), num_threads) as answerer:
+    server = None if address is None else connected(address, ca, token)
+    with _answerer(server, ModelConfig(model=model, dtype=dtype, quantize=quantize), num_threads) as answerer:
         names = _parse_policies(policies, answerer.policies, is_kept=keep is not None)
         out.mkdir(parents=True, exist_ok=True)
         if draw is None:
@@ -147,9 +151,11 @@ def _table(report: "Report") -> Table:
 
 
 @contextmanager
-def _answerer(address: str | None, model: ModelConfig, num_threads: int | None) -> Iterator["Answerer"]:
-    """The server at an address, or a model in this process."""
-    if address is None:
+def _answerer(
+    server: AbstractContextManager[Client] | None, model: ModelConfig, num_threads: int | None
+) -> Iterator["Answerer"]:
+    """A server, or a model in this process."""
+    if server is None:
         import torch
 
         from trimserve.evaluation.in_process import InProcess
@@ -161,7 +167,7 @@ def _answerer(address: str | None, model: ModelConfig, num_threads: int | None) 
         return
     from trimserve.evaluation.served import Served
 
-    with Client(address) as client:
+    with server as client:
         yield Served(client)
 
 
