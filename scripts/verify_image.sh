@@ -68,6 +68,10 @@ read -ra healthcheck <<< "$(image_says Healthcheck.Test)" # CMD and its words
 test "$(id -u)" != 0
 touch "$HF_HOME/writable"
 for tool in c++ cc cmake ninja; do if command -v "$tool"; then exit 1; fi; done'
+if "${inside[@]}" "${entrypoint[@]}" > "$TMPDIR/server.log" 2>&1 || ! grep --quiet -- --allow-plaintext "$TMPDIR/server.log"; then
+  echo "it should have asked for a certificate or for a word about plaintext"; cat "$TMPDIR/server.log"; exit 1
+fi
+"${buildah[@]}" config --env TRIMSERVE__SERVER__ALLOW_PLAINTEXT=true container
 # shellcheck disable=SC2016
 "${inside[@]}" sh -c 'echo $$ > /tmp/server.pid && exec "$@"' sh "${entrypoint[@]}" > "$TMPDIR/server.log" 2>&1 &
 server=$!

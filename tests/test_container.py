@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from tests.server.fakes import CONFIG, FakeRunner
 from tests.test_repository import ROOT
@@ -14,6 +15,8 @@ from trimserve.config import ServerConfig
 from trimserve.server.app import InProcessServer
 
 DOCKERFILE = (ROOT / "docker/Dockerfile").read_text()
+VARIABLES = {name.lower(): value for name, value in re.findall(r"TRIMSERVE__SERVER__(\w+)=(\S+)", DOCKERFILE)}
+"""Of the server, by knob."""
 
 
 @pytest.fixture
@@ -48,9 +51,12 @@ def test_the_image_has_the_makefiles_torch() -> None:
 
 
 def test_its_variables_are_knobs_and_its_ports_their_defaults() -> None:
-    variables = {name.lower(): value for name, value in re.findall(r"TRIMSERVE__SERVER__(\w+)=(\S+)", DOCKERFILE)}
-    assert len(variables) == DOCKERFILE.count("TRIMSERVE__")
-    config = ServerConfig.model_validate(variables)
+    config = ServerConfig.model_validate({**VARIABLES, "allow_plaintext": True})
     defaults = ServerConfig()
     assert (config.port, config.metrics_port) == (defaults.port, defaults.metrics_port)
     assert f"EXPOSE {config.port} {config.metrics_port}\n" in DOCKERFILE
+
+
+def test_it_starts_neither_without_a_certificate_nor_without_a_word_for_plaintext() -> None:
+    with pytest.raises(ValidationError, match="allow_plaintext"):
+        ServerConfig.model_validate(VARIABLES)

@@ -2,12 +2,13 @@
 
 from typing import Any
 
+import pytest
 import yaml
 
+from tests.test_container import DOCKERFILE, VARIABLES
 from tests.test_repository import ROOT
 from trimserve.config import Config, ServerConfig
 
-DOCKERFILE = (ROOT / "docker/Dockerfile").read_text()
 DEPLOYMENT, SERVICE, MONITOR = yaml.safe_load_all((ROOT / "docker/kubernetes.yaml").read_text())
 COMPOSE = yaml.safe_load((ROOT / "docker/compose.yaml").read_text())["services"]
 POD = DEPLOYMENT["spec"]["template"]
@@ -15,15 +16,14 @@ POD = DEPLOYMENT["spec"]["template"]
 DEFAULTS = ServerConfig()
 
 
-def variables(names: list[str]) -> list[str]:
-    """Those that are trimserve's."""
-    return [name for name in names if name.startswith("TRIMSERVE")]
-
-
-def is_knob(variable: str) -> bool:
-    """Whether a variable sets a knob."""
-    _, section, knob = variable.lower().split("__")
-    return knob in type(getattr(Config(), section)).model_fields
+def sections(variables: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """What the variables that are trimserve's set: values by knob, by section of the config."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, value in variables.items():
+        if name.startswith("TRIMSERVE"):
+            _, section, knob = name.lower().split("__")
+            found.setdefault(section, {})[knob] = value
+    return found
 
 
 def test_selectors_select() -> None:
@@ -54,10 +54,17 @@ def test_the_pod_is_the_images_user() -> None:
     assert f"USER {user}:{user}\n" in DOCKERFILE
 
 
-def test_variables_are_knobs() -> None:
-    names = variables([entry["name"] for entry in CONTAINER["env"]]) + variables(COMPOSE["trimserve"]["environment"])
-    assert names
-    assert all(is_knob(name) for name in names)
+POD_VARIABLES = {entry["name"]: entry.get("value", "2") for entry in CONTAINER["env"]}
+"""What Kubernetes itself fills in is a number."""
+SET_BY_COMPOSE = dict(pair.split("=") for pair in COMPOSE["trimserve"]["environment"] if "=" in pair)
+TAKEN_OVER_BY_COMPOSE = {name: "x" for name in COMPOSE["trimserve"]["environment"] if "=" not in name}
+
+
+@pytest.mark.parametrize("variables", [POD_VARIABLES, SET_BY_COMPOSE, SET_BY_COMPOSE | TAKEN_OVER_BY_COMPOSE])
+def test_the_image_starts_with_these_variables(variables: dict[str, Any]) -> None:
+    knobs = sections(variables)
+    config = Config.model_validate({**knobs, "server": VARIABLES | knobs["server"]})
+    assert config.server.allow_plaintext
 
 
 def test_prometheus_scrapes_the_server_of_the_compose_file() -> None:
