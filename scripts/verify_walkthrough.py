@@ -108,20 +108,22 @@ class Shell:
 
     def __init__(self, folder: Path, environment: dict[str, str]) -> None:
         """Begin in a folder."""
-        self._bash = subprocess.Popen(
-            ["bash"],
-            cwd=folder,
-            env=environment,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
+        self._log = folder / "errors.log"
+        with self._log.open("w") as log:
+            self._bash = subprocess.Popen(
+                ["bash"],
+                cwd=folder,
+                env=environment,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                start_new_session=True,
+            )
         self._timer = threading.Timer(TIMEOUT_SECONDS, self._kill)
 
     def run(self, command: str) -> tuple[float, str]:
-        """Seconds and output of a command; of one in the background, until the server serves.
+        """Seconds and standard output of a command; of one in the background, until the server serves.
 
         Raises:
             SystemExit: it failed, or the server ended.
@@ -143,7 +145,7 @@ class Shell:
                 lines.append(line)
         said = "".join(lines)
         if status != 0:
-            raise SystemExit(f"{command}: exit status {status}\n{said}")
+            raise SystemExit(f"{command}: exit status {status}\n{said}{self._log.read_text()[-5000:]}")
         return time.monotonic() - start, said.rstrip("\n") + "\n"
 
     def __enter__(self) -> "Shell":
