@@ -95,6 +95,7 @@ class Engine:
             CheckpointError: see `Engine`.
         """
         self._pace = Pace()
+        del self.pool  # before there is another: together they may be more than the memory
         self._make_pool()
 
     def _make_pool(self) -> None:
