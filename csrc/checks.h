@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
+#include <initializer_list>
 #include <ostream>
 #include <sstream>
 #include <stdexcept>
@@ -63,6 +64,33 @@ inline void check_tensor(const char* op, const char* name, const Tensor& tensor,
                          const char* shape, bool has_shape) {
   check(tensor.scalar_type() == dtype && has_shape, op, ": ", name, " must be ", name_of(dtype), " ", shape,
         ", got ", describe(tensor));
+}
+
+struct Named {
+  const char* name;
+  const Tensor& tensor;
+};
+
+// A tensor's device in words, "cuda:0".
+struct Place {
+  const Tensor& tensor;
+};
+
+inline std::ostream& operator<<(std::ostream& text, const Place& place) {
+  if (place.tensor.is_cpu()) return text << "cpu";
+  if (place.tensor.is_cuda()) return text << "cuda:" << place.tensor.get_device_index();
+  return text << "a device that is neither cpu nor cuda";
+}
+
+// Throws unless all tensors are on the first one's device.
+inline void check_devices(const char* op, const Named& first, std::initializer_list<Named> others) {
+  const bool is_cpu = first.tensor.is_cpu(), is_cuda = first.tensor.is_cuda();
+  for (const Named& other : others) {
+    check(other.tensor.is_cpu() == is_cpu && other.tensor.is_cuda() == is_cuda &&
+              other.tensor.get_device_index() == first.tensor.get_device_index(),
+          op, ": ", other.name, " must be on ", Place{first.tensor}, " like ", first.name, ", got ",
+          Place{other.tensor});
+  }
 }
 
 inline bool is_floating(ScalarType dtype) {

@@ -7,6 +7,7 @@ namespace trimserve {
 
 void check_headwise_scores(const Tensor& q, const Tensor& k, const Tensor& visibility, double scale) {
   constexpr const char* kOp = "headwise_scores";
+  check_devices(kOp, {"q", q}, {{"k", k}, {"visibility", visibility}});
   const ScalarType dtype = q.scalar_type();
   check(is_floating(dtype) && q.dim() == 3, kOp, ": q must be float32, bfloat16 or float16 [T, H, Dh], got ",
         describe(q));
@@ -91,6 +92,7 @@ void check_kv_rows(const char* op, const char* name, const Tensor& rows, std::in
 void check_write_kv(const Tensor& pages, std::int64_t layer, const Tensor& keys, const Tensor& values,
                     const Tensor& slots) {
   constexpr const char* kOp = "write_kv";
+  check_devices(kOp, {"pages", pages}, {{"keys", keys}, {"values", values}, {"slots", slots}});
   check_pages(kOp, pages, layer);
   check_tensor(kOp, "slots", slots, ScalarType::Long, "[R]", slots.dim() == 1);
   check_kv_rows(kOp, "keys", keys, slots.size(0), pages, "slots and pages");
@@ -100,6 +102,8 @@ void check_write_kv(const Tensor& pages, std::int64_t layer, const Tensor& keys,
 void check_gather_kv(const Tensor& pages, std::int64_t layer, const Tensor& keys, const Tensor& values,
                      const Tensor& kept, const Tensor& slots) {
   constexpr const char* kOp = "gather_kv";
+  check_devices(kOp, {"pages", pages},
+                {{"keys", keys}, {"values", values}, {"kept", kept}, {"slots", slots}});
   check_pages(kOp, pages, layer);
   check(keys.dim() == 3, kOp, ": keys must be [N, Hkv, Dh], got ", describe(keys));
   check_kv_rows(kOp, "keys", keys, keys.size(0), pages, "pages");
@@ -113,6 +117,7 @@ void check_gather_kv(const Tensor& pages, std::int64_t layer, const Tensor& keys
 void check_paged_attention(const Tensor& q, const Tensor& pages, std::int64_t layer, const Tensor& tables,
                            const Tensor& lengths, double scale, const std::optional<Tensor>& bias) {
   constexpr const char* kOp = "paged_attention";
+  check_devices(kOp, {"q", q}, {{"pages", pages}, {"tables", tables}, {"lengths", lengths}});
   check_pages(kOp, pages, layer);
   check(q.scalar_type() == pages.scalar_type() && q.dim() == 3 && q.size(2) == pages.size(5), kOp,
         ": q must be ", name_of(pages.scalar_type()), " [B, H, ", pages.size(5), "] like pages, got ",
@@ -128,6 +133,7 @@ void check_paged_attention(const Tensor& q, const Tensor& pages, std::int64_t la
         lengths.size(0));
   check(std::isfinite(scale), kOp, ": scale must be finite, got ", scale);
   if (!bias) return;
+  check_devices(kOp, {"q", q}, {{"bias", *bias}});
   check_tensor(kOp, "bias", *bias, ScalarType::Float, "[B, max_pages * 16]", bias->dim() == 2);
   check(bias->size(0) == q.size(0) && bias->size(1) == tables.size(1) * kPagePositions, kOp,
         ": bias must be [B=", q.size(0), ", max_pages * 16=", tables.size(1) * kPagePositions, "], got ",
@@ -136,6 +142,7 @@ void check_paged_attention(const Tensor& q, const Tensor& pages, std::int64_t la
 
 void check_linear(const Tensor& x, const Tensor& weight) {
   constexpr const char* kOp = "linear";
+  check_devices(kOp, {"x", x}, {{"weight", weight}});
   check(is_floating(x.scalar_type()) && x.dim() == 2, kOp,
         ": x must be float32, bfloat16 or float16 [R, K], got ", describe(x));
   check_tensor(kOp, "weight", weight, x.scalar_type(), "[N, K] like x",
@@ -145,6 +152,7 @@ void check_linear(const Tensor& x, const Tensor& weight) {
 
 void check_rms_norm(const Tensor& x, const Tensor& weight, double epsilon) {
   constexpr const char* kOp = "rms_norm";
+  check_devices(kOp, {"x", x}, {{"weight", weight}});
   check(is_floating(x.scalar_type()) && (x.dim() == 2 || x.dim() == 3), kOp,
         ": x must be float32, bfloat16 or float16 [R, K] or [R, H, K], got ", describe(x));
   check_tensor(kOp, "weight", weight, x.scalar_type(), "[K] like x",
@@ -160,6 +168,7 @@ void check_silu_gate(const Tensor& gate_up) {
 
 void check_rotate(const Tensor& heads, const Tensor& cosines, const Tensor& sines) {
   constexpr const char* kOp = "rotate";
+  check_devices(kOp, {"heads", heads}, {{"cosines", cosines}, {"sines", sines}});
   check(is_floating(heads.scalar_type()) && heads.dim() == 3 && heads.size(2) % 2 == 0, kOp,
         ": heads must be float32, bfloat16 or float16 [R, H, Dh] with Dh even, got ", describe(heads));
   check(heads.numel() == 0 ||

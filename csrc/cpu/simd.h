@@ -180,9 +180,9 @@ struct Simd {
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
-    Ints exponent;
+    Bits exponent;
     std::memcpy(&exponent, &shifted, sizeof exponent);
-    exponent = (exponent << 23) + 0x3f800000;
+    exponent = (exponent << 23) + 0x3f800000u;
     Floats power;
     std::memcpy(&power, &exponent, sizeof power);
     x = is_zero ? Floats{} : p * power;
