@@ -27,6 +27,16 @@ def test_heads_choose_apart_and_their_picks_are_united_per_image() -> None:
     assert selection.num_kept == (3, 1)
 
 
+@pytest.mark.parametrize("max_kept_fraction", [None, 0.5])
+def test_the_same_is_kept_where_nobody_wants_to_know_the_picks(max_kept_fraction: float | None) -> None:
+    trim = TrimParams(k_ratio=0.2, max_kept_fraction=max_kept_fraction)
+    layer = scored(torch.rand(3, 50, generator=torch.Generator().manual_seed(0)), (30, 20))
+    with_picks = select(layer, trim)
+    layer.wants_picks = False
+    assert torch.equal(select(layer, trim).kept, with_picks.kept)
+    assert 0 < len(with_picks.kept) < 50
+
+
 @pytest.mark.parametrize(
     ("fraction", "kept"),
     [

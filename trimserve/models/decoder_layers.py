@@ -252,7 +252,14 @@ class CrossLayer(_Layer):
         seeing = [images for images in vision.visible_images if images[0] < images[1]]
         visibility = feature_visibility(seeing, vision.num_features).to(q.device)
         layer = FirstLayer(
-            q, keys, vision.features, visibility, self._scale, vision.num_features, vision.features_per_tile
+            q,
+            keys,
+            vision.features,
+            visibility,
+            self._scale,
+            vision.num_features,
+            vision.features_per_tile,
+            vision.trim.return_selection,
         )
         selection = select(layer, vision.trim)
         selected_at = time.monotonic()

@@ -36,7 +36,8 @@ class Choice:
     kept: Tensor
     """int64 [M], ascending; stay as they are."""
     picks: Tensor | None = None
-    """int64 [H, K], what each query head picked, -1 where it picked fewer; None where no head was asked."""
+    """int64 [H, K], what each query head picked, -1 where it picked fewer; None where no head was asked or nobody wants
+    to know."""
     groups: Groups | None = None
     """What is replaced by the mean of its group; None: whatever is not kept may be dropped or merged as the request
     wishes."""

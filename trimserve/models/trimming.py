@@ -133,7 +133,8 @@ class Selection:
     num_kept: tuple[int, ...]
     """Kept features of each image; sums to M."""
     picks: Tensor
-    """int64 [H, K], what each query head picked, -1 where it picked fewer; [0, 0] where no head was asked."""
+    """int64 [H, K], what each query head picked, -1 where it picked fewer; [0, 0] where no head was asked or nobody
+    wants to know."""
     groups: Groups | None = None
     """What is merged; None: what is not kept is dropped."""
 

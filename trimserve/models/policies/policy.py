@@ -76,6 +76,7 @@ class FirstLayer:
         scale: float,
         num_features: Sequence[int],
         features_per_tile: int,
+        wants_picks: bool = True,
     ) -> None:
         """Compute nothing yet.
 
@@ -87,7 +88,9 @@ class FirstLayer:
             scale: factor of the logits.
             num_features: of each image; they sum to N.
             features_per_tile: tiles follow each other.
+            wants_picks: whether a choice should tell what each head picked, where heads are asked.
         """
+        self.wants_picks = wants_picks
         self.queries, self.keys, self.features = queries, keys, features
         self.visibility, self.scale = visibility, scale
         self.num_features, self.features_per_tile = tuple(num_features), features_per_tile

@@ -38,7 +38,11 @@ class Trimmed(AfterFirstLayer):
             most = allowance.count(scores[0])
             picks = _top(scores, _smallest_k(scores, most))
         elif isinstance(asked, HeadRatio):
-            picks = _top(scores, asked.counts(scores)[0])
+            k = asked.counts(scores)[0]
+            if most == num_features and not image.layer.wants_picks:
+                padded, num_kept = ops.select_features(scores, [num_features], [k])
+                return Choice(padded[: int(num_kept)])
+            picks = _top(scores, k)
         else:
             picks = _ragged_top(scores, torch.tensor(asked.counts(scores), device=scores.device))
         padded, num_kept = ops.union_indices(picks[picks >= 0][None], num_features)
