@@ -1,9 +1,9 @@
 """Times each op against its composition in PyTorch, at the geometry of Llama-3.2-Vision 11B.
 
-    python -m benchmarks.bench_ops [--runs 15] [--threads 1 2] [--out DIR]
+    python -m benchmarks.bench_ops [--runs 15] [--threads 1 2] [--device cuda] [--out DIR]
 
 Compares results first, then times with cold caches; the bandwidth that bounds an op is measured beside it. Writes
-`ops.json` and `ops.png`; the last line of standard output is the JSON document.
+`ops.json` and `ops.png`, of a GPU `ops_gpu.json` and `ops_gpu.png`; the last line of standard output is the document.
 """
 
 import argparse
@@ -29,12 +29,15 @@ def main() -> None:
     """Compare, time, write, draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--runs", type=int, default=15, help="timed calls of each op, at least 2")
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="numbers of threads")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="numbers of threads, of the CPU")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where to measure")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder of the results")
     arguments = parser.parse_args()
     results: list[dict[str, Any]] = []
     print(f"{'op':34} {'dtype':9} {'threads':>7} {'ms: median':>10} {'p10':>9} {'p90':>9} {'PyTorch':>9} {'floor':>6}")
-    for threads in arguments.threads:
+    is_gpu = arguments.device == "cuda"
+    torch.set_default_device(arguments.device)
+    for threads in [1] if is_gpu else arguments.threads:
         torch.set_num_threads(threads)
         for dtype in _DTYPES:
             for case in make_cases(dtype):
@@ -47,8 +50,9 @@ def main() -> None:
         "results": results,
     }
     arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "ops.json").write_text(json.dumps(document, indent=2) + "\n")
-    draw_report(document, arguments.out / "ops.png")
+    name = "ops_gpu" if is_gpu else "ops"
+    (arguments.out / f"{name}.json").write_text(json.dumps(document, indent=2) + "\n")
+    draw_report(document, arguments.out / f"{name}.png")
     print(json.dumps(document))
 
 
@@ -92,6 +96,7 @@ def _machine() -> dict[str, Any]:
     git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     return {
         "cpu": models[0] if models else platform.machine(),
+        "gpu": torch.cuda.get_device_name() if torch.get_default_device().type == "cuda" else None,
         "simd": torch.backends.cpu.get_cpu_capability(),
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -30,7 +30,8 @@ def draw_report(report: dict[str, Any], path: Path) -> None:
     share.set_title("share of memory bandwidth, same run", loc="left", fontsize=10)
     share.legend(fontsize=9, frameon=False, loc="lower right")
     machine = report["machine"]
-    figure.suptitle(f"{machine['cpu']}, {machine['simd']}, torch {machine['torch']}", color=_INK, fontsize=11)
+    device = machine.get("gpu") or f"{machine['cpu']}, {machine['simd']}"
+    figure.suptitle(f"{device}, torch {machine['torch']}", color=_INK, fontsize=11)
     figure.savefig(path)
 
 
