@@ -16,7 +16,16 @@ namespace {
 namespace ts = torch::stable;
 
 constexpr const char* kOp = "decode_layers";
-constexpr std::size_t kWeightsOfSelf = 6, kWeightsOfCross = 7;
+constexpr std::size_t kWeightsOfSelf = 6, kWeightsOfCross = 7, kLinears = 4;
+
+// Of the linear layers of one layer; null: their weights are floats.
+struct Scales {
+  const Tensor* of_layer;
+
+  std::optional<Tensor> operator[](int linear) const {
+    return of_layer ? std::optional(of_layer[linear]) : std::nullopt;
+  }
+};
 
 // Pages of one kind of layer, for a batch.
 struct Paged {
@@ -36,8 +45,9 @@ struct Paged {
 };
 
 // rows += gate * mlp(rows); weights: norm, gate and up, down.
-void add_mlp(const Tensor& rows, const Tensor* weights, double gate, double epsilon) {
-  add_linear(rows, silu_gate(linear(rms_norm(rows, weights[0], epsilon), weights[1])), weights[2], gate);
+void add_mlp(const Tensor& rows, const Tensor* weights, const Scales& scales, double gate, double epsilon) {
+  const Tensor gate_up = linear(rms_norm(rows, weights[0], epsilon), weights[1], scales[2]);
+  add_linear(rows, silu_gate(gate_up), weights[2], gate, scales[3]);
 }
 
 // A view of `size` places from `start` on. By value: torch's narrow asks for a tensor that it could change.
@@ -52,10 +62,11 @@ Tensor heads_of(const Tensor& rows, std::int64_t head_dim) {
 }  // namespace
 
 void decode_layers(const Tensor& hidden, const Tensor& pages, std::vector<Tensor> weights,
-                   std::vector<std::int64_t> cross_layers, std::vector<double> gates, const Tensor& cosines,
-                   const Tensor& sines, const Tensor& text_tables, const Tensor& text_lengths,
-                   const Tensor& slots, std::optional<Tensor> feature_tables,
-                   std::optional<Tensor> feature_lengths, std::optional<Tensor> bias, double epsilon) {
+                   std::vector<Tensor> scales, std::vector<std::int64_t> cross_layers,
+                   std::vector<double> gates, const Tensor& cosines, const Tensor& sines,
+                   const Tensor& text_tables, const Tensor& text_lengths, const Tensor& slots,
+                   std::optional<Tensor> feature_tables, std::optional<Tensor> feature_lengths,
+                   std::optional<Tensor> bias, double epsilon) {
   check_pages(kOp, pages, 0);
   check(gates.size() == 2 * cross_layers.size(), kOp, ": gates must be two of each of ", cross_layers.size(),
         " cross-attention layers, got ", gates.size());
@@ -67,14 +78,18 @@ void decode_layers(const Tensor& hidden, const Tensor& pages, std::vector<Tensor
         ": feature_tables and feature_lengths must come together");
   const std::int64_t num_layers =
       static_cast<std::int64_t>((weights.size() - of_cross) / kWeightsOfSelf + cross_layers.size());
+  check(scales.empty() || scales.size() == kLinears * num_layers, kOp, ": scales must be four of each of ",
+        num_layers, " layers, or none, got ", scales.size());
   const std::int64_t num_kv_heads = pages.size(3), head_dim = pages.size(5);
   const Paged text{pages, text_tables, text_lengths};
 
   const Tensor* of_layer = weights.data();
   std::int64_t num_self = 0, num_cross = 0;
   for (std::int64_t layer = 0; layer < num_layers; ++layer) {
+    const Scales of_linears{scales.empty() ? nullptr : scales.data() + kLinears * layer};
     if (std::find(cross_layers.begin(), cross_layers.end(), layer) == cross_layers.end()) {
-      const Tensor heads = heads_of(linear(rms_norm(hidden, of_layer[0], epsilon), of_layer[1]), head_dim);
+      const Tensor heads =
+          heads_of(linear(rms_norm(hidden, of_layer[0], epsilon), of_layer[1], of_linears[0]), head_dim);
       const std::int64_t num_heads = heads.size(1) - 2 * num_kv_heads;
       check(num_heads > 0, kOp, ": a projection to queries, keys and values has too few outputs, ",
             heads.size(1), " heads");
@@ -83,19 +98,19 @@ void decode_layers(const Tensor& hidden, const Tensor& pages, std::vector<Tensor
                part(heads, 1, num_heads + num_kv_heads, num_kv_heads),
                ts::select(slots, 0, num_self / pages.size(1)));
       const Tensor attended = text.attend(part(heads, 1, 0, num_heads), num_self, std::nullopt);
-      add_linear(hidden, attended, of_layer[2], 1.0);
-      add_mlp(hidden, of_layer + 3, 1.0, epsilon);
+      add_linear(hidden, attended, of_layer[2], 1.0, of_linears[1]);
+      add_mlp(hidden, of_layer + 3, of_linears, 1.0, epsilon);
       of_layer += kWeightsOfSelf;
       ++num_self;
     } else {
       if (feature_lengths) {
         const Tensor rows = part(hidden, 0, 0, feature_lengths->size(0));
-        const Tensor q =
-            rms_norm(heads_of(linear(rms_norm(rows, of_layer[0], epsilon), of_layer[1]), head_dim),
-                     of_layer[2], epsilon);
+        const Tensor q = rms_norm(
+            heads_of(linear(rms_norm(rows, of_layer[0], epsilon), of_layer[1], of_linears[0]), head_dim),
+            of_layer[2], epsilon);
         const Tensor attended = Paged{pages, *feature_tables, *feature_lengths}.attend(q, num_cross, bias);
-        add_linear(rows, attended, of_layer[3], gates[2 * num_cross]);
-        add_mlp(rows, of_layer + 4, gates[2 * num_cross + 1], epsilon);
+        add_linear(rows, attended, of_layer[3], gates[2 * num_cross], of_linears[1]);
+        add_mlp(rows, of_layer + 4, of_linears, gates[2 * num_cross + 1], epsilon);
       }
       of_layer += kWeightsOfCross;
       ++num_cross;

@@ -110,10 +110,12 @@ struct PagedAttentionArgs {
   float scale;
 };
 
-// x [R, K]; weight [N, K]; output [R, N] = gate * x weight^T, added to what it holds if `accumulates`; all of `dtype`.
+// x [R, K]; weight [N, K]; output [R, N] = gate * x weight^T, added to what it holds if `accumulates`; all of `dtype`. With
+// scales [N], which outputs are then multiplied with, weight is int8 and x float32.
 struct LinearArgs {
   const void* x;
   const void* weight;
+  const float* scales;  // null: none
   void* output;
   DType dtype;
   bool accumulates;
@@ -204,6 +206,9 @@ void merge_pieces(const PagedAttentionArgs& args, std::int64_t begin, std::int64
 
 // Range over blocks of kLinearColumns outputs; at least one row.
 void linear(const LinearArgs& args, std::int64_t begin, std::int64_t end);
+
+// Serial.
+void to_floats(const void* x, DType dtype, std::int64_t count, float* floats);
 
 // Range over rows.
 void rms_norm(const RmsNormArgs& args, std::int64_t begin, std::int64_t end);

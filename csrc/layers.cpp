@@ -9,14 +9,21 @@ namespace trimserve {
 
 namespace {
 
-// output = gate * x weight^T, or added to it.
-void multiply(const Tensor& output, const Tensor& x, const Tensor& weight, double gate, bool accumulates) {
-  const Tensor rows = with_contiguous_rows(x);
+// output = gate * x weight^T, or added to it; with scales, outputs are multiplied with them.
+void multiply(const Tensor& output, const Tensor& x, const Tensor& weight, std::optional<Tensor> scales,
+              double gate, bool accumulates) {
+  if (scales) scales = torch::stable::contiguous(*scales);
+  const DType dtype = kernel_dtype(x.scalar_type());
+  const bool is_converted = scales && dtype != DType::kFloat32;
+  const Tensor rows = is_converted ? torch::stable::contiguous(x) : with_contiguous_rows(x);
+  const auto floats = workspace<float>(is_converted ? x.numel() : 0);
+  if (is_converted) cpu::to_floats(rows.const_data_ptr(), dtype, x.numel(), floats.get());
   const LinearArgs args{
-      .x = rows.const_data_ptr(),
+      .x = is_converted ? floats.get() : rows.const_data_ptr(),
       .weight = weight.const_data_ptr(),
+      .scales = scales ? static_cast<const float*>(scales->const_data_ptr()) : nullptr,
       .output = output.mutable_data_ptr(),
-      .dtype = kernel_dtype(x.scalar_type()),
+      .dtype = dtype,
       .accumulates = accumulates,
       .gate = static_cast<float>(gate),
       .num_rows = x.size(0),
@@ -26,7 +33,8 @@ void multiply(const Tensor& output, const Tensor& x, const Tensor& weight, doubl
   };
   if (args.num_rows == 0) return;
   // A thread is worth some bytes of the weight, and fewer of them the more products they take part in.
-  const std::int64_t block_bytes = kLinearColumns * args.num_inputs * element_bytes(x.scalar_type());
+  const std::int64_t weight_bytes = scales ? 1 : element_bytes(x.scalar_type());
+  const std::int64_t block_bytes = kLinearColumns * args.num_inputs * weight_bytes;
   const std::int64_t blocks_per_thread =
       kGrainBytes / (block_bytes * std::min<std::int64_t>(args.num_rows, 16) + 1) + 1;
   const std::int64_t num_blocks = (args.num_outputs + kLinearColumns - 1) / kLinearColumns;
@@ -36,21 +44,22 @@ void multiply(const Tensor& output, const Tensor& x, const Tensor& weight, doubl
 
 }  // namespace
 
-Tensor linear(const Tensor& x, const Tensor& weight) {
-  check_linear(x, weight);
+Tensor linear(const Tensor& x, const Tensor& weight, std::optional<Tensor> scales) {
+  check_linear(x, weight, scales);
   Tensor output = torch::stable::new_empty(x, {x.size(0), weight.size(0)});
-  multiply(output, x, weight, 1.0, false);
+  multiply(output, x, weight, scales, 1.0, false);
   return output;
 }
 
 // output += gate * x weight^T; output [R, N] contiguous.
-void add_linear(const Tensor& output, const Tensor& x, const Tensor& weight, double gate) {
-  check_linear(x, weight);
+void add_linear(const Tensor& output, const Tensor& x, const Tensor& weight, double gate,
+                std::optional<Tensor> scales) {
+  check_linear(x, weight, scales);
   check(output.scalar_type() == x.scalar_type() && output.dim() == 2 && output.is_contiguous() &&
             output.size(0) == x.size(0) && output.size(1) == weight.size(0),
         "add_linear: output must be contiguous ", name_of(x.scalar_type()), " [", x.size(0), ", ",
         weight.size(0), "], got ", describe(output));
-  multiply(output, x, weight, gate, true);
+  multiply(output, x, weight, scales, gate, true);
 }
 
 Tensor rms_norm(const Tensor& x, const Tensor& weight, double epsilon) {

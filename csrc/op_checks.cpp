@@ -140,14 +140,17 @@ void check_paged_attention(const Tensor& q, const Tensor& pages, std::int64_t la
         describe(*bias));
 }
 
-void check_linear(const Tensor& x, const Tensor& weight) {
+void check_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& scales) {
   constexpr const char* kOp = "linear";
   check_devices(kOp, {"x", x}, {{"weight", weight}});
   check(is_floating(x.scalar_type()) && x.dim() == 2, kOp,
         ": x must be float32, bfloat16 or float16 [R, K], got ", describe(x));
-  check_tensor(kOp, "weight", weight, x.scalar_type(), "[N, K] like x",
+  check_tensor(kOp, "weight", weight, scales ? ScalarType::Char : x.scalar_type(), "[N, K] like x",
                weight.dim() == 2 && weight.size(1) == x.size(1));
   check(weight.is_contiguous(), kOp, ": weight must be contiguous");
+  if (!scales) return;
+  check_tensor(kOp, "scales", *scales, ScalarType::Float, "[N] like weight",
+               scales->dim() == 1 && scales->size(0) == weight.size(0));
 }
 
 void check_rms_norm(const Tensor& x, const Tensor& weight, double epsilon) {

@@ -38,7 +38,7 @@ void check_gather_kv(const Tensor& pages, std::int64_t layer, const Tensor& keys
 void check_paged_attention(const Tensor& q, const Tensor& pages, std::int64_t layer, const Tensor& tables,
                            const Tensor& lengths, double scale, const std::optional<Tensor>& bias);
 
-void check_linear(const Tensor& x, const Tensor& weight);
+void check_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& scales);
 
 void check_rms_norm(const Tensor& x, const Tensor& weight, double epsilon);
 

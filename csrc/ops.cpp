@@ -15,12 +15,13 @@ STABLE_TORCH_LIBRARY(trimserve, m) {
   m.def(
       "paged_attention(Tensor q, Tensor pages, int layer, Tensor tables, Tensor lengths, float scale, "
       "Tensor? bias=None) -> Tensor");
-  m.def("linear(Tensor x, Tensor weight) -> Tensor");
+  m.def("linear(Tensor x, Tensor weight, Tensor? scales=None) -> Tensor");
   m.def("rms_norm(Tensor x, Tensor weight, float epsilon) -> Tensor");
   m.def("silu_gate(Tensor gate_up) -> Tensor");
   m.def("rotate(Tensor(a!) heads, Tensor cosines, Tensor sines) -> ()");
   m.def(
-      "decode_layers(Tensor(a!) hidden, Tensor(b!) pages, Tensor[] weights, int[] cross_layers, float[] "
+      "decode_layers(Tensor(a!) hidden, Tensor(b!) pages, Tensor[] weights, Tensor[] scales, int[] "
+      "cross_layers, float[] "
       "gates, "
       "Tensor cosines, Tensor sines, Tensor text_tables, Tensor text_lengths, Tensor slots, Tensor? "
       "feature_tables, "

@@ -38,18 +38,20 @@ Tensor paged_attention(const Tensor& q, const Tensor& pages, std::int64_t layer,
                        const Tensor& lengths, double scale, std::optional<Tensor> bias);
 
 // layers.cpp
-Tensor linear(const Tensor& x, const Tensor& weight);
-void add_linear(const Tensor& output, const Tensor& x, const Tensor& weight, double gate);
+Tensor linear(const Tensor& x, const Tensor& weight, std::optional<Tensor> scales = std::nullopt);
+void add_linear(const Tensor& output, const Tensor& x, const Tensor& weight, double gate,
+                std::optional<Tensor> scales = std::nullopt);
 Tensor rms_norm(const Tensor& x, const Tensor& weight, double epsilon);
 Tensor silu_gate(const Tensor& gate_up);
 void rotate(const Tensor& heads, const Tensor& cosines, const Tensor& sines);
 
 // decode.cpp
 void decode_layers(const Tensor& hidden, const Tensor& pages, std::vector<Tensor> weights,
-                   std::vector<std::int64_t> cross_layers, std::vector<double> gates, const Tensor& cosines,
-                   const Tensor& sines, const Tensor& text_tables, const Tensor& text_lengths,
-                   const Tensor& slots, std::optional<Tensor> feature_tables,
-                   std::optional<Tensor> feature_lengths, std::optional<Tensor> bias, double epsilon);
+                   std::vector<Tensor> scales, std::vector<std::int64_t> cross_layers,
+                   std::vector<double> gates, const Tensor& cosines, const Tensor& sines,
+                   const Tensor& text_tables, const Tensor& text_lengths, const Tensor& slots,
+                   std::optional<Tensor> feature_tables, std::optional<Tensor> feature_lengths,
+                   std::optional<Tensor> bias, double epsilon);
 
 // --- what they have in common ---
 

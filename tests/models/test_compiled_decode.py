@@ -43,11 +43,19 @@ def decoded(pair: Pair, kvs: list[SequenceKV]) -> Tensor:
 
 
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", LOGITS), ("bfloat16", LOGITS_BFLOAT16)])
+@pytest.mark.parametrize(
+    ("dtype", "quantize", "tolerance"),
+    [("float32", "none", LOGITS), ("float32", "int8", LOGITS), ("bfloat16", "none", LOGITS_BFLOAT16)],
+)
 def test_equals_layer_by_layer(
-    make_pair: Callable[..., Pair], monkeypatch: pytest.MonkeyPatch, seed: int, dtype: str, tolerance: float
+    make_pair: Callable[..., Pair],
+    monkeypatch: pytest.MonkeyPatch,
+    seed: int,
+    dtype: str,
+    quantize: str,
+    tolerance: float,
 ) -> None:
-    pair = make_pair(draw_geometry(seed), seed, dtype=dtype)
+    pair = make_pair(draw_geometry(seed), seed, dtype=dtype, quantize=quantize)
     pool = pair.pool
     together = decoded(pair, prefilled(pair, pool))
     monkeypatch.setattr(CompiledDecode, "__call__", lambda *_: pytest.fail("layer by layer was asked for"))
@@ -56,16 +64,18 @@ def test_equals_layer_by_layer(
     torch.testing.assert_close(together, apart, atol=2 * tolerance, rtol=0)  # each is off by as much
 
 
-def test_is_used_for_plain_weights_on_a_cpu(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("quantize", ["none", "int8"])
+def test_is_used_on_a_cpu(make_pair: Callable[..., Pair], monkeypatch: pytest.MonkeyPatch, quantize: str) -> None:
+    pair = make_pair(Geometry(), quantize=quantize)
     monkeypatch.setattr(CompiledDecode, "__call__", lambda *_: (_ for _ in ()).throw(AssertionError("used")))
     with pytest.raises(AssertionError, match="used"):
         decoded(pair, prefilled(pair, pair.pool))
 
 
-def test_weights_of_another_kind_are_decoded_layer_by_layer(make_pair: Callable[..., Pair]) -> None:
+def test_norms_that_differ_are_decoded_layer_by_layer(make_pair: Callable[..., Pair]) -> None:
     layers = make_pair(Geometry()).ours._decoder._layers
     assert CompiledDecode.of(layers) is not None
-    layers[1]._output = lambda rows: rows  # such as quantized ones
+    layers[1]._mlp_norm.epsilon *= 2
     assert CompiledDecode.of(layers) is None
 
 

@@ -1,4 +1,4 @@
-"""A decode step's layers as one op, where all weights are plain and on a CPU: nothing of Python between the ops.
+"""A decode step's layers as one op, on a CPU: nothing of Python between the ops.
 
 Elsewhere `RaggedDecoder.decode` takes the layers one by one, which also says what this computes.
 """
@@ -11,7 +11,7 @@ from torch import Tensor
 from trimserve import ops
 from trimserve.models.decoder_layers import BatchRows, CrossLayer, RmsNorm, SelfLayer
 from trimserve.models.key_values import BatchTables
-from trimserve.models.linear import FloatLinear
+from trimserve.models.linear import Linear
 
 __all__ = ["CompiledDecode"]
 
@@ -21,28 +21,31 @@ class CompiledDecode:
     """`ops.decode_layers` with the weights of one checkpoint."""
 
     weights: tuple[Tensor, ...]
+    scales: tuple[Tensor, ...]
+    """Of int8 weights."""
     cross_layers: tuple[int, ...]
     gates: tuple[float, ...]
     epsilon: float
-    most_rows: int
+    most_rows: float
     """Up to so many rows it is faster than layer by layer."""
 
     @classmethod
     def of(cls, layers: Sequence[SelfLayer | CrossLayer]) -> "CompiledDecode | None":
-        """Of all layers of a decoder; None where an op of theirs is not `ops.linear`."""
+        """Of all layers of a decoder; None where their norms differ in more than weights."""
         parts = [part for layer in layers for part in layer.decode_parts]
-        linears = [part for part in parts if isinstance(part, FloatLinear)]
+        linears = [part for part in parts if isinstance(part, Linear)]
         norms = [part for part in parts if isinstance(part, RmsNorm)]
         epsilons = {norm.epsilon for norm in norms}
-        if len(linears) + len(norms) < len(parts) or len(epsilons) != 1:
+        if len(epsilons) != 1:
             return None
         cross = {index: layer for index, layer in enumerate(layers) if isinstance(layer, CrossLayer)}
         return cls(
-            weights=tuple(part.weight for part in parts if isinstance(part, FloatLinear | RmsNorm)),
+            weights=tuple(part.weight for part in parts),
+            scales=tuple(linear.scales for linear in linears if linear.scales is not None),
             cross_layers=tuple(cross),
             gates=tuple(gate for layer in cross.values() for gate in layer.gates),
             epsilon=epsilons.pop(),
-            most_rows=min(linear.most_rows for linear in linears),
+            most_rows=min(linear.most_rows(norms[0].weight.dtype) for linear in linears),
         )
 
     def __call__(self, hidden: Tensor, batch: BatchRows, text: BatchTables, features: BatchTables | None) -> None:
@@ -51,6 +54,7 @@ class CompiledDecode:
             hidden,
             text.pages,
             self.weights,
+            self.scales,
             self.cross_layers,
             self.gates,
             batch.cosines,

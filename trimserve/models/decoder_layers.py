@@ -195,7 +195,7 @@ class CrossLayer(_Layer):
     @property
     def decode_parts(self) -> list[Part]:
         """What decoding multiplies with, in the order of `ops.decode_layers`."""
-        query = [self._input_norm, self._query, self._q_norm]
+        query: list[Part] = [self._input_norm, self._query, self._q_norm]
         return [*query, self._output, self._mlp_norm, self._gate_up, self._down]
 
     @property

@@ -43,7 +43,7 @@ def to_int8(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def int8_linear(rows: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
-    """Rows [R, columns] times quantized weights.
+    """Rows [R, columns] times quantized weights, for many rows: the weights are made floats first.
 
     Args:
         rows: float32, bfloat16 or float16.

@@ -1,7 +1,8 @@
 """Linear layers as functions of rows: how their weights are stored is known here alone."""
 
 from dataclasses import dataclass
-from typing import Final, Protocol
+from math import inf
+from typing import Final
 
 import torch
 from torch import Tensor, nn
@@ -11,36 +12,40 @@ from trimserve import ops
 from trimserve.models.int8 import int8_linear
 from trimserve.models.weights import fused_scales, fused_weight
 
-__all__ = ["FloatLinear", "Linear", "linear"]
+__all__ = ["Linear", "linear"]
 
 _MOST_ROWS: Final = {torch.float32: 512, torch.float16: 512, torch.bfloat16: 8}
 """Up to so many rows `ops.linear` is faster than torch on a CPU (`benchmarks/results/ops.json`)."""
 
-
-class Linear(Protocol):
-    """Rows [R, columns] times the weights of one or several linear layers, [R, outputs], with its bias."""
-
-    def __call__(self, rows: Tensor, /) -> Tensor:
-        """The outputs of all layers, one after another."""
+_MOST_ROWS_OF_INT8: Final = {torch.float32: inf, torch.float16: inf, torch.bfloat16: 16}
 
 
 @dataclass(frozen=True, slots=True)
-class FloatLinear:
-    """Weights of the rows' own dtype."""
+class Linear:
+    """Rows [R, columns] times the weights of one or several linear layers, [R, outputs], with its bias."""
 
     weight: Tensor
-    """[outputs, columns], contiguous."""
-    most_rows: int
-    """Up to so many rows `ops.linear` is faster than torch."""
+    """[outputs, columns], contiguous; of the rows' dtype, or int8."""
+    scales: Tensor | None = None
+    """float32 [outputs] of int8 weights, see `int8.py`."""
     bias: Tensor | None = None
     """[outputs]"""
 
     def __call__(self, rows: Tensor, /) -> Tensor:
-        """[R, columns] -> [R, outputs]."""
-        if len(rows) > self.most_rows:
+        """The outputs of all layers, one after another."""
+        if len(rows) <= self.most_rows(rows.dtype):
+            product = ops.linear(rows, self.weight, self.scales)
+        elif self.scales is None:
             return F.linear(rows, self.weight, self.bias)
-        product = ops.linear(rows, self.weight)
+        else:
+            product = int8_linear(rows, self.weight, self.scales)
         return product if self.bias is None else product.add_(self.bias)
+
+    def most_rows(self, dtype: torch.dtype) -> float:
+        """Up to so many rows of a dtype `ops.linear` is faster than torch."""
+        if self.weight.device.type != "cpu":
+            return 0
+        return (_MOST_ROWS if self.scales is None else _MOST_ROWS_OF_INT8)[dtype]
 
 
 def linear(module: nn.Module, *names: str) -> Linear:
@@ -51,9 +56,6 @@ def linear(module: nn.Module, *names: str) -> Linear:
         names: one name, or several without biases whose weights are rows of one tensor, see `weights.FUSED`.
     """
     weight = fused_weight(module, names)
-    if weight.dtype == torch.int8:
-        scales = fused_scales(module, names)
-        return lambda rows: int8_linear(rows, weight, scales)
     first = module.get_submodule(names[0])
     assert isinstance(first, nn.Linear)
-    return FloatLinear(weight, _MOST_ROWS[weight.dtype] if weight.device.type == "cpu" else 0, first.bias)
+    return Linear(weight, fused_scales(module, names) if weight.dtype == torch.int8 else None, first.bias)

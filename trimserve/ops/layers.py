@@ -17,7 +17,7 @@ __all__ = ["decode_layers", "linear", "rms_norm", "rotate", "silu_gate"]
 load_library()
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
+def linear(x: Tensor, weight: Tensor, scales: Tensor | None = None) -> Tensor:
     """Multiply rows with a weight.
 
     A row's result does not depend on the other rows or on the number of threads, to the last bit. Strided rows are
@@ -25,14 +25,15 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 
     Args:
         x: float32, bfloat16 or float16 [R, K].
-        weight: same dtype [N, K], contiguous.
+        weight: same dtype [N, K], contiguous; int8 with scales.
+        scales: float32 [N], factors of the weight's rows; None: there are none.
     Returns:
         [R, N] of the same dtype, accumulated in float32.
     Raises:
         ValueError: a wrong dtype or shape, or a weight that is not contiguous.
     Definition: reference.linear.
     """
-    result: Tensor = torch.ops.trimserve.linear(x, weight)
+    result: Tensor = torch.ops.trimserve.linear(x, weight, scales)
     return result
 
 
@@ -87,6 +88,7 @@ def decode_layers(
     hidden: Tensor,
     pages: Tensor,
     weights: Sequence[Tensor],
+    scales: Sequence[Tensor],
     cross_layers: Sequence[int],
     gates: Sequence[float],
     cosines: Tensor,
@@ -109,6 +111,7 @@ def decode_layers(
         pages: [P, G, 2, Hkv, PAGE_POSITIONS, Dh]; written to.
         weights: layer after layer. Self-attention: input norm, query-key-value, output, MLP norm, gate-up, down.
             Cross-attention: input norm, query, query norm, output, MLP norm, gate-up, down.
+        scales: of the linear layers' weights, layer after layer, which are int8 then; empty where they are not.
         cross_layers: which layers are cross-attention.
         gates: factors of each cross-attention layer's attention and MLP.
         cosines: float32 [B, Dh / 2], of the rows' positions.
@@ -128,6 +131,7 @@ def decode_layers(
         hidden,
         pages,
         weights,
+        scales,
         cross_layers,
         gates,
         cosines,
@@ -142,7 +146,7 @@ def decode_layers(
     )
 
 
-def _fake_linear(x: Tensor, weight: Tensor) -> Tensor:
+def _fake_linear(x: Tensor, weight: Tensor, scales: Tensor | None = None) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[0])
 
 
@@ -156,6 +160,12 @@ def _fake_silu_gate(gate_up: Tensor) -> Tensor:
 
 def _fake_rotate(heads: Tensor, cosines: Tensor, sines: Tensor) -> None:
     return None
+
+
+def _linear_of_torch(x: Tensor, weight: Tensor, scales: Tensor | None = None) -> Tensor:
+    if scales is None:
+        return F.linear(x, weight)
+    return (F.linear(x.float(), weight.float()) * scales).to(x.dtype)
 
 
 def _rms_norm_of_torch(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
@@ -173,7 +183,7 @@ def _rotate_of_torch(heads: Tensor, cosines: Tensor, sines: Tensor) -> None:
     heads.copy_(torch.cat([left * cos - right * sin, right * cos + left * sin], dim=-1))
 
 
-torch.library.impl("trimserve::linear", "CUDA", F.linear)
+torch.library.impl("trimserve::linear", "CUDA", _linear_of_torch)
 torch.library.impl("trimserve::rms_norm", "CUDA", _rms_norm_of_torch)
 torch.library.impl("trimserve::silu_gate", "CUDA", _silu_gate_of_torch)
 torch.library.impl("trimserve::rotate", "CUDA", _rotate_of_torch)

@@ -96,9 +96,10 @@ def paged_attention(
     return attended
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
+def linear(x: Tensor, weight: Tensor, scales: Tensor | None = None) -> Tensor:
     """Define `trimserve.ops.linear`; computes in float64."""
-    return (x.double() @ weight.double().T).to(x.dtype)
+    product = x.double() @ weight.double().T
+    return (product if scales is None else product * scales.double()).to(x.dtype)
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:

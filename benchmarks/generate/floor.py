@@ -1,0 +1,96 @@
+"""What bounds a decode step: the bytes that it must read, and its products; each over what this machine reaches.
+
+The rate of products is that of as many rows with a part of a weight that
+the second cache holds, by torch or by `ops.linear`, whichever is faster: what a product takes when memory is free.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from benchmarks.generate.timing import time_calls
+from trimserve import ops
+from trimserve.config import Quantize
+from trimserve.models.checkpoint import open_checkpoint
+from trimserve.models.int8 import SCALES, to_int8
+from trimserve.models.weights import empty_model
+
+__all__ = ["Floor", "StepShape"]
+
+_CACHED_BYTES = 2**20
+_SECONDS = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class StepShape:
+    """What a decode step of any batch multiplies with."""
+
+    dtype: torch.dtype
+    is_int8: bool
+    weight_bytes: int
+    """All weights but the embedding, of which rows are read, and the projections of visual features."""
+    linears: tuple[tuple[int, int], ...]
+    """(outputs, inputs) of every linear layer."""
+
+    @classmethod
+    def of_checkpoint(cls, folder: Path, dtype: torch.dtype, quantize: Quantize) -> "StepShape":
+        """Of a checkpoint as `load_weights` stores it."""
+        config = open_checkpoint(str(folder), None, with_weights=False).config
+        modules = dict(_used(empty_model(config, dtype, quantize)))
+        parameters = [parameter for module in modules.values() for parameter in module.parameters(recurse=False)]
+        scales = [getattr(module, SCALES) for module in modules.values() if hasattr(module, SCALES)]
+        linears = [module for module in modules.values() if isinstance(module, nn.Linear)]
+        return cls(
+            dtype,
+            quantize == "int8",
+            sum(tensor.nbytes for tensor in (*parameters, *scales)),
+            tuple((linear.out_features, linear.in_features) for linear in linears),
+        )
+
+
+def _used(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for name, module in model.named_modules():
+        is_of_step = name.startswith(("model.language_model.layers", "model.language_model.norm", "lm_head"))
+        if is_of_step and not name.endswith(("cross_attn.k_proj", "cross_attn.v_proj", "cross_attn.k_norm")):
+            yield name, module
+
+
+@dataclass(frozen=True, slots=True)
+class Floor:
+    """Least milliseconds of a step."""
+
+    num_bytes: int
+    bytes_ms: float
+    products_ms: float
+
+    @property
+    def ms(self) -> float:
+        """The larger."""
+        return max(self.bytes_ms, self.products_ms)
+
+    @classmethod
+    def of_step(cls, shape: StepShape, batch: int, kv_bytes: int, bytes_per_second: float) -> "Floor":
+        """Of a batch that attends to so many bytes."""
+        num_bytes = shape.weight_bytes + kv_bytes
+        products = sum(
+            2 * batch * outputs * inputs / _product_rate(batch, inputs, shape.dtype, shape.is_int8)
+            for outputs, inputs in shape.linears
+        )
+        return cls(num_bytes, num_bytes / bytes_per_second * 1e3, products * 1e3)
+
+
+@cache
+def _product_rate(rows: int, inputs: int, dtype: torch.dtype, is_int8: bool) -> float:
+    """Multiplications and additions per second."""
+    outputs = _CACHED_BYTES // (inputs * torch.float32.itemsize)
+    x, weight = torch.randn(rows, inputs).to(dtype), torch.randn(outputs, inputs)
+    floats = weight.to(dtype)
+    stored = to_int8(weight) if is_int8 else (floats,)
+    calls = (lambda: F.linear(x, floats), lambda: ops.linear(x, *stored))
+    fastest = min(time_calls(call, _SECONDS)["p10"] for call in calls)
+    return 2 * rows * inputs * outputs / fastest * 1e3

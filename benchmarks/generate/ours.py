@@ -1,0 +1,114 @@
+"""trimserve's model: vision, prefill and decode steps of one setting, each a call to be timed."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.generate.setting import Setting, make_prompt, trim_params
+from trimserve.config import Dtype, EngineConfig, ModelConfig, Quantize
+from trimserve.engine.kv_pool import KVPool, SequenceKV
+from trimserve.models.encoded_image import EncodedImage
+from trimserve.models.interruptible import run_through
+from trimserve.models.loading import load_model
+from trimserve.models.prefilled import Prefilled
+from trimserve.models.prepared import PreparedPrompt
+
+__all__ = ["Asked", "Ours"]
+
+_ANSWER_TOKENS = 16
+_SLACK = 1.1  # of the pool: pages are whole
+
+
+class Ours:
+    """A loaded model."""
+
+    def __init__(
+        self, folder: Path, dtype: Dtype, quantize: Quantize, *, max_kept_fraction: float | None, most: int
+    ) -> None:
+        """Load it.
+
+        Args:
+            folder: of the checkpoint.
+            dtype: of weights and KV.
+            quantize: as in `ModelConfig`.
+            max_kept_fraction: cap of trimmed settings.
+            most: sequences that decode together, at most.
+        """
+        self.model = load_model(ModelConfig(model=str(folder), dtype=dtype, quantize=quantize), EngineConfig())
+        self.max_kept_fraction = max_kept_fraction
+        info = self.model.info
+        of_text = info.self_kv_bytes_per_token * 4 * _ANSWER_TOKENS
+        of_image = info.cross_kv_bytes_per_feature * info.max_tiles * info.features_per_tile
+        self.pool = KVPool(info, int((most + 1) * (of_text + of_image) * _SLACK) + 2**24)
+
+    def ask(self, setting: Setting) -> "Asked":
+        """Encode and prefill a setting."""
+        return Asked(self, setting)
+
+
+class Asked:
+    """One setting, prefilled."""
+
+    def __init__(self, ours: Ours, setting: Setting) -> None:
+        """Use `Ours.ask`."""
+        self._model, self._pool = ours.model, ours.pool
+        self._trim = trim_params(setting, self._model.info, ours.max_kept_fraction)
+        self.prompt: PreparedPrompt = self._model.prepare(make_prompt(setting, self._model.info.tile_size))
+        self._images = [self.encode()]
+        self._kvs: list[SequenceKV] = []
+        self.logits = self._prefill().logits
+
+    def encode(self) -> EncodedImage:
+        """The image's features."""
+        return run_through(self._model.encode_image(self.prompt.images[0]))
+
+    def prefill(self) -> None:
+        """The prompt, into pages that are then given back."""
+        self._prefill()
+        self._kvs.pop().release()
+
+    def step(self, batch: int) -> Callable[[], Tensor]:
+        """A decode step of so many sequences that each hold the prompt in pages of their own; always the same one."""
+        while len(self._kvs) < batch:
+            self._copy()
+        kvs = self._kvs[:batch]
+        token_ids = [int(self.logits.argmax())] * batch
+
+        def run() -> Tensor:
+            for kv in kvs:
+                kv.length = len(self.prompt.token_ids)
+            return self._model.decode(token_ids, kvs)
+
+        return run
+
+    def kv_bytes(self, batch: int) -> int:
+        """Keys and values that a step of a batch attends to."""
+        info, kv = self._model.info, self._kvs[0]
+        of_text = (len(self.prompt.token_ids) + 1) * info.self_kv_bytes_per_token
+        return batch * (of_text + kv.cross_length * info.cross_kv_bytes_per_feature)
+
+    def describe(self) -> dict[str, Any]:
+        """Numbers of rows."""
+        return {"prompt_tokens": len(self.prompt.token_ids), "cross_rows": self._kvs[0].cross_length}
+
+    def release(self) -> None:
+        """Give all pages back."""
+        for kv in self._kvs:
+            kv.release()
+
+    def _prefill(self) -> Prefilled:
+        self._kvs.append(self._pool.allocate(len(self.prompt.token_ids) + _ANSWER_TOKENS))
+        return run_through(self._model.prefill(self.prompt, self._images, self._trim, self._kvs[-1]))
+
+    def _copy(self) -> None:
+        original = self._kvs[0]
+        copy = self._pool.allocate(len(self.prompt.token_ids) + _ANSWER_TOKENS)
+        bias = original.cross_bias
+        copy.reserve_cross(original.cross_length, None if bias is None else torch.from_numpy(bias))
+        pages = self._pool.pages
+        for to, source in ((copy.self_tables, original.self_tables), (copy.cross_tables, original.cross_tables)):
+            pages[torch.from_numpy(to.ravel()).long()] = pages[torch.from_numpy(source.ravel()).long()]
+        self._kvs.append(copy)
