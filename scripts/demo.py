@@ -1,10 +1,8 @@
 """`make demo`: serve the embedded model, ask it about sample images, show the byte account, metrics and a picture."""
 
 import json
-import re
 import subprocess
 import sys
-import urllib.request
 from pathlib import Path
 
 from rich.console import Console
@@ -13,6 +11,7 @@ from rich.table import Table
 
 from trimserve.client import Client, make_request
 from trimserve.models.loading import embedded_model_folder
+from trimserve.process import ServerProcess, server_process
 from trimserve.v1 import generation_pb2 as pb
 
 SAMPLES = embedded_model_folder().parent / "samples"
@@ -32,26 +31,15 @@ console = Console()
 def main() -> None:
     """Run the demo; the server logs to out/demo-server.log."""
     PICTURE.parent.mkdir(exist_ok=True)
-    command = [sys.executable, "-m", "trimserve", "serve", "--port", "0", "--metrics-port", "0"]
-    with (
-        SERVER_LOG.open("w") as log,
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True) as server,
-    ):
-        try:
-            address, metrics = _addresses(server)
-            console.rule(f"trimserve serves its embedded model on {address}")
-            show(address, metrics)
-        finally:
-            server.terminate()
-            server.communicate()
-    if server.returncode:
-        raise SystemExit(f"the server ended with status {server.returncode}")
+    with server_process(log=SERVER_LOG) as server:
+        console.rule(f"trimserve serves its embedded model on {server.address}")
+        show(server)
 
 
-def show(address: str, metrics: str) -> None:
+def show(server: ServerProcess) -> None:
     """Ask, and print what there is to see."""
     samples = json.loads((SAMPLES / "samples.json").read_text())
-    with Client(address) as client:
+    with Client(server.address) as client:
         first, second = _sample(samples, "colour"), _sample(samples, "description")
         console.print(f"[bold]unary[/]   {escape(first['file'])}: {escape(first['question'])}", soft_wrap=True)
         response = client.generate(make_request(first["question"], [SAMPLES / first["file"]]))
@@ -63,17 +51,16 @@ def show(address: str, metrics: str) -> None:
         events = list(_printed(client, make_request(second["question"], [SAMPLES / second["file"]])))
         console.print(f"   (expected: {escape(second['answer'])})", soft_wrap=True)
     console.print(_account({"unary": (response.usage, response.cross_kv_bytes), "stream": _last(events)}))
-    console.rule(f"http://{metrics}/metrics")
-    with urllib.request.urlopen(f"http://{metrics}/metrics") as page:
-        for line in page.read().decode().splitlines():
-            is_zero = line.endswith(" 0.0")  # of policies that nobody asked for
-            if line.startswith("trimserve_") and any(name in line for name in METRICS) and not is_zero:
-                console.print(line, markup=False, highlight=False, soft_wrap=True)
+    console.rule(f"http://{server.metrics_address}/metrics")
+    for series, value in server.metrics().items():
+        # What is zero is of policies that nobody asked for.
+        if value and series.startswith("trimserve_") and any(name in series for name in METRICS):
+            console.print(f"{series} {value}", markup=False, highlight=False, soft_wrap=True)
     console.rule("what the question made the model look at")
     explain = [
         "explain",
         "--address",
-        address,
+        server.address,
         "--image",
         str(SAMPLES / first["file"]),
         "--prompt",
@@ -109,14 +96,6 @@ def _account(answers: dict[str, tuple[pb.Usage, pb.CrossKvBytes]]) -> Table:
         sizes = (account.untrimmed, account.held, account.saved_by_trimming, account.saved_by_padding)
         table.add_row(name, fraction, *(f"{size:,}" for size in sizes))
     return table
-
-
-def _addresses(server: subprocess.Popen[str]) -> tuple[str, str]:
-    assert server.stdout is not None
-    for line in server.stdout:
-        if found := re.search(r"gRPC on (\S+), metrics on (\S+)", line):
-            return found[1], found[2]
-    raise SystemExit(f"the server ended before it served; see {SERVER_LOG}")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,6 @@
 """A real server over a real channel: answers equal the peer's `generate`, and bad input harms nobody else."""
 
 import io
-import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import cast
@@ -20,6 +17,7 @@ from tests.models.random_checkpoint import draw_geometry, save_random_checkpoint
 from trimserve.client import Client, make_request
 from trimserve.local import in_process_server
 from trimserve.models.loading import embedded_model_folder
+from trimserve.process import server_process
 from trimserve.v1 import generation_pb2 as pb
 
 NO_TRIM = pb.TrimOptions(mode=pb.TRIM_MODE_OFF)
@@ -52,20 +50,8 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 @pytest.fixture(scope="module")
 def served(checkpoint: Path) -> Iterator[Client]:
     """A client of `trimserve serve --model DIR`."""
-    command = [sys.executable, "-m", "trimserve", "serve", "--model", str(checkpoint), "--port", "0"]
-    process = subprocess.Popen([*command, "--metrics-port", "0"], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    address = None
-    for line in process.stdout:
-        if found := re.search(r"gRPC on (\S+),", line):
-            address = found[1]
-            break
-    assert address is not None, "the server ended before it served"
-    with Client(address) as client:
+    with server_process("--model", str(checkpoint)) as server, Client(server.address) as client:
         yield client
-    process.terminate()
-    process.communicate()
-    assert process.returncode == 0
 
 
 @pytest.mark.parametrize(

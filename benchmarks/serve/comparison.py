@@ -13,8 +13,9 @@ from benchmarks.serve.load import Exchange, closed_loop, open_loop
 from benchmarks.serve.models import UnderTest
 from benchmarks.serve.probes import added_latency, repeated_images
 from benchmarks.serve.rivals import Transformers, transformers_serve
-from benchmarks.serve.service import GrpcTarget, ServerFailed, peak_rss_bytes, running_server
+from benchmarks.serve.service import GrpcTarget, peak_rss_bytes, running_server
 from benchmarks.serve.workload import Item, Kind, WorkloadSettings, make_workload, poisson_arrivals
+from trimserve.process import ServerFailed
 
 __all__ = ["NUM_STAGES", "Comparison", "Plan"]
 

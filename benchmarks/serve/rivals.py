@@ -27,9 +27,10 @@ from transformers import AutoProcessor, BatchFeature, MllamaForConditionalGenera
 from transformers.generation.streamers import BaseStreamer
 
 from benchmarks.serve.load import Answer
-from benchmarks.serve.service import ServerFailed, peak_rss_bytes
+from benchmarks.serve.service import peak_rss_bytes
 from benchmarks.serve.workload import Item
 from training.mended import mend
+from trimserve.process import ServerFailed
 
 __all__ = ["CacheBytes", "Transformers", "TransformersServe", "transformers_serve"]
 

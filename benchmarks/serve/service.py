@@ -2,13 +2,9 @@
 
 import asyncio
 import re
-import subprocess
-import sys
-import tempfile
 import time
-import urllib.request
-from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AbstractContextManager, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,62 +13,27 @@ import grpc
 from benchmarks.serve.load import Answer
 from benchmarks.serve.workload import Item
 from trimserve.client import MAX_MESSAGE_BYTES, make_request
+from trimserve.process import ServerProcess, server_process
 from trimserve.v1 import generation_pb2 as pb
 from trimserve.v1 import generation_pb2_grpc, model_pb2, model_pb2_grpc
 
-__all__ = ["GrpcTarget", "Held", "Peak", "Server", "ServerFailed", "peak_rss_bytes", "running_server"]
+__all__ = ["GrpcTarget", "Held", "Peak", "peak_rss_bytes", "running_server"]
 
 _POLL_SECONDS = 0.05
 
 
-class ServerFailed(Exception):
-    """A server ended before it served; the message has the end of its log."""
-
-
-@dataclass(frozen=True, slots=True)
-class Server:
-    """A server that takes requests."""
-
-    address: str
-    metrics_address: str
-    pid: int
-
-    def metrics(self) -> dict[str, float]:
-        """What `/metrics` tells: value by series, labels included in the name."""
-        with urllib.request.urlopen(f"http://{self.metrics_address}/metrics") as page:
-            lines = page.read().decode().splitlines()
-        pairs = (line.rsplit(" ", 1) for line in lines if line and not line.startswith("#"))
-        return {name: float(value) for name, value in pairs}
-
-
-@contextmanager
-def running_server(model: Path | None, *, num_threads: int, flags: Sequence[str] = ()) -> Iterator[Server]:
-    """Run `trimserve serve` on free ports until the block ends.
+def running_server(
+    model: Path | None, *, num_threads: int, flags: Sequence[str] = ()
+) -> AbstractContextManager[ServerProcess]:
+    """A server of a checkpoint, until the block ends; it logs only what is wrong.
 
     Args:
         model: folder of a checkpoint; None is the embedded model.
         num_threads: of one op.
-        flags: more options of the command.
-    Raises:
-        ServerFailed: it ended before it served.
+        flags: more options of `trimserve serve`.
     """
-    command = [sys.executable, "-m", "trimserve", "serve", "--port", "0", "--metrics-port", "0"]
-    command += ["--num-threads", str(num_threads), "--log-level", "warning", *flags]
-    command += [] if model is None else ["--model", str(model)]
-    with (
-        tempfile.TemporaryFile("w+") as log,
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True) as process,
-    ):
-        try:
-            assert process.stdout is not None
-            found = re.search(r"gRPC on (\S+), metrics on (\S+)", process.stdout.readline())
-            if found is None:
-                process.wait()
-                log.seek(0)
-                raise ServerFailed(f"{' '.join(command)} ended with status {process.returncode}: {log.read()[-2000:]}")
-            yield Server(found[1], found[2], process.pid)
-        finally:
-            process.terminate()
+    checkpoint = () if model is None else ("--model", str(model))
+    return server_process("--num-threads", str(num_threads), "--log-level", "warning", *flags, *checkpoint)
 
 
 def peak_rss_bytes(pid: int) -> int | None:

@@ -36,11 +36,12 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from benchmarks.serve.figures import percentiles
 from benchmarks.serve.report import about, write_json
-from benchmarks.serve.service import Server, running_server
+from benchmarks.serve.service import running_server
 from benchmarks.soak.asks import Asks, Shares
 from benchmarks.soak.clients import Tally, full_load
 from benchmarks.soak.memory import Growth, Sample, growth, watched_memory
 from benchmarks.soak.onlookers import asked
+from trimserve.process import ServerProcess
 from trimserve.v1 import model_pb2, model_pb2_grpc
 
 __all__ = ["main"]
@@ -103,7 +104,7 @@ def main() -> None:
         sys.exit(1)
 
 
-async def _use(server: Server, plan: _Plan, arguments: argparse.Namespace, console: Console) -> _Run:
+async def _use(server: ServerProcess, plan: _Plan, arguments: argparse.Namespace, console: Console) -> _Run:
     async with grpc.aio.insecure_channel(server.address) as channel:
         model = model_pb2_grpc.ModelServiceStub(channel)
         tile_size = (await model.GetModel(model_pb2.GetModelRequest())).tile_size

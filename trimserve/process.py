@@ -1,0 +1,65 @@
+"""A server in a process of its own, for programs that show, try or measure one."""
+
+import re
+import subprocess
+import sys
+import tempfile
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+__all__ = ["ServerFailed", "ServerProcess", "server_process"]
+
+
+class ServerFailed(Exception):
+    """A server ended before it served, or not well; the message has the end of its log."""
+
+
+@dataclass(frozen=True, slots=True)
+class ServerProcess:
+    """A server that takes requests."""
+
+    address: str
+    """`HOST:PORT` of gRPC."""
+    metrics_address: str
+    """`HOST:PORT` of `/metrics`, `/healthz` and `/readyz`."""
+    pid: int
+
+    def metrics(self) -> dict[str, float]:
+        """What `/metrics` tells: value by series, labels included in the name."""
+        with urllib.request.urlopen(f"http://{self.metrics_address}/metrics") as page:
+            lines = page.read().decode().splitlines()
+        pairs = (line.rsplit(" ", 1) for line in lines if line and not line.startswith("#"))
+        return {name: float(value) for name, value in pairs}
+
+
+@contextmanager
+def server_process(*options: str, log: Path | None = None) -> Iterator[ServerProcess]:
+    """Run `trimserve serve` on free ports of loopback until the block ends, and let it drain.
+
+    Args:
+        *options: of the command.
+        log: file that it logs to; None keeps the log no longer than it runs.
+    Raises:
+        OSError: `log` cannot be written.
+        ServerFailed: it ended before it served, or at the end of the block with a status other than 0.
+    """
+    command = [sys.executable, "-m", "trimserve", "serve", "--port", "0", "--metrics-port", "0", *options]
+    with (
+        tempfile.TemporaryFile("w+") if log is None else log.open("w+") as written,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=written, text=True) as process,
+    ):
+        try:
+            assert process.stdout is not None
+            found = re.search(r"gRPC on (\S+), metrics on (\S+)", process.stdout.readline())
+            if found is not None:
+                yield ServerProcess(found[1], found[2], process.pid)
+        finally:
+            process.terminate()
+            process.communicate()
+        if found is None or process.returncode:
+            written.seek(0)
+            why = f"ended with status {process.returncode}: {written.read()[-2000:]}"
+            raise ServerFailed(f"{' '.join(command)} {why}")
