@@ -21,7 +21,7 @@ export PYTHONUNBUFFERED := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test check verify cuda-check test-gpu bench-gpu fmt protos docs bench clean
+.PHONY: help build demo test check verify check-sanitize cuda-check test-gpu bench-gpu fmt protos docs bench clean
 
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1|\2/' | column -t -s '|'
@@ -52,12 +52,16 @@ verify: check test  ## what takes longer: committed accuracies, random mixes, fu
 	$(BIN)/python -m training.reproduce
 	$(PIP) --no-build-isolation --editable '.[fuzz]' && $(BIN)/python scripts/fuzz_convert.py -max_total_time=300
 	PATH="$(abspath $(BIN)):$$PATH" scripts/verify_wheel.sh
+	$(MAKE) check-sanitize
 	scripts/verify_deployment.sh
 	$(BIN)/python scripts/verify_walkthrough.py
 	$(BIN)/python scripts/verify_clients.py  # these as root, on Debian
 	$(BIN)/python scripts/verify_monitoring.py
 	scripts/verify_image.sh
 	$(MAKE) bench
+
+check-sanitize: build  ## run the tests of the ops under AddressSanitizer and UndefinedBehaviorSanitizer
+	PATH="$(abspath $(BIN)):$$PATH" scripts/check_sanitize.sh
 
 cuda-check: build  ## compile the CUDA kernels within their budget, run them on the CPU (parts of check and test)
 	$(BIN)/python scripts/cuda_check.py
@@ -83,6 +87,7 @@ docs: build  ## regenerate the tables of docs/ and README.md, and the dashboard
 
 bench: build  ## measure ops and metrics, and try the load generator and the byte count (docs/performance.md measures with them)
 	$(BIN)/python -m benchmarks.bench_ops
+	$(BIN)/python -m benchmarks.bench_vision
 	$(BIN)/python -m benchmarks.bench_metrics --out benchmarks/results/metrics.json
 	$(BIN)/python -m benchmarks.bench_generate --quick --out out/bench/generate
 	$(BIN)/python -m benchmarks.bench_serve --quick --models embedded --out out/bench

@@ -21,7 +21,7 @@ from trimserve.errors import CheckpointError
 from trimserve.models.checkpoint import read_json, text_config
 from trimserve.models.int8 import SCALES, make_int8, to_int8
 
-__all__ = ["FUSED", "empty_model", "fused_scales", "fused_weight", "load_weights", "weight_bytes"]
+__all__ = ["FUSED", "empty_model", "fuse", "fused_scales", "fused_weight", "load_weights", "weight_bytes"]
 
 FUSED = {
     "self_attn": ("q_proj", "k_proj", "v_proj"),
@@ -96,6 +96,23 @@ def weight_bytes(model: MllamaForConditionalGeneration) -> int:
     return sum(tensor.nbytes for tensor in (*model.parameters(), *scales))
 
 
+def fuse(module: nn.Module, names: tuple[str, ...], device: torch.device) -> None:
+    """Give the linear layers `names` of a module weights, and scales where they have some, that are rows of one tensor.
+
+    The new weights hold no values yet.
+    """
+    linears = [module.get_submodule(name) for name in names]
+    rows = [linear.weight.shape[0] for linear in linears if isinstance(linear, nn.Linear)]
+    example = next(linears[0].parameters())
+    storage = torch.empty(sum(rows), example.shape[1], dtype=example.dtype, device=device)
+    for linear, part in zip(linears, storage.split(rows), strict=True):
+        linear.weight = nn.Parameter(part, requires_grad=False)
+    if hasattr(linears[0], SCALES):
+        scales = torch.empty(sum(rows), dtype=torch.float32, device=device)
+        for linear, of_linear in zip(linears, scales.split(rows), strict=True):
+            setattr(linear, SCALES, of_linear)
+
+
 def fused_weight(module: nn.Module, names: Sequence[str]) -> Tensor:
     """The tensor [rows, columns] whose rows are the weights of a module's linear layers, in order; no copy."""
     return _fused([module.get_submodule(name).weight for name in names])
@@ -125,9 +142,9 @@ def _give_storage(model: MllamaForConditionalGeneration, device: torch.device) -
     for layer in model.model.language_model.layers:
         for module_name, names in FUSED.items():
             if hasattr(layer, module_name):
-                _fuse(getattr(layer, module_name), names, device)
+                fuse(getattr(layer, module_name), names, device)
     for layer in (*vision.transformer.layers, *vision.global_transformer.layers):
-        _fuse(layer.self_attn, FUSED["self_attn"], device)
+        fuse(layer.self_attn, FUSED["self_attn"], device)
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.is_meta:
@@ -136,19 +153,6 @@ def _give_storage(model: MllamaForConditionalGeneration, device: torch.device) -
         scale = getattr(module, SCALES, None)
         if scale is not None and scale.is_meta:
             setattr(module, SCALES, torch.empty_like(scale, device=device))
-
-
-def _fuse(module: nn.Module, names: tuple[str, ...], device: torch.device) -> None:
-    linears = [module.get_submodule(name) for name in names]
-    rows = [linear.weight.shape[0] for linear in linears if isinstance(linear, nn.Linear)]
-    example = next(linears[0].parameters())
-    storage = torch.empty(sum(rows), example.shape[1], dtype=example.dtype, device=device)
-    for linear, part in zip(linears, storage.split(rows), strict=True):
-        linear.weight = nn.Parameter(part, requires_grad=False)
-    if hasattr(linears[0], SCALES):
-        scales = torch.empty(sum(rows), dtype=torch.float32, device=device)
-        for linear, of_linear in zip(linears, scales.split(rows), strict=True):
-            setattr(linear, SCALES, of_linear)
 
 
 def _files(folder: Path) -> Iterator[Path]:
