@@ -68,7 +68,7 @@ cuda-check: build  ## compile the CUDA kernels within their budget, run them on 
 	$(BIN)/python -m pytest tests/csrc
 
 test-gpu: build/gpu/.built  ## on a machine with a GPU: test the ops on it; fails if there is none
-	$(GPU_PYTHON) -m pytest $(GPU_PYTEST) --device cuda tests/ops
+	$(GPU_PYTHON) -m pytest $(GPU_PYTEST) --device cuda -k '[cuda' tests/ops
 
 bench-gpu: build/gpu/.built  ## on a machine with a GPU: measure the ops on it
 	$(GPU_PYTHON) -m benchmarks.bench_ops --device cuda

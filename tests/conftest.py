@@ -13,6 +13,7 @@ torch.set_num_threads(1)
 # that its failures can be replayed.
 settings.register_profile("local", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True)
+settings.register_profile("few", deadline=None, derandomize=True, max_examples=20)
 settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 
