@@ -15,7 +15,7 @@ def test_build_info_names_this_version() -> None:
     info = build_info()
     assert info["version"] == trimserve.__version__
     assert info["torch_target_version"] == "2.10"
-    assert info["cuda_architectures"] == []
+    assert info["cuda_architectures"] in ([], ["80-real", "90-real", "90-virtual"])
     assert set(info) == {
         "version",
         "compiler",

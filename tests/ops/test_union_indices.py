@@ -56,6 +56,13 @@ def test_equals_reference_on_any_picks(num_heads: int, num_picks: int, num_featu
     assert torch.equal(num_kept, expected_num_kept)
 
 
+def test_many_features_keep_their_order() -> None:
+    picks = torch.randint(0, 100_000, (4, 3000), generator=seeded(0))
+    kept, num_kept = union_indices(picks, 100_000)
+    assert torch.equal(kept, reference.union_indices(picks, 100_000)[0])
+    assert kept[num_kept:].eq(-1).all()
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layout_does_not_matter(layout: Callable[[Tensor], Tensor]) -> None:
     picks = torch.tensor([[1, 8, 3], [4, 1, 9]])

@@ -88,15 +88,18 @@ void run_block(unsigned threads, const std::function<void()>& body) {
     all_fibers[t].state = State::kReady;
     all_fibers[t].num_exchanges = 0;
   }
-  for (bool is_any = true; is_any;) {
-    for (unsigned i = 0; i < threads; ++i) {
-      const unsigned thread = is_reversed ? threads - 1 - i : i;
-      if (all_fibers[thread].state == State::kReady) resume(thread);
+  const unsigned num_warps = (threads + kWarp - 1) / kWarp;
+  do {
+    for (unsigned i = 0; i < num_warps; ++i) {
+      const unsigned begin = (is_reversed ? num_warps - 1 - i : i) * kWarp,
+                     end = std::min(begin + kWarp, threads);
+      do {  // a warp runs as far ahead of the others as it can
+        for (unsigned t = begin; t < end; ++t) {
+          if (all_fibers[t].state == State::kReady) resume(t);
+        }
+      } while (release(begin, end, State::kInExchange));
     }
-    is_any = release(0, threads, State::kAtBarrier);
-    for (unsigned t = 0; t < threads; t += kWarp)
-      is_any |= release(t, std::min(t + kWarp, threads), State::kInExchange);
-  }
+  } while (release(0, threads, State::kAtBarrier));
   for (unsigned t = 0; t < threads; ++t) {
     if (all_fibers[t].state != State::kDone)
       throw std::logic_error("threads of a block wait for others that do not come");
