@@ -27,6 +27,7 @@ from google.protobuf.descriptor_pb2 import (  # noqa: E402 the root must be on t
     ServiceDescriptorProto,
 )
 
+from benchmarks.generate.tables import generate_tables, precision_table  # noqa: E402 as above
 from benchmarks.tables import (  # noqa: E402 as above
     bytes_tables,
     load_table,
@@ -194,6 +195,8 @@ TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     "walkthrough": ("README.md", lambda: walkthrough_table(read_result("walkthrough.json"))),
     "load": ("docs/service.md", lambda: load_table(read_result("load.json"))),
     "bytes": ("docs/performance.md", lambda: bytes_tables(read_result("bytes.json"))),
+    "generate": ("docs/performance.md", lambda: generate_tables(read_result("generate/report.json"))),
+    "precision": ("docs/performance.md", lambda: precision_table(read_result("precision.json"))),
     "serve": ("docs/performance.md", lambda: serve_tables(read_result("serve/report.json"))),
 }
 """Marker name -> document, and what generates the text."""

@@ -15,6 +15,7 @@ from PIL import Image as PilImage
 from tests.models.peer import Peer
 from tests.models.random_checkpoint import draw_geometry, save_random_checkpoint
 from trimserve.client import Client, make_request
+from trimserve.config import Dtype, ModelConfig, Quantize
 from trimserve.local import in_process_server
 from trimserve.models.loading import embedded_model_folder
 from trimserve.process import server_process
@@ -117,6 +118,19 @@ def test_the_embedded_model_answers_and_accounts_for_every_byte(client: Client) 
     assert events[0].started.images == response.usage.images
     assert "".join(event.delta.text for event in events) == response.text
     assert events[-1].finished.finish_reason == response.finish_reason
+
+
+@pytest.mark.parametrize(("dtype", "quantize"), [("bfloat16", "none"), ("float32", "int8"), ("bfloat16", "int8")])
+def test_narrower_weights_give_the_same_answer(client: Client, dtype: Dtype, quantize: Quantize) -> None:
+    request = make_request("What colour is the ring?", [sample_image()])
+    request.sampling.temperature = 0
+    model, text = client.model(), client.generate(request).text
+    with in_process_server(ModelConfig(dtype=dtype, quantize=quantize)) as server, Client(server.address) as narrow:
+        assert narrow.generate(request).text == text
+        about = narrow.model()
+    assert (about.dtype, about.quantization) == (dtype, quantize)
+    assert about.weight_bytes < model.weight_bytes
+    assert about.cross_kv_bytes_per_feature == model.cross_kv_bytes_per_feature // (1 + (dtype == "bfloat16"))
 
 
 def test_the_selection_that_is_returned_is_the_one_that_is_counted(client: Client) -> None:

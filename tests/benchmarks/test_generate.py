@@ -8,6 +8,7 @@ import torch
 
 from benchmarks import bench_generate
 from benchmarks.generate.floor import Floor, StepShape
+from benchmarks.generate.tables import generate_tables
 from tests.models.random_checkpoint import Geometry, save_random_checkpoint
 from trimserve.models.loading import embedded_model_folder
 
@@ -30,6 +31,9 @@ def test_every_phase_gets_its_figures(tmp_path: Path, monkeypatch: pytest.Monkey
     compared = {(row["phase"], row["setting"], row["batch"]) for row in report["speedups_over_transformers"]}
     assert ("decode", "default", 2) in compared
     assert report["import_seconds"] > 0
+    table = generate_tables(report)
+    assert table.count("transformers, bfloat16") == 2 * 2
+    assert f"({steps[0]['times_floor']:.2f})" in table
 
 
 def test_a_step_reads_all_weights_but_those_of_features_and_most_of_the_embedding(tmp_path: Path) -> None:

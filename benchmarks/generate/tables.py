@@ -1,0 +1,86 @@
+"""Tables of docs/performance.md about decode steps and about precision, made from what was measured."""
+
+from typing import Any, Final
+
+__all__ = ["generate_tables", "precision_table"]
+
+_VARIANTS: Final = (
+    ("trimserve", "float32", "none"),
+    ("trimserve", "bfloat16", "none"),
+    ("trimserve", "float32", "int8"),
+    ("trimserve", "bfloat16", "int8"),
+    ("transformers", "float32", "none"),
+    ("transformers, compiled", "float32", "none"),
+    ("transformers", "bfloat16", "none"),
+)
+_SETTINGS: Final = {"off": "4 tiles, untrimmed", "default": "4 tiles", "one_tile": "1 tile"}
+
+
+def generate_tables(report: dict[str, Any] | None) -> str:
+    """Milliseconds of a decode step by batch, and of vision and prefill, as Markdown.
+
+    Args:
+        report: of `bench_generate`; None says how to get one.
+    """
+    if report is None:
+        return "Not measured yet: `python -m benchmarks.bench_generate`."
+    steps = [row for row in report["rows"] if row["phase"] == "decode"]
+    batches = sorted({row["batch"] for row in steps})
+    lines = [
+        "![tokens per second by batch, and steps beside their floor](../benchmarks/results/generate/generate.png)",
+        "",
+        f"| decode step, ms (times its floor) | request | {' | '.join(f'batch {batch}' for batch in batches)} |",
+        f"|---|---|{'---:|' * len(batches)}",
+    ]
+    for engine, dtype, quantize in _VARIANTS:
+        for setting, request in _SETTINGS.items():
+            wanted = {"engine": engine, "dtype": dtype, "quantize": quantize, "setting": setting}
+            cells = {row["batch"]: _step(row) for row in steps if wanted.items() <= row.items()}
+            if cells:
+                name = f"{engine}, {_precision(dtype, quantize)}"
+                lines.append(f"| {name} | {request} | {' | '.join(cells.get(batch, '') for batch in batches)} |")
+    lines += ["", "| ms | request | vision | prefill |", "|---|---|---:|---:|"]
+    for engine, dtype, _ in (each for each in _VARIANTS if each[2] == "none"):
+        for setting, request in _SETTINGS.items():
+            wanted = {"engine": engine, "dtype": dtype, "setting": setting}
+            found = {row["phase"]: row["ms"]["median"] for row in report["rows"] if wanted.items() <= row.items()}
+            if "prefill" in found:
+                vision = f"{found['vision']:,.0f}" if "vision" in found else ""
+                lines.append(f"| {engine}, {dtype} | {request} | {vision} | {found['prefill']:,.0f} |")
+    machine = report["machine"]
+    origin = f"{machine['cpu']}, {machine['simd']}, {machine['num_threads']} of {machine['num_cpus']} CPUs"
+    return "\n".join([*lines, "", f"Measured on {origin}, torch {report['versions']['torch']}."])
+
+
+def precision_table(report: dict[str, Any] | None) -> str:
+    """Accuracy and divergence by precision, as Markdown.
+
+    Args:
+        report: of `bench_precision`; None says how to get one.
+    """
+    if report is None:
+        return "Not measured yet: `python -m benchmarks.bench_precision`."
+    lines = [
+        "| weights | bytes | trimming | exact match [95 %] | KL to float32, nats | same first token |",
+        "|---|---:|---|---:|---:|---:|",
+    ]
+    for row in report["rows"]:
+        match = row["accuracy"]
+        interval = f"{match['value']:.1%} [{match['low']:.1%}, {match['high']:.1%}]"
+        lines.append(
+            f"| {_precision(row['dtype'], row['quantize'])} | {row['weight_bytes'] / 2**20:.1f} MiB | "
+            f"{'on' if row['setting'] == 'trimmed' else 'off'} | {interval} | "
+            f"{row['divergence_nats']['value']:.6f} | {row['same_first_token']:.1%} |"
+        )
+    return "\n".join([*lines, "", f"{report['num_questions']:,} held-out questions to the embedded model."])
+
+
+def _precision(dtype: str, quantize: str) -> str:
+    return dtype if quantize == "none" else f"{quantize}, {dtype}"
+
+
+def _step(row: dict[str, Any]) -> str:
+    if "ms" not in row:
+        return "failed"
+    floor = f" ({row['times_floor']:.2f})" if "times_floor" in row else ""
+    return f"{row['ms']['median']:,.1f}{floor}"
