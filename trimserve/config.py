@@ -103,7 +103,8 @@ class EngineConfig(_Knobs):
         default=300.0,
         gt=0,
         description="Seconds after which a step of the engine that has not returned, a decode step or a layer of a "
-        "prefill, counts as hung: health says NOT_SERVING, and the process ends with the cause.",
+        "prefill, counts as hung: health says NOT_SERVING, and the process ends with the cause, as it does when its "
+        "event loop stands still for as long.",
     )
     default_max_new_tokens: int = Field(
         default=256,
