@@ -131,7 +131,7 @@ class Shell:
         assert self._bash.stdin is not None
         assert self._bash.stdout is not None
         start, lines, status = time.monotonic(), [], None
-        self._bash.stdin.write(f"{{ {command}\n}} < /dev/null\necho; echo '{MARK}' $?\n")
+        self._bash.stdin.write(f"{{ {command}\n}} < /dev/null\nprintf '\\n{MARK} %s\\n' $?\n")
         self._bash.stdin.flush()
         is_ready = not command.endswith("&")
         while status is None or not is_ready:
