@@ -149,6 +149,7 @@ void check_linear(const Tensor& x, const Tensor& weight, const std::optional<Ten
                weight.dim() == 2 && weight.size(1) == x.size(1));
   check(weight.is_contiguous(), kOp, ": weight must be contiguous");
   if (!scales) return;
+  check_devices(kOp, {"x", x}, {{"scales", *scales}});
   check_tensor(kOp, "scales", *scales, ScalarType::Float, "[N] like weight",
                scales->dim() == 1 && scales->size(0) == weight.size(0));
 }

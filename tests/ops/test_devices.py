@@ -16,7 +16,7 @@ ARGUMENTS: dict[str, list[Any]] = {
     "write_kv": [PAGES, 0, HEADS, HEADS, PLACES],
     "gather_kv": [PAGES, 0, HEADS, HEADS, PLACES, PLACES],
     "paged_attention": [HEADS, PAGES, 0, COUNTS[:, None], COUNTS, 1.0, torch.zeros(3, PAGE_POSITIONS)],
-    "linear": [ROWS, torch.zeros(5, 4)],
+    "linear": [ROWS, torch.zeros(5, 4, dtype=torch.int8), torch.ones(5)],
     "rms_norm": [ROWS, torch.ones(4), 1e-5],
     "rotate": [HEADS, torch.zeros(3, 2), torch.zeros(3, 2)],
 }
