@@ -17,8 +17,7 @@ namespace trimserve::cuda {
 
 constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
-constexpr std::int64_t kManyBlocks =
-    132 * 16;  // enough for the largest GPU of today: more take turns in a loop
+constexpr std::int64_t kManyBlocks = 132 * 16;  // fill an H100; what is left is looped over
 
 __host__ __device__ constexpr std::int64_t divide_up(std::int64_t n, std::int64_t size) {
   return (n + size - 1) / size;
