@@ -13,7 +13,7 @@ namespace {
 // Calls body with vectors of x and of the weight that belong together, and where to store what it leaves in x's. The
 // elements behind the last whole register come padded with zeros.
 template <int kWidth, DType dtype, typename Body>
-TRIMSERVE_INLINE void for_vectors(const Element<dtype>* x, std::int64_t size, const Body& body) {
+TRIMSERVE_INLINE void for_vectors(const Element<dtype>*, std::int64_t size, const Body& body) {
   constexpr std::int64_t kSize = Packed<kWidth, dtype>::kVectors * kWidth;
   const std::int64_t whole = size / kSize * kSize;
   for (std::int64_t k = 0; k < whole; k += kSize) body(k, kSize);
