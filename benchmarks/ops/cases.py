@@ -15,6 +15,7 @@ from transformers.models.mllama.modeling_mllama import repeat_kv
 from benchmarks.ops.measure import Floor
 from tests.tolerances import HEADWISE_SCORES, LINEAR, PAGED_ATTENTION
 from trimserve import ops
+from trimserve.models.int8 import to_int8
 from trimserve.ops import PAGE_POSITIONS, reference
 
 __all__ = ["GEOMETRY", "Case", "make_cases"]
@@ -67,6 +68,7 @@ def make_cases(dtype: torch.dtype) -> Iterator[Case]:
         yield _paged_attention_case(dtype, generator, length)
     for num_rows in (1, _BATCH) if device.type == "cpu" else ():  # of ops that have no CUDA kernel
         yield _linear_case(dtype, generator, num_rows)
+        yield _linear_case(dtype, generator, num_rows, is_int8=True)
 
 
 def _draw(*shape: int, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
@@ -187,18 +189,20 @@ def _paged_attention_case(dtype: torch.dtype, generator: torch.Generator, length
     )
 
 
-def _linear_case(dtype: torch.dtype, generator: torch.Generator, num_rows: int) -> Case:
+def _linear_case(dtype: torch.dtype, generator: torch.Generator, num_rows: int, *, is_int8: bool = False) -> Case:
+    """Beside the product with weights of the rows' dtype, also where they are int8."""
     size = _HEADS * _HEAD_DIM
     x, weight = (_draw(n, size, dtype=dtype, generator=generator) for n in (num_rows, size))
-    product = ops.linear(x, weight)
-    torch.testing.assert_close(product, reference.linear(x, weight), **LINEAR[dtype])
+    stored = to_int8(weight) if is_int8 else (weight,)
+    product = ops.linear(x, *stored)
+    torch.testing.assert_close(product, reference.linear(x, *stored), **LINEAR[dtype])
     floor: Floor | None = "read" if num_rows == 1 else None
-    num_bytes = x.nbytes + weight.nbytes + product.nbytes
+    num_bytes = x.nbytes + sum(tensor.nbytes for tensor in stored) + product.nbytes
     return Case(
         "linear",
-        f"{num_rows} rows",
+        f"{num_rows} rows{', int8 weights' if is_int8 else ''}",
         dtype,
-        lambda: ops.linear(x, weight),
+        lambda: ops.linear(x, *stored),
         lambda: F.linear(x, weight),
         "linear",
         num_bytes,
