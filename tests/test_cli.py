@@ -122,11 +122,16 @@ def test_streamed_json_is_one_event_a_line(address: str) -> None:
 def test_info_tells_versions_ops_and_geometry() -> None:
     about = json.loads(run("info", "--json").stdout)
     assert about["ops"] == [
+        "decode_layers",
         "gather_kv",
         "headwise_scores",
         "headwise_topk",
+        "linear",
         "paged_attention",
+        "rms_norm",
+        "rotate",
         "select_features",
+        "silu_gate",
         "union_indices",
         "write_kv",
     ]
