@@ -25,6 +25,7 @@ from trimserve.config import Config, EngineConfig
 from trimserve.engine.request import TokenDelta
 from trimserve.local import in_process_server
 from trimserve.models.loading import embedded_model_folder
+from trimserve.models.policies.table import POLICIES
 from trimserve.server import app as server
 from trimserve.server.app import InProcessServer
 
@@ -78,6 +79,21 @@ def test_another_policy_with_a_budget_is_asked_by_its_name(address: str, tmp_pat
     [usage] = json.loads(run("generate", *asked, "--json").stdout)["usage"]["images"]
     assert usage["kept_features"] == math.ceil(0.3 * usage["valid_features"])
     assert f"kept {usage['kept_features']} of {usage['valid_features']} features (" in told
+
+
+def test_policies_are_explained_side_by_side_at_equal_counts(address: str, tmp_path: Path) -> None:
+    question = ("--image", SAMPLES[0], "--prompt", "?", "--address", address, "--merge-ratio", 0)
+    told = run("explain", *question, "--policies", "all", "--keep", 0.3, "--out", tmp_path / "sheet.png").stderr
+    shares = {line.split(": ")[0]: line.split("(")[1].split(")")[0] for line in told.splitlines()}
+    assert shares.keys() == POLICIES.keys()
+    assert len({share for name, share in shares.items() if name != "pool"}) == 1
+    with Image.open(tmp_path / "sheet.png") as drawn:
+        assert drawn.width == 1200
+    told = run("explain", *question, "--policies", "cls, fastv", "--out", tmp_path / "sheet.png").stderr
+    assert [line.split(": ")[0] for line in told.splitlines()] == ["cls", "fastv"]
+    refused = CliRunner().invoke(app, [*map(str, ("explain", *question, "--policies", "all", "--policy", "cls"))])
+    assert refused.exit_code == 2
+    assert "--policies excludes" in refused.output
 
 
 def test_a_picture_is_a_png_whatever_its_name(address: str, tmp_path: Path) -> None:

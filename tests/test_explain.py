@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFont
 
-from trimserve.explain import draw_explanation
+from trimserve.explain import Explained, draw_contact_sheet, draw_explanation
 from trimserve.models.trimming import ImageSelection
 
 SIDE = 4
@@ -34,8 +34,13 @@ def draw(
     answer: str = "This.",
     num_merged: int = 0,
 ) -> Image.Image:
+    explained = Explained(selection(kept, heads, grid), num_merged, answer)
+    return draw_explanation(white(grid), explained, tile_size=TILE, question=question)
+
+
+def selection(kept: set[int], heads: list[set[int]], grid: tuple[int, int]) -> ImageSelection:
     num_features = grid[0] * grid[1] * PER_TILE
-    selection = ImageSelection(
+    return ImageSelection(
         tiles_high=grid[0],
         tiles_wide=grid[1],
         features_per_tile=PER_TILE,
@@ -44,15 +49,23 @@ def draw(
         kept=bitmap(kept, num_features),
         picks_by_head=tuple(bitmap(picks, num_features) for picks in heads),
     )
-    white = Image.new("RGB", (selection.content_width, selection.content_height), "white")
-    return draw_explanation(white, selection, num_merged=num_merged, tile_size=TILE, question=question, answer=answer)
+
+
+def white(grid: tuple[int, int]) -> Image.Image:
+    return Image.new("RGB", (grid[1] * TILE, grid[0] * TILE), "white")
+
+
+def sheet(*kept: set[int], grid: tuple[int, int] = (1, 1), answer: str = "This.") -> Image.Image:
+    """One policy for each kept set."""
+    explained = {f"p{number}": Explained(selection(each, [], grid), 0, answer) for number, each in enumerate(kept)}
+    return draw_contact_sheet(white(grid), explained, tile_size=TILE, question="What?")
 
 
 def brightness(page: Image.Image) -> np.ndarray[Any, np.dtype[np.float64]]:
     return np.asarray(page.convert("L"), dtype=float)
 
 
-def texts_of(monkeypatch: pytest.MonkeyPatch, *args: Any, **kwargs: Any) -> str:
+def texts_of(monkeypatch: pytest.MonkeyPatch, *args: Any, drawing: Any = draw, **kwargs: Any) -> str:
     """Every text that a drawing writes."""
     texts: list[str] = []
 
@@ -61,7 +74,7 @@ def texts_of(monkeypatch: pytest.MonkeyPatch, *args: Any, **kwargs: Any) -> str:
 
     with monkeypatch.context() as patched:
         patched.setattr(ImageDraw.ImageDraw, "text", remember)
-        draw(*args, **kwargs)
+        drawing(*args, **kwargs)
     return "\n".join(texts)
 
 
@@ -153,6 +166,31 @@ def test_where_no_head_picked_the_counts_are_told_and_no_votes_drawn(
     assert account in text
     assert "head 0" not in text
     assert "votes" not in text
+
+
+def test_a_contact_sheet_lights_each_policys_patch_in_its_cell() -> None:
+    here, there = {patch(1, 0, 0)}, {patch(1, 3, 3)}
+    change = brightness(sheet(here, here, there)) - brightness(sheet(here, here, here))
+    lit, dimmed = np.argwhere(change > 100), np.argwhere(change < -100)
+    side = 275  # of a cell
+    left = 20 + 2 * (side + 20)  # of the third
+    for changed in (lit, dimmed):
+        assert np.allclose(np.ptp(changed, axis=0) + 1, side / SIDE, atol=2)
+        assert left <= changed[:, 1].min() <= changed[:, 1].max() < left + side
+    assert np.allclose(lit.mean(axis=0) - dimmed.mean(axis=0), 3 * side / SIDE, atol=2)
+
+
+def test_a_contact_sheet_names_policies_counts_and_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = texts_of(monkeypatch, {1, 2}, {3}, drawing=sheet)
+    cells = [("p0", "2 of 17 kept", "This."), ("p1", "1 of 17 kept", "This.")]
+    assert sorted(text.splitlines()) == sorted(["What?", *cells[0], *cells[1]])
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_a_contact_sheet_of_any_number_of_policies_and_tiles_fits_the_page(grid: tuple[int, int]) -> None:
+    for page in (sheet({1}, grid=grid), sheet(*[{1}] * 17, grid=grid, answer="many words " * 200)):
+        assert page.width == 1200
+        assert np.ptp(brightness(page)[:, -20:]) == 0
 
 
 def test_texts_of_any_length_fit() -> None:

@@ -6,37 +6,33 @@ is imported by the command that needs it.
 """
 
 import asyncio
-import functools
-import inspect
 import json
 import os
 import platform
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
-from functools import reduce
 from importlib import metadata
-from operator import or_
 from pathlib import Path
-from types import UnionType
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import grpc
 import typer
 from google.protobuf.json_format import MessageToDict
-from pydantic import BaseModel, ByteSize, ValidationError
 from rich.console import Console
 
 from trimserve import __version__
 from trimserve.client import Client, RequestOptions, make_request
-from trimserve.config import Config, EngineConfig, ModelConfig, ServerConfig
+from trimserve.config import Config, ModelConfig
 from trimserve.connection import Ca, Token, connected
 from trimserve.engine.workers import is_any_left_behind
 from trimserve.errors import TrimserveError
 from trimserve.evaluation.command import evaluate
 from trimserve.evaluation.dataset import DatasetError
+from trimserve.knobs import with_knobs
 from trimserve.v1 import generation_pb2 as pb
+from trimserve.v1.model_pb2 import GetModelResponse
 
 if TYPE_CHECKING:
     from trimserve.models.trimming import ImageSelection
@@ -46,10 +42,10 @@ __all__ = ["about", "app", "explain", "generate", "info", "main", "serve"]
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
 
+_SHEET_KEEP = 0.2
+
 _INTERRUPTED = 130
 """Exit status after Ctrl-C."""
-
-_SECTIONS: dict[str, type[BaseModel]] = {"model": ModelConfig, "engine": EngineConfig, "server": ServerConfig}
 
 Prompt = Annotated[str, typer.Option(help="What to ask.")]
 System = Annotated[str | None, typer.Option(help="A system message.")]
@@ -107,68 +103,6 @@ def _leave(status: object) -> NoReturn:
     os._exit(status if isinstance(status, int) else 0)
 
 
-def _with_knobs(*sections: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command the knobs of config sections as options; it gets them checked, as its argument `config`.
-
-    A knob that has the name of one of the command's own options is left out.
-    """
-
-    def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        own = [each for each in inspect.signature(command).parameters.values() if each.name != "config"]
-        taken = {each.name for each in own}
-        knobs = [each for section in sections for each in _knobs(section) if each.name not in taken]
-
-        @functools.wraps(command)
-        def run(**arguments: Any) -> None:
-            config = _config({knob.name: arguments.pop(knob.name) for knob in knobs})
-            command(**arguments, config=config)
-
-        run.__signature__ = inspect.Signature([*own, *knobs])  # type: ignore[attr-defined]  # functions may carry one
-        run.__annotations__ = {each.name: each.annotation for each in (*own, *knobs)}
-        return run
-
-    return decorate
-
-
-def _knobs(section: str) -> Iterator[inspect.Parameter]:
-    """The fields of a config section as options; `TRIMSERVE__ENGINE__MAX_BATCH` is the variable of `max_batch`."""
-    prefix = f"TRIMSERVE__{section.upper()}__"
-    for name, field in _SECTIONS[section].model_fields.items():
-        option = typer.Option(
-            help=field.description,
-            envvar=f"{prefix}{name.upper()}",
-            show_envvar=False,  # the panel tells the rule; whole names do not fit into 80 columns
-            rich_help_panel=f"Knobs: {section}; in the environment {prefix}...",
-        )
-        annotation: Any = Annotated[_plain(field.annotation), option]
-        yield inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=annotation)
-
-
-def _plain(annotation: Any) -> Any:
-    """A field's type without its bounds, which pydantic checks: `Annotated[int, ...] | None` is `int | None`.
-
-    A size is text, because pydantic reads `2GiB`.
-    """
-    if get_origin(annotation) is Annotated:
-        return get_args(annotation)[0]
-    if get_origin(annotation) in (Union, UnionType):
-        return reduce(or_, map(_plain, get_args(annotation)))
-    return str if annotation is ByteSize else annotation
-
-
-def _config(knobs: dict[str, Any]) -> Config:
-    sections = {
-        section: {name: knobs[name] for name in model.model_fields if name in knobs}
-        for section, model in _SECTIONS.items()
-    }
-    try:
-        return Config.model_validate(sections)
-    except ValidationError as error:
-        first = error.errors()[0]
-        option = "--" + str(first["loc"][-1]).replace("_", "-")
-        raise typer.BadParameter(f"{first['msg']}, got {first['input']!r}", param_hint=option) from None
-
-
 def _show_version(is_wanted: bool) -> None:
     if is_wanted:
         print(f"trimserve {__version__}")
@@ -185,7 +119,7 @@ def about(
 
 
 @app.command()
-@_with_knobs("model", "engine", "server")
+@with_knobs("model", "engine", "server")
 def serve(*, config: Config) -> None:
     """Serve a model over gRPC until SIGTERM or SIGINT."""
     from trimserve.local import make_runner
@@ -202,7 +136,7 @@ def serve(*, config: Config) -> None:
 
 
 @app.command()
-@_with_knobs("model")
+@with_knobs("model")
 def generate(
     prompt: Prompt,
     image: Annotated[list[Path] | None, typer.Option(help="Image file; may be given again.")] = None,
@@ -244,13 +178,20 @@ def generate(
 
 
 @app.command()
-@_with_knobs("model")
+@with_knobs("model")
 def explain(
     image: Annotated[Path, typer.Option(help="Image file.")],
     prompt: Prompt,
     out: Annotated[Path, typer.Option(dir_okay=False, help="File to write; it is a PNG.")] = Path("explain.png"),
     system: System = None,
     policy: Policy = None,
+    policies: Annotated[
+        str | None,
+        typer.Option(
+            help="Instead draw side by side what these policies keep, separated by commas; all: every one. "
+            f"Default of --keep is then {_SHEET_KEEP}."
+        ),
+    ] = None,
     keep: Keep = None,
     k_ratio: KRatio = None,
     merge_ratio: MergeRatio = None,
@@ -261,36 +202,36 @@ def explain(
     config: Config,
 ) -> None:
     """Draw which visual features a question kept, and which query heads picked them."""
-    from trimserve.explain import draw_explanation
+    from trimserve.explain import Explained, draw_contact_sheet, draw_explanation
     from trimserve.models.images import decode_image
 
+    if policies is not None and (policy is not None or k_ratio is not None):
+        raise typer.BadParameter("--policies excludes --policy and --k-ratio")
     picture = decode_image(image.read_bytes(), str(image), config.engine.max_image_pixels)
     out.parent.mkdir(parents=True, exist_ok=True)
-    trim = _trim(policy, keep, k_ratio, merge_ratio, no_trim=False)
-    trim.return_selection = True
-    options = _options(system, pb.SamplingParams(temperature=0), trim)
+    explained = {}
     with _client(address, ca, token, config.model) as client:
-        response = client.generate(make_request(prompt, [image], **options))
-        tile_size = client.model().tile_size
-    [selection], [usage] = response.selections, response.usage.images
-    page = draw_explanation(
-        picture,
-        _selection(selection),
-        num_merged=usage.merged_features,
-        tile_size=tile_size,
-        question=prompt,
-        answer=response.text,
-    )
+        model = client.model()
+        trims = {"": _trim(policy, keep, k_ratio, merge_ratio, no_trim=False)}
+        if policies is not None:
+            trims = _trims_of(policies, model, keep or _SHEET_KEEP, merge_ratio)
+        for name, trim in trims.items():
+            trim.return_selection = True
+            options = _options(system, pb.SamplingParams(temperature=0), trim)
+            response = client.generate(make_request(prompt, [image], **options))
+            [selection], [usage] = response.selections, response.usage.images
+            explained[name] = Explained(_selection(selection), usage.merged_features, response.text)
+            print(response.text)
+            print(f"{name + ': ' if name else ''}{_kept(usage)}: {out}", file=sys.stderr)
+    if policies is None:
+        page = draw_explanation(picture, explained[""], tile_size=model.tile_size, question=prompt)
+    else:
+        page = draw_contact_sheet(picture, explained, tile_size=model.tile_size, question=prompt)
     page.save(out, "PNG")
-    kept = f"kept {usage.kept_features} of {usage.valid_features} features"
-    merged = f", the others as {usage.merged_features} rows" if usage.merged_features else ""
-    fraction = (usage.kept_features + usage.merged_features) / usage.valid_features
-    print(response.text)
-    print(f"{kept}{merged} ({fraction:.1%}): {out}", file=sys.stderr)
 
 
 @app.command()
-@_with_knobs("model")
+@with_knobs("model")
 def info(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False, *, config: Config
 ) -> None:
@@ -347,6 +288,25 @@ def _trim(
     mode = pb.TRIM_MODE_OFF if no_trim else pb.TRIM_MODE_ON
     budget = None if keep is None else pb.Budget(ratio=keep)
     return pb.TrimOptions(mode=mode, policy=policy, budget=budget, k_ratio=k_ratio, merge_ratio=merge_ratio)
+
+
+def _trims_of(
+    policies: str, model: GetModelResponse, keep: float, merge_ratio: float | None
+) -> dict[str, pb.TrimOptions]:
+    """Each policy with the same budget, if it takes one."""
+    known = {policy.name: policy for policy in model.policy_details}
+    names = list(known) if policies == "all" else [name.strip() for name in policies.split(",")]
+    trims = {}
+    for name in names:
+        takes_none = name in known and not known[name].budgets
+        trims[name] = _trim(name, None if takes_none else keep, None, merge_ratio, no_trim=False)
+    return trims
+
+
+def _kept(usage: pb.ImageUsage) -> str:
+    kept = f"kept {usage.kept_features} of {usage.valid_features} features"
+    merged = f", the others as {usage.merged_features} rows" if usage.merged_features else ""
+    return f"{kept}{merged} ({(usage.kept_features + usage.merged_features) / usage.valid_features:.1%})"
 
 
 def _options(system: str | None, sampling: pb.SamplingParams, trim: pb.TrimOptions) -> RequestOptions:

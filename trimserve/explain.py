@@ -3,7 +3,8 @@
 Draws from an image and its `ImageSelection` alone, with Pillow; it knows nothing about models or servers.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from math import isqrt
 from typing import Final
 
@@ -13,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from trimserve.models.trimming import ImageSelection
 
-__all__ = ["draw_explanation"]
+__all__ = ["Explained", "draw_contact_sheet", "draw_explanation"]
 
 Picture = Image.Image
 Grid = NDArray[np.float32]
@@ -37,9 +38,51 @@ _DIMMED: Final = 0.22
 _HEAT_OPACITY: Final = 0.75
 
 
-def draw_explanation(
-    image: Picture, selection: ImageSelection, *, num_merged: int = 0, tile_size: int, question: str, answer: str
-) -> Picture:
+_SHEET_COLUMNS: Final = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Explained:
+    """An answer and what of the image was kept for it."""
+
+    selection: ImageSelection
+    num_merged: int
+    """Rows that the other features were merged into; 0 when they were dropped."""
+    answer: str
+
+
+def draw_contact_sheet(image: Picture, explained: Mapping[str, Explained], *, tile_size: int, question: str) -> Picture:
+    """Draw what several policies kept of an image for one question: dropped patches dimmed, the answer below.
+
+    Args:
+        image: upright RGB, before any resizing.
+        explained: by the policy's name, at least one.
+        tile_size: pixels along the side of one tile.
+        question: caption.
+    Returns:
+        RGB, 1200 pixels wide.
+    """
+    width = (_WIDTH - 2 * _GAP - (_SHEET_COLUMNS - 1) * _GAP) // _SHEET_COLUMNS
+    cells = []
+    for policy, each in explained.items():
+        selection = each.selection
+        seen = _fit(_as_the_model_saw_it(image, selection, tile_size), width, 2 * width)
+        kept = _bits(selection.kept, selection)
+        merged = f" + {each.num_merged} merged" if each.num_merged else ""
+        lines = [
+            *(_text(line, 20, _INK) for line in _wrapped(policy, 20, width)),
+            _text(f"{kept.sum()} of {kept.size} kept{merged}", 14),
+            _with_tiles(_lit(seen, _patch_grid(selection.kept, selection)), selection),
+            *(_text(line, 16, _ANSWER) for line in _wrapped(each.answer, 16, width)),
+        ]
+        as_wide_as_others = Image.new("RGB", (width, 1), _BACKGROUND)
+        cells.append(_stacked([*lines, as_wide_as_others], _SMALL_GAP // 2))
+    rows = [_beside(cells[at : at + _SHEET_COLUMNS], _GAP) for at in range(0, len(cells), _SHEET_COLUMNS)]
+    captions = [_text(line, 24, _INK) for line in _wrapped(question, 24)]
+    return _page(_stacked([_stacked(captions, _SMALL_GAP), *rows], _GAP))
+
+
+def draw_explanation(image: Picture, explained: Explained, *, tile_size: int, question: str) -> Picture:
     """Draw the image as the model saw it, with what was kept lit.
 
     From top to bottom: question, answer and counts; the image with dropped patches dimmed beside (or above)
@@ -48,14 +91,13 @@ def draw_explanation(
 
     Args:
         image: upright RGB, before any resizing.
-        selection: what was kept of it.
-        num_merged: rows that the other features were merged into; 0 when they were dropped.
+        explained: what was kept of it, and the answer, which is a caption.
         tile_size: pixels along the side of one tile.
         question: caption.
-        answer: caption.
     Returns:
         RGB, 1200 pixels wide.
     """
+    selection, num_merged = explained.selection, explained.num_merged
     seen = _as_the_model_saw_it(image, selection, tile_size)
     kept = _patch_grid(selection.kept, selection)
     heads = [_patch_grid(picks, selection) for picks in selection.picks_by_head]
@@ -71,12 +113,15 @@ def draw_explanation(
         heat = _with_tiles(_heat(panel, votes / max(1, votes.max())), selection)
         panels.append(_titled(_legend(int(votes.max()), len(heads)), heat))
     blocks = [
-        _captions(question, answer, _account(selection, num_merged)),
+        _captions(question, explained.answer, _account(selection, num_merged)),
         _stacked(panels, _GAP) if is_wide else _beside(panels, _GAP),
     ]
     if heads:
         blocks.append(_head_strip(seen, heads))
-    content = _stacked(blocks, _GAP)
+    return _page(_stacked(blocks, _GAP))
+
+
+def _page(content: Picture) -> Picture:
     page = Image.new("RGB", (_WIDTH, content.height + 2 * _GAP), _BACKGROUND)
     page.paste(content, (_GAP, _GAP))
     return page
@@ -194,10 +239,10 @@ def _account(selection: ImageSelection, num_merged: int) -> str:
     return f"{account} Together they picked {num_picked}; the request capped them." if capped else account
 
 
-def _wrapped(text: str, size: int) -> list[str]:
-    """Lines that fit the page, at most `_MAX_LINES`; what is longer than a line is cut."""
+def _wrapped(text: str, size: int, width: float = _WIDTH - 2 * _GAP) -> list[str]:
+    """Lines that fit the width, at most `_MAX_LINES`; what is longer than a line is cut."""
     font = ImageFont.load_default(size)
-    width = _WIDTH - 2 * _GAP - font.getlength(" ...")
+    width -= font.getlength(" ...")
     lines = [""]
     for word in text[: _MAX_LINES * _WIDTH].split():  # no sign is narrower than a pixel
         longer = f"{lines[-1]} {word}".strip()
