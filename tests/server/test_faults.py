@@ -19,6 +19,7 @@ from trimserve.config import Config, EngineConfig, ServerConfig
 from trimserve.local import make_runner
 from trimserve.models import processor
 from trimserve.models.images import PreparedImage, prepare_image
+from trimserve.models.trimming import scratch_bytes
 from trimserve.server.app import InProcessServer
 from trimserve.v1 import generation_pb2 as pb
 from trimserve.v1 import generation_pb2_grpc
@@ -169,7 +170,7 @@ def test_a_request_that_no_pool_of_this_size_can_hold_is_told_bytes_and_knob() -
     positions, features = 16, 4 * 65  # a page, and an image of four tiles
     row_bytes = 3 * 384  # of the three layers of each kind
     pages = 10
-    scratch = 2 * features * (192 * 4 + 384)
+    scratch = 2 * features * (192 * 4 + 384) + scratch_bytes(4, 65, 192)
     with (
         serve(max_images=1, kv_cache_bytes=scratch + pages * positions * row_bytes) as small,
         Client(small.address) as client,

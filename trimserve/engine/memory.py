@@ -7,6 +7,7 @@ import torch
 
 from trimserve.models.info import ModelInfo
 from trimserve.models.key_values import layers_per_page, num_pages
+from trimserve.models.trimming import scratch_bytes
 from trimserve.ops import PAGE_POSITIONS
 
 __all__ = [
@@ -87,11 +88,13 @@ def memory_by_kind(info: ModelInfo, kv_cache_bytes: int) -> dict[str, int]:
 def prefill_scratch_bytes(info: ModelInfo) -> int:
     """Bytes that the one request in prefill takes beside its pages, for as many images as a request may have.
 
-    Features and the first cross-attention layer's keys and values, before selection and gathered.
+    Features and the first cross-attention layer's keys and values, before selection and gathered; and what a policy
+    takes while it chooses, one image after the other.
     """
     num_features = info.max_images * info.max_tiles * info.features_per_tile
     dtype: torch.dtype = getattr(torch, info.dtype)
-    return 2 * num_features * (info.hidden_size * dtype.itemsize + info.kv_bytes_per_position)
+    rows = 2 * num_features * (info.hidden_size * dtype.itemsize + info.kv_bytes_per_position)
+    return rows + scratch_bytes(info.max_tiles, info.features_per_tile, info.hidden_size)
 
 
 def default_kv_cache_bytes(info: ModelInfo, max_batch: int, available: int) -> int:

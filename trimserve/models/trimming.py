@@ -26,6 +26,7 @@ __all__ = [
     "bitmap",
     "choose_from_image",
     "max_rows",
+    "scratch_bytes",
     "select",
 ]
 
@@ -185,6 +186,22 @@ def max_rows(num_features: int, num_heads: int, features_per_tile: int, trim: Tr
     if trim.merge_ratio:
         kept += num_features // features_per_tile * budget(trim.merge_ratio, features_per_tile)
     return min(kept, num_features)
+
+
+def scratch_bytes(num_tiles: int, features_per_tile: int, hidden_size: int) -> int:
+    """Most bytes that choosing from one image takes for a while, and merging what is not kept.
+
+    A policy that compares features holds their likeness within each tile, [tiles, F, F]; merging holds the features'
+    directions twice. Both are float32, as is a tile of features on its way.
+
+    Args:
+        num_tiles: of the image.
+        features_per_tile: F.
+        hidden_size: of a feature.
+    """
+    likeness = num_tiles * features_per_tile**2
+    directions = 2 * num_tiles * features_per_tile * hidden_size
+    return 4 * (likeness + directions)
 
 
 def select(layer: FirstLayer, trim: TrimParams) -> Selection:

@@ -42,7 +42,7 @@ class CDPruner(AfterFirstLayer):
         quotas = quotas_by(score, allowance.count(image.scores.mean(dim=0)), size)
         score = score.view(-1, size)
         quality = score**self.relevance_power
-        kernel = quality[:, :, None] * likeness(image.features, size) * quality[:, None]
+        kernel = likeness(image.features, size).mul_(quality[:, :, None]).mul_(quality[:, None])
         order = _greedy(kernel, score, is_broken(image.features, size), max(quotas))
         return Choice(first_of(order, quotas, size))
 

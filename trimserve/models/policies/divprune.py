@@ -30,10 +30,10 @@ class DivPrune(BeforeDecoder):
     def choose(self, image: EncodedImage, allowance: Allowance) -> Choice:
         """See `BeforeDecoder.choose`."""
         size = image.features_per_tile
-        far, is_late = 1 - likeness(image.features, size), is_broken(image.features, size)
+        far, is_late = likeness(image.features, size).neg_().add_(1), is_broken(image.features, size)
         quotas = even_quotas(allowance.count(far.new_zeros(image.num_features)), len(far))
-        others = ~torch.eye(size, dtype=torch.bool, device=far.device)
-        gain = far.where(others & ~is_late[:, None], torch.inf).amin(dim=2)
+        far.masked_fill_(is_late[:, None], torch.inf).diagonal(dim1=1, dim2=2).fill_(torch.inf)
+        gain = far.amin(dim=2)
         nearest = torch.full_like(gain, torch.inf)
         is_taken = torch.zeros_like(is_late)
         picks = []

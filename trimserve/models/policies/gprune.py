@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from trimserve.models.encoded_image import Choice, EncodedImage
 from trimserve.models.policies.budget import Allowance
@@ -34,12 +35,18 @@ class GPrune(BeforeDecoder):
     def choose(self, image: EncodedImage, allowance: Allowance) -> Choice:
         """See `BeforeDecoder.choose`."""
         size = image.features_per_tile
-        like, is_late = likeness(image.features, size), is_broken(image.features, size)
-        # A feature is its own neighbour, also where rounding or the threshold says otherwise.
-        are_neighbours = (like >= self.threshold) | torch.eye(size, dtype=torch.bool, device=like.device)
-        weights = (like / self.temperature).masked_fill(~are_neighbours, -torch.inf).softmax(dim=2)
-        gathered = image.features.float().norm(dim=1).view(-1, 1, size).masked_fill(is_late[:, None], 0)
-        for _ in range(self.hops):
-            gathered = gathered @ weights
-        scores = (gathered[:, 0] / are_neighbours.sum(dim=1)).masked_fill(is_late, torch.nan).flatten()
+        is_late = is_broken(image.features, size)
+        norms = image.features.norm(dim=1, dtype=torch.float32).view(-1, size).masked_fill(is_late, 0)
+        of_tiles = zip(likeness(image.features, size), norms, strict=True)
+        scores = torch.stack([self._scores(*tile) for tile in of_tiles]).masked_fill(is_late, torch.nan).flatten()
         return Choice(top(scores, allowance.count(scores)))
+
+    def _scores(self, like: Tensor, norms: Tensor) -> Tensor:
+        """Of one tile: likeness [F, F] and norms [F] -> [F]."""
+        like.diagonal().fill_(torch.inf)  # its own neighbour, also where rounding or the threshold says otherwise
+        are_neighbours = like >= self.threshold
+        like.diagonal().fill_(1)
+        weights = like.div_(self.temperature).masked_fill_(~are_neighbours, -torch.inf).softmax(dim=1)
+        for _ in range(self.hops):
+            norms = norms @ weights
+        return norms / are_neighbours.sum(dim=0)

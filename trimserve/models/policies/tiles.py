@@ -1,7 +1,7 @@
 """What policies that compare features with each other share: likeness within a tile, and quotas of tiles.
 
-Features are compared within their tile only, all tiles at once: [tiles, F, F] is a fraction of [N, N], and tiles show
-different parts of the image anyway.
+Features are compared within their tile only: [tiles, F, F] is a fraction of [N, N], and tiles show different parts of
+the image anyway. Policies change that tensor in place, because a copy of it is as large (`trimming.scratch_bytes`).
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,8 @@ __all__ = ["even_quotas", "first_of", "is_broken", "likeness", "next_pick", "quo
 
 def is_broken(features: Tensor, features_per_tile: int) -> Tensor:
     """Bool [tiles, F], which features of [N, D] are not finite; every policy takes these last."""
-    return ~features.isfinite().all(dim=1).view(-1, features_per_tile)
+    low, high = features.aminmax(dim=1)  # each NaN where any is; takes no copy of the features
+    return ~(low.isfinite() & high.isfinite()).view(-1, features_per_tile)
 
 
 def likeness(features: Tensor, features_per_tile: int) -> Tensor:
@@ -27,12 +28,15 @@ def likeness(features: Tensor, features_per_tile: int) -> Tensor:
         features: [N, D], tile after tile.
         features_per_tile: F.
     Returns:
-        float32 [N / F, F, F]; 0 where a feature is not finite.
+        float32 [N / F, F, F], the caller's own; 0 where a feature is not finite.
     """
-    directions = F.normalize(features.float(), dim=1)
-    directions = directions.masked_fill(~directions.isfinite().all(dim=1, keepdim=True), 0)
-    tiles = directions.view(-1, features_per_tile, directions.shape[1])
-    return tiles @ tiles.transpose(1, 2)
+    tiles = features.split(features_per_tile)
+    like = torch.empty(len(tiles), features_per_tile, features_per_tile, device=features.device)
+    for tile, of_tile in zip(tiles, like, strict=True):
+        directions = F.normalize(tile.float(), dim=1)
+        directions[is_broken(directions, features_per_tile)[0]] = 0
+        torch.mm(directions, directions.T, out=of_tile)
+    return like
 
 
 def relevance(scores: Tensor) -> Tensor:

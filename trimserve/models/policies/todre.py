@@ -31,9 +31,9 @@ class ToDRE(BeforeDecoder):
     def choose(self, image: EncodedImage, allowance: Allowance) -> Choice:
         """See `BeforeDecoder.choose`."""
         size = image.features_per_tile
-        far, is_late = 1 - likeness(image.features, size), is_broken(image.features, size)
+        far, is_late = likeness(image.features, size).neg_().add_(1), is_broken(image.features, size)
         quotas = even_quotas(allowance.count(far.new_zeros(image.num_features)), len(far))
-        gain, total = far.masked_fill(is_late[:, None], 0).sum(dim=2), torch.zeros_like(far[:, 0])
+        gain, total = far.masked_fill_(is_late[:, None], 0).sum(dim=2), torch.zeros_like(far[:, 0])
         is_taken = torch.zeros_like(is_late)
         picks = []
         for _ in range(max(quotas)):

@@ -12,7 +12,7 @@ from trimserve.models.policies.policy import BeforeDecoder, parameter, top
 
 __all__ = ["VFlowOpt"]
 
-_ROWS = 256
+_ROWS = 64
 """Rows of the attention map that are in memory at a time."""
 
 
@@ -38,7 +38,8 @@ class VFlowOpt(BeforeDecoder):
 
     def choose(self, image: EncodedImage, allowance: Allowance) -> Choice:
         """See `BeforeDecoder.choose`."""
-        queries, keys = image.observed["vision_attention"].float().transpose(1, 2)
+        queries, keys = image.observed["vision_attention"].transpose(1, 2)
+        keys = keys.float()
         num_features = image.num_features
         received = torch.zeros(num_features, device=queries.device)
         for rows in queries.split(_ROWS, dim=1):
@@ -55,5 +56,5 @@ class VFlowOpt(BeforeDecoder):
 
 def _attention(queries: Tensor, keys: Tensor) -> Tensor:
     """Mean over heads, [R, N], of queries [heads, R, Dh] on keys [heads, N, Dh]."""
-    logits: Tensor = queries @ keys.transpose(1, 2) * queries.shape[2] ** -0.5
+    logits: Tensor = queries.float() @ keys.transpose(1, 2) * queries.shape[2] ** -0.5
     return logits.softmax(dim=2).mean(dim=0)
