@@ -88,6 +88,7 @@ docs: build  ## regenerate the tables of docs/ and README.md, and the dashboard
 bench: build  ## measure ops and metrics, and try the load generator and the byte count (docs/performance.md measures with them)
 	$(BIN)/python -m benchmarks.bench_ops
 	$(BIN)/python -m benchmarks.bench_vision
+	$(BIN)/python -m benchmarks.bench_policies
 	$(BIN)/python -m benchmarks.bench_metrics --out benchmarks/results/metrics.json
 	$(BIN)/python -m benchmarks.bench_generate --quick --out out/bench/generate
 	$(BIN)/python -m benchmarks.bench_serve --quick --models embedded --out out/bench

@@ -28,6 +28,7 @@ from google.protobuf.descriptor_pb2 import (  # noqa: E402 the root must be on t
 )
 
 from benchmarks.generate.tables import generate_tables, precision_table  # noqa: E402 as above
+from benchmarks.policy_tables import accuracy_by_kind, accuracy_by_policy, speed_by_policy  # noqa: E402 as above
 from benchmarks.tables import (  # noqa: E402 as above
     bytes_tables,
     load_table,
@@ -37,6 +38,7 @@ from benchmarks.tables import (  # noqa: E402 as above
 )
 from training.readme import accuracy_table  # noqa: E402 as above
 from trimserve.config import Config  # noqa: E402 as above
+from trimserve.evaluation.report import Report  # noqa: E402 as above
 from trimserve.server.metrics import Declared, Metrics  # noqa: E402 as above
 
 SCALARS = {value: name.removeprefix("TYPE_").lower() for name, value in FieldDescriptorProto.Type.items()}
@@ -187,6 +189,12 @@ def accuracy() -> str:
     return accuracy_table(json.loads((ROOT / "training/report.json").read_text()))
 
 
+def comparison() -> Report | None:
+    """What `trimserve eval --policies all` found on the embedded model."""
+    path = ROOT / "benchmarks/results/policies/report.json"
+    return Report.from_json(path.read_text()) if path.exists() else None
+
+
 TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     "configuration": ("docs/configuration.md", configuration),
     "metrics": ("docs/metrics.md", metrics),
@@ -194,6 +202,9 @@ TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     "accuracy": ("README.md", accuracy),
     "walkthrough": ("README.md", lambda: walkthrough_table(read_result("walkthrough.json"))),
     "load": ("docs/service.md", lambda: load_table(read_result("load.json"))),
+    "policies": ("docs/policies.md", lambda: accuracy_by_policy(comparison())),
+    "policies-by-kind": ("docs/policies.md", lambda: accuracy_by_kind(comparison())),
+    "policies-speed": ("docs/policies.md", lambda: speed_by_policy(read_result("policies/speed.json"))),
     "bytes": ("docs/performance.md", lambda: bytes_tables(read_result("bytes.json"))),
     "generate": ("docs/performance.md", lambda: generate_tables(read_result("generate/report.json"))),
     "precision": ("docs/performance.md", lambda: precision_table(read_result("precision.json"))),

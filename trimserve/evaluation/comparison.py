@@ -42,8 +42,7 @@ def draw_comparison(report: Report, path: Path) -> None:
     figure = Figure(figsize=(3.5 + 6 * len(merge_ratios), 7), dpi=150, layout="constrained")
     panels = figure.subplots(1, len(merge_ratios), sharey=True, squeeze=False)[0]
     for panel, merge_ratio in zip(panels, merge_ratios, strict=True):
-        shown = [row for row in rows if row.merge_ratio == merge_ratio and row.policy != UNTRIMMED_POLICY]
-        _draw(panel, shown, untrimmed)
+        _draw(panel, report.compared(merge_ratio), untrimmed)
         panel.set_title(_NOT_KEPT[merge_ratio > 0].format(merge_ratio), loc="left", fontsize=11)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=10)
     model, data = report.model, report.data

@@ -93,6 +93,21 @@ class Report:
             parts.append(f'"{name}": [\n{lines}\n]')
         return "{\n" + ",\n".join(parts) + "\n}\n"
 
+    def compared(self, merge_ratio: float) -> list[Row]:
+        """Rows over all questions at one merge_ratio, but not of policies that merge by rules of their own.
+
+        Args:
+            merge_ratio: of the rows; 0 gives those of all policies.
+        """
+        rows = [row for row in self.rows if row.kind == ALL_KINDS and row.policy != UNTRIMMED_POLICY]
+        dropped = {(row.policy, row.k_ratio, row.keep): row.kept_fraction for row in rows if not row.merge_ratio}
+        return [
+            row
+            for row in rows
+            if row.merge_ratio == merge_ratio
+            and not (merge_ratio and dropped.get((row.policy, row.k_ratio, row.keep)) == row.kept_fraction)
+        ]
+
     @classmethod
     def from_json(cls, text: str) -> "Report":
         """Read `to_json` back."""

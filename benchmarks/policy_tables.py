@@ -1,0 +1,131 @@
+"""Tables of docs/policies.md: what every policy costs in accuracy and in time, made from what was measured."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from trimserve.evaluation.dataset import ALL_KINDS
+from trimserve.evaluation.report import UNTRIMMED_POLICY, Advantage, Report, Row
+from trimserve.models.policies.policy import BeforeDecoder
+from trimserve.models.policies.table import POLICIES
+
+__all__ = ["CONTROL", "accuracy_by_kind", "accuracy_by_policy", "speed_by_policy"]
+
+CONTROL = "random"
+"""With which every policy is compared."""
+
+_MOST_OF_PREFILL = 0.05  # of selection that may be recommended
+
+
+def accuracy_by_policy(report: Report | None) -> str:
+    """Exact match over all questions by policy and budget, what is not kept dropped and merged, as Markdown.
+
+    Args:
+        report: of `trimserve eval --policies all`; None says how to get one.
+    """
+    if report is None:
+        return _missing("trimserve eval --policies all")
+    rows = [row for row in report.rows if row.kind == ALL_KINDS]
+    [untrimmed] = (row for row in rows if row.policy == UNTRIMMED_POLICY)
+    data = report.data
+    asked = f"{data['num_questions']:,} questions about {data['num_images']:,} images, untrimmed {_percent(untrimmed)}."
+    signs = f"▲ and ▼: better and worse than `{CONTROL}` at the same budget, by the 95 % interval of the difference."
+    tables = [f"{asked} {signs}"]
+    for merge_ratio in sorted({row.merge_ratio for row in rows}):
+        title = f"merged, `merge_ratio` {merge_ratio:g}" if merge_ratio else "dropped"
+        tables.append(f"What is not kept is {title}:")
+        tables.append(_by_budget(report.compared(merge_ratio), report.advantages, _with_sign))
+    return "\n\n".join(tables)
+
+
+def accuracy_by_kind(report: Report | None) -> str:
+    """Exact match with its 95 % interval, one table for each kind of question, what is not kept dropped, as Markdown.
+
+    Args:
+        report: of `trimserve eval --policies all`; None says how to get one.
+    """
+    if report is None:
+        return _missing("trimserve eval --policies all")
+    tables = []
+    for kind, number in report.data["kinds"].items():
+        rows = [row for row in report.rows if row.kind == kind and not row.merge_ratio]
+        [untrimmed] = (row for row in rows if row.policy == UNTRIMMED_POLICY)
+        tables += [
+            f"<details><summary>{kind}: {number} questions, untrimmed {_percent(untrimmed)}</summary>",
+            _by_budget(rows, report.advantages, _with_interval),
+            "</details>",
+        ]
+    return "\n\n".join(tables)
+
+
+def speed_by_policy(report: dict[str, Any] | None) -> str:
+    """What choosing takes, by policy, as Markdown.
+
+    Args:
+        report: of `bench_policies`; None says how to get one.
+    """
+    if report is None:
+        return _missing("python -m benchmarks.bench_policies")
+    lines = [
+        "| policy | 11B's shape, ms | memory, MiB | `bench`, ms | share of its prefill | |",
+        "|---|---:|---:|---:|---:|---|",
+    ]
+    for row in report["policies"]:
+        held, share = row["peak_extra_bytes"], row["share_of_prefill"]
+        cells = (
+            f"{1e3 * row['seconds']:,.1f}",
+            "" if held is None else f"{held / 2**20:,.0f}",
+            f"{1e3 * row['bench_seconds']:,.1f}",
+            f"{share:.1%}",
+            "slow" if share > _MOST_OF_PREFILL else "",
+        )
+        lines.append(f"| `{row['policy']}` | {' | '.join(cells)} |")
+    machine = report["machine"]
+    where = f"{machine['cpu']}, {machine['num_threads']} thread(s), torch {report['versions']['torch']}"
+    set_aside = f"The engine sets {report['scratch_bytes'] / 2**20:,.0f} MiB aside for it at 11B's shape."
+    return "\n".join([*lines, "", f"{where}. {set_aside}"])
+
+
+_Cell = Callable[[Row, Advantage | None], str]
+"""What is told of a row, and of the control's lead over it."""
+
+
+def _by_budget(rows: Iterable[Row], advantages: Iterable[Advantage], cell: _Cell) -> str:
+    """Policies down, budgets across; a policy that takes no budget has one cell, named by what it held."""
+    found = {(row.policy, row.keep): row for row in rows if row.policy != UNTRIMMED_POLICY}
+    budgets = sorted({keep for _, keep in found if keep is not None})
+    gains = {(gain.over, gain.keep, gain.merge_ratio, gain.kind): gain for gain in advantages if gain.policy == CONTROL}
+    lines = [
+        f"| policy | looks at | {' | '.join(f'keeps {keep:.0%}' for keep in budgets)} |",
+        f"|---|---|{'---:|' * len(budgets)}",
+    ]
+    for policy in dict.fromkeys(policy for policy, _ in found):
+        looks_at = "image" if issubclass(POLICIES[policy], BeforeDecoder) else "question"
+        looks_at = "nothing" if policy in (CONTROL, "strided") else looks_at
+        if (policy, None) in found:
+            alone = found[policy, None]
+            cells = [f"{cell(alone, None)}, holds {alone.kept_fraction:.0%}", *[""] * (len(budgets) - 1)]
+        else:
+            of_policy = [found[policy, keep] for keep in budgets]
+            cells = [cell(row, gains.get((policy, row.keep, row.merge_ratio, row.kind))) for row in of_policy]
+        lines.append(f"| `{policy}` | {looks_at} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _with_sign(row: Row, lead: Advantage | None) -> str:
+    """The accuracy, and whether the control's lead is certainly below or above 0."""
+    sign = ""
+    if lead is not None:
+        sign = " ▲" if lead.accuracy.high < 0 else " ▼" if lead.accuracy.low > 0 else ""
+    return f"{_percent(row)}{sign}"
+
+
+def _with_interval(row: Row, lead: Advantage | None) -> str:
+    return f"{_with_sign(row, lead)} [{row.accuracy.low:.0%}, {row.accuracy.high:.0%}]"
+
+
+def _percent(row: Row) -> str:
+    return f"{row.accuracy.value:.1%}"
+
+
+def _missing(command: str) -> str:
+    return f"Not measured yet: `{command}`."
