@@ -100,7 +100,7 @@ def evaluate(
         raise typer.BadParameter("--address excludes --model, --dtype and --quantize")
     server = None if address is None else connected(address, ca, token)
     with _answerer(server, ModelConfig(model=model, dtype=dtype, quantize=quantize), num_threads) as answerer:
-        names = _parse_policies(policies, answerer.policies, is_kept=keep is not None)
+        names = _parse_policies(policies, answerer.policies, is_kept=keep is not None and not only_calibrate)
         out.mkdir(parents=True, exist_ok=True)
         if draw is None:
             trim = TrimParams(policy=names[0], merge_ratio=merge_budgets[0])
@@ -204,7 +204,7 @@ def _parse_policies(text: str, known: Sequence[str], *, is_kept: bool) -> list[s
         if name not in known:
             raise typer.BadParameter(f"must be among {', '.join(known)}, got {name!r}", param_hint="--policies")
         if issubclass(POLICIES[name], BeforeDecoder) and not is_kept:
-            raise typer.BadParameter(f"{name} chooses before any head looks: use --keep", param_hint="--k-ratios")
+            raise typer.BadParameter(f"{name} chooses before any head looks: use --keep", param_hint="--policies")
     return names
 
 
