@@ -1,8 +1,8 @@
 // decode_layers: one new row of each sequence through all layers of the decoder, in one call.
 //
-// It is the ops of layers.cpp and paging.cpp in the order of trimserve/models/decoder.py, whose decode path says the same
-// op by op. One call matters where an op takes microseconds: Python would need as long between two of them, and every op
-// that Python calls lets another of its threads in.
+// It is the ops of layers.cpp and paging.cpp in the order of trimserve/models/decoder_layers.py, which says the same op
+// by op. One call matters where an op takes microseconds: Python would need as long between two of them, and every
+// op that Python calls lets another of its threads in.
 
 #include <algorithm>
 #include <cmath>
@@ -35,8 +35,6 @@ struct Paged {
 
   Tensor attend(const Tensor& q, std::int64_t layer, const std::optional<Tensor>& bias) const {
     const std::int64_t layers_per_page = pages.size(1);
-    check(layer / layers_per_page < tables.size(0), kOp, ": tables must have a group for layer ", layer,
-          ", got ", describe(tables));
     const Tensor attended =
         paged_attention(q, pages, layer % layers_per_page, ts::select(tables, 0, layer / layers_per_page),
                         lengths, 1.0 / std::sqrt(static_cast<double>(pages.size(5))), bias);
@@ -59,6 +57,31 @@ Tensor heads_of(const Tensor& rows, std::int64_t head_dim) {
   return ts::view(rows, {rows.size(0), rows.size(1) / head_dim, head_dim});
 }
 
+// Checks what there is of each layer, and counts the layers.
+std::int64_t count_layers(std::size_t num_weights, std::size_t num_scales,
+                          const std::vector<std::int64_t>& cross_layers, std::size_t num_gates) {
+  const std::size_t of_cross = kWeightsOfCross * cross_layers.size();
+  check(num_weights >= of_cross && (num_weights - of_cross) % kWeightsOfSelf == 0, kOp,
+        ": weights must be six of each self-attention layer and seven of each cross-attention layer, got ",
+        num_weights);
+  const std::size_t num_layers = (num_weights - of_cross) / kWeightsOfSelf + cross_layers.size();
+  check(num_scales == 0 || num_scales == kLinears * num_layers, kOp, ": scales must be four of each of ",
+        num_layers, " layers, or none, got ", num_scales);
+  check(num_gates == 2 * cross_layers.size(), kOp, ": gates must be two of each of ", cross_layers.size(),
+        " cross-attention layers, got ", num_gates);
+  for (std::size_t i = 0; i < cross_layers.size(); ++i) {
+    const std::int64_t least = i == 0 ? 0 : cross_layers[i - 1] + 1;
+    check(least <= cross_layers[i] && cross_layers[i] < static_cast<std::int64_t>(num_layers), kOp,
+          ": cross_layers must ascend within [0, ", num_layers, "), got ", cross_layers[i], " at ", i);
+  }
+  return static_cast<std::int64_t>(num_layers);
+}
+
+void check_groups(const char* name, const Tensor& tensor, std::int64_t dims, std::int64_t num_groups) {
+  check(tensor.dim() == dims && tensor.size(0) >= num_groups, kOp, ": ", name, " must have ", dims,
+        " dimensions, the first of ", num_groups, " groups of layers, got ", describe(tensor));
+}
+
 }  // namespace
 
 void decode_layers(const Tensor& hidden, const Tensor& pages, std::vector<Tensor> weights,
@@ -67,19 +90,23 @@ void decode_layers(const Tensor& hidden, const Tensor& pages, std::vector<Tensor
                    const Tensor& text_tables, const Tensor& text_lengths, const Tensor& slots,
                    std::optional<Tensor> feature_tables, std::optional<Tensor> feature_lengths,
                    std::optional<Tensor> bias, double epsilon) {
+  const std::int64_t num_layers = count_layers(weights.size(), scales.size(), cross_layers, gates.size());
   check_pages(kOp, pages, 0);
-  check(gates.size() == 2 * cross_layers.size(), kOp, ": gates must be two of each of ", cross_layers.size(),
-        " cross-attention layers, got ", gates.size());
-  const std::size_t of_cross = kWeightsOfCross * cross_layers.size();
-  check(weights.size() >= of_cross && (weights.size() - of_cross) % kWeightsOfSelf == 0, kOp,
-        ": weights must be six of each self-attention layer and seven of each cross-attention layer, got ",
-        weights.size());
+  check(pages.size(5) >= 1, kOp, ": Dh must be at least 1, got 0");
+  check(hidden.dim() == 2 && hidden.is_contiguous(), kOp, ": hidden must be contiguous [B, D], got ",
+        describe(hidden));
+  const auto groups_of = [&](std::int64_t layers) { return (layers + pages.size(1) - 1) / pages.size(1); };
+  const auto cross = static_cast<std::int64_t>(cross_layers.size());
+  check_groups("text_tables", text_tables, 3, groups_of(num_layers - cross));
+  check_groups("slots", slots, 2, groups_of(num_layers - cross));
   check(feature_tables.has_value() == feature_lengths.has_value(), kOp,
         ": feature_tables and feature_lengths must come together");
-  const std::int64_t num_layers =
-      static_cast<std::int64_t>((weights.size() - of_cross) / kWeightsOfSelf + cross_layers.size());
-  check(scales.empty() || scales.size() == kLinears * num_layers, kOp, ": scales must be four of each of ",
-        num_layers, " layers, or none, got ", scales.size());
+  if (feature_lengths) {
+    check_groups("feature_tables", *feature_tables, 3, groups_of(cross));
+    check(feature_lengths->dim() == 1 && feature_lengths->size(0) <= hidden.size(0), kOp,
+          ": feature_lengths must be int32 [S] with S at most B=", hidden.size(0), ", got ",
+          describe(*feature_lengths));
+  }
   const std::int64_t num_kv_heads = pages.size(3), head_dim = pages.size(5);
   const Paged text{pages, text_tables, text_lengths};
 

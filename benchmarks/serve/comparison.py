@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from benchmarks.serve.bare import BareModel
-from benchmarks.serve.figures import agreement, ratios, summary
+from benchmarks.serve.figures import agreement, median_round, ratios, summary
 from benchmarks.serve.load import Exchange, closed_loop, open_loop
 from benchmarks.serve.models import UnderTest
 from benchmarks.serve.probes import added_latency, repeated_images
@@ -127,7 +127,10 @@ class Comparison:
         return make_workload(settings)
 
     async def _closed_loops(self, name: str, *, is_trimmed: bool) -> list[Exchange]:
-        """The same load on fresh servers until it was measured for long enough; the median round counts."""
+        """The same load on fresh servers until it was measured for long enough.
+
+        The median round counts, of an even number the slower one in the middle; one with errors counts at once.
+        """
         rounds: list[dict[str, Any]] = []
         seconds = 0.0
         exchanges: list[Exchange] = []
@@ -140,9 +143,9 @@ class Comparison:
                 seconds += found["seconds"]
                 found |= {"peak_pool_bytes": peak.pool_bytes, "peak_cross_kv_bytes": peak.cross_bytes}
                 rounds.append(found | {"peak_rss_bytes": peak_rss_bytes(pid)})
-        rounds.sort(key=lambda each: each["tokens_per_second"])
-        rates = [each["tokens_per_second"] for each in rounds]
-        self._loads[name] = {**rounds[len(rounds) // 2], "tokens_per_second_of_rounds": rates}
+                if found["errors"]:
+                    break
+        self._loads[name] = median_round(rounds)
         return exchanges
 
     async def _transformers(self, untrimmed: Sequence[Exchange]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import numpy as np
 from benchmarks.serve.load import Exchange
 from benchmarks.serve.workload import KINDS
 
-__all__ = ["agreement", "percentiles", "ratios", "summary"]
+__all__ = ["agreement", "median_round", "percentiles", "ratios", "summary"]
 
 _DIGITS = 5
 """Of seconds: 10 microseconds."""
@@ -50,6 +50,18 @@ def summary(exchanges: Sequence[Exchange]) -> dict[str, Any]:
         "time_to_first_token_seconds_by_kind": _first_tokens(answered),
         "kept_fraction": round(kept / valid, 4) if valid else None,
     }
+
+
+def median_round(rounds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The summary that stands for several of the same load.
+
+    Returns:
+        The last one if that has errors, else the median by rate, of an even number the slower one in the middle; and
+        the rates of all.
+    """
+    ordered = sorted(rounds, key=lambda each: each["tokens_per_second"])
+    chosen = rounds[-1] if rounds[-1]["errors"] else ordered[(len(ordered) - 1) // 2]
+    return {**chosen, "tokens_per_second_of_rounds": [each["tokens_per_second"] for each in ordered]}
 
 
 def agreement(ours: Sequence[Exchange], theirs: Sequence[Exchange]) -> dict[str, Any]:

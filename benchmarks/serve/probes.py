@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Sequence
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 from benchmarks.serve.bare import BareModel
@@ -27,7 +27,8 @@ async def added_latency(target: GrpcTarget, bare: BareModel, item: Item, rounds:
         item: what is asked, over and over.
         rounds: turns of each.
     Returns:
-        Medians of all gaps between tokens and of all steps, and their difference.
+        Medians over the rounds of the mean time from one token to the next and of the mean step, and their difference.
+        Means, because several tokens may come in one message.
     """
     num_tokens = (await target.ask(item)).num_tokens  # also the first use of the image
     await bare.step_seconds(item, 4)
@@ -35,8 +36,8 @@ async def added_latency(target: GrpcTarget, bare: BareModel, item: Item, rounds:
     steps: list[float] = []
     for _ in range(rounds):
         [exchange] = await closed_loop(target.ask, [item], 1)
-        served += exchange.gaps
-        steps += await bare.step_seconds(item, num_tokens - 1)
+        served.append(exchange.time_per_output_token)
+        steps.append(fmean(await bare.step_seconds(item, num_tokens - 1)))
     service, step = median(served), median(steps)
     return {
         "rounds": rounds,

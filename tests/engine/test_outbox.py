@@ -134,3 +134,33 @@ def test_what_comes_after_a_pause_is_delivered_at_once(loop: Loop) -> None:
     put(outbox, members, "b")
     loop.run()
     assert len(delivered) == 16
+
+
+def test_a_stream_that_is_alone_waits_while_its_last_message_would_take_more_than_half_of_the_time(loop: Loop) -> None:
+    outbox, delivered = make(loop)
+    members = streams(1)
+    put(outbox, members, "a")
+    loop.run()
+    loop.busy += 0.001
+    loop.now += 0.0005
+    put(outbox, members, "b")
+    loop.run()
+    assert len(delivered) == 1
+    loop.now += 0.0006
+    loop.run()
+    assert len(delivered) == 2
+
+
+def test_what_waits_can_be_delivered_at_once_and_comes_once(loop: Loop) -> None:
+    outbox, delivered = make(loop)
+    members = streams(4)
+    put(outbox, members, "a")
+    loop.run()
+    loop.work(0.001)
+    put(outbox, members, "b")
+    loop.run()
+    outbox.flush()
+    assert len(delivered) == 8
+    loop.now += 1.0
+    loop.run()
+    assert len(delivered) == 8

@@ -348,6 +348,20 @@ async def test_a_dying_engine_thread_ends_every_request() -> None:
             await collect(runner, request("late"))
 
 
+async def test_what_the_engine_said_comes_before_the_news_of_its_death() -> None:
+    async with running(FakeModel()) as runner:
+        streams = [runner._open(request(f"{index}"), None) for index in range(8)]
+        for _ in range(2):  # what comes at once after other messages waits a moment
+            for stream in streams:
+                runner._outbox.put(stream, TokenDelta("a", (1,), ()))
+            end = time.thread_time() + 0.002
+            await asyncio.sleep(0)
+            while time.thread_time() < end:
+                pass
+        runner._die(RuntimeError("gone"))
+        assert [type(await streams[0].chunks.get()) for _ in range(3)] == [TokenDelta, TokenDelta, EngineStopped]
+
+
 async def test_an_idle_engine_sleeps() -> None:
     async with running(FakeModel()) as runner:
         await collect(runner, request("hi"))

@@ -97,3 +97,13 @@ def test_a_batch_whose_members_change_is_looked_up_anew(pair: Pair) -> None:
     mixed = [kvs[0], others[1], others[2], kvs[3]]
     pair.ours.decode([1, 1, 1, 1], [kvs[0], kvs[1], kvs[2], kvs[3]])
     torch.testing.assert_close(decoded(pair, mixed)[:, 1:3], alone[:, 1:3], atol=LOGITS, rtol=0)
+
+
+def test_angles_are_known_wherever_the_table_has_to_grow(pair: Pair) -> None:
+    angles = pair.ours._decoder._angles
+    grown = type(angles)(angles._rotary)
+    for position in (0, 255, 256, 257, 1023):
+        cosines, _ = grown.at([position])
+        expected = (position * angles._rotary.inv_freq).cos()
+        torch.testing.assert_close(cosines[0], expected, atol=1e-4, rtol=0)
+    assert grown.at([])[0].shape[0] == 0

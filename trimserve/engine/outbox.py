@@ -53,17 +53,21 @@ class Outbox:
             self._items.append((stream, item))
             is_first = len(self._items) == 1
         if is_first:  # what follows before the loop gets to it goes with it
-            call_on(self._loop, self._deliver_all)
+            call_on(self._loop, self._deliver_soon)
 
-    def _deliver_all(self) -> None:
-        now, busy_seconds = time.monotonic(), time.thread_time()
-        pause = min((busy_seconds - self._busy_seconds) * self._num_streams, _LONGEST_WAIT_SECONDS)
-        if now < self._delivered_at + pause:
-            self._loop.call_at(self._delivered_at + pause, self._deliver_all)
-            return
-        self._delivered_at, self._busy_seconds = now, busy_seconds
+    def flush(self) -> None:
+        """Deliver now, on the loop, before something else is said to the streams."""
         with self._lock:
             items, self._items = self._items, []
         self._num_streams = len({id(stream) for stream, _ in items})
         for stream, item in items:
             self._deliver(stream, item)
+
+    def _deliver_soon(self) -> None:
+        now, busy_seconds = time.monotonic(), time.thread_time()
+        pause = min((busy_seconds - self._busy_seconds) * self._num_streams, _LONGEST_WAIT_SECONDS)
+        if now < self._delivered_at + pause:
+            self._loop.call_at(self._delivered_at + pause, self._deliver_soon)
+            return
+        self._delivered_at, self._busy_seconds = now, busy_seconds
+        self.flush()

@@ -3,21 +3,26 @@
 In steps, so that other requests can come between two images. It knows no thread and no queue.
 """
 
+import logging
 import time
 from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from trimserve.engine.memory import is_out_of_memory
 from trimserve.engine.model import Model
 from trimserve.engine.request import StageSpan
 from trimserve.engine.sequence import Sequence
+from trimserve.errors import InvalidRequest, OutOfMemory, RequestFailed, TrimserveError
 from trimserve.models.prepared import NamedImage, PreparedPrompt
 from trimserve.models.prompt import Prompt
 
 if TYPE_CHECKING:  # loads transformers, which the engine does without
     from trimserve.models.images import PreparedImage
 
-__all__ = ["Preparation"]
+__all__ = ["Preparation", "why_not_prepared"]
+
+log = logging.getLogger(__name__)
 
 
 class Preparation:
@@ -76,3 +81,13 @@ class Preparation:
         tokenized = self._model.tokenize(prompt)
         self._files.extend(tokenized.images)
         return make(tokenized.token_ids)
+
+
+def why_not_prepared(error: BaseException, request_id: str) -> TrimserveError:
+    """What a client is told of an error that a step raised; a mistake of ours is logged."""
+    if isinstance(error, InvalidRequest):
+        return error
+    log.error("preparing request %s failed", request_id, exc_info=error)
+    if is_out_of_memory(error):
+        return OutOfMemory(f"out of memory while request {request_id} was prepared")
+    return RequestFailed(f"preparing request {request_id} failed")

@@ -13,15 +13,16 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Collection
 from contextlib import aclosing, suppress
 from functools import partial
 
 from trimserve.engine.engine import Engine
 from trimserve.engine.lookahead import Lookahead, Ticket
-from trimserve.engine.memory import is_out_of_memory, memory_by_kind
+from trimserve.engine.memory import memory_by_kind
 from trimserve.engine.model import Model
 from trimserve.engine.outbox import Outbox, call_on
+from trimserve.engine.preparation import why_not_prepared
 from trimserve.engine.request import Finished, GenerationChunk, GenerationRequest
 from trimserve.engine.sequence import Sequence, SequenceState
 from trimserve.engine.status import EngineStatus, StepListener
@@ -33,9 +34,6 @@ from trimserve.errors import (
     DeadlinePassed,
     EngineBusy,
     EngineStopped,
-    InvalidRequest,
-    OutOfMemory,
-    RequestFailed,
     TrimserveError,
 )
 from trimserve.models.info import ModelInfo
@@ -222,8 +220,7 @@ class Runner:
         self._refusal = "the engine is stopping"
         with suppress(TimeoutError):
             await asyncio.wait_for(self._is_idle.wait(), grace_seconds)
-        for stream in tuple(self._streams):
-            self._deliver(stream, EngineStopped("the engine stopped before the request ended"))
+        self._end(tuple(self._streams), lambda: EngineStopped("the engine stopped before the request ended"))
         self._command(self._leave)
         await asyncio.to_thread(self._join)
         if self._watcher is not None:
@@ -273,6 +270,13 @@ class Runner:
             if isinstance(item, Finished | TrimserveError):
                 self._close(stream)
 
+    def _end(self, streams: Collection[Stream], make_error: Callable[[], TrimserveError]) -> None:
+        """Say an error after all that the engine has said."""
+        if streams:
+            self._outbox.flush()
+        for stream in streams:
+            self._deliver(stream, make_error())
+
     def _close(self, stream: Stream) -> None:
         with self._wake:
             stream.is_open, stream.preparation = False, None
@@ -286,7 +290,7 @@ class Runner:
 
     def _expire(self, stream: Stream) -> None:
         doing = "being prepared" if stream.sequence is None else stream.state.value
-        self._deliver(stream, DeadlinePassed(f"the deadline passed while the request was {doing}"))
+        self._end([stream], lambda: DeadlinePassed(f"the deadline passed while the request was {doing}"))
 
     async def _watch(self, engine: Engine, thread: threading.Thread, is_warm: "asyncio.Future[None]") -> None:
         error = await hang(thread, lambda: engine.step_began_at, self._step_timeout_seconds)
@@ -297,11 +301,10 @@ class Runner:
     def _die(self, error: BaseException) -> None:
         if self._death.done():
             return
-        self._refusal = "the engine died"  # why is the operator's business
+        self._refusal = died = "the engine died"  # why is the operator's business
         self._death.set_result(error)
         self._is_alive = False
-        for stream in tuple(self._streams):
-            self._deliver(stream, EngineStopped(self._refusal))
+        self._end(tuple(self._streams), lambda: EngineStopped(died))
 
     def _join(self) -> None:
         while self._is_alive and self._thread is not None and self._thread.is_alive():
@@ -324,14 +327,8 @@ class Runner:
             return
         try:
             sequence = preparation.advance()
-        except InvalidRequest as error:
-            self._outbox.put(stream, error)
-        except BaseException as error:  # a panic in compiled code is no Exception
-            log.exception("preparing request %s failed", stream.request_id)
-            if is_out_of_memory(error):
-                self._outbox.put(stream, OutOfMemory(f"out of memory while request {stream.request_id} was prepared"))
-            else:
-                self._outbox.put(stream, RequestFailed(f"preparing request {stream.request_id} failed"))
+        except BaseException as error:  # noqa: BLE001  # a panic in compiled code is no Exception
+            self._outbox.put(stream, why_not_prepared(error, stream.request_id))
         else:
             self._go_on(stream, sequence)
 

@@ -31,12 +31,12 @@ class CompiledDecode:
 
     @classmethod
     def of(cls, layers: Sequence[SelfLayer | CrossLayer]) -> "CompiledDecode | None":
-        """Of all layers of a decoder; None where their norms differ in more than weights."""
+        """Of all layers of a decoder; None where norms differ in more than weights, or a linear layer has a bias."""
         parts = [part for layer in layers for part in layer.decode_parts]
         linears = [part for part in parts if isinstance(part, Linear)]
         norms = [part for part in parts if isinstance(part, RmsNorm)]
         epsilons = {norm.epsilon for norm in norms}
-        if len(epsilons) != 1:
+        if len(epsilons) != 1 or any(linear.bias is not None for linear in linears):
             return None
         cross = {index: layer for index, layer in enumerate(layers) if isinstance(layer, CrossLayer)}
         return cls(

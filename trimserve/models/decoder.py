@@ -107,11 +107,12 @@ class RaggedDecoder:
         return batch.as_given(self._logits(hidden))
 
     def _batch_of(self, kvs: Sequence[KeyValues]) -> DecodeBatch:
-        if self._batch is None or not self._batch.is_of(kvs):
-            self._batch = DecodeBatch(kvs, self._forget_batch)
-        return self._batch
+        batch = self._batch
+        if batch is None or not batch.is_of(kvs):
+            self._batch = batch = DecodeBatch(kvs, self._forget_batch)
+        return batch
 
-    def _forget_batch(self) -> None:
+    def _forget_batch(self) -> None:  # on the thread that let go of a sequence, at any time
         self._batch = None
 
     def _decode_layers(

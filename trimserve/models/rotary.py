@@ -25,7 +25,7 @@ class RotaryAngles:
         """Cosines and sines of R positions, float32 [R, Dh / 2] each."""
         if (num := max(positions, default=0) + 1) > len(self._cosines):
             self._grow(max(_FEWEST, 1 << (num - 1).bit_length()))
-        index = torch.tensor(positions, device=self._cosines.device)
+        index = torch.tensor(positions, dtype=torch.int64, device=self._cosines.device)
         return self._cosines[index], self._sines[index]
 
     def _grow(self, num_positions: int) -> None:
