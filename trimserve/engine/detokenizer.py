@@ -63,6 +63,8 @@ class Detokenizer:
         return text + held
 
     def _scan(self, text: str) -> str:
+        if not self._stop_strings:
+            return text
         if self.matched_stop is not None:
             return ""
         text = self._held + text

@@ -6,6 +6,7 @@ requests are refused -> running ones finish or are cut at the end of the grace p
 
 import asyncio
 import concurrent.futures
+import gc
 import logging
 import signal
 import socket
@@ -216,6 +217,8 @@ async def _serve_until(is_over: asyncio.Future[Any], server: Server, on_serving:
         await asyncio.wait((warm_up, is_over), return_when=asyncio.FIRST_COMPLETED)
         if warm_up.done():
             await warm_up
+            gc.collect()
+            gc.freeze()  # what is loaded by now stays: looking through it again and again stalls every stream
             on_serving(server)
             await server.serve_until(is_over)
         else:
