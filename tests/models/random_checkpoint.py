@@ -29,6 +29,7 @@ class Geometry:
     global_layers: int = 2
     intermediate_layers: tuple[int, ...] = (1, 2)
     intermediate_size: int = 48
+    norm_epsilon: float = 1e-5
 
     @property
     def tile_size(self) -> int:
@@ -54,6 +55,7 @@ def draw_geometry(seed: int) -> Geometry:
         global_layers=rng.randint(1, 2),
         intermediate_layers=tuple(sorted(rng.sample(range(vision_layers), rng.randint(1, vision_layers)))),
         intermediate_size=rng.choice([32, 48]),
+        norm_epsilon=0.1,  # of some weight beside a mean square of 1, so that no norm can go without
     )
 
 
@@ -81,6 +83,7 @@ def _config(geometry: Geometry, tokens: TinyTokens) -> MllamaConfig:
             "num_attention_heads": geometry.num_kv_heads * geometry.heads_per_kv,
             "num_key_value_heads": geometry.num_kv_heads,
             "intermediate_size": geometry.intermediate_size,
+            "rms_norm_eps": geometry.norm_epsilon,
             "max_position_embeddings": 512,
             "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
             "bos_token_id": tokens.bos,

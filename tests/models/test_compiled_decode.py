@@ -107,3 +107,15 @@ def test_angles_are_known_wherever_the_table_has_to_grow(pair: Pair) -> None:
         expected = (position * angles._rotary.inv_freq).cos()
         torch.testing.assert_close(cosines[0], expected, atol=1e-4, rtol=0)
     assert grown.at([])[0].shape[0] == 0
+
+
+def test_the_same_sequences_in_another_order_are_looked_up_anew(pair: Pair) -> None:
+    pool = pair.pool
+    a, b, *_ = prefilled(pair, pool)
+    alone = [pair.ours.decode([token], [kv])[0] for kv, token in zip(prefilled(pair, pool), [3, 5], strict=False)]
+    lengths = a.length, b.length
+    for order in [(a, b), (b, a)]:
+        a.length, b.length = lengths
+        together = pair.ours.decode([3 if kv is a else 5 for kv in order], order)
+        expected = torch.stack([alone[0 if kv is a else 1] for kv in order])
+        torch.testing.assert_close(together, expected, atol=LOGITS, rtol=0)

@@ -5,11 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from tests.models.conftest import Pair
 from tests.models.random_checkpoint import Geometry, save_random_checkpoint
 from tests.models.test_mllama import ONE, noise, raw
 from tests.tolerances import INT8_LINEAR, LOGITS_INT8
+from trimserve import ops
 from trimserve.config import EngineConfig, ModelConfig
 from trimserve.models.int8 import int8_linear, to_int8
 from trimserve.models.loading import describe_model, load_model
@@ -40,6 +42,12 @@ def test_products_are_those_of_the_rounded_weights(num_rows: int, dtype: torch.d
     product = int8_linear(rows, weights, scales)
     assert product.dtype == dtype
     torch.testing.assert_close(product, expected.to(dtype), **INT8_LINEAR[dtype])
+
+
+@pytest.mark.parametrize("op", [int8_linear, ops.linear])
+def test_sums_before_the_scale_may_be_larger_than_float16_holds(op: Callable[..., Tensor]) -> None:
+    rows, weights = torch.full((1, 1024), 4.0, dtype=torch.float16), torch.full((1, 1024), 127, dtype=torch.int8)
+    assert op(rows, weights, torch.tensor([1e-4])).item() == 52.03125  # 1024 * 4 * 127 * 1e-4, in float16
 
 
 def test_weights_that_are_not_finite_do_not_pass_for_numbers() -> None:

@@ -100,9 +100,13 @@ def test_reads_only_its_inputs_and_writes_only_its_slots(dtype: torch.dtype) -> 
         assert_same(buffer, misaligned(expected, offset, 7.0)[1])
 
 
-@pytest.mark.parametrize("offset", [0, 1, 4], ids=["aligned", "misaligned", "aligned to 16 bytes"])
-def test_threads_write_disjoint_rows_that_no_cache_holds(offset: int) -> None:
-    pages, layer, keys, values, kept, slots = draw(1000, 900, num_kv_heads=8, head_dim=96)
+@pytest.mark.parametrize(
+    ("offset", "head_dim"),
+    [(0, 96), (1, 96), (4, 96), (0, 97)],
+    ids=["aligned", "misaligned", "aligned to 16 bytes", "heads of no multiple of 16 bytes"],
+)
+def test_threads_write_disjoint_rows_that_no_cache_holds(offset: int, head_dim: int) -> None:
+    pages, layer, keys, values, kept, slots = draw(1000, 900, num_kv_heads=8, head_dim=head_dim)
     torch.set_num_threads(3)
     try:
         assert_equals_reference((misaligned(pages, offset, 7.0)[0], layer, keys, values, kept, slots))

@@ -85,9 +85,10 @@ def test_a_row_is_the_same_to_the_last_bit_in_every_batch_and_on_every_thread(
 
 
 @pytest.mark.parametrize("is_int8", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_layout_of_rows_does_not_matter(layout: Callable[[Tensor], Tensor], is_int8: bool) -> None:
-    x, weight, scales = draw(6, 20, 40, is_int8=is_int8)
+def test_layout_of_rows_does_not_matter(layout: Callable[[Tensor], Tensor], dtype: torch.dtype, is_int8: bool) -> None:
+    x, weight, scales = draw(6, 20, 40, dtype, is_int8)
     assert torch.equal(linear(layout(x), weight, scales), linear(x, weight, scales))
 
 

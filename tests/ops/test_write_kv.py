@@ -111,10 +111,15 @@ def test_writes_only_its_slots(dtype: torch.dtype) -> None:
         assert_same(buffer, expected_buffer)
 
 
-def test_threads_write_disjoint_rows() -> None:
+@pytest.mark.parametrize(
+    ("num_kv_heads", "head_dim"),
+    [(2, 96), (8, 96), (8, 97)],
+    ids=["that a cache holds", "that no cache holds", "that no cache holds, of no multiple of 16 bytes"],
+)
+def test_threads_write_disjoint_rows(num_kv_heads: int, head_dim: int) -> None:
     torch.set_num_threads(3)
     try:
-        assert_equals_reference(draw(70, 1100, num_layers=1, layer=0, head_dim=96))
+        assert_equals_reference(draw(70, 1100, 1, 0, num_kv_heads, head_dim))
     finally:
         torch.set_num_threads(1)
 
