@@ -110,8 +110,8 @@ struct PagedAttentionArgs {
   float scale;
 };
 
-// x [R, K]; weight [N, K]; output [R, N] = gate * x weight^T, added to what it holds if `accumulates`; all of `dtype`. With
-// scales [N], which outputs are then multiplied with, weight is int8 and x float32.
+// x [R, K]; weight [N, K]; output [R, N] = gate * x weight^T, added to what it holds if `accumulates`; all of
+// `dtype`. With scales [N], which outputs are then multiplied with, weight is int8 and x float32.
 struct LinearArgs {
   const void* x;
   const void* weight;

@@ -20,12 +20,10 @@ STABLE_TORCH_LIBRARY(trimserve, m) {
   m.def("silu_gate(Tensor gate_up) -> Tensor");
   m.def("rotate(Tensor(a!) heads, Tensor cosines, Tensor sines) -> ()");
   m.def(
-      "decode_layers(Tensor(a!) hidden, Tensor(b!) pages, Tensor[] weights, Tensor[] scales, int[] "
-      "cross_layers, float[] "
-      "gates, "
-      "Tensor cosines, Tensor sines, Tensor text_tables, Tensor text_lengths, Tensor slots, Tensor? "
-      "feature_tables, "
-      "Tensor? feature_lengths, Tensor? bias, float epsilon) -> ()");
+      "decode_layers(Tensor(a!) hidden, Tensor(b!) pages, Tensor[] weights, Tensor[] scales, "
+      "int[] cross_layers, float[] gates, Tensor cosines, Tensor sines, "
+      "Tensor text_tables, Tensor text_lengths, Tensor slots, "
+      "Tensor? feature_tables, Tensor? feature_lengths, Tensor? bias, float epsilon) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(trimserve, CPU, m) {

@@ -1,8 +1,8 @@
 // The cut that a head makes through a segment's scores: what it picks lies above.
 //
 // Found without sorting: the k-th largest key is built bit by bit from the top, each time counting the keys that are as
-// large. That is 32 passes over keys that stay in the first-level cache, without a branch on data, so the compiler makes
-// vectors of them; partitioning takes fewer steps, but each of them guesses.
+// large. That is 32 passes over keys that stay in the first-level cache, without a branch on data, so the compiler
+// makes vectors of them; partitioning takes fewer steps, but each of them guesses.
 
 #pragma once
 

@@ -1,8 +1,9 @@
 // linear: rows times a weight that lies as torch stores it.
-//   x [R, K]     weight [N, K]     scales [N] of an int8 weight     output [R, N] = x weight^T, or output + gate * x weight^T
-//   Tiles of as many products as a vector has lanes stay in registers: sums along K, whose lanes are added up at its end,
-//   so nothing is packed or transposed. Made for the few rows of a decode step: one row is bound by the bytes of the
-//   weight, more by arithmetic. An output is the same to the last bit in every batch.
+//   x [R, K]     weight [N, K]     scales [N] of an int8 weight
+//   output [R, N] = x weight^T, or output + gate * x weight^T
+//   Tiles of as many products as a vector has lanes stay in registers: sums along K, whose lanes are added up at its
+//   end, so nothing is packed or transposed. Made for the few rows of a decode step: one row is bound by the bytes of
+//   the weight, more by arithmetic. An output is the same to the last bit in every batch.
 
 #include <cstring>
 #include <type_traits>
@@ -42,8 +43,9 @@ struct Int8 {
   }
 };
 
-// kRows rows of x times kWidth / kRows rows of the weight: lane r * kColumns + c of `sums`. Rows from num_rows on are not
-// read, and columns from num_columns on. `ahead`, unless null, is weight that is read next: it is fetched meanwhile.
+// kRows rows of x times kWidth / kRows rows of the weight: lane r * kColumns + c of `total`. Rows from num_rows on
+// are not read, and columns from num_columns on. `ahead`, unless null, is weight that is read next: it is fetched
+// meanwhile.
 template <int kWidth, typename X, typename Weight, int kRows>
 TRIMSERVE_INLINE void multiply(const typename X::Stored* x, std::int64_t x_stride, std::int64_t num_rows,
                                const typename Weight::Stored* weight, std::int64_t num_columns,

@@ -1,7 +1,7 @@
 // paged_attention: one row of each sequence attends to the sequence's positions, whose keys and values lie in pages.
 //   q, attended [B, H, Dh]   pages [P, G, 2, Hkv, 16, Dh], one layer   tables [B, max_pages] int32   lengths [B] int32
-//   attended[b, h] = sum over positions p < lengths[b] of softmax(q[b, h] . k[p] * scale + bias[b, p])[p] * v[p], k and v of
-//     KV head h / (H / Hkv) in page tables[b, p / 16] at offset p % 16; 0 where lengths[b] is 0.
+//   attended[b, h] = sum over positions p < lengths[b] of softmax(q[b, h] . k[p] * scale + bias[b, p])[p] * v[p],
+//     k and v of KV head h / (H / Hkv) in page tables[b, p / 16] at offset p % 16; 0 where lengths[b] is 0.
 //
 //   A sequence is cut into pieces of kPiecePositions. Some KV heads of a piece are worked on together: through the keys
 //   of its pages for the logits of all their query heads, through the softmax, through the values. A page's keys lie

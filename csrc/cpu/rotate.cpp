@@ -1,6 +1,7 @@
 // rotate: rotary position embedding, in place.
 //   heads [R, H, Dh], heads of a row together     cosines, sines [R, Dh / 2] float32
-//   Element d of the first half and d of the second are turned by the angle of row and d. Reads and writes each element once.
+//   Element d of the first half and d of the second are turned by the angle of row and d. Reads and writes each
+//   element once.
 
 #include "simd.h"
 

@@ -1,5 +1,5 @@
 // write_kv, gather_kv: store positions' keys and values in their pages.
-//   keys, values [N, Hkv, Dh], each head contiguous     kept, slots [R] int64     pages [P, G, 2, Hkv, 16, Dh], one layer
+//   keys, values [N, Hkv, Dh], each head contiguous   kept, slots [R] int64   pages [P, G, 2, Hkv, 16, Dh], one layer
 //   Row kept[r], or r, goes to page slots[r] / 16, offset slots[r] % 16. One copy of each head; bound by memory
 //   bandwidth. The next row is fetched while one is copied: hardware foresees no row whose predecessor was not kept.
 //   Many rows are streamed past the caches: memory then need not be read before it is written.

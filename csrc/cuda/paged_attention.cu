@@ -1,7 +1,7 @@
 // paged_attention: one row of each sequence attends to the sequence's positions, whose keys and values lie in pages.
 //   q, attended [B, H, Dh]   pages [P, G, 2, Hkv, 16, Dh], one layer   tables [B, max_pages] int32   lengths [B] int32
-//   attended[b, h] = sum over positions p < lengths[b] of softmax(q[b, h] . k[p] * scale + bias[b, p])[p] * v[p], k and v of
-//     KV head h / (H / Hkv) in page tables[b, p / 16] at offset p % 16; 0 where lengths[b] is 0.
+//   attended[b, h] = sum over positions p < lengths[b] of softmax(q[b, h] . k[p] * scale + bias[b, p])[p] * v[p],
+//     k and v of KV head h / (H / Hkv) in page tables[b, p / 16] at offset p % 16; 0 where lengths[b] is 0.
 //
 //   A block takes a piece of kPiecePositions of one sequence and up to kHeads query heads of one KV head: keys to logits,
 //   softmax, values; each key and value is read once for these heads, 16 bytes per access. kLanes lanes have a row, so a

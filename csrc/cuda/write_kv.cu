@@ -1,7 +1,7 @@
 // write_kv, gather_kv: store positions' keys and values in their pages.
-//   keys, values [N, Hkv, Dh], each head contiguous     kept, slots [R] int64     pages [P, G, 2, Hkv, 16, Dh], one layer
-//   Row kept[r], or r, goes to page slots[r] / 16, offset slots[r] % 16. A block takes a row, a thread copies units of 16
-//   bytes, or of what alignment allows. Bound by memory bandwidth.
+//   keys, values [N, Hkv, Dh], each head contiguous   kept, slots [R] int64   pages [P, G, 2, Hkv, 16, Dh], one layer
+//   Row kept[r], or r, goes to page slots[r] / 16, offset slots[r] % 16. A block takes a row, a thread copies units of
+//   16 bytes, or of what alignment allows. Bound by memory bandwidth.
 
 #include "alignment.h"
 #include "launchers.h"
