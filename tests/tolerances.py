@@ -13,6 +13,7 @@ __all__ = [
     "LOGITS_BFLOAT16",
     "LOGITS_INT8",
     "PAGED_ATTENTION",
+    "SILU_GATE",
     "Tolerance",
 ]
 
@@ -46,6 +47,14 @@ PAGED_ATTENTION: dict[torch.dtype, Tolerance] = {
     torch.float32: {"rtol": 1e-5, "atol": 1e-5},
     torch.bfloat16: {"rtol": 2**-7, "atol": 1e-5},
     torch.float16: {"rtol": 2**-10, "atol": 1e-5},
+}
+
+# One unit of the last place, and another where torch's own ops round the gate before they multiply; a gate of magnitude
+# G is off by about G * 2^-24 more, through its exponential.
+SILU_GATE: dict[torch.dtype, Tolerance] = {
+    torch.float32: {"rtol": 1e-5, "atol": 1e-5},
+    torch.bfloat16: {"rtol": 2**-6, "atol": 1e-5},
+    torch.float16: {"rtol": 2**-9, "atol": 1e-5},
 }
 
 # Logits in float32 with a standard deviation of 1 to 4, through up to 7 layers: rounding of different matmul

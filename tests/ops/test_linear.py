@@ -11,9 +11,10 @@ from torch import Tensor
 
 from tests.ops.arrays import LAYOUTS, misaligned
 from tests.tolerances import LINEAR
-from trimserve.ops import linear, reference
+from trimserve.ops import layers, linear, reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+OPS = [linear, layers._linear_of_torch]  # the latter is what CUDA runs
 Inputs = tuple[Tensor, Tensor, Tensor | None]
 
 
@@ -34,11 +35,11 @@ def draw(
     return x, weight, torch.rand(num_outputs, generator=generator) / 127
 
 
-def assert_equals_reference(inputs: Inputs) -> None:
-    torch.testing.assert_close(linear(*inputs), reference.linear(*inputs), **LINEAR[inputs[0].dtype])
+def assert_equals_reference(inputs: Inputs, op: Callable[..., Tensor] = linear) -> None:
+    torch.testing.assert_close(op(*inputs), reference.linear(*inputs), **LINEAR[inputs[0].dtype])
 
 
-@pytest.mark.parametrize("op", [linear, reference.linear])
+@pytest.mark.parametrize("op", [*OPS, reference.linear])
 def test_rows_are_multiplied_with_every_row_of_the_weight(op: Callable[..., Tensor]) -> None:
     x = torch.tensor([[1.0, 2.0, 3.0], [0.0, -1.0, 0.5]])
     weight = torch.tensor([[1, 0, 0], [0, 1, 2]])
@@ -49,10 +50,14 @@ def test_rows_are_multiplied_with_every_row_of_the_weight(op: Callable[..., Tens
 @pytest.mark.parametrize("is_int8", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("rows", "outputs", "inputs"), [(1, 288, 192), (16, 1024, 192), (70, 33, 200), (9, 640, 3000)])
-def test_equals_reference(rows: int, outputs: int, inputs: int, dtype: torch.dtype, is_int8: bool) -> None:
-    assert_equals_reference(draw(rows, outputs, inputs, dtype, is_int8))
+@pytest.mark.parametrize("op", OPS)
+def test_equals_reference(
+    op: Callable[..., Tensor], rows: int, outputs: int, inputs: int, dtype: torch.dtype, is_int8: bool
+) -> None:
+    assert_equals_reference(draw(rows, outputs, inputs, dtype, is_int8), op)
 
 
+@pytest.mark.parametrize("op", OPS)
 @given(
     num_rows=st.integers(0, 70),
     num_outputs=st.integers(0, 40),
@@ -62,9 +67,15 @@ def test_equals_reference(rows: int, outputs: int, inputs: int, dtype: torch.dty
     seed=st.integers(0, 2**32),
 )
 def test_equals_reference_on_any_shape(
-    num_rows: int, num_outputs: int, num_inputs: int, dtype: torch.dtype, is_int8: bool, seed: int
+    op: Callable[..., Tensor],
+    num_rows: int,
+    num_outputs: int,
+    num_inputs: int,
+    dtype: torch.dtype,
+    is_int8: bool,
+    seed: int,
 ) -> None:
-    assert_equals_reference(draw(num_rows, num_outputs, num_inputs, dtype, is_int8, seed))
+    assert_equals_reference(draw(num_rows, num_outputs, num_inputs, dtype, is_int8, seed), op)
 
 
 @pytest.mark.parametrize("is_int8", [False, True])

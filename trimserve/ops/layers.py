@@ -1,7 +1,8 @@
 """Ops on rows between attentions, for the few rows of a decode step, where calls cost as much as arithmetic.
 
 Typed wrappers over the compiled ops of `csrc/layers.cpp`, each with its fake kernel (shapes only, for torch.compile).
-All checks are made in C++. On CUDA they are torch's own ops. `reference.py` defines what each op computes.
+All checks are made in C++. On CUDA `decode_layers` is not there and the others are torch's own ops, which check what
+they like. `reference.py` defines what each op computes.
 """
 
 from collections.abc import Sequence
@@ -60,7 +61,7 @@ def silu_gate(gate_up: Tensor) -> Tensor:
     Args:
         gate_up: float32, bfloat16 or float16 [R, 2 * I], of each row first the gates.
     Returns:
-        [R, I] of the same dtype, computed in float32.
+        [R, I] of the same dtype, computed in float32; on CUDA gate * sigmoid(gate) is rounded before the product.
     Raises:
         ValueError: a wrong dtype or shape.
     Source: SwiGLU, arXiv:2002.05202. Definition: reference.silu_gate.
