@@ -15,7 +15,8 @@ from trimserve.models.weights import fused_scales, fused_weight
 __all__ = ["Linear", "linear"]
 
 _MOST_ROWS: Final = {torch.float32: 512, torch.float16: 512, torch.bfloat16: 8}
-"""Up to so many rows `ops.linear` is faster than torch on a CPU (`benchmarks/results/ops.json`)."""
+"""Up to so many rows `ops.linear` is taken on a CPU: it was faster there than torch, whose bfloat16 products catch up
+first (`benchmarks/results/ops.json`, with rows up to these and, of bfloat16, beyond)."""
 
 _MOST_ROWS_OF_INT8: Final = {torch.float32: inf, torch.float16: inf, torch.bfloat16: 16}
 
