@@ -136,7 +136,7 @@ def _loads_of_model(model: dict[str, Any]) -> str:
     lines = [
         f"**{model['model']}**: {asked}, {plan['repeated_share']:.0%} of the images repeated; milliseconds:",
         "",
-        "| target | tokens/s | first token p50 | p99 | between tokens p50 | p99 | whole answer p50 | p99 |",
+        "| target | tokens/s | first token p50 | p99 | between messages p50 | p99 | whole answer p50 | p99 |",
         "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     loads = {name: model["loads"][name] for name in _LOADS if name in model["loads"]}
