@@ -54,6 +54,7 @@ TRIMSERVE_INLINE void multiply(const typename X::Stored* x, std::int64_t x_strid
   using Floats = typename Simd<kWidth>::Floats;
   static_assert(X::kVectors == Weight::kVectors);
   constexpr int kColumns = kWidth / kRows, kVectors = X::kVectors, kSize = kVectors * kWidth;
+  constexpr int kAtOnce = std::min(kColumns, 8);  // memory is read fastest in few streams
   const typename X::Stored* rows[kRows];
   const typename Weight::Stored* columns[kColumns];
   unrolled<kRows>([&](auto r) TRIMSERVE_INLINE_LAMBDA {
@@ -64,34 +65,39 @@ TRIMSERVE_INLINE void multiply(const typename X::Stored* x, std::int64_t x_strid
   });
   Floats sums[kWidth];
   unrolled<kWidth>([&](auto i) TRIMSERVE_INLINE_LAMBDA { sums[i] = Floats{}; });
-  const auto add = [&](std::int64_t k, const auto& load) TRIMSERVE_INLINE_LAMBDA {
-    Floats w[kColumns][kVectors];
-    unrolled<kColumns>([&](auto c) TRIMSERVE_INLINE_LAMBDA { load(Weight(), w[c], columns[c] + k); });
-    unrolled<kRows>([&](auto r) TRIMSERVE_INLINE_LAMBDA {
-      Floats value[kVectors];
-      load(X(), value, rows[r] + k);
-      unrolled<kColumns>([&](auto c) TRIMSERVE_INLINE_LAMBDA {
-        unrolled<kVectors>([&](auto i)
-                               TRIMSERVE_INLINE_LAMBDA { sums[r * kColumns + c] += value[i] * w[c][i]; });
-      });
-    });
-  };
   const std::int64_t whole = num_inputs / kSize * kSize;
-  for (std::int64_t k = 0; k < whole; k += kSize) {
-    if (ahead) {
-      unrolled<kColumns>([&](auto c)
-                             TRIMSERVE_INLINE_LAMBDA { __builtin_prefetch(ahead + c * num_inputs + k); });
+  unrolled<kColumns / kAtOnce>([&](auto strip) TRIMSERVE_INLINE_LAMBDA {
+    constexpr int kFirst = strip * kAtOnce;
+    const auto add = [&](std::int64_t k, const auto& load) TRIMSERVE_INLINE_LAMBDA {
+      Floats w[kAtOnce][kVectors];
+      unrolled<kAtOnce>([&](auto c)
+                            TRIMSERVE_INLINE_LAMBDA { load(Weight(), w[c], columns[kFirst + c] + k); });
+      unrolled<kRows>([&](auto r) TRIMSERVE_INLINE_LAMBDA {
+        Floats value[kVectors];
+        load(X(), value, rows[r] + k);
+        unrolled<kAtOnce>([&](auto c) TRIMSERVE_INLINE_LAMBDA {
+          unrolled<kVectors>(
+              [&](auto i) TRIMSERVE_INLINE_LAMBDA { sums[r * kColumns + kFirst + c] += value[i] * w[c][i]; });
+        });
+      });
+    };
+    for (std::int64_t k = 0; k < whole; k += kSize) {
+      if (ahead) {
+        unrolled<kAtOnce>([&](auto c) TRIMSERVE_INLINE_LAMBDA {
+          __builtin_prefetch(ahead + (kFirst + c) * num_inputs + k);
+        });
+      }
+      add(k, [](auto operand, Floats(&vectors)[kVectors], const auto* source)
+                 TRIMSERVE_INLINE_LAMBDA { operand.load(vectors, source); });
     }
-    add(k, [](auto operand, Floats(&vectors)[kVectors], const auto* source)
-               TRIMSERVE_INLINE_LAMBDA { operand.load(vectors, source); });
-  }
-  if (whole < num_inputs) {
-    add(whole, [&](auto operand, Floats(&vectors)[kVectors], const auto* source) TRIMSERVE_INLINE_LAMBDA {
-      typename decltype(operand)::Stored padded[kSize] = {};
-      std::memcpy(padded, source, (num_inputs - whole) * sizeof *source);
-      operand.load(vectors, padded);
-    });
-  }
+    if (whole < num_inputs) {
+      add(whole, [&](auto operand, Floats(&vectors)[kVectors], const auto* source) TRIMSERVE_INLINE_LAMBDA {
+        typename decltype(operand)::Stored padded[kSize] = {};
+        std::memcpy(padded, source, (num_inputs - whole) * sizeof *source);
+        operand.load(vectors, padded);
+      });
+    }
+  });
   Simd<kWidth>::sum_lanes(sums);
   total = sums[0];
 }
@@ -119,7 +125,9 @@ TRIMSERVE_INLINE void multiply_tile(const LinearArgs& args, std::int64_t row, st
   const auto* const x = static_cast<const typename X::Stored*>(args.x) + row * args.x_stride;
   const auto* const weight =
       static_cast<const typename Weight::Stored*>(args.weight) + column * args.num_inputs;
-  const bool has_next = is_first && column + 2 * kColumns <= args.num_outputs;
+  // One row of floats reads ahead by itself: it waits for nothing else.
+  constexpr bool kFetches = kRows > 1 || kIsInt8;
+  const bool has_next = kFetches && is_first && column + 2 * kColumns <= args.num_outputs;
   Floats sums;
   multiply<kWidth, X, Weight, kRows>(x, args.x_stride, num_rows, weight, num_columns, args.num_inputs,
                                      has_next ? weight + kColumns * args.num_inputs : nullptr, sums);
