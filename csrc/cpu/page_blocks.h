@@ -55,11 +55,7 @@ struct PairProducts {
   }
   TRIMSERVE_INLINE static void load_query(Vector& q, const Query* query) { std::memcpy(&q, query, sizeof q); }
   TRIMSERVE_INLINE static void load_key(Vector& k, const Query* key) { std::memcpy(&k, key, sizeof k); }
-  TRIMSERVE_INLINE static void add(Floats& sums, const Vector& q, const Vector& k) {
-    Floats sum = sums;  // an operand of the caller's array would keep it in memory
-    asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(q), "v"(k));
-    sums = sum;
-  }
+  TRIMSERVE_INLINE static void add(Floats& sums, const Vector& q, const Vector& k) { add_pairs(sums, q, k); }
 };
 #endif
 

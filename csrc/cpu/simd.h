@@ -208,6 +208,15 @@ struct Simd {
   }
 };
 
+#ifdef __x86_64__
+// sums += the products of 16 pairs of bfloat16, where has_pair_products(): exact, added up in float32.
+TRIMSERVE_INLINE void add_pairs(Simd<16>::Floats& sums, const Simd<16>::Bits& x, const Simd<16>::Bits& y) {
+  Simd<16>::Floats sum = sums;  // an operand of the caller's array would keep it in memory
+  asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(x), "v"(y));
+  sums = sum;
+}
+#endif
+
 // A register full of stored elements, as vectors of floats. Which element lands in which lane is the type's own affair:
 // what goes through several of them lane by lane and back through store comes out in order.
 template <int kWidth, DType dtype>
