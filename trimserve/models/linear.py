@@ -14,7 +14,7 @@ from trimserve.models.weights import fused_scales, fused_weight
 
 __all__ = ["Linear", "linear"]
 
-_MOST_ROWS: Final = {torch.float32: 512, torch.float16: 512, torch.bfloat16: 8}
+_MOST_ROWS: Final = {torch.float32: 512, torch.float16: 512, torch.bfloat16: 16}
 """Up to so many rows `ops.linear` is taken on a CPU: it was faster there than torch, whose bfloat16 products catch up
 first (`benchmarks/results/ops.json`, with rows up to these and, of bfloat16, beyond)."""
 
