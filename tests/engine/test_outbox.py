@@ -10,6 +10,7 @@ from trimserve.engine import outbox as module
 from trimserve.engine.outbox import Outbox
 from trimserve.engine.request import TokenDelta
 from trimserve.engine.stream import Stream
+from trimserve.errors import RequestFailed
 
 
 @dataclass
@@ -164,3 +165,21 @@ def test_what_waits_can_be_delivered_at_once_and_comes_once(loop: Loop) -> None:
     loop.now += 1.0
     loop.run()
     assert len(delivered) == 8
+
+
+@pytest.mark.parametrize("num_failures", [1, 9])
+def test_what_cannot_be_delivered_ends_its_own_stream(loop: Any, num_failures: int) -> None:
+    failures = iter([ValueError("no room")] * num_failures)
+    delivered: list[tuple[str, object]] = []
+
+    def deliver(stream: Stream, item: object) -> None:
+        if stream.request_id == "r1" and (error := next(failures, None)) is not None:
+            raise error
+        delivered.append((stream.request_id, item if isinstance(item, TokenDelta) else type(item)))
+
+    outbox = Outbox(loop, deliver)
+    put(outbox, streams(3), "a")
+    loop.run()
+    delta = TokenDelta("a", (1,), ())
+    of_failed: list[tuple[str, object]] = [("r1", RequestFailed)] if num_failures == 1 else []
+    assert delivered == [("r0", delta), *of_failed, ("r2", delta)]

@@ -6,6 +6,7 @@ than that wait a moment for each other. A stream that is alone hardly waits, and
 """
 
 import asyncio
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -13,9 +14,11 @@ from contextlib import suppress
 
 from trimserve.engine.request import GenerationChunk
 from trimserve.engine.stream import Stream
-from trimserve.errors import TrimserveError
+from trimserve.errors import RequestFailed, TrimserveError
 
 __all__ = ["Outbox", "call_on"]
+
+log = logging.getLogger(__name__)
 
 Item = GenerationChunk | TrimserveError
 
@@ -37,7 +40,7 @@ class Outbox:
 
         Args:
             loop: may be closed at any time.
-            deliver: called on the loop with what was `put`.
+            deliver: called on the loop with what was `put`; what it raises ends that stream, with RequestFailed.
         """
         self._loop = loop
         self._deliver = deliver
@@ -61,7 +64,17 @@ class Outbox:
             items, self._items = self._items, []
         self._num_streams = len({id(stream) for stream, _ in items})
         for stream, item in items:
+            if not self._has_delivered(stream, item):
+                request_id = stream.request_id
+                self._has_delivered(stream, RequestFailed(f"the answer to request {request_id} could not be delivered"))
+
+    def _has_delivered(self, stream: Stream, item: Item) -> bool:
+        try:
             self._deliver(stream, item)
+        except Exception:  # the others have nothing to do with it
+            log.exception("delivering to request %s failed", stream.request_id)
+            return False
+        return True
 
     def _deliver_soon(self) -> None:
         now, busy_seconds = time.monotonic(), time.thread_time()

@@ -30,12 +30,7 @@ from trimserve.engine.stream import Stream
 from trimserve.engine.warm_up import warm_up
 from trimserve.engine.watchdog import hang
 from trimserve.engine.workers import Workers, in_daemon_thread, leave_behind
-from trimserve.errors import (
-    DeadlinePassed,
-    EngineBusy,
-    EngineStopped,
-    TrimserveError,
-)
+from trimserve.errors import DeadlinePassed, EngineBusy, EngineStopped, TrimserveError
 from trimserve.models.info import ModelInfo
 
 __all__ = ["Runner"]
@@ -272,10 +267,10 @@ class Runner:
 
     def _end(self, streams: Collection[Stream], make_error: Callable[[], TrimserveError]) -> None:
         """Say an error after all that the engine has said."""
+        for stream in streams:
+            self._outbox.put(stream, make_error())
         if streams:
             self._outbox.flush()
-        for stream in streams:
-            self._deliver(stream, make_error())
 
     def _close(self, stream: Stream) -> None:
         with self._wake:
