@@ -5,11 +5,13 @@ import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
-from tests.engine.fake_model import FakeModel
+from tests.engine.fake_model import FakeModel, request
 from trimserve.engine.request import GenerationChunk, GenerationRequest, TokenDelta
 from trimserve.engine.runner import Runner
 
-__all__ = ["Gate", "collect", "running", "text", "tokens", "until"]
+__all__ = ["LONG", "Gate", "collect", "held_bytes", "running", "text", "tokens", "until"]
+
+LONG = request("long", ignore_eos=True, max_new_tokens=120)
 
 
 class Gate:
@@ -50,6 +52,11 @@ async def running(
 
 async def collect(runner: Runner, wanted: GenerationRequest, deadline: float | None = None) -> list[GenerationChunk]:
     return [chunk async for chunk in runner.submit(wanted, deadline=deadline)]
+
+
+def held_bytes(runner: Runner) -> int:
+    status = runner.status()
+    return status.self_kv_bytes + status.cross_kv_bytes + status.cross_kv_untrimmed_bytes
 
 
 async def until(condition: Callable[[], bool]) -> None:

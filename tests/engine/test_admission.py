@@ -115,7 +115,7 @@ def test_only_images_that_decoding_sees_need_room() -> None:
 
 
 def test_a_deadline_that_cannot_be_met_is_refused_before_any_work() -> None:
-    model = FakeModel(before_decode=lambda: time.sleep(0.01))
+    model = FakeModel(before_decode=lambda: time.sleep(0.01))  # a hundred tokens take a second
     engine = Engine(model, max_batch=1)
     run(engine, request("measure", max_new_tokens=5))
     now = time.monotonic()

@@ -197,7 +197,7 @@ def test_a_slice_is_as_long_as_it_may_be() -> None:
 
     def layer() -> None:
         log.append("layer")
-        time.sleep(0.02)
+        time.sleep(0.02)  # two of them are more than a slice, one is less
 
     model = FakeModel(before_layer=layer, before_decode=lambda: log.append("decode"))
     engine = Engine(model, max_batch=2, prefill_slice_seconds=0.03)
@@ -381,4 +381,5 @@ def test_whatever_comes_and_goes_nothing_is_lost(
 
 
 def _sleep(seconds: float) -> Callable[[], None]:
+    """A hook that takes time, where times are what is tested."""
     return lambda: time.sleep(seconds)

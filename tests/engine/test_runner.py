@@ -1,45 +1,23 @@
-"""The runner on a real event loop: streams, bounds, cancellation, deadlines, starting, stopping, dying."""
+"""The runner on a real event loop: streams, bounds, cancellation, deadlines."""
 
 import asyncio
-import threading
 import time
 from contextlib import aclosing
 
 import pytest
 
-from tests.engine.driving import Gate, collect, running, text, tokens, until
+from tests.engine.driving import LONG, Gate, collect, held_bytes, running, text, tokens, until
 from tests.engine.fake_model import (
     BREAKS_DECODE,
     BREAKS_PREFILL,
     BREAKS_PREPARE,
-    KILLS_THE_ENGINE,
     LOGITS_ARE_NAN,
     FakeModel,
     request,
 )
-from trimserve.engine.request import (
-    Finished,
-    Started,
-    TokenDelta,
-)
-from trimserve.engine.runner import Runner
-from trimserve.errors import (
-    CheckpointError,
-    DeadlinePassed,
-    EngineBusy,
-    EngineStopped,
-    InvalidRequest,
-    RequestFailed,
-)
+from trimserve.engine.request import Finished, Started, TokenDelta
+from trimserve.errors import DeadlinePassed, EngineBusy, InvalidRequest, RequestFailed
 from trimserve.models.prompt import Image, RawPrompt, TokenPrompt
-
-
-def held_bytes(runner: Runner) -> int:
-    status = runner.status()
-    return status.self_kv_bytes + status.cross_kv_bytes + status.cross_kv_untrimmed_bytes
-
-
-LONG = request("long", ignore_eos=True, max_new_tokens=120)
 
 
 async def test_chunks_arrive_in_order_and_say_the_reply() -> None:
@@ -54,13 +32,18 @@ async def test_chunks_arrive_in_order_and_say_the_reply() -> None:
 
 async def test_many_requests_at_once_get_what_each_gets_alone() -> None:
     wanted = [request(f"prompt {n}", temperature=1.0, seed=n, max_new_tokens=5 + n) for n in range(10)]
-    model = FakeModel(before_decode=lambda: time.sleep(0.001))
+    gate = Gate()
+    model = FakeModel(before_decode=gate)
     async with running(model, max_queue=10) as runner:
         alone = [await collect(runner, one) for one in wanted]
         model.batch_sizes.clear()
-        together = await asyncio.gather(*(collect(runner, one) for one in wanted))
+        gate.close()
+        tasks = [asyncio.create_task(collect(runner, one)) for one in wanted]
+        await until(lambda: len([stream for stream in runner._streams if stream.sequence]) == len(wanted))
+        gate.open()
+        together = await asyncio.gather(*tasks)
         assert [tokens(chunks) for chunks in together] == [tokens(chunks) for chunks in alone]
-        assert 1 < max(model.batch_sizes) <= 4
+        assert max(model.batch_sizes) == 4
 
 
 async def test_the_model_runs_on_the_engine_thread_only() -> None:
@@ -225,143 +208,6 @@ async def test_a_slow_warm_up_makes_no_deadline_too_near() -> None:
         assert await collect(runner, wanted, time.monotonic() + 5)
 
 
-async def test_a_runner_that_has_not_started_refuses() -> None:
-    runner = Runner(FakeModel, max_batch=1, max_queue=1, num_preprocess_workers=1)
-    assert not runner.status().is_ready
-    assert runner.status().uptime_seconds == 0
-    with pytest.raises(EngineStopped, match="has not started"):
-        await collect(runner, request("hi"))
-    with pytest.raises(EngineStopped):
-        _ = runner.info
-    await runner.stop(0.0)
-
-
-async def test_start_raises_what_loading_failed_with() -> None:
-    def load() -> FakeModel:
-        raise FileNotFoundError("no such checkpoint")
-
-    runner = Runner(load, max_batch=1, max_queue=1, num_preprocess_workers=1)
-    with pytest.raises(FileNotFoundError, match="no such checkpoint"):
-        await runner.start()
-    assert not runner.status().is_ready
-
-
-async def test_start_raises_what_the_warm_up_failed_with() -> None:
-    def fail() -> None:
-        raise RuntimeError("no such instruction")
-
-    runner = Runner(lambda: FakeModel(before_prefill=fail), max_batch=1, max_queue=1, num_preprocess_workers=1)
-    with pytest.raises(RequestFailed, match="warm-up"):
-        await runner.start()
-    assert not runner.status().is_ready
-    assert not _engine_threads()
-
-
-async def test_the_smallest_context_that_holds_an_image_and_an_answer_is_served() -> None:
-    async with running(FakeModel(max_model_len=2)) as runner:
-        assert text(await collect(runner, request("a")))
-    with pytest.raises(CheckpointError, match=r"max_model_len must be at least 2, .* got 1"):
-        async with running(FakeModel(max_model_len=1)):
-            pass
-    assert not _engine_threads()
-
-
-async def test_requests_are_refused_until_warm() -> None:
-    gate = Gate()
-    gate.close()
-    runner = Runner(lambda: FakeModel(before_prefill=gate), max_batch=1, max_queue=1, num_preprocess_workers=1)
-    task = asyncio.create_task(runner.start())
-    await until(lambda: bool(_engine_threads()))
-    with pytest.raises(EngineStopped, match="is starting"):
-        await collect(runner, request("hi"))
-    assert not runner.status().is_ready
-    gate.open()
-    await task
-    assert runner.status().is_ready
-    await runner.stop(0.0)
-
-
-async def test_a_runner_stopped_while_it_warms_up_never_becomes_ready() -> None:
-    gate = Gate()
-    gate.close()
-    runner = Runner(lambda: FakeModel(before_prefill=gate), max_batch=1, max_queue=1, num_preprocess_workers=1)
-    starting = asyncio.create_task(runner.start())
-    await until(lambda: bool(_engine_threads()))
-    stopping = asyncio.create_task(runner.stop(20.0))
-    await asyncio.sleep(0)
-    gate.open()
-    with pytest.raises(EngineStopped, match="while it warmed up"):
-        await starting
-    await stopping
-    assert not runner.status().is_ready
-    assert not _engine_threads()
-
-
-async def test_stop_lets_accepted_requests_finish_and_refuses_new_ones() -> None:
-    async with running(FakeModel(before_decode=lambda: time.sleep(0.002)), max_batch=1) as runner:
-        tasks = [asyncio.create_task(collect(runner, request("hi", max_new_tokens=10))) for _ in range(3)]
-        await until(lambda: runner.status().num_running == 1)
-        stopping = asyncio.create_task(runner.stop(20.0))
-        await asyncio.sleep(0)
-        with pytest.raises(EngineStopped, match="is stopping"):
-            await collect(runner, request("late"))
-        assert not runner.status().is_ready
-        assert all(isinstance(chunks[-1], Finished) for chunks in await asyncio.gather(*tasks))
-        await stopping
-        assert not _engine_threads()
-        with pytest.raises(EngineStopped, match="has stopped"):
-            await collect(runner, request("late"))
-
-
-async def test_stop_ends_what_is_left_after_the_grace() -> None:
-    gate = Gate()
-    model = FakeModel(before_decode=lambda: time.sleep(0.01), before_tokenize=gate)
-    async with running(model, max_batch=1) as runner:
-        tasks = [asyncio.create_task(collect(runner, LONG)) for _ in range(2)]
-        await until(lambda: runner.status().num_running == 1)
-        gate.close()
-        tasks.append(asyncio.create_task(collect(runner, LONG)))
-        await until(lambda: runner.status().num_waiting == 2)
-        stopping = asyncio.create_task(runner.stop(0.02))
-        results = await asyncio.gather(*tasks, return_exceptions=True)
-        assert [type(result) for result in results] == [EngineStopped] * 3
-        gate.open()
-        await stopping
-        assert held_bytes(runner) == 0
-        assert not _engine_threads()
-        await runner.stop(1.0)
-
-
-async def test_a_dying_engine_thread_ends_every_request() -> None:
-    async with running(FakeModel(), max_batch=2) as runner:
-        tasks = [
-            asyncio.create_task(collect(runner, wanted))
-            for wanted in (LONG, request(KILLS_THE_ENGINE, max_new_tokens=9), request("in the queue"))
-        ]
-        results = await asyncio.gather(*tasks, return_exceptions=True)
-        assert isinstance(results[1], EngineStopped)
-        assert "the engine died" in str(results[1])
-        assert all(isinstance(result, EngineStopped | list) for result in results)
-        await until(lambda: not runner.status().is_ready)
-        assert not runner.status().is_alive
-        with pytest.raises(EngineStopped, match="the engine died"):
-            await collect(runner, request("late"))
-
-
-async def test_what_the_engine_said_comes_before_the_news_of_its_death() -> None:
-    async with running(FakeModel()) as runner:
-        streams = [runner._open(request(f"{index}"), None) for index in range(8)]
-        for _ in range(2):  # what comes at once after other messages waits a moment
-            for stream in streams:
-                runner._outbox.put(stream, TokenDelta("a", (1,), ()))
-            end = time.thread_time() + 0.002
-            await asyncio.sleep(0)
-            while time.thread_time() < end:
-                pass
-        runner._die(RuntimeError("gone"))
-        assert [type(await streams[0].chunks.get()) for _ in range(3)] == [TokenDelta, TokenDelta, EngineStopped]
-
-
 async def test_an_idle_engine_sleeps() -> None:
     async with running(FakeModel()) as runner:
         await collect(runner, request("hi"))
@@ -392,10 +238,6 @@ async def test_tokens_that_nobody_waited_for_come_together() -> None:
     assert isinstance(late, TokenDelta)
     assert isinstance(last, Finished)
     assert (first.text, late.text, len(late.token_ids)) == ("0", "123456789", 10)
-
-
-def _engine_threads() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name == "trimserve-engine"]
 
 
 def _image(num_tiles: int) -> Image:
