@@ -8,7 +8,9 @@ goes on to weigh what it weighed (ADR-0004). It knows no heads, no budget and no
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -16,6 +18,9 @@ from torch.nn import functional as F
 from trimserve.models.policies.budget import budget
 
 __all__ = ["Groups", "group_dropped"]
+
+_CANDIDATES = 128
+"""Features among which the next anchors of a tile are looked for; more cost more and are searched less often."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +57,8 @@ def group_dropped(
 
     A group gathers around an anchor, and the anchors of a tile are far apart: the first is the dropped feature least
     like the mean of the dropped, each further one the feature least like the anchors before it, that is, like the
-    nearest of them (cosine of the keys; tie: lower index). Every other dropped feature joins the anchor that it is
-    most like (tie: the earlier one).
+    nearest of them (cosine of the keys; tie: lower index, up to rounding). Every other dropped feature joins the anchor
+    that it is most like (tie: the earlier one).
 
     Args:
         keys: [N, Hkv, Dh], keys of the first cross-attention layer.
@@ -66,42 +71,69 @@ def group_dropped(
     """
     is_dropped = torch.ones(keys.shape[0], dtype=torch.bool, device=keys.device)
     is_dropped[kept] = False
-    is_dropped = is_dropped.view(-1, features_per_tile)
-    directions = F.normalize(keys.flatten(1).float(), dim=1).view(*is_dropped.shape, -1)
     most = budget(merge_ratio, features_per_tile)
-    # Groups are numbered over all tiles as if each had the most; numbers that no feature has fall out below.
-    tiles = torch.arange(is_dropped.shape[0], device=keys.device)
-    group = (_nearest_anchors(directions, is_dropped, most) + most * tiles[:, None])[is_dropped]
-    order = group.argsort(stable=True)
-    sizes = torch.bincount(group, minlength=most * len(tiles))
-    per_tile = (sizes.view(-1, most) > 0).sum(dim=1)
-    num_groups = tuple(int(part.sum()) for part in per_tile.split([n // features_per_tile for n in num_features]))
-    return Groups(is_dropped.flatten().nonzero()[order, 0], sizes[sizes > 0], num_groups)
+    members, sizes = [], []
+    for tile, is_dropped_here in enumerate(is_dropped.view(-1, features_per_tile)):
+        places = tile * features_per_tile + is_dropped_here.nonzero()[:, 0]
+        group = _nearest_anchors(F.normalize(keys[places].flatten(1).float(), dim=1), min(most, len(places)))
+        of_tile = torch.bincount(group)
+        members.append(places[group.argsort(stable=True)])
+        sizes.append(of_tile[of_tile > 0])
+    per_tile = iter(map(len, sizes))
+    num_groups = tuple(sum(islice(per_tile, n // features_per_tile)) for n in num_features)
+    return Groups(torch.cat(members), torch.cat(sizes), num_groups)
 
 
-def _nearest_anchors(directions: Tensor, is_dropped: Tensor, most: int) -> Tensor:
-    """For each feature the number of its anchor among the tile's, int64 [tiles, features]; of kept ones any number.
+def _nearest_anchors(directions: Tensor, count: int) -> Tensor:
+    """For each feature the number of its anchor, int64 [n].
+
+    Every anchor is the feature with the least likeness to its nearest anchor, and likeness to the nearest only grows as
+    anchors are added. So a feature that is not among the candidates, the least like any anchor so far, cannot be next
+    while a candidate is below all of them; until then only candidates are compared, with each other, and every other
+    feature with all the new anchors in one product.
 
     Args:
-        directions: float32 [tiles, features, D], of length 1.
-        is_dropped: bool [tiles, features].
-        most: anchors of a tile with as many dropped features.
+        directions: float32 [n, D], of length 1.
+        count: anchors, at most n.
     """
-    mean = (directions * is_dropped[..., None]).mean(dim=1, keepdim=True)
-    anchor = _likeness(directions, mean).masked_fill(~is_dropped, math.inf).argmin(dim=1, keepdim=True)
-    nearest = torch.zeros_like(is_dropped, dtype=torch.int64)
-    # Likeness to the nearest anchor so far. It is infinite for kept features and for anchors: neither becomes an
-    # anchor again or changes its group, and where no other is left a round changes nothing.
-    closest = torch.where(is_dropped, -math.inf, math.inf)
-    for place in range(most):
-        likeness = _likeness(directions, directions.take_along_dim(anchor[..., None], dim=1))
-        likeness.scatter_(1, anchor, math.inf)
-        nearest.masked_fill_(likeness > closest, place)
-        closest = torch.maximum(closest, likeness)
-        anchor = closest.argmin(dim=1, keepdim=True)
-    return nearest
+    group = torch.zeros(len(directions), dtype=torch.int64, device=directions.device)
+    if not count:
+        return group
+    anchors = [int((directions @ directions.mean(dim=0)).argmin())]
+    closest = torch.full(group.shape, -math.inf, device=group.device)  # likeness to the nearest anchor
+    num_known = 0
+    while num_known < len(anchors):
+        new = torch.tensor(anchors[num_known:], device=group.device)
+        likeness, nearest = (directions @ directions[new].T).max(dim=1)
+        group = torch.where(likeness > closest, num_known + nearest, group)
+        closest = torch.maximum(likeness, closest)
+        group[new] = torch.arange(num_known, len(anchors), device=group.device)
+        closest[new] = math.inf
+        num_known = len(anchors)
+        anchors += _next_anchors(directions, closest, count - num_known)
+    return group
 
 
-def _likeness(directions: Tensor, other: Tensor) -> Tensor:
-    """Dot products of [tiles, features, D] with one other of each tile, [tiles, 1, D] -> [tiles, features]."""
-    return (directions @ other.transpose(1, 2))[..., 0]
+def _next_anchors(directions: Tensor, closest: Tensor, most: int) -> list[int]:
+    """The anchors that follow, at least one and as many as can be told from the candidates alone; none if `most` is 0.
+
+    Args:
+        directions: float32 [n, D].
+        closest: float32 [n], likeness to the nearest anchor so far; infinite for anchors.
+        most: anchors that are wanted.
+    """
+    order = closest.argsort(stable=True)[:_CANDIDATES]
+    limit = float(closest[order[-1]]) if len(order) < len(closest) else math.inf
+    places = order.sort().values  # ascending: argmin takes the first of equal ones
+    candidates = directions[places]
+    likeness, nearest = (candidates @ candidates.T).cpu().numpy(), closest[places].cpu().numpy()
+    found: list[int] = []
+    for _ in range(min(most, len(places))):
+        next_one = int(nearest.argmin())
+        if found and nearest[next_one] >= limit:
+            break
+        found.append(next_one)
+        np.maximum(nearest, likeness[next_one], out=nearest)
+        nearest[next_one] = math.inf
+    chosen: list[int] = places[found].tolist()
+    return chosen

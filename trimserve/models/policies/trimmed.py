@@ -1,6 +1,7 @@
 """The policy `trimmed`: what any query head looks at most stays."""
 
 import math
+from bisect import bisect_left
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -62,8 +63,13 @@ def _ragged_top(scores: Tensor, ks: Tensor) -> Tensor:
 
 def _smallest_k(scores: Tensor, count: int) -> int:
     """The fewest picks of each head whose union has `count` features."""
-    best_rank = (-scores).argsort(dim=1, stable=True).argsort(dim=1).amin(dim=0)
-    return int(best_rank.sort().values[count - 1]) + 1
+    num_features = scores.shape[1]
+    ks = range(-(-count // len(scores)), count + 1)  # unions grow with k
+
+    def num_kept(k: int) -> int:
+        return int(ops.select_features(scores, [num_features], [k])[1])
+
+    return ks[bisect_left(ks, count, key=num_kept)]
 
 
 def _capped(kept: Tensor, picks: Tensor, scores: Tensor, most: int) -> Tensor:
