@@ -91,23 +91,23 @@ _Cell = Callable[[Row, Advantage | None], str]
 
 def _by_budget(rows: Iterable[Row], advantages: Iterable[Advantage], cell: _Cell) -> str:
     """Policies down, budgets across; a policy that takes no budget has one cell, named by what it held."""
-    found = {(row.policy, row.keep): row for row in rows if row.policy != UNTRIMMED_POLICY}
+    found = {(row.name, row.keep): row for row in rows if row.policy != UNTRIMMED_POLICY}
     budgets = sorted({keep for _, keep in found if keep is not None})
-    gains = {(gain.over, gain.keep, gain.merge_ratio, gain.kind): gain for gain in advantages if gain.policy == CONTROL}
+    gains = {(gain.name, gain.keep, gain.merge_ratio, gain.kind): gain for gain in advantages if gain.policy == CONTROL}
     lines = [
         f"| policy | looks at | {' | '.join(f'keeps {keep:.0%}' for keep in budgets)} |",
         f"|---|---|{'---:|' * len(budgets)}",
     ]
-    for policy in dict.fromkeys(policy for policy, _ in found):
+    for name, policy in {row.name: row.policy for row in found.values()}.items():
         looks_at = "image" if issubclass(POLICIES[policy], BeforeDecoder) else "question"
         looks_at = "nothing" if policy in (CONTROL, "strided") else looks_at
-        if (policy, None) in found:
-            alone = found[policy, None]
+        if (name, None) in found:
+            alone = found[name, None]
             cells = [f"{cell(alone, None)}, holds {alone.kept_fraction:.0%}", *[""] * (len(budgets) - 1)]
         else:
-            of_policy = [found[policy, keep] for keep in budgets]
-            cells = [cell(row, gains.get((policy, row.keep, row.merge_ratio, row.kind))) for row in of_policy]
-        lines.append(f"| `{policy}` | {looks_at} | {' | '.join(cells)} |")
+            of_policy = [found[name, keep] for keep in budgets]
+            cells = [cell(row, gains.get((name, row.keep, row.merge_ratio, row.kind))) for row in of_policy]
+        lines.append(f"| `{name}` | {looks_at} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -66,6 +66,8 @@ def test_counts_and_divergences_are_those_of_the_model_alone(
             expected = F.kl_div(q, p, reduction="sum", log_target=True).item()
             assert answer.divergence == pytest.approx(expected, rel=1e-3)
             assert answer.divergence > 1e-3
+            alike = F.cosine_similarity(untrimmed.logits.double(), alone.logits.double(), dim=0).item()
+            assert answer.similarity == pytest.approx(alike, rel=1e-6)
 
 
 def test_merged_rows_count_as_held(model: Mllama, questions: list[Question]) -> None:

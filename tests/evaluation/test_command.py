@@ -93,6 +93,25 @@ def test_calibration_is_written_and_told(data: Path, checkpoint: Path, tmp_path:
     assert min([1.0, *(probe["k_ratio"] for probe in passing)]) == found["k_ratio"]
 
 
+def test_parameters_most_like_untrimmed_are_written_and_can_be_compared(
+    data: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    asked = ("--data", data, "--out", tmp_path, "--model", checkpoint, "--keep", "0.3", "--limit", 2)
+    result = run(*asked, "--policies", "vflowopt", "--calibrate")
+    assert result.exit_code == 0, result.output
+    found = json.loads((tmp_path / "calibration.json").read_text())
+    best = max(found["probes"], key=lambda probe: probe["similarity"])
+    assert best["parameters"] == found["parameters"]
+    assert -1 <= best["similarity"] < 1
+    policy = ":".join(["vflowopt", *(f"{name}={value}" for name, value in found["parameters"].items())])
+    result = run(*asked, "--policies", f"random,vflowopt,{policy}")
+    assert result.exit_code == 0, result.output
+    report = Report.from_json((tmp_path / "report.json").read_text())
+    rows = {json.dumps(row.parameters): row for row in report.rows if (row.policy, row.kind) == ("vflowopt", "all")}
+    assert rows.keys() == {"{}", json.dumps(found["parameters"])}
+    assert [gain.parameters for gain in report.advantages if gain.kind == "all"] == [{}, found["parameters"]]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -102,6 +121,11 @@ def test_calibration_is_written_and_told(data: Path, checkpoint: Path, tmp_path:
         (("--policies", "trimmed,best"), f"must be among {', '.join(POLICIES)}, got 'best'"),
         (("--keep", "0,0.5"), "must be numbers in (0, 1], got '0'"),
         (("--policies", "trimmed,cls"), "cls chooses before any head looks: use --keep"),
+        (("--policies", "cls:rows=1", "--keep", "0.5"), "must be a parameter of cls (layer, num_layers), got 'rows'"),
+        (("--policies", "cls:layer=1.5", "--keep", "0.5"), "layer must be a whole number in [0, 1000], got '1.5'"),
+        (("--policies", "mmr:relevance_weight=2"), "relevance_weight must be a number in [0, 1], got '2'"),
+        (("--policies", "gprune:temperature=0", "--keep", "0.5"), "must be a number in (0, 10], got '0'"),
+        (("--calibrate", "--policies", "fastv", "--keep", "0.5"), "fastv has no parameters to be found"),
         (("--address", "localhost:1"), "--address excludes --model"),
     ],
 )

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as st_np
 
-from trimserve.evaluation.metrics import Bootstrap, is_match, kl_divergence, top_kl_divergence
+from trimserve.evaluation.metrics import Bootstrap, cosine, is_match, kl_divergence, top_kl_divergence
 
 
 @pytest.mark.parametrize(
@@ -43,6 +43,10 @@ def logs(*probabilities: float) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
 )
 def test_kl_divergence(p: tuple[float, ...], q: tuple[float, ...], nats: float) -> None:
     assert kl_divergence(logs(*p), logs(*q)) == pytest.approx(nats)
+
+
+def test_cosine_is_of_directions() -> None:
+    assert cosine(np.array([3.0, 4.0]), np.array([8.0, 6.0])) == pytest.approx(0.96)
 
 
 def test_top_kl_divergence_lumps_what_the_lists_do_not_share() -> None:

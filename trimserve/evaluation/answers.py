@@ -24,6 +24,8 @@ class Answer:
     """Rows that they came to: kept features and merged ones."""
     divergence: float
     """KL(untrimmed || this) of the first generated token's distribution, in nats; 0 when untrimmed."""
+    similarity: float | None = None
+    """Cosine between the logits of that token and the untrimmed ones, in [-1, 1]; None: a server tells no logits."""
 
 
 class Answerer(Protocol):

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from trimserve.evaluation.dataset import ALL_KINDS
+from trimserve.evaluation.picture import INK, finish, put_title
 from trimserve.evaluation.report import UNTRIMMED_POLICY, Report, Row
 from trimserve.models.policies.policy import BeforeDecoder
 from trimserve.models.policies.table import POLICIES
@@ -22,7 +23,6 @@ __all__ = ["draw_comparison"]
 _CONTROLS: Final = {"random": "#8b9099", "strided": "#c3c7ce"}
 _COLORS: Final = [colormaps["tab10"](index) for index in (0, 1, 2, 3, 4, 5, 6, 8, 9)]  # 7 is grey
 _MARKERS: Final = ("o", "s", "^", "v", "D", "P", "X", "*", "h")
-_INK: Final = "#2b2f36"
 _NOT_KEPT: Final = {True: "the rest merged, merge_ratio {:g}", False: "the rest dropped"}
 
 
@@ -45,23 +45,17 @@ def draw_comparison(report: Report, path: Path) -> None:
         _draw(panel, report.compared(merge_ratio), untrimmed)
         panel.set_title(_NOT_KEPT[merge_ratio > 0].format(merge_ratio), loc="left", fontsize=11)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=10)
-    model, data = report.model, report.data
-    figure.suptitle(
-        f"{model['model']} ({model['revision'][:12]}): exact match over {data['num_questions']:,} questions about "
-        f"{data['num_images']:,} images; dashed: untrimmed; bands: 95 % intervals of the controls' change",
-        color=_INK,
-        fontsize=11,
-    )
-    figure.supxlabel("kept fraction of the visual features, merged rows included", color=_INK, fontsize=11)
+    put_title(figure, report, "exact match; dashed: untrimmed; bands: 95 % intervals of the controls' change")
+    figure.supxlabel("kept fraction of the visual features, merged rows included", color=INK, fontsize=11)
     figure.savefig(path)
 
 
 def _draw(axes: Axes, rows: list[Row], untrimmed: Row) -> None:
-    axes.axhline(untrimmed.accuracy.value, color=_INK, linewidth=0.8, linestyle=(0, (4, 3)))
-    policies = list(dict.fromkeys(row.policy for row in rows))
+    axes.axhline(untrimmed.accuracy.value, color=INK, linewidth=0.8, linestyle=(0, (4, 3)))
+    names = {row.name: row.policy for row in rows}
     looks = zip(cycle(_COLORS), cycle(_MARKERS), strict=False)
-    for policy in sorted(policies, key=lambda name: name not in _CONTROLS):
-        curve = sorted((row for row in rows if row.policy == policy), key=lambda row: row.kept_fraction)
+    for name, policy in sorted(names.items(), key=lambda each: each[1] not in _CONTROLS):
+        curve = sorted((row for row in rows if row.name == name), key=lambda row: row.kept_fraction)
         kept, values = [row.kept_fraction for row in curve], [row.accuracy.value for row in curve]
         if policy in _CONTROLS:
             low, high = (
@@ -72,13 +66,7 @@ def _draw(axes: Axes, rows: list[Row], untrimmed: Row) -> None:
             continue
         color, marker = next(looks)
         line, inside = ("--", "white") if issubclass(POLICIES[policy], BeforeDecoder) else ("-", color)
-        [drawn] = axes.plot(kept, values, color=color, linestyle=line, linewidth=1.3, label=policy)
+        [drawn] = axes.plot(kept, values, color=color, linestyle=line, linewidth=1.3, label=name)
         drawn.set(marker=marker, markersize=5, markerfacecolor=inside)
-    axes.set_xlim(left=0)
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(PercentFormatter(1))
-    axes.grid(color="#d9dce1", linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.tick_params(colors=_INK, labelsize=9, length=0)
-    for side in axes.spines.values():
-        side.set_visible(False)
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
+    finish(axes)

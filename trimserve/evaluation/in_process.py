@@ -19,7 +19,7 @@ from trimserve.engine.memory import available_bytes
 from trimserve.errors import InvalidRequest, RequestFailed
 from trimserve.evaluation.answers import UNTRIMMED, Answer
 from trimserve.evaluation.dataset import DatasetError, Question
-from trimserve.evaluation.metrics import kl_divergence
+from trimserve.evaluation.metrics import cosine, kl_divergence
 from trimserve.models.decoder import SequenceRows
 from trimserve.models.encoded_image import EncodedImage, Observation
 from trimserve.models.interruptible import run_through
@@ -43,8 +43,10 @@ class _Run:
     num_valid: int
     max_new_tokens: int
     num_held: int = 0
-    logprobs: NDArray[np.float64] = field(default_factory=lambda: np.empty(0))
+    logits: NDArray[np.float64] = field(default_factory=lambda: np.empty(0))
     """[vocab_size], of the first token."""
+    logprobs: NDArray[np.float64] = field(default_factory=lambda: np.empty(0))
+    """The same, normalised."""
     token_ids: list[int] = field(default_factory=list)
 
 
@@ -128,14 +130,14 @@ class InProcess:
         token_ids = list(chain.from_iterable(run.prompt.token_ids for run in runs))
         logits = self._model.logits([run.rows for run in runs], token_ids)
         ends = np.cumsum([run.rows.num_rows for run in runs]) - 1
-        last = logits[torch.from_numpy(ends).to(logits.device)]
-        logprobs = last.double().log_softmax(dim=-1).cpu().numpy()
-        for run, row, token_id in zip(runs, logprobs, last.argmax(dim=-1).tolist(), strict=True):
+        last = logits[torch.from_numpy(ends).to(logits.device)].double()
+        rows, logprobs = last.cpu().numpy(), last.log_softmax(dim=-1).cpu().numpy()
+        for run, row, logprob, token_id in zip(runs, rows, logprobs, last.argmax(dim=-1).tolist(), strict=True):
             assert run.rows.vision is not None
-            if not np.isfinite(row).all():
+            if not np.isfinite(logprob).all():
                 raise RequestFailed(f"{run.source}: the model's logits are not finite")
             run.num_held = sum(run.rows.vision.num_features)
-            run.logprobs = row
+            run.logits, run.logprobs = row, logprob
             run.token_ids.append(token_id)
 
     def _decode(self, runs: Sequence[_Run]) -> None:
@@ -155,6 +157,7 @@ class InProcess:
             num_valid=run.num_valid,
             num_held=run.num_held,
             divergence=kl_divergence(untrimmed.logprobs, run.logprobs),
+            similarity=cosine(untrimmed.logits, run.logits),
         )
 
 

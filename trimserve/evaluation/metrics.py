@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Bootstrap", "Estimate", "is_match", "kl_divergence", "top_kl_divergence"]
+__all__ = ["Bootstrap", "Estimate", "cosine", "is_match", "kl_divergence", "top_kl_divergence"]
 
 Floats = NDArray[np.float64]
 
@@ -21,6 +21,11 @@ def is_match(answer: str, expected: str) -> bool:
     True
     """
     return _normalised(answer) == _normalised(expected)
+
+
+def cosine(p: Floats, q: Floats) -> float:
+    """Cosine of the angle between two vectors [D] that are not 0, in [-1, 1]."""
+    return float(p @ q / np.sqrt((p @ p) * (q @ q)))
 
 
 def kl_divergence(p: Floats, q: Floats) -> float:

@@ -16,11 +16,12 @@ from matplotlib.ticker import NullFormatter, PercentFormatter
 from trimserve.evaluation.dataset import ALL_KINDS
 from trimserve.evaluation.report import UNTRIMMED_POLICY, Report, Row
 
-__all__ = ["draw_curves"]
+__all__ = ["INK", "draw_curves", "finish", "put_title"]
 
 _COLORS: Final = ("#0a6fb8", "#e07b28", "#6f9a3c", "#8a5fb0")
 _LINES: Final = ("-", (0, (2, 1.5)), (0, (1, 1)))  # of each merge_ratio
-_INK: Final = "#2b2f36"
+INK: Final = "#2b2f36"
+"""Of text."""
 _COLUMNS: Final = 5
 _ENDS: Final = ("low", "high")
 _LEAST_DIVERGENCE: Final = 1e-5  # where the logarithmic axis ends
@@ -57,15 +58,27 @@ def draw_curves(report: Report, path: Path) -> None:
         panel = figure.add_subplot(grid[1 + index // _COLUMNS, column : column + 2])
         _draw_accuracy(panel, report, kind)
         panel.set_title(f"{kind} ({_untrimmed(report, kind).num_questions})", loc="left", fontsize=10)
-    model, data = report.model, report.data
-    figure.suptitle(
-        f"{model['model']} ({model['revision'][:12]}): {data['num_questions']:,} questions about "
-        f"{data['num_images']:,} images; bands: 95 % intervals of the change",
-        color=_INK,
-        fontsize=11,
-    )
-    figure.supxlabel("kept fraction of the visual features", color=_INK, fontsize=11)
+    put_title(figure, report, "bands: 95 % intervals of the change")
+    figure.supxlabel("kept fraction of the visual features", color=INK, fontsize=11)
     figure.savefig(path)
+
+
+def put_title(figure: Figure, report: Report, legend: str) -> None:
+    """Say above a picture which model answered what, and what is drawn."""
+    model, data = report.model, report.data
+    asked = f"{data['num_questions']:,} questions about {data['num_images']:,} images"
+    figure.suptitle(f"{model['model']} ({model['revision'][:12]}): {asked}; {legend}", color=INK, fontsize=11)
+
+
+def finish(axes: Axes) -> None:
+    """Shares of features on the horizontal axis, from 0; a grid instead of a frame."""
+    axes.set_xlim(left=0)
+    axes.xaxis.set_major_formatter(PercentFormatter(1))
+    axes.grid(color="#d9dce1", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=INK, labelsize=9, length=0)
+    for side in axes.spines.values():
+        side.set_visible(False)
 
 
 def _curves(report: Report, kind: str) -> Iterator[tuple[list[Row], str, _Style]]:
@@ -86,7 +99,7 @@ def _untrimmed(report: Report, kind: str) -> Row:
 
 def _draw_accuracy(axes: Axes, report: Report, kind: str) -> None:
     untrimmed = _untrimmed(report, kind)
-    axes.axhline(untrimmed.accuracy.value, color=_INK, linewidth=0.8, linestyle=(0, (4, 3)))
+    axes.axhline(untrimmed.accuracy.value, color=INK, linewidth=0.8, linestyle=(0, (4, 3)))
     for rows, name, style in _curves(report, kind):
         kept = [row.kept_fraction for row in rows]
         low, high = ([untrimmed.accuracy.value + getattr(row.accuracy_change, end) for row in rows] for end in _ENDS)
@@ -94,7 +107,8 @@ def _draw_accuracy(axes: Axes, report: Report, kind: str) -> None:
         axes.plot(kept, [row.accuracy.value for row in rows], **style, marker="o", markersize=3, label=name)
     axes.set_ylim(0, 1.03)
     axes.yaxis.set_major_formatter(PercentFormatter(1))
-    _finish(axes)
+    axes.set_xlim(right=1.02)
+    finish(axes)
 
 
 def _draw_divergence(axes: Axes, report: Report) -> None:
@@ -111,14 +125,5 @@ def _draw_divergence(axes: Axes, report: Report) -> None:
     axes.set_ylim(bottom=_LEAST_DIVERGENCE)
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter(NullFormatter())
-    _finish(axes)
-
-
-def _finish(axes: Axes) -> None:
-    axes.set_xlim(0, 1.02)
-    axes.xaxis.set_major_formatter(PercentFormatter(1))
-    axes.grid(color="#d9dce1", linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.tick_params(colors=_INK, labelsize=9, length=0)
-    for side in axes.spines.values():
-        side.set_visible(False)
+    axes.set_xlim(right=1.02)
+    finish(axes)

@@ -8,8 +8,8 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +25,7 @@ from trimserve.evaluation.metrics import Bootstrap, Estimate, is_match
 from trimserve.models.policies.budget import FixedRatio
 from trimserve.models.trimming import TrimParams
 
-__all__ = ["UNTRIMMED_POLICY", "Advantage", "Report", "Row", "about_this_run", "make_report"]
+__all__ = ["UNTRIMMED_POLICY", "Advantage", "Report", "Row", "about_this_run", "make_report", "variant"]
 
 UNTRIMMED_POLICY = "untrimmed"
 """Name of the row that everything is compared with."""
@@ -52,6 +52,13 @@ class Row:
     """Mean KL(untrimmed || this) of the first generated token's distribution, in nats."""
     keep: float | None = None
     """Budget of the whole image: the share of its features that stays."""
+    parameters: dict[str, float] = field(default_factory=dict)
+    """Of the policy; those that are not there have its defaults."""
+
+    @property
+    def name(self) -> str:
+        """The policy with its parameters."""
+        return variant(self.policy, self.parameters)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +75,13 @@ class Advantage:
     """Difference of the two accuracies over the same questions."""
     keep: float | None = None
     """See `Row.keep`."""
+    parameters: dict[str, float] = field(default_factory=dict)
+    """Of the other policy; the first has its defaults."""
+
+    @property
+    def name(self) -> str:
+        """The other policy with its parameters."""
+        return variant(self.over, self.parameters)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,12 +114,12 @@ class Report:
             merge_ratio: of the rows; 0 gives those of all policies.
         """
         rows = [row for row in self.rows if row.kind == ALL_KINDS and row.policy != UNTRIMMED_POLICY]
-        dropped = {(row.policy, row.k_ratio, row.keep): row.kept_fraction for row in rows if not row.merge_ratio}
+        dropped = {(row.name, row.k_ratio, row.keep): row.kept_fraction for row in rows if not row.merge_ratio}
         return [
             row
             for row in rows
             if row.merge_ratio == merge_ratio
-            and not (merge_ratio and dropped.get((row.policy, row.k_ratio, row.keep)) == row.kept_fraction)
+            and not (merge_ratio and dropped.get((row.name, row.k_ratio, row.keep)) == row.kept_fraction)
         ]
 
     @classmethod
@@ -121,6 +135,15 @@ class Report:
             for advantage in document.pop("advantages")
         )
         return cls(**document, rows=rows, advantages=advantages)
+
+
+def variant(policy: str, parameters: Mapping[str, float]) -> str:
+    """A policy with parameters as `--policies` takes it.
+
+    >>> variant("vispruner", {"layer": 2, "important_ratio": 0.25})
+    'vispruner:layer=2:important_ratio=0.25'
+    """
+    return ":".join([policy, *(f"{name}={value:g}" for name, value in parameters.items())])
 
 
 def make_report(
@@ -145,14 +168,14 @@ def make_report(
     table = _Table(questions, answers)
     settings = [
         _Setting(UNTRIMMED_POLICY, 1.0, 0.0),
-        *(_Setting(trim.policy, trim.k_ratio, trim.merge_ratio, _keep(trim)) for trim in trims),
+        *(_Setting(trim.policy, trim.k_ratio, trim.merge_ratio, _keep(trim), dict(trim.parameters)) for trim in trims),
     ]
     rows = [table.row(column, setting, kind) for column, setting in enumerate(settings) for kind in table.kinds]
     first = trims[0].policy
     advantages = [
         table.advantage(settings.index(rival), first, column, setting, kind)
         for column, setting in enumerate(settings)
-        if column and setting.policy != first and (rival := setting._replace(policy=first)) in settings
+        if column and setting.policy != first and (rival := setting._replace(policy=first, parameters={})) in settings
         for kind in table.kinds
     ]
     return Report(run, model, data, tuple(rows), tuple(advantages))
@@ -192,6 +215,7 @@ class _Setting(NamedTuple):
     k_ratio: float
     merge_ratio: float
     keep: float | None = None
+    parameters: dict[str, float] = {}  # noqa: RUF012 - nobody changes it
 
 
 class _Table:
@@ -239,6 +263,7 @@ class _Table:
             k_ratio=over.k_ratio,
             merge_ratio=over.merge_ratio,
             keep=over.keep,
+            parameters=over.parameters,
             kind=kind,
             kept_fraction=self._kept_fraction(column, kind),
             accuracy=self._bootstrap.mean(gain, self._where[kind]),

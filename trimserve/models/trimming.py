@@ -191,8 +191,8 @@ def max_rows(num_features: int, num_heads: int, features_per_tile: int, trim: Tr
 def scratch_bytes(num_tiles: int, features_per_tile: int, hidden_size: int) -> int:
     """Most bytes that choosing from one image takes for a while, and merging what is not kept.
 
-    A policy that compares features holds their likeness within each tile, [tiles, F, F]; merging holds what it averages,
-    twice at most. Both are float32, as is a tile of features on its way.
+    A policy that compares features holds their likeness within each tile, [tiles, F, F]; merging holds what it
+    averages, twice at most. Both are float32, as is a tile of features on its way.
 
     Args:
         num_tiles: of the image.

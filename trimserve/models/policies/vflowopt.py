@@ -26,8 +26,9 @@ class VFlowOpt(BeforeDecoder):
 
     Source: VFlowOpt, arXiv 2508.05211, importance score; its released configurations set the weight of the entropy to
     0. Adapted: Mllama's encoder has no pooling head, so its own map is taken, over the image's features alone. Left
-    out: pruning again in layers of the language model, which need attention among visual features. Left out, too: its
-    calibration, a search for these parameters; the report of `trimserve eval` has the divergence that it would look at.
+    out: pruning again in layers of the language model, which need attention among visual features. Its calibration, a
+    search for these parameters without answers, is `trimserve eval --calibrate` with `--keep`
+    (`evaluation/parameters.py`).
     """
 
     name: ClassVar[str] = "vflowopt"
