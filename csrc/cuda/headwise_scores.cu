@@ -3,10 +3,10 @@
 //   scores [H, N] float32: scores[h, n] = mean over the rows t that see n of
 //     softmax(q[h, t] . k[h / (H / Hkv)] * scale, over what t sees)[n]; 0 where no row sees n.
 //
-//   Two passes over tiles of kTile rows and features, logits in registers, so [H, T, N] never exists. The first leaves the
-//   largest logit and the sum of exponentials of each row and split of the features (splits, so that few rows fill the
-//   device); the second makes the same logits again, weighs them, and adds up the rows in order: no atomics, results
-//   repeat bit for bit. Bound by arithmetic, in float32 whatever the dtype is: 4 * H * T * N * Dh operations.
+//   Two passes over tiles of kTile rows and features, logits in registers, so [H, T, N] never exists. The first leaves
+//   the largest logit and the sum of exponentials of each row and split of the features (splits, so that few rows fill
+//   the device); the second makes the same logits again, weighs them, and adds up the rows in order: no atomics,
+//   results repeat bit for bit. Bound by arithmetic, in float32 whatever the dtype is: 4 * H * T * N * Dh operations.
 
 #include <cmath>
 #include <limits>

@@ -1,8 +1,8 @@
 // headwise_topk: each head picks its k largest scores of each segment. One block per head, one launch per segment.
 //   scores [H, N] float32     picks [H, K] int64, feature indices, ascending
 //   Order: ordered_key.h (larger first, tie: lower index, NaN last).
-//   Finds the cut (cut.h), then writes what lies above it in index order: ascending without a sort. Reads the scores four
-//   or five times, from the first-level cache after the first, and writes k. Shared memory: one histogram.
+//   Finds the cut (cut.h), then writes what lies above it in index order: ascending without a sort. Reads the scores
+//   four or five times, from the first-level cache after the first, and writes k. Shared memory: one histogram.
 
 #include "cut.h"
 #include "launchers.h"

@@ -3,12 +3,12 @@
 //   attended[b, h] = sum over positions p < lengths[b] of softmax(q[b, h] . k[p] * scale + bias[b, p])[p] * v[p],
 //     k and v of KV head h / (H / Hkv) in page tables[b, p / 16] at offset p % 16; 0 where lengths[b] is 0.
 //
-//   A block takes a piece of kPiecePositions of one sequence and up to kHeads query heads of one KV head: keys to logits,
-//   softmax, values; each key and value is read once for these heads, 16 bytes per access. kLanes lanes have a row, so a
-//   warp reads two rows, and several at a time are under way. As many pieces are launched as the tables could hold, since
-//   lengths are on the device; those behind a sequence's end return at once. Pieces leave sums, maxima and totals that
-//   merge_pieces adds up in order. They depend on the sequence's own length only, so results repeat bit for bit in any
-//   company. Arithmetic in float32.
+//   A block takes a piece of kPiecePositions of one sequence and up to kHeads query heads of one KV head: keys to
+//   logits, softmax, values; each key and value is read once for these heads, 16 bytes per access. kLanes lanes have a
+//   row, so a warp reads two rows, and several at a time are under way. As many pieces are launched as the tables could
+//   hold, since lengths are on the device; those behind a sequence's end return at once. Pieces leave sums, maxima and
+//   totals that merge_pieces adds up in order. They depend on the sequence's own length only, so results repeat bit for
+//   bit in any company. Arithmetic in float32.
 
 #include <limits>
 
@@ -42,8 +42,8 @@ __device__ std::int64_t length_of(const PagedAttentionArgs& args, std::int64_t s
 
 __device__ float shift_of(float maximum) { return maximum == kMinusInfinity ? 0.0f : maximum; }
 
-// Sums each of 2 * kHalf values over as many lanes; lane i gets that of value i. Halves the values at each step, instead of
-// adding up every value in every lane.
+// Sums each of 2 * kHalf values over as many lanes; lane i gets that of value i. Halves the values at each step,
+// instead of adding up every value in every lane.
 template <int kHalf>
 __device__ float sum_each(float (&values)[2 * kHalf]) {
   const bool is_upper = (threadIdx.x & kHalf) != 0;
@@ -203,8 +203,8 @@ struct Piece {
   }
 };
 
-// Blocks (piece, KV head and tile of its query heads, sequence). partials [B, pieces, H, partial_size]; null: a sequence is
-// one piece at most, and is finished here.
+// Blocks (piece, KV head and tile of its query heads, sequence). partials [B, pieces, H, partial_size]; null: a
+// sequence is one piece at most, and is finished here.
 template <typename T, int kHeads, int kSize>
 __global__ void __launch_bounds__(kThreads)
     attend_piece(PagedAttentionArgs args, std::int64_t max_pages, std::int64_t num_pages, float* partials) {

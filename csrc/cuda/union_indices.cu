@@ -1,7 +1,7 @@
 // union_indices: merges every head's picks into one ascending list, through a bitmap of the features.
 //   picks [H * K] int64, any order, repeats allowed     kept [min(H * K, N)] int64, ascending, unused tail -1
-//   Picks set bits; then one block counts the bits of each word, sums the counts of the words before it, and writes each
-//   bit's index to its place. num_kept stays on the device. One block is enough: N = 6404 is 201 words.
+//   Picks set bits; then one block counts the bits of each word, sums the counts of the words before it, and writes
+//   each bit's index to its place. num_kept stays on the device. One block is enough: N = 6404 is 201 words.
 
 #include "device.h"
 #include "launchers.h"

@@ -1,9 +1,10 @@
-// CUDA's words for a C++ compiler, so that tests run the kernels of csrc/cuda on a machine without GPU and without nvcc.
+// CUDA's words for a C++ compiler, so that tests run the kernels of csrc/cuda on a machine without GPU and without
+// nvcc.
 //
-// Blocks run one after another, the threads of a block as fibers: one runs until it meets a barrier or a warp's exchange,
-// then the next of its warp; a warp runs as far ahead of the others as barriers let it, and which one does changes from
-// block to block, so that a missing barrier shows. Shared memory is static. What the kernels do not use is not here. For
-// one host thread.
+// Blocks run one after another, the threads of a block as fibers: one runs until it meets a barrier or a warp's
+// exchange, then the next of its warp; a warp runs as far ahead of the others as barriers let it, and which one does
+// changes from block to block, so that a missing barrier shows. Shared memory is static. What the kernels do not use is
+// not here. For one host thread.
 
 #pragma once
 
