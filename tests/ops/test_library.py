@@ -42,6 +42,25 @@ def test_import_brings_neither_transformers_nor_grpc() -> None:
     assert done.stdout.strip() == "set()"
 
 
+FIRST_CALL = """
+import sys, time
+import torch
+before, start = set(sys.modules), time.process_time()
+from trimserve import ops
+imported = time.process_time() - start
+ops.select_features(torch.rand(4, 64), [64], [8])
+compilers = ("torch._inductor", "torch._dynamo", "torch.utils.cpp_extension", "triton")
+print(imported, [name for name in set(sys.modules) - before if name.startswith(compilers)])
+"""
+
+
+def test_import_takes_under_a_second_and_a_half_and_nothing_is_compiled() -> None:
+    done = subprocess.run([sys.executable, "-c", FIRST_CALL], capture_output=True, text=True, check=True)
+    seconds, compilers = done.stdout.split(maxsplit=1)
+    assert float(seconds) < 1.5  # of the process: what else the machine does is not counted
+    assert compilers.strip() == "[]"
+
+
 def test_ops_link_no_python() -> None:
     spec = importlib.util.find_spec("trimserve.ops._ops_cpu")
     assert spec is not None
