@@ -1,9 +1,10 @@
 """Times each op against its composition in PyTorch, at the geometry of Llama-3.2-Vision 11B.
 
-    python -m benchmarks.bench_ops [--runs 15] [--threads 1 2] [--device cuda] [--out DIR]
+    python -m benchmarks.bench_ops [--runs 15] [--threads 1 2] [--ops NAME ...] [--device cuda] [--out DIR]
 
-Compares results first, then times with cold caches; the bandwidth that bounds an op is measured beside it. Writes
-`ops.json` and `ops.png`, of a GPU `ops_gpu.json` and `ops_gpu.png`; the last line of standard output is the document.
+Compares results first, then times with cold caches: op, composition and the use of memory that bounds the op take
+turns. Writes `ops.json` and `ops.png`, of a GPU `ops_gpu.json` and `ops_gpu.png`; the last line of standard output is
+the document. With `--ops` nothing is written.
 """
 
 import argparse
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 
 from benchmarks.ops.cases import GEOMETRY, Case, make_cases
-from benchmarks.ops.measure import bandwidth, peak_extra_bytes, time_milliseconds
+from benchmarks.ops.measure import peak_extra_bytes, stream, time_milliseconds
 from benchmarks.ops.picture import draw_report
 from trimserve import ops
 
@@ -30,11 +31,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--runs", type=int, default=15, help="timed calls of each op, at least 2")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="numbers of threads, of the CPU")
+    parser.add_argument("--ops", nargs="+", metavar="NAME", help="only these")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where to measure")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder of the results")
     arguments = parser.parse_args()
     results: list[dict[str, Any]] = []
-    print(f"{'op':34} {'dtype':9} {'threads':>7} {'ms: median':>10} {'p10':>9} {'p90':>9} {'PyTorch':>9} {'floor':>6}")
+    print(f"{'op':60} {'dtype':9} {'threads':>7} {'ms: median':>10} {'p10':>9} {'p90':>9} {'PyTorch':>9} {'floor':>6}")
     is_gpu = arguments.device == "cuda"
     if is_gpu:  # where it is the default anyway, naming it would slow every call
         torch.set_default_device("cuda")
@@ -42,23 +44,29 @@ def main() -> None:
         torch.set_num_threads(threads)
         for dtype in _DTYPES:
             for case in make_cases(dtype):
-                results.append(_measure(case, threads, arguments.runs))
-                print(_line(results[-1]), flush=True)
+                if arguments.ops is None or case.op in arguments.ops:
+                    results.append(_measure(case, threads, arguments.runs))
+                    print(_line(results[-1]), flush=True)
     document = {
         "benchmark": "ops",
         "geometry": GEOMETRY,
         "machine": _machine(),
         "results": results,
     }
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    name = "ops_gpu" if is_gpu else "ops"
-    (arguments.out / f"{name}.json").write_text(json.dumps(document, indent=2) + "\n")
-    draw_report(document, arguments.out / f"{name}.png")
+    if arguments.ops is None:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        name = "ops_gpu" if is_gpu else "ops"
+        (arguments.out / f"{name}.json").write_text(json.dumps(document, indent=2) + "\n")
+        draw_report(document, arguments.out / f"{name}.png")
     print(json.dumps(document))
 
 
 def _measure(case: Case, threads: int, runs: int) -> dict[str, Any]:
-    ours, theirs = (time_milliseconds(call, runs) for call in (case.run, case.baseline))
+    calls, moved_bytes = [case.run, case.baseline], 0
+    if case.floor:
+        move, moved_bytes = stream(case.floor)
+        calls.append(move)
+    ours, theirs, *moves = time_milliseconds(calls, runs)
     row: dict[str, Any] = {
         "op": case.op,
         "detail": case.detail,
@@ -70,8 +78,8 @@ def _measure(case: Case, threads: int, runs: int) -> dict[str, Any]:
         "speedup": round(theirs["median"] / ours["median"], 2),
         "bytes": case.num_bytes,
     }
-    if case.floor:
-        possible = bandwidth(case.floor, runs)
+    for milliseconds in moves:
+        possible = moved_bytes / milliseconds["median"] * 1e3
         reached = case.num_bytes / ours["median"] * 1e3
         row |= {"floor": case.floor, "floor_bytes_per_second": round(possible)}
         row |= {"bandwidth_ratio": round(reached / possible, 3)}
@@ -85,7 +93,7 @@ def _line(row: dict[str, Any]) -> str:
     ours = row["ms"]
     share = f"{row['bandwidth_ratio']:6.0%}" if "bandwidth_ratio" in row else ""
     return (
-        f"{row['op'] + ' ' + row['detail']:34} {row['dtype']:9} {row['threads']:7} {ours['median']:10.3f} "
+        f"{row['op'] + ' ' + row['detail']:60} {row['dtype']:9} {row['threads']:7} {ours['median']:10.3f} "
         f"{ours['p10']:9.3f} {ours['p90']:9.3f} {row['baseline_ms']['median']:9.3f} {share}"
     )
 

@@ -1,11 +1,12 @@
 """What is timed: each op at the geometry of Llama-3.2-Vision 11B beside what a PyTorch user would write.
 
-A case is made only after the op was found equal to its reference.
+Attention also at the heads of `bench_geometry.json`, the model whose decode steps are measured. A case is made only
+after the op was found equal to its reference.
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from transformers.models.mllama.modeling_mllama import repeat_kv
 from benchmarks.ops.measure import Floor
 from tests.tolerances import HEADWISE_SCORES, LINEAR, PAGED_ATTENTION
 from trimserve import ops
-from trimserve.models.int8 import to_int8
+from trimserve.models.int8 import int8_linear, to_int8
 from trimserve.ops import PAGE_POSITIONS, reference
 
 __all__ = ["GEOMETRY", "Case", "make_cases"]
@@ -23,6 +24,7 @@ __all__ = ["GEOMETRY", "Case", "make_cases"]
 _ROWS, _FEATURES, _HEADS, _KV_HEADS, _HEAD_DIM = 64, 4 * 1601, 32, 8, 128
 _PICKS = 1281  # k_ratio 0.2
 _BATCH = 8
+_TEXT_LENGTH = 128
 _SCALE = _HEAD_DIM**-0.5
 GEOMETRY: Final = {
     "T": _ROWS,
@@ -33,6 +35,17 @@ GEOMETRY: Final = {
     "K": _PICKS,
     "B": _BATCH,
 }
+
+
+class _Heads(NamedTuple):
+    """Of an attention."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+
+_HEADS_11B, _HEADS_BENCH = _Heads(_HEADS, _KV_HEADS, _HEAD_DIM), _Heads(16, 4, 64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,13 +78,25 @@ def make_cases(dtype: torch.dtype) -> Iterator[Case]:
     yield from _selection_cases(dtype, generator)
     yield from _writing_cases(dtype, generator)
     for length in (_FEATURES // 2, _FEATURES):
-        yield _paged_attention_case(dtype, generator, length)
+        yield _paged_attention_case(dtype, generator, _HEADS_11B, _BATCH, length)
+    for batch in (1, _BATCH):
+        for length in (_TEXT_LENGTH, _FEATURES // 2):
+            yield _paged_attention_case(dtype, generator, _HEADS_BENCH, batch, length)
     if device.type == "cpu":  # of an op that has no CUDA kernel
-        for num_rows in (1, _BATCH, 2 * _BATCH):
-            yield _linear_case(dtype, generator, num_rows)
-            yield _linear_case(dtype, generator, num_rows, is_int8=True)
-        if dtype == torch.float32:  # at its limit in models/linear.py; a smaller weight, so that it takes no minutes
-            yield _linear_case(dtype, generator, 512, size=_HEADS * _HEAD_DIM // 4)
+        yield from _linear_cases(dtype, generator)
+
+
+def _linear_cases(dtype: torch.dtype, generator: torch.Generator) -> Iterator[Case]:
+    """At the numbers of rows of decode steps, and at and beyond the limits of models/linear.py."""
+    for num_rows in (1, _BATCH, 2 * _BATCH):
+        yield _linear_case(dtype, generator, num_rows)
+        yield _int8_linear_case(dtype, generator, num_rows)
+    if dtype == torch.float32:
+        small = _HEADS * _HEAD_DIM // 4  # so that so many rows take no minutes
+        yield _linear_case(dtype, generator, 512, small)
+        yield _int8_linear_case(dtype, generator, 512, small)
+    else:
+        yield _int8_linear_case(dtype, generator, 4 * _BATCH)
 
 
 def _draw(*shape: int, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
@@ -165,63 +190,75 @@ def _writing_cases(dtype: torch.dtype, generator: torch.Generator) -> Iterator[C
     yield case("gather_kv", "half kept", keys, values, kept, slots)
 
 
-def _paged_attention_case(dtype: torch.dtype, generator: torch.Generator, length: int) -> Case:
-    q = _draw(_BATCH, _HEADS, _HEAD_DIM, dtype=dtype, generator=generator)
-    per_sequence = -(-length // PAGE_POSITIONS)
-    shape = (_BATCH * per_sequence, 1, 2, _KV_HEADS, PAGE_POSITIONS, _HEAD_DIM)
+def _paged_attention_case(
+    dtype: torch.dtype, generator: torch.Generator, heads: _Heads, batch: int, length: int
+) -> Case:
+    scale, per_sequence = heads.head_dim**-0.5, -(-length // PAGE_POSITIONS)
+    q = _draw(batch, heads.num_heads, heads.head_dim, dtype=dtype, generator=generator)
+    shape = (batch * per_sequence, 1, 2, heads.num_kv_heads, PAGE_POSITIONS, heads.head_dim)
     pages = _draw(*shape, dtype=dtype, generator=generator)
-    tables = torch.randperm(len(pages), generator=generator, dtype=torch.int32).view(_BATCH, per_sequence)
-    lengths = torch.full((_BATCH,), length, dtype=torch.int32)
-    arguments = (q, pages, 0, tables, lengths, _SCALE)
+    tables = torch.randperm(len(pages), generator=generator, dtype=torch.int32).view(batch, per_sequence)
+    lengths = torch.full((batch,), length, dtype=torch.int32)
+    arguments = (q, pages, 0, tables, lengths, scale)
     attended = ops.paged_attention(*arguments)
-    expected = reference.paged_attention(q[:1], pages, 0, tables[:1], lengths[:1], _SCALE)
+    expected = reference.paged_attention(q[:1], pages, 0, tables[:1], lengths[:1], scale)
     torch.testing.assert_close(attended[:1], expected, **PAGED_ATTENTION[dtype])
     # The same keys and values as transformers caches them, [B, Hkv, length, Dh].
     together = pages[tables.long(), 0].permute(2, 0, 3, 1, 4, 5).flatten(3, 4)[..., :length, :].contiguous()
     keys, values = together
     torch.testing.assert_close(_attention_in_torch(q, keys, values), attended, rtol=1e-2, atol=1e-2)
+    of_bench = f", batch {batch}, heads of bench" if heads is _HEADS_BENCH else ""
     return Case(
         "paged_attention",
-        f"length {length}",
+        f"length {length}{of_bench}",
         dtype,
         lambda: ops.paged_attention(*arguments),
         lambda: _attention_in_torch(q, keys, values),
         "repeat_kv + sdpa",
-        2 * _BATCH * length * _KV_HEADS * _HEAD_DIM * dtype.itemsize,
-        "read",
+        together.nbytes,
+        "read" if length > _TEXT_LENGTH else None,  # so few bytes take less time than the call
     )
 
 
-def _linear_case(
-    dtype: torch.dtype,
-    generator: torch.Generator,
-    num_rows: int,
-    *,
-    size: int = _HEADS * _HEAD_DIM,
-    is_int8: bool = False,
-) -> Case:
-    """Beside the product with weights of the rows' dtype, also where they are int8."""
+def _linear_case(dtype: torch.dtype, generator: torch.Generator, num_rows: int, size: int = _HEADS * _HEAD_DIM) -> Case:
     x, weight = (_draw(n, size, dtype=dtype, generator=generator) for n in (num_rows, size))
-    stored = to_int8(weight) if is_int8 else (weight,)
-    product = ops.linear(x, *stored)
-    torch.testing.assert_close(product, reference.linear(x, *stored), **LINEAR[dtype])
-    floor: Floor | None = "read" if num_rows == 1 else None
-    num_bytes = x.nbytes + sum(tensor.nbytes for tensor in stored) + product.nbytes
+    product = ops.linear(x, weight)
+    torch.testing.assert_close(product, reference.linear(x, weight), **LINEAR[dtype])
     return Case(
         "linear",
-        f"{num_rows} rows of {size}{', int8 weights' if is_int8 else ''}",
+        f"{num_rows} rows of {size}",
         dtype,
-        lambda: ops.linear(x, *stored),
+        lambda: ops.linear(x, weight),
         lambda: F.linear(x, weight),
         "linear",
-        num_bytes,
-        floor,
+        x.nbytes + weight.nbytes + product.nbytes,
+        "read" if num_rows == 1 else None,
+    )
+
+
+def _int8_linear_case(
+    dtype: torch.dtype, generator: torch.Generator, num_rows: int, size: int = _HEADS * _HEAD_DIM
+) -> Case:
+    """Beside what models/linear.py does with more rows than its limit."""
+    x, weight = (_draw(n, size, dtype=dtype, generator=generator) for n in (num_rows, size))
+    stored = to_int8(weight)
+    product = ops.linear(x, *stored)
+    torch.testing.assert_close(product, reference.linear(x, *stored), **LINEAR[dtype])
+    return Case(
+        "linear",
+        f"{num_rows} rows of {size}, int8 weights",
+        dtype,
+        lambda: ops.linear(x, *stored),
+        lambda: int8_linear(x, *stored),
+        "weights made floats + linear",
+        x.nbytes + sum(tensor.nbytes for tensor in stored) + product.nbytes,
+        "read" if num_rows == 1 else None,
     )
 
 
 def _attention_in_torch(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """As transformers' sdpa attention does it for models with grouped heads and a mask."""
-    group = _HEADS // _KV_HEADS
+    group = q.shape[1] // keys.shape[1]
     keys, values = repeat_kv(keys, group), repeat_kv(values, group)
-    attended: Tensor = F.scaled_dot_product_attention(q[:, :, None], keys, values, scale=_SCALE)
+    attended: Tensor = F.scaled_dot_product_attention(q[:, :, None], keys, values)
     return attended[:, :, 0]

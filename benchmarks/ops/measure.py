@@ -4,13 +4,13 @@ import ctypes
 import gc
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-__all__ = ["Floor", "bandwidth", "peak_extra_bytes", "time_milliseconds"]
+__all__ = ["Floor", "bandwidth", "peak_extra_bytes", "stream", "time_milliseconds"]
 
 Floor = Literal["read", "copy"]
 """A use of memory that bounds an op."""
@@ -19,11 +19,23 @@ _FLUSH_BYTES = {"cpu": 64 * 2**20, "cuda": 256 * 2**20}  # more than the caches 
 _STREAM_BYTES = 256 * 2**20
 
 
-def time_milliseconds(call: Callable[[], Any], runs: int) -> dict[str, float]:
-    """Median, 10th and 90th percentile of `runs` calls, at least 2, each after the caches were flushed."""
-    call()
-    samples = list((_gpu_milliseconds if _is_gpu() else _cpu_milliseconds)(call, runs))
-    deciles = statistics.quantiles(samples, n=10, method="inclusive")
+def time_milliseconds(calls: Sequence[Callable[[], Any]], runs: int) -> list[dict[str, float]]:
+    """Median, 10th and 90th percentile of `runs` calls of each, at least 2, each after the caches were flushed.
+
+    The calls take turns: what else the machine does meanwhile slows all of them.
+    """
+    time_call = _gpu_timer() if _is_gpu() else _cpu_timer()
+    samples: list[list[float]] = [[] for _ in calls]
+    for call in calls:
+        call()
+    for _ in range(runs):
+        for call, milliseconds in zip(calls, samples, strict=True):
+            milliseconds.append(time_call(call))
+    return [_summary(milliseconds) for milliseconds in samples]
+
+
+def _summary(milliseconds: list[float]) -> dict[str, float]:
+    deciles = statistics.quantiles(milliseconds, n=10, method="inclusive")
     return {"median": round(deciles[4], 4), "p10": round(deciles[0], 4), "p90": round(deciles[-1], 4)}
 
 
@@ -31,38 +43,49 @@ def _is_gpu() -> bool:
     return torch.get_default_device().type == "cuda"
 
 
-def _cpu_milliseconds(call: Callable[[], Any], runs: int) -> Iterator[float]:
-    flush = torch.empty(_FLUSH_BYTES["cpu"] // 4)
-    for _ in range(runs):
-        flush.fill_(0)
+def _cpu_timer() -> Callable[[Callable[[], Any]], float]:
+    flush = torch.ones(_FLUSH_BYTES["cpu"] // 4)
+
+    def time_call(call: Callable[[], Any]) -> float:
+        flush.sum()  # read, not written: what caches have to write back would take bandwidth from the call
         start = time.perf_counter()
         call()
-        yield (time.perf_counter() - start) * 1e3
+        return (time.perf_counter() - start) * 1e3
+
+    return time_call
 
 
-def _gpu_milliseconds(call: Callable[[], Any], runs: int) -> Iterator[float]:
+def _gpu_timer() -> Callable[[Callable[[], Any]], float]:
     """Time of the GPU alone where the call does not wait for it: while it flushes, the host queues the call."""
     flush = torch.empty(_FLUSH_BYTES["cuda"] // 4)
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    for _ in range(runs):
+
+    def time_call(call: Callable[[], Any]) -> float:
         flush.fill_(0)
         start.record()
         call()
         end.record()
         end.synchronize()
-        yield start.elapsed_time(end)
+        milliseconds: float = start.elapsed_time(end)
+        return milliseconds
+
+    return time_call
+
+
+def stream(floor: Floor) -> tuple[Callable[[], Any], int]:
+    """A call that sums a large tensor (`read`) or copies it (`copy`), and the bytes that it moves, both directions."""
+    source = torch.ones(_STREAM_BYTES // 4)
+    if floor == "read":
+        return source.sum, _STREAM_BYTES
+    target = torch.empty_like(source)
+    return lambda: target.copy_(source), 2 * _STREAM_BYTES
 
 
 def bandwidth(floor: Floor, runs: int) -> float:
-    """Bytes per second of summing a large tensor (`read`) or of copying it (`copy`, both directions counted)."""
-    source = torch.ones(_STREAM_BYTES // 4)
-    target = torch.empty_like(source)
-    calls: dict[Floor, tuple[Callable[[], Any], int]] = {
-        "read": (source.sum, _STREAM_BYTES),
-        "copy": (lambda: target.copy_(source), 2 * _STREAM_BYTES),
-    }
-    call, num_bytes = calls[floor]
-    return num_bytes / time_milliseconds(call, runs)["median"] * 1e3
+    """Bytes per second of `stream`, by the median of `runs` calls."""
+    call, num_bytes = stream(floor)
+    (milliseconds,) = time_milliseconds([call], runs)
+    return num_bytes / milliseconds["median"] * 1e3
 
 
 def peak_extra_bytes(call: Callable[[], torch.Tensor]) -> int | None:
