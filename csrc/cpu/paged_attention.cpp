@@ -22,6 +22,7 @@ namespace trimserve::cpu {
 namespace {
 
 constexpr std::int64_t kPiecePositions = 256;  // logits of a piece stay in the first-level cache
+constexpr std::int64_t kAheadBytes = 8192;     // that memory takes to answer
 constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 static_assert(kPiecePositions % kPagePositions == 0);
 
@@ -117,31 +118,44 @@ TRIMSERVE_INLINE void store_row(const float* row, float factor, std::int64_t hea
   }
 }
 
-// logits[0..count) become exp(logit - maximum); up to whole pages they are overwritten.
-template <int kWidth>
-TRIMSERVE_INLINE void exponentiate(float* logits, std::int64_t count, float& maximum, float& total) {
+// logits[h * kPiecePositions + p] of kHeads heads, p < count, become exp(logit - the head's maximum); up to whole pages
+// they are overwritten. Several heads at once, because each step waits for the one before.
+template <int kWidth, int kHeads>
+TRIMSERVE_INLINE void exponentiate(float* logits, std::int64_t count, float* maxima, float* totals) {
   using Vectors = Simd<kWidth>;
+  using Floats = typename Vectors::Floats;
   const std::int64_t end = divide_up(count, kPagePositions) * kPagePositions;
-  std::fill(logits + count, logits + end, kMinusInfinity);
-
-  typename Vectors::Floats x, maxima = typename Vectors::Floats{} + kMinusInfinity, totals = {};
+  Floats x, shifts[kHeads], sums[kHeads];
+  unrolled<kHeads>([&](auto h) TRIMSERVE_INLINE_LAMBDA {
+    for (std::int64_t p = count; p < end; ++p) logits[h * kPiecePositions + p] = kMinusInfinity;
+    shifts[h] = Floats{} + kMinusInfinity;
+    sums[h] = Floats{};
+  });
   for (std::int64_t p = 0; p < end; p += kWidth) {
-    Vectors::load(x, logits + p);
-    maxima = x > maxima ? x : maxima;
+    unrolled<kHeads>([&](auto h) TRIMSERVE_INLINE_LAMBDA {
+      Vectors::load(x, logits + h * kPiecePositions + p);
+      shifts[h] = x > shifts[h] ? x : shifts[h];
+    });
   }
-  maximum = kMinusInfinity;
-  for (int lane = 0; lane < kWidth; ++lane) maximum = std::max(maximum, maxima[lane]);
-  const float shift = maximum == kMinusInfinity ? 0.0f : maximum;  // all weights 0 then, not NaN
-
+  unrolled<kHeads>([&](auto h) TRIMSERVE_INLINE_LAMBDA {
+    Vectors::combine_lanes(shifts[h],
+                           [](auto& a, const auto& b) TRIMSERVE_INLINE_LAMBDA { a = a > b ? a : b; });
+    maxima[h] = shifts[h][0];
+    shifts[h] = shifts[h] == kMinusInfinity ? Floats{} : shifts[h];  // all weights 0 then, not NaN
+  });
   for (std::int64_t p = 0; p < end; p += kWidth) {
-    Vectors::load(x, logits + p);
-    x -= shift;
-    Vectors::exp_of_nonpositive(x);
-    Vectors::store(logits + p, x);
-    totals += x;
+    unrolled<kHeads>([&](auto h) TRIMSERVE_INLINE_LAMBDA {
+      Vectors::load(x, logits + h * kPiecePositions + p);
+      x -= shifts[h];
+      Vectors::exp_of_nonpositive(x);
+      Vectors::store(logits + h * kPiecePositions + p, x);
+      sums[h] += x;
+    });
   }
-  total = 0.0f;
-  for (int lane = 0; lane < kWidth; ++lane) total += totals[lane];
+  unrolled<kHeads>([&](auto h) TRIMSERVE_INLINE_LAMBDA {
+    Vectors::combine_lanes(sums[h], [](auto& a, const auto& b) TRIMSERVE_INLINE_LAMBDA { a += b; });
+    totals[h] = sums[h][0];
+  });
 }
 
 // The blocks of an item: its heads of a page, then those of the next page.
@@ -153,18 +167,18 @@ struct Blocks {
   std::int64_t num_heads;
   std::int64_t page_stride;
   std::int64_t block_size;
+  std::int64_t num_ahead;
 
   TRIMSERVE_INLINE const Element<dtype>* at(std::int64_t page, std::int64_t head) const {
     return first + table[page] * page_stride + head * block_size;
   }
-  // What to fetch while the block (page, head) is worked on: kAhead blocks on, or of what comes `behind` these.
+  // What to fetch while the block (page, head) is worked on: kAheadBytes on, or of what comes `behind` these.
   TRIMSERVE_INLINE const Element<dtype>* ahead_of(std::int64_t page, std::int64_t head,
                                                   std::int64_t behind) const {
-    constexpr std::int64_t kAhead = dtype == DType::kFloat32 ? 1 : 2;
-    head += kAhead;
-    if (head < num_heads) return at(page, head);
-    head = std::min(head - num_heads, num_heads - 1);
-    return page + 1 < num_pages ? at(page + 1, head) : at(0, head) + behind;
+    head += num_ahead;
+    page += head / num_heads;
+    head %= num_heads;
+    return page < num_pages ? at(page, head) : at(std::min(page - num_pages, num_pages - 1), head) + behind;
   }
 };
 
@@ -190,7 +204,8 @@ TRIMSERVE_INLINE void attend(const PagedAttentionArgs& args, const Item& item, c
                        pages,
                        item.end_kv_head - item.first_kv_head,
                        args.page_stride,
-                       block_size};
+                       block_size,
+                       divide_up(kAheadBytes, block_size * sizeof(Element<dtype>))};
   for (std::int64_t page = 0; page < pages; ++page) {
     for (std::int64_t i = 0; i < blocks.num_heads; ++i) {
       const Element<dtype>* const keys = padded_rows(blocks.at(page, i), kPagePositions, head_dim, ws);
@@ -204,11 +219,13 @@ TRIMSERVE_INLINE void attend(const PagedAttentionArgs& args, const Item& item, c
     }
   }
   const float* const bias = args.bias ? args.bias + item.sequence * args.bias_stride + item.begin : nullptr;
-  for (std::int64_t h = first_head; h < end_head; ++h) {
-    float* const logits = ws.logits + h * kPiecePositions;
-    for (std::int64_t p = 0; bias && p < count; ++p) logits[p] += bias[p];
-    exponentiate<kWidth>(logits, count, ws.maxima[h], ws.totals[h]);
+  for (std::int64_t h = first_head; bias && h < end_head; ++h) {
+    for (std::int64_t p = 0; p < count; ++p) ws.logits[h * kPiecePositions + p] += bias[p];
   }
+  for_heads(end_head - first_head, [&](auto heads, std::int64_t h) TRIMSERVE_INLINE_LAMBDA {
+    h += first_head;
+    exponentiate<kWidth, heads>(ws.logits + h * kPiecePositions, count, ws.maxima + h, ws.totals + h);
+  });
   blocks.first += half_size;
   for (std::int64_t page = 0; page < pages; ++page) {
     for (std::int64_t i = 0; i < blocks.num_heads; ++i) {

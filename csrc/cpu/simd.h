@@ -188,6 +188,16 @@ struct Simd {
     x = is_zero ? Floats{} : p * power;
   }
 
+  // Every lane becomes what `combine` makes of all lanes, two at a time.
+  template <int kStride = kWidth / 2, typename Combine>
+  TRIMSERVE_INLINE static void combine_lanes(Floats& x, const Combine& combine) {
+    [&]<int... kLanes>(std::integer_sequence<int, kLanes...>) TRIMSERVE_INLINE_LAMBDA {
+      const Floats others = __builtin_shufflevector(x, x, (kLanes ^ kStride)...);
+      combine(x, others);
+    }(std::make_integer_sequence<int, kWidth>());
+    if constexpr (kStride > 1) combine_lanes<kStride / 2>(x, combine);
+  }
+
   // Lane i of rows[0] becomes the sum of the lanes of rows[i]; the other rows are used up.
   TRIMSERVE_INLINE static void sum_lanes(Floats (&rows)[kWidth]) {
     fold_rows<kWidth / 2>(rows, std::make_integer_sequence<int, kWidth>());
