@@ -204,8 +204,14 @@ void paged_attention(const PagedAttentionArgs& args, std::int64_t begin, std::in
 // Range over the heads of all sequences, B * H; after all ranges of paged_attention.
 void merge_pieces(const PagedAttentionArgs& args, std::int64_t begin, std::int64_t end, float* partials);
 
-// Range over blocks of kLinearColumns outputs; at least one row.
-void linear(const LinearArgs& args, std::int64_t begin, std::int64_t end);
+// Floats that linear wants its rows packed in; 0: it takes them as they are.
+std::int64_t packed_size(const LinearArgs& args);
+
+// Serial.
+void pack_rows(const LinearArgs& args, float* packed);
+
+// Range over blocks of kLinearColumns outputs; at least one row. packed: of pack_rows, or null.
+void linear(const LinearArgs& args, const float* packed, std::int64_t begin, std::int64_t end);
 
 // Serial.
 void to_floats(const void* x, DType dtype, std::int64_t count, float* floats);

@@ -32,14 +32,18 @@ void multiply(const Tensor& output, const Tensor& x, const Tensor& weight, std::
       .x_stride = rows.stride(0),
   };
   if (args.num_rows == 0) return;
+  const std::int64_t packed_size = cpu::packed_size(args);
+  const auto packed = workspace<float>(packed_size);
+  if (packed_size > 0) cpu::pack_rows(args, packed.get());
   // A thread is worth some bytes of the weight, and fewer of them the more products they take part in.
   const std::int64_t weight_bytes = scales ? 1 : element_bytes(x.scalar_type());
   const std::int64_t block_bytes = kLinearColumns * args.num_inputs * weight_bytes;
   const std::int64_t blocks_per_thread =
       kGrainBytes / (block_bytes * std::min<std::int64_t>(args.num_rows, 16) + 1) + 1;
   const std::int64_t num_blocks = (args.num_outputs + kLinearColumns - 1) / kLinearColumns;
-  torch::stable::parallel_for(0, num_blocks, blocks_per_thread,
-                              [&](std::int64_t begin, std::int64_t end) { cpu::linear(args, begin, end); });
+  torch::stable::parallel_for(0, num_blocks, blocks_per_thread, [&](std::int64_t begin, std::int64_t end) {
+    cpu::linear(args, packed_size > 0 ? packed.get() : nullptr, begin, end);
+  });
 }
 
 }  // namespace

@@ -1,0 +1,205 @@
+// linear of the few rows of a decode step, which could be multiplied faster than the weight's bytes arrive.
+//
+// A core reads memory at full speed only while it waits for many lines at once, and while it multiplies it looks too
+// little ahead for that. So every line is fetched some outputs ahead, and those that did not arrive are asked for
+// together, a few lines before they are needed. Rows are packed, and cut along K, so that the first cache has room for
+// what is fetched. Sums are those of the other rows' to the last bit.
+
+#pragma once
+
+#include "linear_tiles.h"
+
+namespace trimserve::cpu {
+
+constexpr std::int64_t kFewRows = 16;
+constexpr std::int64_t kPackedBytes = 32 * 1024;  // of rows that need not be cut
+constexpr std::int64_t kPartBytes = 1024;         // of an output's weight, else
+constexpr std::int64_t kAskedBytes = 512;         // of an output's weight, at once
+constexpr std::int64_t kOutputsAhead = 8;
+
+template <typename Products>
+TRIMSERVE_INLINE bool is_few(const LinearArgs& args) {
+  return Products::kFewestRows <= args.num_rows && args.num_rows <= kFewRows;
+}
+
+// Rows of the group that begins at `row`; the last may be missing.
+TRIMSERVE_INLINE int rows_of_group(const LinearArgs& args, int width, std::int64_t row) {
+  return width >= 8 && args.num_rows - row > 4 ? 8 : 4;
+}
+
+// Floats of a packed row: registers, the last padded with zeros.
+template <typename Products>
+TRIMSERVE_INLINE std::int64_t packed_row_size(const LinearArgs& args) {
+  constexpr std::int64_t kFloats = sizeof(typename Products::Vector) / sizeof(float);
+  return (args.num_inputs + Products::kSize - 1) / Products::kSize * kFloats;
+}
+
+template <typename Products>
+TRIMSERVE_INLINE void load_padded(typename Products::Vector& vector, const typename Products::Stored* source,
+                                  std::int64_t count) {
+  typename Products::Stored padded[Products::kSize] = {};
+  std::copy_n(source, count, padded);
+  Products::load(vector, padded);
+}
+
+// Groups of rows, each as registers [K / kSize, rows of the group].
+template <int kWidth, typename Products>
+TRIMSERVE_INLINE void pack_few(const LinearArgs& args, float* packed) {
+  constexpr int kSize = Products::kSize;
+  typename Products::Vector vector;
+  const std::int64_t row_size = packed_row_size<Products>(args);
+  for (std::int64_t first = 0; first < args.num_rows;) {
+    const int num_rows = rows_of_group(args, kWidth, first);
+    for (int r = 0; r < num_rows; ++r) {
+      const std::int64_t row = std::min(first + r, args.num_rows - 1);
+      const auto* const x = static_cast<const typename Products::Stored*>(args.x) + row * args.x_stride;
+      char* target = reinterpret_cast<char*>(packed + first * row_size) + r * sizeof vector;
+      for (std::int64_t k = 0; k < args.num_inputs; k += kSize, target += num_rows * sizeof vector) {
+        if (k + kSize <= args.num_inputs) {
+          Products::load(vector, x + k);
+        } else {
+          load_padded<Products>(vector, x + k, args.num_inputs - k);
+        }
+        std::memcpy(target, &vector, sizeof vector);
+      }
+    }
+    first += num_rows;
+  }
+}
+
+// A part of K, [begin, end), and where the one that is read after it begins.
+struct Part {
+  std::int64_t begin, end, next;
+};
+
+// Some rows of the weight: of outputs [first, first + kColumns), of which those past the last are not read.
+template <typename Stored>
+struct Outputs {
+  const Stored* weight;
+  const Stored* ahead;  // is fetched meanwhile; null: nothing is
+  std::int64_t count;
+  std::int64_t num_inputs;
+};
+
+// sums[r * kColumns + c] += products along a part of K, of kAtOnce outputs at a time.
+template <int kWidth, typename Products, int kRows, int kAtOnce>
+TRIMSERVE_INLINE void add_part(const float* packed, const Outputs<typename Products::StoredWeight>& outputs,
+                               const Part& part, typename Products::Floats (&sums)[kWidth]) {
+  using Vector = typename Products::Vector;
+  using Stored = typename Products::StoredWeight;
+  constexpr int kColumns = kWidth / kRows, kSize = Products::kSize;
+  constexpr std::int64_t kAsked = kAskedBytes / sizeof(Stored), kLine = 64 / sizeof(Stored);
+  const auto* const rows = reinterpret_cast<const char*>(packed);
+  const std::int64_t whole = std::min(part.end, outputs.num_inputs / kSize * kSize);
+  unrolled<kColumns / kAtOnce>([&](auto strip) TRIMSERVE_INLINE_LAMBDA {
+    constexpr int kFirst = strip * kAtOnce;
+    const Stored* weight[kAtOnce];
+    unrolled<kAtOnce>([&](auto c) TRIMSERVE_INLINE_LAMBDA {
+      weight[c] = outputs.weight + std::min<std::int64_t>(kFirst + c, outputs.count - 1) * outputs.num_inputs;
+    });
+    const auto add = [&](std::int64_t k, const Vector(&w)[kAtOnce]) TRIMSERVE_INLINE_LAMBDA {
+      unrolled<kRows>([&](auto r) TRIMSERVE_INLINE_LAMBDA {
+        Vector x;
+        std::memcpy(&x, rows + (k / kSize * kRows + r) * sizeof x, sizeof x);
+        unrolled<kAtOnce>(
+            [&](auto c) TRIMSERVE_INLINE_LAMBDA { Products::add(sums[r * kColumns + kFirst + c], x, w[c]); });
+      });
+    };
+    for (std::int64_t asked = part.begin; asked < whole; asked += kAsked) {
+      const std::int64_t end = std::min(asked + kAsked, whole);
+      if (outputs.ahead) {
+        for (std::int64_t k = asked; k < end; k += kLine) {
+          unrolled<kAtOnce>([&](auto c) TRIMSERVE_INLINE_LAMBDA {
+            static_cast<void>(*reinterpret_cast<const volatile char*>(weight[c] + k));
+          });
+        }
+      }
+      for (std::int64_t k = asked; k < end; k += kSize) {
+        Vector w[kAtOnce];
+        unrolled<kAtOnce>([&](auto c) TRIMSERVE_INLINE_LAMBDA {
+          if (outputs.ahead) __builtin_prefetch(outputs.ahead + (kFirst + c) * outputs.num_inputs + k);
+          Products::load(w[c], weight[c] + k);
+        });
+        add(k, w);
+      }
+    }
+    if (whole < part.end) {
+      Vector w[kAtOnce];
+      unrolled<kAtOnce>([&](auto c) TRIMSERVE_INLINE_LAMBDA {
+        load_padded<Products>(w[c], weight[c] + whole, part.end - whole);
+      });
+      add(whole, w);
+    }
+  });
+}
+
+// A group of rows times a block of outputs, along a part of K. partials: its sums so far, unless the part is the whole.
+template <int kWidth, DType dtype, typename Products, int kRows, int kAtOnce>
+TRIMSERVE_INLINE void multiply_group(const LinearArgs& args, const float* packed, std::int64_t row,
+                                     std::int64_t block, const Part& part, float* partials) {
+  constexpr int kColumns = kWidth / kRows;
+  const auto* const weight = static_cast<const typename Products::StoredWeight*>(args.weight);
+  const std::int64_t first = block * kLinearColumns;
+  const std::int64_t end = std::min(first + kLinearColumns, args.num_outputs);
+  for (std::int64_t column = first; column < end; column += kColumns) {
+    std::int64_t ahead = column + kOutputsAhead, shift = 0;
+    if (ahead >= first + kLinearColumns) {  // is read with the next part, or with the next block's first one
+      shift = part.next - part.begin;
+      if (part.next) ahead -= kLinearColumns;
+    }
+    const Outputs<typename Products::StoredWeight> outputs{
+        weight + column * args.num_inputs,
+        row == 0 && ahead + kColumns <= args.num_outputs ? weight + ahead * args.num_inputs + shift : nullptr,
+        end - column, args.num_inputs};
+    typename Products::Floats sums[kWidth];
+    float* const so_far = partials + (column - first) * kRows * kWidth;
+    unrolled<kWidth>([&](auto i) TRIMSERVE_INLINE_LAMBDA {
+      sums[i] = typename Products::Floats{};
+      if (part.begin) Simd<kWidth>::load(sums[i], so_far + i * kWidth);
+    });
+    add_part<kWidth, Products, kRows, kAtOnce>(packed, outputs, part, sums);
+    if (part.end < args.num_inputs) {
+      unrolled<kWidth>([&](auto i)
+                           TRIMSERVE_INLINE_LAMBDA { Simd<kWidth>::store(so_far + i * kWidth, sums[i]); });
+    } else {
+      store_tile<kWidth, dtype, Products, kRows>(args, row, column, sums);
+    }
+  }
+}
+
+// All rows times blocks of outputs.
+template <int kWidth, DType dtype, typename Products>
+TRIMSERVE_INLINE void multiply_few(const LinearArgs& args, const float* packed, std::int64_t begin,
+                                   std::int64_t end) {
+  constexpr int kMost = std::min(kWidth, 8);
+  const std::int64_t row_size = packed_row_size<Products>(args);
+  const std::int64_t bytes_of_8 = 8 * row_size * static_cast<std::int64_t>(sizeof(float));
+  const bool fits =
+      (args.num_rows > 4 ? (args.num_rows + 7) / 8 * bytes_of_8 : bytes_of_8 / 2) <= kPackedBytes;
+  const std::int64_t part_size =
+      fits ? args.num_inputs
+           : kPartBytes / static_cast<std::int64_t>(sizeof(typename Products::StoredWeight));
+  alignas(64) float partials[kFewRows * kLinearColumns * kWidth];
+  for (std::int64_t block = begin; block < end; ++block) {
+    for (std::int64_t k = 0; k < args.num_inputs; k += part_size) {
+      const std::int64_t next = k + part_size;
+      const Part part{k, std::min(next, args.num_inputs), next < args.num_inputs ? next : 0};
+      for (std::int64_t row = 0; row < args.num_rows;) {
+        const float* const rows = packed + row * row_size;
+        float* const so_far = partials + row * kLinearColumns * kWidth;
+        const int num_rows = rows_of_group(args, kWidth, row);
+        if (num_rows > 4) {
+          multiply_group<kWidth, dtype, Products, kMost, kWidth / kMost>(args, rows, row, block, part,
+                                                                         so_far);
+        } else if (row == 0) {  // bound by bytes alone: memory is read fastest in one stream
+          multiply_group<kWidth, dtype, Products, 4, 1>(args, rows, row, block, part, so_far);
+        } else {
+          multiply_group<kWidth, dtype, Products, 4, kWidth / 4>(args, rows, row, block, part, so_far);
+        }
+        row += num_rows;
+      }
+    }
+  }
+}
+
+}  // namespace trimserve::cpu

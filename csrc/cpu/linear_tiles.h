@@ -1,0 +1,130 @@
+// Tiles of linear: as many products as a vector has lanes, for kRows rows and kWidth / kRows outputs.
+
+#pragma once
+
+#include <algorithm>
+#include <cstring>
+#include <limits>
+#include <type_traits>
+
+#include "simd.h"
+
+namespace trimserve::cpu {
+
+// kFewestRows of products that the weight's bytes never bound; few_rows.h is faster from so many rows on.
+constexpr int kNever = std::numeric_limits<int>::max();
+
+// How registers full of rows meet registers full of the weight: float32 products of whatever dtype.
+template <int kWidth, DType dtype>
+struct FloatProducts {
+  static constexpr int kVectors = Packed<kWidth, dtype>::kVectors, kSize = kVectors * kWidth;
+  using Stored = Element<dtype>;
+  using StoredWeight = Stored;
+  using Floats = typename Simd<kWidth>::Floats;
+  using Vector = Floats[kVectors];
+  static constexpr int kFewestRows =
+      dtype == DType::kFloat32 ? 2 : kNever;  // one row is read fast without help
+
+  TRIMSERVE_INLINE static void load(Vector& x, const Stored* source) {
+    Packed<kWidth, dtype>::load(x, source);
+  }
+  TRIMSERVE_INLINE static void add(Floats& sums, const Vector& x, const Vector& w) {
+    unrolled<kVectors>([&](auto i) TRIMSERVE_INLINE_LAMBDA { sums += x[i] * w[i]; });
+  }
+};
+
+template <int kWidth>
+struct Int8Products : FloatProducts<kWidth, DType::kFloat32> {
+  using Base = FloatProducts<kWidth, DType::kFloat32>;
+  using Base::load;
+  static constexpr int kFewestRows = kNever;
+  using StoredWeight = std::int8_t;
+  using Ints = typename Simd<kWidth>::Ints;
+  typedef std::int8_t Bytes __attribute__((vector_size(kWidth), aligned(1), may_alias));
+
+  TRIMSERVE_INLINE static void load(typename Base::Vector& w, const std::int8_t* source) {
+    Ints wide;
+#ifdef __x86_64__
+    if constexpr (kWidth >= 8) {  // in one instruction, which GCC 12 does not find by itself
+      asm("vpmovsxbd %1, %0" : "=v"(wide) : "m"(*reinterpret_cast<const Bytes*>(source)));
+      w[0] = __builtin_convertvector(wide, typename Base::Floats);
+      return;
+    }
+#endif
+    Bytes bytes;
+    std::memcpy(&bytes, source, sizeof bytes);
+    wide = __builtin_convertvector(bytes, Ints);
+    w[0] = __builtin_convertvector(wide, typename Base::Floats);
+  }
+};
+
+#ifdef __x86_64__
+// bfloat16 products in pairs: half the instructions, none to convert.
+struct PairProducts {
+  static constexpr int kSize = 32;
+  using Stored = Element<DType::kBFloat16>;
+  using StoredWeight = Stored;
+  using Floats = Simd<16>::Floats;
+  using Vector = Simd<16>::Bits;
+  static constexpr int kFewestRows = 1;
+
+  TRIMSERVE_INLINE static void load(Vector& x, const Stored* source) { std::memcpy(&x, source, sizeof x); }
+  TRIMSERVE_INLINE static void add(Floats& sums, const Vector& x, const Vector& w) { add_pairs(sums, x, w); }
+};
+#endif
+
+// `count` products to where they belong; a constant count makes it a vector.
+template <DType dtype, typename Count>
+TRIMSERVE_INLINE void store(const float* products, Count count, bool accumulates, Element<dtype>* output) {
+  if (accumulates) {
+    for (std::int64_t c = 0; c < count; ++c)
+      output[c] = Element<dtype>::from_float(output[c].to_float() + products[c]);
+  } else {
+    for (std::int64_t c = 0; c < count; ++c) output[c] = Element<dtype>::from_float(products[c]);
+  }
+}
+
+// A tile's sums along K, of row r and output c at r * kColumns + c, to where they belong.
+template <int kWidth, DType dtype, typename Products, int kRows>
+TRIMSERVE_INLINE void store_tile(const LinearArgs& args, std::int64_t row, std::int64_t column,
+                                 typename Products::Floats (&sums)[kWidth]) {
+  constexpr int kColumns = kWidth / kRows;
+  const std::int64_t num_rows = std::min<std::int64_t>(kRows, args.num_rows - row);
+  const std::int64_t num_columns = std::min<std::int64_t>(kColumns, args.num_outputs - column);
+  Simd<kWidth>::sum_lanes(sums);
+  const typename Products::Floats gated = sums[0] * args.gate;
+  float products[kWidth];
+  std::memcpy(products, &gated, sizeof products);
+  if constexpr (std::is_same_v<typename Products::StoredWeight, std::int8_t>) {
+    for (std::int64_t r = 0; r < num_rows; ++r) {
+      for (std::int64_t c = 0; c < num_columns; ++c) products[r * kColumns + c] *= args.scales[column + c];
+    }
+  }
+  auto* const output = static_cast<Element<dtype>*>(args.output) + row * args.num_outputs + column;
+  if (num_columns == kColumns) {
+    for (std::int64_t r = 0; r < num_rows; ++r)
+      store<dtype>(products + r * kColumns, std::integral_constant<int, kColumns>(), args.accumulates,
+                   output + r * args.num_outputs);
+  } else {
+    for (std::int64_t r = 0; r < num_rows; ++r)
+      store<dtype>(products + r * kColumns, num_columns, args.accumulates, output + r * args.num_outputs);
+  }
+}
+
+// Calls body with the type of the products that suit the arguments and the machine, the width and the dtype.
+template <typename Body>
+void at_products(const LinearArgs& args, const Body& body) {
+  at_width(widest_vector(), [&](auto width) TRIMSERVE_INLINE_LAMBDA {
+    at_dtype(args.dtype, [&](auto dtype) TRIMSERVE_INLINE_LAMBDA {
+      if (args.scales) return body(width, dtype, std::type_identity<Int8Products<width>>());
+#ifdef __x86_64__
+      if constexpr (width == 16 && dtype == DType::kBFloat16) {
+        if (has_pair_products()) return body(width, dtype, std::type_identity<PairProducts>());
+      }
+#endif
+      body(width, dtype, std::type_identity<FloatProducts<width, dtype>>());
+    });
+  });
+}
+
+}  // namespace trimserve::cpu
