@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.ops.arrays import LAYOUTS
+from tests.ops.arrays import LAYOUTS, misaligned
 from tests.tolerances import SILU_GATE
 from trimserve.ops import layers, reference, rms_norm, rotate, silu_gate
 
@@ -101,6 +101,31 @@ def test_rows_of_any_layout_are_read(layout: Callable[[Tensor], Tensor]) -> None
     assert torch.equal(silu_gate(layout(x[:, 0])), silu_gate(x[:, 0]))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_reads_only_its_inputs_and_turns_only_its_heads(dtype: torch.dtype) -> None:
+    x, weight, angles = draw(4, 3, 10, dtype=dtype), draw(10, dtype=dtype), draw(4, 5)
+    normed, gated, turned = rms_norm(x, weight, 1e-6), silu_gate(x[:, 0]), x.clone()
+    rotate(turned, angles.cos(), angles.sin())
+    for offset in range(18):
+        rows, factors = misaligned(x, offset, nan)[0], misaligned(weight, offset, nan)[0]
+        assert torch.equal(rms_norm(rows, factors, 1e-6), normed)
+        assert torch.equal(silu_gate(misaligned(x[:, 0], offset, nan)[0]), gated)
+        heads, buffer = misaligned(x, offset, 7.0)
+        rotate(heads, misaligned(angles.cos(), offset, nan)[0], misaligned(angles.sin(), offset, nan)[0])
+        assert torch.equal(buffer, misaligned(turned, offset, 7.0)[1])
+
+
+@pytest.mark.parametrize("value", [nan, inf, -inf])
+def test_what_is_not_finite_spoils_its_own_row_or_head(value: float) -> None:
+    x, angles = draw(3, 2, 8), draw(3, 4)
+    x[1, 1, 5] = value
+    is_finite = torch.ones(3, 2, dtype=torch.bool)
+    is_finite[1, 1] = False
+    assert torch.equal(rms_norm(x, torch.ones(8), 1e-6).isfinite().all(dim=-1), is_finite)
+    rotate(x, angles.cos(), angles.sin())
+    assert torch.equal(x.isfinite().all(dim=-1), is_finite)
+
+
 ROWS, TURNS = torch.ones(2, 3, 4), torch.ones(2, 2)
 
 
@@ -108,11 +133,16 @@ ROWS, TURNS = torch.ones(2, 3, 4), torch.ones(2, 2)
     ("call", "message"),
     [
         (lambda: rms_norm(ROWS[0, 0], torch.ones(4), 0.1), r"rms_norm: x must be .* got float32 \[4\]"),
+        (lambda: rms_norm(ROWS.double(), torch.ones(4), 0.1), r"rms_norm: x must be .* got float64 \[2, 3, 4\]"),
+        (lambda: rms_norm(ROWS, torch.ones(4).half(), 0.1), r"rms_norm: weight must be float32 .* got float16 \[4\]"),
         (lambda: rms_norm(ROWS, torch.ones(3), 0.1), r"rms_norm: weight must be float32 \[K\] like x, got .* \[3\]"),
         (lambda: rms_norm(ROWS, torch.ones(4), -0.1), r"rms_norm: epsilon must be finite and at least 0, got -0.1"),
         (lambda: rms_norm(ROWS, torch.ones(4), nan), r"rms_norm: epsilon must be finite and at least 0, got nan"),
         (lambda: silu_gate(torch.ones(2, 3)), r"silu_gate: gate_up must be .* \[R, 2 I\], got float32 \[2, 3\]"),
+        (lambda: silu_gate(torch.ones(2, 4).long()), r"silu_gate: gate_up must be .* got int64 \[2, 4\]"),
         (lambda: silu_gate(ROWS), r"silu_gate: gate_up must be .* got float32 \[2, 3, 4\]"),
+        (lambda: rotate(ROWS.double(), TURNS, TURNS), r"rotate: heads must be .* got float64 \[2, 3, 4\]"),
+        (lambda: rotate(ROWS[0], TURNS, TURNS), r"rotate: heads must be .* got float32 \[3, 4\]"),
         (lambda: rotate(torch.ones(2, 3, 5), TURNS, TURNS), r"rotate: heads must be .* Dh even, got .* \[2, 3, 5\]"),
         (lambda: rotate(ROWS.mT, torch.ones(2, 1), torch.ones(2, 1)), "rotate: heads must be .* Dh even"),
         (lambda: rotate(torch.ones(2, 4, 4).mT, TURNS, TURNS), "rotate: heads must be contiguous within a row"),
