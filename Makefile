@@ -21,7 +21,8 @@ export PYTHONUNBUFFERED := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test check verify check-sanitize cuda-check test-gpu bench-gpu fmt protos docs bench clean
+.PHONY: help build demo test check verify check-sanitize cuda-check test-gpu bench-gpu fmt protos docs bench bench-ops \
+	clean
 
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1|\2/' | column -t -s '|'
@@ -85,9 +86,11 @@ docs: build  ## regenerate the tables of docs/ and README.md, and the dashboard
 	$(BIN)/python scripts/generate_docs.py
 	$(BIN)/python scripts/generate_dashboards.py
 
-bench: build  ## measure ops and metrics, and try the load generator and the byte count (docs/performance.md measures with them)
+bench-ops: build  ## measure the ops and a layer of the vision encoder, in four minutes; leave the machine alone
 	$(BIN)/python -m benchmarks.bench_ops
 	$(BIN)/python -m benchmarks.bench_vision
+
+bench: bench-ops  ## measure ops and metrics, and try the load generator and the byte count (docs/performance.md measures with them)
 	$(BIN)/python -m benchmarks.bench_policies
 	$(BIN)/python -m benchmarks.bench_metrics --out benchmarks/results/metrics.json
 	$(BIN)/python -m benchmarks.bench_generate --quick --out out/bench/generate

@@ -1,6 +1,6 @@
 """Times a layer of the vision encoder against transformers' at the geometry of Llama-3.2-Vision 11B.
 
-    python -m benchmarks.bench_vision [--runs 5] [--threads 1 2] [--out FILE]
+    python -m benchmarks.bench_vision [--runs 3] [--threads 1 2] [--out FILE]
 
 One image of one tile and one of four; the weights are random. Compares outputs first, then times the two in turn. The
 last line of standard output is one JSON document, which is written to a file, too.
@@ -36,7 +36,7 @@ _MOST_DIFFERENCE = 1e-5
 def main() -> None:
     """Compare, time, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--runs", type=int, default=5, help="timed calls of each layer, at least 2")
+    parser.add_argument("--runs", type=int, default=3, help="timed calls of each layer, at least 2")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="numbers of threads")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "vision.json")
     arguments = parser.parse_args()
