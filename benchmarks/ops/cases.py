@@ -96,7 +96,9 @@ def _linear_cases(dtype: torch.dtype, generator: torch.Generator) -> Iterator[Ca
         yield _linear_case(dtype, generator, 512, small)
         yield _int8_linear_case(dtype, generator, 512, small)
     else:
-        yield _int8_linear_case(dtype, generator, 4 * _BATCH)
+        yield _linear_case(dtype, generator, 4 * _BATCH)
+        for num_rows in (4 * _BATCH, 8 * _BATCH):
+            yield _int8_linear_case(dtype, generator, num_rows)
 
 
 def _draw(*shape: int, dtype: torch.dtype, generator: torch.Generator) -> Tensor:

@@ -18,7 +18,8 @@ _MOST_ROWS: Final = {torch.float32: 512, torch.float16: 512, torch.bfloat16: 16}
 """Up to so many rows `ops.linear` is taken on a CPU: it was faster there than torch, whose bfloat16 products catch up
 first (`benchmarks/results/ops.json`, with rows up to these and, of bfloat16, beyond)."""
 
-_MOST_ROWS_OF_INT8: Final = {torch.float32: inf, torch.float16: inf, torch.bfloat16: 16}
+_MOST_ROWS_OF_INT8: Final = {torch.float32: inf, torch.float16: inf, torch.bfloat16: 32}
+"""The same of int8 weights, beside making them floats (`int8_linear`)."""
 
 
 @dataclass(frozen=True, slots=True)
