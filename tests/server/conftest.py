@@ -1,12 +1,14 @@
-"""A server around a fake runner on a real loopback port, and a channel to it."""
+"""A server around a fake runner on a real loopback port, a channel to it, and what the protos say of a request."""
 
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
 import grpc
 import pytest
+from google.protobuf.descriptor_pb2 import FieldDescriptorProto
 from google.rpc import status_pb2
 
+from scripts.generate_docs import comments, descriptors
 from tests.server.fakes import CONFIG, FakeRunner
 from trimserve.server.app import Server, running_server
 from trimserve.v1 import generation_pb2_grpc, model_pb2_grpc
@@ -43,3 +45,34 @@ async def loopback() -> AsyncIterator[Loopback]:
 def rich_status(error: grpc.aio.AioRpcError) -> status_pb2.Status:
     """The status with details that a failed call ended with."""
     return status_pb2.Status.FromString(error.trailing_metadata()["grpc-status-details-bin"])
+
+
+REQUEST_MESSAGES = (
+    "GenerateRequest",
+    "Chat",
+    "Message",
+    "Part",
+    "Image",
+    "TokenIds",
+    "SamplingParams",
+    "TrimOptions",
+    "Budget",
+    "PolicyParameters",
+)
+
+Field = tuple[FieldDescriptorProto, str]
+"""A field of a proto and its comment."""
+
+
+@pytest.fixture(scope="module")
+def said() -> dict[str, Field]:
+    """Every field of a request, by its path, or its message's name where it has no path of its own."""
+    (file,) = (file for file in descriptors() if file.name.endswith("generation.proto"))
+    text = comments(file)
+    owners = {"GenerateRequest": "", "SamplingParams": "sampling.", "TrimOptions": "trim.", "Budget": "trim.budget."}
+    return {
+        owners.get(message.name, f"{message.name}.") + field.name: (field, text[4, index, 2, place])
+        for index, message in enumerate(file.message_type)
+        if message.name in REQUEST_MESSAGES
+        for place, field in enumerate(message.field)
+    }

@@ -25,6 +25,7 @@ from trimserve.errors import DeadlinePassed, EngineStopped
 from trimserve.models.info import GenerationDefaults, ModelInfo
 from trimserve.models.policies.table import POLICIES
 from trimserve.models.trimming import ImageSelection
+from trimserve.server.convert import to_generation_request
 from trimserve.v1 import generation_pb2 as pb
 
 DEFAULTS = GenerationDefaults(
@@ -258,3 +259,8 @@ def chat_request(text: str = "Hello") -> pb.GenerateRequest:
     """The simplest valid request."""
     message = pb.Message(role=pb.ROLE_USER, parts=[pb.Part(text=text)])
     return pb.GenerateRequest(chat=pb.Chat(messages=[message]))
+
+
+def converted(request: pb.GenerateRequest) -> GenerationRequest:
+    """A request as the fake runner gets it."""
+    return to_generation_request(request, INFO, CONFIG.engine)

@@ -10,13 +10,10 @@ from google.rpc import error_details_pb2
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from scripts.generate_docs import comments, descriptors
-from tests.server.conftest import Loopback, rich_status
-from tests.server.fakes import CONFIG, DEFAULTS, INFO, chat_request
-from trimserve.engine.request import GenerationRequest, SamplingParams
+from tests.server.conftest import Field, Loopback, rich_status
+from tests.server.fakes import DEFAULTS, chat_request, converted
+from trimserve.engine.request import SamplingParams
 from trimserve.errors import InvalidRequest
-from trimserve.models.policies.budget import Budget, FixedCount, FixedRatio, Knee, TopP
-from trimserve.models.policies.gprune import GPrune
 from trimserve.models.policies.table import POLICIES
 from trimserve.models.prompt import ChatPrompt, Image, Message, RawPrompt, Text, TokenPrompt
 from trimserve.models.trimming import TrimParams
@@ -27,17 +24,11 @@ from trimserve.server.convert import (
     MAX_STOP_CHARS,
     MAX_STOP_STRINGS,
     MAX_STOP_TOKENS,
-    Interval,
-    to_generation_request,
 )
 from trimserve.v1 import generation_pb2 as pb
 
 NAN, INF = float("nan"), float("inf")
 USER = pb.ROLE_USER
-
-
-def converted(request: pb.GenerateRequest) -> GenerationRequest:
-    return to_generation_request(request, INFO, CONFIG.engine)
 
 
 @dataclass(frozen=True)
@@ -311,19 +302,6 @@ def test_raw_and_token_prompts_take_their_images_from_the_request(
     assert converted(request).prompt == prompt((Image(b"x", "image/png"),))
 
 
-REQUEST_MESSAGES = (
-    "GenerateRequest",
-    "Chat",
-    "Message",
-    "Part",
-    "Image",
-    "TokenIds",
-    "SamplingParams",
-    "TrimOptions",
-    "Budget",
-    "PolicyParameters",
-)
-
 SPELLED = {"sampling.logit_bias", "trim.budget.count"}
 """Bounds that the protos tell in another way."""
 
@@ -339,68 +317,17 @@ SAID = {
 """How the protos must tell the bounds of this code."""
 
 
-@pytest.fixture(scope="module")
-def said() -> dict[str, tuple[FieldDescriptorProto, str]]:
-    """Every field of a request, by its path, or its message's name where it has no path of its own, and its comment."""
-    (file,) = (file for file in descriptors() if file.name.endswith("generation.proto"))
-    text = comments(file)
-    owners = {"GenerateRequest": "", "SamplingParams": "sampling.", "TrimOptions": "trim.", "Budget": "trim.budget."}
-    return {
-        owners.get(message.name, f"{message.name}.") + field.name: (field, text[4, index, 2, place])
-        for index, message in enumerate(file.message_type)
-        if message.name in REQUEST_MESSAGES
-        for place, field in enumerate(message.field)
-    }
-
-
-def test_the_protos_tell_the_same_bounds(said: dict[str, tuple[FieldDescriptorProto, str]]) -> None:
+def test_the_protos_tell_the_same_bounds(said: dict[str, Field]) -> None:
     for path, wanted in SAID.items():
         assert wanted in said[path][1], path
 
 
-def test_every_value_of_a_request_tells_its_range(said: dict[str, tuple[FieldDescriptorProto, str]]) -> None:
+def test_every_value_of_a_request_tells_its_range(said: dict[str, Field]) -> None:
     free = {FieldDescriptorProto.TYPE_BOOL, FieldDescriptorProto.TYPE_STRING, FieldDescriptorProto.TYPE_MESSAGE}
     numbers = {path: comment for path, (field, comment) in said.items() if field.type not in free}
     assert {"sampling.seed", "sampling.top_k", "trim.mode", "Image.data", "Message.role"} <= numbers.keys()
     for path, comment in numbers.items():
         assert "Range: " in comment, path
-
-
-def test_the_protos_tell_every_parameter_of_every_policy(said: dict[str, tuple[FieldDescriptorProto, str]]) -> None:
-    told = {path.partition(".")[2]: each for path, each in said.items() if path.startswith("PolicyParameters.")}
-    taken = [(policy, each) for policy in INFO.policy_details for each in policy.parameters]
-    assert told.keys() == {each.name for _, each in taken}
-    for policy, each in taken:
-        field, comment = told[each.name]
-        bounds = Interval(each.low, each.high, each.is_low_open)
-        assert f"`{policy.name}`" in comment.partition(":")[0], each.name
-        assert f"Default: {each.default:g}. Range: {bounds}." in comment, each.name
-        is_whole = field.type == FieldDescriptorProto.TYPE_UINT32
-        assert is_whole == isinstance(each.default, int), each.name
-
-
-BUDGETS = [
-    (pb.Budget(ratio=0.3), FixedRatio(0.3)),
-    (pb.Budget(count=7), FixedCount(7)),
-    (pb.Budget(top_p=0.9), TopP(0.9)),
-    (pb.Budget(knee=pb.Knee()), Knee()),
-    (pb.Budget(), None),
-]
-
-
-@pytest.mark.parametrize(("sent", "got"), BUDGETS)
-def test_each_kind_of_budget_arrives(sent: pb.Budget, got: Budget | None) -> None:
-    request = chat_request()
-    request.trim.budget.CopyFrom(sent)
-    assert converted(request).trim.budget == got
-
-
-def test_parameters_of_the_policy_arrive_and_the_others_have_its_defaults() -> None:
-    request = chat_request()
-    request.trim.policy = "gprune"
-    request.trim.parameters.hops = 3
-    assert converted(request).trim.parameters == {"hops": 3}
-    assert converted(request).trim.make_policy() == GPrune(hops=3)
 
 
 @pytest.mark.parametrize("path", [path for path in BOUNDS if path.count(".") == 1 and path != "sampling.logit_bias"])
