@@ -60,6 +60,18 @@ def test_the_newest_changelog_entry_is_this_version() -> None:
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_prose_is_at_most_120_columns_wide(path: Path) -> None:
+    written = re.sub(r"^(<!-- generated.*?<!-- end -->|```.*?^```|\|.*?)$", "", path.read_text(), flags=re.M | re.S)
+    assert not [line for line in written.splitlines() if len(line) > 120]
+
+
+def test_lines_of_kernels_are_at_most_120_columns_wide() -> None:
+    for path in [*ROOT.glob("csrc/**/*"), *ROOT.glob("tests/csrc/fibers/*")]:
+        if path.suffix in {".cpp", ".h", ".cu"}:
+            assert not [line for line in path.read_text().splitlines() if len(line) > 120], path
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_links_in_documents_lead_somewhere(path: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", path.read_text()):
         if not target.startswith("http"):
