@@ -195,6 +195,10 @@ def comparison() -> Report | None:
     return Report.from_json(path.read_text()) if path.exists() else None
 
 
+def _generate_tables(folder: str) -> str:
+    return generate_tables(read_result(f"{folder}/report.json"), folder)
+
+
 TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     "configuration": ("docs/configuration.md", configuration),
     "metrics": ("docs/metrics.md", metrics),
@@ -206,7 +210,8 @@ TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     "policies-by-kind": ("docs/policies.md", lambda: accuracy_by_kind(comparison())),
     "policies-speed": ("docs/policies.md", lambda: speed_by_policy(read_result("policies/speed.json"))),
     "bytes": ("docs/performance.md", lambda: bytes_tables(read_result("bytes.json"))),
-    "generate": ("docs/performance.md", lambda: generate_tables(read_result("generate/report.json"))),
+    "generate": ("docs/performance.md", lambda: _generate_tables("generate")),
+    "generate-two-threads": ("docs/performance.md", lambda: _generate_tables("generate/two_threads")),
     "precision": ("docs/performance.md", lambda: precision_table(read_result("precision.json"))),
     "serve": ("docs/performance.md", lambda: serve_tables(read_result("serve/report.json"))),
 }

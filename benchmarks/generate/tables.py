@@ -16,18 +16,19 @@ _VARIANTS: Final = (
 _SETTINGS: Final = {"off": "4 tiles, untrimmed", "default": "4 tiles", "one_tile": "1 tile"}
 
 
-def generate_tables(report: dict[str, Any] | None) -> str:
+def generate_tables(report: dict[str, Any] | None, folder: str) -> str:
     """Milliseconds of a decode step by batch, and of vision and prefill, as Markdown.
 
     Args:
-        report: of `bench_generate`; None says how to get one.
+        report: of `bench_generate`; None: there is none yet.
+        folder: of the report and its picture, in `benchmarks/results`.
     """
     if report is None:
-        return "Not measured yet: `python -m benchmarks.bench_generate`."
+        return "Not measured yet."
     steps = [row for row in report["rows"] if row["phase"] == "decode"]
     batches = sorted({row["batch"] for row in steps})
     lines = [
-        "![tokens per second by batch, and steps beside their floor](../benchmarks/results/generate/generate.png)",
+        f"![tokens per second by batch, and steps beside their floor](../benchmarks/results/{folder}/generate.png)",
         "",
         f"| decode step, ms (times its floor) | request | {' | '.join(f'batch {batch}' for batch in batches)} |",
         f"|---|---|{'---:|' * len(batches)}",
