@@ -24,7 +24,7 @@ def generate_tables(report: dict[str, Any] | None, folder: str) -> str:
         folder: of the report and its picture, in `benchmarks/results`.
     """
     if report is None:
-        return "Not measured yet."
+        return "Not measured yet: `python -m benchmarks.bench_generate`."
     steps = [row for row in report["rows"] if row["phase"] == "decode"]
     batches = sorted({row["batch"] for row in steps})
     lines = [

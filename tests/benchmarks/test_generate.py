@@ -31,7 +31,7 @@ def test_every_phase_gets_its_figures(tmp_path: Path, monkeypatch: pytest.Monkey
     compared = {(row["phase"], row["setting"], row["batch"]) for row in report["speedups_over_transformers"]}
     assert ("decode", "default", 2) in compared
     assert report["import_seconds"] > 0
-    table = generate_tables(report)
+    table = generate_tables(report, "generate")
     assert table.count("transformers, bfloat16") == 2 * 2
     assert f"({steps[0]['times_floor']:.2f})" in table
 

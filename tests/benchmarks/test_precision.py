@@ -25,4 +25,4 @@ def test_every_precision_is_compared_with_float32(tmp_path: Path, monkeypatch: p
 
 def test_tables_say_how_to_measure_what_is_missing() -> None:
     assert "bench_precision" in precision_table(None)
-    assert "bench_generate" in generate_tables(None)
+    assert "bench_generate" in generate_tables(None, "generate")
