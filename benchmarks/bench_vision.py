@@ -1,36 +1,47 @@
-"""Times a layer of the vision encoder against transformers' at the geometry of Llama-3.2-Vision 11B.
+"""Times a layer of the vision encoder: against transformers', and with several images in one pass.
 
     python -m benchmarks.bench_vision [--runs 3] [--threads 1 2] [--out FILE]
 
-One image of one tile and one of four; the weights are random. Compares outputs first, then times the two in turn. The
-last line of standard output is one JSON document, which is written to a file, too.
+Against transformers' at the geometry of Llama-3.2-Vision 11B, one image of one tile and one of four. Several images in
+one pass are the alternative that ADR-0007 rejects, so it lives here: their rows go through the linear layers together,
+and each image attends to itself alone. It is timed at 11B's geometry and at that of the embedded model, whose layers
+are so small that what each op costs beside its arithmetic matters most.
+
+The weights are random. Compares outputs first, then times the calls in turn. The last line of standard output is one
+JSON document, which is written to a file, too.
 """
 
 import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from math import inf
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
-from transformers import MllamaVisionConfig
+from transformers import MllamaConfig, MllamaVisionConfig
 from transformers.models.mllama.modeling_mllama import (
     MllamaVisionEncoderLayer,
     _prepare_aspect_ratio_attention_mask,
 )
 
 from benchmarks.serve.report import about, write_json
+from trimserve.models.checkpoint import embedded_model_folder, vision_config
+from trimserve.models.linear import Linear
 from trimserve.models.vision import ImageRows, VisionLayer
 from trimserve.models.vision_observer import VisionObserver
 from trimserve.models.weights import FUSED, fuse
 
 __all__ = ["main"]
 
-_TILES, _PATCHES, _ROWS = 4, 1601, 1608
+_ROW_ALIGNMENT = 8
 _MOST_DIFFERENCE = 1e-5
+_SMALL_RUNS = 100
+"""As many times the runs for a layer that takes a millisecond."""
 
 
 def main() -> None:
@@ -42,64 +53,129 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.manual_seed(0)
     with torch.inference_mode():
-        layer = _layer()
-        tiles = torch.randn(_TILES, _ROWS, layer.hidden_size)
-        results = []
+        large = _Bench(MllamaVisionConfig(image_size=560))
+        small = _Bench(vision_config(MllamaConfig.from_pretrained(embedded_model_folder())))
+        results, together = [], []
         for threads in arguments.threads:
             torch.set_num_threads(threads)
-            for num_tiles in (1, _TILES):
+            for num_tiles in (1, large.max_tiles):
                 results.append(
-                    {"threads": threads, "tiles": num_tiles, **_measure(layer, tiles, num_tiles, arguments.runs)}
+                    {"threads": threads, "tiles": num_tiles, **large.beside_transformers(num_tiles, arguments.runs)}
                 )
                 print(results[-1], flush=True)
-    geometry = {"width": layer.hidden_size, "heads": layer.num_attention_heads, "rows": _TILES * _ROWS}
-    document = {"benchmark": "vision", **about(max(arguments.threads)), "geometry": geometry, "results": results}
+            for name, bench, counts, runs in (
+                ("11b", large, (1, 2), arguments.runs),
+                ("embedded", small, (1, 2, 4), arguments.runs * _SMALL_RUNS),
+            ):
+                for row in bench.together(counts, runs):
+                    together.append({"threads": threads, "geometry": name, **row})
+                    print(together[-1], flush=True)
+    document = {"benchmark": "vision", **about(max(arguments.threads)), "geometry": large.geometry}
+    document |= {"results": results, "together": together}
     write_json(document, arguments.out)
     print(json.dumps(document))
 
 
-def _layer() -> MllamaVisionEncoderLayer:
-    """A layer with weights that matter: outputs of every linear layer have a standard deviation of about 1."""
-    config = MllamaVisionConfig()
-    config._attn_implementation = "sdpa"
-    layer = MllamaVisionEncoderLayer(config, is_gated=True).eval()
-    fuse(layer.self_attn, FUSED["self_attn"], torch.device("cpu"))
-    for parameter in layer.parameters():
-        if parameter.dim() == 2:
-            parameter.normal_(std=parameter.shape[1] ** -0.5)
-    return layer
+class _Together(VisionLayer):
+    """Several images in one pass: all rows through the linear layers at once, each image attends to itself alone."""
+
+    def attend(self, qkv: Tensor, image: ImageRows) -> Tensor:
+        """The rows of images of the same size, one after another."""
+        return torch.cat([super(_Together, self).attend(rows, image) for rows in qkv.split(self.num_rows)])
+
+    num_rows: int
+    """Of an image."""
 
 
-def _measure(layer: MllamaVisionEncoderLayer, tiles: Tensor, num_tiles: int, runs: int) -> dict[str, Any]:
-    is_padding = torch.ones(_TILES, _ROWS, dtype=torch.bool)
-    is_padding[:num_tiles, :_PATCHES] = False
-    order = is_padding.flatten().argsort(stable=True)
-    real_first, rows = tiles.flatten(0, 1)[order], tiles.flatten(0, 1)[None]
-    mask = _prepare_aspect_ratio_attention_mask(
-        (torch.arange(_TILES) < num_tiles)[None].float(), _PATCHES, _ROWS, torch.float32
-    )
-    ours = VisionLayer(layer)
-    image = ImageRows(num_tiles * _PATCHES, VisionObserver(frozenset(), num_tiles, _PATCHES, 1))
-    calls: list[Callable[[], Tensor]] = [
-        lambda: ours(real_first, [image]),
-        lambda: layer(rows, attention_mask=mask),
-    ]
-    found, expected = (call() for call in calls)
-    difference = (found - expected[0, order]).abs().max().item()
+class _Bench:
+    """A layer of some geometry, and the rows of an image."""
+
+    def __init__(self, config: MllamaVisionConfig) -> None:
+        """Draw weights that matter: outputs of every linear layer have a standard deviation of about 1."""
+        config._attn_implementation = "sdpa"
+        self._layer = MllamaVisionEncoderLayer(config, is_gated=True).eval()
+        fuse(self._layer.self_attn, FUSED["self_attn"], torch.device("cpu"))
+        for parameter in self._layer.parameters():
+            if parameter.dim() == 2:
+                parameter.normal_(std=parameter.shape[1] ** -0.5)
+        self.max_tiles = config.max_num_tiles
+        size, patch_size = config.image_size, config.patch_size
+        assert isinstance(size, int)
+        assert isinstance(patch_size, int)
+        self._patches = (size // patch_size) ** 2 + 1
+        rows = self._patches + -self._patches % _ROW_ALIGNMENT
+        self._tiles = torch.randn(self.max_tiles, rows, config.hidden_size)
+        self.geometry = {
+            "width": config.hidden_size,
+            "heads": config.attention_heads,
+            "rows": self.max_tiles * rows,
+        }
+
+    def beside_transformers(self, num_tiles: int, runs: int) -> dict[str, Any]:
+        """One image, our layer and transformers'."""
+        is_padding = torch.ones(self._tiles.shape[:2], dtype=torch.bool)
+        is_padding[:num_tiles, : self._patches] = False
+        order = is_padding.flatten().argsort(stable=True)
+        real_first, rows = self._tiles.flatten(0, 1)[order], self._tiles.flatten(0, 1)[None]
+        mask = _prepare_aspect_ratio_attention_mask(
+            (torch.arange(self.max_tiles) < num_tiles)[None].float(), self._patches, self._tiles.shape[1], torch.float32
+        )
+        ours, image = VisionLayer(self._layer), self._image(num_tiles)
+        calls: list[Callable[[], Tensor]] = [
+            lambda: ours(real_first, image),
+            lambda: self._layer(rows, attention_mask=mask),
+        ]
+        difference = _largest_difference(calls[0](), calls[1]()[0, order])
+        our_seconds, their_seconds = map(statistics.median, _in_turn(calls, runs))
+        return {
+            "seconds": round(our_seconds, 3),
+            "transformers_seconds": round(their_seconds, 3),
+            "speedup": round(their_seconds / our_seconds, 2),
+            "largest_difference": difference,
+        }
+
+    def together(self, counts: Sequence[int], runs: int) -> list[dict[str, Any]]:
+        """Images of one tile; seconds are of each image in a pass of so many, the fastest of the runs."""
+        num_rows: int = self.geometry["rows"]
+        layer, image = _Together(self._layer), self._image(1)
+        layer.num_rows = num_rows
+        rows = torch.randn(max(counts) * num_rows, self._tiles.shape[2])
+        calls = [lambda count=count: layer(rows[: count * num_rows], image) for count in counts]
+        # The same product for every count, the one that a single image gets: it is not what is compared.
+        has_own_product = num_rows <= Linear(rows).most_rows(rows.dtype)
+        with patch.object(Linear, "most_rows", return_value=inf if has_own_product else 0):
+            alone = torch.cat([layer(of_image, image) for of_image in rows.split(num_rows)])
+            difference = _largest_difference(calls[-1](), alone)
+            seconds = [min(samples) / count for samples, count in zip(_in_turn(calls, runs), counts, strict=True)]
+        return [
+            {
+                "images": count,
+                "seconds_per_image": round(each, 6),
+                "speedup": round(seconds[0] / each, 2),
+                "largest_difference": difference,
+            }
+            for count, each in zip(counts, seconds, strict=True)
+        ]
+
+    def _image(self, num_tiles: int) -> ImageRows:
+        return ImageRows(num_tiles * self._patches, VisionObserver(frozenset(), num_tiles, self._patches, 1))
+
+
+def _largest_difference(found: Tensor, expected: Tensor) -> float:
+    difference = (found - expected).abs().max().item()
     assert difference <= _MOST_DIFFERENCE, difference
-    samples: list[list[float]] = [[], []]
+    return difference
+
+
+def _in_turn(calls: Sequence[Callable[[], Tensor]], runs: int) -> list[list[float]]:
+    """Seconds of each run of each call."""
+    samples: list[list[float]] = [[] for _ in calls]
     for _ in range(runs):
         for call, seconds in zip(calls, samples, strict=True):
             start = time.perf_counter()
             call()
             seconds.append(time.perf_counter() - start)
-    our_seconds, their_seconds = (statistics.median(seconds) for seconds in samples)
-    return {
-        "seconds": round(our_seconds, 3),
-        "transformers_seconds": round(their_seconds, 3),
-        "speedup": round(their_seconds / our_seconds, 2),
-        "largest_difference": difference,
-    }
+    return samples
 
 
 if __name__ == "__main__":

@@ -96,6 +96,22 @@ def test_the_encoder_notes_the_attention_that_a_literal_reading_finds(pair: Pair
     assert not run_through(pair.ours.encode_image(prompt.images[0])).observed
 
 
+def test_an_encoded_image_keeps_no_memory_beside_its_own_tensors(pair: Pair) -> None:
+    [image] = pair.ours.prepare(raw(ONE, [noise((1, 2), pair.ours.info.tile_size)])).images
+    needs = frozenset[Observation]({"class_attention", "vision_attention", "patch_entropy"})
+    encoded = run_through(pair.ours.encode_image(image, needs))
+    assert encoded.observed.keys() == needs
+    for tensor in (encoded.features, *encoded.observed.values()):
+        assert tensor.untyped_storage().nbytes() == tensor.nbytes
+
+
+def test_encoding_pauses_after_each_layer(pair: Pair) -> None:
+    [image] = pair.ours.prepare(raw(ONE, [noise((1, 1), pair.ours.info.tile_size)])).images
+    vision = pair.peer.model.model.vision_model
+    num_layers = len(vision.transformer.layers) + len(vision.global_transformer.layers)
+    assert sum(1 for _ in pair.ours.encode_image(image)) == num_layers
+
+
 def test_patch_entropy_is_that_of_each_patch_of_each_tile() -> None:
     tile = torch.zeros(4, 4)
     tile[:2, 2:] = torch.tensor([[0.0, 1.0], [2.0, 3.0]])  # four grey values, alike often

@@ -79,19 +79,7 @@ class Mllama:
             image: tiles.
             needs: what else is wanted, see `TrimParams.needs`.
         """
-        return (yield from self.encode_images([image], [needs]))[0]
-
-    @torch.inference_mode()
-    def encode_images(
-        self, images: Sequence[PreparedImage], needs: Sequence[frozenset[Observation]]
-    ) -> Interruptible[list[EncodedImage]]:
-        """Visual features of several images, of one request or of several, in one pass; yields after each layer.
-
-        Args:
-            images: [B], at least one.
-            needs: [B], what else is wanted of each.
-        """
-        return (yield from self._vision.encode(images, needs))
+        return (yield from self._vision.encode(image, needs))
 
     @torch.inference_mode()
     def prefill(

@@ -1,4 +1,4 @@
-"""From pixels to visual features: transformers' vision weights in a loop of our own, several images in one pass.
+"""From pixels to visual features, one image at a time (ADR-0007): transformers' vision weights in a loop of our own.
 
 Two things differ from transformers' forward pass, neither from what it means. Its attention mask only blocks
 padding rows from padding rows, so one unmasked attention of the real rows over all rows and one of the padding
@@ -34,7 +34,7 @@ _ROW_ALIGNMENT = 8  # Mllama pads the rows of each tile to a multiple of this; t
 
 @dataclass(frozen=True, slots=True)
 class ImageRows:
-    """One image of a batch, whose images all have the same number of rows."""
+    """What the rows of an image are."""
 
     num_real: int
     """Rows that are not padding; they come first."""
@@ -59,39 +59,29 @@ class VisionEncoder:
         # The output of layer i is the input of layer i + 1, so both choices are a list of layer inputs.
         self._collected = [i + (intermediate_features == "outputs") for i in indices]
 
-    def encode(
-        self, prepared: Sequence[PreparedImage], needs: Sequence[frozenset[Observation]]
-    ) -> Interruptible[list[EncodedImage]]:
-        """Visual features of several images, padding tiles left out; yields after each layer.
-
-        Rows of all images go through the linear layers together, and each image attends to itself alone.
+    def encode(self, prepared: PreparedImage, needs: frozenset[Observation]) -> Interruptible[EncodedImage]:
+        """Visual features of one image, padding tiles left out; yields after each layer.
 
         Args:
-            prepared: [B], at least one.
-            needs: [B], what is noted of each on the way.
+            prepared: its tiles.
+            needs: what is noted on the way.
         Returns:
-            Of each: `cross_attention_states` of the real tiles in the model's dtype, and what was noted.
+            `cross_attention_states` of the real tiles in the model's dtype, and what was noted.
         """
         vision = self._vision
-        ids = torch.tensor([[image.aspect_ratio_id] for image in prepared], device=self._projector.weight.device)
-        tiles = self._embed(torch.stack([image.pixel_values for image in prepared]), ids)
-        images = [self._rows_of(*image) for image in zip(prepared, needs, strict=True)]
-        order = _real_rows_first(tiles, [image.num_tiles for image in prepared], vision.num_patches)
+        aspect_ratio_ids = torch.tensor([[prepared.aspect_ratio_id]], device=self._projector.weight.device)
+        tiles = self._embed(prepared.pixel_values, aspect_ratio_ids)
+        image = self._rows_of(prepared, needs)
+        order = _real_rows_first(tiles, prepared.num_tiles, vision.num_patches)
 
-        hidden, intermediate = yield from _run(self._local_layers, tiles.flatten(0, 2)[order], images, self._collected)
+        hidden, intermediate = yield from _run(self._local_layers, tiles.flatten(0, 2)[order], image, self._collected)
         tiles = vision.layernorm_post(hidden)[order.argsort()].view_as(tiles)
-        tiles = vision.post_tile_positional_embedding(tiles, ids)
-        hidden, _ = yield from _run(self._global_layers, tiles.flatten(0, 2)[order], images, [])
+        tiles = vision.post_tile_positional_embedding(tiles, aspect_ratio_ids)
+        hidden, _ = yield from _run(self._global_layers, tiles.flatten(0, 2)[order], image, [])
 
-        parts = [rows.chunk(len(images)) for rows in (hidden, *intermediate)]
-        encoded = []
-        for image, last, *inputs in zip(images, *parts, strict=True):
-            between = torch.stack([rows[: image.num_real] for rows in inputs], dim=-1).flatten(1)
-            # One by one, so that each image has memory of its own.
-            features = self._projector(torch.cat([last[: image.num_real], between], dim=-1))
-            observed = image.observer.observed()
-            encoded.append(EncodedImage(features, vision.num_patches, len(self._local_layers), observed))
-        return encoded
+        between = torch.stack([rows[: image.num_real] for rows in intermediate], dim=-1).flatten(1)
+        features = self._projector(torch.cat([hidden[: image.num_real], between], dim=-1))
+        return EncodedImage(features, vision.num_patches, len(self._local_layers), image.observer.observed())
 
     def _rows_of(self, image: PreparedImage, needs: frozenset[Observation]) -> ImageRows:
         num_patches = self._vision.num_patches
@@ -103,17 +93,16 @@ class VisionEncoder:
         """Patches, class token and position embeddings, rows padded to the alignment.
 
         Args:
-            pixel_values: [B, max_tiles, 3, tile_size, tile_size].
-            aspect_ratio_ids: int64 [B, 1].
+            pixel_values: [max_tiles, 3, tile_size, tile_size].
+            aspect_ratio_ids: int64 [1, 1].
         Returns:
-            [B, max_tiles, rows, width].
+            [1, max_tiles, rows, width].
         """
         vision = self._vision
         weight = vision.patch_embedding.weight
-        pixels = pixel_values.to(weight.device, weight.dtype).flatten(0, 1)
-        patches = vision.patch_embedding(pixels).flatten(2).transpose(1, 2).unflatten(0, pixel_values.shape[:2])
-        patches = vision.pre_tile_positional_embedding(patches, aspect_ratio_ids).flatten(0, 1)
-        hidden = vision.apply_class_embedding(patches).unflatten(0, pixel_values.shape[:2])
+        patches = vision.patch_embedding(pixel_values.to(weight.device, weight.dtype)).flatten(2).transpose(1, 2)
+        patches = vision.pre_tile_positional_embedding(patches[None], aspect_ratio_ids)[0]
+        hidden = vision.apply_class_embedding(patches)[None]
         hidden = vision.layernorm_pre(vision.gated_positional_embedding(hidden, aspect_ratio_ids))
         return F.pad(hidden, (0, 0, 0, -hidden.shape[2] % _ROW_ALIGNMENT))
 
@@ -137,30 +126,33 @@ class VisionLayer:
         self._second = linear(layer.mlp, "fc2")
         self._mlp_gate = layer.gate_ffn.tanh().item() if layer.is_gated else 1
 
-    def __call__(self, hidden: Tensor, images: Sequence[ImageRows]) -> Tensor:
-        """The layer's output [B * R, width].
+    def __call__(self, hidden: Tensor, image: ImageRows) -> Tensor:
+        """The layer's output [R, width].
 
         Args:
-            hidden: [B * R, width], the rows of one image after another.
-            images: [B].
+            hidden: [R, width].
+            image: whose rows these are.
         """
-        qkv = self._qkv(self._attention_norm(hidden)).view(len(images), -1, *self._heads_shape)
-        attended = [
-            rows for image in zip(qkv.permute(0, 2, 3, 1, 4), images, strict=True) for rows in self._attend(*image)
-        ]
-        hidden = hidden.add(self._output(torch.cat(attended)), alpha=self._attention_gate)
+        attended = self.attend(self._qkv(self._attention_norm(hidden)), image)
+        hidden = hidden.add(self._output(attended), alpha=self._attention_gate)
         between = self._activation(self._first(self._mlp_norm(hidden)))
         return hidden.add(self._second(between), alpha=self._mlp_gate)
 
-    def _attend(self, qkv: Tensor, image: ImageRows) -> tuple[Tensor, Tensor]:
-        """What an image's real rows and its padding rows attend to, [rows, width]; qkv are [3, heads, R, Dh]."""
-        q, k, v = qkv
+    def attend(self, qkv: Tensor, image: ImageRows) -> Tensor:
+        """What an image's rows attend to.
+
+        Args:
+            qkv: [R, 3 * width], queries, keys and values.
+            image: whose rows these are.
+        Returns:
+            [R, width]
+        """
+        q, k, v = qkv.unflatten(1, self._heads_shape).permute(1, 2, 0, 3)
         image.observer.attends(q, k, self._scale)
         real = image.num_real
-        return (
-            self._attend_to(q[:, :real], k, v),
-            self._attend_to(q[:, real:], k[:, :real], v[:, :real]),
-        )
+        of_real = self._attend_to(q[:, :real], k, v)
+        of_padding = self._attend_to(q[:, real:], k[:, :real], v[:, :real])
+        return torch.cat([of_real, of_padding])
 
     def _attend_to(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """[heads, T, Dh] over [heads, R, Dh] -> [T, width]."""
@@ -168,19 +160,17 @@ class VisionLayer:
         return attended[0].transpose(0, 1).flatten(1)
 
 
-def _real_rows_first(tiles: Tensor, num_tiles: Sequence[int], num_patches: int) -> Tensor:
-    """The permutation of the rows of tiles [B, max_tiles, rows, width] that puts each image's real ones first."""
-    is_padding = torch.ones(tiles.shape[:3], dtype=torch.bool, device=tiles.device)
-    for of_image, count in zip(is_padding, num_tiles, strict=True):
-        of_image[:count, :num_patches] = False
-    order = is_padding.flatten(1).argsort(dim=1, stable=True)
-    return (order + order.shape[1] * torch.arange(len(order), device=order.device)[:, None]).flatten()
+def _real_rows_first(tiles: Tensor, num_tiles: int, num_patches: int) -> Tensor:
+    """The permutation of the rows of tiles [1, max_tiles, rows, width] that puts the real ones first."""
+    is_padding = torch.ones(tiles.shape[1:3], dtype=torch.bool, device=tiles.device)
+    is_padding[:num_tiles, :num_patches] = False
+    return is_padding.flatten().argsort(stable=True)
 
 
 def _run(
-    layers: Sequence[VisionLayer], hidden: Tensor, images: Sequence[ImageRows], collected: Sequence[int]
+    layers: Sequence[VisionLayer], hidden: Tensor, image: ImageRows, collected: Sequence[int]
 ) -> Interruptible[tuple[Tensor, list[Tensor]]]:
-    """Run layers over rows [B * R, width].
+    """Run layers over rows [R, width].
 
     Returns:
         The last layer's output, and the inputs of the layers in `collected`; the input of the layer after the last is
@@ -190,7 +180,7 @@ def _run(
     for index, layer in enumerate(layers):
         if index in collected:
             inputs[index] = hidden
-        hidden = layer(hidden, images)
+        hidden = layer(hidden, image)
         yield
     inputs[len(layers)] = hidden
     return hidden, [inputs[index] for index in collected]
