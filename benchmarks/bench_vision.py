@@ -79,12 +79,12 @@ def main() -> None:
 class _Together(VisionLayer):
     """Several images in one pass: all rows through the linear layers at once, each image attends to itself alone."""
 
+    num_rows: int
+    """Of an image."""
+
     def attend(self, qkv: Tensor, image: ImageRows) -> Tensor:
         """The rows of images of the same size, one after another."""
         return torch.cat([super(_Together, self).attend(rows, image) for rows in qkv.split(self.num_rows)])
-
-    num_rows: int
-    """Of an image."""
 
 
 class _Bench:
