@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.ops.arrays import LAYOUTS, misaligned, seeded
+from tests.ops.refusals import assert_refused
 from trimserve.ops import PAGE_POSITIONS, gather_kv, reference
 
 pytestmark = pytest.mark.usefixtures("device")
@@ -149,22 +150,16 @@ REFUSED_VALUES: list[tuple[Inputs, str]] = [
 ]
 
 
-def assert_refused(arguments: Inputs, message: str) -> None:
-    with pytest.raises(ValueError) as error:  # noqa: PT011 - the whole message is compared
-        gather_kv(*arguments)
-    assert str(error.value) == f"gather_kv: {message}"
-
-
 @pytest.mark.usefixtures("host")
 @pytest.mark.parametrize(("arguments", "message"), REFUSALS)
 def test_refuses_with_its_reason(arguments: Inputs, message: str) -> None:
-    assert_refused(arguments, message)
+    assert_refused(gather_kv, arguments, message)
 
 
 @pytest.mark.usefixtures("checked_values")
 @pytest.mark.parametrize(("arguments", "message"), REFUSED_VALUES)
 def test_refuses_values_with_its_reason(arguments: Inputs, message: str) -> None:
-    assert_refused(arguments, message)
+    assert_refused(gather_kv, arguments, message)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.ops.arrays import LAYOUTS, misaligned, seeded
+from tests.ops.refusals import assert_refused
 from tests.tolerances import HEADWISE_SCORES
 from trimserve.ops import headwise_scores, reference
 
@@ -219,22 +220,16 @@ REFUSED_VALUES: list[tuple[tuple[Tensor, Tensor, Tensor, float], str]] = [
 ]
 
 
-def assert_refused(arguments: tuple[Tensor, Tensor, Tensor, float], message: str) -> None:
-    with pytest.raises(ValueError) as error:  # noqa: PT011 - the whole message is compared
-        headwise_scores(*arguments)
-    assert str(error.value) == f"headwise_scores: {message}"
-
-
 @pytest.mark.usefixtures("host")
 @pytest.mark.parametrize(("arguments", "message"), REFUSALS)
 def test_refuses_with_its_reason(arguments: tuple[Tensor, Tensor, Tensor, float], message: str) -> None:
-    assert_refused(arguments, message)
+    assert_refused(headwise_scores, arguments, message)
 
 
 @pytest.mark.usefixtures("checked_values")
 @pytest.mark.parametrize(("arguments", "message"), REFUSED_VALUES)
 def test_refuses_values_with_its_reason(arguments: tuple[Tensor, Tensor, Tensor, float], message: str) -> None:
-    assert_refused(arguments, message)
+    assert_refused(headwise_scores, arguments, message)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.ops.arrays import LAYOUTS, misaligned, seeded
+from tests.ops.refusals import assert_refused
 from tests.tolerances import PAGED_ATTENTION
 from trimserve.ops import PAGE_POSITIONS, paged_attention, reference, write_kv
 
@@ -303,22 +304,16 @@ REFUSED_VALUES: list[tuple[Inputs, str]] = [
 ]
 
 
-def assert_refused(arguments: Inputs, message: str) -> None:
-    with pytest.raises(ValueError) as error:  # noqa: PT011 - the whole message is compared
-        paged_attention(*arguments)
-    assert str(error.value) == f"paged_attention: {message}"
-
-
 @pytest.mark.usefixtures("host")
 @pytest.mark.parametrize(("arguments", "message"), REFUSALS)
 def test_refuses_with_its_reason(arguments: Inputs, message: str) -> None:
-    assert_refused(arguments, message)
+    assert_refused(paged_attention, arguments, message)
 
 
 @pytest.mark.usefixtures("checked_values")
 @pytest.mark.parametrize(("arguments", "message"), REFUSED_VALUES)
 def test_refuses_values_with_its_reason(arguments: Inputs, message: str) -> None:
-    assert_refused(arguments, message)
+    assert_refused(paged_attention, arguments, message)
 
 
 B = torch.zeros(2, 32)
@@ -333,9 +328,7 @@ BIAS_REFUSALS: list[tuple[Tensor, str]] = [
 @pytest.mark.usefixtures("host")
 @pytest.mark.parametrize(("bias", "message"), BIAS_REFUSALS)
 def test_refuses_a_bias_with_its_reason(bias: Tensor, message: str) -> None:
-    with pytest.raises(ValueError) as error:  # noqa: PT011 - the whole message is compared
-        paged_attention(Q, P, 0, T, L, 1.0, bias)
-    assert str(error.value) == f"paged_attention: bias {message}"
+    assert_refused(paged_attention, (Q, P, 0, T, L, 1.0, bias), f"bias {message}")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.ops.arrays import LAYOUTS, misaligned, seeded
+from tests.ops.refusals import assert_refused
 from trimserve.ops import reference, union_indices
 
 pytestmark = pytest.mark.usefixtures("device")
@@ -92,22 +93,16 @@ REFUSED_VALUES: list[tuple[tuple[Tensor, int], str]] = [
 ]
 
 
-def assert_refused(arguments: tuple[Tensor, int], message: str) -> None:
-    with pytest.raises(ValueError) as error:  # noqa: PT011 - the whole message is compared
-        union_indices(*arguments)
-    assert str(error.value) == f"union_indices: {message}"
-
-
 @pytest.mark.usefixtures("host")
 @pytest.mark.parametrize(("arguments", "message"), REFUSALS)
 def test_refuses_with_its_reason(arguments: tuple[Tensor, int], message: str) -> None:
-    assert_refused(arguments, message)
+    assert_refused(union_indices, arguments, message)
 
 
 @pytest.mark.usefixtures("checked_values")
 @pytest.mark.parametrize(("arguments", "message"), REFUSED_VALUES)
 def test_refuses_values_with_its_reason(arguments: tuple[Tensor, int], message: str) -> None:
-    assert_refused(arguments, message)
+    assert_refused(union_indices, arguments, message)
 
 
 def test_opcheck() -> None:
