@@ -18,7 +18,14 @@ from trimserve.models.policies.table import POLICIES
 README = (ROOT / "README.md").read_text()
 CORRECTNESS = (ROOT / "docs/correctness.md").read_text()
 ALGORITHMS = (ROOT / "docs/algorithms.md").read_text()
-COMMANDS = re.findall(r"^\$ (.+?)(?:\s+#.*)?$", README, re.MULTILINE)
+COMMANDS = [
+    command
+    for document in [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
+    for command in re.findall(r"^\$ (.+?)(?:\s+#.*)?$", document.read_text(), re.MULTILINE)
+]
+
+OTHER_PROGRAMS = ("buf", "cd", "curl", "docker", "node", "printf", "python", "token=")
+"""Of commands that scripts/verify_*.py runs, or people."""
 
 
 @pytest.fixture(scope="module")
@@ -43,21 +50,26 @@ def test_doctests_pass(path: Path) -> None:
     assert doctest.testmod(importlib.import_module(module_name(path))).failed == 0
 
 
-def test_readme_commands_name_real_targets_subcommands_and_flags() -> None:
+def test_commands_name_real_targets_programs_subcommands_and_flags() -> None:
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     group = typer.main.get_command(app)
-    assert len(COMMANDS) >= 6
+    checked = set()
     for command in COMMANDS:
         program, *words = command.split()
-        if program == "make":
-            assert words[0] in targets, command
-            continue
-        if program in ("cd", "curl", "node", "npm"):  # scripts/verify_walkthrough.py runs them
-            continue
-        assert program.endswith("trimserve"), command
-        known = {name for parameter in group.commands[words[0]].params for name in parameter.opts}  # type: ignore[attr-defined]  # a group
-        used = {word for word in words if word.startswith("--")}
-        assert used <= known, command
+        match program.rpartition("/")[2], *words:
+            case "make", target:
+                assert target in targets, command
+            case "python", "-m", str(module), *flags if module.startswith("benchmarks."):
+                source = (ROOT / module.replace(".", "/")).with_suffix(".py").read_text()
+                assert all(f'"{flag}"' in source for flag in flags if flag.startswith("--")), command
+            case "trimserve", subcommand, *words:
+                known = {name for parameter in group.commands[subcommand].params for name in parameter.opts}  # type: ignore[attr-defined]  # a group
+                assert {word for word in words if word.startswith("--")} <= known, command
+            case _:
+                assert program.startswith(OTHER_PROGRAMS), command
+                continue
+        checked.add(command)
+    assert len(checked) >= 12
 
 
 def test_flags_in_readmes_prose_exist() -> None:
