@@ -88,7 +88,7 @@ docs: build  ## regenerate the tables of docs/ and README.md, and the dashboard
 
 bench-ops: build  ## measure the ops and a layer of the vision encoder, in four minutes; leave the machine alone
 	$(BIN)/python -m benchmarks.bench_ops
-	$(BIN)/python -m benchmarks.bench_vision
+	$(BIN)/python -m benchmarks.bench_vision --runs 2
 
 bench: bench-ops  ## measure ops and metrics, and try the load generator and the byte count (docs/performance.md measures with them)
 	$(BIN)/python -m benchmarks.bench_policies
