@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder of the results")
     arguments = parser.parse_args()
     results: list[dict[str, Any]] = []
-    print(f"{'op':60} {'dtype':9} {'threads':>7} {'ms: median':>10} {'p10':>9} {'p90':>9} {'PyTorch':>9} {'floor':>6}")
+    print(f"{'op':46} {'dtype':9} {'threads':>7} {'ms: median':>10} {'p10':>9} {'p90':>9} {'PyTorch':>9} {'floor':>6}")
     is_gpu = arguments.device == "cuda"
     if is_gpu:  # where it is the default anyway, naming it would slow every call
         torch.set_default_device("cuda")
@@ -93,7 +93,7 @@ def _line(row: dict[str, Any]) -> str:
     ours = row["ms"]
     share = f"{row['bandwidth_ratio']:6.0%}" if "bandwidth_ratio" in row else ""
     return (
-        f"{row['op'] + ' ' + row['detail']:60} {row['dtype']:9} {row['threads']:7} {ours['median']:10.3f} "
+        f"{row['op'] + ' ' + row['detail']:46} {row['dtype']:9} {row['threads']:7} {ours['median']:10.3f} "
         f"{ours['p10']:9.3f} {ours['p90']:9.3f} {row['baseline_ms']['median']:9.3f} {share}"
     )
 

@@ -209,7 +209,7 @@ def _paged_attention_case(
     together = pages[tables.long(), 0].permute(2, 0, 3, 1, 4, 5).flatten(3, 4)[..., :length, :].contiguous()
     keys, values = together
     torch.testing.assert_close(_attention_in_torch(q, keys, values), attended, rtol=1e-2, atol=1e-2)
-    of_bench = f", batch {batch}, heads of bench" if heads is _HEADS_BENCH else ""
+    of_bench = f", batch {batch} of bench" if heads is _HEADS_BENCH else ""
     return Case(
         "paged_attention",
         f"length {length}{of_bench}",

@@ -21,14 +21,17 @@ def draw_report(report: dict[str, Any], path: Path) -> None:
     """
     rows = report["results"]
     num_names = len({_name(row) for row in rows})
-    figure = Figure(figsize=(13, 1.4 + 0.42 * num_names), dpi=150, layout="constrained")
-    speed, share = figure.subplots(1, 2, width_ratios=(3, 2))
+    figure = Figure(figsize=(16, 1.4 + 0.42 * num_names), dpi=150, layout="constrained")
+    speed, share = figure.subplots(1, 2, width_ratios=(1, 1))
     _bars(speed, rows, "speedup", "{:.1f}x")
+    speed.set_xscale("log")
+    speed.set_xlim(0.5, 2 * max(row["speedup"] for row in rows))
+    speed.xaxis.set_visible(False)
     speed.axvline(1, color=_INK, linewidth=0.8)
-    speed.set_title("times as fast as the same in PyTorch", loc="left", fontsize=10)
+    speed.set_title("times as fast as the same in PyTorch, logarithmic", loc="left", fontsize=10)
     _bars(share, [row for row in rows if row.get("bandwidth_ratio")], "bandwidth_ratio", "{:.0%}")
     share.set_title("share of memory bandwidth, same run", loc="left", fontsize=10)
-    share.legend(fontsize=9, frameon=False, loc="lower right")
+    share.legend(fontsize=9, frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
     machine = report["machine"]
     device = machine.get("gpu") or f"{machine['cpu']}, {machine['simd']}"
     figure.suptitle(f"{device}, torch {machine['torch']}", color=_INK, fontsize=11)
@@ -51,6 +54,7 @@ def _bars(axes: Axes, rows: list[dict[str, Any]], value: str, form: str) -> None
         axes.bar_label(drawn, [form.format(row[value]) for row in of_threads], padding=3, fontsize=8, color=_INK)
     axes.set_yticks(range(len(names)), names)
     axes.set_xlim(right=1.18 * max((row[value] for row in rows), default=1))
+    axes.margins(y=0.01)
     axes.invert_yaxis()
     axes.tick_params(labelsize=9, colors=_INK)
     axes.set_xticks([])

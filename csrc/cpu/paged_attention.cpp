@@ -22,7 +22,7 @@ namespace trimserve::cpu {
 namespace {
 
 constexpr std::int64_t kPiecePositions = 256;  // logits of a piece stay in the first-level cache
-constexpr std::int64_t kAheadBytes = 8192;     // that memory takes to answer
+constexpr std::int64_t kAheadBytes = 8192;     // to fetch: what is read until memory has answered
 constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 static_assert(kPiecePositions % kPagePositions == 0);
 
