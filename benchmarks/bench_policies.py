@@ -1,15 +1,18 @@
 """Times what every policy takes to choose from an image of four tiles.
 
-    python -m benchmarks.bench_policies [--bench-model DIR] [--runs 5] [--threads 1] [--out FILE]
+    python -m benchmarks.bench_policies [--bench-model DIR] [--runs 3] [--threads 1] [--out FILE]
 
 Twice: alone, on random features of Llama-3.2-Vision 11B's shape, where one call is timed with what it held in memory;
-and as a share of the whole prefill of a question about a new image, vision encoder included, on the model `bench`
-(`benchmarks.bench_model` writes it). Every policy keeps a fifth of the image. The last line is the JSON document.
+and within the prefill of a question on the model `bench` (`benchmarks.bench_model` writes it), as a share of a prefill
+whose image is encoded already, and of one that encodes it. Every policy keeps a fifth of the image; those that the docs
+recommend choose what is merged, too. A line is told for each policy as it is done, in a few minutes altogether on one
+core; the last line is the JSON document.
 """
 
 import argparse
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from statistics import median
@@ -21,6 +24,7 @@ from torch import Tensor
 
 from benchmarks.bench_model import BENCH_MODEL, write_bench_model
 from benchmarks.ops.measure import peak_extra_bytes
+from benchmarks.policy_tables import RECOMMENDED
 from benchmarks.serve.report import about, write_json
 from benchmarks.serve.workload import draw_picture
 from trimserve.config import EngineConfig, ModelConfig
@@ -29,18 +33,18 @@ from trimserve.models.encoded_image import EncodedImage, Observation
 from trimserve.models.interruptible import run_through
 from trimserve.models.loading import load_model
 from trimserve.models.mllama import Mllama
-from trimserve.models.policies.budget import Allowance, FixedRatio
-from trimserve.models.policies.policy import AfterFirstLayer, BeforeDecoder, FirstLayer, Policy
+from trimserve.models.policies.budget import FixedRatio
+from trimserve.models.policies.policy import FirstLayer
 from trimserve.models.policies.table import POLICIES
 from trimserve.models.prefilled import Prefilled
 from trimserve.models.prepared import PreparedPrompt
 from trimserve.models.prompt import ChatPrompt, Image, Message, Text
-from trimserve.models.trimming import TrimParams, scratch_bytes
+from trimserve.models.trimming import TrimParams, choose_from_image, scratch_bytes, select
 
 __all__ = ["main"]
 
 _OUT = Path(__file__).parent / "results" / "policies" / "speed.json"
-_KEEP = 0.2
+_KEEP, _MERGE_RATIO = 0.2, 0.1
 _TILES, _SIZE, _DIM = 4, 1601, 4096
 _ROWS, _HEADS, _KV_HEADS, _HEAD_DIM = 64, 32, 8, 128
 _VISION_LAYERS, _VISION_HEADS, _VISION_HEAD_DIM = 40, 16, 80
@@ -54,18 +58,20 @@ def main() -> None:
     """Time, write, tell."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bench-model", type=Path, default=BENCH_MODEL, help="folder; written when it is not there")
-    parser.add_argument("--runs", type=int, default=5, help="of each policy, at least 1; the median counts")
+    parser.add_argument("--runs", type=int, default=3, help="of each policy, at least 1; the median counts")
     parser.add_argument("--threads", type=int, default=1, help="of one op")
     parser.add_argument("--out", type=Path, default=_OUT)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     if not arguments.bench_model.exists():
         write_bench_model(arguments.bench_model)
-    model = load_model(ModelConfig(model=str(arguments.bench_model)), EngineConfig())
+    bench = _Bench(load_model(ModelConfig(model=str(arguments.bench_model)), EngineConfig()), arguments.runs)
     rows = []
-    print(f"{'policy':12} {'11B: ms':>10} {'MiB':>6} {'bench: ms':>10} {'of prefill':>10}")
-    for name, policy in POLICIES.items():
-        rows.append({"policy": name, **_alone(policy(), arguments.runs), **_in_prefill(model, policy, arguments.runs)})
+    head = ("policy", "11B, ms", "MiB", "bench, ms", "of prefill", "encoding too")
+    print("{:17} {:>8} {:>6} {:>10} {:>10} {:>12}".format(*head), flush=True)
+    for trim in _trims():
+        named = {"policy": trim.policy, "merge_ratio": trim.merge_ratio}
+        rows.append({**named, **_alone(trim, arguments.runs), **bench.measure(trim)})
         print(_line(rows[-1]), flush=True)
     document = {
         "benchmark": "policies",
@@ -78,10 +84,19 @@ def main() -> None:
     print(json.dumps(document))
 
 
+def _trims() -> Iterator[TrimParams]:
+    """Every policy, and the recommended ones with merging."""
+    for name, policy in POLICIES.items():
+        trim = TrimParams(policy=name, budget=FixedRatio(_KEEP) if policy.budgets else None)
+        yield trim
+        if name in RECOMMENDED:
+            yield replace(trim, merge_ratio=_MERGE_RATIO)
+
+
 @torch.inference_mode()
-def _alone(policy: Policy, runs: int) -> dict[str, Any]:
+def _alone(trim: TrimParams, runs: int) -> dict[str, Any]:
     """Seconds of one choice at 11B's shape, scores of the heads included, and what it held meanwhile."""
-    choose = _chooser(policy)
+    choose = _chooser(trim)
     seconds = []
     for _ in range(runs):
         started_at = perf_counter()
@@ -90,51 +105,72 @@ def _alone(policy: Policy, runs: int) -> dict[str, Any]:
     return {"seconds": round(median(seconds), 5), "peak_extra_bytes": peak_extra_bytes(choose)}
 
 
-def _chooser(policy: Policy) -> Callable[[], Tensor]:
+def _chooser(trim: TrimParams) -> Callable[[], Tensor]:
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator)
 
-    features, allowance = draw(_FEATURES, _DIM), Allowance(FixedRatio(_KEEP))
-    if isinstance(policy, BeforeDecoder):
-        observed: dict[Observation, Tensor] = {
-            "class_attention": draw(_VISION_LAYERS, _FEATURES).softmax(dim=1),
-            "vision_attention": draw(2, _FEATURES, _VISION_HEADS, _VISION_HEAD_DIM),
-            "patch_entropy": draw(_FEATURES).abs(),
+    features = draw(_FEATURES, _DIM)
+    if trim.is_before_decoder:
+        notes: dict[Observation, Callable[[], Tensor]] = {
+            "class_attention": lambda: draw(_VISION_LAYERS, _FEATURES).softmax(dim=1),
+            "vision_attention": lambda: draw(2, _FEATURES, _VISION_HEADS, _VISION_HEAD_DIM),
+            "patch_entropy": lambda: draw(_FEATURES).abs(),
         }
-        image = EncodedImage(features, _SIZE, _VISION_LAYERS, observed)
-        return lambda: policy.choose(image, allowance).kept
-    assert isinstance(policy, AfterFirstLayer)
+        observed = {name: notes[name]() for name in sorted(trim.needs)}
+        # A new image each time: one that was asked before would remember.
+        return lambda: choose_from_image(EncodedImage(features, _SIZE, _VISION_LAYERS, observed), trim).kept
     queries, keys = draw(_ROWS, _HEADS, _HEAD_DIM), draw(_FEATURES, _KV_HEADS, _HEAD_DIM)
     visibility = torch.tensor([[0, _FEATURES]] * _ROWS, dtype=torch.int32)
-
-    def choose() -> Tensor:
-        layer = FirstLayer(queries, keys, features, visibility, _HEAD_DIM**-0.5, (_FEATURES,), _SIZE)
-        return policy.choose(layer.images()[0], allowance).kept
-
-    return choose
+    shape = (features, visibility, _HEAD_DIM**-0.5, (_FEATURES,), _SIZE)
+    return lambda: select(FirstLayer(queries, keys, *shape), trim).kept
 
 
-def _in_prefill(model: Mllama, policy: type[Policy], runs: int) -> dict[str, Any]:
-    """Seconds from the scores to the kept set within a prefill on `bench`, and their share of all of it."""
-    trim = TrimParams(policy=policy.name, budget=FixedRatio(_KEEP) if policy.budgets else None)
-    pool = KVPool(model.info, _POOL_BYTES)
-    whole, choosing = [], []
-    for prompt in _prompts(model, runs):
-        kv = pool.allocate(len(prompt.token_ids))
+class _Bench:
+    """Prefills of a question about one new image of four tiles after another."""
+
+    def __init__(self, model: Mllama, runs: int) -> None:
+        self._model = model
+        self._prompts = list(_prompts(model, runs))
+        self._pool = KVPool(model.info, _POOL_BYTES)
+        self._encoded: dict[frozenset[Observation], list[tuple[float, EncodedImage]]] = {}
+
+    def measure(self, trim: TrimParams) -> dict[str, Any]:
+        """Seconds from the scores to the kept set, those of the whole prefill, and the share of it.
+
+        The share is told twice, for a prefill whose image is encoded already and for one that encodes it.
+        """
+        choosing, reading, encoding = [], [], []
+        for prompt, (seconds, image) in zip(self._prompts, self._images(trim.needs), strict=True):
+            kv = self._pool.allocate(len(prompt.token_ids))
+            started_at = perf_counter()
+            prefilled: Prefilled = run_through(self._model.prefill(prompt, [image], trim, kv))
+            reading.append(perf_counter() - started_at)
+            kv.release()
+            encoding.append(seconds)
+            assert prefilled.trim_times is not None
+            choosing.append(prefilled.trim_times.selected_at - prefilled.trim_times.began_at)
+        chose, read, encoded = map(median, (choosing, reading, encoding))
+        return {
+            "bench_seconds": round(chose, 5),
+            "bench_prefill_seconds": round(read, 5),
+            "bench_encode_seconds": round(encoded, 5),
+            "share_of_prefill": round(chose / read, 5),
+            "share_with_encoding": round(chose / (read + encoded), 5),
+        }
+
+    def _images(self, needs: frozenset[Observation]) -> list[tuple[float, EncodedImage]]:
+        """What encoding took and gave, once for all policies that look at the same."""
+        if needs not in self._encoded:
+            self._encoded[needs] = [self._encode(prompt, needs) for prompt in self._prompts]
+        return self._encoded[needs]
+
+    def _encode(self, prompt: PreparedPrompt, needs: frozenset[Observation]) -> tuple[float, EncodedImage]:
+        [image] = prompt.images
         started_at = perf_counter()
-        images = [run_through(model.encode_image(image, trim.needs)) for image in prompt.images]
-        prefilled: Prefilled = run_through(model.prefill(prompt, images, trim, kv))
-        whole.append(perf_counter() - started_at)
-        kv.release()
-        assert prefilled.trim_times is not None
-        choosing.append(prefilled.trim_times.selected_at - prefilled.trim_times.began_at)
-    return {
-        "bench_seconds": round(median(choosing), 5),
-        "bench_prefill_seconds": round(median(whole), 5),
-        "share_of_prefill": round(median(choosing) / median(whole), 5),
-    }
+        encoded = run_through(self._model.encode_image(image, needs))
+        return perf_counter() - started_at, encoded
 
 
 def _prompts(model: Mllama, number: int) -> Iterator[PreparedPrompt]:
@@ -145,10 +181,11 @@ def _prompts(model: Mllama, number: int) -> Iterator[PreparedPrompt]:
 
 
 def _line(row: dict[str, Any]) -> str:
+    name = f"{row['policy']}{', merged' if row['merge_ratio'] else ''}"
     held = "" if row["peak_extra_bytes"] is None else f"{row['peak_extra_bytes'] / 2**20:.0f}"
     return (
-        f"{row['policy']:12} {1e3 * row['seconds']:10.1f} {held:>6} {1e3 * row['bench_seconds']:10.1f} "
-        f"{row['share_of_prefill']:10.2%}"
+        f"{name:17} {1e3 * row['seconds']:8.1f} {held:>6} {1e3 * row['bench_seconds']:10.1f} "
+        f"{row['share_of_prefill']:10.2%} {row['share_with_encoding']:10.2%}"
     )
 
 

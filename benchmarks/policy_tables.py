@@ -1,19 +1,31 @@
 """Tables of docs/policies.md: what every policy costs in accuracy and in time, made from what was measured."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from trimserve.evaluation.dataset import ALL_KINDS
-from trimserve.evaluation.report import UNTRIMMED_POLICY, Advantage, Report, Row
+from trimserve.evaluation.report import UNTRIMMED_POLICY, Advantage, Report, Row, variant
 from trimserve.models.policies.policy import BeforeDecoder
 from trimserve.models.policies.table import POLICIES
 
-__all__ = ["CONTROL", "accuracy_by_kind", "accuracy_by_policy", "speed_by_policy"]
+__all__ = [
+    "CONTROL",
+    "MOST_OF_PREFILL",
+    "RECOMMENDED",
+    "accuracy_by_kind",
+    "accuracy_by_policy",
+    "parameters_found",
+    "speed_by_policy",
+]
 
 CONTROL = "random"
 """With which every policy is compared."""
 
-_MOST_OF_PREFILL = 0.05  # of selection that may be recommended
+RECOMMENDED = ("trimmed", "cls")
+"""What docs/policies.md tells people to switch on."""
+
+MOST_OF_PREFILL = 0.05
+"""Share that choosing may take of a recommended policy's prefill, the image's encoding included."""
 
 
 def accuracy_by_policy(report: Report | None) -> str:
@@ -66,24 +78,53 @@ def speed_by_policy(report: dict[str, Any] | None) -> str:
     if report is None:
         return _missing("python -m benchmarks.bench_policies")
     lines = [
-        "| policy | 11B's shape, ms | memory, MiB | `bench`, ms | share of its prefill | |",
-        "|---|---:|---:|---:|---:|---|",
+        "| policy | 11B's shape, ms | memory, MiB | `bench`, ms | of a prefill | of one that encodes the image | |",
+        "|---|---:|---:|---:|---:|---:|---|",
     ]
     for row in report["policies"]:
-        held, share = row["peak_extra_bytes"], row["share_of_prefill"]
+        held, share = row["peak_extra_bytes"], row["share_with_encoding"]
         cells = (
             f"{1e3 * row['seconds']:,.1f}",
             "" if held is None else f"{held / 2**20:,.0f}",
             f"{1e3 * row['bench_seconds']:,.1f}",
+            f"{row['share_of_prefill']:.1%}",
             f"{share:.1%}",
-            "slow" if share > _MOST_OF_PREFILL else "",
+            "slow" if share > MOST_OF_PREFILL else "",
         )
-        lines.append(f"| `{row['policy']}` | {' | '.join(cells)} |")
+        lines.append(f"| `{row['policy']}`{', merged' if row['merge_ratio'] else ''} | {' | '.join(cells)} |")
     machine = report["machine"]
     where = f"{machine['cpu']}, {machine['num_threads']} thread(s), torch {report['versions']['torch']}"
     set_aside = f"The engine sets {report['scratch_bytes'] / 2**20:,.0f} MiB aside for it at 11B's shape."
     return "\n".join([*lines, "", f"{where}. {set_aside}"])
 
+
+def parameters_found(tuning: dict[str, Any] | None, calibrations: Sequence[dict[str, Any] | None]) -> str:
+    """Parameters that right answers, or logits alone, speak for, as Markdown.
+
+    Args:
+        tuning: of `tune_policies`; None says how to get one.
+        calibrations: of `trimserve eval --calibrate --keep`; None says how to get one.
+    """
+    if tuning is None:
+        return _missing("python -m benchmarks.tune_policies")
+    lines = ["| policy | best by | by default | so |", "|---|---|---:|---:|"]
+    asked = f"exact match, mean over budgets, {tuning['data']['num_questions']:,} questions"
+    for found in tuning["tuned"]:
+        name = variant(found["policy"], found["parameters"])
+        lines.append(f"| `{name}` | {asked} | {found['by_default']:.1%} | {found['accuracy']:.1%} |")
+    for calibration in calibrations:
+        if calibration is None:
+            return _missing("trimserve eval --calibrate --policies vflowopt --keep")
+        field, measure = _MEASURES[calibration["by"]]
+        usual, *_ = probes = calibration["probes"]
+        [best] = (probe for probe in probes if probe["parameters"] == calibration["parameters"])
+        asked = f"{measure}, mean over budgets, {calibration['data']['num_questions']:,} questions"
+        name = variant(calibration["policy"], calibration["parameters"])
+        lines.append(f"| `{name}` | {asked} | {usual[field]:.3f} | {best[field]:.3f} |")
+    return "\n".join(lines)
+
+
+_MEASURES = {"cosine": ("similarity", "cosine of the logits"), "kl": ("divergence", "KL, nats")}
 
 _Cell = Callable[[Row, Advantage | None], str]
 """What is told of a row, and of the control's lead over it."""

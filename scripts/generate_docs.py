@@ -28,7 +28,12 @@ from google.protobuf.descriptor_pb2 import (  # noqa: E402 the root must be on t
 )
 
 from benchmarks.generate.tables import generate_tables, precision_table  # noqa: E402 as above
-from benchmarks.policy_tables import accuracy_by_kind, accuracy_by_policy, speed_by_policy  # noqa: E402 as above
+from benchmarks.policy_tables import (  # noqa: E402 as above
+    accuracy_by_kind,
+    accuracy_by_policy,
+    parameters_found,
+    speed_by_policy,
+)
 from benchmarks.tables import (  # noqa: E402 as above
     bytes_tables,
     load_table,
@@ -209,6 +214,13 @@ TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     "policies": ("docs/policies.md", lambda: accuracy_by_policy(comparison())),
     "policies-by-kind": ("docs/policies.md", lambda: accuracy_by_kind(comparison())),
     "policies-speed": ("docs/policies.md", lambda: speed_by_policy(read_result("policies/speed.json"))),
+    "policies-parameters": (
+        "docs/policies.md",
+        lambda: parameters_found(
+            read_result("policies/tuning.json"),
+            [read_result(f"policies/{measure}/calibration.json") for measure in ("cosine", "kl")],
+        ),
+    ),
     "bytes": ("docs/performance.md", lambda: bytes_tables(read_result("bytes.json"))),
     "generate": ("docs/performance.md", lambda: _generate_tables("generate")),
     "generate-two-threads": ("docs/performance.md", lambda: _generate_tables("generate/two_threads")),

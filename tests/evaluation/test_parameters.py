@@ -17,7 +17,7 @@ QUESTIONS = [Question(Path("a.png"), str(number)) for number in range(3)]
 
 
 class Ridge:
-    """Most alike where the threshold is 2 and the weight 0.5; the better the weight, the more the threshold counts."""
+    """The cosine is largest where the threshold is 2 and the weight 0.5, the divergence least where 5 and 1."""
 
     def __init__(self) -> None:
         """Nothing is asked yet."""
@@ -38,8 +38,9 @@ class Ridge:
         for question in questions:
             row = [Answer("", 10, 10, 0.0, 1.0)]
             for trim in trims:
-                off = abs(trim.parameters["global_threshold"] - 2) + abs(trim.parameters["entropy_weight"] - 0.5)
-                row.append(Answer("", 10, 2, off, 1 - off / 10_000 - int(question.text) / 1000))
+                threshold, weight = (trim.parameters[name] for name in ("global_threshold", "entropy_weight"))
+                similarity = 1 - (abs(threshold - 2) + abs(weight - 0.5)) / 10_000 - int(question.text) / 1000
+                row.append(Answer("", 10, 2, abs(threshold - 5) + abs(weight - 1), similarity))
             yield row
 
 
@@ -52,6 +53,11 @@ def test_the_parameters_that_are_most_alike_are_found_one_after_the_other() -> N
     assert best.similarity == pytest.approx(1 - 0.001)  # mean of what the questions take off
     assert found.probes[0].parameters == {"global_threshold": 30, "entropy_weight": 0}
     assert len(ticks) <= max_passes("vflowopt") * len(QUESTIONS)
+
+
+def test_the_divergence_can_be_gone_by_as_well() -> None:
+    found = find_parameters(Ridge(), QUESTIONS, VFLOWOPT, [0.2], "kl")
+    assert found.parameters == {"global_threshold": 5, "entropy_weight": 1}
 
 
 def test_nothing_is_tried_twice() -> None:

@@ -25,7 +25,8 @@ class Answer:
     divergence: float
     """KL(untrimmed || this) of the first generated token's distribution, in nats; 0 when untrimmed."""
     similarity: float | None = None
-    """Cosine between the logits of that token and the untrimmed ones, in [-1, 1]; None: a server tells no logits."""
+    """Cosine between the logits of that token and the untrimmed ones, each less their mean, in [-1, 1]; None: a server
+    tells no logits."""
 
 
 class Answerer(Protocol):

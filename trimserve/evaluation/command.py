@@ -20,6 +20,7 @@ from trimserve.evaluation.progress import progress
 
 if TYPE_CHECKING:
     from trimserve.evaluation.answers import Answerer
+    from trimserve.evaluation.parameters import Measure
     from trimserve.evaluation.report import Report
     from trimserve.models.trimming import TrimParams
 
@@ -36,6 +37,7 @@ def evaluate(
     limit: options.Limit = None,
     only_calibrate: options.Calibrate = False,
     max_kl: options.MaxKl = 0.02,
+    by: options.By = "cosine",
     num_threads: options.NumThreads = None,
     address: options.Address = None,
     ca: Ca = None,
@@ -69,7 +71,7 @@ def evaluate(
             merged = [replace(trim, merge_ratio=merge_ratio) for trim in trims for merge_ratio in merge_budgets]
             _compare(answerer, questions, merged, budgets, out, draw, is_kept=is_kept)
         elif is_kept:
-            _calibrate_parameters(answerer, questions, first, budgets, out / "calibration.json")
+            _calibrate_parameters(answerer, questions, first, budgets, by, out / "calibration.json")
         else:
             _calibrate(answerer, questions, first, max_kl, out / "calibration.json")
 
@@ -116,15 +118,20 @@ def _calibrate(
 
 
 def _calibrate_parameters(
-    answerer: "Answerer", questions: Sequence[Question], trim: "TrimParams", budgets: Sequence[float], file: Path
+    answerer: "Answerer",
+    questions: Sequence[Question],
+    trim: "TrimParams",
+    budgets: Sequence[float],
+    measure: "Measure",
+    file: Path,
 ) -> None:
-    """Find the parameters whose logits are most like the untrimmed ones."""
+    """Find the parameters under which answers begin most like the untrimmed ones."""
     from trimserve.evaluation.parameters import find_parameters, max_passes
     from trimserve.evaluation.report import variant
 
     with progress("questions, at most", max_passes(trim.policy) * len(questions)) as advance:
-        found = find_parameters(answerer, questions, trim, budgets, on_question=advance)
-    setting = {"policy": trim.policy, "merge_ratio": trim.merge_ratio, "keep": list(budgets)}
+        found = find_parameters(answerer, questions, trim, budgets, measure, on_question=advance)
+    setting = {"policy": trim.policy, "merge_ratio": trim.merge_ratio, "keep": list(budgets), "by": measure}
     _write_calibration(answerer, questions, {**setting, **asdict(found)}, file)
     table = Table("parameters", "cosine", "KL, nats", box=None)
     for probe in found.probes:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from trimserve.engine.kv_pool import KVPool, SequenceKV
@@ -44,9 +43,9 @@ class _Run:
     max_new_tokens: int
     num_held: int = 0
     logits: NDArray[np.float64] = field(default_factory=lambda: np.empty(0))
-    """[vocab_size], of the first token."""
+    """[vocab_size], of the first token, less their mean."""
     logprobs: NDArray[np.float64] = field(default_factory=lambda: np.empty(0))
-    """The same, normalised."""
+    """[vocab_size], of the first token."""
     token_ids: list[int] = field(default_factory=list)
 
 
@@ -128,11 +127,11 @@ class InProcess:
     def _read(self, runs: Sequence[_Run]) -> None:
         """Prefill all together and take the first tokens."""
         token_ids = list(chain.from_iterable(run.prompt.token_ids for run in runs))
-        logits = self._model.logits([run.rows for run in runs], token_ids)
-        ends = np.cumsum([run.rows.num_rows for run in runs]) - 1
-        last = logits[torch.from_numpy(ends).to(logits.device)].double()
-        rows, logprobs = last.cpu().numpy(), last.log_softmax(dim=-1).cpu().numpy()
-        for run, row, logprob, token_id in zip(runs, rows, logprobs, last.argmax(dim=-1).tolist(), strict=True):
+        logits = self._model.logits([run.rows for run in runs], token_ids, all_rows=False).double()
+        # Less their mean, which softmax ignores.
+        rows = (logits - logits.mean(dim=-1, keepdim=True)).cpu().numpy()
+        logprobs = logits.log_softmax(dim=-1).cpu().numpy()
+        for run, row, logprob, token_id in zip(runs, rows, logprobs, logits.argmax(dim=-1).tolist(), strict=True):
             assert run.rows.vision is not None
             if not np.isfinite(logprob).all():
                 raise RequestFailed(f"{run.source}: the model's logits are not finite")

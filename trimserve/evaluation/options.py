@@ -1,7 +1,7 @@
 """Options of `trimserve eval`: what each is called, takes and means."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -11,6 +11,7 @@ __all__ = [
     "ALL_POLICIES",
     "KEEP_OF_ALL",
     "Address",
+    "By",
     "Calibrate",
     "Data",
     "KRatios",
@@ -70,6 +71,13 @@ Calibrate = Annotated[
         "--calibrate",
         help="Instead find the smallest k_ratio within --max-kl; with --keep the policy's parameters whose answers "
         "begin most like the untrimmed ones. Takes the first policy and the first merge_ratio; needs no answers.",
+    ),
+]
+By = Annotated[
+    Literal["cosine", "kl"],
+    typer.Option(
+        help="What --calibrate with --keep goes by: the cosine of the logits after the prompt with the untrimmed ones, "
+        "or the KL of their distributions."
     ),
 ]
 MaxKl = Annotated[

@@ -1,13 +1,15 @@
 """Parameters of a policy under which a model goes on as if nothing was trimmed, found without knowing what is right.
 
 Source: the calibration of VFlowOpt, arXiv 2508.05211, which looks for the largest cosine between the last layer's
-states of the last token with and without trimming. Adapted: logits, a linear map of those states, are compared, because
-every answerer in this process has them; and the search goes along one parameter at a time over fixed candidates instead
-of by a Bayesian model: all candidates of a pass share each image's encoding, and the result is the same every time.
+states of the last token with and without trimming. Adapted: logits, a linear map of those states, are compared, less
+their mean, which softmax ignores; and the search goes along one parameter at a time over fixed candidates instead of by
+a Bayesian model: all candidates of a pass share each image's encoding, and the result is the same every time. The
+divergence of the distributions is another measure that needs no answers.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 
@@ -18,7 +20,10 @@ from trimserve.models.info import ParameterInfo
 from trimserve.models.policies.table import POLICIES
 from trimserve.models.trimming import TrimParams
 
-__all__ = ["Found", "Tried", "candidates", "find_parameters", "max_passes"]
+__all__ = ["Found", "Measure", "Tried", "candidates", "find_parameters", "max_passes"]
+
+Measure = Literal["cosine", "kl"]
+"""Which parameters are best: those with the largest `Tried.similarity`, or with the smallest `Tried.divergence`."""
 
 _ROUNDS = 3
 _SHARES = 9  # candidates between two ends that are close to each other
@@ -38,7 +43,7 @@ class Tried:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """The parameters with the largest similarity."""
+    """The best parameters."""
 
     parameters: dict[str, float]
     probes: tuple[Tried, ...]
@@ -72,10 +77,11 @@ def find_parameters(
     questions: Sequence[Question],
     trim: TrimParams,
     budgets: Sequence[float],
+    measure: Measure = "cosine",
     *,
     on_question: Callable[[], None] = lambda: None,
 ) -> Found:
-    """Find the parameters whose logits are most like the untrimmed ones, averaged over questions and budgets.
+    """Find the parameters under which the first token is drawn most like untrimmed, over all questions and budgets.
 
     Goes along the parameters in turn, trying all `candidates` of one while the others stay, until a round changes
     nothing, for three rounds at most. Of equal ones the first that was tried wins, beginning with the defaults.
@@ -85,10 +91,15 @@ def find_parameters(
         questions: at least one; their answers are not looked at.
         trim: a policy with parameters, and merge_ratio; parameters that it sets are where the search begins.
         budgets: shares of the image that stay, each in (0, 1); not looked at where the policy takes none.
+        measure: what best means.
         on_question: called after each question of each pass.
     Raises:
         DatasetError: the model refuses a question's image or text.
     """
+
+    def gain(probe: Tried) -> float:
+        return probe.similarity if measure == "cosine" else -probe.divergence
+
     known = POLICIES[trim.policy].describe().parameters
     best = {each.name: trim.parameters.get(each.name, each.default) for each in known}
     tried: dict[tuple[float, ...], Tried] = {}
@@ -99,7 +110,7 @@ def find_parameters(
             new = {tuple(each.values()): each for each in asked if tuple(each.values()) not in tried}
             probes = _try(answerer, questions, trim, list(new.values()), budgets, on_question) if new else ()
             tried.update(zip(new, probes, strict=True))
-            best = max((tried[tuple(each.values())] for each in asked), key=lambda probe: probe.similarity).parameters
+            best = max((tried[tuple(each.values())] for each in asked), key=gain).parameters
         if best == before:
             break
     return Found(best, tuple(tried.values()))

@@ -102,7 +102,7 @@ def _nearest_anchors(directions: Tensor, count: int) -> Tensor:
     anchors = [int((directions @ directions.mean(dim=0)).argmin())]
     closest = torch.full(group.shape, -math.inf, device=group.device)  # likeness to the nearest anchor
     num_known = 0
-    while num_known < len(anchors):
+    while True:
         new = torch.tensor(anchors[num_known:], device=group.device)
         likeness, nearest = (directions @ directions[new].T).max(dim=1)
         group = torch.where(likeness > closest, num_known + nearest, group)
@@ -110,17 +110,18 @@ def _nearest_anchors(directions: Tensor, count: int) -> Tensor:
         group[new] = torch.arange(num_known, len(anchors), device=group.device)
         closest[new] = math.inf
         num_known = len(anchors)
+        if num_known == count:
+            return group
         anchors += _next_anchors(directions, closest, count - num_known)
-    return group
 
 
 def _next_anchors(directions: Tensor, closest: Tensor, most: int) -> list[int]:
-    """The anchors that follow, at least one and as many as can be told from the candidates alone; none if `most` is 0.
+    """The anchors that follow: at least one, and as many as can be told from the candidates alone.
 
     Args:
         directions: float32 [n, D].
         closest: float32 [n], likeness to the nearest anchor so far; infinite for anchors.
-        most: anchors that are wanted.
+        most: anchors that are wanted, at least one.
     """
     order = closest.argsort(stable=True)[:_CANDIDATES]
     limit = float(closest[order[-1]]) if len(order) < len(closest) else math.inf

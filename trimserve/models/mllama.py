@@ -134,9 +134,9 @@ class Mllama:
         return self._decoder.decode(self._ids(token_ids), kvs)
 
     @torch.inference_mode()
-    def logits(self, prompts: Sequence[SequenceRows], token_ids: Sequence[int]) -> Tensor:
-        """Logits [R, vocab_size] of every row of several prompts; for evaluation and tests."""
-        return run_through(self._decoder.prefill(self._ids(token_ids), prompts, all_rows=True))
+    def logits(self, prompts: Sequence[SequenceRows], token_ids: Sequence[int], *, all_rows: bool = True) -> Tensor:
+        """Logits [R, vocab_size] of every row of several prompts, or of each one's last; for evaluation and tests."""
+        return run_through(self._decoder.prefill(self._ids(token_ids), prompts, all_rows=all_rows))
 
     def prompt_rows(
         self, prompt: PreparedPrompt, images: Sequence[EncodedImage], trim: TrimParams, kv: KeyValues
