@@ -4,12 +4,11 @@
 
 Every combination of a policy's candidates is tried at every budget, and what is not kept is dropped. The questions are
 drawn with another seed than those that policies are compared on, so that nobody is compared on what it was tuned on.
-The report is that of `trimserve eval`; `tuned` in it has each policy's best: the largest mean of its accuracies, of
-equal ones its defaults, then the one that was tried first. The last lines are what `trimserve eval --policies` takes.
+The report has what every combination came to, and each policy's best: the largest mean of its accuracies, of equal
+ones its defaults, then the one that was tried first. The last lines are what `trimserve eval --policies` takes.
 """
 
 import argparse
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
 from pathlib import Path
@@ -58,10 +57,13 @@ def main() -> None:
         with progress("questions", len(questions)) as advance:
             report = measure_curve(model, questions, list(_trims()), on_question=advance)
     found = tuned(report)
-    document = json.loads(report.to_json())
-    rows = [row for row in document.pop("rows") if row["kind"] == ALL_KINDS]
-    del document["advantages"]
-    write_json({"benchmark": "tuning", "seed": arguments.seed, **document, "tuned": found, "rows": rows}, arguments.out)
+    tried = [
+        {"policy": row.name, "keep": row.keep, "accuracy": row.accuracy.value}
+        for row in report.rows
+        if row.kind == ALL_KINDS
+    ]
+    about = {"seed": arguments.seed, "run": report.run, "model": report.model, "data": report.data}
+    write_json({"benchmark": "tuning", **about, "tuned": found, "tried": tried}, arguments.out)
     for each in found:
         print(variant(each["policy"], each["parameters"]))
 
