@@ -7,11 +7,13 @@ import argparse
 import sys
 from itertools import count
 from pathlib import Path
+from string import ascii_uppercase
 
 from grafana_foundation_sdk.builders import common, dashboard, heatmap, prometheus, stat, timeseries
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.models.common import BigValueGraphMode, GraphDrawStyle, LegendDisplayMode, LegendPlacement
 from grafana_foundation_sdk.models.dashboard import (
+    Dashboard,
     DashboardCursorSync,
     DataSourceRef,
     VariableOption,
@@ -53,7 +55,14 @@ def build() -> str:
         board.with_row(dashboard.Row(title).id(next(ids)))
         for panel in panels:
             board.with_panel(_panel(panel).id(next(ids)))
-    return JSONEncoder(sort_keys=True, indent=2).encode(board.build()) + "\n"
+    return JSONEncoder(sort_keys=True, indent=2).encode(_without_interval_fields(board.build())) + "\n"
+
+
+def _without_interval_fields(board: Dashboard) -> Dashboard:
+    """The SDK gives every variable what only intervals have, and Grafana's types do not know."""
+    for variable in board.templating.list_val or ():
+        variable.auto = variable.auto_min = variable.auto_count = None
+    return board
 
 
 def _variable(name: str, label: str, query: str) -> dashboard.QueryVariable:
@@ -83,8 +92,8 @@ def _panel(panel: Panel) -> PanelBuilder:
             legend = common.VizLegendOptions().display_mode(LegendDisplayMode.LIST).placement(LegendPlacement.BOTTOM)
             builder = timeseries.Panel().draw_style(GraphDrawStyle.LINE).fill_opacity(8).legend(legend).min(0).height(8)
     builder = builder.title(panel.title).description(panel.text).datasource(SOURCE).unit(panel.unit).span(panel.width)
-    for legend_format, expression in panel.queries.items():
-        query = prometheus.Dataquery().expr(expression).legend_format(legend_format or "__auto")
+    for letter, (legend_format, expression) in zip(ascii_uppercase, panel.queries.items(), strict=False):
+        query = prometheus.Dataquery().ref_id(letter).expr(expression).legend_format(legend_format or "__auto")
         if panel.kind == "heatmap":
             query = query.format(PromQueryFormat.HEATMAP)
         builder.with_target(query)

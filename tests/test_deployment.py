@@ -73,9 +73,8 @@ def test_prometheus_scrapes_the_server_of_the_compose_file() -> None:
 
 
 def test_what_the_compose_file_mounts_is_there() -> None:
-    def sources(service: dict[str, Any]) -> list[str]:
-        return [volume.split(":")[0] for volume in service.get("volumes", [])]
-
-    paths = [source for service in COMPOSE.values() for source in sources(service) if source.startswith(".")]
+    sources = {volume.split(":")[0] for service in COMPOSE.values() for volume in service.get("volumes", [])}
+    paths = {source for source in sources if source.startswith(".")}
     assert len(paths) == 3
     assert all((ROOT / "docker" / path).exists() for path in paths)
+    assert sources - paths == yaml.safe_load((ROOT / "docker/compose.yaml").read_text())["volumes"].keys()
