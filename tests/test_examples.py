@@ -1,5 +1,6 @@
 """The examples, run by the commands of their README against a server of the embedded model."""
 
+import json
 import os
 import re
 import shlex
@@ -45,6 +46,16 @@ def run(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"PYTHONPATH": sysconfig.get_path("purelib")}
     line = f"{shlex.quote(sys.executable)} -S {command}"
     return subprocess.run(line, shell=True, cwd=folder, env=environment, capture_output=True, text=True, timeout=60)
+
+
+def test_the_api_pages_buf_curl_asks_by_reflection(address: str) -> None:
+    page = (ROOT / "docs/api.md").read_text()
+    [command] = re.findall(r"^\$ (buf curl(?:.|\n)+?)\n```", page, re.MULTILINE)
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    line = command.replace("127.0.0.1:50051", address)
+    done = subprocess.run(line, shell=True, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["text"]
 
 
 def test_readmes_commands_generate_stubs_and_stream_an_answer(folder: Path, address: str) -> None:

@@ -334,6 +334,7 @@ def test_a_row_whose_parameters_raise_fails_alone(impossible: SamplingParams) ->
     expected = sample(logits[::2], states[::2])
     first, failed, third = sample(logits, states)
     assert isinstance(failed, RequestFailed)
+    assert failed.__cause__ is not None  # the engine logs it
     assert [first, third] == expected
     assert all(isinstance(outcome, SampledToken) for outcome in expected)
 

@@ -198,6 +198,15 @@ def test_plaintext_beyond_loopback_takes_a_flag(files: Files, host: str) -> None
     assert ServerConfig(host=host, tls_cert=files.path("server.pem"), tls_key=files.path("server.key"))
 
 
+async def test_with_the_flag_plaintext_is_answered_beyond_loopback() -> None:
+    config = Config(server=ServerConfig(host="0.0.0.0", port=0, metrics=False, allow_plaintext=True))
+    async with running_server(FakeRunner(), config) as server:
+        port = server.address.rpartition(":")[2]
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+            stub: generation_pb2_grpc.GenerationServiceAsyncStub = generation_pb2_grpc.GenerationServiceStub(channel)
+            assert (await stub.Generate(chat_request(), timeout=10)).text == "Hello ☃!"
+
+
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.1.2.3", "::1", "localhost"])
 def test_loopback_takes_plaintext(host: str) -> None:
     assert not ServerConfig(host=host).allow_plaintext

@@ -19,11 +19,17 @@ from tests.server.conftest import Loopback
 from tests.server.fakes import STARTED, FakeRunner, Pause, chat_request
 from tests.server.test_metrics import get
 from trimserve import config
-from trimserve.config import Config, ServerConfig
+from trimserve.client import make_request
+from trimserve.config import Config, EngineConfig, ServerConfig
 from trimserve.errors import RequestFailed
+from trimserve.local import make_runner
+from trimserve.models.loading import embedded_model_folder
 from trimserve.server.app import running_server
 from trimserve.server.logs import configure_logging
 from trimserve.v1 import generation_pb2 as pb
+from trimserve.v1 import generation_pb2_grpc
+
+SAMPLES = sorted((embedded_model_folder().parent / "samples").glob("*.png"))
 
 TRACE, CALLER = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 SAMPLED = (("traceparent", f"00-{TRACE}-{CALLER}-01"),)
@@ -136,6 +142,32 @@ async def test_a_call_continues_its_callers_trace_and_has_a_span_for_each_stage(
     assert collector[0].resource["service.name"].string_value == "trimserve"
 
 
+async def test_every_stage_of_a_question_about_images_reaches_the_collector(collector: tuple[Collector, str]) -> None:
+    taken, endpoint = collector
+    own = Config(
+        engine=EngineConfig(num_threads=1),
+        server=ServerConfig(port=0, metrics=False, tracing_endpoint=endpoint),
+    )
+    request = make_request("What do you see?", SAMPLES[:2], sampling=pb.SamplingParams(max_new_tokens=2))
+    async with (
+        running_server(make_runner(own), own) as server,
+        grpc.aio.insecure_channel(server.address) as channel,
+    ):
+        stub: generation_pb2_grpc.GenerationServiceAsyncStub = generation_pb2_grpc.GenerationServiceStub(channel)
+        assert (await stub.Generate(request, metadata=SAMPLED)).usage.images[1].kept_features
+    rpc, *stages = sorted(taken.spans, key=lambda span: span.kind != Span.SPAN_KIND_SERVER)
+    assert [stage.name for stage in sorted(stages, key=lambda stage: stage.start_time_unix_nano)] == [
+        "queue",
+        *["image_decode"] * 2,
+        "vision_encode",
+        "prefill",
+        "trim_select",
+        "trim_gather",
+        "decode",
+    ]
+    assert {(stage.trace_id.hex(), stage.parent_span_id) for stage in stages} == {(TRACE, rpc.span_id)}
+
+
 @pytest.mark.parametrize(
     ("request_", "script", "code", "status"),
     [
@@ -150,8 +182,9 @@ async def test_only_what_is_the_servers_fault_is_an_error(
     code: int,
     status: int,
 ) -> None:
-    spans = (await call(collector, request_, SAMPLED, *script)).spans
+    spans = (await call(collector, request_, (*SAMPLED, ("x-request-id", "of-header")), *script)).spans
     assert attributes(spans[NAME])["rpc.grpc.status_code"] == code
+    assert attributes(spans[NAME])["trimserve.request_id"] == "of-header"
     assert int(spans[NAME].status.code) == status
     assert not spans[NAME].events
     assert ("decode" in spans) == bool(script)

@@ -309,7 +309,7 @@ class Engine:
         try:
             yield
         except Exception as error:
-            log.exception("request %s failed", sequence.request_id)
+            log.exception("request failed", extra={"request_id": sequence.request_id})
             needed = self._most_pages(sequence) * self.pool.page_bytes
             self.cancel(sequence)
             sequence.sink(_as_own(error, sequence, needed))

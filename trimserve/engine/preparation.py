@@ -87,7 +87,7 @@ def why_not_prepared(error: BaseException, request_id: str) -> TrimserveError:
     """What a client is told of an error that a step raised; a mistake of ours is logged."""
     if isinstance(error, InvalidRequest):
         return error
-    log.error("preparing request %s failed", request_id, exc_info=error)
+    log.error("preparing a request failed", exc_info=error, extra={"request_id": request_id})
     if is_out_of_memory(error):
         return OutOfMemory(f"out of memory while request {request_id} was prepared")
     return RequestFailed(f"preparing request {request_id} failed")

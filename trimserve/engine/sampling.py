@@ -71,10 +71,11 @@ def sample(logits: Tensor, states: Sequence[SamplingState]) -> list[SampledToken
     """
     try:
         return _sample(logits, states)
-    except Exception:
+    except Exception as error:
         if len(states) == 1:
-            log.exception("sampling failed with %s", states[0].params)
-            return [RequestFailed("sampling failed")]
+            failure = RequestFailed("sampling failed")
+            failure.__cause__ = error
+            return [failure]
         log.exception("sampling %d rows failed; each is tried alone", len(states))
     return [sample(row[None], [state])[0] for row, state in zip(logits, states, strict=True)]
 

@@ -25,6 +25,7 @@ from trimserve.server.deadline import Deadline
 from trimserve.server.gate import Gate
 from trimserve.server.metrics import Metrics
 from trimserve.server.statuses import REQUEST_ID_KEY, code_of, trailer
+from trimserve.server.tracing import current_trace
 
 __all__ = ["RpcInterceptor"]
 
@@ -118,6 +119,7 @@ class RpcInterceptor(grpc.aio.ServerInterceptor):
                 log.error("rpc failed", exc_info=error, extra={"request_id": rpc.request_id})
             await rpc.context.abort(code, *trailer(error, rpc.request_id))
         finally:
+            _tell_trace(rpc.request_id)
             seconds = time.monotonic() - begin
             metrics.rpcs_handled.labels(*rpc.labels, code.name).inc()
             metrics.rpc_handling_seconds.labels(*rpc.labels).observe(seconds)
@@ -177,10 +179,18 @@ class _Rpc:
         }
 
 
+def _tell_trace(request_id: str) -> None:
+    trace = current_trace()
+    if trace is not None:
+        trace.describe({"trimserve.request_id": request_id})
+
+
 def _refusal(error: TrimserveError) -> RpcHandler:
     """Answers with an error, whatever is sent, and reads nothing of it."""
 
     async def refuse(_requests: AsyncIterator[bytes], context: Context) -> None:
-        await context.abort(code_of(error), *trailer(error, adopt_request_id(None)))
+        request_id = adopt_request_id(None)
+        _tell_trace(request_id)
+        await context.abort(code_of(error), *trailer(error, request_id))
 
     return grpc.stream_stream_rpc_method_handler(refuse)

@@ -37,8 +37,6 @@ class RequestObserver:
         self._is_trimming = request.trim.enabled
         self._policy = request.trim.policy
         self._inter_token = self._metrics.inter_token_latency_seconds.labels(self._trimming)
-        if self._trace is not None:
-            self._trace.describe({"trimserve.request_id": request.request_id})
 
     def saw(self, chunk: GenerationChunk) -> None:
         """A chunk is about to be sent."""

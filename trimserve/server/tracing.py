@@ -51,6 +51,8 @@ class Trace:
         """
         self._tracer = tracer
         self._span = span
+        # Once, so that stages lie as they did, whatever happens to the clock.
+        self._clock_began_ns = time.time_ns() - time.monotonic_ns()
 
     @property
     def trace_id(self) -> str | None:
@@ -66,8 +68,7 @@ class Trace:
         """Add a span within the RPC's, after the fact."""
         from opentelemetry.trace import set_span_in_context
 
-        since_epoch = time.time_ns() - time.monotonic_ns()
-        begin, end = (since_epoch + round(at * 1e9) for at in (stage.begin, stage.end))
+        begin, end = (self._clock_began_ns + round(at * 1e9) for at in (stage.begin, stage.end))
         self._tracer.start_span(stage.stage, set_span_in_context(self._span), start_time=begin).end(end)
 
 
