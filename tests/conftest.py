@@ -18,10 +18,25 @@ settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
-        "--device", choices=["cpu", "cuda", "fibers"], help="the only device to test ops on; it must be there"
-    )
+    parser.addoption("--device", choices=["cpu", "cuda", "fibers"], help="the only device to test on; it must be there")
     parser.addoption("--mixes", type=int, default=20, help="random mixes of requests that are compared with each alone")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "device" in metafunc.fixturenames:
+        chosen = metafunc.config.getoption("--device")
+        metafunc.parametrize("device", [chosen] if chosen else ["cpu", "cuda"], indirect=True, scope="module")
+
+
+@pytest.fixture(scope="module")
+def device(request: pytest.FixtureRequest) -> str:
+    """`cpu`, or `cuda` where there is a GPU."""
+    name: str = request.param
+    if name == "cuda" and not torch.cuda.is_available():
+        if request.config.getoption("--device"):
+            pytest.fail("torch sees no GPU")
+        pytest.skip("needs a GPU")
+    return name
 
 
 @pytest.fixture

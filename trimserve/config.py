@@ -12,8 +12,9 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationInfo, field_validator
 
-__all__ = ["Config", "Dtype", "EngineConfig", "ModelConfig", "Quantize", "ServerConfig"]
+__all__ = ["Config", "Device", "Dtype", "EngineConfig", "ModelConfig", "Quantize", "ServerConfig"]
 
+Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Quantize = Literal["none", "int8"]
 Port = Annotated[int, Field(ge=0, le=65535)]
@@ -38,11 +39,16 @@ class ModelConfig(_Knobs):
         min_length=1,
         description="Branch, tag or commit of a hub checkpoint; unset is its main branch.",
     )
+    device: Device = Field(
+        default="auto",
+        description="Where the model runs; `auto` is `cuda` where torch sees a GPU and the ops are built for it, else "
+        "`cpu`. `cuda` is the first GPU that `CUDA_VISIBLE_DEVICES` leaves.",
+    )
     dtype: Dtype = Field(default="auto", description="Type of weights and KV; `auto` is the checkpoint's own.")
     quantize: Quantize = Field(
         default="none",
         description="How the decoder's linear layers are stored: `none` is in `dtype`; `int8` is one scale for each "
-        "output, which takes less memory and makes decode steps faster. Everything else keeps `dtype`.",
+        "output, which takes less memory and makes decode steps faster, on a CPU only. Everything else keeps `dtype`.",
     )
     max_model_len: int | None = Field(
         default=None,

@@ -52,6 +52,13 @@ def test_without_a_linux_kernel_all_memory_counts(tmp_path: Path) -> None:
     assert available_bytes("cpu", tmp_path / "none", tmp_path / "none") > 2**28
 
 
+def test_what_the_allocator_of_a_gpu_holds_unused_is_available(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"mem_get_info": (1000, 9000), "memory_reserved": 700, "memory_allocated": 500}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda _, value=value: value)
+    assert available_bytes("cuda:0") == 1200
+    assert default_kv_cache_bytes(replace(INFO, device="cuda:0", max_model_len=2**40), 3, 10_000) == 9000
+
+
 def test_the_default_is_what_a_full_batch_can_use() -> None:
     # 128 positions are 8 pages in each of 2 groups of one layer; 80 features 5 pages in each of 3.
     pages = 3 * (2 * 8 + 3 * 5)

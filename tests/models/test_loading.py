@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import MllamaConfig, MllamaForConditionalGeneration
 
 from tests.models.random_checkpoint import Geometry, save_random_checkpoint
+from trimserve import ops
 from trimserve.config import EngineConfig, ModelConfig
 from trimserve.errors import CheckpointError
 from trimserve.models.loading import describe_model, load_model
@@ -154,6 +155,31 @@ def test_truncated_weights_are_refused(checkpoint: Path) -> None:
     file.write_bytes(file.read_bytes()[:-1000])
     with pytest.raises(CheckpointError, match="not a complete safetensors file"):
         load(checkpoint)
+
+
+def test_without_a_gpu_the_model_is_on_the_cpu_and_cuda_is_refused(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert load(checkpoint).info.device == "cpu"
+    with pytest.raises(CheckpointError, match="device cuda: torch sees no GPU"):
+        load(checkpoint, device="cuda")
+
+
+def test_a_gpu_is_taken_where_the_ops_are_built_for_it(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def device(**knobs: Any) -> str:
+        return describe_model(ModelConfig(model=str(checkpoint), **knobs), EngineConfig()).device
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(ops, "has_cuda_ops", lambda: True)
+    assert [device(), device(device="cuda"), device(device="cpu")] == ["cuda:0", "cuda:0", "cpu"]
+    assert device(device="cpu", quantize="int8") == "cpu"
+    with pytest.raises(CheckpointError, match="quantize int8 is for the CPU"):
+        device(quantize="int8")
+    monkeypatch.setattr(ops, "has_cuda_ops", lambda: False)
+    assert device() == "cpu"
+    with pytest.raises(CheckpointError, match="device cuda: the ops are built without CUDA"):
+        device(device="cuda")
 
 
 def test_a_null_quantization_config_is_none(checkpoint: Path) -> None:

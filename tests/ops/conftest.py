@@ -8,27 +8,16 @@ import torch
 from tests.csrc.build import load_fibers
 
 
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "device" in metafunc.fixturenames:
-        chosen = metafunc.config.getoption("--device")
-        metafunc.parametrize("device", [chosen] if chosen else ["cpu", "cuda"], indirect=True, scope="module")
-
-
 @pytest.fixture(scope="module")
-def device(request: pytest.FixtureRequest) -> Iterator[str]:
+def device(device: str) -> Iterator[str]:
     """`cpu`, `cuda` or `fibers`, the kernels of `cuda` on CPU tensors. New tensors are made there."""
-    name: str = request.param
-    if name == "cuda" and not torch.cuda.is_available():
-        if request.config.getoption("--device"):
-            pytest.fail("torch sees no GPU")
-        pytest.skip("needs a GPU")
-    if name == "fibers":
+    if device == "fibers":
         load_fibers()
-    if name == "cuda":
+    if device == "cuda":
         with torch.device("cuda"):
-            yield name
+            yield device
     else:
-        yield name
+        yield device
 
 
 @pytest.fixture

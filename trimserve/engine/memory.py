@@ -42,7 +42,9 @@ def available_bytes(device: str, meminfo: Path = _MEMINFO, cgroup: Path = _CGROU
         cgroup: folder of the control group, whose limit is respected.
     """
     if torch.device(device).type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        # What torch's allocator holds in reserve it uses again, and gives back when another size is wanted.
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
     try:
         lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
         free = int(lines["MemAvailable"].split()[0]) * 1024

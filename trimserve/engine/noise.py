@@ -7,6 +7,7 @@ bits.
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,8 +26,8 @@ def noise_keys(seeds: Sequence[int], positions: Sequence[int]) -> Tensor:
     Returns:
         int64 [B], on the CPU.
     """
-    mixed = _mix(torch.tensor([_signed(seed) for seed in seeds], dtype=torch.int64))
-    return _mix(mixed + torch.tensor(positions, dtype=torch.int64))
+    mixed = _mix(torch.from_numpy(np.array(seeds, dtype=np.uint64).view(np.int64)))
+    return _mix(mixed + torch.from_numpy(np.array(positions, dtype=np.int64)))
 
 
 def gumbel_noise(keys: Tensor, token_ids: Tensor) -> Tensor:

@@ -43,6 +43,7 @@ def evaluate(
     ca: Ca = None,
     token: Token = None,
     model: options.Model = None,
+    device: options.ModelDevice = "auto",
     dtype: options.ModelDtype = "auto",
     quantize: options.ModelQuantize = "none",
 ) -> None:
@@ -56,12 +57,13 @@ def evaluate(
     merge_budgets = parse_ratios(merge_ratios, "--merge-ratios", can_be_zero=True)
     questions = load_questions(data, limit=limit, need_answers=not only_calibrate)
     draw = None if only_calibrate else _find_picture(is_comparison=is_kept)
-    if address is not None and (model, dtype, quantize) != (None, "auto", "none"):
-        raise typer.BadParameter("--address excludes --model, --dtype and --quantize")
+    if address is not None and (model, device, dtype, quantize) != (None, "auto", "auto", "none"):
+        raise typer.BadParameter("--address excludes --model, --device, --dtype and --quantize")
     if address is not None and only_calibrate and is_kept:
         raise typer.BadParameter("--calibrate with --keep compares logits, which a server does not tell")
     server = None if address is None else connected(address, ca, token)
-    with _answerer(server, ModelConfig(model=model, dtype=dtype, quantize=quantize), num_threads) as answerer:
+    config = ModelConfig(model=model, device=device, dtype=dtype, quantize=quantize)
+    with _answerer(server, config, num_threads) as answerer:
         trims = parse_policies(policies, answerer.policies, is_kept=is_kept)
         first = replace(trims[0], merge_ratio=merge_budgets[0])
         if only_calibrate and is_kept and not has_parameters(first):

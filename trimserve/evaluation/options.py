@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from trimserve.config import Dtype, Quantize
+from trimserve.config import Device, Dtype, Quantize
 
 __all__ = [
     "ALL_POLICIES",
@@ -20,6 +20,7 @@ __all__ = [
     "MaxKl",
     "MergeRatios",
     "Model",
+    "ModelDevice",
     "ModelDtype",
     "ModelQuantize",
     "NumThreads",
@@ -86,5 +87,8 @@ MaxKl = Annotated[
 NumThreads = Annotated[int | None, typer.Option(min=1, help="Threads of one op on the CPU; default: PyTorch's choice.")]
 Address = Annotated[str | None, typer.Option(help="HOST:PORT of a running server; default: a model in this process.")]
 Model = Annotated[str | None, typer.Option("--model", help="Folder or hub id; default: the embedded model.")]
+ModelDevice = Annotated[
+    Device, typer.Option(help="Where a model in this process runs; auto: a GPU where there is one.")
+]
 ModelDtype = Annotated[Dtype, typer.Option(help="Of weights and KV of a model in this process.")]
 ModelQuantize = Annotated[Quantize, typer.Option(help="How that model's linear layers are stored.")]

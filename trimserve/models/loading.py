@@ -2,7 +2,8 @@
 
 import torch
 
-from trimserve.config import EngineConfig, ModelConfig
+from trimserve import ops
+from trimserve.config import Device, EngineConfig, ModelConfig, Quantize
 from trimserve.errors import CheckpointError
 from trimserve.models.checkpoint import (
     EMBEDDED_MODEL,
@@ -20,8 +21,6 @@ from trimserve.models.weights import empty_model, load_weights, weight_bytes
 
 __all__ = ["EMBEDDED_MODEL", "describe_model", "embedded_model_folder", "load_model"]
 
-_DEVICE = torch.device("cpu")
-
 
 def describe_model(config: ModelConfig, limits: EngineConfig) -> ModelInfo:
     """Describe a checkpoint from its small files; its weights are not read.
@@ -30,7 +29,8 @@ def describe_model(config: ModelConfig, limits: EngineConfig) -> ModelInfo:
         config: which one, and how it would be read.
         limits: bounds of a request's images and tokens.
     Raises:
-        CheckpointError: not found, not an Mllama, or something that cannot be honoured.
+        CheckpointError: not found, not an Mllama, or something that cannot be honoured, such as a device that is not
+            there.
     """
     return _describe(open_checkpoint(config.model, config.revision, with_weights=False), config, limits)
 
@@ -51,8 +51,10 @@ def load_model(config: ModelConfig, limits: EngineConfig) -> Mllama:
     processor = Processor.from_pretrained(
         checkpoint.folder, info, template_date=config.template_date, max_image_pixels=limits.max_image_pixels
     )
-    dtype = checkpoint.dtype(config.dtype)
-    model = load_weights(checkpoint.folder, checkpoint.config, dtype, _DEVICE, config.quantize)
+    dtype, device = checkpoint.dtype(config.dtype), torch.device(info.device)
+    if device.type == "cuda":
+        torch.backends.cudnn.allow_tf32 = False  # float32 means float32, in convolutions as in matrix products
+    model = load_weights(checkpoint.folder, checkpoint.config, dtype, device, config.quantize)
     return Mllama(model, processor, info, config.intermediate_features)
 
 
@@ -69,7 +71,7 @@ def _describe(checkpoint: Checkpoint, config: ModelConfig, limits: EngineConfig)
         revision=checkpoint.revision,
         dtype=str(dtype).removeprefix("torch."),
         quantization=config.quantize,
-        device=str(_DEVICE),
+        device=_device(config.device, config.quantize),
         num_parameters=model.num_parameters(),
         weight_bytes=weight_bytes(model),
         vocab_size=text.vocab_size,
@@ -92,6 +94,22 @@ def _describe(checkpoint: Checkpoint, config: ModelConfig, limits: EngineConfig)
         policy_details=tuple(policy.describe() for policy in POLICIES.values()),
         generation_defaults=_generation_defaults(checkpoint, limits.default_max_new_tokens),
     )
+
+
+def _device(wanted: Device, quantize: Quantize) -> str:
+    """As in `ModelInfo.device`."""
+    why_not = None
+    if not torch.cuda.is_available():
+        why_not = "torch sees no GPU"
+    elif not ops.has_cuda_ops():
+        why_not = "the ops are built without CUDA (TRIMSERVE_CUDA)"
+    if wanted == "cpu" or (wanted == "auto" and why_not is not None):
+        return "cpu"
+    if why_not is not None:
+        raise CheckpointError(f"device cuda: {why_not}")
+    if quantize != "none":
+        raise CheckpointError(f"quantize {quantize} is for the CPU; take quantize none, or device cpu")
+    return "cuda:0"
 
 
 def _max_model_len(limit: int, wanted: int | None) -> int:

@@ -165,7 +165,7 @@ class Mllama:
         selections = []
         start = 0
         for image, n in zip(images, num_valid, strict=True):
-            kept = torch.arange(n)
+            kept = torch.arange(n, device="cpu")
             picks: tuple[bytes, ...] = ()
             if selection is not None:
                 kept = _within(selection.kept, start, n)

@@ -19,7 +19,7 @@ class RotaryAngles:
             rotary: of the checkpoint; its angles must not depend on how long a prompt is.
         """
         self._rotary = rotary
-        self._cosines = self._sines = torch.empty(0)
+        self._cosines = self._sines = torch.empty(0, device=rotary.inv_freq.device)
 
     def at(self, positions: list[int]) -> tuple[Tensor, Tensor]:
         """Cosines and sines of R positions, float32 [R, Dh / 2] each."""

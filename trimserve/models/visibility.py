@@ -7,6 +7,7 @@ that a row sees are consecutive, and what it sees is one range of features. It k
 from collections.abc import Sequence
 from itertools import accumulate
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -42,7 +43,7 @@ def feature_visibility(image_ranges: Sequence[tuple[int, int]], num_features_per
         image_ranges: half-open range of images for each of T rows.
         num_features_per_image: features of each image, in order.
     Returns:
-        int32 [T, 2], half-open range of features for each row; empty where the range of images is.
+        int32 [T, 2] on the CPU, half-open range of features for each row; empty where the range of images is.
     """
-    offsets = torch.tensor([0, *accumulate(num_features_per_image)], dtype=torch.int32)
-    return offsets[torch.tensor(image_ranges, dtype=torch.int64).reshape(-1, 2)]
+    offsets = np.array([0, *accumulate(num_features_per_image)], dtype=np.int32)
+    return torch.from_numpy(offsets[np.array(image_ranges, dtype=np.int64).reshape(-1, 2)])

@@ -4,7 +4,7 @@ Importing this package loads the compiled ops. It knows nothing about models.
 """
 
 from trimserve.ops.layers import decode_layers, linear, rms_norm, rotate, silu_gate
-from trimserve.ops.library import build_info, load_library
+from trimserve.ops.library import build_info, has_cuda_ops, load_library
 from trimserve.ops.paging import PAGE_POSITIONS, gather_kv, paged_attention, write_kv
 from trimserve.ops.selection import headwise_scores, headwise_topk, select_features, union_indices
 
@@ -13,6 +13,7 @@ __all__ = [
     "build_info",
     "decode_layers",
     "gather_kv",
+    "has_cuda_ops",
     "headwise_scores",
     "headwise_topk",
     "linear",

@@ -8,7 +8,7 @@ import importlib.util
 
 import torch
 
-__all__ = ["build_info", "load_library"]
+__all__ = ["build_info", "has_cuda_ops", "load_library"]
 
 
 def load_library() -> None:
@@ -25,6 +25,11 @@ def load_library() -> None:
     torch.ops.load_library(cpu)
     if cuda is not None and torch.cuda.is_available():
         torch.ops.load_library(cuda)
+
+
+def has_cuda_ops() -> bool:
+    """Whether the ops are built for CUDA tensors, too."""
+    return _module_file("_ops_cuda") is not None
 
 
 def _module_file(name: str) -> str | None:
