@@ -68,8 +68,9 @@ cuda-check: build  ## compile the CUDA kernels within their budget, run them on 
 	$(BIN)/python scripts/cuda_check.py
 	$(BIN)/python -m pytest tests/csrc
 
-test-gpu: build/gpu/.built  ## on a machine with a GPU: test the ops on it; fails if there is none
-	$(GPU_PYTHON) -m pytest $(GPU_PYTEST) --device cuda -k '[cuda' tests/ops
+test-gpu: build/gpu/.built  ## on a machine with a GPU: test ops, decode steps and engine on it; fails if there is none
+	$(GPU_PYTHON) -m pytest $(GPU_PYTEST) --device cuda -k '[cuda' tests/ops tests/models/test_bucketed_decode.py \
+		tests/engine/test_devices.py
 
 bench-gpu: build/gpu/.built  ## on a machine with a GPU: measure the ops on it
 	$(GPU_PYTHON) -m benchmarks.bench_ops --device cuda

@@ -175,6 +175,9 @@ class FakeModel:
             num_merged=num_merged if trim.merge_ratio else (),
         )
 
+    def warm_up_decode(self, pages: Tensor, max_batch: int) -> None:
+        """No step is slower than another."""
+
     def decode(self, token_ids: Sequence[int], kvs: Sequence[SequenceKV]) -> Tensor:
         self.before_decode()
         self.batch_sizes.append(len(kvs))

@@ -89,7 +89,9 @@ class Engine:
         self._make_pool()
 
     def warmed_up(self) -> None:
-        """Make the page pool again, of what memory the model leaves, and forget how slow it began. Nothing may run.
+        """Make the page pool again, of what memory the model leaves, and decode steps ready; forget how slow it began.
+
+        Nothing may run.
 
         Raises:
             CheckpointError: see `Engine`.
@@ -97,6 +99,7 @@ class Engine:
         self._pace = Pace()
         del self.pool  # before there is another: together they may be more than the memory
         self._make_pool()
+        self._model.warm_up_decode(self.pool.pages, self._max_batch)
 
     def _make_pool(self) -> None:
         info, wanted = self.info, self._kv_cache_bytes

@@ -32,7 +32,8 @@ class KVPool:
 
         Args:
             info: geometry, dtype and device.
-            capacity_bytes: of all pages; what is less than a page is left out.
+            capacity_bytes: of all pages; what is less than a page is left out. One page is held beside them, for rows
+                that pad a batch.
         Raises:
             MemoryError, RuntimeError, torch.OutOfMemoryError: they cannot be allocated.
         """
@@ -44,9 +45,9 @@ class KVPool:
         """Bytes of one page."""
         self.num_pages = max(0, capacity_bytes // self.page_bytes)
         """Pages that there are."""
-        shape = (self.num_pages, self._layers, 2, info.num_kv_heads, PAGE_POSITIONS, info.head_dim)
+        shape = (self.num_pages + 1, self._layers, 2, info.num_kv_heads, PAGE_POSITIONS, info.head_dim)
         self.pages: Tensor = torch.empty(shape, dtype=getattr(torch, info.dtype), device=info.device)
-        """[P, G, 2, Hkv, 16, Dh]"""
+        """[P, G, 2, Hkv, 16, Dh], P one more than `num_pages`: nobody gets the last."""
         # Last freed, first used: it may still be in a cache.
         self._free = list(range(self.num_pages - 1, -1, -1))
         self._self_pages = self._cross_pages = 0

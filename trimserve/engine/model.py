@@ -56,5 +56,11 @@ class Model(Protocol):
     ) -> Interruptible[Prefilled]:
         """Run the prompt, fill `kv` and return the logits that follow it."""
 
+    def warm_up_decode(self, pages: Tensor, max_batch: int) -> None:
+        """Make decode steps ready for up to `max_batch` sequences with KV in `pages`."""
+
     def decode(self, token_ids: Sequence[int], kvs: Sequence[SequenceKV]) -> Tensor:
-        """One step of several sequences: float32 logits [B, vocab_size], each sequence's `kv` one longer."""
+        """One step of several sequences: float32 logits [B, vocab_size], each sequence's `kv` one longer.
+
+        The logits hold until the next step.
+        """

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import MllamaForConditionalGeneration
 from transformers.models.mllama.modeling_mllama import MllamaCrossAttentionDecoderLayer, MllamaSelfAttentionDecoderLayer
 
+from trimserve.models.bucketed_decode import BucketedDecode, Capture
 from trimserve.models.checkpoint import text_config
 from trimserve.models.compiled_decode import CompiledDecode
 from trimserve.models.decode_batch import DecodeBatch
@@ -22,6 +23,7 @@ from trimserve.models.interruptible import Interruptible
 from trimserve.models.key_values import BatchTables, KeyValues
 from trimserve.models.linear import linear
 from trimserve.models.rotary import RotaryAngles
+from trimserve.models.step_buffers import StepBuffers, StepInputs
 
 __all__ = ["RaggedDecoder", "SequenceRows"]
 
@@ -105,6 +107,21 @@ class RaggedDecoder:
         for kv in kvs:
             kv.length += 1
         return batch.as_given(self._logits(hidden))
+
+    def bucketed(self, buffers: StepBuffers, capture: Capture) -> BucketedDecode:
+        """`decode` in buffers that stay where they are, captured for every size of batch."""
+        self._angles.reserve(buffers.max_positions)
+        return BucketedDecode(self._step, buffers, capture)
+
+    def _step(self, inputs: StepInputs) -> Tensor:
+        hidden = self._embed(inputs.token_ids)
+        rows = BatchRows(*self._angles.of(inputs.positions), None, (len(hidden),))
+        for layer in self._layers:
+            if isinstance(layer, SelfLayer):
+                hidden = layer.decode(hidden, rows, inputs.text)
+            elif inputs.features is not None:
+                hidden = torch.where(inputs.sees, layer.decode(hidden, rows, inputs.features), hidden)
+        return self._logits(hidden)
 
     def _batch_of(self, kvs: Sequence[KeyValues]) -> DecodeBatch:
         batch = self._batch

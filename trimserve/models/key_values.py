@@ -18,7 +18,17 @@ from torch import Tensor
 from trimserve import ops
 from trimserve.ops import PAGE_POSITIONS
 
-__all__ = ["BatchTables", "KeyValues", "Tables", "layers_per_page", "num_pages", "row_slots", "write_rows"]
+__all__ = [
+    "BatchTables",
+    "KeyValues",
+    "Tables",
+    "layers_per_page",
+    "num_pages",
+    "row_slots",
+    "slots_at",
+    "together",
+    "write_rows",
+]
 
 Tables = NDArray[np.int32]
 """[groups, pages of each], ids of the pages of one sequence in the order of their positions."""
@@ -54,7 +64,7 @@ class KeyValues(Protocol):
 
     @property
     def pages(self) -> Tensor:
-        """[P, G, 2, Hkv, 16, Dh], shared with other sequences; 0 are keys, 1 values."""
+        """[P, G, 2, Hkv, 16, Dh], shared with other sequences; 0 are keys, 1 values. The last page is no sequence's."""
 
     @property
     def self_tables(self) -> Tables:
@@ -99,18 +109,18 @@ class BatchTables:
     lengths: Tensor
     """int32 [B], positions to attend to."""
     slots: Tensor
-    """int64 [groups, B], where each sequence's last position lies."""
+    """int64 [groups, B], where each sequence's last position lies; [0, B] where nothing is written."""
     bias: Tensor | None
     """float32 [B, most pages * 16], added to the logits; None: nothing is."""
 
-    host_tables: NDArray[np.int32]
-    """`tables` where looking something up waits for nothing."""
+    host_tables: NDArray[np.int32] | None = None
+    """`tables` where looking something up waits for nothing; None where nothing is."""
 
     @classmethod
     def of_text(cls, kvs: Sequence[KeyValues]) -> "BatchTables":
         """Of self-attention: the new row is the position behind `length`."""
         most = max(kv.self_tables.shape[1] for kv in kvs)
-        tables = _together([kv.self_tables for kv in kvs], most)
+        tables = together([kv.self_tables for kv in kvs], most)
         return cls._make(kvs[0].pages, tables, [kv.length + 1 for kv in kvs], None)
 
     @classmethod
@@ -118,7 +128,7 @@ class BatchTables:
         """Of cross-attention, where nothing is written; every sequence holds at least one row."""
         lengths = [kv.cross_length for kv in kvs]
         most = num_pages(max(lengths))
-        tables = _together([kv.cross_tables for kv in kvs], most)
+        tables = together([kv.cross_tables for kv in kvs], most)
         biases = {row: kv.cross_bias for row, kv in enumerate(kvs) if kv.cross_bias is not None}
         bias = np.zeros((len(kvs), most * PAGE_POSITIONS), dtype=np.float32) if biases else None
         for row, of_row in biases.items():
@@ -141,6 +151,7 @@ class BatchTables:
 
     def at(self, lengths: Sequence[int]) -> "BatchTables":
         """Of the same sequences when they have other lengths, [B]."""
+        assert self.host_tables is not None
         found, slots = _lengths_and_slots(self.host_tables, lengths, self.pages.device)
         return BatchTables(self.pages, self.tables, found, slots, self.bias, self.host_tables)
 
@@ -155,19 +166,30 @@ class BatchTables:
         return ops.paged_attention(q, self.pages, slot, self.tables[group], self.lengths, scale, self.bias)
 
 
-def _together(tables: Sequence[Tables], most: int) -> NDArray[np.int32]:
-    """int32 [groups, B, most], the first pages of each sequence."""
-    together = np.zeros((tables[0].shape[0], len(tables), most), dtype=np.int32)
+def together(tables: Sequence[Tables], most: int) -> NDArray[np.int32]:
+    """The first pages of each sequence, int32 [groups, B, most]; 0 where it has fewer."""
+    joined = np.zeros((tables[0].shape[0], len(tables), most), dtype=np.int32)
     for row, table in enumerate(tables):
         used = min(table.shape[1], most)
-        together[:, row, :used] = table[:, :used]
-    return together
+        joined[:, row, :used] = table[:, :used]
+    return joined
+
+
+def slots_at(tables: NDArray[np.int32], positions: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Where one position of each sequence lies, int64 [groups, B].
+
+    Args:
+        tables: see `together`.
+        positions: [B].
+    """
+    ids = tables[:, np.arange(len(positions)), positions // PAGE_POSITIONS].astype(np.int64)
+    slots: NDArray[np.int64] = ids * PAGE_POSITIONS + positions % PAGE_POSITIONS
+    return slots
 
 
 def _lengths_and_slots(
     tables: NDArray[np.int32], lengths: Sequence[int], device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    last = np.array(lengths, dtype=np.int64) - 1
-    ids = tables[:, np.arange(len(last)), last // PAGE_POSITIONS].astype(np.int64)
-    slots = ids * PAGE_POSITIONS + last % PAGE_POSITIONS
-    return torch.from_numpy((last + 1).astype(np.int32)).to(device), torch.from_numpy(slots).to(device)
+    known = np.array(lengths, dtype=np.int64)
+    slots = slots_at(tables, known - 1)
+    return torch.from_numpy(known.astype(np.int32)).to(device), torch.from_numpy(slots).to(device)

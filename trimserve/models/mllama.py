@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import MllamaForConditionalGeneration
 
+from trimserve.models.bucketed_decode import BucketedDecode, Capture, CudaGraphs
 from trimserve.models.decoder import RaggedDecoder, SequenceRows
 from trimserve.models.encoded_image import EncodedImage, Observation
 from trimserve.models.images import PreparedImage
@@ -22,6 +23,7 @@ from trimserve.models.prefilled import Prefilled, TrimTimes
 from trimserve.models.prepared import NamedImage, PreparedPrompt, TokenizedPrompt
 from trimserve.models.processor import Processor
 from trimserve.models.prompt import Prompt
+from trimserve.models.step_buffers import StepBuffers
 from trimserve.models.trimming import ImageSelection, Selection, TrimParams, bitmap, choose_from_image
 from trimserve.models.visibility import visible_images
 from trimserve.models.vision import IntermediateFeatures, VisionEncoder
@@ -46,6 +48,7 @@ class Mllama:
         self._decoder = RaggedDecoder(model)
         self._device = model.device
         self._info = info
+        self._bucketed: BucketedDecode | None = None
 
     @property
     def info(self) -> ModelInfo:
@@ -122,6 +125,21 @@ class Mllama:
         )
 
     @torch.inference_mode()
+    def warm_up_decode(self, pages: Tensor, max_batch: int, capture: Capture | None = None) -> None:
+        """Make decode steps ready for batches whose keys and values lie in one pool.
+
+        Args:
+            pages: see `KeyValues.pages`.
+            max_batch: sequences that decode together, at most.
+            capture: how a step is made ready; None: as a CUDA graph. On a CPU that is nothing.
+        """
+        if capture is None:
+            if self._device.type == "cpu":
+                return
+            capture = CudaGraphs()
+        self._bucketed = self._decoder.bucketed(StepBuffers(self._info, pages, max_batch), capture)
+
+    @torch.inference_mode()
     def decode(self, token_ids: Sequence[int], kvs: Sequence[KeyValues]) -> Tensor:
         """One step of several sequences.
 
@@ -129,8 +147,10 @@ class Mllama:
             token_ids: [B], each sequence's last token.
             kvs: [B], each one position longer afterwards.
         Returns:
-            float32 logits [B, vocab_size].
+            float32 logits [B, vocab_size]; they hold until the next step.
         """
+        if self._bucketed is not None and self._bucketed.takes(kvs):
+            return self._bucketed(token_ids, kvs)
         return self._decoder.decode(self._ids(token_ids), kvs)
 
     @torch.inference_mode()

@@ -23,10 +23,17 @@ class RotaryAngles:
 
     def at(self, positions: list[int]) -> tuple[Tensor, Tensor]:
         """Cosines and sines of R positions, float32 [R, Dh / 2] each."""
-        if (num := max(positions, default=0) + 1) > len(self._cosines):
-            self._grow(max(_FEWEST, 1 << (num - 1).bit_length()))
-        index = torch.tensor(positions, dtype=torch.int64, device=self._cosines.device)
-        return self._cosines[index], self._sines[index]
+        self.reserve(max(positions, default=0) + 1)
+        return self.of(torch.tensor(positions, dtype=torch.int64, device=self._cosines.device))
+
+    def of(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """The same of positions int64 [R] on the device, for which there is room."""
+        return self._cosines[positions], self._sines[positions]
+
+    def reserve(self, num_positions: int) -> None:
+        """Make room for so many positions; up to them the angles stay where they are."""
+        if num_positions > len(self._cosines):
+            self._grow(max(_FEWEST, 1 << (num_positions - 1).bit_length()))
 
     def _grow(self, num_positions: int) -> None:
         device = self._rotary.inv_freq.device
