@@ -80,7 +80,7 @@ class StepBuffers:
         self._feature_lengths = torch.zeros(most, dtype=torch.int32, device=device)
         self._bias = torch.zeros(most, feature_pages * PAGE_POSITIONS, device=device)
         self._sequences: list[weakref.ref[KeyValues]] = []
-        self._host_tables: Tables = np.empty((self._self_groups, 0, 0), dtype=np.int32)
+        self._self_tables: Tables = np.empty((self._self_groups, 0, 0), dtype=np.int32)
 
     def inputs(self, bucket: int, *, has_features: bool) -> StepInputs:
         """The first rows of the buffers.
@@ -116,7 +116,7 @@ class StepBuffers:
         rows[0, :size] = token_ids
         rows[1, :size] = lengths
         rows[2, :size] = lengths + 1
-        rows[3:, :size] = slots_at(self._host_tables, lengths)
+        rows[3:, :size] = slots_at(self._self_tables, lengths)
         _copy(self._rows_of(bucket), rows)
         return bucket, any(kv.cross_length for kv in kvs)
 
@@ -138,8 +138,8 @@ class StepBuffers:
     def _take(self, kvs: Sequence[KeyValues], bucket: int) -> None:
         """Copy what of a batch stays the same from step to step."""
         self._sequences = [weakref.ref(kv) for kv in kvs]
-        self._host_tables = together([kv.self_tables for kv in kvs], max(kv.self_tables.shape[1] for kv in kvs))
-        _copy(_corner(self._text_tables, self._host_tables), self._host_tables)
+        self._self_tables = together([kv.self_tables for kv in kvs], max(kv.self_tables.shape[1] for kv in kvs))
+        _copy(_corner(self._text_tables, self._self_tables), self._self_tables)
         lengths = np.zeros(bucket, dtype=np.int32)
         lengths[: len(kvs)] = [kv.cross_length for kv in kvs]
         _copy(self._feature_lengths[:bucket], lengths)
