@@ -72,8 +72,9 @@ test-gpu: build/gpu/.built  ## on a machine with a GPU: test ops, decode steps a
 	$(GPU_PYTHON) -m pytest $(GPU_PYTEST) --device cuda -k '[cuda' tests/ops tests/models/test_bucketed_decode.py \
 		tests/engine/test_devices.py
 
-bench-gpu: build/gpu/.built  ## on a machine with a GPU: measure the ops on it
+bench-gpu: build/gpu/.built  ## on a machine with a GPU: measure ops, and a model of 11B parameters beside transformers
 	$(GPU_PYTHON) -m benchmarks.bench_ops --device cuda
+	$(GPU_PYTHON) -m benchmarks.bench_gpu
 
 fmt: build  ## format Python and C++
 	$(BIN)/ruff check --fix-only .

@@ -19,7 +19,7 @@ from transformers import GenerationConfig, MllamaConfig, MllamaForConditionalGen
 
 from trimserve.models.loading import embedded_model_folder
 
-__all__ = ["BENCH_MODEL", "GEOMETRY", "main", "max_kept_fraction", "write_bench_model"]
+__all__ = ["BENCH_MODEL", "GEOMETRY", "draw_weights", "main", "max_kept_fraction", "write_bench_model"]
 
 GEOMETRY = Path(__file__).with_name("bench_geometry.json")
 """Shape of the model, and how it is to be trimmed."""
@@ -103,11 +103,16 @@ def _random_model(geometry: dict[str, Any], generation: dict[str, Any], seed: in
         model = MllamaForConditionalGeneration(config)
     model.to_empty(device="cpu")
     model.generation_config = GenerationConfig(**special, do_sample=False, max_new_tokens=generation["max_new_tokens"])
-    generator = torch.Generator().manual_seed(seed)
+    draw_weights(model, seed)
+    return model
+
+
+def draw_weights(model: MllamaForConditionalGeneration, seed: int = 0) -> None:
+    """Give every parameter values, on its device; equal seeds give equal ones on equal devices."""
+    generator = torch.Generator(model.device).manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             _draw(name, parameter, generator)
-    return model
 
 
 def _draw(name: str, parameter: torch.Tensor, generator: torch.Generator) -> None:

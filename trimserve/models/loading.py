@@ -19,7 +19,7 @@ from trimserve.models.policies.table import POLICIES
 from trimserve.models.processor import Processor
 from trimserve.models.weights import empty_model, load_weights, weight_bytes
 
-__all__ = ["EMBEDDED_MODEL", "describe_model", "embedded_model_folder", "load_model"]
+__all__ = ["EMBEDDED_MODEL", "describe_checkpoint", "describe_model", "embedded_model_folder", "load_model"]
 
 
 def describe_model(config: ModelConfig, limits: EngineConfig) -> ModelInfo:
@@ -32,7 +32,7 @@ def describe_model(config: ModelConfig, limits: EngineConfig) -> ModelInfo:
         CheckpointError: not found, not an Mllama, or something that cannot be honoured, such as a device that is not
             there.
     """
-    return _describe(open_checkpoint(config.model, config.revision, with_weights=False), config, limits)
+    return describe_checkpoint(open_checkpoint(config.model, config.revision, with_weights=False), config, limits)
 
 
 def load_model(config: ModelConfig, limits: EngineConfig) -> Mllama:
@@ -47,7 +47,7 @@ def load_model(config: ModelConfig, limits: EngineConfig) -> Mllama:
         CheckpointError: as `describe_model`, or weights that are missing, broken or not in safetensors.
     """
     checkpoint = open_checkpoint(config.model, config.revision, with_weights=True)
-    info = _describe(checkpoint, config, limits)
+    info = describe_checkpoint(checkpoint, config, limits)
     processor = Processor.from_pretrained(
         checkpoint.folder, info, template_date=config.template_date, max_image_pixels=limits.max_image_pixels
     )
@@ -58,7 +58,16 @@ def load_model(config: ModelConfig, limits: EngineConfig) -> Mllama:
     return Mllama(model, processor, info, config.intermediate_features)
 
 
-def _describe(checkpoint: Checkpoint, config: ModelConfig, limits: EngineConfig) -> ModelInfo:
+def describe_checkpoint(checkpoint: Checkpoint, config: ModelConfig, limits: EngineConfig) -> ModelInfo:
+    """The same of a checkpoint whose small files were read.
+
+    Args:
+        checkpoint: which one; its folder is not looked at.
+        config: how it would be read.
+        limits: as in `describe_model`.
+    Raises:
+        CheckpointError: something that cannot be honoured.
+    """
     text, vision = text_config(checkpoint.config), vision_config(checkpoint.config)
     dtype = checkpoint.dtype(config.dtype)
     head_dim = text.hidden_size // text.num_attention_heads

@@ -21,7 +21,16 @@ from trimserve.errors import CheckpointError
 from trimserve.models.checkpoint import read_json, text_config
 from trimserve.models.int8 import SCALES, make_int8, to_int8
 
-__all__ = ["FUSED", "empty_model", "fuse", "fused_scales", "fused_weight", "load_weights", "weight_bytes"]
+__all__ = [
+    "FUSED",
+    "allocated_model",
+    "empty_model",
+    "fuse",
+    "fused_scales",
+    "fused_weight",
+    "load_weights",
+    "weight_bytes",
+]
 
 FUSED = {
     "self_attn": ("q_proj", "k_proj", "v_proj"),
@@ -61,11 +70,7 @@ def load_weights(
     Raises:
         CheckpointError: no safetensors files, a parameter is missing or has another shape, or a tensor is unknown.
     """
-    model = empty_model(config, dtype, quantize)
-    _give_storage(model, device)
-    # Computed from the config, not stored: the one thing that the meta device has no values of.
-    model.model.language_model.rotary_emb = MllamaRotaryEmbedding(text_config(config)).to(device)
-
+    model = allocated_model(config, dtype, device, quantize)
     missing = dict(model.named_parameters())
     scales = dict(_scales(model))
     for file in _files(folder):
@@ -75,6 +80,17 @@ def load_weights(
             raise CheckpointError(f"{file}: not a complete safetensors file: {error}") from error
     if missing:
         raise CheckpointError(f"{folder}: {len(missing)} parameters are in no file, the first is {min(missing)}")
+    return model
+
+
+def allocated_model(
+    config: MllamaConfig, dtype: torch.dtype, device: torch.device, quantize: Quantize = "none"
+) -> MllamaForConditionalGeneration:
+    """The model of a config as `load_weights` returns it, but its parameters have no values yet."""
+    model = empty_model(config, dtype, quantize)
+    _give_storage(model, device)
+    # Computed from the config, not stored: the one thing that the meta device has no values of.
+    model.model.language_model.rotary_emb = MllamaRotaryEmbedding(text_config(config)).to(device)
     model.eval().requires_grad_(False)
     return model
 
