@@ -27,17 +27,15 @@ struct Scales {
   }
 };
 
-// Pages of one kind of layer, for a batch.
+// Pages of one group of layers, for a batch.
 struct Paged {
   const Tensor& pages;
-  const Tensor& tables;   // [groups, B, max_pages]
+  const Tensor& tables;   // [B, max_pages]
   const Tensor& lengths;  // [B]
 
   Tensor attend(const Tensor& q, std::int64_t layer, const std::optional<Tensor>& bias) const {
-    const std::int64_t layers_per_page = pages.size(1);
-    const Tensor attended =
-        paged_attention(q, pages, layer % layers_per_page, ts::select(tables, 0, layer / layers_per_page),
-                        lengths, 1.0 / std::sqrt(static_cast<double>(pages.size(5))), bias);
+    const Tensor attended = paged_attention(q, pages, layer % pages.size(1), tables, lengths,
+                                            1.0 / std::sqrt(static_cast<double>(pages.size(5))), bias);
     return ts::view(attended, {attended.size(0), attended.size(1) * attended.size(2)});
   }
 };
@@ -82,33 +80,41 @@ void check_groups(const char* name, const Tensor& tensor, std::int64_t dims, std
         " dimensions, the first of ", num_groups, " groups of layers, got ", describe(tensor));
 }
 
+// Of each cross-attention layer there are tables, lengths and maybe a bias; or of none.
+void check_features(std::size_t num_tables, const std::vector<Tensor>& lengths, std::size_t num_biases,
+                    std::size_t num_cross, std::int64_t num_rows) {
+  const auto check_count = [&](const char* name, std::size_t count) {
+    check(count == 0 || count == num_cross, kOp, ": ", name, " must be one of each of ", num_cross,
+          " cross-attention layers, or none, got ", count);
+  };
+  check_count("feature_lengths", lengths.size());
+  check_count("biases", num_biases);
+  check(num_tables == lengths.size(), kOp, ": feature_tables and feature_lengths must come together");
+  for (const Tensor& of_layer : lengths) {
+    check(of_layer.dim() == 1 && of_layer.size(0) <= num_rows, kOp,
+          ": feature_lengths must be int32 [S] with S at most B=", num_rows, ", got ", describe(of_layer));
+  }
+}
+
 }  // namespace
 
 void decode_layers(const Tensor& hidden, const Tensor& pages, std::vector<Tensor> weights,
                    std::vector<Tensor> scales, std::vector<std::int64_t> cross_layers,
                    std::vector<double> gates, const Tensor& cosines, const Tensor& sines,
                    const Tensor& text_tables, const Tensor& text_lengths, const Tensor& slots,
-                   std::optional<Tensor> feature_tables, std::optional<Tensor> feature_lengths,
-                   std::optional<Tensor> bias, double epsilon) {
+                   std::vector<Tensor> feature_tables, std::vector<Tensor> feature_lengths,
+                   std::vector<Tensor> biases, double epsilon) {
   const std::int64_t num_layers = count_layers(weights.size(), scales.size(), cross_layers, gates.size());
   check_pages(kOp, pages, 0);
   check(pages.size(5) >= 1, kOp, ": Dh must be at least 1, got 0");
   check(hidden.dim() == 2 && hidden.is_contiguous(), kOp, ": hidden must be contiguous [B, D], got ",
         describe(hidden));
   const auto groups_of = [&](std::int64_t layers) { return (layers + pages.size(1) - 1) / pages.size(1); };
-  const auto cross = static_cast<std::int64_t>(cross_layers.size());
-  check_groups("text_tables", text_tables, 3, groups_of(num_layers - cross));
-  check_groups("slots", slots, 2, groups_of(num_layers - cross));
-  check(feature_tables.has_value() == feature_lengths.has_value(), kOp,
-        ": feature_tables and feature_lengths must come together");
-  if (feature_lengths) {
-    check_groups("feature_tables", *feature_tables, 3, groups_of(cross));
-    check(feature_lengths->dim() == 1 && feature_lengths->size(0) <= hidden.size(0), kOp,
-          ": feature_lengths must be int32 [S] with S at most B=", hidden.size(0), ", got ",
-          describe(*feature_lengths));
-  }
+  const std::int64_t text_groups = groups_of(num_layers - static_cast<std::int64_t>(cross_layers.size()));
+  check_groups("text_tables", text_tables, 3, text_groups);
+  check_groups("slots", slots, 2, text_groups);
+  check_features(feature_tables.size(), feature_lengths, biases.size(), cross_layers.size(), hidden.size(0));
   const std::int64_t num_kv_heads = pages.size(3), head_dim = pages.size(5);
-  const Paged text{pages, text_tables, text_lengths};
 
   const Tensor* of_layer = weights.data();
   std::int64_t num_self = 0, num_cross = 0;
@@ -124,18 +130,22 @@ void decode_layers(const Tensor& hidden, const Tensor& pages, std::vector<Tensor
       write_kv(pages, num_self % pages.size(1), part(heads, 1, num_heads, num_kv_heads),
                part(heads, 1, num_heads + num_kv_heads, num_kv_heads),
                ts::select(slots, 0, num_self / pages.size(1)));
+      const Paged text{pages, ts::select(text_tables, 0, num_self / pages.size(1)), text_lengths};
       const Tensor attended = text.attend(part(heads, 1, 0, num_heads), num_self, std::nullopt);
       add_linear(hidden, attended, of_layer[2], 1.0, of_linears[1]);
       add_mlp(hidden, of_layer + 3, of_linears, 1.0, epsilon);
       of_layer += kWeightsOfSelf;
       ++num_self;
     } else {
-      if (feature_lengths) {
-        const Tensor rows = part(hidden, 0, 0, feature_lengths->size(0));
+      const std::int64_t num_seeing = feature_lengths.empty() ? 0 : feature_lengths[num_cross].size(0);
+      if (num_seeing) {
+        const Tensor rows = part(hidden, 0, 0, num_seeing);
         const Tensor q = rms_norm(
             heads_of(linear(rms_norm(rows, of_layer[0], epsilon), of_layer[1], of_linears[0]), head_dim),
             of_layer[2], epsilon);
-        const Tensor attended = Paged{pages, *feature_tables, *feature_lengths}.attend(q, num_cross, bias);
+        const Paged features{pages, feature_tables[num_cross], feature_lengths[num_cross]};
+        const Tensor attended =
+            features.attend(q, num_cross, biases.empty() ? std::nullopt : std::optional(biases[num_cross]));
         add_linear(rows, attended, of_layer[3], gates[2 * num_cross], of_linears[1]);
         add_mlp(rows, of_layer + 4, of_linears, gates[2 * num_cross + 1], epsilon);
       }

@@ -23,7 +23,7 @@ STABLE_TORCH_LIBRARY(trimserve, m) {
       "decode_layers(Tensor(a!) hidden, Tensor(b!) pages, Tensor[] weights, Tensor[] scales, "
       "int[] cross_layers, float[] gates, Tensor cosines, Tensor sines, "
       "Tensor text_tables, Tensor text_lengths, Tensor slots, "
-      "Tensor? feature_tables, Tensor? feature_lengths, Tensor? bias, float epsilon) -> ()");
+      "Tensor[] feature_tables, Tensor[] feature_lengths, Tensor[] biases, float epsilon) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(trimserve, CPU, m) {

@@ -50,8 +50,8 @@ void decode_layers(const Tensor& hidden, const Tensor& pages, std::vector<Tensor
                    std::vector<Tensor> scales, std::vector<std::int64_t> cross_layers,
                    std::vector<double> gates, const Tensor& cosines, const Tensor& sines,
                    const Tensor& text_tables, const Tensor& text_lengths, const Tensor& slots,
-                   std::optional<Tensor> feature_tables, std::optional<Tensor> feature_lengths,
-                   std::optional<Tensor> bias, double epsilon);
+                   std::vector<Tensor> feature_tables, std::vector<Tensor> feature_lengths,
+                   std::vector<Tensor> biases, double epsilon);
 
 // --- what they have in common ---
 

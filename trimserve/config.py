@@ -94,6 +94,13 @@ class EngineConfig(_Knobs):
         description="Bytes of all keys and values and of the scratch of one prefill, such as `2GiB`; unset is half "
         "of the memory that is available after warm-up (of a GPU 0.9), but no more than `max_batch` requests can use.",
     )
+    kv_layers_per_page: int | None = Field(
+        default=None,
+        ge=1,
+        description="Layers whose keys and values share a page of the KV; unset is the greatest common divisor of the "
+        "model's self- and cross-attention layers, and another must divide it. Policies that let later "
+        "cross-attention layers hold less give back whole pages only: with fewer layers to a page, more of them.",
+    )
     image_cache_bytes: ByteSize = Field(
         default=ByteSize(512 * 2**20),
         ge=0,

@@ -30,6 +30,7 @@ def make_runner(config: Config) -> Runner:
         max_queue=engine.max_queue,
         num_preprocess_workers=engine.num_preprocess_workers,
         kv_cache_bytes=engine.kv_cache_bytes,
+        kv_layers_per_page=engine.kv_layers_per_page,
         image_cache_bytes=engine.image_cache_bytes,
         prefill_slice_seconds=engine.prefill_slice_seconds,
         step_timeout_seconds=engine.step_timeout_seconds,

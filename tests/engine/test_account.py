@@ -62,6 +62,31 @@ def test_merged_rows_are_held_and_counted_apart_from_kept_features() -> None:
     assert (account.untrimmed, account.held, account.saved_by_trimming) == (2 * page, 2 * page, 0)
 
 
+def test_layers_that_hold_less_are_accounted_by_their_own_pages() -> None:
+    pool = KVPool(FakeModel().info, 2**20)  # a page holds one of the three layers
+    kv = pool.allocate(1)
+    kv.reserve_cross(33, None)
+    kv.shrink_cross(1, 17, None)
+    kv.shrink_cross(2, 0, None)
+    prefilled = Prefilled(
+        logits=torch.zeros(1),
+        num_padding=(0, 15),
+        num_valid=(20, 60),
+        num_kept=(16, 33),
+        layer_rows=((16, 33), (8, 17), (0, 0)),
+    )
+    account = account_cross_kv(prefilled, kv, pool)
+    page = PAGE_POSITIONS * 8
+    # 80 valid in each layer: 5 pages. Kept 49, 25 and 0: 4, 2 and 0. Held 33, 17 and 0: 3, 2 and 0.
+    assert (account.untrimmed, account.held) == (15 * page, 5 * page)
+    assert (account.saved_by_padding, account.saved_by_trimming, account.saved_by_visibility) == (
+        3 * page,
+        9 * page,
+        page,
+    )
+    assert pool.used_cross_bytes == kv.cross_bytes == account.held
+
+
 @given(
     st.lists(st.tuples(st.integers(0, 4000), st.integers(1, 4000), st.floats(0.0, 1.0)), max_size=4),
     st.data(),

@@ -9,7 +9,7 @@ import torch
 
 from tests.engine.fake_model import FakeModel
 from trimserve.engine.kv_pool import KVPool, PoolExhausted, SequenceKV
-from trimserve.models.key_values import BatchTables, write_rows
+from trimserve.models.key_values import BatchTables, FeatureTables, write_rows
 
 # 4 self- and 2 cross-attention layers: a page holds 2 layers, so 2 groups of one kind and 1 of the other.
 INFO = replace(FakeModel().info, num_self_attention_layers=4, num_cross_attention_layers=2)
@@ -21,8 +21,10 @@ def pool(num_pages: int) -> KVPool:
 
 
 def owned(sequences: list[SequenceKV]) -> list[int]:
-    tables = [table for kv in sequences for table in (kv.self_tables, kv.cross_tables)]
-    return [page for table in tables for page in table.ravel().tolist()]
+    pages = [page for kv in sequences for page in kv.self_tables.ravel().tolist()]
+    for kv in sequences:
+        pages += [page for table in kv.cross_tables for page in table[: -(-kv.cross_lengths[0] // 16)].tolist()]
+    return pages
 
 
 @pytest.mark.parametrize(("positions", "pages"), [(1, 2), (16, 2), (17, 4), (160, 20)])
@@ -54,6 +56,23 @@ def test_more_than_is_free_is_refused_and_takes_nothing() -> None:
     assert some.num_free_pages == 0
 
 
+@pytest.mark.parametrize(("layers", "pages"), [(None, 3), (2, 3), (1, 3 + 1)])
+def test_a_layer_that_holds_less_gives_back_the_pages_of_its_group(layers: int | None, pages: int) -> None:
+    some = KVPool(INFO, 2**20, layers)
+    kv = some.allocate(1)
+    kv.reserve_cross(40, None)
+    kv.shrink_cross(1, 16, None)
+    assert kv.cross_lengths == [40, 16]
+    assert some.used_cross_bytes == kv.cross_bytes == pages * some.page_bytes
+    kv.release()
+    assert some.num_free_pages == some.num_pages
+
+
+def test_layers_of_a_page_divide_those_of_either_kind() -> None:
+    with pytest.raises(ValueError, match=r"must divide 2, .* of 4 self- and 2 cross-attention layers .* got 4"):
+        KVPool(INFO, 2**20, 4)
+
+
 def test_a_second_release_does_nothing() -> None:
     some = pool(8)
     kv = some.allocate(16)
@@ -79,6 +98,8 @@ def test_accounting_is_exact_after_ten_thousand_random_histories() -> None:
                     kv = rng.choice(living)
                     if not kv.cross_length:
                         kv.reserve_cross(rng.randint(0, 200), None)
+                    else:
+                        kv.shrink_cross(rng.randint(0, 2), rng.randint(0, kv.cross_lengths[1]), None)
                 elif living:
                     living.pop(rng.randrange(len(living))).release()
             except PoolExhausted:
@@ -120,6 +141,6 @@ def test_a_bias_reaches_the_rows_of_its_sequence_only() -> None:
         kv.reserve_cross(3, bias)
         values = torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]], [[0.0, 2.0]]])
         write_rows(kv.pages, kv.cross_tables, 0, torch.zeros(3, 1, 2), values)
-    attended = BatchTables.of_features(kvs).attend(0, torch.ones(2, 1, 2), 1.0)
+    attended = FeatureTables.of(kvs).attend(0, torch.ones(2, 1, 2), 1.0)
     # Equal logits: weights of one third each; 1, 1 and 6 parts of eight with the bias.
     assert torch.allclose(attended[:, 0], torch.tensor([[1 / 3, 1.0], [1 / 8, 13 / 8]]))

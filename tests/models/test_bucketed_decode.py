@@ -17,17 +17,23 @@ from trimserve.models.bucketed_decode import Capture, CudaGraphs, Step, eagerly
 from trimserve.models.interruptible import run_through
 from trimserve.models.loading import load_model
 from trimserve.models.mllama import Mllama
+from trimserve.models.policies.budget import FixedCount
 from trimserve.models.step_buffers import batch_buckets
 from trimserve.models.trimming import TrimParams
 
 MOST = 17
-TILE = Geometry().tile_size
+GEOMETRY = Geometry(num_layers=6, cross_layers=(0, 2, 5))
+TILE = GEOMETRY.tile_size
+CASCADE = TrimParams(policy="sparsevlm", budget=FixedCount(21), merge_ratio=0.1, parameters={"cascade_ratio": 0.5})
+LATE_EXIT = TrimParams(policy="todre", budget=FixedCount(18), parameters={"late_exit_threshold": 1.0})
 KINDS = [
     ("nothing but words", [], NO_TRIM),
     ("an image<|image|>and words", [noise((1, 2), TILE)], NO_TRIM),
     ("other words", [], NO_TRIM),
     ("a trimmed<|image|>one", [noise((2, 2), TILE, 1)], TrimParams(k_ratio=0.1)),
     ("a merged<|image|>one", [noise((2, 2), TILE, 2)], TrimParams(k_ratio=0.1, merge_ratio=0.2)),
+    ("less and less<|image|>of one", [noise((2, 2), TILE, 3)], CASCADE),
+    ("one left<|image|>early", [noise((1, 2), TILE, 4)], LATE_EXIT),
 ]
 
 
@@ -35,14 +41,14 @@ KINDS = [
 def model(tmp_path_factory: pytest.TempPathFactory, device: Device) -> Mllama:
     """A random checkpoint on a device."""
     folder = tmp_path_factory.mktemp("checkpoint")
-    save_random_checkpoint(folder, Geometry())
+    save_random_checkpoint(folder, GEOMETRY)
     return load_model(ModelConfig(model=str(folder), device=device), EngineConfig())
 
 
-@pytest.fixture(scope="module")
-def pool(model: Mllama) -> KVPool:
+@pytest.fixture(scope="module", params=[1, 3], ids=["a layer to a page", "three layers to a page"])
+def pool(model: Mllama, request: pytest.FixtureRequest) -> KVPool:
     """Pages for all."""
-    return KVPool(model.info, 2**24)
+    return KVPool(model.info, 2**24, request.param)
 
 
 @pytest.fixture
@@ -84,7 +90,9 @@ def test_buckets_hold_the_largest_batch_and_no_more_than_it_needs(max_batch: int
     assert batch_buckets(max_batch) == buckets
 
 
-@pytest.mark.parametrize("kinds", [range(5), [0, 2], [3]], ids=["mixed", "text", "images"])
+@pytest.mark.parametrize(
+    "kinds", [range(len(KINDS)), [0, 2], [3], [6, 5]], ids=["mixed", "text", "images", "later layers hold less"]
+)
 def test_a_batch_of_any_size_gets_the_logits_of_ordinary_steps(
     model: Mllama, pool: KVPool, warm: Callable[[Capture], None], capture: Capture, kinds: Sequence[int]
 ) -> None:

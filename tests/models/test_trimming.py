@@ -144,6 +144,10 @@ def test_controls_keep_of_each_image_as_many_features_as_trimmed(
         (TrimParams(k_ratio=1.0, budget=FixedRatio(0.9)), True),
         (TrimParams(k_ratio=1.0, budget=FixedCount(1)), True),
         (TrimParams(k_ratio=1.0, budget=Knee()), True),
+        (TrimParams(policy="sparsevlm", k_ratio=1.0, parameters={"cascade_ratio": 0.9}), True),
+        (TrimParams(policy="sparsevlm", k_ratio=1.0, parameters={"cascade_ratio": 1.0}), False),
+        (TrimParams(policy="todre", budget=FixedRatio(1.0), parameters={"late_exit_threshold": 0.1}), True),
+        (TrimParams(policy="todre", budget=FixedRatio(1.0), parameters={"late_exit_threshold": 0.0}), False),
     ],
 )
 def test_only_a_budget_below_everything_can_drop_features(trim: TrimParams, can_drop: bool) -> None:

@@ -29,9 +29,9 @@ def arguments() -> dict[str, Any]:
         "text_tables": table,
         "text_lengths": torch.tensor([1, 1], dtype=torch.int32),
         "slots": torch.tensor([[0, PAGE_POSITIONS]]),
-        "feature_tables": table[:, :1] + 2,
-        "feature_lengths": torch.tensor([3], dtype=torch.int32),
-        "bias": None,
+        "feature_tables": [table[0, :1] + 2],
+        "feature_lengths": [torch.tensor([3], dtype=torch.int32)],
+        "biases": [],
         "epsilon": 1e-5,
     }
 
@@ -57,10 +57,15 @@ def test_what_is_well_formed_runs() -> None:
         ({"hidden": torch.ones(D, 2).T}, "hidden must be contiguous"),
         ({"text_tables": torch.zeros(0, 2, 1, dtype=torch.int32)}, "text_tables must have 3 dimensions, .* 1 groups"),
         ({"slots": torch.tensor([0, 16])}, r"slots must have 2 dimensions, .* got int64 \[2\]"),
-        ({"feature_tables": torch.zeros(1, 1, dtype=torch.int32)}, "feature_tables must have 3 dimensions"),
-        ({"feature_lengths": torch.tensor(3, dtype=torch.int32)}, "feature_lengths must be int32"),
-        ({"feature_lengths": torch.ones(3, dtype=torch.int32)}, "feature_lengths must be .* S at most B=2, got"),
-        ({"feature_lengths": None}, "feature_tables and feature_lengths must come together"),
+        ({"feature_tables": [torch.zeros(1, dtype=torch.int32)]}, r"tables must be int32 \[B, max_pages\]"),
+        ({"feature_lengths": [torch.tensor(3, dtype=torch.int32)]}, "feature_lengths must be int32"),
+        ({"feature_lengths": [torch.ones(3, dtype=torch.int32)]}, "feature_lengths must be .* S at most B=2, got"),
+        ({"feature_lengths": []}, "feature_tables and feature_lengths must come together"),
+        ({"feature_lengths": [torch.ones(1, dtype=torch.int32)] * 2}, "feature_lengths must be one of each of 1 cross"),
+        (
+            {"biases": [torch.zeros(1, 16)] * 2},
+            "biases must be one of each of 1 cross-attention layers, or none, got 2",
+        ),
         ({"cosines": torch.ones(2, 3)}, r"rotate: cosines must be float32 \[2, 2\]"),
     ],
 )

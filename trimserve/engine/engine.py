@@ -57,6 +57,7 @@ class Engine:
         *,
         max_batch: int,
         kv_cache_bytes: int | None = None,
+        kv_layers_per_page: int | None = None,
         image_cache_bytes: int = 0,
         prefill_slice_seconds: float = 0.1,
         on_step: StepListener | None = None,
@@ -67,12 +68,14 @@ class Engine:
             model: decodes a batch.
             max_batch: requests that decode at the same time, at least 1.
             kv_cache_bytes: of the page pool and the prefill scratch; None takes what the memory allows.
+            kv_layers_per_page: see `key_values.layers_per_page`.
             image_cache_bytes: of visual features kept for another question on the same image; 0 keeps none.
             prefill_slice_seconds: how long a step may work on the next request, at least 0; it finishes the layer
                 that it has begun.
             on_step: called in `step`.
         Raises:
-            CheckpointError: `kv_cache_bytes` does not even hold the prefill scratch and a page.
+            CheckpointError: `kv_cache_bytes` does not even hold the prefill scratch and a page, or
+                `kv_layers_per_page` does not fit the model.
         """
         self.image_cache = ImageCache(image_cache_bytes)
         """Features of images seen before."""
@@ -81,6 +84,7 @@ class Engine:
         self._model = model
         self._max_batch = max_batch
         self._kv_cache_bytes = kv_cache_bytes
+        self._kv_layers_per_page = kv_layers_per_page
         self._prefill_slice_seconds = prefill_slice_seconds
         self._on_step = on_step
         self._scheduler = Scheduler(max_batch)
@@ -106,8 +110,11 @@ class Engine:
         if wanted is None:
             wanted = default_kv_cache_bytes(info, self._max_batch, available_bytes(info.device))
         scratch = prefill_scratch_bytes(info)
-        self.pool = KVPool(info, wanted - scratch)
-        """KV of the running requests."""
+        try:
+            self.pool = KVPool(info, wanted - scratch, self._kv_layers_per_page)
+            """KV of the running requests."""
+        except ValueError as error:
+            raise CheckpointError(f"kv_layers_per_page: {error}") from error
         if not self.pool.num_pages:
             raise CheckpointError(
                 f"kv_cache_bytes: must be at least {scratch + self.pool.page_bytes}, the scratch of a prefill with "

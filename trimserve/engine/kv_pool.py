@@ -8,6 +8,8 @@ its `max_new_tokens`, ADR-0003), cross-attention positions once selection has sa
 nothing about requests.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -27,20 +29,23 @@ class PoolExhausted(Exception):
 class KVPool:
     """Hands out pages and takes them back."""
 
-    def __init__(self, info: ModelInfo, capacity_bytes: int) -> None:
+    def __init__(self, info: ModelInfo, capacity_bytes: int, wanted_layers: int | None = None) -> None:
         """Allocate all pages; on the CPU memory is only taken once a page is written.
 
         Args:
             info: geometry, dtype and device.
             capacity_bytes: of all pages; what is less than a page is left out. One page is held beside them, for rows
                 that pad a batch.
+            wanted_layers: of a page; None: as many as there can be.
         Raises:
             MemoryError, RuntimeError, torch.OutOfMemoryError: they cannot be allocated.
+            ValueError: so many layers cannot share a page.
         """
         self._info = info
-        self._layers = layers_per_page(info.num_self_attention_layers, info.num_cross_attention_layers)
-        self._self_groups = info.num_self_attention_layers // self._layers
-        self._cross_groups = info.num_cross_attention_layers // self._layers
+        num_self, num_cross = info.num_self_attention_layers, info.num_cross_attention_layers
+        self._layers = layers_per_page(num_self, num_cross, wanted_layers)
+        self._self_groups = num_self // self._layers
+        self._cross_groups = num_cross // self._layers
         self.page_bytes = PAGE_POSITIONS * self._layers * info.kv_bytes_per_position
         """Bytes of one page."""
         self.num_pages = max(0, capacity_bytes // self.page_bytes)
@@ -80,6 +85,10 @@ class KVPool:
         """Pages that `num_rows` visual features take over all cross-attention layers."""
         return self._cross_groups * num_pages(num_rows)
 
+    def pages_of_groups(self, layer_rows: Sequence[int]) -> list[int]:
+        """Pages of each group of cross-attention layers that hold these rows, no layer more than the one before it."""
+        return [num_pages(num_rows) for num_rows in layer_rows[:: self._layers]]
+
     def self_bytes(self, num_positions: int) -> int:
         """Bytes of `self_pages`."""
         return self.self_pages(num_positions) * self.page_bytes
@@ -87,6 +96,10 @@ class KVPool:
     def cross_bytes(self, num_rows: int) -> int:
         """Bytes of `cross_pages`."""
         return self.cross_pages(num_rows) * self.page_bytes
+
+    def layered_cross_bytes(self, layer_rows: Sequence[int]) -> int:
+        """Bytes of `pages_of_groups`."""
+        return sum(self.pages_of_groups(layer_rows)) * self.page_bytes
 
     def allocate(self, max_positions: int) -> "SequenceKV":
         """Reserve the text positions of one sequence.
@@ -98,7 +111,7 @@ class KVPool:
         """
         tables = self._take(self._self_groups, num_pages(max_positions))
         self._self_pages += tables.size
-        return SequenceKV(self, tables)
+        return SequenceKV(self, tables, self._info.num_cross_attention_layers)
 
     def take_cross(self, num_rows: int) -> Tables:
         """Take the pages of a sequence's visual features.
@@ -110,12 +123,12 @@ class KVPool:
         self._cross_pages += tables.size
         return tables
 
-    def give_back(self, self_tables: Tables, cross_tables: Tables) -> None:
-        """Free a sequence's pages; they must be its own, and it must not use them any more."""
-        self._self_pages -= self_tables.size
-        self._cross_pages -= cross_tables.size
-        self._free.extend(self_tables.ravel().tolist())
-        self._free.extend(cross_tables.ravel().tolist())
+    def give_back(self, self_pages: Sequence[int], cross_pages: Sequence[int]) -> None:
+        """Free pages of a sequence; they must be its own, and it must not use them any more."""
+        self._self_pages -= len(self_pages)
+        self._cross_pages -= len(cross_pages)
+        self._free.extend(self_pages)
+        self._free.extend(cross_pages)
 
     def _take(self, groups: int, pages: int) -> Tables:
         count = groups * pages
@@ -129,7 +142,7 @@ class KVPool:
 class SequenceKV:
     """Pages of one sequence: a `models.key_values.KeyValues`."""
 
-    def __init__(self, pool: KVPool, self_tables: Tables) -> None:
+    def __init__(self, pool: KVPool, self_tables: Tables, num_cross_layers: int) -> None:
         """Use `KVPool.allocate`."""
         self._pool = pool
         self._self_tables = self_tables
@@ -137,15 +150,25 @@ class SequenceKV:
         self._is_released = False
         self.length = 0
         """Text positions that every self-attention layer holds."""
-        self.cross_length = 0
-        """Rows that every cross-attention layer holds."""
-        self.cross_bias: NDArray[np.float32] | None = None
-        """[cross_length], added to the logits of the rows; None: nothing is."""
+        self.cross_lengths = [0] * num_cross_layers
+        """Rows that each cross-attention layer holds, at most as many as the one before it."""
+        self.cross_biases: list[NDArray[np.float32] | None] = [None] * num_cross_layers
+        """Of each cross-attention layer [rows], added to the logits of its rows; None: nothing is."""
 
     @property
     def pages(self) -> Tensor:
         """[P, G, 2, Hkv, 16, Dh], the pool's."""
         return self._pool.pages
+
+    @property
+    def cross_length(self) -> int:
+        """Rows that the first cross-attention layer holds, and every other one that does not choose again."""
+        return max(self.cross_lengths, default=0)
+
+    @property
+    def cross_bias(self) -> NDArray[np.float32] | None:
+        """[cross_length], of those rows."""
+        return self.cross_biases[0] if self.cross_biases else None
 
     @property
     def self_tables(self) -> Tables:
@@ -165,7 +188,7 @@ class SequenceKV:
     @property
     def cross_bytes(self) -> int:
         """Bytes of cross-attention KV, whole pages."""
-        return self._cross_tables.size * self._pool.page_bytes
+        return self._pool.layered_cross_bytes(self.cross_lengths)
 
     def reserve_cross(self, num_rows: int, bias: Tensor | None) -> None:
         """Take the pages of the rows that decoding sees, once.
@@ -177,11 +200,33 @@ class SequenceKV:
             PoolExhausted: there are not as many free pages.
         """
         self._cross_tables = self._pool.take_cross(num_rows)
-        self.cross_length = num_rows
-        self.cross_bias = None if bias is None else bias.float().cpu().numpy()
+        self._set_cross(0, num_rows, bias)
+
+    def shrink_cross(self, layer: int, num_rows: int, bias: Tensor | None) -> None:
+        """Let cross-attention layers from `layer` on hold fewer rows, and give back the pages that no layer needs.
+
+        Args:
+            layer: may be behind the last one.
+            num_rows: at most what these layers hold.
+            bias: [num_rows], added to their logits; None: nothing is.
+        """
+        held = self._cross_pages()
+        self._set_cross(layer, num_rows, bias)
+        self._pool.give_back([], [*{*held}.difference(self._cross_pages())])
 
     def release(self) -> None:
         """Give the pages back; a second call does nothing."""
         if not self._is_released:
             self._is_released = True
-            self._pool.give_back(self._self_tables, self._cross_tables)
+            self._pool.give_back(self._self_tables.ravel().tolist(), self._cross_pages())
+
+    def _set_cross(self, layer: int, num_rows: int, bias: Tensor | None) -> None:
+        num_layers = len(self.cross_lengths) - layer
+        self.cross_lengths[layer:] = [num_rows] * num_layers
+        self.cross_biases[layer:] = [None if bias is None else bias.float().cpu().numpy()] * num_layers
+
+    def _cross_pages(self) -> list[int]:
+        """Pages that the cross-attention layers need, group after group."""
+        counts = self._pool.pages_of_groups(self.cross_lengths)
+        tables = zip(self._cross_tables, counts, strict=False)  # there are no tables before `reserve_cross`
+        return [page for table, count in tables for page in table[:count].tolist()]

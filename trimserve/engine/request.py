@@ -80,10 +80,12 @@ class ImageUsage:
     """Features chosen to stay as they are; equal to `valid_features` when trimming is off."""
     merged_features: int = 0
     """Rows that the other features were merged into; 0 when they were dropped."""
+    layer_rows: tuple[int, ...] = ()
+    """Rows that stand for the image in each cross-attention layer; empty when that is `held_rows` in all of them."""
 
     @property
     def held_rows(self) -> int:
-        """Rows that stand for the image in every cross-attention layer; over `valid_features`, the kept fraction."""
+        """Rows that stand for the image after the first selection; over `valid_features`, the kept fraction."""
         return self.kept_features + self.merged_features
 
 

@@ -55,6 +55,7 @@ class Runner:
         max_queue: int,
         num_preprocess_workers: int,
         kv_cache_bytes: int | None = None,
+        kv_layers_per_page: int | None = None,
         image_cache_bytes: int = 0,
         prefill_slice_seconds: float = 0.1,
         step_timeout_seconds: float = 300.0,
@@ -67,6 +68,7 @@ class Runner:
             max_queue: requests that may wait, prepared or not, beyond the free places of the batch.
             num_preprocess_workers: threads that decode images, and as many that tokenise, at least 1.
             kv_cache_bytes: see `Engine`.
+            kv_layers_per_page: see `Engine`.
             image_cache_bytes: see `Engine`.
             prefill_slice_seconds: see `Engine`.
             step_timeout_seconds: after which a step of the engine that has not returned counts as its death.
@@ -76,6 +78,7 @@ class Runner:
             Engine,
             max_batch=max_batch,
             kv_cache_bytes=kv_cache_bytes,
+            kv_layers_per_page=kv_layers_per_page,
             image_cache_bytes=image_cache_bytes,
             prefill_slice_seconds=prefill_slice_seconds,
         )

@@ -203,8 +203,9 @@ class Sequence:
         yield StageSpan("queue", self.submitted_at, self._admitted_at)
         yield StageSpan("vision_encode", self._admitted_at, self._encoded_at)
         if (times := prefilled.trim_times) is not None:
-            yield StageSpan("trim_select", times.began_at, times.selected_at)
-            yield StageSpan("trim_gather", times.selected_at, times.gathered_at)
+            for began_at, selected_at, gathered_at in (times, *prefilled.later_trim_times):
+                yield StageSpan("trim_select", began_at, selected_at)
+                yield StageSpan("trim_gather", selected_at, gathered_at)
         yield StageSpan("prefill", self._encoded_at, self._prefilled_at)
 
     def append(self, sampled: SampledToken) -> TokenDelta:
@@ -265,21 +266,28 @@ class Sequence:
 
 def _usage(prefilled: Prefilled) -> tuple[ImageUsage, ...]:
     num_merged = prefilled.num_merged or (0,) * len(prefilled.num_kept)
-    counts = zip(prefilled.num_padding, prefilled.num_valid, prefilled.num_kept, num_merged, strict=True)
-    return tuple(ImageUsage(padding, valid, rows - merged, merged) for padding, valid, rows, merged in counts)
+    layer_rows: Iterable[tuple[int, ...]] = [()] * len(num_merged)
+    if prefilled.layer_rows:
+        layer_rows = zip(*prefilled.layer_rows, strict=True)
+    counts = zip(prefilled.num_padding, prefilled.num_valid, prefilled.num_kept, num_merged, layer_rows, strict=True)
+    return tuple(
+        ImageUsage(padding, valid, rows - merged, merged, by_layer) for padding, valid, rows, merged, by_layer in counts
+    )
 
 
 def account_cross_kv(prefilled: Prefilled, kv: SequenceKV, pool: KVPool) -> CrossKvBytes:
     """Who saved how many bytes of cross-attention KV; each step of the way in whole pages.
 
     Args:
-        prefilled: counts of padding, valid, kept and merged features.
+        prefilled: counts of padding, valid, kept and merged features, and of what each layer holds.
         kv: what the request really holds.
         pool: knows the size of a page.
     """
     valid, kept = sum(prefilled.num_valid), sum(prefilled.num_kept)
     padded_bytes = pool.cross_bytes(sum(prefilled.num_padding) + valid)
     untrimmed_bytes, kept_bytes = pool.cross_bytes(valid), pool.cross_bytes(kept)
+    if prefilled.layer_rows:
+        kept_bytes = pool.layered_cross_bytes([sum(rows) for rows in prefilled.layer_rows])
     return CrossKvBytes(
         untrimmed=untrimmed_bytes,
         held=kv.cross_bytes,

@@ -135,7 +135,7 @@ class InProcess:
             assert run.rows.vision is not None
             if not np.isfinite(logprob).all():
                 raise RequestFailed(f"{run.source}: the model's logits are not finite")
-            run.num_held = sum(run.rows.vision.num_features)
+            run.num_held = sum(run.rows.vision.layer_rows[0])
             run.logits, run.logprobs = row, logprob
             run.token_ids.append(token_id)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from trimserve import ops
 from trimserve.models.decoder_layers import BatchRows, CrossLayer, RmsNorm, SelfLayer
-from trimserve.models.key_values import BatchTables
+from trimserve.models.key_values import BatchTables, FeatureTables
 from trimserve.models.linear import Linear
 
 __all__ = ["CompiledDecode"]
@@ -48,7 +48,7 @@ class CompiledDecode:
             most_rows=min(linear.most_rows(norms[0].weight.dtype) for linear in linears),
         )
 
-    def __call__(self, hidden: Tensor, batch: BatchRows, text: BatchTables, features: BatchTables | None) -> None:
+    def __call__(self, hidden: Tensor, batch: BatchRows, text: BatchTables, features: FeatureTables | None) -> None:
         """One new row of each sequence, `hidden` [B, D], becomes the last layer's output; those that see come first."""
         ops.decode_layers(
             hidden,
@@ -62,8 +62,8 @@ class CompiledDecode:
             text.tables,
             text.lengths,
             text.slots,
-            None if features is None else features.tables,
-            None if features is None else features.lengths,
-            None if features is None else features.bias,
+            () if features is None else features.tables,
+            () if features is None else features.lengths,
+            () if features is None else features.biases,
             self.epsilon,
         )

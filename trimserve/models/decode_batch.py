@@ -6,13 +6,13 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from trimserve.models.key_values import BatchTables, KeyValues
+from trimserve.models.key_values import BatchTables, FeatureTables, KeyValues
 
 __all__ = ["DecodeBatch"]
 
 
 class DecodeBatch:
-    """Some sequences, those that see an image first, so that cross-attention takes the first rows."""
+    """Some sequences, those that see images in more layers first, so that cross-attention takes the first rows."""
 
     def __init__(self, kvs: Sequence[KeyValues], on_end: Callable[[], None]) -> None:
         """Take down where the sequences lie; they may grow.
@@ -23,15 +23,15 @@ class DecodeBatch:
         """
         self._sequences = [weakref.ref(kv, lambda _: on_end()) for kv in kvs]
         rows = range(len(kvs))
-        self._order = sorted(rows, key=lambda row: not kvs[row].cross_length)
+        num_layers = [sum(length > 0 for length in kv.cross_lengths) for kv in kvs]
+        self._order = sorted(rows, key=lambda row: -num_layers[row])
         is_ordered = self._order == [*rows]
         self._index = None if is_ordered else torch.tensor(self._order, device=kvs[0].pages.device)
         ordered = [kvs[row] for row in self._order]
-        self.num_seeing = sum(kv.cross_length > 0 for kv in kvs)
-        """Sequences that hold visual features."""
+        num_seeing = len(kvs) - num_layers.count(0)
         self._text = BatchTables.of_text(ordered)
-        self.features = BatchTables.of_features(ordered[: self.num_seeing]) if self.num_seeing else None
-        """Of those."""
+        self.features = FeatureTables.of(ordered[:num_seeing]) if num_seeing else None
+        """Of those that hold visual features."""
 
     def is_of(self, kvs: Sequence[KeyValues]) -> bool:
         """Whether these are the sequences, in the order given."""

@@ -2,9 +2,10 @@
 
 Text rows see images by the processor's rule; a row that sees none passes a cross-attention layer unchanged (both
 of its branches are zero there). In a prefill with trimming, the first cross-attention layer attends to all valid
-features, scores them and keeps some; the following layers project, cache and attend to those only. What was chosen
-before the decoder comes in as fewer features. A prefill can be interrupted after every layer. Scoring and gathering are
-`ops`, choosing is `trimming.py`, where keys and values lie is `key_values.py`.
+features, scores them and keeps some; the following layers project, cache and attend to those only, or to fewer yet
+where the policy says so (ADR-0008). What was chosen before the decoder comes in as fewer features. A prefill can be
+interrupted after every layer. Scoring and gathering are `ops`, choosing is `trimming.py`, where keys and values lie is
+`key_values.py`.
 """
 
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ from trimserve.models.compiled_decode import CompiledDecode
 from trimserve.models.decode_batch import DecodeBatch
 from trimserve.models.decoder_layers import BatchRows, CrossLayer, RmsNorm, SelfLayer, SequenceRows
 from trimserve.models.interruptible import Interruptible
-from trimserve.models.key_values import BatchTables, KeyValues
+from trimserve.models.key_values import BatchTables, FeatureTables, KeyValues
 from trimserve.models.linear import linear
 from trimserve.models.rotary import RotaryAngles
 from trimserve.models.step_buffers import StepBuffers, StepInputs
@@ -66,18 +67,11 @@ class RaggedDecoder:
         """
         hidden = self._embed(token_ids)
         positions = [row for prompt in prompts for row in range(prompt.num_rows)]
-        seeing = []
-        num_seeing = []
-        start = 0
-        for prompt in prompts:
-            rows = [start + row for first, end, _, _ in prompt.visible_runs() for row in range(first, end)]
-            seeing += rows
-            num_seeing.append(len(rows))
-            start += prompt.num_rows
-        index = torch.tensor(seeing, dtype=torch.int64, device=hidden.device) if len(seeing) < start else None
-        batch = BatchRows(*self._angles.at(positions), index, tuple(num_seeing))
+        batch = BatchRows(*self._angles.at(positions)).seen_by(prompts)
         for layer in self._layers:
             hidden = layer.prefill(hidden, batch, prompts)
+            if isinstance(layer, CrossLayer) and any(prompt.has_left for prompt in prompts):
+                batch = batch.seen_by(prompts)
             yield
         for prompt in prompts:
             prompt.kv.length = prompt.num_rows
@@ -97,8 +91,7 @@ class RaggedDecoder:
         """
         batch = self._batch_of(kvs)
         lengths = batch.lengths(kvs)
-        seeing = slice(batch.num_seeing) if batch.num_seeing < len(kvs) else None
-        rows = BatchRows(*self._angles.at(lengths), seeing, (batch.num_seeing,))
+        rows = BatchRows(*self._angles.at(lengths))
         hidden, text = self._embed(batch.ordered(token_ids)), batch.text(lengths)
         if self._compiled is not None and len(kvs) <= self._compiled.most_rows:
             self._compiled(hidden, rows, text, batch.features)
@@ -115,12 +108,12 @@ class RaggedDecoder:
 
     def _step(self, inputs: StepInputs) -> Tensor:
         hidden = self._embed(inputs.token_ids)
-        rows = BatchRows(*self._angles.of(inputs.positions), None, (len(hidden),))
+        rows, sees = BatchRows(*self._angles.of(inputs.positions)), iter(inputs.sees)
         for layer in self._layers:
             if isinstance(layer, SelfLayer):
                 hidden = layer.decode(hidden, rows, inputs.text)
             elif inputs.features is not None:
-                hidden = torch.where(inputs.sees, layer.decode(hidden, rows, inputs.features), hidden)
+                hidden = torch.where(next(sees), layer.decode(hidden, inputs.features), hidden)
         return self._logits(hidden)
 
     def _batch_of(self, kvs: Sequence[KeyValues]) -> DecodeBatch:
@@ -133,13 +126,13 @@ class RaggedDecoder:
         self._batch = None
 
     def _decode_layers(
-        self, hidden: Tensor, rows: BatchRows, text: BatchTables, features: BatchTables | None
+        self, hidden: Tensor, rows: BatchRows, text: BatchTables, features: FeatureTables | None
     ) -> Tensor:
         for layer in self._layers:
             if isinstance(layer, SelfLayer):
                 hidden = layer.decode(hidden, rows, text)
             elif features is not None:
-                hidden = layer.decode(hidden, rows, features)
+                hidden = layer.decode(hidden, features)
         return hidden
 
     def _logits(self, hidden: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -14,11 +14,11 @@ from transformers.models.mllama.modeling_mllama import (
 )
 
 from trimserve import ops
-from trimserve.models.key_values import BatchTables, KeyValues, row_slots, write_rows
+from trimserve.models.key_values import BatchTables, FeatureTables, KeyValues, row_slots, write_rows
 from trimserve.models.linear import Linear, linear
 from trimserve.models.policies.policy import FirstLayer
 from trimserve.models.prefilled import TrimTimes
-from trimserve.models.trimming import select
+from trimserve.models.trimming import select, select_again
 from trimserve.models.visibility import feature_visibility
 from trimserve.models.vision_rows import VisionRows
 from trimserve.models.weights import FUSED
@@ -35,9 +35,14 @@ class SequenceRows:
     """Empty before the prefill."""
     vision: VisionRows | None = None
 
+    @property
+    def has_left(self) -> bool:
+        """Whether its rows see no image in the layers to come, after they did."""
+        return self.vision is not None and self.vision.has_left
+
     def visible_runs(self) -> list[tuple[int, int, int, int]]:
         """(first row, end row, first feature, end feature) of consecutive rows that see the same features."""
-        if self.vision is None:
+        if self.vision is None or self.has_left:
             return []
         offsets = self.vision.offsets
         images = self.vision.visible_images
@@ -57,10 +62,23 @@ class BatchRows:
     cosines: Tensor
     """float32 [R, Dh / 2]"""
     sines: Tensor
-    seeing: Tensor | slice | None
-    """int64 [S], or a slice, the flat rows that see an image; None: every row does."""
-    num_seeing: tuple[int, ...]
+    seeing: Tensor | None = None
+    """int64 [S], in a prefill the flat rows that see an image; None: every row does."""
+    num_seeing: tuple[int, ...] = ()
     """How many of those each sequence has."""
+
+    def seen_by(self, prompts: Sequence[SequenceRows]) -> "BatchRows":
+        """The same rows, which are those of the prompts, with what these see in the layers to come."""
+        seeing: list[int] = []
+        num_seeing = []
+        start = 0
+        for prompt in prompts:
+            rows = [start + row for first, end, _, _ in prompt.visible_runs() for row in range(first, end)]
+            seeing += rows
+            num_seeing.append(len(rows))
+            start += prompt.num_rows
+        index = torch.tensor(seeing, dtype=torch.int64, device=self.cosines.device) if len(seeing) < start else None
+        return replace(self, seeing=index, num_seeing=tuple(num_seeing))
 
 
 class RmsNorm:
@@ -161,7 +179,7 @@ class SelfLayer(_Layer):
 
 
 class CrossLayer(_Layer):
-    """A cross-attention layer; the first one trims."""
+    """A cross-attention layer; the first one trims, and later ones where the policy says so."""
 
     def __init__(self, layer: MllamaCrossAttentionDecoderLayer, index: int, head_dim: int) -> None:
         """Borrow the weights of transformers' layer, the `index`-th of its kind."""
@@ -179,18 +197,28 @@ class CrossLayer(_Layer):
         """Whole prompts, [R, D] -> [R, D]; their keys and values are stored."""
         if not any(batch.num_seeing):
             return hidden
-        residual, q = self._queries(hidden, batch)
+        residual, q = self._queries(hidden, batch.seeing)
         attended = [
             self._attend_prompt(rows, prompt.kv, prompt.vision, prompt.visible_runs())
             for rows, prompt in zip(q.split(batch.num_seeing), prompts, strict=True)
             if prompt.vision is not None and len(rows)
         ]
-        return self._finish(hidden, residual, torch.cat(attended), batch)
+        added = self._output(torch.cat(attended))
+        for prompt, *of_prompt in zip(prompts, *(x.split(batch.num_seeing) for x in (residual, added)), strict=True):
+            rows, added_rows = of_prompt
+            if prompt.vision is not None and len(rows):
+                self._leave(rows, added_rows, prompt.kv, prompt.vision)
+        return self._finish(hidden, residual, added, batch.seeing)
 
-    def decode(self, hidden: Tensor, batch: BatchRows, features: BatchTables) -> Tensor:
-        """One new row of each sequence, [B, D] -> [B, D]."""
-        residual, q = self._queries(hidden, batch)
-        return self._finish(hidden, residual, features.attend(self._index, q, self._scale).flatten(1), batch)
+    def decode(self, hidden: Tensor, features: FeatureTables) -> Tensor:
+        """One new row of each sequence, [B, D] -> [B, D]; the first ones see something."""
+        num_seeing = len(features.lengths[self._index])
+        if not num_seeing:
+            return hidden
+        seeing = slice(num_seeing) if num_seeing < len(hidden) else None
+        residual, q = self._queries(hidden, seeing)
+        added = self._output(features.attend(self._index, q, self._scale).flatten(1))
+        return self._finish(hidden, residual, added, seeing)
 
     @property
     def decode_parts(self) -> list[Part]:
@@ -203,18 +231,25 @@ class CrossLayer(_Layer):
         """Factors of what attention and MLP add."""
         return [self._attention_gate, self._mlp_gate]
 
-    def _queries(self, hidden: Tensor, batch: BatchRows) -> tuple[Tensor, Tensor]:
+    def _queries(self, hidden: Tensor, seeing: Tensor | slice | None) -> tuple[Tensor, Tensor]:
         """The rows that see something, and their queries [S, H, Dh]."""
-        residual = hidden if batch.seeing is None else hidden[batch.seeing]
+        residual = hidden if seeing is None else hidden[seeing]
         return residual, self._q_norm(self._heads(self._query(self._input_norm(residual))))
 
-    def _finish(self, hidden: Tensor, residual: Tensor, attended: Tensor, batch: BatchRows) -> Tensor:
-        residual = residual.add(self._output(attended), alpha=self._attention_gate)
+    def _finish(self, hidden: Tensor, residual: Tensor, added: Tensor, seeing: Tensor | slice | None) -> Tensor:
+        residual = residual.add(added, alpha=self._attention_gate)
         residual = residual.add(self._mlp(residual), alpha=self._mlp_gate)
-        if batch.seeing is None:
+        if seeing is None:
             return residual
-        hidden[batch.seeing] = residual
+        hidden[seeing] = residual
         return hidden
+
+    def _leave(self, residual: Tensor, added: Tensor, kv: KeyValues, vision: VisionRows) -> None:
+        """Where the policy says so, a prompt's rows [S, D] see nothing in later layers, and these hold nothing."""
+        exit_rule = vision.trim.exit_rule
+        if exit_rule is not None and exit_rule(residual, self._attention_gate * added):
+            vision.has_left = True
+            kv.shrink_cross(self._index + 1, 0, None)
 
     def _attend_prompt(
         self, q: Tensor, kv: KeyValues, vision: VisionRows, runs: Sequence[tuple[int, int, int, int]]
@@ -237,31 +272,22 @@ class CrossLayer(_Layer):
         return self._k_norm(keys), values
 
     def _store(self, q: Tensor, keys: Tensor, values: Tensor, kv: KeyValues, vision: VisionRows) -> None:
-        """Trim in the first cross-attention layer; cache what the last row, and so every decoded row, sees."""
+        """Trim where the policy does; cache what the last row, and so every decoded row, sees."""
         if self._index == 0 and vision.trim.is_after_first_layer:
             self._trim(q, keys, values, kv, vision)
-            return
-        first, end = vision.held_range
-        if self._index == 0:
-            kv.reserve_cross(end - first, vision.held_bias)
-        write_rows(kv.pages, kv.cross_tables, self._index, keys[first:end], values[first:end])
+        elif self._index > 0 and vision.trim.is_cascade:
+            self._trim_again(q, keys, values, kv, vision)
+        else:
+            first, end = vision.held_range
+            if self._index == 0:
+                kv.reserve_cross(end - first, vision.held_bias)
+            write_rows(kv.pages, kv.cross_tables, self._index, keys[first:end], values[first:end])
+        vision.layer_rows.append(vision.num_features)
 
     def _trim(self, q: Tensor, keys: Tensor, values: Tensor, kv: KeyValues, vision: VisionRows) -> None:
         """Select in the first cross-attention layer and cache; `vision` holds the kept features afterwards."""
         began_at = time.monotonic()
-        seeing = [images for images in vision.visible_images if images[0] < images[1]]
-        visibility = feature_visibility(seeing, vision.num_features).to(q.device)
-        layer = FirstLayer(
-            q,
-            keys,
-            vision.features,
-            visibility,
-            self._scale,
-            vision.num_features,
-            vision.features_per_tile,
-            vision.trim.return_selection,
-        )
-        selection = select(layer, vision.trim)
+        selection = select(self._seen(q, keys, vision.features, vision.num_features, vision), vision.trim)
         selected_at = time.monotonic()
         kept, merged = vision.hold(selection)
         first, end = vision.held_range
@@ -274,3 +300,25 @@ class CrossLayer(_Layer):
             mean_keys, mean_values = (selection.groups.mean(rows)[is_held] for rows in (keys, values))
             ops.write_kv(kv.pages, 0, mean_keys, mean_values, slots[merged[is_held] - first])
         vision.trim_times = TrimTimes(began_at, selected_at, time.monotonic())
+
+    def _trim_again(self, q: Tensor, keys: Tensor, values: Tensor, kv: KeyValues, vision: VisionRows) -> None:
+        """Select among the features that were kept until here; `vision` holds fewer afterwards."""
+        began_at = time.monotonic()
+        places = vision.kept_places
+        layer = self._seen(q, keys[places], vision.features[places], vision.num_kept, vision)
+        selection = select_again(layer, vision.trim)
+        selected_at = time.monotonic()
+        rows = vision.hold_fewer(selection)
+        first, end = vision.held_range
+        kv.shrink_cross(self._index, end - first, vision.held_bias)
+        slots = row_slots(kv.pages, kv.cross_tables, self._index, end - first)
+        ops.gather_kv(kv.pages, self._index % kv.pages.shape[1], keys, values, rows[first:end], slots)
+        vision.later_trim_times.append(TrimTimes(began_at, selected_at, time.monotonic()))
+
+    def _seen(
+        self, q: Tensor, keys: Tensor, features: Tensor, num_features: Sequence[int], vision: VisionRows
+    ) -> FirstLayer:
+        seeing = [images for images in vision.visible_images if images[0] < images[1]]
+        visibility = feature_visibility(seeing, num_features).to(q.device)
+        size, wants_picks = vision.features_per_tile, vision.trim.return_selection
+        return FirstLayer(q, keys, features, visibility, self._scale, num_features, size, wants_picks)

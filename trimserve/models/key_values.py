@@ -1,8 +1,9 @@
 """Keys and values in pages: what the decoder reads and writes, one sequence at a time or a batch of them.
 
-A page holds 16 positions of one group of layers, G = gcd(self-attention layers, cross-attention layers) of them, so
-that one pool serves both kinds. Layers are counted among their own kind, from 0: layer l is slot l % G of group l // G,
-and all layers of a group share a list of pages. Who allocates pages is not known here.
+A page holds 16 positions of one group of G layers, which divides the number of either kind (`layers_per_page`), so
+that one pool serves both. Layers are counted among their own kind, from 0: layer l is slot l % G of group l // G, and
+all layers of a group share a list of pages. A cross-attention layer may hold fewer rows than the one before it
+(ADR-0008). Who allocates pages is not known here.
 """
 
 from collections.abc import Sequence
@@ -20,10 +21,12 @@ from trimserve.ops import PAGE_POSITIONS
 
 __all__ = [
     "BatchTables",
+    "FeatureTables",
     "KeyValues",
     "Tables",
     "layers_per_page",
     "num_pages",
+    "padded",
     "row_slots",
     "slots_at",
     "together",
@@ -34,13 +37,26 @@ Tables = NDArray[np.int32]
 """[groups, pages of each], ids of the pages of one sequence in the order of their positions."""
 
 
-def layers_per_page(num_self_layers: int, num_cross_layers: int) -> int:
+def layers_per_page(num_self_layers: int, num_cross_layers: int, wanted: int | None = None) -> int:
     """G, the layers of one page.
+
+    Args:
+        num_self_layers: self-attention layers.
+        num_cross_layers: cross-attention layers.
+        wanted: None takes the most that both kinds can have.
+    Raises:
+        ValueError: `wanted` does not divide that.
 
     >>> layers_per_page(32, 8)
     8
     """
-    return gcd(num_self_layers, num_cross_layers)
+    most = gcd(num_self_layers, num_cross_layers)
+    if wanted is None:
+        return most
+    if most % wanted:
+        layers = f"{num_self_layers} self- and {num_cross_layers} cross-attention layers"
+        raise ValueError(f"must divide {most}, the greatest common divisor of {layers} of the model, got {wanted}")
+    return wanted
 
 
 def num_pages(num_positions: int) -> int:
@@ -57,10 +73,10 @@ class KeyValues(Protocol):
 
     length: int
     """Text positions that every self-attention layer holds."""
-    cross_length: int
-    """Rows that every cross-attention layer holds."""
-    cross_bias: NDArray[np.float32] | None
-    """[cross_length], added to the logits of the rows; None: nothing is."""
+    cross_lengths: list[int]
+    """Rows that each cross-attention layer holds, at most as many as the one before it."""
+    cross_biases: list[NDArray[np.float32] | None]
+    """Of each cross-attention layer [rows], added to the logits of its rows; None: nothing is."""
 
     @property
     def pages(self) -> Tensor:
@@ -76,6 +92,9 @@ class KeyValues(Protocol):
 
     def reserve_cross(self, num_rows: int, bias: Tensor | None) -> None:
         """Take pages for the rows that decoding sees; `bias` [num_rows] is added to their logits."""
+
+    def shrink_cross(self, layer: int, num_rows: int, bias: Tensor | None) -> None:
+        """Let cross-attention layers from `layer` on hold no more than `num_rows`, with another bias."""
 
 
 def row_slots(pages: Tensor, tables: Tables, layer: int, num_rows: int) -> Tensor:
@@ -101,7 +120,7 @@ def write_rows(pages: Tensor, tables: Tables, layer: int, keys: Tensor, values: 
 
 @dataclass(frozen=True, slots=True)
 class BatchTables:
-    """Page tables of one kind of layer for a batch of sequences that each have one new row."""
+    """Page tables of the self-attention layers for a batch of sequences that each have one new row."""
 
     pages: Tensor
     tables: Tensor
@@ -109,51 +128,24 @@ class BatchTables:
     lengths: Tensor
     """int32 [B], positions to attend to."""
     slots: Tensor
-    """int64 [groups, B], where each sequence's last position lies; [0, B] where nothing is written."""
-    bias: Tensor | None
-    """float32 [B, most pages * 16], added to the logits; None: nothing is."""
+    """int64 [groups, B], where each sequence's last position lies."""
 
     host_tables: NDArray[np.int32] | None = None
     """`tables` where looking something up waits for nothing; None where nothing is."""
 
     @classmethod
     def of_text(cls, kvs: Sequence[KeyValues]) -> "BatchTables":
-        """Of self-attention: the new row is the position behind `length`."""
+        """The new row is the position behind `length`."""
         most = max(kv.self_tables.shape[1] for kv in kvs)
-        tables = together([kv.self_tables for kv in kvs], most)
-        return cls._make(kvs[0].pages, tables, [kv.length + 1 for kv in kvs], None)
-
-    @classmethod
-    def of_features(cls, kvs: Sequence[KeyValues]) -> "BatchTables":
-        """Of cross-attention, where nothing is written; every sequence holds at least one row."""
-        lengths = [kv.cross_length for kv in kvs]
-        most = num_pages(max(lengths))
-        tables = together([kv.cross_tables for kv in kvs], most)
-        biases = {row: kv.cross_bias for row, kv in enumerate(kvs) if kv.cross_bias is not None}
-        bias = np.zeros((len(kvs), most * PAGE_POSITIONS), dtype=np.float32) if biases else None
-        for row, of_row in biases.items():
-            assert bias is not None
-            bias[row, : len(of_row)] = of_row
-        return cls._make(kvs[0].pages, tables, lengths, bias)
-
-    @classmethod
-    def _make(
-        cls, pages: Tensor, tables: NDArray[np.int32], lengths: Sequence[int], bias: NDArray[np.float32] | None
-    ) -> "BatchTables":
-        device = pages.device
-        return cls(
-            pages,
-            torch.from_numpy(tables).to(device),
-            *_lengths_and_slots(tables, lengths, device),
-            None if bias is None else torch.from_numpy(bias).to(device),
-            tables,
-        )
+        tables, pages = together([kv.self_tables for kv in kvs], most), kvs[0].pages
+        lengths, slots = _lengths_and_slots(tables, [kv.length + 1 for kv in kvs], pages.device)
+        return cls(pages, torch.from_numpy(tables).to(pages.device), lengths, slots, tables)
 
     def at(self, lengths: Sequence[int]) -> "BatchTables":
         """Of the same sequences when they have other lengths, [B]."""
         assert self.host_tables is not None
         found, slots = _lengths_and_slots(self.host_tables, lengths, self.pages.device)
-        return BatchTables(self.pages, self.tables, found, slots, self.bias, self.host_tables)
+        return BatchTables(self.pages, self.tables, found, slots, self.host_tables)
 
     def write(self, layer: int, keys: Tensor, values: Tensor) -> None:
         """Store the new row of each sequence, [B, Hkv, Dh]."""
@@ -163,7 +155,54 @@ class BatchTables:
     def attend(self, layer: int, q: Tensor, scale: float) -> Tensor:
         """Queries [B, H, Dh] over what each sequence holds -> [B, H, Dh]."""
         group, slot = divmod(layer, self.pages.shape[1])
-        return ops.paged_attention(q, self.pages, slot, self.tables[group], self.lengths, scale, self.bias)
+        return ops.paged_attention(q, self.pages, slot, self.tables[group], self.lengths, scale)
+
+
+@dataclass(frozen=True, slots=True)
+class FeatureTables:
+    """Page tables of the cross-attention layers for a batch of sequences; nothing is written there.
+
+    In each layer the first S sequences hold rows, S being that layer's own.
+    """
+
+    pages: Tensor
+    tables: tuple[Tensor, ...]
+    """Of each layer int32 [S, most pages]."""
+    lengths: tuple[Tensor, ...]
+    """Of each layer int32 [S], rows to attend to."""
+    biases: tuple[Tensor, ...]
+    """Of each layer float32 [S, most pages * 16], added to the logits; empty: nothing is."""
+
+    @classmethod
+    def of(cls, kvs: Sequence[KeyValues]) -> "FeatureTables":
+        """Of sequences that hold rows, those that hold some in more layers first."""
+        pages, by_layer = kvs[0].pages, [*zip(*(kv.cross_lengths for kv in kvs), strict=True)]
+        most = num_pages(max(by_layer[0]))
+        tables = torch.from_numpy(together([kv.cross_tables for kv in kvs], most)).to(pages.device)
+        has_bias = any(kv.cross_biases[0] is not None for kv in kvs)
+        # Layers where every sequence holds as many rows hold the same rows.
+        found: dict[tuple[int, ...], tuple[Tensor, Tensor | None]] = {}
+        for layer, lengths in enumerate(by_layer):
+            if lengths not in found:
+                held = [length for length in lengths if length]
+                bias = None
+                if has_bias:
+                    biases = padded([kv.cross_biases[layer] for kv in kvs[: len(held)]], most * PAGE_POSITIONS)
+                    bias = torch.from_numpy(biases).to(pages.device)
+                found[lengths] = torch.tensor(held, dtype=torch.int32, device=pages.device), bias
+        of_layers = [found[lengths] for lengths in by_layer]
+        return cls(
+            pages,
+            tuple(tables[layer // pages.shape[1], : len(held)] for layer, (held, _) in enumerate(of_layers)),
+            tuple(held for held, _ in of_layers),
+            tuple(bias for _, bias in of_layers if bias is not None),
+        )
+
+    def attend(self, layer: int, q: Tensor, scale: float) -> Tensor:
+        """Queries [S, H, Dh] over what each of the layer's sequences holds -> [S, H, Dh]."""
+        bias = self.biases[layer] if self.biases else None
+        slot = layer % self.pages.shape[1]
+        return ops.paged_attention(q, self.pages, slot, self.tables[layer], self.lengths[layer], scale, bias)
 
 
 def together(tables: Sequence[Tables], most: int) -> NDArray[np.int32]:
@@ -172,6 +211,15 @@ def together(tables: Sequence[Tables], most: int) -> NDArray[np.int32]:
     for row, table in enumerate(tables):
         used = min(table.shape[1], most)
         joined[:, row, :used] = table[:, :used]
+    return joined
+
+
+def padded(biases: Sequence[NDArray[np.float32] | None], size: int) -> NDArray[np.float32]:
+    """Biases one below the other, float32 [B, size]; zeros where there is none, and behind one."""
+    joined = np.zeros((len(biases), size), dtype=np.float32)
+    for row, bias in enumerate(biases):
+        if bias is not None:
+            joined[row, : len(bias)] = bias
     return joined
 
 

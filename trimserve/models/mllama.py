@@ -118,10 +118,12 @@ class Mllama:
             logits=logits,
             num_padding=tuple(max_features - n for n in num_valid),
             num_valid=num_valid,
-            num_kept=vision.num_features if vision else (),
+            num_kept=vision.layer_rows[0] if vision else (),
             num_merged=vision.num_merged if vision else (),
             selections=selections,
             trim_times=vision.trim_times if vision else None,
+            later_trim_times=tuple(vision.later_trim_times) if vision else (),
+            layer_rows=self._layer_rows(vision) if vision else (),
         )
 
     @torch.inference_mode()
@@ -175,6 +177,13 @@ class Mllama:
                 vision.hold(selection)
                 vision.trim_times = TrimTimes(began_at, selected_at, time.monotonic())
         return SequenceRows(len(prompt.token_ids), kv, vision)
+
+    def _layer_rows(self, vision: VisionRows) -> tuple[tuple[int, ...], ...]:
+        first, *later = vision.layer_rows
+        if not vision.has_left and all(rows == first for rows in later):
+            return ()
+        num_left_out = self._info.num_cross_attention_layers - len(vision.layer_rows)
+        return (first, *later, *[(0,) * len(first)] * num_left_out)
 
     def _ids(self, token_ids: Sequence[int]) -> Tensor:
         return torch.tensor(list(token_ids), dtype=torch.int64, device=self._device)

@@ -31,10 +31,14 @@ class Prefilled:
     num_valid: tuple[int, ...]
     """Features of real tiles, per image."""
     num_kept: tuple[int, ...]
-    """Rows left after trimming, per image: kept features and merged rows."""
+    """Rows left after trimming, per image: kept features and merged rows, in the first cross-attention layer."""
     num_merged: tuple[int, ...] = ()
     """Merged rows among `num_kept`, per image; empty when nothing is merged."""
     selections: tuple[ImageSelection, ...] = ()
     """One per image when the request asked for it."""
     trim_times: TrimTimes | None = None
     """None when nothing was trimmed."""
+    later_trim_times: tuple[TrimTimes, ...] = ()
+    """Of later cross-attention layers that trimmed again."""
+    layer_rows: tuple[tuple[int, ...], ...] = ()
+    """Rows of each image that each cross-attention layer holds; empty when every layer holds `num_kept`."""

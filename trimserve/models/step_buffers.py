@@ -2,7 +2,7 @@
 
 A batch is padded to the next of a few sizes, its *bucket*. Rows that pad it have length 0, see nothing, and write to a
 page that is nobody's. What changes from step to step reaches the device in one copy; tables only when the batch is
-another. No layer is known here.
+another. Every cross-attention layer has lengths and a bias of its own, since later ones may hold less (ADR-0008).
 """
 
 import weakref
@@ -17,7 +17,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from trimserve.models.info import ModelInfo
-from trimserve.models.key_values import BatchTables, KeyValues, Tables, layers_per_page, num_pages, slots_at, together
+from trimserve.models.key_values import (
+    BatchTables,
+    FeatureTables,
+    KeyValues,
+    Tables,
+    num_pages,
+    padded,
+    slots_at,
+    together,
+)
 from trimserve.ops import PAGE_POSITIONS
 
 __all__ = ["StepBuffers", "StepInputs", "batch_buckets"]
@@ -45,10 +54,10 @@ class StepInputs:
     positions: Tensor
     """int64 [B], of the new rows."""
     text: BatchTables
-    features: BatchTables | None
-    """None: no row sees an image."""
+    features: FeatureTables | None
+    """Of all B rows in every layer, with length 0 where a row sees nothing; None: no row sees an image."""
     sees: Tensor
-    """bool [B, 1], whether a row sees an image."""
+    """bool [cross-attention layers, B, 1], whether a row sees an image there."""
 
 
 class StepBuffers:
@@ -66,9 +75,9 @@ class StepBuffers:
         """Where the keys and values of every batch lie."""
         self.buckets = batch_buckets(max_batch)
         """Ascending."""
-        layers = layers_per_page(info.num_self_attention_layers, info.num_cross_attention_layers)
+        layers, num_cross = pages.shape[1], info.num_cross_attention_layers
         self._self_groups = info.num_self_attention_layers // layers
-        self._cross_groups = info.num_cross_attention_layers // layers
+        self._cross_groups = num_cross // layers
         self.max_positions = info.max_model_len
         """Most positions of a sequence's text."""
         most, device = self.buckets[-1], pages.device
@@ -77,8 +86,8 @@ class StepBuffers:
         self._rows = torch.zeros((3 + self._self_groups) * most, dtype=torch.int64, device=device)
         self._text_tables = torch.zeros(self._self_groups, most, text_pages, dtype=torch.int32, device=device)
         self._feature_tables = torch.zeros(self._cross_groups, most, feature_pages, dtype=torch.int32, device=device)
-        self._feature_lengths = torch.zeros(most, dtype=torch.int32, device=device)
-        self._bias = torch.zeros(most, feature_pages * PAGE_POSITIONS, device=device)
+        self._feature_lengths = torch.zeros(num_cross, most, dtype=torch.int32, device=device)
+        self._biases = torch.zeros(num_cross, most, feature_pages * PAGE_POSITIONS, device=device)
         self._sequences: list[weakref.ref[KeyValues]] = []
         self._self_tables: Tables = np.empty((self._self_groups, 0, 0), dtype=np.int32)
 
@@ -91,11 +100,16 @@ class StepBuffers:
         """
         rows = self._rows_of(bucket)
         token_ids, positions, lengths = rows[:3]
-        feature_lengths = self._feature_lengths[:bucket]
-        text = BatchTables(self.pages, self._text_tables[:, :bucket], lengths.int(), rows[3:], None)
-        tables, bias = self._feature_tables[:, :bucket], self._bias[:bucket]
-        features = BatchTables(self.pages, tables, feature_lengths, rows[:0], bias)
-        sees = (feature_lengths > 0)[:, None]
+        feature_lengths = self._feature_lengths[:, :bucket]
+        text = BatchTables(self.pages, self._text_tables[:, :bucket], lengths.int(), rows[3:])
+        of_groups = self._feature_tables[:, :bucket]
+        features = FeatureTables(
+            self.pages,
+            tables=tuple(of_groups[layer // self.pages.shape[1]] for layer in range(len(feature_lengths))),
+            lengths=feature_lengths.unbind(),
+            biases=self._biases[:, :bucket].unbind(),
+        )
+        sees = (feature_lengths > 0)[..., None]
         return StepInputs(token_ids, positions, text, features if has_features else None, sees)
 
     def fill(self, token_ids: Sequence[int], kvs: Sequence[KeyValues]) -> tuple[int, bool]:
@@ -118,7 +132,7 @@ class StepBuffers:
         rows[2, :size] = lengths + 1
         rows[3:, :size] = slots_at(self._self_tables, lengths)
         _copy(self._rows_of(bucket), rows)
-        return bucket, any(kv.cross_length for kv in kvs)
+        return bucket, any(any(kv.cross_lengths) for kv in kvs)
 
     def clear(self, bucket: int) -> None:
         """Let all rows of a bucket be padding."""
@@ -140,19 +154,20 @@ class StepBuffers:
         self._sequences = [weakref.ref(kv) for kv in kvs]
         self._self_tables = together([kv.self_tables for kv in kvs], max(kv.self_tables.shape[1] for kv in kvs))
         _copy(_corner(self._text_tables, self._self_tables), self._self_tables)
-        lengths = np.zeros(bucket, dtype=np.int32)
-        lengths[: len(kvs)] = [kv.cross_length for kv in kvs]
-        _copy(self._feature_lengths[:bucket], lengths)
+        lengths = np.zeros((len(self._feature_lengths), bucket), dtype=np.int32)
+        lengths[:, : len(kvs)] = np.transpose([kv.cross_lengths for kv in kvs])
+        _copy(self._feature_lengths[:, :bucket], lengths)
         if not lengths.any():
             return
         nothing = np.empty((self._cross_groups, 0), dtype=np.int32)
-        held = [kv.cross_tables if kv.cross_length else nothing for kv in kvs]
+        held = [kv.cross_tables if any(kv.cross_lengths) else nothing for kv in kvs]
         tables = together(held, num_pages(int(lengths.max())))
         _copy(_corner(self._feature_tables, tables), tables)
-        self._bias.zero_()
+        self._biases.zero_()
         for row, kv in enumerate(kvs):
-            if kv.cross_bias is not None:
-                _copy(self._bias[row, : kv.cross_length], kv.cross_bias)
+            if any(bias is not None for bias in kv.cross_biases):
+                biases = padded(kv.cross_biases, max(kv.cross_lengths))
+                _copy(self._biases[:, row, : biases.shape[1]], biases)
 
 
 def _corner(buffer: Tensor, tables: Tables) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 from trimserve.models.encoded_image import Choice, EncodedImage, Observation
 from trimserve.models.merging import Groups, group_dropped
 from trimserve.models.policies.budget import Allowance, Budget, FixedCount, FixedRatio, HeadRatio, TopP, budget, cap
-from trimserve.models.policies.policy import AfterFirstLayer, BeforeDecoder, FirstLayer, Policy
+from trimserve.models.policies.policy import AfterFirstLayer, BeforeDecoder, ExitRule, FirstLayer, Policy
 from trimserve.models.policies.table import POLICIES
 from trimserve.models.policies.trimmed import Trimmed
 
@@ -28,6 +28,7 @@ __all__ = [
     "max_rows",
     "scratch_bytes",
     "select",
+    "select_again",
 ]
 
 DEFAULT_RATIO = 0.5
@@ -62,7 +63,8 @@ class TrimParams:
         """Whether any feature could go; if not, the request takes the untrimmed path, bit for bit."""
         if not self.enabled:
             return False
-        if (self.max_kept_fraction or 1) < 1 or not POLICIES[self.policy].budgets:
+        policy = self.make_policy()
+        if (self.max_kept_fraction or 1) < 1 or not policy.budgets or policy.is_cascade or policy.exit_rule is not None:
             return True
         match self.allowance.budget:
             case HeadRatio(ratio) | FixedRatio(ratio) | TopP(ratio):
@@ -79,6 +81,16 @@ class TrimParams:
     def is_after_first_layer(self) -> bool:
         """Whether features are chosen in the first cross-attention layer."""
         return self.can_drop and issubclass(POLICIES[self.policy], AfterFirstLayer)
+
+    @property
+    def is_cascade(self) -> bool:
+        """Whether later cross-attention layers choose again, among what is kept."""
+        return self.enabled and self.make_policy().is_cascade
+
+    @property
+    def exit_rule(self) -> ExitRule | None:
+        """When later cross-attention layers are left out; None: never."""
+        return self.make_policy().exit_rule if self.enabled else None
 
     @property
     def allowance(self) -> Allowance:
@@ -225,6 +237,18 @@ def select(layer: FirstLayer, trim: TrimParams) -> Selection:
     size = layer.features_per_tile
     groups = group_dropped(layer.keys, selection.kept, layer.num_features, size, trim.merge_ratio)
     return replace(selection, groups=groups)
+
+
+def select_again(layer: FirstLayer, trim: TrimParams) -> Selection:
+    """Choose among the features that are kept of each image, in a later cross-attention layer.
+
+    Args:
+        layer: what it knows of the images, at least one, and of each the features that are kept until here.
+        trim: names a cascade.
+    """
+    policy = trim.make_policy()
+    assert isinstance(policy, AfterFirstLayer)
+    return Selection.of([Choice(policy.choose_again(image)) for image in layer.images()], layer.num_features)
 
 
 def choose_from_image(image: EncodedImage, trim: TrimParams) -> Choice:

@@ -97,14 +97,14 @@ def decode_layers(
     text_tables: Tensor,
     text_lengths: Tensor,
     slots: Tensor,
-    feature_tables: Tensor | None,
-    feature_lengths: Tensor | None,
-    bias: Tensor | None,
+    feature_tables: Sequence[Tensor],
+    feature_lengths: Sequence[Tensor],
+    biases: Sequence[Tensor],
     epsilon: float,
 ) -> None:
     """One new row of each sequence through all layers of a decoder, in one call; CPU only.
 
-    The first rows see features, the others pass cross-attention layers unchanged. Other threads of Python run
+    The first rows see features, the others pass a cross-attention layer unchanged. Other threads of Python run
     meanwhile. Tensors have the dtypes and shapes that `paged_attention` and the ops above take.
 
     Args:
@@ -120,9 +120,10 @@ def decode_layers(
         text_tables: int32 [groups, B, max_pages].
         text_lengths: int32 [B], the new row among them.
         slots: int64 [groups, B], where the new rows' keys and values go.
-        feature_tables: int32 [groups, S, max_pages], of the first S rows; None: no row sees any.
-        feature_lengths: int32 [S]; None with `feature_tables`.
-        bias: float32 [S, max_pages * PAGE_POSITIONS], added to the logits of features; None: nothing is.
+        feature_tables: of each cross-attention layer int32 [S, max_pages], of the first S rows, S being its own; empty:
+            no row sees any.
+        feature_lengths: of each int32 [S]; empty with `feature_tables`.
+        biases: of each float32 [S, max_pages * PAGE_POSITIONS], added to the logits of features; empty: nothing is.
         epsilon: of all norms.
     Raises:
         ValueError: what any of the ops would refuse, or numbers of weights and gates that do not fit.
@@ -142,7 +143,7 @@ def decode_layers(
         slots,
         feature_tables,
         feature_lengths,
-        bias,
+        biases,
         epsilon,
     )
 

@@ -170,7 +170,7 @@ class Knee(_message.Message):
     def __init__(self) -> None: ...
 
 class PolicyParameters(_message.Message):
-    __slots__ = ("relevance_weight", "relevance_power", "layer", "num_layers", "important_ratio", "contextual_ratio", "threshold", "temperature", "hops", "global_threshold", "entropy_weight")
+    __slots__ = ("relevance_weight", "relevance_power", "layer", "num_layers", "important_ratio", "contextual_ratio", "threshold", "temperature", "hops", "global_threshold", "entropy_weight", "cascade_ratio", "late_exit_threshold")
     RELEVANCE_WEIGHT_FIELD_NUMBER: _ClassVar[int]
     RELEVANCE_POWER_FIELD_NUMBER: _ClassVar[int]
     LAYER_FIELD_NUMBER: _ClassVar[int]
@@ -182,6 +182,8 @@ class PolicyParameters(_message.Message):
     HOPS_FIELD_NUMBER: _ClassVar[int]
     GLOBAL_THRESHOLD_FIELD_NUMBER: _ClassVar[int]
     ENTROPY_WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    CASCADE_RATIO_FIELD_NUMBER: _ClassVar[int]
+    LATE_EXIT_THRESHOLD_FIELD_NUMBER: _ClassVar[int]
     relevance_weight: float
     relevance_power: float
     layer: int
@@ -193,7 +195,9 @@ class PolicyParameters(_message.Message):
     hops: int
     global_threshold: float
     entropy_weight: float
-    def __init__(self, relevance_weight: _Optional[float] = ..., relevance_power: _Optional[float] = ..., layer: _Optional[int] = ..., num_layers: _Optional[int] = ..., important_ratio: _Optional[float] = ..., contextual_ratio: _Optional[float] = ..., threshold: _Optional[float] = ..., temperature: _Optional[float] = ..., hops: _Optional[int] = ..., global_threshold: _Optional[float] = ..., entropy_weight: _Optional[float] = ...) -> None: ...
+    cascade_ratio: float
+    late_exit_threshold: float
+    def __init__(self, relevance_weight: _Optional[float] = ..., relevance_power: _Optional[float] = ..., layer: _Optional[int] = ..., num_layers: _Optional[int] = ..., important_ratio: _Optional[float] = ..., contextual_ratio: _Optional[float] = ..., threshold: _Optional[float] = ..., temperature: _Optional[float] = ..., hops: _Optional[int] = ..., global_threshold: _Optional[float] = ..., entropy_weight: _Optional[float] = ..., cascade_ratio: _Optional[float] = ..., late_exit_threshold: _Optional[float] = ...) -> None: ...
 
 class GenerateResponse(_message.Message):
     __slots__ = ("request_id", "model_id", "model_revision", "text", "token_ids", "logprobs", "finish_reason", "matched_stop_string", "matched_stop_token_id", "usage", "cross_kv_bytes", "timings", "seed", "selections")
@@ -308,16 +312,18 @@ class Usage(_message.Message):
     def __init__(self, num_prompt_tokens: _Optional[int] = ..., num_generated_tokens: _Optional[int] = ..., images: _Optional[_Iterable[_Union[ImageUsage, _Mapping]]] = ...) -> None: ...
 
 class ImageUsage(_message.Message):
-    __slots__ = ("padding_features", "valid_features", "kept_features", "merged_features")
+    __slots__ = ("padding_features", "valid_features", "kept_features", "merged_features", "layer_rows")
     PADDING_FEATURES_FIELD_NUMBER: _ClassVar[int]
     VALID_FEATURES_FIELD_NUMBER: _ClassVar[int]
     KEPT_FEATURES_FIELD_NUMBER: _ClassVar[int]
     MERGED_FEATURES_FIELD_NUMBER: _ClassVar[int]
+    LAYER_ROWS_FIELD_NUMBER: _ClassVar[int]
     padding_features: int
     valid_features: int
     kept_features: int
     merged_features: int
-    def __init__(self, padding_features: _Optional[int] = ..., valid_features: _Optional[int] = ..., kept_features: _Optional[int] = ..., merged_features: _Optional[int] = ...) -> None: ...
+    layer_rows: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, padding_features: _Optional[int] = ..., valid_features: _Optional[int] = ..., kept_features: _Optional[int] = ..., merged_features: _Optional[int] = ..., layer_rows: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class CrossKvBytes(_message.Message):
     __slots__ = ("untrimmed", "held", "saved_by_padding", "saved_by_trimming", "saved_by_visibility")

@@ -58,6 +58,13 @@ def test_sparsevlm_asks_every_row_where_all_are_alike() -> None:
     assert chosen(SparseVLM(), attended(weights), 1) == [1]
 
 
+@pytest.mark.parametrize(("ratio", "kept"), [(0.3, [0]), (0.34, [0, 2]), (0.67, [0, 1, 2])])
+def test_a_cascade_of_sparsevlm_asks_a_later_layers_own_raters(ratio: float, kept: list[int]) -> None:
+    weights = torch.tensor([[[0.6, 0.2, 0.2]], [[0.1, 0.1, 0.8]], [[0.3, 0.3, 0.4]]])
+    [image] = attended(weights).images()  # 0.45 0.25 0.3, as above
+    assert SparseVLM(cascade_ratio=ratio).choose_again(image).tolist() == kept
+
+
 # Relevance 1, 6/7, 3/7 and 0; feature 1 is a copy of 0, 2 is at right angles to it and 3 is its opposite.
 SCORES = torch.tensor([[0.4, 0.35, 0.2, 0.05]])
 FOUR = torch.tensor([[1.0, 0.0], [2.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])

@@ -7,7 +7,7 @@ sees one image at a time, and of it real tiles only.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import Field, dataclass, field, fields
 from functools import cached_property
 from itertools import accumulate
@@ -20,7 +20,22 @@ from trimserve.models.encoded_image import Choice, EncodedImage, Observation
 from trimserve.models.info import ParameterInfo, PolicyInfo
 from trimserve.models.policies.budget import Allowance
 
-__all__ = ["AfterFirstLayer", "BeforeDecoder", "Choice", "FirstLayer", "Policy", "SeenImage", "parameter", "top"]
+__all__ = [
+    "AfterFirstLayer",
+    "BeforeDecoder",
+    "Choice",
+    "ExitRule",
+    "FirstLayer",
+    "Policy",
+    "SeenImage",
+    "parameter",
+    "top",
+]
+
+
+ExitRule = Callable[[Tensor, Tensor], bool]
+"""Of one prompt's rows that see an image, [S, D], and what a cross-attention layer's attention adds to them, [S, D]:
+whether they have seen enough."""
 
 
 class Policy(ABC):
@@ -32,6 +47,16 @@ class Policy(ABC):
     """Kinds of budget that it takes."""
     needs: ClassVar[frozenset[Observation]] = frozenset()
     """What it wants to know of the vision layers."""
+
+    @property
+    def exit_rule(self) -> ExitRule | None:
+        """Asked in a prefill after each cross-attention layer; the request goes without those after the first yes."""
+        return None
+
+    @property
+    def is_cascade(self) -> bool:
+        """Whether later cross-attention layers choose again, among what is kept (`AfterFirstLayer.choose_again`)."""
+        return False
 
     @classmethod
     def describe(cls) -> PolicyInfo:
@@ -55,6 +80,10 @@ class AfterFirstLayer(Policy):
     def choose(self, image: "SeenImage", allowance: Allowance) -> Choice:
         """Choose the features of one image that later layers keep."""
 
+    def choose_again(self, image: "SeenImage") -> Tensor:
+        """Choose among the features that a later cross-attention layer sees of one image; int64 [M], ascending."""
+        raise NotImplementedError(f"{self.name} does not choose again")
+
 
 class BeforeDecoder(Policy):
     """A policy that chooses from the image alone, before the decoder; its choice serves every question on the image."""
@@ -65,7 +94,7 @@ class BeforeDecoder(Policy):
 
 
 class FirstLayer:
-    """What the first cross-attention layer knows of one request's images."""
+    """What the first cross-attention layer knows of one request's images; in a cascade a later one, of what is kept."""
 
     def __init__(
         self,

@@ -6,8 +6,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from trimserve.models.policies.budget import Allowance
-from trimserve.models.policies.policy import AfterFirstLayer, Choice, SeenImage, top
+from trimserve.models.policies.budget import Allowance, budget
+from trimserve.models.policies.policy import AfterFirstLayer, Choice, SeenImage, parameter, top
 
 __all__ = ["SparseVLM"]
 
@@ -22,18 +22,35 @@ class SparseVLM(AfterFirstLayer):
         raters       = rows t with relevance[t] >= mean_t relevance
         score[n]     = mean_h mean_{t in raters} softmax_n(q[h, t] . k[h, n] * scale)
 
+    With `cascade_ratio` below 1 every later cross-attention layer ranks what it is given in the same way, by its own
+    queries and keys, attends to all of it, and hands the best ceil(cascade_ratio * M) of M features on.
+
     Source: SparseVLM, arXiv 2410.04417, section 3. Adapted: the paper compares text and image embeddings, which in
-    Mllama lie in different spaces; queries and keys of the first cross-attention layer are made to be compared. Left
-    out: its schedule over layers, because the pages of several layers share one kept set, and its recycling, which is
-    what `merge_ratio` does for every policy.
+    Mllama lie in different spaces; queries and keys of the first cross-attention layer are made to be compared. Its
+    schedule names a count for each of three layers; here it is one ratio, and raters are found in each layer anew. Left
+    out: its recycling, which is what `merge_ratio` does for every policy.
     """
 
     name: ClassVar[str] = "sparsevlm"
+
+    cascade_ratio: float = parameter(
+        1.0, 0, 1, "Share of an image's kept features that each later cross-attention layer keeps.", is_low_open=True
+    )
+
+    @property
+    def is_cascade(self) -> bool:
+        """See `Policy.is_cascade`."""
+        return self.cascade_ratio < 1
 
     def choose(self, image: SeenImage, allowance: Allowance) -> Choice:
         """See `AfterFirstLayer.choose`."""
         scores = image.scores_of(_raters(image)).mean(dim=0)
         return Choice(top(scores, allowance.count(scores)))
+
+    def choose_again(self, image: SeenImage) -> Tensor:
+        """See `AfterFirstLayer.choose_again`."""
+        scores = image.scores_of(_raters(image)).mean(dim=0)
+        return top(scores, budget(self.cascade_ratio, image.num_features))
 
 
 def _raters(image: SeenImage) -> Tensor:

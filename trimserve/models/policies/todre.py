@@ -4,10 +4,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from trimserve.models.encoded_image import Choice, EncodedImage
 from trimserve.models.policies.budget import Allowance
-from trimserve.models.policies.policy import BeforeDecoder
+from trimserve.models.policies.policy import BeforeDecoder, ExitRule, parameter
 from trimserve.models.policies.tiles import even_quotas, first_of, is_broken, likeness, next_pick
 
 __all__ = ["ToDRE"]
@@ -19,14 +20,34 @@ class ToDRE(BeforeDecoder):
 
         next = argmax_n  sum_{m kept} 1 - cos(f[n], f[m]);   the first has the largest sum to all features
 
-    Source: ToDRE, arXiv 2505.18757, stage 1 in its second version (max-sum diversification). Adapted: features are
-    compared within their tile, and every tile keeps as many, the first ones one more. Left out: stage 2, which drops
-    all visual features in late layers; the pages of several cross-attention layers share one kept set. It ranks by no
-    score, so only a ratio or a count can be its budget.
+    With `late_exit_threshold` above 0, cross-attention layers are left out once the text takes little from the image.
+    With h[t] a row before a layer and a[t] what the layer's gated attention adds to it, the layer is the last one if
+
+        mean_t  |a[t]| / (|a[t]| + |h[t]|)  <  late_exit_threshold
+
+    over the prompt rows that see an image. No row of the request, decoded ones included, sees an image in later layers.
+
+    Source: ToDRE, arXiv 2505.18757, stage 1 in its second version (max-sum diversification), and stage 2. Adapted:
+    features are compared within their tile, and every tile keeps as many, the first ones one more. Stage 2 asks how
+    much of a row's attention goes to the image; cross-attention has nowhere else to go, so its part of what the row
+    becomes stands in. It ranks by no score, so only a ratio or a count can be its budget.
     """
 
     name: ClassVar[str] = "todre"
     budgets: ClassVar[tuple[str, ...]] = ("ratio", "count")
+
+    late_exit_threshold: float = parameter(
+        0.0, 0, 1, "Share of the image in what text rows become below which later cross-attention layers are left out."
+    )
+
+    @property
+    def exit_rule(self) -> ExitRule | None:
+        """See `Policy.exit_rule`."""
+        return self._has_seen_enough if self.late_exit_threshold else None
+
+    def _has_seen_enough(self, rows: Tensor, added: Tensor) -> bool:
+        taken, own = (torch.linalg.vector_norm(each, dim=1, dtype=torch.float32) for each in (added, rows))
+        return bool((taken / (taken + own)).mean() < self.late_exit_threshold)
 
     def choose(self, image: EncodedImage, allowance: Allowance) -> Choice:
         """See `BeforeDecoder.choose`."""
