@@ -30,8 +30,8 @@ TRIMSERVE_INLINE int rows_of_group(const LinearArgs& args, int width, std::int64
 // Floats of a packed row: registers, the last padded with zeros.
 template <typename Products>
 TRIMSERVE_INLINE std::int64_t packed_row_size(const LinearArgs& args) {
-  constexpr std::int64_t kFloats = sizeof(typename Products::Vector) / (sizeof(float));
-  return (args.num_inputs + Products::kSize - 1) / Products::kSize * kFloats;
+  constexpr std::int64_t kBytes = sizeof(typename Products::Vector), kFloatBytes = sizeof(float);
+  return (args.num_inputs + Products::kSize - 1) / Products::kSize * (kBytes / kFloatBytes);
 }
 
 template <typename Products>

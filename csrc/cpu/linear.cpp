@@ -120,11 +120,10 @@ TRIMSERVE_INLINE void multiply_all(const LinearArgs& args, std::int64_t begin, s
 
 std::int64_t packed_size(const LinearArgs& args) {
   std::int64_t size = 0;
-  at_products(args,
-              [&]<typename Products>(auto width, auto, std::type_identity<Products>) TRIMSERVE_INLINE_LAMBDA {
-                if constexpr (Products::kFewestRows < kNever)
-                  size = is_few<Products>(args) ? (args.num_rows + 7) * packed_row_size<Products>(args) : 0;
-              });
+  at_products(args, [&]<typename Products>(auto, auto, std::type_identity<Products>) TRIMSERVE_INLINE_LAMBDA {
+    if constexpr (Products::kFewestRows < kNever)
+      size = is_few<Products>(args) ? (args.num_rows + 7) * packed_row_size<Products>(args) : 0;
+  });
   return size;
 }
 
