@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from random import Random
 from statistics import median
+from tempfile import TemporaryDirectory
 from time import perf_counter
 from typing import Any, Final
 
@@ -29,9 +30,10 @@ from benchmarks.serve.report import about, write_json
 from benchmarks.serve.workload import draw_picture
 from trimserve.config import EngineConfig, ModelConfig
 from trimserve.engine.kv_pool import KVPool
+from trimserve.models.codebook import save_codebook
 from trimserve.models.encoded_image import EncodedImage, Observation
 from trimserve.models.interruptible import run_through
-from trimserve.models.loading import load_model
+from trimserve.models.loading import describe_model, load_model
 from trimserve.models.mllama import Mllama
 from trimserve.models.policies.budget import FixedRatio
 from trimserve.models.policies.policy import FirstLayer
@@ -47,6 +49,7 @@ _OUT = Path(__file__).parent / "results" / "policies" / "speed.json"
 _KEEP, _MERGE_RATIO = 0.2, 0.1
 _TILES, _SIZE, _DIM = 4, 1601, 4096
 _ROWS, _HEADS, _KV_HEADS, _HEAD_DIM = 64, 32, 8, 128
+_PROTOTYPES = 64
 _VISION_LAYERS, _VISION_HEADS, _VISION_HEAD_DIM = 40, 16, 80
 _FEATURES = _TILES * _SIZE
 _GEOMETRY: Final = {"tiles": _TILES, "F": _SIZE, "N": _FEATURES, "D": _DIM, "T": _ROWS, "keep": _KEEP}
@@ -65,7 +68,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     if not arguments.bench_model.exists():
         write_bench_model(arguments.bench_model)
-    bench = _Bench(load_model(ModelConfig(model=str(arguments.bench_model)), EngineConfig()), arguments.runs)
+    bench = _Bench(_load(arguments.bench_model), arguments.runs)
     rows = []
     head = ("policy", "11B, ms", "MiB", "bench, ms", "of prefill", "encoding too")
     print("{:17} {:>8} {:>6} {:>10} {:>10} {:>12}".format(*head), flush=True)
@@ -82,6 +85,17 @@ def main() -> None:
     }
     write_json(document, arguments.out)
     print(json.dumps(document))
+
+
+def _load(folder: Path) -> Mllama:
+    """The model with what every policy needs: a drawn codebook, as fast as a found one, and itself as guide."""
+    config, limits = ModelConfig(model=str(folder)), EngineConfig()
+    info = describe_model(config, limits)
+    prototypes = torch.randn(_PROTOTYPES, info.hidden_size, generator=torch.Generator().manual_seed(0))
+    with TemporaryDirectory() as drawn:
+        codebook = Path(drawn) / "codebook.safetensors"
+        save_codebook(codebook, prototypes, info, config.intermediate_features)
+        return load_model(config.model_copy(update={"codebook": codebook, "guide_model": str(folder)}), limits)
 
 
 def _trims() -> Iterator[TrimParams]:
@@ -116,11 +130,13 @@ def _chooser(trim: TrimParams) -> Callable[[], Tensor]:
         notes: dict[Observation, Callable[[], Tensor]] = {
             "class_attention": lambda: draw(_VISION_LAYERS, _FEATURES).softmax(dim=1),
             "vision_attention": lambda: draw(2, _FEATURES, _VISION_HEADS, _VISION_HEAD_DIM),
+            "vision_states": lambda: draw(2, _FEATURES, _VISION_HEADS * _VISION_HEAD_DIM),
             "patch_entropy": lambda: draw(_FEATURES).abs(),
         }
         observed = {name: notes[name]() for name in sorted(trim.needs)}
+        prototypes = draw(_PROTOTYPES, _DIM)
         # A new image each time: one that was asked before would remember.
-        return lambda: choose_from_image(EncodedImage(features, _SIZE, _VISION_LAYERS, observed), trim).kept
+        return lambda: choose_from_image(EncodedImage(features, _SIZE, _VISION_LAYERS, observed, prototypes), trim).kept
     queries, keys = draw(_ROWS, _HEADS, _HEAD_DIM), draw(_FEATURES, _KV_HEADS, _HEAD_DIM)
     visibility = torch.tensor([[0, _FEATURES]] * _ROWS, dtype=torch.int32)
     shape = (features, visibility, _HEAD_DIM**-0.5, (_FEATURES,), _SIZE)

@@ -1,4 +1,4 @@
-"""The command line: `trimserve serve | generate | explain | eval | info`.
+"""The command line: `trimserve serve | generate | explain | eval | codebook | info`.
 
 `generate` and `explain` talk gRPC also when no `--address` is given: they start a server of their own on a free port.
 The knobs of `config.py` are options and environment variables of the commands that take them. What is slow to import
@@ -28,6 +28,7 @@ from trimserve.config import Config, ModelConfig
 from trimserve.connection import Ca, Token, connected
 from trimserve.engine.workers import is_any_left_behind
 from trimserve.errors import TrimserveError
+from trimserve.evaluation.codebook_command import codebook
 from trimserve.evaluation.command import evaluate
 from trimserve.evaluation.dataset import DatasetError
 from trimserve.knobs import with_knobs
@@ -263,6 +264,7 @@ def info(
 
 
 app.command("eval")(evaluate)
+app.add_typer(codebook, name="codebook")
 
 
 @contextmanager
@@ -295,7 +297,8 @@ def _trims_of(
 ) -> dict[str, pb.TrimOptions]:
     """Each policy with the same budget, if it takes one."""
     known = {policy.name: policy for policy in model.policy_details}
-    names = list(known) if policies == "all" else [name.strip() for name in policies.split(",")]
+    available = [name for name, policy in known.items() if policy.is_available]
+    names = available if policies == "all" else [name.strip() for name in policies.split(",")]
     trims = {}
     for name in names:
         takes_none = name in known and not known[name].budgets

@@ -72,6 +72,17 @@ class ModelConfig(_Knobs):
         description="Budget per head of a request that names none; unset is the checkpoint's "
         "`trimserve.json`, or 0.2 without one.",
     )
+    codebook: Path | None = Field(
+        default=None,
+        description="File of prototypes for the policy `codebook`, built for this very model by `trimserve codebook "
+        "build`; unset refuses that policy.",
+    )
+    guide_model: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Folder or hub id of a smaller Mllama with the same tiles, patches and tokens, which chooses "
+        "visual features for the policy `guided`; it is read as `dtype` and `quantize` say. Unset refuses that policy.",
+    )
     merge_ratio: float | None = Field(
         default=None,
         ge=0,

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image as PilImage
 
-from tests.models.random_checkpoint import Geometry, save_random_checkpoint
+from tests.models.random_checkpoint import Geometry, equip, save_random_checkpoint
 from trimserve.config import Device, EngineConfig, ModelConfig
 from trimserve.engine.engine import Engine
 from trimserve.engine.request import Finished, GenerationChunk, GenerationRequest, SamplingParams, Started, TokenDelta
@@ -89,9 +89,9 @@ def test_a_mix_of_requests_gets_the_tokens_that_the_cpu_gives(folder: Path, devi
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_every_tensor_is_made_on_a_device_that_is_named(folder: Path, policy: str) -> None:
+def test_every_tensor_is_made_on_a_device_that_is_named(folder: Path, tmp_path: Path, policy: str) -> None:
     # On meta, tensors have no values: whatever is made there by default breaks what it meets.
-    model = load(folder, "cpu")
+    model = load_model(equip(ModelConfig(model=str(folder), device="cpu"), tmp_path / "codebook"), EngineConfig())
     parameters = LATER_LAYERS.get(policy, {})
     trim = TrimParams(policy=policy, k_ratio=0.1, merge_ratio=0.2, return_selection=True, parameters=parameters)
     requests = [GenerationRequest("a", TWO, SAMPLED, trim), MIX[0]]

@@ -151,4 +151,4 @@ def test_both_say_which_model_answered(client: Client, model: Mllama) -> None:
     ours, theirs = InProcess(model), Served(client)
     assert {**ours.describe(), "through": ""} == {**theirs.describe(), "through": ""}
     assert ours.describe()["through"] != theirs.describe()["through"]
-    assert ours.policies == theirs.policies == tuple(POLICIES)
+    assert ours.policies == theirs.policies == tuple(name for name, each in POLICIES.items() if not each.knob)

@@ -18,6 +18,9 @@ from trimserve.local import make_runner
 from trimserve.models.policies.table import POLICIES
 from trimserve.server.app import InProcessServer
 
+AVAILABLE = [name for name, policy in POLICIES.items() if not policy.knob]
+"""Policies of a model without guide and codebook."""
+
 
 def run(*arguments: object) -> Result:
     return CliRunner().invoke(app, ["eval", *map(str, arguments)])
@@ -54,7 +57,7 @@ def test_all_policies_are_compared_at_equal_counts(data: Path, checkpoint: Path,
     report = Report.from_json((tmp_path / "report.json").read_text())
     assert (tmp_path / "curves.png").stat().st_size > 10_000
     rows = [row for row in report.rows if row.kind == "all" and row.policy != "untrimmed"]
-    controlled = [name for name, policy in POLICIES.items() if policy.budgets]
+    controlled = [name for name in AVAILABLE if POLICIES[name].budgets]
     assert {(row.policy, row.keep) for row in rows} == {*product(controlled, (0.2, 0.5)), ("pool", None)}
     for share in (0.2, 0.5):
         assert len({row.kept_fraction for row in rows if row.keep == share}) == 1
@@ -118,7 +121,7 @@ def test_parameters_most_like_untrimmed_are_written_and_can_be_compared(
         (("--k-ratios", "0.5,0"), "must be numbers in (0, 1], got '0'"),
         (("--merge-ratios", "0,1.5"), "must be numbers in [0, 1], got '1.5'"),
         (("--k-ratios", "half"), "must be numbers in (0, 1], got 'half'"),
-        (("--policies", "trimmed,best"), f"must be among {', '.join(POLICIES)}, got 'best'"),
+        (("--policies", "trimmed,best"), f"must be among {', '.join(AVAILABLE)}, got 'best'"),
         (("--keep", "0,0.5"), "must be numbers in (0, 1], got '0'"),
         (("--policies", "trimmed,cls"), "cls chooses before any head looks: use --keep"),
         (("--policies", "cls:rows=1", "--keep", "0.5"), "must be a parameter of cls (layer, num_layers), got 'rows'"),

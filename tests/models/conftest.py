@@ -1,7 +1,7 @@
 """A random checkpoint as trimserve and as the peer load it, shared by the tests of this folder."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,7 @@ import pytest
 from torch import Tensor
 
 from tests.models.peer import Peer
-from tests.models.random_checkpoint import Geometry, save_random_checkpoint
+from tests.models.random_checkpoint import Geometry, equip, save_random_checkpoint
 from trimserve.config import EngineConfig, ModelConfig
 from trimserve.engine.kv_pool import KVPool, SequenceKV
 from trimserve.models.encoded_image import EncodedImage
@@ -59,6 +59,14 @@ def make_pair(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pair]:
         return Pair(folder, ours, Peer(folder))
 
     return make
+
+
+@pytest.fixture(scope="session")
+def equipped(pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    """The usual checkpoint with a drawn codebook, and with itself as its guide: every policy can be asked."""
+    codebook = tmp_path_factory.mktemp("codebook") / "codebook.safetensors"
+    config = equip(ModelConfig(model=str(pair.folder)), codebook)
+    return replace(pair, ours=load_model(config, EngineConfig()))
 
 
 @pytest.fixture(scope="session")

@@ -5,12 +5,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch.nn import functional as F
 from transformers import GenerationConfig, MllamaConfig, MllamaForConditionalGeneration
 from transformers.models.mllama.image_processing_pil_mllama import get_all_supported_aspect_ratios
 
 from tests.models.tiny_tokenizer import TinyTokens, save_tiny_processor
+from trimserve.config import EngineConfig, ModelConfig
+from trimserve.models.codebook import save_codebook
+from trimserve.models.loading import describe_model
 
-__all__ = ["Geometry", "draw_geometry", "save_random_checkpoint"]
+__all__ = ["Geometry", "draw_geometry", "equip", "save_random_checkpoint"]
 
 
 @dataclass(frozen=True)
@@ -119,3 +123,11 @@ def save_random_checkpoint(folder: Path, geometry: Geometry, seed: int = 0) -> N
             else:
                 parameter.normal_(0, parameter.shape[-1] ** -0.5)
     model.save_pretrained(folder)
+
+
+def equip(config: ModelConfig, codebook: Path) -> ModelConfig:
+    """The same model with all that policies need: prototypes drawn into the file `codebook`, and itself as guide."""
+    info = describe_model(config, EngineConfig())
+    prototypes = torch.randn(3, info.hidden_size, generator=torch.Generator().manual_seed(0))
+    save_codebook(codebook, F.normalize(prototypes, dim=1), info, config.intermediate_features)
+    return config.model_copy(update={"codebook": codebook, "guide_model": config.model})

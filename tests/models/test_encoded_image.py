@@ -96,9 +96,29 @@ def test_the_encoder_notes_the_attention_that_a_literal_reading_finds(pair: Pair
     assert not run_through(pair.ours.encode_image(prompt.images[0])).observed
 
 
+def test_the_encoder_notes_what_enters_and_leaves_the_last_but_one_local_layer(pair: Pair) -> None:
+    info = pair.ours.info
+    image = noise((1, 2), info.tile_size)
+    prompt = pair.ours.prepare(raw(ONE, [image]))
+    expected: list[Tensor] = []
+
+    def literal(_: nn.Module, _args: tuple[()], inputs: dict[str, Tensor], output: Tensor) -> None:
+        for [rows] in (inputs["hidden_states"], output):
+            expected.append(rows.unflatten(0, (info.max_tiles, -1))[:2, : info.features_per_tile].flatten(0, 1))
+
+    layer = pair.peer.model.model.vision_model.transformer.layers[-2]
+    hook = layer.register_forward_hook(literal, with_kwargs=True)
+    try:
+        pair.peer.logits(list(prompt.token_ids), [image])
+    finally:
+        hook.remove()
+    encoded = run_through(pair.ours.encode_image(prompt.images[0], frozenset({"vision_states"})))
+    torch.testing.assert_close(encoded.observed["vision_states"], torch.stack(expected), atol=LOGITS, rtol=0)
+
+
 def test_an_encoded_image_keeps_no_memory_beside_its_own_tensors(pair: Pair) -> None:
     [image] = pair.ours.prepare(raw(ONE, [noise((1, 2), pair.ours.info.tile_size)])).images
-    needs = frozenset[Observation]({"class_attention", "vision_attention", "patch_entropy"})
+    needs = frozenset[Observation]({"class_attention", "vision_attention", "vision_states", "patch_entropy"})
     encoded = run_through(pair.ours.encode_image(image, needs))
     assert encoded.observed.keys() == needs
     for tensor in (encoded.features, *encoded.observed.values()):

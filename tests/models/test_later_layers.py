@@ -43,10 +43,16 @@ def read(pair: Pair, text: str, images: list[Image.Image], trim: TrimParams, lay
     return pair.ours.prompt_rows(prepared, pair.encoded(prepared, trim), trim, kv)
 
 
+def held(rows: SequenceRows) -> SequenceKV:
+    """Keys and values of a prompt."""
+    assert isinstance(rows.kv, SequenceKV)
+    return rows.kv
+
+
 def answered(pair: Pair, rows: SequenceRows, token_ids: list[int]) -> Tensor:
     """Logits of prompt rows and decoded rows."""
     logits = pair.ours.logits([rows], token_ids[: rows.num_rows])
-    return torch.cat([logits, *(pair.ours.decode([token], [rows.kv]) for token in token_ids[rows.num_rows :])])
+    return torch.cat([logits, *(pair.ours.decode([token], [held(rows)]) for token in token_ids[rows.num_rows :])])
 
 
 @pytest.mark.parametrize("layers_per_page", [1, 3])
@@ -67,9 +73,9 @@ def test_after_a_late_exit_cross_attention_layers_are_shut_and_hold_nothing(
     assert (expected - untrimmed).abs().max() > 100 * LOGITS
     torch.testing.assert_close(answered(pair, rows, token_ids), expected, atol=LOGITS, rtol=0)
     num_features = 2 * pair.ours.info.features_per_tile
-    assert rows.kv.cross_lengths == [num_features, 0, 0]
-    assert isinstance(rows.kv, SequenceKV)
-    assert rows.kv.cross_bytes == 2 * 16 * layers_per_page * pair.ours.info.kv_bytes_per_position  # 20 rows, two pages
+    assert held(rows).cross_lengths == [num_features, 0, 0]
+    num_pages = 2  # for 20 rows
+    assert held(rows).cross_bytes == num_pages * 16 * layers_per_page * pair.ours.info.kv_bytes_per_position
 
 
 def test_a_threshold_that_is_never_reached_changes_nothing(deep: Pair) -> None:
@@ -87,7 +93,7 @@ def test_a_cascade_equals_the_peer_on_what_a_literal_reading_keeps(deep: Pair, l
     token_ids = [*deep.ours.prepare(raw("before " + ONE, images)).token_ids, *CONTINUATION]
     expected = literal_cascade(deep.peer, token_ids, images, rows.num_rows, [21, 12, 7])
     torch.testing.assert_close(answered(deep, rows, token_ids), expected, atol=LOGITS, rtol=0)
-    assert rows.kv.cross_lengths == [21, 12, 7]
+    assert held(rows).cross_lengths == [21, 12, 7]
     flat = answered(deep, read(deep, "before " + ONE, images, cascade(1.0, 21)), token_ids)
     assert (flat - expected).abs().max() > 100 * LOGITS
 
@@ -158,7 +164,7 @@ def test_only_what_decoding_sees_is_held(deep: Pair) -> None:
     deep.ours.logits([rows], deep.ours.prepare(raw(TWO_APART, [noise((1, 1), tile)] * 2)).token_ids)
     assert rows.vision is not None
     assert rows.vision.layer_rows == [(8, 8), (4, 4), (2, 2)]
-    assert rows.kv.cross_lengths == [8, 4, 2]
+    assert held(rows).cross_lengths == [8, 4, 2]
 
 
 @pytest.mark.parametrize("is_compiled", [True, False])
@@ -187,10 +193,10 @@ def test_a_batch_of_all_kinds_equals_each_alone(deep: Pair, monkeypatch: pytest.
     logits = deep.ours.logits(together, [token for prompt in prompts for token in prompt])
     alone = [deep.ours.logits([rows], prompt) for rows, prompt in zip(apart, prompts, strict=True)]
     torch.testing.assert_close(logits, torch.cat(alone), atol=LOGITS, rtol=0)
-    assert [rows.kv.cross_lengths for rows in together] == [rows.kv.cross_lengths for rows in apart]
+    assert [held(rows).cross_lengths for rows in together] == [held(rows).cross_lengths for rows in apart]
     for tokens in ([3, 14, 15, 9, 2], [6, 5, 3, 5, 8]):
-        decoded = deep.ours.decode(tokens, [rows.kv for rows in together])
-        one_by_one = [deep.ours.decode([token], [rows.kv]) for token, rows in zip(tokens, apart, strict=True)]
+        decoded = deep.ours.decode(tokens, [held(rows) for rows in together])
+        one_by_one = [deep.ours.decode([token], [held(rows)]) for token, rows in zip(tokens, apart, strict=True)]
         torch.testing.assert_close(decoded, torch.cat(one_by_one), atol=LOGITS, rtol=0)
 
 

@@ -1,13 +1,16 @@
 """From the wire to the engine: the budget and the parameters of a policy."""
 
+from dataclasses import replace
+
 import pytest
 from google.protobuf.descriptor_pb2 import FieldDescriptorProto
 
 from tests.server.conftest import Field
-from tests.server.fakes import INFO, chat_request, converted
+from tests.server.fakes import CONFIG, INFO, chat_request, converted
+from trimserve.errors import InvalidRequest
 from trimserve.models.policies.budget import Budget, FixedCount, FixedRatio, Knee, TopP
 from trimserve.models.policies.gprune import GPrune
-from trimserve.server.convert import Interval
+from trimserve.server.convert import Interval, to_generation_request
 from trimserve.v1 import generation_pb2 as pb
 
 BUDGETS = [
@@ -45,3 +48,12 @@ def test_the_protos_tell_every_parameter_of_every_policy(said: dict[str, Field])
         assert f"Default: {each.default:g}. Range: {bounds}." in comment, each.name
         is_whole = field.type == FieldDescriptorProto.TYPE_UINT32
         assert is_whole == isinstance(each.default, int), each.name
+
+
+def test_a_policy_that_lacks_its_knob_is_refused_with_the_option_that_sets_it() -> None:
+    request = chat_request()
+    request.trim.policy = "guided"
+    assert converted(request).trim.policy == "guided"
+    details = tuple(replace(each, is_available=not each.knob) for each in INFO.policy_details)
+    with pytest.raises(InvalidRequest, match=r"^trim.policy: 'guided' needs .* started with --guide-model$"):
+        to_generation_request(request, replace(INFO, policy_details=details), CONFIG.engine)

@@ -73,11 +73,11 @@ def memory_by_kind(info: ModelInfo, kv_cache_bytes: int) -> dict[str, int]:
         info: of the model.
         kv_cache_bytes: of the page pool.
     Returns:
-        Bytes of `weights`, `kv` (the pool) and `free` (see `available_bytes`); of a GPU also what torch's allocator has
-        `reserved` and how much of that is `allocated`.
+        Bytes of `weights`, a guide's included, `kv` (the pool) and `free` (see `available_bytes`); of a GPU also what
+        torch's allocator has `reserved` and how much of that is `allocated`.
     """
     kinds = {
-        "weights": info.weight_bytes,
+        "weights": info.weight_bytes + (info.guide.weight_bytes if info.guide else 0),
         "kv": kv_cache_bytes,
         "free": available_bytes(info.device),
     }
@@ -91,12 +91,13 @@ def prefill_scratch_bytes(info: ModelInfo) -> int:
     """Bytes that the one request in prefill takes beside its pages, for as many images as a request may have.
 
     Features and the first cross-attention layer's keys and values, before selection and gathered; and what a policy
-    takes while it chooses, one image after the other.
+    takes while it chooses, one image after the other. A guide takes as much of its own.
     """
     num_features = info.max_images * info.max_tiles * info.features_per_tile
     dtype: torch.dtype = getattr(torch, info.dtype)
     rows = 2 * num_features * (info.hidden_size * dtype.itemsize + info.kv_bytes_per_position)
-    return rows + scratch_bytes(info.max_tiles, info.features_per_tile, info.hidden_size)
+    own = rows + scratch_bytes(info.max_tiles, info.features_per_tile, info.hidden_size)
+    return own + (prefill_scratch_bytes(info.guide) if info.guide else 0)
 
 
 def default_kv_cache_bytes(info: ModelInfo, max_batch: int, available: int) -> int:

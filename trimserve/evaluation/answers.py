@@ -34,7 +34,7 @@ class Answerer(Protocol):
 
     @property
     def policies(self) -> Sequence[str]:
-        """Names that `TrimParams.policy` takes."""
+        """Names that `TrimParams.policy` takes here: those whose knob is set, or that need none."""
 
     def describe(self) -> dict[str, Any]:
         """The model and how it is reached, for reports."""

@@ -46,6 +46,8 @@ def evaluate(
     device: options.ModelDevice = "auto",
     dtype: options.ModelDtype = "auto",
     quantize: options.ModelQuantize = "none",
+    codebook: options.ModelCodebook = None,
+    guide_model: options.GuideModel = None,
 ) -> None:
     """Measure what trimming costs: accuracy and divergence against the kept fraction of the visual features."""
     from trimserve.evaluation.settings import has_parameters, parse_policies, parse_ratios
@@ -57,12 +59,16 @@ def evaluate(
     merge_budgets = parse_ratios(merge_ratios, "--merge-ratios", can_be_zero=True)
     questions = load_questions(data, limit=limit, need_answers=not only_calibrate)
     draw = None if only_calibrate else _find_picture(is_comparison=is_kept)
-    if address is not None and (model, device, dtype, quantize) != (None, "auto", "auto", "none"):
-        raise typer.BadParameter("--address excludes --model, --device, --dtype and --quantize")
+    config = ModelConfig(
+        model=model, device=device, dtype=dtype, quantize=quantize, codebook=codebook, guide_model=guide_model
+    )
+    if address is not None and config != ModelConfig():
+        raise typer.BadParameter(
+            "--address excludes --model, --device, --dtype, --quantize, --codebook and --guide-model"
+        )
     if address is not None and only_calibrate and is_kept:
         raise typer.BadParameter("--calibrate with --keep compares logits, which a server does not tell")
     server = None if address is None else connected(address, ca, token)
-    config = ModelConfig(model=model, device=device, dtype=dtype, quantize=quantize)
     with _answerer(server, config, num_threads) as answerer:
         trims = parse_policies(policies, answerer.policies, is_kept=is_kept)
         first = replace(trims[0], merge_ratio=merge_budgets[0])

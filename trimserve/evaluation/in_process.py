@@ -27,7 +27,7 @@ from trimserve.models.processor import PreparedPrompt
 from trimserve.models.prompt import ChatPrompt, Image, Message, Text
 from trimserve.models.trimming import TrimParams
 
-__all__ = ["InProcess"]
+__all__ = ["InProcess", "prepare_question"]
 
 
 @dataclass(slots=True)
@@ -67,8 +67,8 @@ class InProcess:
 
     @property
     def policies(self) -> Sequence[str]:
-        """Names that `TrimParams.policy` takes."""
-        return self._model.info.policies
+        """See `Answerer.policies`."""
+        return tuple(policy.name for policy in self._model.info.policy_details if policy.is_available)
 
     def describe(self) -> dict[str, Any]:
         """The model, for reports."""
@@ -99,7 +99,7 @@ class InProcess:
 
     def _runs(self, question: Question, settings: Sequence[TrimParams], max_new_tokens: int | None) -> list[_Run]:
         info = self._model.info
-        prompt = self._prepare(question)
+        prompt = prepare_question(self._model, question)
         room = info.max_model_len - len(prompt.token_ids)
         limit = min(room, max_new_tokens or info.generation_defaults.max_new_tokens)
         needs = frozenset[Observation]().union(*(trim.needs for trim in settings))
@@ -116,13 +116,6 @@ class InProcess:
             num_valid = sum(image.num_features for image in images)
             runs.append(_Run(_source(question), prompt, rows, kv, num_valid, limit))
         return runs
-
-    def _prepare(self, question: Question) -> PreparedPrompt:
-        parts = (Image(question.image.read_bytes()), Text(question.text))
-        try:
-            return self._model.prepare(ChatPrompt((Message("user", parts),)))
-        except InvalidRequest as error:
-            raise DatasetError(f"{_source(question)}: {error.message}") from error
 
     def _read(self, runs: Sequence[_Run]) -> None:
         """Prefill all together and take the first tokens."""
@@ -158,6 +151,19 @@ class InProcess:
             divergence=kl_divergence(untrimmed.logprobs, run.logprobs),
             similarity=cosine(untrimmed.logits, run.logits),
         )
+
+
+def prepare_question(model: Mllama, question: Question) -> PreparedPrompt:
+    """A question as a user's message.
+
+    Raises:
+        DatasetError: the model refuses its image or text.
+    """
+    parts = (Image(question.image.read_bytes()), Text(question.text))
+    try:
+        return model.prepare(ChatPrompt((Message("user", parts),)))
+    except InvalidRequest as error:
+        raise DatasetError(f"{_source(question)}: {error.message}") from error
 
 
 def _source(question: Question) -> str:

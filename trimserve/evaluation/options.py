@@ -14,12 +14,14 @@ __all__ = [
     "By",
     "Calibrate",
     "Data",
+    "GuideModel",
     "KRatios",
     "Keep",
     "Limit",
     "MaxKl",
     "MergeRatios",
     "Model",
+    "ModelCodebook",
     "ModelDevice",
     "ModelDtype",
     "ModelQuantize",
@@ -92,3 +94,5 @@ ModelDevice = Annotated[
 ]
 ModelDtype = Annotated[Dtype, typer.Option(help="Of weights and KV of a model in this process.")]
 ModelQuantize = Annotated[Quantize, typer.Option(help="How that model's linear layers are stored.")]
+ModelCodebook = Annotated[Path | None, typer.Option(help="File of prototypes for its policy `codebook`.")]
+GuideModel = Annotated[str | None, typer.Option(help="Folder or hub id of the guide for its policy `guided`.")]

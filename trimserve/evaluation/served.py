@@ -39,8 +39,8 @@ class Served:
 
     @property
     def policies(self) -> Sequence[str]:
-        """Names that `TrimParams.policy` takes."""
-        return tuple(self._model.policies)
+        """See `Answerer.policies`."""
+        return tuple(policy.name for policy in self._model.policy_details if policy.is_available)
 
     def describe(self) -> dict[str, Any]:
         """The server and its model, for reports."""

@@ -23,6 +23,7 @@ from trimserve.models.decoder_layers import BatchRows, CrossLayer, RmsNorm, Self
 from trimserve.models.interruptible import Interruptible
 from trimserve.models.key_values import BatchTables, FeatureTables, KeyValues
 from trimserve.models.linear import linear
+from trimserve.models.policies.policy import FirstLayer
 from trimserve.models.rotary import RotaryAngles
 from trimserve.models.step_buffers import StepBuffers, StepInputs
 
@@ -65,20 +66,43 @@ class RaggedDecoder:
         Returns:
             float32 logits [B, vocab_size], or [R, vocab_size].
         """
-        hidden = self._embed(token_ids)
-        positions = [row for prompt in prompts for row in range(prompt.num_rows)]
-        batch = BatchRows(*self._angles.at(positions)).seen_by(prompts)
+        hidden, batch = self._begin(token_ids, prompts)
         for layer in self._layers:
             hidden = layer.prefill(hidden, batch, prompts)
             if isinstance(layer, CrossLayer) and any(prompt.has_left for prompt in prompts):
                 batch = batch.seen_by(prompts)
             yield
         for prompt in prompts:
-            prompt.kv.length = prompt.num_rows
+            if prompt.kv is not None:
+                prompt.kv.length = prompt.num_rows
         if not all_rows:
             ends = torch.tensor([prompt.num_rows for prompt in prompts], device=hidden.device).cumsum(0)
             hidden = hidden[ends - 1]
         return self._logits(hidden)
+
+    def first_layer(self, token_ids: Tensor, prompt: SequenceRows) -> Interruptible[FirstLayer]:
+        """Run a prompt up to the first cross-attention layer; yields after each layer.
+
+        Args:
+            token_ids: int64 [T].
+            prompt: with at least one image.
+        Returns:
+            What that layer knows of the images.
+        """
+        hidden, batch = self._begin(token_ids, [prompt])
+        for layer in self._layers:
+            if isinstance(layer, CrossLayer):
+                assert prompt.vision is not None
+                return layer.look(hidden, batch, prompt.vision)
+            hidden = layer.prefill(hidden, batch, [prompt])
+            yield
+        raise AssertionError("an Mllama has cross-attention layers")
+
+    def _begin(self, token_ids: Tensor, prompts: Sequence[SequenceRows]) -> tuple[Tensor, BatchRows]:
+        """Embeddings [R, D], and what every layer needs to know."""
+        hidden = self._embed(token_ids)
+        positions = [row for prompt in prompts for row in range(prompt.num_rows)]
+        return hidden, BatchRows(*self._angles.at(positions)).seen_by(prompts)
 
     def decode(self, token_ids: Tensor, kvs: Sequence[KeyValues]) -> Tensor:
         """Run one new row of each sequence through all layers and store its keys and values.

@@ -31,8 +31,8 @@ class SequenceRows:
     """One sequence's prompt in a ragged batch."""
 
     num_rows: int
-    kv: KeyValues
-    """Empty before the prefill."""
+    kv: KeyValues | None
+    """Empty before the prefill; None: nothing is stored, and no cross-attention layer passed."""
     vision: VisionRows | None = None
 
     @property
@@ -152,7 +152,8 @@ class SelfLayer(_Layer):
         attended = []
         for prompt, *of_prompt in zip(prompts, q.split(rows), k.split(rows), v.split(rows), strict=True):
             queries, keys, values = of_prompt
-            write_rows(prompt.kv.pages, prompt.kv.self_tables, self._index, keys, values)
+            if prompt.kv is not None:
+                write_rows(prompt.kv.pages, prompt.kv.self_tables, self._index, keys, values)
             attended.append(self._attend(queries, keys, values, is_causal=prompt.num_rows > 1))
         return self._finish(hidden, torch.cat(attended))
 
@@ -201,14 +202,20 @@ class CrossLayer(_Layer):
         attended = [
             self._attend_prompt(rows, prompt.kv, prompt.vision, prompt.visible_runs())
             for rows, prompt in zip(q.split(batch.num_seeing), prompts, strict=True)
-            if prompt.vision is not None and len(rows)
+            if prompt.vision is not None and prompt.kv is not None and len(rows)
         ]
         added = self._output(torch.cat(attended))
         for prompt, *of_prompt in zip(prompts, *(x.split(batch.num_seeing) for x in (residual, added)), strict=True):
             rows, added_rows = of_prompt
-            if prompt.vision is not None and len(rows):
+            if prompt.vision is not None and prompt.kv is not None and len(rows):
                 self._leave(rows, added_rows, prompt.kv, prompt.vision)
         return self._finish(hidden, residual, added, batch.seeing)
+
+    def look(self, hidden: Tensor, batch: BatchRows, vision: VisionRows) -> FirstLayer:
+        """What one prompt, [T, D], has to do with its images; nothing is stored."""
+        _, q = self._queries(hidden, batch.seeing)
+        keys, _ = self._project(vision.features)
+        return self._seen(q, keys, vision.features, vision.num_features, vision)
 
     def decode(self, hidden: Tensor, features: FeatureTables) -> Tensor:
         """One new row of each sequence, [B, D] -> [B, D]; the first ones see something."""

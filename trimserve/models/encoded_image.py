@@ -14,12 +14,13 @@ from trimserve.models.merging import Groups
 
 __all__ = ["MAX_CHOICES", "Choice", "EncodedImage", "Observation"]
 
-Observation = Literal["class_attention", "vision_attention", "patch_entropy"]
+Observation = Literal["class_attention", "vision_attention", "vision_states", "patch_entropy"]
 """What a policy may want to know of the image beside its features; nothing is noted that nobody asked for.
 
 class_attention: float32 [L, N], how much the class tokens of the image's tiles attend to each of its features, mean
 over class tokens and heads; layer after layer, local ones first.
 vision_attention: [2, N, heads, Dh], queries and keys of the last but one local layer.
+vision_states: [2, N, width], what enters that layer and what leaves it.
 patch_entropy: float32 [N], see `vision_observer.patch_entropy`.
 """
 
@@ -54,8 +55,14 @@ class EncodedImage:
     """Vision layers before the global ones."""
     observed: dict[Observation, Tensor] = field(default_factory=dict)
     """What was asked for, see `Observation`."""
+    prototypes: Tensor | None = None
+    """float32 [P, hidden_size], the model's codebook of redundant features, each of length 1; no image owns it."""
     max_choices: int = MAX_CHOICES
     """How many it remembers."""
+    guide: "EncodedImage | None" = None
+    """The same image as the model's guide sees it; None until that is asked."""
+    guide_bytes: int = 0
+    """Set aside for it."""
     _choices: OrderedDict[Hashable, Choice] = field(default_factory=OrderedDict, init=False)
 
     @property
@@ -65,9 +72,9 @@ class EncodedImage:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors, with room for every choice that it may come to remember."""
+        """Bytes of all tensors, with room for the guide's and for every choice that it may come to remember."""
         observed = sum(tensor.nbytes for tensor in self.observed.values())
-        return self.features.nbytes + observed + self.max_choices * _CHOICE_BYTES * self.num_features
+        return self.features.nbytes + observed + self.guide_bytes + self.max_choices * _CHOICE_BYTES * self.num_features
 
     def has(self, needs: frozenset[Observation]) -> bool:
         """Whether all of that was observed."""

@@ -59,6 +59,10 @@ class PolicyInfo:
     budgets: tuple[str, ...]
     """Kinds of budget that it takes."""
     parameters: tuple[ParameterInfo, ...]
+    knob: str = ""
+    """Knob of the model that has to be set before it can be asked; empty: none."""
+    is_available: bool = True
+    """Whether that is so."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +110,8 @@ class ModelInfo:
     policy_details: tuple[PolicyInfo, ...]
     """What `trim.policy` takes; the first is the default."""
     generation_defaults: GenerationDefaults
+    guide: "ModelInfo | None" = None
+    """The model that chooses visual features for this one; None: there is none."""
 
     @property
     def policies(self) -> tuple[str, ...]:

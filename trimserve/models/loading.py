@@ -1,5 +1,7 @@
 """From a checkpoint to a model that is ready to serve, or only to a description of it."""
 
+from dataclasses import replace
+
 import torch
 
 from trimserve import ops
@@ -13,6 +15,7 @@ from trimserve.models.checkpoint import (
     text_config,
     vision_config,
 )
+from trimserve.models.codebook import load_codebook
 from trimserve.models.info import GenerationDefaults, ModelInfo
 from trimserve.models.mllama import Mllama
 from trimserve.models.policies.table import POLICIES
@@ -23,20 +26,23 @@ __all__ = ["EMBEDDED_MODEL", "describe_checkpoint", "describe_model", "embedded_
 
 
 def describe_model(config: ModelConfig, limits: EngineConfig) -> ModelInfo:
-    """Describe a checkpoint from its small files; its weights are not read.
+    """Describe a checkpoint, and its guide, from their small files; weights are not read.
 
     Args:
         config: which one, and how it would be read.
         limits: bounds of a request's images and tokens.
     Raises:
-        CheckpointError: not found, not an Mllama, or something that cannot be honoured, such as a device that is not
-            there.
+        CheckpointError: not found, not an Mllama, something that cannot be honoured, such as a device that is not
+            there, or a codebook or a guide that does not fit.
     """
-    return describe_checkpoint(open_checkpoint(config.model, config.revision, with_weights=False), config, limits)
+    info = describe_checkpoint(open_checkpoint(config.model, config.revision, with_weights=False), config, limits)
+    if config.codebook is not None:
+        load_codebook(config.codebook, info, config.intermediate_features)
+    return info
 
 
 def load_model(config: ModelConfig, limits: EngineConfig) -> Mllama:
-    """Load a checkpoint.
+    """Load a checkpoint, with its guide and codebook.
 
     Args:
         config: which one, and how.
@@ -51,11 +57,42 @@ def load_model(config: ModelConfig, limits: EngineConfig) -> Mllama:
     processor = Processor.from_pretrained(
         checkpoint.folder, info, template_date=config.template_date, max_image_pixels=limits.max_image_pixels
     )
+    prototypes = guide = None
+    if config.codebook is not None:
+        prototypes = load_codebook(config.codebook, info, config.intermediate_features)
+    if config.guide_model is not None:
+        guide = load_model(_guide_config(config), limits)
+    if guide is not None and guide.tokenizer.get_vocab() != processor.tokenizer.get_vocab():
+        raise CheckpointError(f"guide_model {guide.info.model_id}: has other tokens than {info.model_id}")
     dtype, device = checkpoint.dtype(config.dtype), torch.device(info.device)
     if device.type == "cuda":
         torch.backends.cudnn.allow_tf32 = False  # float32 means float32, in convolutions as in matrix products
     model = load_weights(checkpoint.folder, checkpoint.config, dtype, device, config.quantize)
-    return Mllama(model, processor, info, config.intermediate_features)
+    return Mllama(model, processor, info, config.intermediate_features, prototypes, guide)
+
+
+def _guide_config(config: ModelConfig) -> ModelConfig:
+    others = {"revision": None, "codebook": None, "guide_model": None, "max_model_len": None}
+    return config.model_copy(update={"model": config.guide_model, **others})
+
+
+def _describe_guide(config: ModelConfig, limits: EngineConfig, info: ModelInfo) -> ModelInfo:
+    guide = describe_model(_guide_config(config), limits)
+    if _grid(guide) != _grid(info):
+        raise CheckpointError(
+            f"guide_model: must have the patch grid of the model: {guide.model_id} has {_grid(guide)}, "
+            f"{info.model_id} has {_grid(info)}"
+        )
+    if (guide.vocab_size, guide.image_token_id) != (info.vocab_size, info.image_token_id):
+        raise CheckpointError(
+            f"guide_model: must have the tokens of the model: {guide.model_id} has {guide.vocab_size} and the image "
+            f"token {guide.image_token_id}, {info.model_id} has {info.vocab_size} and {info.image_token_id}"
+        )
+    return guide
+
+
+def _grid(info: ModelInfo) -> str:
+    return f"up to {info.max_tiles} tiles of {info.tile_size} pixels, patches of {info.patch_size}"
 
 
 def describe_checkpoint(checkpoint: Checkpoint, config: ModelConfig, limits: EngineConfig) -> ModelInfo:
@@ -75,7 +112,7 @@ def describe_checkpoint(checkpoint: Checkpoint, config: ModelConfig, limits: Eng
     num_cross = len(text.cross_attention_layers or [])
     assert isinstance(vision.image_size, int)
     assert isinstance(vision.patch_size, int)
-    return ModelInfo(
+    info = ModelInfo(
         model_id=checkpoint.model_id,
         revision=checkpoint.revision,
         dtype=str(dtype).removeprefix("torch."),
@@ -100,9 +137,13 @@ def describe_checkpoint(checkpoint: Checkpoint, config: ModelConfig, limits: Eng
         kv_bytes_per_position=2 * text.num_key_value_heads * head_dim * dtype.itemsize,
         default_k_ratio=config.k_ratio or checkpoint.trimserve.k_ratio,
         default_merge_ratio=checkpoint.trimserve.merge_ratio if config.merge_ratio is None else config.merge_ratio,
-        policy_details=tuple(policy.describe() for policy in POLICIES.values()),
+        policy_details=tuple(
+            policy.describe(is_available=not policy.knob or getattr(config, policy.knob) is not None)
+            for policy in POLICIES.values()
+        ),
         generation_defaults=_generation_defaults(checkpoint, limits.default_max_new_tokens),
     )
+    return info if config.guide_model is None else replace(info, guide=_describe_guide(config, limits, info))
 
 
 def _device(wanted: Device, quantize: Quantize) -> str:

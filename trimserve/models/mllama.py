@@ -19,12 +19,13 @@ from trimserve.models.images import PreparedImage
 from trimserve.models.info import ModelInfo
 from trimserve.models.interruptible import Interruptible, run_through
 from trimserve.models.key_values import KeyValues
+from trimserve.models.policies.policy import FirstLayer
 from trimserve.models.prefilled import Prefilled, TrimTimes
 from trimserve.models.prepared import NamedImage, PreparedPrompt, TokenizedPrompt
 from trimserve.models.processor import Processor
 from trimserve.models.prompt import Prompt
 from trimserve.models.step_buffers import StepBuffers
-from trimserve.models.trimming import ImageSelection, Selection, TrimParams, bitmap, choose_from_image
+from trimserve.models.trimming import ImageSelection, Selection, TrimParams, bitmap, choose_from_image, select
 from trimserve.models.visibility import visible_images
 from trimserve.models.vision import IntermediateFeatures, VisionEncoder
 from trimserve.models.vision_rows import VisionRows
@@ -41,8 +42,12 @@ class Mllama:
         processor: Processor,
         info: ModelInfo,
         intermediate_features: IntermediateFeatures = "inputs",
+        prototypes: Tensor | None = None,
+        guide: "Mllama | None" = None,
     ) -> None:
         """Use `loading.load_model`."""
+        self._prototypes = prototypes
+        self._guide = guide
         self._processor = processor
         self._vision = VisionEncoder(model, intermediate_features)
         self._decoder = RaggedDecoder(model)
@@ -54,6 +59,12 @@ class Mllama:
     def info(self) -> ModelInfo:
         """Geometry, limits and defaults."""
         return self._info
+
+    @property
+    def feature_bytes(self) -> int:
+        """Bytes of one visual feature."""
+        dtype: torch.dtype = getattr(torch, self._info.dtype)
+        return self._info.hidden_size * dtype.itemsize
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -82,7 +93,11 @@ class Mllama:
             image: tiles.
             needs: what else is wanted, see `TrimParams.needs`.
         """
-        return (yield from self._vision.encode(image, needs))
+        encoded = yield from self._vision.encode(image, needs)
+        encoded.prototypes = self._prototypes
+        if self._guide is not None:
+            encoded.guide_bytes = encoded.num_features * self._guide.feature_bytes
+        return encoded
 
     @torch.inference_mode()
     def prefill(
@@ -104,7 +119,8 @@ class Mllama:
                 if not image.remembers(trim.choice_key):
                     choose_from_image(image, trim)
                     yield
-        rows = self.prompt_rows(prompt, images, trim, kv)
+        seen_by_guide = (yield from self._guide_looks(prompt, images, trim)) if trim.is_guided and images else None
+        rows = self.prompt_rows(prompt, images, trim, kv, seen_by_guide)
         vision = rows.vision
         if vision is not None and vision.trim_times is not None:
             vision.trim_times = vision.trim_times._replace(began_at=began_at)
@@ -161,22 +177,66 @@ class Mllama:
         return run_through(self._decoder.prefill(self._ids(token_ids), prompts, all_rows=all_rows))
 
     def prompt_rows(
-        self, prompt: PreparedPrompt, images: Sequence[EncodedImage], trim: TrimParams, kv: KeyValues
+        self,
+        prompt: PreparedPrompt,
+        images: Sequence[EncodedImage],
+        trim: TrimParams,
+        kv: KeyValues,
+        seen_by_guide: FirstLayer | None = None,
     ) -> SequenceRows:
-        """A prompt as rows of a ragged batch, chosen from already by a policy before the decoder; as in `prefill`."""
-        vision = None
-        if images:
-            visible = visible_images(prompt.token_ids, self._info.image_token_id)
-            counts = tuple(image.num_features for image in images)
-            features = images[0].features if len(images) == 1 else torch.cat([image.features for image in images])
-            vision = VisionRows(features, counts, visible, self._info.features_per_tile, trim)
-            if trim.is_before_decoder:
-                began_at = time.monotonic()
-                selection = Selection.of([choose_from_image(image, trim) for image in images], counts)
-                selected_at = time.monotonic()
-                vision.hold(selection)
-                vision.trim_times = TrimTimes(began_at, selected_at, time.monotonic())
+        """A prompt as rows of a ragged batch, chosen from already by a policy before the decoder; as in `prefill`.
+
+        Args:
+            prompt: see `prefill`.
+            images: see `prefill`.
+            trim: see `prefill`.
+            kv: see `prefill`.
+            seen_by_guide: what the guide knows of the images; None: it is asked here, if `trim` wants that.
+        """
+        vision = self._vision_rows(prompt, images, trim) if images else None
+        began_at = time.monotonic()
+        selection = None
+        if vision is not None and trim.is_before_decoder:
+            selection = Selection.of([choose_from_image(image, trim) for image in images], vision.num_features)
+        elif vision is not None and trim.is_guided:
+            selection = select(seen_by_guide or run_through(self._guide_looks(prompt, images, trim)), trim)
+        if vision is not None and selection is not None:
+            selected_at = time.monotonic()
+            vision.hold(selection)
+            vision.trim_times = TrimTimes(began_at, selected_at, time.monotonic())
         return SequenceRows(len(prompt.token_ids), kv, vision)
+
+    @torch.inference_mode()
+    def look(
+        self, prompt: PreparedPrompt, images: Sequence[EncodedImage], trim: TrimParams
+    ) -> Interruptible[FirstLayer]:
+        """What the first cross-attention layer knows of a prompt's images, for a model that this one guides.
+
+        Args:
+            prompt: token ids [T].
+            images: of the prompt, at least one, as this model sees them.
+            trim: whether picks are wanted.
+        """
+        rows = SequenceRows(len(prompt.token_ids), None, self._vision_rows(prompt, images, trim))
+        return (yield from self._decoder.first_layer(self._ids(prompt.token_ids), rows))
+
+    @torch.inference_mode()
+    def _guide_looks(
+        self, prompt: PreparedPrompt, images: Sequence[EncodedImage], trim: TrimParams
+    ) -> Interruptible[FirstLayer]:
+        assert self._guide is not None, "requests name `guided` only where there is a guide"
+        seen = []
+        for prepared, image in zip(prompt.images, images, strict=True):
+            if image.guide is None:
+                image.guide = yield from self._guide.encode_image(prepared)
+            seen.append(image.guide)
+        return (yield from self._guide.look(prompt, seen, trim))
+
+    def _vision_rows(self, prompt: PreparedPrompt, images: Sequence[EncodedImage], trim: TrimParams) -> VisionRows:
+        visible = visible_images(prompt.token_ids, self._info.image_token_id)
+        counts = tuple(image.num_features for image in images)
+        features = images[0].features if len(images) == 1 else torch.cat([image.features for image in images])
+        return VisionRows(features, counts, visible, self._info.features_per_tile, trim)
 
     def _layer_rows(self, vision: VisionRows) -> tuple[tuple[int, ...], ...]:
         first, *later = vision.layer_rows

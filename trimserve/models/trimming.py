@@ -14,6 +14,7 @@ from torch import Tensor
 from trimserve.models.encoded_image import Choice, EncodedImage, Observation
 from trimserve.models.merging import Groups, group_dropped
 from trimserve.models.policies.budget import Allowance, Budget, FixedCount, FixedRatio, HeadRatio, TopP, budget, cap
+from trimserve.models.policies.guided import Guided
 from trimserve.models.policies.policy import AfterFirstLayer, BeforeDecoder, ExitRule, FirstLayer, Policy
 from trimserve.models.policies.table import POLICIES
 from trimserve.models.policies.trimmed import Trimmed
@@ -80,7 +81,12 @@ class TrimParams:
     @property
     def is_after_first_layer(self) -> bool:
         """Whether features are chosen in the first cross-attention layer."""
-        return self.can_drop and issubclass(POLICIES[self.policy], AfterFirstLayer)
+        return self.can_drop and issubclass(POLICIES[self.policy], AfterFirstLayer) and not self.is_guided
+
+    @property
+    def is_guided(self) -> bool:
+        """Whether features are chosen in the first cross-attention layer of a guide, before the decoder."""
+        return self.can_drop and issubclass(POLICIES[self.policy], Guided)
 
     @property
     def is_cascade(self) -> bool:
@@ -186,7 +192,7 @@ def max_rows(num_features: int, num_heads: int, features_per_tile: int, trim: Tr
     if not trim.can_drop:
         return num_features
     match trim.allowance.budget if POLICIES[trim.policy].budgets else None:
-        case HeadRatio(ratio):
+        case HeadRatio(ratio) if not trim.is_guided:  # by a guide's heads, of which it may have more
             kept = num_heads * budget(ratio, num_features)
         case FixedRatio(ratio):
             kept = budget(ratio, num_features)

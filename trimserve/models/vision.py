@@ -180,7 +180,8 @@ def _run(
     for index, layer in enumerate(layers):
         if index in collected:
             inputs[index] = hidden
-        hidden = layer(hidden, image)
+        entering, hidden = hidden, layer(hidden, image)
+        image.observer.passes(entering, hidden)
         yield
     inputs[len(layers)] = hidden
     return hidden, [inputs[index] for index in collected]

@@ -33,6 +33,7 @@ class VisionObserver:
         self._observed_layer = max(0, num_local_layers - 2)
         self._class_attention: list[Tensor] = []
         self._vision_attention: list[Tensor] = []
+        self._vision_states: list[Tensor] = []
         self._layer = 0
 
     def sees(self, pixel_values: Tensor) -> None:
@@ -53,6 +54,11 @@ class VisionObserver:
             self._class_attention.append(logits.softmax(dim=-1)[:, :, : self._num_real].mean(dim=(0, 1)))
         if "vision_attention" in self._needs and self._layer == self._observed_layer:
             self._vision_attention = [rows[:, : self._num_real].transpose(0, 1) for rows in (queries, keys)]
+
+    def passes(self, entering: Tensor, leaving: Tensor) -> None:
+        """See what a layer, whose attention was seen, makes of its rows: [R, width] each, the real rows first."""
+        if "vision_states" in self._needs and self._layer == self._observed_layer:
+            self._vision_states = [rows[: self._num_real] for rows in (entering, leaving)]
         self._layer += 1
 
     def observed(self) -> dict[Observation, Tensor]:
@@ -60,6 +66,7 @@ class VisionObserver:
         notes: dict[Observation, list[Tensor]] = {
             "class_attention": self._class_attention,
             "vision_attention": self._vision_attention,
+            "vision_states": self._vision_states,
             "patch_entropy": self._patch_entropy,
         }
         return {name: torch.stack(notes[name]) for name in notes if name in self._needs}

@@ -268,6 +268,9 @@ def _trim(trim: pb.TrimOptions, info: ModelInfo) -> TrimParams:
     if trim.policy and trim.policy not in info.policies:
         raise InvalidRequest("trim.policy", f"must be one of {', '.join(info.policies)}, got {trim.policy[:64]!r}")
     policy = info.policy_details[info.policies.index(trim.policy) if trim.policy else 0]
+    if not policy.is_available:
+        option = f"--{policy.knob.replace('_', '-')}"
+        raise InvalidRequest("trim.policy", f"{policy.name!r} needs a server that was started with {option}")
     return TrimParams(
         enabled=TRIM_MODES[trim.mode],
         policy=policy.name,

@@ -85,20 +85,24 @@ class GetModelResponse(_message.Message):
     def __init__(self, model_id: _Optional[str] = ..., model_revision: _Optional[str] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., num_parameters: _Optional[int] = ..., vocab_size: _Optional[int] = ..., image_token_id: _Optional[int] = ..., max_model_len: _Optional[int] = ..., max_images: _Optional[int] = ..., max_image_bytes: _Optional[int] = ..., max_image_pixels: _Optional[int] = ..., num_self_attention_layers: _Optional[int] = ..., num_cross_attention_layers: _Optional[int] = ..., num_heads: _Optional[int] = ..., num_kv_heads: _Optional[int] = ..., head_dim: _Optional[int] = ..., hidden_size: _Optional[int] = ..., tile_size: _Optional[int] = ..., patch_size: _Optional[int] = ..., max_tiles: _Optional[int] = ..., features_per_tile: _Optional[int] = ..., cross_kv_bytes_per_feature: _Optional[int] = ..., self_kv_bytes_per_token: _Optional[int] = ..., policies: _Optional[_Iterable[str]] = ..., default_k_ratio: _Optional[float] = ..., generation_defaults: _Optional[_Union[GenerationDefaults, _Mapping]] = ..., default_merge_ratio: _Optional[float] = ..., policy_details: _Optional[_Iterable[_Union[Policy, _Mapping]]] = ..., quantization: _Optional[str] = ..., weight_bytes: _Optional[int] = ...) -> None: ...
 
 class Policy(_message.Message):
-    __slots__ = ("name", "summary", "stage", "needs", "budgets", "parameters")
+    __slots__ = ("name", "summary", "stage", "needs", "budgets", "parameters", "knob", "is_available")
     NAME_FIELD_NUMBER: _ClassVar[int]
     SUMMARY_FIELD_NUMBER: _ClassVar[int]
     STAGE_FIELD_NUMBER: _ClassVar[int]
     NEEDS_FIELD_NUMBER: _ClassVar[int]
     BUDGETS_FIELD_NUMBER: _ClassVar[int]
     PARAMETERS_FIELD_NUMBER: _ClassVar[int]
+    KNOB_FIELD_NUMBER: _ClassVar[int]
+    IS_AVAILABLE_FIELD_NUMBER: _ClassVar[int]
     name: str
     summary: str
     stage: PolicyStage
     needs: _containers.RepeatedScalarFieldContainer[str]
     budgets: _containers.RepeatedScalarFieldContainer[str]
     parameters: _containers.RepeatedCompositeFieldContainer[PolicyParameter]
-    def __init__(self, name: _Optional[str] = ..., summary: _Optional[str] = ..., stage: _Optional[_Union[PolicyStage, str]] = ..., needs: _Optional[_Iterable[str]] = ..., budgets: _Optional[_Iterable[str]] = ..., parameters: _Optional[_Iterable[_Union[PolicyParameter, _Mapping]]] = ...) -> None: ...
+    knob: str
+    is_available: bool
+    def __init__(self, name: _Optional[str] = ..., summary: _Optional[str] = ..., stage: _Optional[_Union[PolicyStage, str]] = ..., needs: _Optional[_Iterable[str]] = ..., budgets: _Optional[_Iterable[str]] = ..., parameters: _Optional[_Iterable[_Union[PolicyParameter, _Mapping]]] = ..., knob: _Optional[str] = ..., is_available: bool = ...) -> None: ...
 
 class PolicyParameter(_message.Message):
     __slots__ = ("name", "description", "default_value", "low", "high", "is_low_open")

@@ -1,19 +1,23 @@
 """Policies that look at the image alone, each on a table worked by hand from its formula."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from trimserve.models.encoded_image import EncodedImage, Observation
-from trimserve.models.policies.budget import Allowance, Budget, FixedCount, FixedRatio, Knee
+from trimserve.models.policies.budget import Allowance, Budget, FixedCount, FixedRatio, Knee, TopP
 from trimserve.models.policies.cls import Cls
+from trimserve.models.policies.codebook import Codebook
 from trimserve.models.policies.divprune import DivPrune
 from trimserve.models.policies.gprune import GPrune
 from trimserve.models.policies.policy import BeforeDecoder
 from trimserve.models.policies.pool import Pool
 from trimserve.models.policies.todre import ToDRE
+from trimserve.models.policies.topv import TopV
 from trimserve.models.policies.vflowopt import VFlowOpt
 from trimserve.models.policies.visiondrop import VisionDrop
 from trimserve.models.policies.vispruner import VisPruner
@@ -179,6 +183,66 @@ def test_vflowopt_asks_those_that_receive_most(policy: VFlowOpt, expected: list[
     head = torch.tensor([[0.1, 0.1, 0.3, 0.5], [0.5, 0.3, 0.1, 0.1], [0.5, 0.2, 0.2, 0.1], [0.5, 0.25, 0.15, 0.1]])
     encoded = looking(torch.stack([head, head]), [0.0, 2.0, 0.0, 0.0])
     assert kept(policy, encoded, 2) == expected
+
+
+def test_codebook_takes_what_is_least_like_any_prototype() -> None:
+    encoded = image(directions(0, 40, 90, 140, 200) * torch.tensor([[1.0], [9.0], [2.0], [1.0], [3.0]]))
+    encoded.prototypes = directions(0, 130)
+    assert kept(Codebook(), encoded, 1) == [4]  # 70 degrees from the nearest; the others 0, 40, 40 and 10
+    assert kept(Codebook(), encoded, 3) == [1, 2, 4]
+    assert kept(Codebook(), encoded, Knee()) == [4]
+
+
+def carried(sources: Tensor, targets: Tensor, size: int) -> EncodedImage:
+    """An image whose rows go through the vision layer like this, [N, width]."""
+    return EncodedImage(torch.zeros(len(sources), 1), size, 2, {"vision_states": torch.stack([sources, targets])})
+
+
+FLAT = TopV(spatial_weight=0, central_weight=0, recovered_ratio=0, rounds=1, transport_temperature=1 / math.log(4))
+
+
+def test_topv_asks_what_the_targets_are_made_of() -> None:
+    # A target has weight 1 on the source that it equals and 1/4 on the others, 2 in all: half of it and an eighth.
+    # Targets 0, 0, 0, 1 and 1: source 0 gives 1.5 + 0.25, source 1 gives 1 + 0.375, the others 0.625 each.
+    encoded = carried(torch.eye(5), torch.eye(5)[[0, 0, 0, 1, 1]], 5)
+    assert kept(FLAT, encoded, 1) == [0]
+    assert kept(FLAT, encoded, 2) == [0, 1]
+    assert kept(FLAT, encoded, TopP(0.6)) == [0, 1]  # 3.125 of 5
+    # Source 3 of a second tile is all that its targets are like, and gives 2.5.
+    tiles = carried(torch.eye(5).repeat(2, 1), torch.eye(5)[[0, 0, 0, 1, 1, 3, 3, 3, 3, 3]], 5)
+    assert kept(FLAT, tiles, 2) == [0, 8]
+
+
+def test_topv_prefers_what_is_near_to_all_and_to_the_centre() -> None:
+    encoded = carried(torch.ones(10, 1), torch.ones(10, 1), 10)  # a class token and 3 x 3 patches; 5 is the middle one
+    assert kept(replace(FLAT, spatial_weight=1.0), encoded, 2) == [0, 5]
+    assert kept(replace(FLAT, central_weight=1.0), encoded, 2) == [0, 5]
+
+
+def test_topv_recovers_evenly_spaced_features_of_the_rest() -> None:
+    encoded = carried(torch.ones(8, 1), torch.ones(8, 1), 2)  # equal scores
+    assert kept(replace(FLAT, recovered_ratio=0.4), encoded, 5) == [0, 1, 2, 4, 6]  # of 3 to 7
+    assert kept(replace(FLAT, recovered_ratio=1.0), encoded, 2) == [2, 6]
+
+
+@pytest.mark.parametrize("rounds", [1, 2, 5])
+def test_topv_is_the_literal_algorithm_of_sinkhorn(rounds: int) -> None:
+    rng = torch.Generator().manual_seed(rounds)
+    states = torch.randn(2, 2, 10, 4, generator=rng, dtype=torch.float64)
+    places = torch.tensor([[0.0, 0.0], *([row / 3, column / 3] for row in (-1, 0, 1) for column in (-1, 0, 1))])
+    scores: list[float] = []
+    for sources, targets in states:
+        cost = 1 - F.cosine_similarity(sources[:, None], targets[None], dim=2)
+        cost += 0.7 * (places[:, None] - places).norm(dim=2) + 0.3 * places.norm(dim=1)[:, None]
+        plan = (-cost / 0.2).exp()
+        for _ in range(rounds - 1):
+            plan /= plan.sum(dim=0)
+            plan /= plan.sum(dim=1, keepdim=True)
+        scores += (plan / plan.sum(dim=0)).sum(dim=1).tolist()
+    policy = TopV(0.7, 0.3, 0.0, rounds, 0.2)
+    entering, leaving = states.float().transpose(0, 1).flatten(1, 2)
+    encoded = carried(entering, leaving, 10)
+    assert kept(policy, encoded, 7) == sorted(sorted(range(20), key=lambda n: -scores[n])[:7])
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from trimserve.models.encoded_image import EncodedImage, Observation
 from trimserve.models.policies.budget import Allowance, FixedCount, FixedRatio
@@ -40,9 +41,10 @@ def encoded(image: Tensor) -> EncodedImage:
     observed: dict[Observation, Tensor] = {
         "class_attention": image[:, :3].T.softmax(dim=1),
         "vision_attention": image.view(len(image), 2, 2, 4).transpose(0, 1),
+        "vision_states": image.view(len(image), 2, 8).transpose(0, 1),
         "patch_entropy": image[:, 0].abs(),
     }
-    return EncodedImage(image, SIZE, 2, observed)
+    return EncodedImage(image, SIZE, 2, observed, prototypes=F.normalize(torch.eye(3, 16) + 0.1, dim=1))
 
 
 def choices(name: str, allowance: Allowance, *images: Tensor) -> list[Choice]:
@@ -117,7 +119,7 @@ def test_features_that_are_no_numbers_break_nothing(name: str, value: float) -> 
         assert num_rows(choice) == 12
 
 
-@pytest.mark.parametrize("name", ["mmr", "cdpruner", "gprune", "divprune", "todre"])
+@pytest.mark.parametrize("name", ["mmr", "cdpruner", "gprune", "divprune", "todre", "topv", "codebook"])
 def test_features_that_are_no_numbers_come_last_in_their_tile(name: str) -> None:
     image = features(1)
     image[3] = math.nan

@@ -28,9 +28,10 @@ def encoded() -> EncodedImage:
     observed: dict[Observation, Tensor] = {
         "class_attention": rows[:, :3].T.softmax(dim=1),
         "vision_attention": rows[:, :256].view(len(rows), 2, 2, 64).permute(1, 0, 2, 3),
+        "vision_states": rows.view(len(rows), 2, -1).transpose(0, 1),
         "patch_entropy": rows[:, 0].abs(),
     }
-    return EncodedImage(rows, SIZE, 2, observed)
+    return EncodedImage(rows, SIZE, 2, observed, prototypes=rows[:64])
 
 
 def layer() -> FirstLayer:

@@ -47,6 +47,8 @@ class Policy(ABC):
     """Kinds of budget that it takes."""
     needs: ClassVar[frozenset[Observation]] = frozenset()
     """What it wants to know of the vision layers."""
+    knob: ClassVar[str] = ""
+    """Knob of `ModelConfig` without which it cannot be asked; empty: none."""
 
     @property
     def exit_rule(self) -> ExitRule | None:
@@ -59,8 +61,12 @@ class Policy(ABC):
         return False
 
     @classmethod
-    def describe(cls) -> PolicyInfo:
-        """What people may want to know of it; its summary is the first sentence of its docstring."""
+    def describe(cls, *, is_available: bool = True) -> PolicyInfo:
+        """What people may want to know of it; its summary is the first sentence of its docstring.
+
+        Args:
+            is_available: whether its `knob` is set.
+        """
         own: Sequence[Field[float]] = fields(cls)  # type: ignore[arg-type]  # every policy is a dataclass
         is_before = issubclass(cls, BeforeDecoder)
         return PolicyInfo(
@@ -70,6 +76,8 @@ class Policy(ABC):
             needs=tuple(sorted(cls.needs)) if is_before else ("text",),
             budgets=cls.budgets,
             parameters=tuple(ParameterInfo(name=each.name, default=each.default, **each.metadata) for each in own),  # type: ignore[arg-type]  # every parameter has a default
+            knob=cls.knob,
+            is_available=is_available,
         )
 
 

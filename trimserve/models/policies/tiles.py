@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from trimserve.models.policies.policy import top
 
-__all__ = ["even_quotas", "first_of", "is_broken", "likeness", "next_pick", "quotas_by", "relevance"]
+__all__ = ["directions", "even_quotas", "first_of", "is_broken", "likeness", "next_pick", "quotas_by", "relevance"]
 
 
 def is_broken(features: Tensor, features_per_tile: int) -> Tensor:
@@ -21,21 +21,29 @@ def is_broken(features: Tensor, features_per_tile: int) -> Tensor:
     return ~(low.isfinite() & high.isfinite()).view(-1, features_per_tile)
 
 
-def likeness(features: Tensor, features_per_tile: int) -> Tensor:
+def directions(features: Tensor) -> Tensor:
+    """Features [N, D] at length 1, float32; 0 where one is not finite."""
+    normal = F.normalize(features.float(), dim=1)
+    normal[is_broken(normal, len(normal))[0]] = 0
+    return normal
+
+
+def likeness(features: Tensor, features_per_tile: int, others: Tensor | None = None) -> Tensor:
     """Cosine of every two features of a tile.
 
     Args:
         features: [N, D], tile after tile.
         features_per_tile: F.
+        others: [N, D], what each is compared with; None: the features themselves.
     Returns:
         float32 [N / F, F, F], the caller's own; 0 where a feature is not finite.
     """
     tiles = features.split(features_per_tile)
     like = torch.empty(len(tiles), features_per_tile, features_per_tile, device=features.device)
-    for tile, of_tile in zip(tiles, like, strict=True):
-        directions = F.normalize(tile.float(), dim=1)
-        directions[is_broken(directions, features_per_tile)[0]] = 0
-        torch.mm(directions, directions.T, out=of_tile)
+    for index, tile in enumerate(tiles):
+        own = directions(tile)
+        theirs = own if others is None else directions(others.split(features_per_tile)[index])
+        torch.mm(own, theirs.T, out=like[index])
     return like
 
 
