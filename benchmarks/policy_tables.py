@@ -14,6 +14,7 @@ __all__ = [
     "RECOMMENDED",
     "accuracy_by_kind",
     "accuracy_by_policy",
+    "later_layers",
     "parameters_found",
     "speed_by_policy",
 ]
@@ -122,6 +123,27 @@ def parameters_found(tuning: dict[str, Any] | None, calibrations: Sequence[dict[
         name = variant(calibration["policy"], calibration["parameters"])
         lines.append(f"| `{name}` | {asked} | {usual[field]:.3f} | {best[field]:.3f} |")
     return "\n".join(lines)
+
+
+def later_layers(report: dict[str, Any] | None) -> str:
+    """What it costs and saves that later cross-attention layers hold less, as Markdown.
+
+    Args:
+        report: of `bench_layers`; None says how to get one.
+    """
+    if report is None:
+        return _missing("python -m benchmarks.bench_layers")
+    lines = [
+        "| policy | exact match | rows of each layer | KiB, pages of all layers | KiB, pages of one layer |",
+        "|---|---:|---|---:|---:|",
+    ]
+    for row in report["rows"]:
+        name = row["policy"] if row["policy"] == UNTRIMMED_POLICY else f"`{variant(row['policy'], row['parameters'])}`"
+        rows = ", ".join(f"{held:,.0f}" for held in row["layer_rows"])
+        cells = (f"{held / 2**10:,.0f}" for held in row["held_bytes"].values())
+        lines.append(f"| {name} | {row['accuracy']:.1%} | {rows} | {' | '.join(cells)} |")
+    asked = f"{report['questions']:,} questions; means over them. `sparsevlm` keeps {report['keep']:.0%} in the first"
+    return "\n".join([*lines, "", f"{asked} layer, `todre` everything."])
 
 
 _MEASURES = {"cosine": ("similarity", "cosine of the logits"), "kl": ("divergence", "KL, nats")}

@@ -31,6 +31,7 @@ from benchmarks.generate.tables import generate_tables, precision_table  # noqa:
 from benchmarks.policy_tables import (  # noqa: E402 as above
     accuracy_by_kind,
     accuracy_by_policy,
+    later_layers,
     parameters_found,
     speed_by_policy,
 )
@@ -214,6 +215,7 @@ TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     "policies": ("docs/policies.md", lambda: accuracy_by_policy(comparison())),
     "policies-by-kind": ("docs/policies.md", lambda: accuracy_by_kind(comparison())),
     "policies-speed": ("docs/policies.md", lambda: speed_by_policy(read_result("policies/speed.json"))),
+    "policies-layers": ("docs/policies.md", lambda: later_layers(read_result("policies/later_layers.json"))),
     "policies-parameters": (
         "docs/policies.md",
         lambda: parameters_found(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.policy_tables import MOST_OF_PREFILL, RECOMMENDED, speed_by_policy
+from benchmarks.policy_tables import MOST_OF_PREFILL, RECOMMENDED, later_layers, speed_by_policy
 from benchmarks.tune_policies import CANDIDATES, tuned
 from trimserve.evaluation.answers import Answer
 from trimserve.evaluation.dataset import Question
@@ -44,6 +44,25 @@ def test_the_table_calls_slow_what_takes_more_even_where_the_image_is_encoded() 
         "| `cls` | 250.0 | 2 | 125.0 | 50.0% | 4.0% |  |",
         "| `cls`, merged | 250.0 | 2 | 125.0 | 50.0% | 6.0% | slow |",
     ]
+
+
+def test_layers_that_hold_less_are_told_with_their_rows_and_their_pages_of_either_kind() -> None:
+    rows = [
+        {
+            "policy": policy,
+            "parameters": parameters,
+            "accuracy": 0.875,
+            "layer_rows": [260.0, 130.4, 0.0],
+            "held_bytes": {"shared_pages": 3072.0, "pages_of_one_layer": 2048.0},
+        }
+        for policy, parameters in (("untrimmed", {}), ("todre", {"late_exit_threshold": 0.5}))
+    ]
+    lines = later_layers({"rows": rows, "questions": 1200, "keep": 0.5}).splitlines()
+    assert lines[2:4] == [
+        "| untrimmed | 87.5% | 260, 130, 0 | 3 | 2 |",
+        "| `todre:late_exit_threshold=0.5` | 87.5% | 260, 130, 0 | 3 | 2 |",
+    ]
+    assert lines[-1].startswith("1,200 questions; means over them. `sparsevlm` keeps 50%")
 
 
 def test_the_best_mean_over_budgets_is_found_and_defaults_win_ties(tmp_path: Path) -> None:
