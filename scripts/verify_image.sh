@@ -1,6 +1,5 @@
 #!/usr/bin/env bash
-# Build docker/Dockerfile and use the image, as root on a Debian machine without a container engine; of the image with
-# CUDA, build the wheel.
+# Build docker/Dockerfile and use the image, as root on a Debian machine without a container engine.
 #
 # buildah and debootstrap are installed where they are missing; the base has what python:3.11-slim-bookworm has.
 # pip's variables of this shell (PIP_FIND_LINKS, PIP_CERT, ...) hold in the build, too; a path is mounted there.
@@ -14,7 +13,13 @@ if ! { command -v buildah && command -v debootstrap; } > /dev/null; then
 fi
 TMPDIR=$(mktemp -d)
 export TMPDIR
-trap 'rm -rf --one-file-system "$TMPDIR"' EXIT
+server=
+cleanup() {
+  # What still runs would write where we remove.
+  if [ -n "$server" ]; then kill "$server" && wait "$server"; fi 2> /dev/null || true
+  rm -rf --one-file-system "$TMPDIR"
+}
+trap cleanup EXIT
 SECONDS=0
 buildah=(buildah --root "$TMPDIR/root" --runroot "$TMPDIR/runroot" --storage-driver vfs)
 
@@ -35,65 +40,53 @@ while IFS='=' read -r name value; do
   echo "${name,,} = $value" >> "$TMPDIR/pip.conf"
   if [[ $value == /* && -e $value ]]; then mounts+=(--volume "$value:$value:ro"); fi
 done < <(env | grep '^PIP_' || true)
-build() {
-  "${buildah[@]}" build --isolation chroot --format docker --pull-never --build-arg BASE=localhost/base \
-    --secret "id=pip.conf,src=$TMPDIR/pip.conf" "${mounts[@]}" --file docker/Dockerfile "$@" . \
-    > "$TMPDIR/build.log" 2>&1 || { tail -n 60 "$TMPDIR/build.log"; exit 1; }
-}
-build --tag localhost/trimserve --build-arg REVISION="$(git rev-parse HEAD)"
+"${buildah[@]}" build --isolation chroot --format docker --pull-never --build-arg BASE=localhost/base \
+  --build-arg REVISION="$(git rev-parse HEAD)" --secret "id=pip.conf,src=$TMPDIR/pip.conf" "${mounts[@]}" \
+  --file docker/Dockerfile --tag localhost/trimserve . > "$TMPDIR/build.log" 2>&1 ||
+  { tail -n 60 "$TMPDIR/build.log"; exit 1; }
 built=$SECONDS
 size=$("${buildah[@]}" images --format '{{.Size}}' localhost/trimserve)
 
 echo "container: $size, after $built s"
+read -r port metrics_port < <(python3 -c '
+import socket
+sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(2)]
+print(*(each.getsockname()[1] for each in sockets))')
 "${buildah[@]}" from --name container localhost/trimserve > /dev/null
+# Without network namespaces the container's ports are this machine's.
+"${buildah[@]}" config --env "TRIMSERVE__SERVER__PORT=$port" \
+  --env "TRIMSERVE__SERVER__METRICS_PORT=$metrics_port" container
 inside=("${buildah[@]}" run --isolation chroot container --)
 image_says() {
   "${buildah[@]}" inspect --type image --format "{{range .Docker.Config.$1}}{{.}} {{end}}" localhost/trimserve
 }
-entrypoint=$(image_says Entrypoint)
-healthcheck=$(image_says Healthcheck.Test) # CMD and its words
+read -ra entrypoint <<< "$(image_says Entrypoint)"
+read -ra healthcheck <<< "$(image_says Healthcheck.Test)" # CMD and its words
 
 # shellcheck disable=SC2016  # the container's shell expands these
 "${inside[@]}" sh -euc '
 test "$(id -u)" != 0
 touch "$HF_HOME/writable"
 for tool in c++ cc cmake ninja; do if command -v "$tool"; then exit 1; fi; done'
-# shellcheck disable=SC2086  # words
-if "${inside[@]}" $entrypoint > "$TMPDIR/server.log" 2>&1 ||
-  ! grep --quiet -- --allow-plaintext "$TMPDIR/server.log"; then
+if "${inside[@]}" "${entrypoint[@]}" > "$TMPDIR/server.log" 2>&1 || ! grep --quiet -- --allow-plaintext "$TMPDIR/server.log"; then
   echo "it should have asked for a certificate or for a word about plaintext"; cat "$TMPDIR/server.log"; exit 1
 fi
-# Without network namespaces the container's ports are this machine's: two below those that systems give to others.
-port=$((20000 + RANDOM % 10000))
-"${buildah[@]}" config --env TRIMSERVE__SERVER__ALLOW_PLAINTEXT=true --env "TRIMSERVE__SERVER__PORT=$port" \
-  --env "TRIMSERVE__SERVER__METRICS_PORT=$((port + 1))" container
-# In one shell, because buildah forwards no signals.
+"${buildah[@]}" config --env TRIMSERVE__SERVER__ALLOW_PLAINTEXT=true container
 # shellcheck disable=SC2016
-answer=$("${inside[@]}" sh -euc '
-log=/tmp/server.log
-$1 > "$log" 2>&1 &
+"${inside[@]}" sh -c 'echo $$ > /tmp/server.pid && exec "$@"' sh "${entrypoint[@]}" > "$TMPDIR/server.log" 2>&1 &
 server=$!
-trap "kill $server; cat $log >&2" EXIT
-attempts=0
-until $2 2> /dev/null; do
-  kill -0 "$server"
-  attempts=$((attempts + 1))
-  test "$attempts" -lt 120
+for _ in $(seq 60); do
+  if "${inside[@]}" "${healthcheck[@]:1}" > /dev/null 2>&1 || ! kill -0 "$server"; then break; fi
   sleep 1
 done
-samples=$(python -c "import trimserve; print(trimserve.__path__[0])")/assets/samples
-trimserve generate --address "127.0.0.1:$TRIMSERVE__SERVER__PORT" --image "$samples/scene.png" \
-  --prompt "What do you see?"
-kill -TERM "$server"
+"${inside[@]}" "${healthcheck[@]:1}" || { cat "$TMPDIR/server.log"; exit 1; }
+samples=$("${inside[@]}" python -c 'import trimserve; print(trimserve.__path__[0])')/assets/samples
+answer=$("${inside[@]}" trimserve generate --address "127.0.0.1:$port" --image "$samples/scene.png" \
+  --prompt "What do you see?")
+# buildah forwards no signals.
+# shellcheck disable=SC2016
+"${inside[@]}" sh -c 'kill -TERM "$(cat /tmp/server.pid)"'
 wait "$server"
-grep --quiet stopped "$log"
-trap - EXIT' sh "$entrypoint" "${healthcheck#CMD }")
+server=
+grep --quiet stopped "$TMPDIR/server.log"
 echo "image: $size, built in $built s; is healthy, answered \"$answer\" and drained after $SECONDS s"
-
-echo "image with CUDA: its wheel, after $SECONDS s"
-# Against torch without CUDA: the gigabytes of the other one are all that is left out.
-build --target wheel --tag localhost/cuda --build-arg DEVICE=cu130 \
-  --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cpu
-"${buildah[@]}" from --name cuda localhost/cuda > /dev/null
-"${buildah[@]}" run --isolation chroot cuda -- sh -c 'python -m zipfile --list /wheel/*.whl' | grep _ops_cuda
-echo "image with CUDA: its wheel has the ops, after $SECONDS s"
