@@ -17,9 +17,9 @@ constexpr std::int64_t kPartBytes = 1024;         // of an output's weight, else
 constexpr std::int64_t kAskedBytes = 512;         // of an output's weight, at once
 constexpr std::int64_t kOutputsAhead = 8;
 
-template <typename Products>
+template <typename Operands>
 TRIMSERVE_INLINE bool is_few(const LinearArgs& args) {
-  return Products::kFewestRows <= args.num_rows && args.num_rows <= kFewRows;
+  return Operands::kFewestRows <= args.num_rows && args.num_rows <= kFewRows;
 }
 
 // Rows of the group that begins at `row`; the last may be missing.
@@ -28,37 +28,37 @@ TRIMSERVE_INLINE int rows_of_group(const LinearArgs& args, int width, std::int64
 }
 
 // Floats of a packed row: registers, the last padded with zeros.
-template <typename Products>
+template <typename Operands>
 TRIMSERVE_INLINE std::int64_t packed_row_size(const LinearArgs& args) {
-  constexpr std::int64_t kBytes = sizeof(typename Products::Vector), kFloatBytes = sizeof(float);
-  return (args.num_inputs + Products::kSize - 1) / Products::kSize * (kBytes / kFloatBytes);
+  constexpr std::int64_t kBytes = sizeof(typename Operands::Vector), kFloatBytes = sizeof(float);
+  return (args.num_inputs + Operands::kSize - 1) / Operands::kSize * (kBytes / kFloatBytes);
 }
 
-template <typename Products>
-TRIMSERVE_INLINE void load_padded(typename Products::Vector& vector, const typename Products::Stored* source,
+template <typename Operands>
+TRIMSERVE_INLINE void load_padded(typename Operands::Vector& vector, const typename Operands::Stored* source,
                                   std::int64_t count) {
-  typename Products::Stored padded[Products::kSize] = {};
+  typename Operands::Stored padded[Operands::kSize] = {};
   std::copy_n(source, count, padded);
-  Products::load(vector, padded);
+  Operands::load(vector, padded);
 }
 
 // Groups of rows, each as registers [K / kSize, rows of the group].
-template <int kWidth, typename Products>
+template <int kWidth, typename Operands>
 TRIMSERVE_INLINE void pack_few(const LinearArgs& args, float* packed) {
-  constexpr int kSize = Products::kSize;
-  typename Products::Vector vector;
-  const std::int64_t row_size = packed_row_size<Products>(args);
+  constexpr int kSize = Operands::kSize;
+  typename Operands::Vector vector;
+  const std::int64_t row_size = packed_row_size<Operands>(args);
   for (std::int64_t first = 0; first < args.num_rows;) {
     const int num_rows = rows_of_group(args, kWidth, first);
     for (int r = 0; r < num_rows; ++r) {
       const std::int64_t row = std::min(first + r, args.num_rows - 1);
-      const auto* const x = static_cast<const typename Products::Stored*>(args.x) + row * args.x_stride;
+      const auto* const x = static_cast<const typename Operands::Stored*>(args.x) + row * args.x_stride;
       char* target = reinterpret_cast<char*>(packed + first * row_size) + r * sizeof vector;
       for (std::int64_t k = 0; k < args.num_inputs; k += kSize, target += num_rows * sizeof vector) {
         if (k + kSize <= args.num_inputs) {
-          Products::load(vector, x + k);
+          Operands::load(vector, x + k);
         } else {
-          load_padded<Products>(vector, x + k, args.num_inputs - k);
+          load_padded<Operands>(vector, x + k, args.num_inputs - k);
         }
         std::memcpy(target, &vector, sizeof vector);
       }
@@ -82,12 +82,12 @@ struct Outputs {
 };
 
 // sums[r * kColumns + c] += products along a part of K, of kAtOnce outputs at a time.
-template <int kWidth, typename Products, int kRows, int kAtOnce>
-TRIMSERVE_INLINE void add_part(const float* packed, const Outputs<typename Products::StoredWeight>& outputs,
-                               const Part& part, typename Products::Floats (&sums)[kWidth]) {
-  using Vector = typename Products::Vector;
-  using Stored = typename Products::StoredWeight;
-  constexpr int kColumns = kWidth / kRows, kSize = Products::kSize;
+template <int kWidth, typename Operands, int kRows, int kAtOnce>
+TRIMSERVE_INLINE void add_part(const float* packed, const Outputs<typename Operands::StoredWeight>& outputs,
+                               const Part& part, typename Operands::Floats (&sums)[kWidth]) {
+  using Vector = typename Operands::Vector;
+  using Stored = typename Operands::StoredWeight;
+  constexpr int kColumns = kWidth / kRows, kSize = Operands::kSize;
   constexpr std::int64_t kAsked = kAskedBytes / sizeof(Stored), kLine = 64 / sizeof(Stored);
   const auto* const rows = reinterpret_cast<const char*>(packed);
   const std::int64_t whole = std::min(part.end, outputs.num_inputs / kSize * kSize);
@@ -102,7 +102,7 @@ TRIMSERVE_INLINE void add_part(const float* packed, const Outputs<typename Produ
         Vector x;
         std::memcpy(&x, rows + (k / kSize * kRows + r) * sizeof x, sizeof x);
         unrolled<kAtOnce>(
-            [&](auto c) TRIMSERVE_INLINE_LAMBDA { Products::add(sums[r * kColumns + kFirst + c], x, w[c]); });
+            [&](auto c) TRIMSERVE_INLINE_LAMBDA { Operands::add(sums[r * kColumns + kFirst + c], x, w[c]); });
       });
     };
     for (std::int64_t asked = part.begin; asked < whole; asked += kAsked) {
@@ -118,7 +118,7 @@ TRIMSERVE_INLINE void add_part(const float* packed, const Outputs<typename Produ
         Vector w[kAtOnce];
         unrolled<kAtOnce>([&](auto c) TRIMSERVE_INLINE_LAMBDA {
           if (outputs.ahead) __builtin_prefetch(outputs.ahead + (kFirst + c) * outputs.num_inputs + k);
-          Products::load(w[c], weight[c] + k);
+          Operands::load(w[c], weight[c] + k);
         });
         add(k, w);
       }
@@ -126,7 +126,7 @@ TRIMSERVE_INLINE void add_part(const float* packed, const Outputs<typename Produ
     if (whole < part.end) {
       Vector w[kAtOnce];
       unrolled<kAtOnce>([&](auto c) TRIMSERVE_INLINE_LAMBDA {
-        load_padded<Products>(w[c], weight[c] + whole, part.end - whole);
+        load_padded<Operands>(w[c], weight[c] + whole, part.end - whole);
       });
       add(whole, w);
     }
@@ -134,11 +134,11 @@ TRIMSERVE_INLINE void add_part(const float* packed, const Outputs<typename Produ
 }
 
 // A group of rows times a block of outputs, along a part of K. partials: its sums so far, unless the part is the whole.
-template <int kWidth, DType dtype, typename Products, int kRows, int kAtOnce>
+template <int kWidth, DType dtype, typename Operands, int kRows, int kAtOnce>
 TRIMSERVE_INLINE void multiply_group(const LinearArgs& args, const float* packed, std::int64_t row,
                                      std::int64_t block, const Part& part, float* partials) {
   constexpr int kColumns = kWidth / kRows;
-  const auto* const weight = static_cast<const typename Products::StoredWeight*>(args.weight);
+  const auto* const weight = static_cast<const typename Operands::StoredWeight*>(args.weight);
   const std::int64_t first = block * kLinearColumns;
   const std::int64_t end = std::min(first + kLinearColumns, args.num_outputs);
   for (std::int64_t column = first; column < end; column += kColumns) {
@@ -147,38 +147,38 @@ TRIMSERVE_INLINE void multiply_group(const LinearArgs& args, const float* packed
       shift = part.next - part.begin;
       if (part.next) ahead -= kLinearColumns;
     }
-    const Outputs<typename Products::StoredWeight> outputs{
+    const Outputs<typename Operands::StoredWeight> outputs{
         weight + column * args.num_inputs,
         row == 0 && ahead + kColumns <= args.num_outputs ? weight + ahead * args.num_inputs + shift : nullptr,
         end - column, args.num_inputs};
-    typename Products::Floats sums[kWidth];
+    typename Operands::Floats sums[kWidth];
     float* const so_far = partials + (column - first) * kRows * kWidth;
     unrolled<kWidth>([&](auto i) TRIMSERVE_INLINE_LAMBDA {
-      sums[i] = typename Products::Floats{};
+      sums[i] = typename Operands::Floats{};
       if (part.begin) Simd<kWidth>::load(sums[i], so_far + i * kWidth);
     });
-    add_part<kWidth, Products, kRows, kAtOnce>(packed, outputs, part, sums);
+    add_part<kWidth, Operands, kRows, kAtOnce>(packed, outputs, part, sums);
     if (part.end < args.num_inputs) {
       unrolled<kWidth>([&](auto i)
                            TRIMSERVE_INLINE_LAMBDA { Simd<kWidth>::store(so_far + i * kWidth, sums[i]); });
     } else {
-      store_tile<kWidth, dtype, Products, kRows>(args, row, column, sums);
+      store_tile<kWidth, dtype, Operands, kRows>(args, row, column, sums);
     }
   }
 }
 
 // All rows times blocks of outputs.
-template <int kWidth, DType dtype, typename Products>
+template <int kWidth, DType dtype, typename Operands>
 TRIMSERVE_INLINE void multiply_few(const LinearArgs& args, const float* packed, std::int64_t begin,
                                    std::int64_t end) {
   constexpr int kMost = std::min(kWidth, 8);
-  const std::int64_t row_size = packed_row_size<Products>(args);
+  const std::int64_t row_size = packed_row_size<Operands>(args);
   const std::int64_t bytes_of_8 = 8 * row_size * static_cast<std::int64_t>(sizeof(float));
   const bool fits =
       (args.num_rows > 4 ? (args.num_rows + 7) / 8 * bytes_of_8 : bytes_of_8 / 2) <= kPackedBytes;
   const std::int64_t part_size =
       fits ? args.num_inputs
-           : kPartBytes / static_cast<std::int64_t>(sizeof(typename Products::StoredWeight));
+           : kPartBytes / static_cast<std::int64_t>(sizeof(typename Operands::StoredWeight));
   alignas(64) float partials[kFewRows * kLinearColumns * kWidth];
   for (std::int64_t block = begin; block < end; ++block) {
     for (std::int64_t k = 0; k < args.num_inputs; k += part_size) {
@@ -189,12 +189,12 @@ TRIMSERVE_INLINE void multiply_few(const LinearArgs& args, const float* packed, 
         float* const so_far = partials + row * kLinearColumns * kWidth;
         const int num_rows = rows_of_group(args, kWidth, row);
         if (num_rows > 4) {
-          multiply_group<kWidth, dtype, Products, kMost, kWidth / kMost>(args, rows, row, block, part,
+          multiply_group<kWidth, dtype, Operands, kMost, kWidth / kMost>(args, rows, row, block, part,
                                                                          so_far);
         } else if (row == 0) {  // bound by bytes alone: memory is read fastest in one stream
-          multiply_group<kWidth, dtype, Products, 4, 1>(args, rows, row, block, part, so_far);
+          multiply_group<kWidth, dtype, Operands, 4, 1>(args, rows, row, block, part, so_far);
         } else {
-          multiply_group<kWidth, dtype, Products, 4, kWidth / 4>(args, rows, row, block, part, so_far);
+          multiply_group<kWidth, dtype, Operands, 4, kWidth / 4>(args, rows, row, block, part, so_far);
         }
         row += num_rows;
       }

@@ -2,8 +2,8 @@
 //   x [R, K]     weight [N, K]     scales [N] of an int8 weight
 //   output [R, N] = x weight^T, or output + gate * x weight^T
 //   Tiles of as many products as a vector has lanes stay in registers: sums along K, whose lanes are added up at its
-//   end, so nothing is packed or transposed. Made for the few rows of a decode step: one row is bound by the bytes of
-//   the weight, more by arithmetic. An output is the same to the last bit in every batch.
+//   end, so the weight is neither packed nor transposed. The few rows of a decode step, which its bytes bound, have
+//   loops of their own (few_rows.h). An output is the same to the last bit in every batch.
 
 #include "few_rows.h"
 #include "linear_tiles.h"
@@ -14,24 +14,24 @@ namespace {
 // kRows rows of x times kColumns rows of the weight, added up along K but for lanes. Rows from num_rows on
 // are not read, and columns from num_columns on. `ahead`, unless null, is weight that is read next: it is fetched
 // meanwhile.
-template <int kWidth, typename Products, int kRows>
-TRIMSERVE_INLINE void multiply(const typename Products::Stored* x, std::int64_t x_stride,
-                               std::int64_t num_rows, const typename Products::StoredWeight* weight,
+template <int kWidth, typename Operands, int kRows>
+TRIMSERVE_INLINE void multiply(const typename Operands::Stored* x, std::int64_t x_stride,
+                               std::int64_t num_rows, const typename Operands::StoredWeight* weight,
                                std::int64_t num_columns, std::int64_t num_inputs,
-                               const typename Products::StoredWeight* ahead,
-                               typename Products::Floats (&sums)[kWidth]) {
-  using Vector = typename Products::Vector;
-  constexpr int kColumns = kWidth / kRows, kSize = Products::kSize;
+                               const typename Operands::StoredWeight* ahead,
+                               typename Operands::Floats (&sums)[kWidth]) {
+  using Vector = typename Operands::Vector;
+  constexpr int kColumns = kWidth / kRows, kSize = Operands::kSize;
   constexpr int kAtOnce = std::min(kColumns, 8);  // memory is read fastest in few streams
-  const typename Products::Stored* rows[kRows];
-  const typename Products::StoredWeight* columns[kColumns];
+  const typename Operands::Stored* rows[kRows];
+  const typename Operands::StoredWeight* columns[kColumns];
   unrolled<kRows>([&](auto r) TRIMSERVE_INLINE_LAMBDA {
     rows[r] = x + std::min<std::int64_t>(r, num_rows - 1) * x_stride;
   });
   unrolled<kColumns>([&](auto c) TRIMSERVE_INLINE_LAMBDA {
     columns[c] = weight + std::min<std::int64_t>(c, num_columns - 1) * num_inputs;
   });
-  unrolled<kWidth>([&](auto i) TRIMSERVE_INLINE_LAMBDA { sums[i] = typename Products::Floats{}; });
+  unrolled<kWidth>([&](auto i) TRIMSERVE_INLINE_LAMBDA { sums[i] = typename Operands::Floats{}; });
   const std::int64_t whole = num_inputs / kSize * kSize;
   unrolled<kColumns / kAtOnce>([&](auto strip) TRIMSERVE_INLINE_LAMBDA {
     constexpr int kFirst = strip * kAtOnce;
@@ -42,7 +42,7 @@ TRIMSERVE_INLINE void multiply(const typename Products::Stored* x, std::int64_t 
         Vector value;
         load(value, rows[r] + k);
         unrolled<kAtOnce>([&](auto c) TRIMSERVE_INLINE_LAMBDA {
-          Products::add(sums[r * kColumns + kFirst + c], value, w[c]);
+          Operands::add(sums[r * kColumns + kFirst + c], value, w[c]);
         });
       });
     };
@@ -53,38 +53,38 @@ TRIMSERVE_INLINE void multiply(const typename Products::Stored* x, std::int64_t 
         });
       }
       add(k,
-          [](Vector& vector, const auto* source) TRIMSERVE_INLINE_LAMBDA { Products::load(vector, source); });
+          [](Vector& vector, const auto* source) TRIMSERVE_INLINE_LAMBDA { Operands::load(vector, source); });
     }
     if (whole < num_inputs) {
       add(whole, [&]<typename Stored>(Vector& vector, const Stored* source) TRIMSERVE_INLINE_LAMBDA {
         Stored padded[kSize] = {};
         std::memcpy(padded, source, (num_inputs - whole) * sizeof *source);
-        Products::load(vector, padded);
+        Operands::load(vector, padded);
       });
     }
   });
 }
 
-template <int kWidth, DType dtype, typename Products, int kRows>
+template <int kWidth, DType dtype, typename Operands, int kRows>
 TRIMSERVE_INLINE void multiply_tile(const LinearArgs& args, std::int64_t row, std::int64_t column,
                                     bool is_first) {
-  using Weight = typename Products::StoredWeight;
+  using Weight = typename Operands::StoredWeight;
   constexpr int kColumns = kWidth / kRows;
   const std::int64_t num_rows = std::min<std::int64_t>(kRows, args.num_rows - row);
   const std::int64_t num_columns = std::min<std::int64_t>(kColumns, args.num_outputs - column);
-  const auto* const x = static_cast<const typename Products::Stored*>(args.x) + row * args.x_stride;
+  const auto* const x = static_cast<const typename Operands::Stored*>(args.x) + row * args.x_stride;
   const auto* const weight = static_cast<const Weight*>(args.weight) + column * args.num_inputs;
   // One row of floats reads ahead by itself: it waits for nothing else.
   constexpr bool kFetches = kRows > 1 || std::is_same_v<Weight, std::int8_t>;
   const bool has_next = kFetches && is_first && column + 2 * kColumns <= args.num_outputs;
-  typename Products::Floats sums[kWidth];
-  multiply<kWidth, Products, kRows>(x, args.x_stride, num_rows, weight, num_columns, args.num_inputs,
+  typename Operands::Floats sums[kWidth];
+  multiply<kWidth, Operands, kRows>(x, args.x_stride, num_rows, weight, num_columns, args.num_inputs,
                                     has_next ? weight + kColumns * args.num_inputs : nullptr, sums);
-  store_tile<kWidth, dtype, Products, kRows>(args, row, column, sums);
+  store_tile<kWidth, dtype, Operands, kRows>(args, row, column, sums);
 }
 
 // A block of columns of some rows: four rows at a time while the weight's are in the first cache, a last one alone.
-template <int kWidth, DType dtype, typename Products>
+template <int kWidth, DType dtype, typename Operands>
 TRIMSERVE_INLINE void multiply_block(const LinearArgs& args, std::int64_t first_row, std::int64_t end_row,
                                      std::int64_t first_column) {
   constexpr int kRows = 4, kColumns = kWidth / kRows;
@@ -92,10 +92,10 @@ TRIMSERVE_INLINE void multiply_block(const LinearArgs& args, std::int64_t first_
   const std::int64_t last = (end_row - first_row) % kRows == 1 ? end_row - 1 : end_row;
   for (std::int64_t column = first_column; column < end_column; column += kColumns) {
     for (std::int64_t row = first_row; row < last; row += kRows)
-      multiply_tile<kWidth, dtype, Products, kRows>(args, row, column, row == first_row);
+      multiply_tile<kWidth, dtype, Operands, kRows>(args, row, column, row == first_row);
   }
   for (std::int64_t column = first_column; last < end_row && column < end_column; column += kWidth)
-    multiply_tile<kWidth, dtype, Products, 1>(args, last, column, true);
+    multiply_tile<kWidth, dtype, Operands, 1>(args, last, column, true);
 }
 
 // So many rows that they stay in the second cache while the whole weight passes.
@@ -106,13 +106,13 @@ std::int64_t rows_of_block(const LinearArgs& args) {
   return std::clamp<std::int64_t>(rows / 4 * 4, 8, 64);
 }
 
-template <int kWidth, DType dtype, typename Products>
+template <int kWidth, DType dtype, typename Operands>
 TRIMSERVE_INLINE void multiply_all(const LinearArgs& args, std::int64_t begin, std::int64_t end) {
   const std::int64_t size = rows_of_block(args);
   for (std::int64_t row = 0; row < args.num_rows; row += size) {
     const std::int64_t end_row = std::min(row + size, args.num_rows);
     for (std::int64_t block = begin; block < end; ++block)
-      multiply_block<kWidth, dtype, Products>(args, row, end_row, block * kLinearColumns);
+      multiply_block<kWidth, dtype, Operands>(args, row, end_row, block * kLinearColumns);
   }
 }
 
@@ -120,27 +120,27 @@ TRIMSERVE_INLINE void multiply_all(const LinearArgs& args, std::int64_t begin, s
 
 std::int64_t packed_size(const LinearArgs& args) {
   std::int64_t size = 0;
-  at_products(args, [&]<typename Products>(auto, auto, std::type_identity<Products>) TRIMSERVE_INLINE_LAMBDA {
-    if constexpr (Products::kFewestRows < kNever)
-      size = is_few<Products>(args) ? (args.num_rows + 7) * packed_row_size<Products>(args) : 0;
+  at_operands(args, [&]<typename Operands>(auto, auto, std::type_identity<Operands>) TRIMSERVE_INLINE_LAMBDA {
+    if constexpr (Operands::kFewestRows < kNever)
+      size = is_few<Operands>(args) ? (args.num_rows + 7) * packed_row_size<Operands>(args) : 0;
   });
   return size;
 }
 
 void pack_rows(const LinearArgs& args, float* packed) {
-  at_products(args,
-              [&]<typename Products>(auto width, auto, std::type_identity<Products>) TRIMSERVE_INLINE_LAMBDA {
-                if constexpr (Products::kFewestRows < kNever) pack_few<width, Products>(args, packed);
+  at_operands(args,
+              [&]<typename Operands>(auto width, auto, std::type_identity<Operands>) TRIMSERVE_INLINE_LAMBDA {
+                if constexpr (Operands::kFewestRows < kNever) pack_few<width, Operands>(args, packed);
               });
 }
 
 void linear(const LinearArgs& args, const float* packed, std::int64_t begin, std::int64_t end) {
-  at_products(args, [&]<typename Products>(auto width, auto dtype, std::type_identity<Products>)
+  at_operands(args, [&]<typename Operands>(auto width, auto dtype, std::type_identity<Operands>)
                         TRIMSERVE_INLINE_LAMBDA {
-                          if constexpr (Products::kFewestRows < kNever) {
-                            if (packed) return multiply_few<width, dtype, Products>(args, packed, begin, end);
+                          if constexpr (Operands::kFewestRows < kNever) {
+                            if (packed) return multiply_few<width, dtype, Operands>(args, packed, begin, end);
                           }
-                          multiply_all<width, dtype, Products>(args, begin, end);
+                          multiply_all<width, dtype, Operands>(args, begin, end);
                         });
 }
 

@@ -16,7 +16,7 @@ constexpr int kNever = std::numeric_limits<int>::max();
 
 // How registers full of rows meet registers full of the weight: float32 products of whatever dtype.
 template <int kWidth, DType dtype>
-struct FloatProducts {
+struct FloatOperands {
   static constexpr int kVectors = Packed<kWidth, dtype>::kVectors, kSize = kVectors * kWidth;
   using Stored = Element<dtype>;
   using StoredWeight = Stored;
@@ -34,8 +34,8 @@ struct FloatProducts {
 };
 
 template <int kWidth>
-struct Int8Products : FloatProducts<kWidth, DType::kFloat32> {
-  using Base = FloatProducts<kWidth, DType::kFloat32>;
+struct Int8Operands : FloatOperands<kWidth, DType::kFloat32> {
+  using Base = FloatOperands<kWidth, DType::kFloat32>;
   using Base::load;
   static constexpr int kFewestRows = kNever;
   using StoredWeight = std::int8_t;
@@ -60,7 +60,7 @@ struct Int8Products : FloatProducts<kWidth, DType::kFloat32> {
 
 #ifdef __x86_64__
 // bfloat16 products in pairs: half the instructions, none to convert.
-struct PairProducts {
+struct PairOperands {
   static constexpr int kSize = 32;
   using Stored = Element<DType::kBFloat16>;
   using StoredWeight = Stored;
@@ -85,17 +85,17 @@ TRIMSERVE_INLINE void store(const float* products, Count count, bool accumulates
 }
 
 // A tile's sums along K, of row r and output c at r * kColumns + c, to where they belong.
-template <int kWidth, DType dtype, typename Products, int kRows>
+template <int kWidth, DType dtype, typename Operands, int kRows>
 TRIMSERVE_INLINE void store_tile(const LinearArgs& args, std::int64_t row, std::int64_t column,
-                                 typename Products::Floats (&sums)[kWidth]) {
+                                 typename Operands::Floats (&sums)[kWidth]) {
   constexpr int kColumns = kWidth / kRows;
   const std::int64_t num_rows = std::min<std::int64_t>(kRows, args.num_rows - row);
   const std::int64_t num_columns = std::min<std::int64_t>(kColumns, args.num_outputs - column);
   Simd<kWidth>::sum_lanes(sums);
-  const typename Products::Floats gated = sums[0] * args.gate;
+  const typename Operands::Floats gated = sums[0] * args.gate;
   float products[kWidth];
   std::memcpy(products, &gated, sizeof products);
-  if constexpr (std::is_same_v<typename Products::StoredWeight, std::int8_t>) {
+  if constexpr (std::is_same_v<typename Operands::StoredWeight, std::int8_t>) {
     for (std::int64_t r = 0; r < num_rows; ++r) {
       for (std::int64_t c = 0; c < num_columns; ++c) products[r * kColumns + c] *= args.scales[column + c];
     }
@@ -113,16 +113,16 @@ TRIMSERVE_INLINE void store_tile(const LinearArgs& args, std::int64_t row, std::
 
 // Calls body with the type of the products that suit the arguments and the machine, the width and the dtype.
 template <typename Body>
-void at_products(const LinearArgs& args, const Body& body) {
+void at_operands(const LinearArgs& args, const Body& body) {
   at_width(widest_vector(), [&](auto width) TRIMSERVE_INLINE_LAMBDA {
     at_dtype(args.dtype, [&](auto dtype) TRIMSERVE_INLINE_LAMBDA {
-      if (args.scales) return body(width, dtype, std::type_identity<Int8Products<width>>());
+      if (args.scales) return body(width, dtype, std::type_identity<Int8Operands<width>>());
 #ifdef __x86_64__
       if constexpr (width == 16 && dtype == DType::kBFloat16) {
-        if (has_pair_products()) return body(width, dtype, std::type_identity<PairProducts>());
+        if (has_pair_products()) return body(width, dtype, std::type_identity<PairOperands>());
       }
 #endif
-      body(width, dtype, std::type_identity<FloatProducts<width, dtype>>());
+      body(width, dtype, std::type_identity<FloatOperands<width, dtype>>());
     });
   });
 }

@@ -14,7 +14,7 @@ def test_calls_take_turns_and_slow_ones_are_timed_five_times(monkeypatch: pytest
 
     def slow() -> None:
         called.append("slow")
-        time.sleep(0.05)
+        time.sleep(0.05)  # is slow: see _SLOW_MILLISECONDS above
 
     fast_ms, slow_ms = measure.time_milliseconds([lambda: called.append("fast"), slow], 7)
     assert called == ["fast", "slow"] * 6 + ["fast"] * 2

@@ -383,4 +383,4 @@ def test_whatever_comes_and_goes_nothing_is_lost(
 
 def _sleep(seconds: float) -> Callable[[], None]:
     """A hook that takes time, where times are what is tested."""
-    return lambda: time.sleep(seconds)
+    return lambda: time.sleep(seconds)  # stands in for work: the engine reads the clock

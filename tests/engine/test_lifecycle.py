@@ -90,7 +90,8 @@ async def test_a_runner_stopped_while_it_warms_up_never_becomes_ready() -> None:
 
 
 async def test_stop_lets_accepted_requests_finish_and_refuses_new_ones() -> None:
-    async with running(FakeModel(before_decode=lambda: time.sleep(0.002)), max_batch=1) as runner:
+    model = FakeModel(before_decode=lambda: time.sleep(0.002))  # still runs when it is told to stop
+    async with running(model, max_batch=1) as runner:
         tasks = [asyncio.create_task(collect(runner, request("hi", max_new_tokens=10))) for _ in range(3)]
         await until(lambda: runner.status().num_running == 1)
         stopping = asyncio.create_task(runner.stop(20.0))

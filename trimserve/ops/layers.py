@@ -104,8 +104,8 @@ def decode_layers(
 ) -> None:
     """One new row of each sequence through all layers of a decoder, in one call; CPU only.
 
-    The first rows see features, the others pass a cross-attention layer unchanged. Other threads of Python run
-    meanwhile. Tensors have the dtypes and shapes that `paged_attention` and the ops above take.
+    The first rows see features, the others pass a cross-attention layer unchanged; other threads of Python run. Tensors
+    have the dtypes and shapes that `paged_attention` and the ops above take.
 
     Args:
         hidden: [B, D], contiguous; becomes the last layer's output.
