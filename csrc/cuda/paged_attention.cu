@@ -5,10 +5,10 @@
 //
 //   A block takes a piece of kPiecePositions of one sequence and up to kHeads query heads of one KV head: keys to
 //   logits, softmax, values; each key and value is read once for these heads, 16 bytes per access. kLanes lanes have a
-//   row, so a warp reads two rows, and several at a time are under way. As many pieces are launched as the tables could
-//   hold, since lengths are on the device; those behind a sequence's end return at once. Pieces leave sums, maxima and
-//   totals that merge_pieces adds up in order. They depend on the sequence's own length only, so results repeat bit for
-//   bit in any company. Arithmetic in float32.
+//   row, so a warp reads two rows, and several at a time are under way. Lengths are on the device, so as many blocks are
+//   launched as the tables' pieces, kMostBlocks at most: those behind a sequence's end return at once, those of a longer
+//   one take several pieces in turn. Pieces leave sums, maxima and totals that merge_pieces adds up in order. They depend
+//   on the sequence's own length only, so results repeat bit for bit in any company. Arithmetic in float32.
 
 #include <limits>
 
@@ -23,7 +23,8 @@ constexpr int kThreads = 128;
 constexpr int kLanes = 16;                // that have a row
 constexpr int kRows = kThreads / kLanes;  // at a time
 constexpr int kWarps = kThreads / kWarp;
-constexpr int kMostHeads = 4;  // of a block
+constexpr int kMostHeads = 4;             // of a block
+constexpr std::int64_t kMostBlocks = 64;  // of a sequence and its heads: enough to fill a GPU at batch 1
 constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 static_assert(kPiecePositions % kPagePositions == 0 && kWarp == 2 * kLanes &&
               kPiecePositions % (kRows * kLanes) == 0);
@@ -31,8 +32,9 @@ static_assert(kPiecePositions % kPagePositions == 0 && kWarp == 2 * kLanes &&
 // What a piece leaves of one head: weighted sum of values, largest logit, total of the weights.
 __device__ __host__ std::int64_t partial_size(std::int64_t head_dim) { return head_dim + 2; }
 
-std::int64_t max_pieces(std::int64_t max_pages) {
-  return std::max<std::int64_t>(divide_up(max_pages * kPagePositions, kPiecePositions), 1);
+__device__ __host__ std::int64_t max_pieces(std::int64_t max_pages) {
+  const std::int64_t pieces = divide_up(max_pages * kPagePositions, kPiecePositions);
+  return pieces > 1 ? pieces : 1;
 }
 
 __device__ std::int64_t length_of(const PagedAttentionArgs& args, std::int64_t sequence,
@@ -203,68 +205,71 @@ struct Piece {
   }
 };
 
-// Blocks (piece, KV head and tile of its query heads, sequence). partials [B, pieces, H, partial_size]; null: a
+// Blocks (pieces, KV head and tile of its query heads, sequence). partials [B, pieces, H, partial_size]; null: a
 // sequence is one piece at most, and is finished here.
 template <typename T, int kHeads, int kSize>
 __global__ void __launch_bounds__(kThreads)
-    attend_piece(PagedAttentionArgs args, std::int64_t max_pages, std::int64_t num_pages, float* partials) {
+    attend_pieces(PagedAttentionArgs args, std::int64_t max_pages, std::int64_t num_pages, float* partials) {
   using Work = Piece<T, kHeads, kSize>;
   __shared__ typename Work::Shared shared;
   const std::int64_t group = args.num_heads / args.num_kv_heads, tiles = divide_up(group, kHeads);
   const std::int64_t kv_head = blockIdx.y / tiles, tile = blockIdx.y % tiles, sequence = blockIdx.z;
-  const std::int64_t begin = static_cast<std::int64_t>(blockIdx.x) * kPiecePositions;
-  const std::int64_t left = length_of(args, sequence, max_pages) - begin;
-  if (left <= 0 && partials) return;
-  const int count = static_cast<int>(min(max(left, std::int64_t{0}), std::int64_t{kPiecePositions}));
+  const std::int64_t length = length_of(args, sequence, max_pages);
   const std::int64_t block_size = kPagePositions * args.head_dim;
   const T* const keys = static_cast<const T*>(args.pages) + kv_head * block_size;
-  const Work work{args,
-                  shared,
-                  sequence,
-                  kv_head * group + tile * kHeads,
-                  static_cast<int>(min(group - tile * kHeads, std::int64_t{kHeads})),
-                  begin,
-                  count,
-                  keys,
-                  keys + args.num_kv_heads * block_size};
-
-  if (threadIdx.x * kPagePositions < count) {
-    const std::int64_t page =
-        args.tables[sequence * args.table_stride + begin / kPagePositions + threadIdx.x];
-    shared.blocks[threadIdx.x] = 0 <= page && page < num_pages ? page * args.page_stride : -1;
-  }
-  __syncthreads();
-  work.multiply_keys();
-  __syncthreads();
-  work.exponentiate();
-  __syncthreads();
-  if (partials) {
-    const std::int64_t size = partial_size(args.head_dim);
-    float* const partial =
-        partials + ((sequence * gridDim.x + blockIdx.x) * args.num_heads + work.first_head) * size;
-    work.add_values([&](int h, std::int64_t column, float sum) { partial[h * size + column] = sum; });
-    if (static_cast<int>(threadIdx.x) < work.num_heads) {
-      partial[threadIdx.x * size + args.head_dim] = shared.maxima[threadIdx.x];
-      partial[threadIdx.x * size + args.head_dim + 1] = shared.totals[threadIdx.x];
+  std::int64_t piece = blockIdx.x;
+  if (piece * kPiecePositions >= length && partials) return;
+  do {
+    const std::int64_t begin = piece * kPiecePositions;
+    const Work work{args,
+                    shared,
+                    sequence,
+                    kv_head * group + tile * kHeads,
+                    static_cast<int>(min(group - tile * kHeads, std::int64_t{kHeads})),
+                    begin,
+                    static_cast<int>(min(length - begin, std::int64_t{kPiecePositions})),
+                    keys,
+                    keys + args.num_kv_heads * block_size};
+    if (threadIdx.x * kPagePositions < work.count) {
+      const std::int64_t page =
+          args.tables[sequence * args.table_stride + begin / kPagePositions + threadIdx.x];
+      shared.blocks[threadIdx.x] = 0 <= page && page < num_pages ? page * args.page_stride : -1;
     }
-  } else {
-    T* const attended =
-        static_cast<T*>(args.attended) + (sequence * args.num_heads + work.first_head) * args.head_dim;
-    work.add_values([&](int h, std::int64_t column, float sum) {
-      attended[h * args.head_dim + column] =
-          from_float<T>(count == 0 ? 0.0f : sum * (1.0f / shared.totals[h]));
-    });
-  }
+    __syncthreads();
+    work.multiply_keys();
+    __syncthreads();
+    work.exponentiate();
+    __syncthreads();
+    if (partials) {
+      const std::int64_t size = partial_size(args.head_dim);
+      float* const partial =
+          partials + ((sequence * max_pieces(max_pages) + piece) * args.num_heads + work.first_head) * size;
+      work.add_values([&](int h, std::int64_t column, float sum) { partial[h * size + column] = sum; });
+      if (static_cast<int>(threadIdx.x) < work.num_heads) {
+        partial[threadIdx.x * size + args.head_dim] = shared.maxima[threadIdx.x];
+        partial[threadIdx.x * size + args.head_dim + 1] = shared.totals[threadIdx.x];
+      }
+    } else {
+      T* const attended =
+          static_cast<T*>(args.attended) + (sequence * args.num_heads + work.first_head) * args.head_dim;
+      work.add_values([&](int h, std::int64_t column, float sum) {
+        attended[h * args.head_dim + column] =
+            from_float<T>(length == 0 ? 0.0f : sum * (1.0f / shared.totals[h]));
+      });
+    }
+    __syncthreads();  // until shared memory was read
+    piece += gridDim.x;
+  } while (piece * kPiecePositions < length);
 }
 
 // Blocks (head, sequence).
 template <typename T>
-__global__ void __launch_bounds__(kThreads) merge_pieces(PagedAttentionArgs args, std::int64_t max_pages,
-                                                         std::int64_t max_pieces, const float* partials) {
+__global__ void __launch_bounds__(kThreads)
+    merge_pieces(PagedAttentionArgs args, std::int64_t max_pages, const float* partials) {
   const std::int64_t head = blockIdx.x, sequence = blockIdx.y, size = partial_size(args.head_dim);
   const std::int64_t pieces = divide_up(length_of(args, sequence, max_pages), kPiecePositions);
   const std::int64_t stride = args.num_heads * size;
-  partials += sequence * max_pieces * stride + head * size;
+  partials += sequence * max_pieces(max_pages) * stride + head * size;
   float maximum = kMinusInfinity, total = 0.0f;
   for (std::int64_t i = 0; i < pieces; ++i) maximum = fmaxf(maximum, partials[i * stride + args.head_dim]);
   const float shift = shift_of(maximum);
@@ -286,12 +291,13 @@ void attend(const PagedAttentionArgs& args, std::int64_t max_pages, std::int64_t
                      pieces = max_pieces(max_pages);
   const auto sequences = static_cast<unsigned>(args.num_sequences);
   if (pieces == 1) partials = nullptr;
-  launch(attend_piece<T, kHeads, kSize>,
-         dim3(static_cast<unsigned>(pieces), static_cast<unsigned>(args.num_kv_heads * tiles), sequences),
+  launch(attend_pieces<T, kHeads, kSize>,
+         dim3(static_cast<unsigned>(std::min(pieces, kMostBlocks)),
+              static_cast<unsigned>(args.num_kv_heads * tiles), sequences),
          kThreads, stream, args, max_pages, num_pages, partials);
   if (partials) {
     launch(merge_pieces<T>, dim3(static_cast<unsigned>(args.num_heads), sequences), kThreads, stream, args,
-           max_pages, pieces, partials);
+           max_pages, partials);
   }
 }
 

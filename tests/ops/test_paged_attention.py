@@ -155,6 +155,10 @@ def test_equals_reference_on_any_shape(
     assert_equals_reference(with_bias(inputs, seed))
 
 
+def test_a_sequence_longer_than_all_blocks_together_equals_reference() -> None:
+    assert_equals_reference(with_bias(draw([17_000, 16_384, 3], num_heads=2, num_kv_heads=1, head_dim=4)))
+
+
 def test_a_bias_of_zero_changes_no_bit() -> None:
     inputs = draw(EDGES)
     zero = torch.zeros(len(EDGES), inputs[3].shape[1] * PAGE_POSITIONS)
