@@ -16,6 +16,7 @@ from transformers.models.mllama.modeling_mllama import repeat_kv
 from benchmarks.ops.measure import Floor
 from tests.tolerances import HEADWISE_SCORES, LINEAR, PAGED_ATTENTION
 from trimserve import ops
+from trimserve.models import huge_pages
 from trimserve.models.int8 import int8_linear, to_int8
 from trimserve.ops import PAGE_POSITIONS, reference
 
@@ -105,6 +106,11 @@ def _draw(*shape: int, dtype: torch.dtype, generator: torch.Generator) -> Tensor
     return torch.randn(*shape, generator=generator).to(dtype)
 
 
+def _on_huge_pages(tensor: Tensor) -> Tensor:
+    """A copy that lies as weights and pages of KV do."""
+    return huge_pages.empty(tensor.shape, tensor.dtype, tensor.device).copy_(tensor)
+
+
 def _selection_cases(dtype: torch.dtype, generator: torch.Generator) -> Iterator[Case]:
     q = _draw(_ROWS, _HEADS, _HEAD_DIM, dtype=dtype, generator=generator)
     keys = _draw(_FEATURES, _KV_HEADS, _HEAD_DIM, dtype=dtype, generator=generator)
@@ -173,7 +179,8 @@ def _writing_cases(dtype: torch.dtype, generator: torch.Generator) -> Iterator[C
     rows = _FEATURES // 2
     keys, values = _draw(2, _FEATURES, _KV_HEADS, _HEAD_DIM, dtype=dtype, generator=generator)
     kept = torch.randperm(_FEATURES, generator=generator)[:rows].sort().values
-    pages = torch.zeros(-(-rows // PAGE_POSITIONS), 1, 2, _KV_HEADS, PAGE_POSITIONS, _HEAD_DIM, dtype=dtype)
+    shape = (-(-rows // PAGE_POSITIONS), 1, 2, _KV_HEADS, PAGE_POSITIONS, _HEAD_DIM)
+    pages = _on_huge_pages(torch.zeros(shape, dtype=dtype))
     order = torch.randperm(len(pages), generator=generator)
     position = torch.arange(rows)
     slots = order[position // PAGE_POSITIONS] * PAGE_POSITIONS + position % PAGE_POSITIONS
@@ -198,7 +205,7 @@ def _paged_attention_case(
     scale, per_sequence = heads.head_dim**-0.5, -(-length // PAGE_POSITIONS)
     q = _draw(batch, heads.num_heads, heads.head_dim, dtype=dtype, generator=generator)
     shape = (batch * per_sequence, 1, 2, heads.num_kv_heads, PAGE_POSITIONS, heads.head_dim)
-    pages = _draw(*shape, dtype=dtype, generator=generator)
+    pages = _on_huge_pages(_draw(*shape, dtype=dtype, generator=generator))
     tables = torch.randperm(len(pages), generator=generator, dtype=torch.int32).view(batch, per_sequence)
     lengths = torch.full((batch,), length, dtype=torch.int32)
     arguments = (q, pages, 0, tables, lengths, scale)
@@ -224,6 +231,7 @@ def _paged_attention_case(
 
 def _linear_case(dtype: torch.dtype, generator: torch.Generator, num_rows: int, size: int = _HEADS * _HEAD_DIM) -> Case:
     x, weight = (_draw(n, size, dtype=dtype, generator=generator) for n in (num_rows, size))
+    weight = _on_huge_pages(weight)
     product = ops.linear(x, weight)
     torch.testing.assert_close(product, reference.linear(x, weight), **LINEAR[dtype])
     return Case(

@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 import torch
 
+from trimserve.models import huge_pages
+
 __all__ = ["Floor", "bandwidth", "peak_extra_bytes", "stream", "time_milliseconds"]
 
 Floor = Literal["read", "copy"]
@@ -76,11 +78,15 @@ def _gpu_timer() -> Callable[[Callable[[], Any]], float]:
 
 
 def stream(floor: Floor) -> tuple[Callable[[], Any], int]:
-    """A call that sums a large tensor (`read`) or copies it (`copy`), and the bytes that it moves, both directions."""
-    source = torch.ones(_STREAM_BYTES // 4)
+    """A call that sums a large tensor (`read`) or copies it (`copy`), and the bytes that it moves, both directions.
+
+    It lies on huge pages, as weights and KV do.
+    """
+    device = torch.get_default_device()
+    source = huge_pages.empty((_STREAM_BYTES // 4,), torch.float32, device).fill_(1)
     if floor == "read":
         return source.sum, _STREAM_BYTES
-    target = torch.empty_like(source)
+    target = huge_pages.empty(source.shape, source.dtype, device)
     return lambda: target.copy_(source), 2 * _STREAM_BYTES
 
 

@@ -11,9 +11,11 @@
 namespace trimserve::cpu {
 namespace {
 
+constexpr std::int64_t kBytesAhead = 8 * 1024;
+
 // kRows rows of x times kColumns rows of the weight, added up along K but for lanes. Rows from num_rows on
 // are not read, and columns from num_columns on. `ahead`, unless null, is weight that is read next: it is fetched
-// meanwhile.
+// meanwhile. One row reads floats in the order of memory, some kilobytes ahead: nothing is faster.
 template <int kWidth, typename Operands, int kRows>
 TRIMSERVE_INLINE void multiply(const typename Operands::Stored* x, std::int64_t x_stride,
                                std::int64_t num_rows, const typename Operands::StoredWeight* weight,
@@ -22,7 +24,8 @@ TRIMSERVE_INLINE void multiply(const typename Operands::Stored* x, std::int64_t 
                                typename Operands::Floats (&sums)[kWidth]) {
   using Vector = typename Operands::Vector;
   constexpr int kColumns = kWidth / kRows, kSize = Operands::kSize;
-  constexpr int kAtOnce = std::min(kColumns, 8);  // memory is read fastest in few streams
+  constexpr bool kIsStream = kRows == 1 && !std::is_same_v<typename Operands::StoredWeight, std::int8_t>;
+  constexpr int kAtOnce = kIsStream ? 1 : std::min(kColumns, 8), kSteps = kIsStream ? 8 : 1;
   const typename Operands::Stored* rows[kRows];
   const typename Operands::StoredWeight* columns[kColumns];
   unrolled<kRows>([&](auto r) TRIMSERVE_INLINE_LAMBDA {
@@ -46,15 +49,21 @@ TRIMSERVE_INLINE void multiply(const typename Operands::Stored* x, std::int64_t 
         });
       });
     };
-    for (std::int64_t k = 0; k < whole; k += kSize) {
-      if (ahead) {
+    const auto step = [&](std::int64_t k) TRIMSERVE_INLINE_LAMBDA {
+      if constexpr (kIsStream) {
+        __builtin_prefetch(reinterpret_cast<const char*>(columns[kFirst] + k) + kBytesAhead);
+      } else if (ahead) {
         unrolled<kAtOnce>([&](auto c) TRIMSERVE_INLINE_LAMBDA {
           __builtin_prefetch(ahead + (kFirst + c) * num_inputs + k);
         });
       }
       add(k,
           [](Vector& vector, const auto* source) TRIMSERVE_INLINE_LAMBDA { Operands::load(vector, source); });
-    }
+    };
+    std::int64_t k = 0;
+    for (; k <= whole - kSteps * kSize; k += kSteps * kSize)
+      unrolled<kSteps>([&](auto i) TRIMSERVE_INLINE_LAMBDA { step(k + i * kSize); });
+    for (; k < whole; k += kSize) step(k);
     if (whole < num_inputs) {
       add(whole, [&]<typename Stored>(Vector& vector, const Stored* source) TRIMSERVE_INLINE_LAMBDA {
         Stored padded[kSize] = {};
@@ -74,9 +83,7 @@ TRIMSERVE_INLINE void multiply_tile(const LinearArgs& args, std::int64_t row, st
   const std::int64_t num_columns = std::min<std::int64_t>(kColumns, args.num_outputs - column);
   const auto* const x = static_cast<const typename Operands::Stored*>(args.x) + row * args.x_stride;
   const auto* const weight = static_cast<const Weight*>(args.weight) + column * args.num_inputs;
-  // One row of floats reads ahead by itself: it waits for nothing else.
-  constexpr bool kFetches = kRows > 1 || std::is_same_v<Weight, std::int8_t>;
-  const bool has_next = kFetches && is_first && column + 2 * kColumns <= args.num_outputs;
+  const bool has_next = is_first && column + 2 * kColumns <= args.num_outputs;
   typename Operands::Floats sums[kWidth];
   multiply<kWidth, Operands, kRows>(x, args.x_stride, num_rows, weight, num_columns, args.num_inputs,
                                     has_next ? weight + kColumns * args.num_inputs : nullptr, sums);

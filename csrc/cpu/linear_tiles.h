@@ -11,7 +11,8 @@
 
 namespace trimserve::cpu {
 
-// kFewestRows of products that the weight's bytes never bound; few_rows.h is faster from so many rows on.
+// kFewestRows of products that the weight's bytes never bound; few_rows.h is faster from so many rows on, but one row
+// is read fast without help.
 constexpr int kNever = std::numeric_limits<int>::max();
 
 // How registers full of rows meet registers full of the weight: float32 products of whatever dtype.
@@ -22,8 +23,7 @@ struct FloatOperands {
   using StoredWeight = Stored;
   using Floats = typename Simd<kWidth>::Floats;
   using Vector = Floats[kVectors];
-  static constexpr int kFewestRows =
-      dtype == DType::kFloat32 ? 2 : kNever;  // one row is read fast without help
+  static constexpr int kFewestRows = dtype == DType::kFloat32 ? 2 : kNever;
 
   TRIMSERVE_INLINE static void load(Vector& x, const Stored* source) {
     Packed<kWidth, dtype>::load(x, source);
@@ -66,7 +66,7 @@ struct PairOperands {
   using StoredWeight = Stored;
   using Floats = Simd<16>::Floats;
   using Vector = Simd<16>::Bits;
-  static constexpr int kFewestRows = 1;
+  static constexpr int kFewestRows = 2;
 
   TRIMSERVE_INLINE static void load(Vector& x, const Stored* source) { std::memcpy(&x, source, sizeof x); }
   TRIMSERVE_INLINE static void add(Floats& sums, const Vector& x, const Vector& w) { add_pairs(sums, x, w); }

@@ -5,10 +5,10 @@
 //
 //   A block takes a piece of kPiecePositions of one sequence and up to kHeads query heads of one KV head: keys to
 //   logits, softmax, values; each key and value is read once for these heads, 16 bytes per access. kLanes lanes have a
-//   row, so a warp reads two rows, and several at a time are under way. Lengths are on the device, so as many blocks are
-//   launched as the tables' pieces, kMostBlocks at most: those behind a sequence's end return at once, those of a longer
-//   one take several pieces in turn. Pieces leave sums, maxima and totals that merge_pieces adds up in order. They depend
-//   on the sequence's own length only, so results repeat bit for bit in any company. Arithmetic in float32.
+//   row, so a warp reads two rows, and several at a time are under way. Lengths are on the device, so as many blocks
+//   are launched as the tables have pieces, kMostBlocks at most: those behind a sequence's end return at once, those of
+//   a longer one take several pieces in turn. Pieces leave sums, maxima and totals that merge_pieces adds up in order.
+//   They depend on the sequence's own length only, so results repeat bit for bit in any company. Arithmetic in float32.
 
 #include <limits>
 

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from trimserve.models import huge_pages
 from trimserve.models.info import ModelInfo
 from trimserve.models.key_values import Tables, layers_per_page, num_pages
 from trimserve.ops import PAGE_POSITIONS
@@ -51,7 +52,7 @@ class KVPool:
         self.num_pages = max(0, capacity_bytes // self.page_bytes)
         """Pages that there are."""
         shape = (self.num_pages + 1, self._layers, 2, info.num_kv_heads, PAGE_POSITIONS, info.head_dim)
-        self.pages: Tensor = torch.empty(shape, dtype=getattr(torch, info.dtype), device=info.device)
+        self.pages: Tensor = huge_pages.empty(shape, getattr(torch, info.dtype), torch.device(info.device))
         """[P, G, 2, Hkv, 16, Dh], P one more than `num_pages`: nobody gets the last."""
         # Last freed, first used: it may still be in a cache.
         self._free = list(range(self.num_pages - 1, -1, -1))

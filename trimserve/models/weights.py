@@ -18,6 +18,7 @@ from transformers.models.mllama.modeling_mllama import MllamaRotaryEmbedding
 
 from trimserve.config import Quantize
 from trimserve.errors import CheckpointError
+from trimserve.models import huge_pages
 from trimserve.models.checkpoint import read_json, text_config
 from trimserve.models.int8 import SCALES, make_int8, to_int8
 
@@ -120,7 +121,7 @@ def fuse(module: nn.Module, names: tuple[str, ...], device: torch.device) -> Non
     linears = [module.get_submodule(name) for name in names]
     rows = [linear.weight.shape[0] for linear in linears if isinstance(linear, nn.Linear)]
     example = next(linears[0].parameters())
-    storage = torch.empty(sum(rows), example.shape[1], dtype=example.dtype, device=device)
+    storage = huge_pages.empty((sum(rows), example.shape[1]), example.dtype, device)
     for linear, part in zip(linears, storage.split(rows), strict=True):
         linear.weight = nn.Parameter(part, requires_grad=False)
     if hasattr(linears[0], SCALES):
@@ -164,7 +165,7 @@ def _give_storage(model: MllamaForConditionalGeneration, device: torch.device) -
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.is_meta:
-                place = torch.empty_like(parameter, device=device)
+                place = huge_pages.empty(parameter.shape, parameter.dtype, device)
                 setattr(module, name, nn.Parameter(place, requires_grad=False))
         scale = getattr(module, SCALES, None)
         if scale is not None and scale.is_meta:
