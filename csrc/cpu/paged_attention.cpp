@@ -21,7 +21,7 @@
 namespace trimserve::cpu {
 namespace {
 
-constexpr std::int64_t kPiecePositions = 256;  // logits of a piece stay in the first-level cache
+constexpr std::int64_t kPiecePositions = 512;  // logits of a piece stay in the second cache, at most
 constexpr std::int64_t kAheadBytes = 8192;     // to fetch: what is read until memory has answered
 constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 static_assert(kPiecePositions % kPagePositions == 0);

@@ -17,7 +17,7 @@ from trimserve.ops import PAGE_POSITIONS, paged_attention, reference, write_kv
 pytestmark = pytest.mark.usefixtures("device")
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-EDGES = [0, 1, 15, 16, 17, 100, 255, 256, 257, 1030]  # around a page and around a piece of the work
+EDGES = [0, 1, 15, 16, 17, 100, 255, 256, 257, 511, 512, 513, 1030]  # around a page and pieces of the work
 Inputs = tuple[Tensor, Tensor, int, Tensor, Tensor, float]
 BiasedInputs = tuple[Tensor, Tensor, int, Tensor, Tensor, float, Tensor]
 
