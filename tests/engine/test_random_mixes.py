@@ -18,7 +18,7 @@ from trimserve.engine.request import Finished, GenerationChunk, GenerationReques
 from trimserve.engine.sequence import Sequence
 from trimserve.errors import InvalidRequest, TrimserveError
 from trimserve.models.mllama import Mllama
-from trimserve.models.policies.budget import FixedRatio, TopP
+from trimserve.models.policies.budget import FixedCount, FixedRatio, TopP
 from trimserve.models.prompt import RawPrompt
 from trimserve.models.trimming import TrimParams
 
@@ -45,6 +45,7 @@ TRIMS = (
     TrimParams(policy="strided", k_ratio=0.1),
     TrimParams(policy="mmr", budget=FixedRatio(0.3), merge_ratio=0.1),
     TrimParams(policy="sparsevlm", budget=TopP(0.7)),
+    TrimParams(policy="sparsevlm", budget=FixedCount(12), parameters={"recycle_ratio": 1.0}),
     TrimParams(policy="cls", budget=FixedRatio(0.3)),
     TrimParams(policy="divprune", merge_ratio=0.2),
     TrimParams(policy="visiondrop", budget=FixedRatio(0.4)),

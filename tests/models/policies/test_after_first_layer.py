@@ -1,5 +1,7 @@
 """Policies that look at the first cross-attention layer, each on a table worked by hand from its formula."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -14,6 +16,7 @@ from trimserve.models.policies.mmr import Mmr
 from trimserve.models.policies.policy import AfterFirstLayer, FirstLayer
 from trimserve.models.policies.sparsevlm import SparseVLM
 from trimserve.models.policies.tiles import quotas_by, relevance
+from trimserve.models.trimming import TrimParams, select
 
 
 def chosen(policy: AfterFirstLayer, layer: FirstLayer, count: int) -> list[int]:
@@ -63,6 +66,47 @@ def test_a_cascade_of_sparsevlm_asks_a_later_layers_own_raters(ratio: float, kep
     weights = torch.tensor([[[0.6, 0.2, 0.2]], [[0.1, 0.1, 0.8]], [[0.3, 0.3, 0.4]]])
     [image] = attended(weights).images()  # 0.45 0.25 0.3, as above
     assert SparseVLM(cascade_ratio=ratio).choose_again(image).tolist() == kept
+
+
+def twenty_in_two_places() -> FirstLayer:
+    """A layer that looks at feature n the less the larger n is; keys 0 to 10 are alike, and 11 to 19."""
+    layer = attended(torch.arange(20, 0, -1)[None, None].float().softmax(dim=2))
+    place = (torch.arange(20) > 10).float()[:, None, None]
+    layer.keys = torch.cat([layer.keys, 1e4 * place, 1e4 - 1e4 * place], dim=2)
+    layer.queries = F.pad(layer.queries, (0, 2))
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("ratio", "count", "kept", "groups"),
+    [
+        (0.3, 4, 4, []),  # 0.48 means
+        (0.4, 4, 3, [range(3, 10)]),  # 0.64 means, of 0.4 * 17 features
+        (1.0, 4, 2, [range(2, 11), range(11, 20)]),  # 1.6 means
+        (1.0, 2, 1, [range(1, 20)]),  # 1.8 means, but a feature stays
+        (1.0, 1, 1, []),
+        (1.0, 20, 20, []),
+    ],
+)
+def test_sparsevlm_recycles_the_best_that_it_drops_within_its_budget(
+    ratio: float, count: int, kept: int, groups: list[range]
+) -> None:
+    [image] = twenty_in_two_places().images()
+    choice = SparseVLM(recycle_ratio=ratio).choose(image, Allowance(FixedCount(count)))
+    assert choice.kept.tolist() == list(range(kept))
+    assert choice.groups is not None
+    members = choice.groups.members.split(choice.groups.sizes.tolist())
+    assert [part.tolist() for part in members] == [list(group) for group in groups]
+
+
+def test_sparsevlm_drops_what_it_does_not_recycle_whatever_merge_ratio_says() -> None:
+    trim = TrimParams(policy="sparsevlm", budget=FixedCount(4), merge_ratio=0.5)
+    selection = select(twenty_in_two_places(), replace(trim, parameters={"recycle_ratio": 0.4}))
+    assert selection.groups is not None
+    assert selection.groups.sizes.tolist() == [7]
+    merged = select(twenty_in_two_places(), trim).groups
+    assert merged is not None
+    assert merged.sizes.sum() == 16
 
 
 # Relevance 1, 6/7, 3/7 and 0; feature 1 is a copy of 0, 2 is at right angles to it and 3 is its opposite.

@@ -9,15 +9,20 @@ from torch.nn import functional as F
 
 from trimserve.models.encoded_image import EncodedImage, Observation
 from trimserve.models.policies.budget import Allowance, FixedCount, FixedRatio
-from trimserve.models.policies.policy import AfterFirstLayer, BeforeDecoder, Choice, FirstLayer
+from trimserve.models.policies.policy import AfterFirstLayer, BeforeDecoder, Choice, FirstLayer, Policy
+from trimserve.models.policies.sparsevlm import SparseVLM
 from trimserve.models.policies.table import POLICIES
 from trimserve.models.trimming import TrimParams, select
 
 SIZE = 10
 """Features of a tile: a class token and 3 x 3 patches."""
 
-NAMES = list(POLICIES)
-WITH_BUDGET = [name for name, policy in POLICIES.items() if policy.budgets]
+ASKED: dict[str, Policy] = {
+    **{name: policy() for name, policy in POLICIES.items()},
+    "sparsevlm, recycling": SparseVLM(recycle_ratio=1.0),
+}
+NAMES = list(ASKED)
+WITH_BUDGET = [name for name, policy in ASKED.items() if policy.budgets]
 
 
 def features(num_tiles: int, seed: int = 0) -> Tensor:
@@ -49,7 +54,7 @@ def encoded(image: Tensor) -> EncodedImage:
 
 def choices(name: str, allowance: Allowance, *images: Tensor) -> list[Choice]:
     """What a policy keeps of each image of one request."""
-    policy = POLICIES[name]()
+    policy = ASKED[name]
     if isinstance(policy, BeforeDecoder):
         return [policy.choose(encoded(image), allowance) for image in images]
     assert isinstance(policy, AfterFirstLayer)
@@ -67,6 +72,11 @@ def num_rows(choice: Choice) -> int:
     return len(choice.kept) + (len(choice.groups.sizes) if choice.groups else 0)
 
 
+def members(choice: Choice) -> list[int]:
+    """What is averaged."""
+    return choice.groups.members.tolist() if choice.groups else []
+
+
 @pytest.mark.parametrize("name", WITH_BUDGET)
 @pytest.mark.parametrize("num_tiles", [1, 4])
 @pytest.mark.parametrize("ratio", [0.01, 0.33, 0.9, 1.0])
@@ -76,9 +86,9 @@ def test_as_many_features_stay_as_the_budget_says(name: str, num_tiles: int, rat
     kept = choice.kept.tolist()
     assert kept == sorted(set(kept) & set(range(num_tiles * SIZE)))
     if choice.groups is not None:
-        members = choice.groups.members.tolist()
-        assert len(set(members)) == len(members) == choice.groups.sizes.sum()
-        assert set(members) <= set(range(num_tiles * SIZE)) - set(kept)
+        averaged = members(choice)
+        assert len(set(averaged)) == len(averaged) == choice.groups.sizes.sum()
+        assert set(averaged) <= set(range(num_tiles * SIZE)) - set(kept)
         assert len(choice.groups.sizes) == sum(choice.groups.num_groups)
 
 
@@ -95,6 +105,7 @@ def test_images_are_chosen_from_apart(name: str) -> None:
     for image, choice in zip(images, together, strict=True):
         [alone] = choices(name, allowance, image)
         assert choice.kept.tolist() == alone.kept.tolist()
+        assert members(choice) == members(alone)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -7,10 +7,12 @@ import torch
 from torch import Tensor
 
 from trimserve.models.policies.budget import Allowance, budget
+from trimserve.models.policies.density_peaks import group_members
 from trimserve.models.policies.policy import AfterFirstLayer, Choice, SeenImage, parameter, top
 
 __all__ = ["SparseVLM"]
 
+_MEANS_SHARE = 0.1  # for each feature that is recycled
 _ROUNDING = 1e-6  # rows that are equally relevant are all raters, whatever the rounding of their mean
 
 
@@ -22,17 +24,26 @@ class SparseVLM(AfterFirstLayer):
         raters       = rows t with relevance[t] >= mean_t relevance
         score[n]     = mean_h mean_{t in raters} softmax_n(q[h, t] . k[h, n] * scale)
 
+    With `recycle_ratio` above 0 the budget of C rows is made of features and of M = round(recycle_ratio * (N - C) / 10)
+    means, at least one of them a feature. The C - M best stay as they are; of the others that share of the best is
+    grouped around density peaks, within their tile, and every group becomes its mean. The rest is dropped, whatever
+    `merge_ratio` says.
+
     With `cascade_ratio` below 1 every later cross-attention layer ranks what it is given in the same way, by its own
     queries and keys, attends to all of it, and hands the best ceil(cascade_ratio * M) of M features on.
 
     Source: SparseVLM, arXiv 2410.04417, section 3. Adapted: the paper compares text and image embeddings, which in
     Mllama lie in different spaces; queries and keys of the first cross-attention layer are made to be compared. Its
-    schedule names a count for each of three layers; here it is one ratio, and raters are found in each layer anew. Left
-    out: its recycling, which is what `merge_ratio` does for every policy.
+    schedule names a count for each of three layers; here it is one ratio, and raters are found in each layer anew. It
+    recycles 0.3, once for each layer, and the means come on top; here they are made once, are near each other by the
+    first layer's keys, and weigh as much as their members did.
     """
 
     name: ClassVar[str] = "sparsevlm"
 
+    recycle_ratio: float = parameter(
+        0.0, 0, 1, "Share of what is dropped that is recycled into means, one for ten features; the paper's is 0.3."
+    )
     cascade_ratio: float = parameter(
         1.0, 0, 1, "Share of an image's kept features that each later cross-attention layer keeps.", is_low_open=True
     )
@@ -43,9 +54,18 @@ class SparseVLM(AfterFirstLayer):
         return self.cascade_ratio < 1
 
     def choose(self, image: SeenImage, allowance: Allowance) -> Choice:
-        """See `AfterFirstLayer.choose`."""
+        """See `AfterFirstLayer.choose`; the means are part of the budget."""
         scores = image.scores_of(_raters(image)).mean(dim=0)
-        return Choice(top(scores, allowance.count(scores)))
+        count, n = allowance.count(scores), image.num_features
+        num_means = min(round(_MEANS_SHARE * self.recycle_ratio * (n - count)), count - 1)
+        num_kept = count - num_means
+        kept = top(scores, num_kept)
+        if not self.recycle_ratio:
+            return Choice(kept)
+        is_recycled = torch.zeros(n, dtype=torch.bool, device=scores.device)
+        is_recycled[top(scores, num_kept + round(self.recycle_ratio * (n - num_kept)))] = True
+        is_recycled[kept] = False
+        return Choice(kept, groups=group_members(image.keys, is_recycled, image.features_per_tile, num_means))
 
     def choose_again(self, image: SeenImage) -> Tensor:
         """See `AfterFirstLayer.choose_again`."""
