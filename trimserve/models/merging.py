@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from trimserve.models.linear import Linear
 from trimserve.models.policies.budget import budget
 
 __all__ = ["Groups", "group_dropped"]
 
-_CANDIDATES = 128
+_CANDIDATES = 64
 """Features among which the next anchors of a tile are looked for; more cost more and are searched less often."""
 
 
@@ -45,9 +46,10 @@ class Groups:
 
     def mean(self, rows: Tensor) -> Tensor:
         """Average the rows of each group: [N, ...] -> [G, ...], in float32 and rounded once."""
-        # Not index_add_, whose sums differ from run to run on CUDA; unsafe: the lengths need no check.
-        means = torch.segment_reduce(rows[self.members].float(), "mean", lengths=self.sizes, unsafe=True)
-        return means.to(rows.dtype)
+        # Copies no members, and unlike index_add_ sums alike in every run on CUDA, too.
+        starts = self.sizes.cumsum(dim=0) - self.sizes
+        means = F.embedding_bag(self.members, rows.flatten(1).float(), starts, mode="mean")
+        return means.to(rows.dtype).view(len(means), *rows.shape[1:])
 
 
 def group_dropped(
@@ -75,7 +77,8 @@ def group_dropped(
     members, sizes = [], []
     for tile, is_dropped_here in enumerate(is_dropped.view(-1, features_per_tile)):
         places = tile * features_per_tile + is_dropped_here.nonzero()[:, 0]
-        group = _nearest_anchors(F.normalize(keys[places].flatten(1).float(), dim=1), min(most, len(places)))
+        directions = keys.index_select(0, places).flatten(1).float()
+        group = _nearest_anchors(F.normalize(directions, dim=1, out=directions), min(most, len(places)))
         of_tile = torch.bincount(group)
         members.append(places[group.argsort(stable=True)])
         sizes.append(of_tile[of_tile > 0])
@@ -99,12 +102,13 @@ def _nearest_anchors(directions: Tensor, count: int) -> Tensor:
     group = torch.zeros(len(directions), dtype=torch.int64, device=directions.device)
     if not count:
         return group
+    likeness_to = Linear(directions)
     anchors = [int((directions @ directions.mean(dim=0)).argmin())]
     closest = torch.full(group.shape, -math.inf, device=group.device)  # likeness to the nearest anchor
     num_known = 0
     while True:
         new = torch.tensor(anchors[num_known:], device=group.device)
-        likeness, nearest = (directions @ directions[new].T).max(dim=1)
+        likeness, nearest = likeness_to(directions[new]).max(dim=0)
         group = torch.where(likeness > closest, num_known + nearest, group)
         closest = torch.maximum(likeness, closest)
         group[new] = torch.arange(num_known, len(anchors), device=group.device)
@@ -123,11 +127,11 @@ def _next_anchors(directions: Tensor, closest: Tensor, most: int) -> list[int]:
         closest: float32 [n], likeness to the nearest anchor so far; infinite for anchors.
         most: anchors that are wanted, at least one.
     """
-    order = closest.argsort(stable=True)[:_CANDIDATES]
-    limit = float(closest[order[-1]]) if len(order) < len(closest) else math.inf
-    places = order.sort().values  # ascending: argmin takes the first of equal ones
+    least = closest.topk(min(_CANDIDATES, len(closest)), largest=False)
+    limit = float(least.values[-1]) if len(least.values) < len(closest) else math.inf
+    places = least.indices.sort().values  # ascending: argmin takes the first of equal ones
     candidates = directions[places]
-    likeness, nearest = (candidates @ candidates.T).cpu().numpy(), closest[places].cpu().numpy()
+    likeness, nearest = Linear(candidates)(candidates).cpu().numpy(), closest[places].cpu().numpy()
     found: list[int] = []
     for _ in range(min(most, len(places))):
         next_one = int(nearest.argmin())
