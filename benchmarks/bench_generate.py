@@ -7,7 +7,7 @@ trimmed (`default`), one about an image of one tile trimmed (`one_tile`); images
 time, as the engine does. Every sequence of a batch holds keys and values in pages of its own. transformers pads each
 image to a full canvas; its step is timed with the cache that grows and sdpa, and with a static cache and
 `torch.compile`. The floor of a step is the larger of the bytes of weights, keys and values over the read bandwidth and
-of the products over the rate of products, both measured here (`generate/floor.py`).
+of the products over the rate of products (`generate/floor.py`); a step and a read of much memory take turns.
 
 Logits are compared first. Writes `report.json` and `generate.png`; the last line of standard output is the report.
 """
@@ -31,8 +31,8 @@ from benchmarks.generate.ours import Ours
 from benchmarks.generate.picture import draw_report
 from benchmarks.generate.rival import Rival
 from benchmarks.generate.setting import SETTINGS
-from benchmarks.generate.timing import time_calls
-from benchmarks.ops.measure import bandwidth
+from benchmarks.generate.timing import time_calls, time_in_turns
+from benchmarks.ops.measure import stream
 from benchmarks.serve.report import about, write_json
 from trimserve.config import Dtype, Quantize
 from trimserve.models.loading import embedded_model_folder
@@ -74,7 +74,6 @@ class _Plan(NamedTuple):
     """Each is compiled anew."""
     seconds: float = 1.0
     """Of every figure."""
-    bandwidth_runs: int = 15
 
 
 @torch.inference_mode()
@@ -88,10 +87,10 @@ def _ours(plan: _Plan, variant: _Variant) -> Iterator[Row]:
             yield row | {"phase": "vision", "batch": 1, "ms": time_calls(asked.encode, plan.seconds)}
         if variant.quantize == "none":
             yield row | {"phase": "prefill", "batch": 1, "ms": time_calls(asked.prefill, plan.seconds)}
-        bytes_per_second = bandwidth("read", plan.bandwidth_runs)
+        read, read_bytes = stream("read")
         for batch in plan.batches:
-            taken = time_calls(asked.step(batch), plan.seconds)
-            floor = Floor.of_step(shape, batch, asked.kv_bytes(batch), bytes_per_second)
+            taken, reading = time_in_turns([asked.step(batch), read], plan.seconds)
+            floor = Floor.of_step(shape, batch, asked.kv_bytes(batch), read_bytes / reading["median"] * 1e3)
             yield row | {"phase": "decode", "batch": batch, "ms": taken, **_beside(floor, taken["median"])}
         asked.release()
 
@@ -204,9 +203,7 @@ def main() -> None:
 def _plan(arguments: argparse.Namespace) -> _Plan:
     if arguments.quick:
         folder = embedded_model_folder()
-        return _Plan(
-            folder, None, batches=(1, 2), variants=_VARIANTS[:3], compiled_batches=(), seconds=0.01, bandwidth_runs=2
-        )
+        return _Plan(folder, None, batches=(1, 2), variants=_VARIANTS[:3], compiled_batches=(), seconds=0.01)
     if not (arguments.bench_model / "config.json").exists():
         write_bench_model(arguments.bench_model)
     return _Plan(arguments.bench_model, max_kept_fraction())

@@ -6,7 +6,6 @@ the second cache holds, by torch or by `ops.linear`, whichever is faster: what a
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import torch
@@ -77,14 +76,12 @@ class Floor:
     def of_step(cls, shape: StepShape, batch: int, kv_bytes: int, bytes_per_second: float) -> "Floor":
         """Of a batch that attends to so many bytes."""
         num_bytes = shape.weight_bytes + kv_bytes
-        products = sum(
-            2 * batch * outputs * inputs / _product_rate(batch, inputs, shape.dtype, shape.is_int8)
-            for outputs, inputs in shape.linears
-        )
+        sizes = {inputs for _, inputs in shape.linears}
+        rates = {inputs: _product_rate(batch, inputs, shape.dtype, shape.is_int8) for inputs in sizes}
+        products = sum(2 * batch * outputs * inputs / rates[inputs] for outputs, inputs in shape.linears)
         return cls(num_bytes, num_bytes / bytes_per_second * 1e3, products * 1e3)
 
 
-@cache
 def _product_rate(rows: int, inputs: int, dtype: torch.dtype, is_int8: bool) -> float:
     """Multiplications and additions per second."""
     outputs = _CACHED_BYTES // (inputs * torch.float32.itemsize)
