@@ -81,8 +81,8 @@ struct Outputs {
   std::int64_t num_inputs;
 };
 
-// sums[r * kColumns + c] += products along a part of K, of kAtOnce outputs at a time.
-template <int kWidth, typename Operands, int kRows, int kAtOnce>
+// sums[r * kColumns + c] += products along a part of K.
+template <int kWidth, typename Operands, int kRows>
 TRIMSERVE_INLINE void add_part(const float* packed, const Outputs<typename Operands::StoredWeight>& outputs,
                                const Part& part, typename Operands::Floats (&sums)[kWidth]) {
   using Vector = typename Operands::Vector;
@@ -91,50 +91,47 @@ TRIMSERVE_INLINE void add_part(const float* packed, const Outputs<typename Opera
   constexpr std::int64_t kAsked = kAskedBytes / sizeof(Stored), kLine = 64 / sizeof(Stored);
   const auto* const rows = reinterpret_cast<const char*>(packed);
   const std::int64_t whole = std::min(part.end, outputs.num_inputs / kSize * kSize);
-  unrolled<kColumns / kAtOnce>([&](auto strip) TRIMSERVE_INLINE_LAMBDA {
-    constexpr int kFirst = strip * kAtOnce;
-    const Stored* weight[kAtOnce];
-    unrolled<kAtOnce>([&](auto c) TRIMSERVE_INLINE_LAMBDA {
-      weight[c] = outputs.weight + std::min<std::int64_t>(kFirst + c, outputs.count - 1) * outputs.num_inputs;
-    });
-    const auto add = [&](std::int64_t k, const Vector(&w)[kAtOnce]) TRIMSERVE_INLINE_LAMBDA {
-      unrolled<kRows>([&](auto r) TRIMSERVE_INLINE_LAMBDA {
-        Vector x;
-        std::memcpy(&x, rows + (k / kSize * kRows + r) * sizeof x, sizeof x);
-        unrolled<kAtOnce>(
-            [&](auto c) TRIMSERVE_INLINE_LAMBDA { Operands::add(sums[r * kColumns + kFirst + c], x, w[c]); });
-      });
-    };
-    for (std::int64_t asked = part.begin; asked < whole; asked += kAsked) {
-      const std::int64_t end = std::min(asked + kAsked, whole);
-      if (outputs.ahead) {
-        for (std::int64_t k = asked; k < end; k += kLine) {
-          unrolled<kAtOnce>([&](auto c) TRIMSERVE_INLINE_LAMBDA {
-            static_cast<void>(*reinterpret_cast<const volatile char*>(weight[c] + k));
-          });
-        }
-      }
-      for (std::int64_t k = asked; k < end; k += kSize) {
-        Vector w[kAtOnce];
-        unrolled<kAtOnce>([&](auto c) TRIMSERVE_INLINE_LAMBDA {
-          if (outputs.ahead) __builtin_prefetch(outputs.ahead + (kFirst + c) * outputs.num_inputs + k);
-          Operands::load(w[c], weight[c] + k);
-        });
-        add(k, w);
-      }
-    }
-    if (whole < part.end) {
-      Vector w[kAtOnce];
-      unrolled<kAtOnce>([&](auto c) TRIMSERVE_INLINE_LAMBDA {
-        load_padded<Operands>(w[c], weight[c] + whole, part.end - whole);
-      });
-      add(whole, w);
-    }
+  const Stored* weight[kColumns];
+  unrolled<kColumns>([&](auto c) TRIMSERVE_INLINE_LAMBDA {
+    weight[c] = outputs.weight + std::min<std::int64_t>(c, outputs.count - 1) * outputs.num_inputs;
   });
+  const auto add = [&](std::int64_t k, const Vector(&w)[kColumns]) TRIMSERVE_INLINE_LAMBDA {
+    unrolled<kRows>([&](auto r) TRIMSERVE_INLINE_LAMBDA {
+      Vector x;
+      std::memcpy(&x, rows + (k / kSize * kRows + r) * sizeof x, sizeof x);
+      unrolled<kColumns>([&](auto c)
+                             TRIMSERVE_INLINE_LAMBDA { Operands::add(sums[r * kColumns + c], x, w[c]); });
+    });
+  };
+  for (std::int64_t asked = part.begin; asked < whole; asked += kAsked) {
+    const std::int64_t end = std::min(asked + kAsked, whole);
+    if (outputs.ahead) {
+      for (std::int64_t k = asked; k < end; k += kLine) {
+        unrolled<kColumns>([&](auto c) TRIMSERVE_INLINE_LAMBDA {
+          static_cast<void>(*reinterpret_cast<const volatile char*>(weight[c] + k));
+        });
+      }
+    }
+    for (std::int64_t k = asked; k < end; k += kSize) {
+      Vector w[kColumns];
+      unrolled<kColumns>([&](auto c) TRIMSERVE_INLINE_LAMBDA {
+        if (outputs.ahead) __builtin_prefetch(outputs.ahead + c * outputs.num_inputs + k);
+        Operands::load(w[c], weight[c] + k);
+      });
+      add(k, w);
+    }
+  }
+  if (whole < part.end) {
+    Vector w[kColumns];
+    unrolled<kColumns>([&](auto c) TRIMSERVE_INLINE_LAMBDA {
+      load_padded<Operands>(w[c], weight[c] + whole, part.end - whole);
+    });
+    add(whole, w);
+  }
 }
 
 // A group of rows times a block of outputs, along a part of K. partials: its sums so far, unless the part is the whole.
-template <int kWidth, DType dtype, typename Operands, int kRows, int kAtOnce>
+template <int kWidth, DType dtype, typename Operands, int kRows>
 TRIMSERVE_INLINE void multiply_group(const LinearArgs& args, const float* packed, std::int64_t row,
                                      std::int64_t block, const Part& part, float* partials) {
   constexpr int kColumns = kWidth / kRows;
@@ -157,7 +154,7 @@ TRIMSERVE_INLINE void multiply_group(const LinearArgs& args, const float* packed
       sums[i] = typename Operands::Floats{};
       if (part.begin) Simd<kWidth>::load(sums[i], so_far + i * kWidth);
     });
-    add_part<kWidth, Operands, kRows, kAtOnce>(packed, outputs, part, sums);
+    add_part<kWidth, Operands, kRows>(packed, outputs, part, sums);
     if (part.end < args.num_inputs) {
       unrolled<kWidth>([&](auto i)
                            TRIMSERVE_INLINE_LAMBDA { Simd<kWidth>::store(so_far + i * kWidth, sums[i]); });
@@ -189,12 +186,9 @@ TRIMSERVE_INLINE void multiply_few(const LinearArgs& args, const float* packed, 
         float* const so_far = partials + row * kLinearColumns * kWidth;
         const int num_rows = rows_of_group(args, kWidth, row);
         if (num_rows > 4) {
-          multiply_group<kWidth, dtype, Operands, kMost, kWidth / kMost>(args, rows, row, block, part,
-                                                                         so_far);
-        } else if (row == 0) {  // bound by bytes alone: memory is read fastest in one stream
-          multiply_group<kWidth, dtype, Operands, 4, 1>(args, rows, row, block, part, so_far);
+          multiply_group<kWidth, dtype, Operands, kMost>(args, rows, row, block, part, so_far);
         } else {
-          multiply_group<kWidth, dtype, Operands, 4, kWidth / 4>(args, rows, row, block, part, so_far);
+          multiply_group<kWidth, dtype, Operands, 4>(args, rows, row, block, part, so_far);
         }
         row += num_rows;
       }
