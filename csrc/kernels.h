@@ -111,7 +111,7 @@ struct PagedAttentionArgs {
 };
 
 // x [R, K]; weight [N, K]; output [R, N] = gate * x weight^T, added to what it holds if `accumulates`; all of
-// `dtype`. With scales [N], which outputs are then multiplied with, weight is int8 and x float32.
+// `dtype`. With scales [N], which outputs are then multiplied with, weight is int8, and x float32 if takes_floats.
 struct LinearArgs {
   const void* x;
   const void* weight;
@@ -212,6 +212,9 @@ void pack_rows(const LinearArgs& args, float* packed);
 
 // Range over blocks of kLinearColumns outputs; at least one row. packed: of pack_rows, or null.
 void linear(const LinearArgs& args, const float* packed, std::int64_t begin, std::int64_t end);
+
+// Whether linear with int8 weights wants rows of a dtype as floats.
+bool takes_floats(DType dtype);
 
 // Serial.
 void to_floats(const void* x, DType dtype, std::int64_t count, float* floats);

@@ -14,7 +14,7 @@ void multiply(const Tensor& output, const Tensor& x, const Tensor& weight, std::
               double gate, bool accumulates) {
   if (scales) scales = torch::stable::contiguous(*scales);
   const DType dtype = kernel_dtype(x.scalar_type());
-  const bool is_converted = scales && dtype != DType::kFloat32;
+  const bool is_converted = scales && cpu::takes_floats(dtype);
   const Tensor rows = is_converted ? torch::stable::contiguous(x) : with_contiguous_rows(x);
   const auto floats = workspace<float>(is_converted ? x.numel() : 0);
   if (is_converted) cpu::to_floats(rows.const_data_ptr(), dtype, x.numel(), floats.get());

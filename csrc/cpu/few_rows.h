@@ -34,10 +34,10 @@ TRIMSERVE_INLINE std::int64_t packed_row_size(const LinearArgs& args) {
   return (args.num_inputs + Operands::kSize - 1) / Operands::kSize * (kBytes / kFloatBytes);
 }
 
-template <typename Operands>
-TRIMSERVE_INLINE void load_padded(typename Operands::Vector& vector, const typename Operands::Stored* source,
+template <typename Operands, typename Stored>
+TRIMSERVE_INLINE void load_padded(typename Operands::Vector& vector, const Stored* source,
                                   std::int64_t count) {
-  typename Operands::Stored padded[Operands::kSize] = {};
+  Stored padded[Operands::kSize] = {};
   std::copy_n(source, count, padded);
   Operands::load(vector, padded);
 }

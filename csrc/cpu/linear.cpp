@@ -151,6 +151,10 @@ void linear(const LinearArgs& args, const float* packed, std::int64_t begin, std
                         });
 }
 
+bool takes_floats(DType dtype) {
+  return dtype != DType::kFloat32 && !(dtype == DType::kBFloat16 && has_pair_products());
+}
+
 void to_floats(const void* x, DType dtype, std::int64_t count, float* floats) {
   at_dtype(dtype, [&](auto constant) {
     const auto* const elements = static_cast<const Element<constant>*>(x);

@@ -33,28 +33,33 @@ struct FloatOperands {
   }
 };
 
+// As many floats as a vector has lanes.
+template <int kWidth>
+TRIMSERVE_INLINE void to_floats(typename Simd<kWidth>::Floats& floats, const std::int8_t* source) {
+  typedef std::int8_t Bytes __attribute__((vector_size(kWidth), aligned(1), may_alias));
+  typename Simd<kWidth>::Ints wide;
+#ifdef __x86_64__
+  if constexpr (kWidth >= 8) {  // in one instruction, which GCC 12 does not find by itself
+    asm("vpmovsxbd %1, %0" : "=v"(wide) : "m"(*reinterpret_cast<const Bytes*>(source)));
+    floats = __builtin_convertvector(wide, typename Simd<kWidth>::Floats);
+    return;
+  }
+#endif
+  Bytes bytes;
+  std::memcpy(&bytes, source, sizeof bytes);
+  wide = __builtin_convertvector(bytes, typename Simd<kWidth>::Ints);
+  floats = __builtin_convertvector(wide, typename Simd<kWidth>::Floats);
+}
+
 template <int kWidth>
 struct Int8Operands : FloatOperands<kWidth, DType::kFloat32> {
   using Base = FloatOperands<kWidth, DType::kFloat32>;
   using Base::load;
   static constexpr int kFewestRows = kNever;
   using StoredWeight = std::int8_t;
-  using Ints = typename Simd<kWidth>::Ints;
-  typedef std::int8_t Bytes __attribute__((vector_size(kWidth), aligned(1), may_alias));
 
   TRIMSERVE_INLINE static void load(typename Base::Vector& w, const std::int8_t* source) {
-    Ints wide;
-#ifdef __x86_64__
-    if constexpr (kWidth >= 8) {  // in one instruction, which GCC 12 does not find by itself
-      asm("vpmovsxbd %1, %0" : "=v"(wide) : "m"(*reinterpret_cast<const Bytes*>(source)));
-      w[0] = __builtin_convertvector(wide, typename Base::Floats);
-      return;
-    }
-#endif
-    Bytes bytes;
-    std::memcpy(&bytes, source, sizeof bytes);
-    wide = __builtin_convertvector(bytes, Ints);
-    w[0] = __builtin_convertvector(wide, typename Base::Floats);
+    to_floats<kWidth>(w[0], source);
   }
 };
 
@@ -70,6 +75,19 @@ struct PairOperands {
 
   TRIMSERVE_INLINE static void load(Vector& x, const Stored* source) { std::memcpy(&x, source, sizeof x); }
   TRIMSERVE_INLINE static void add(Floats& sums, const Vector& x, const Vector& w) { add_pairs(sums, x, w); }
+};
+
+// The same with int8 weights: bfloat16 holds them exactly.
+struct Int8PairOperands : PairOperands {
+  using PairOperands::load;
+  using StoredWeight = std::int8_t;
+
+  TRIMSERVE_INLINE static void load(Vector& w, const std::int8_t* source) {
+    Floats low, high;
+    to_floats<16>(low, source);
+    to_floats<16>(high, source + 16);
+    asm("vcvtne2ps2bf16 %2, %1, %0" : "=v"(w) : "v"(high), "v"(low));
+  }
 };
 #endif
 
@@ -116,12 +134,14 @@ template <typename Body>
 void at_operands(const LinearArgs& args, const Body& body) {
   at_width(widest_vector(), [&](auto width) TRIMSERVE_INLINE_LAMBDA {
     at_dtype(args.dtype, [&](auto dtype) TRIMSERVE_INLINE_LAMBDA {
-      if (args.scales) return body(width, dtype, std::type_identity<Int8Operands<width>>());
 #ifdef __x86_64__
       if constexpr (width == 16 && dtype == DType::kBFloat16) {
+        if (has_pair_products() && args.scales)
+          return body(width, dtype, std::type_identity<Int8PairOperands>());
         if (has_pair_products()) return body(width, dtype, std::type_identity<PairOperands>());
       }
 #endif
+      if (args.scales) return body(width, dtype, std::type_identity<Int8Operands<width>>());
       body(width, dtype, std::type_identity<FloatOperands<width, dtype>>());
     });
   });

@@ -55,7 +55,8 @@ inline int widest_vector() {
 // Whether AVX512_BF16 may be used, which multiplies pairs of bfloat16.
 inline bool has_pair_products() {
 #ifdef __x86_64__
-  static const bool has = capability_limit().empty() && __builtin_cpu_supports("avx512bf16");
+  static const bool has =
+      capability_limit().empty() && widest_vector() == 16 && __builtin_cpu_supports("avx512bf16");
   return has;
 #else
   return false;
