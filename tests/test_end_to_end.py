@@ -17,7 +17,7 @@ from tests.models.random_checkpoint import draw_geometry, save_random_checkpoint
 from trimserve.client import Client, make_request
 from trimserve.config import Dtype, ModelConfig, Quantize
 from trimserve.local import in_process_server
-from trimserve.models.loading import embedded_model_folder
+from trimserve.models.loading import EMBEDDED_MODEL, embedded_model_folder
 from trimserve.process import server_process
 from trimserve.v1 import generation_pb2 as pb
 
@@ -147,6 +147,24 @@ def test_the_selection_that_is_returned_is_the_one_that_is_counted(client: Clien
     assert union == int.from_bytes(selection.kept, "little")
     assert union.bit_count() == image.kept_features
     assert {head.bit_count() for head in picks} == {-(-image.valid_features // 10)}
+
+
+def test_a_guide_chooses_where_there_is_one_and_elsewhere_the_option_is_named(client: Client) -> None:
+    request = make_request("What is in the picture?", [sample_image()])
+    request.sampling.temperature = 0
+    request.trim.MergeFrom(pb.TrimOptions(policy="guided", k_ratio=0.1, return_selection=True))
+    with pytest.raises(grpc.RpcError) as caught:
+        client.generate(request)
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert "--guide-model" in str(caught.value.details())
+
+    with in_process_server(ModelConfig(guide_model=EMBEDDED_MODEL)) as server, Client(server.address) as guided:
+        assert [policy.is_available for policy in guided.model().policy_details if policy.name == "guided"] == [True]
+        response = guided.generate(request)
+        [chosen], [image] = response.selections, response.usage.images
+    assert image.kept_features < image.valid_features
+    request.trim.policy = "trimmed"  # the guide is the model, so it looks at what the model looks at
+    assert [chosen] == list(client.generate(request).selections)
 
 
 def test_special_tokens_in_user_text_are_text(client: Client) -> None:

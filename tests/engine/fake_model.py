@@ -104,6 +104,7 @@ class FakeModel:
             max_tiles=4,
             features_per_tile=FEATURES_PER_TILE,
             kv_bytes_per_position=8,
+            vision_scratch_bytes=0,
             default_k_ratio=0.5,
             default_merge_ratio=0.0,
             policy_details=tuple(policy.describe() for policy in POLICIES.values()),

@@ -1,12 +1,18 @@
 """What an image remembers, and what the encoder notes of it on the way."""
 
 import math
+import weakref
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from tests.models.conftest import Pair
+from tests.models.random_checkpoint import Geometry
 from tests.models.test_mllama import ONE, noise, raw
 from tests.tolerances import ATTENTION, LOGITS
 from trimserve.models.encoded_image import MAX_CHOICES, Choice, EncodedImage, Observation
@@ -139,3 +145,45 @@ def test_patch_entropy_is_that_of_each_patch_of_each_tile() -> None:
     entropies = [0.0, 0.0, math.log(4), 0.75 * math.log(4 / 3) + 0.25 * math.log(4), 0.0]
     found = patch_entropy(torch.stack([tile.expand(3, 4, 4), torch.zeros(3, 4, 4)]), 2)
     torch.testing.assert_close(found, torch.tensor([*entropies, *[0.0] * 5]))
+
+
+def storages(tree: object) -> list[torch.UntypedStorage]:
+    """Of all tensors in nested lists, tuples and dicts."""
+    return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of the tensors that are made and still there."""
+
+    def __init__(self) -> None:
+        """Nothing is there yet."""
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's has no types
+        self.now = self.peak = 0
+        self._known = weakref.WeakSet[Any]()
+
+    def __torch_dispatch__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self._known.update(storages((args, kwargs)))
+        made = func(*args, **(kwargs or {}))
+        for storage in storages(made):
+            if storage not in self._known:
+                self._known.add(storage)
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self._let_go, storage.nbytes())
+        self.peak = max(self.peak, self.now)
+        return made
+
+    def _let_go(self, num_bytes: int) -> None:
+        self.now -= num_bytes
+
+
+@pytest.mark.parametrize("collected", [(0,), (0, 1, 2, 3, 4)])
+def test_encoding_takes_no_more_than_is_told_and_hardly_less(
+    make_pair: Callable[..., Pair], collected: tuple[int, ...]
+) -> None:
+    geometry = Geometry(patches_per_side=12, patch_size=2, vision_layers=5, intermediate_layers=collected)
+    pair = make_pair(geometry)
+    [image] = pair.ours.prepare(raw(ONE, [noise((2, 2), geometry.tile_size)])).images
+    with LiveBytes() as live:
+        features = run_through(pair.ours.encode_image(image)).features
+    told = pair.ours.info.vision_scratch_bytes
+    assert 0.8 * told < live.peak <= told + features.nbytes

@@ -60,6 +60,7 @@ def info(tokens: TinyTokens) -> ModelInfo:
         max_tiles=4,
         features_per_tile=5,
         kv_bytes_per_position=64,
+        vision_scratch_bytes=0,
         default_k_ratio=0.2,
         default_merge_ratio=0.0,
         policy_details=(),

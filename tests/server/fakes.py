@@ -61,6 +61,7 @@ INFO = ModelInfo(
     max_tiles=4,
     features_per_tile=5,
     kv_bytes_per_position=256,
+    vision_scratch_bytes=0,
     default_k_ratio=0.2,
     default_merge_ratio=0.25,
     policy_details=tuple(policy.describe() for policy in POLICIES.values()),

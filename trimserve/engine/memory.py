@@ -91,13 +91,15 @@ def prefill_scratch_bytes(info: ModelInfo) -> int:
     """Bytes that the one request in prefill takes beside its pages, for as many images as a request may have.
 
     Features and the first cross-attention layer's keys and values, before selection and gathered; and what a policy
-    takes while it chooses, one image after the other. A guide takes as much of its own.
+    takes while it chooses, one image after the other. A guide takes as much of its own, and encodes images meanwhile;
+    when the model encodes its own, little of the above is there yet.
     """
     num_features = info.max_images * info.max_tiles * info.features_per_tile
     dtype: torch.dtype = getattr(torch, info.dtype)
     rows = 2 * num_features * (info.hidden_size * dtype.itemsize + info.kv_bytes_per_position)
     own = rows + scratch_bytes(info.max_tiles, info.features_per_tile, info.hidden_size)
-    return own + (prefill_scratch_bytes(info.guide) if info.guide else 0)
+    guide = info.guide
+    return own + (prefill_scratch_bytes(guide) + guide.vision_scratch_bytes if guide else 0)
 
 
 def default_kv_cache_bytes(info: ModelInfo, max_batch: int, available: int) -> int:

@@ -103,6 +103,8 @@ class ModelInfo:
     """Patches of a tile and its class token."""
     kv_bytes_per_position: int
     """Bytes of K and V that one position of one layer takes."""
+    vision_scratch_bytes: int
+    """Most bytes that encoding one image takes for a while, beside its features."""
     default_k_ratio: float
     """Budget per head of a request that names none, in (0, 1]."""
     default_merge_ratio: float

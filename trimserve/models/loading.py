@@ -20,6 +20,7 @@ from trimserve.models.info import GenerationDefaults, ModelInfo
 from trimserve.models.mllama import Mllama
 from trimserve.models.policies.table import POLICIES
 from trimserve.models.processor import Processor
+from trimserve.models.vision import vision_scratch_bytes
 from trimserve.models.weights import empty_model, load_weights, weight_bytes
 
 __all__ = ["EMBEDDED_MODEL", "describe_checkpoint", "describe_model", "embedded_model_folder", "load_model"]
@@ -112,6 +113,7 @@ def describe_checkpoint(checkpoint: Checkpoint, config: ModelConfig, limits: Eng
     num_cross = len(text.cross_attention_layers or [])
     assert isinstance(vision.image_size, int)
     assert isinstance(vision.patch_size, int)
+    features_per_tile = (vision.image_size // vision.patch_size) ** 2 + 1
     info = ModelInfo(
         model_id=checkpoint.model_id,
         revision=checkpoint.revision,
@@ -133,8 +135,9 @@ def describe_checkpoint(checkpoint: Checkpoint, config: ModelConfig, limits: Eng
         tile_size=vision.image_size,
         patch_size=vision.patch_size,
         max_tiles=vision.max_num_tiles,
-        features_per_tile=(vision.image_size // vision.patch_size) ** 2 + 1,
+        features_per_tile=features_per_tile,
         kv_bytes_per_position=2 * text.num_key_value_heads * head_dim * dtype.itemsize,
+        vision_scratch_bytes=vision_scratch_bytes(vision, features_per_tile, dtype),
         default_k_ratio=config.k_ratio or checkpoint.trimserve.k_ratio,
         default_merge_ratio=checkpoint.trimserve.merge_ratio if config.merge_ratio is None else config.merge_ratio,
         policy_details=tuple(

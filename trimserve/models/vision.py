@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import MllamaForConditionalGeneration
+from transformers.models.mllama.configuration_mllama import MllamaVisionConfig
 from transformers.models.mllama.modeling_mllama import MllamaVisionEncoderLayer
 
 from trimserve.models.checkpoint import vision_config
@@ -25,11 +26,29 @@ from trimserve.models.linear import linear
 from trimserve.models.vision_observer import VisionObserver
 from trimserve.models.weights import FUSED
 
-__all__ = ["ImageRows", "IntermediateFeatures", "VisionEncoder", "VisionLayer"]
+__all__ = ["ImageRows", "IntermediateFeatures", "VisionEncoder", "VisionLayer", "vision_scratch_bytes"]
 
 IntermediateFeatures = Literal["inputs", "outputs"]
 
 _ROW_ALIGNMENT = 8  # Mllama pads the rows of each tile to a multiple of this; the padding rows take part
+
+
+def vision_scratch_bytes(config: MllamaVisionConfig, features_per_tile: int, dtype: torch.dtype) -> int:
+    """Most bytes that encoding one image takes for a while, beside its features.
+
+    Args:
+        config: of the vision encoder.
+        features_per_tile: of the model.
+        dtype: of the model.
+    """
+    width, num_collected = config.hidden_size, len(config.intermediate_layers_indices or [])
+    # In a global layer: what was collected, the local layers' output as it was and normed, what this layer and the one
+    # before got, and what attention came to, added and not; and before and after the MLP's activation.
+    in_layer = (num_collected + 6) * width + max(2 * config.intermediate_size, 3 * width)
+    # Then that output, normed, and the global layers'; what was collected; and both side by side for the projector.
+    at_end = 3 * (num_collected + 1) * width
+    rows_per_tile = features_per_tile + -features_per_tile % _ROW_ALIGNMENT
+    return config.max_num_tiles * rows_per_tile * max(in_layer, at_end) * dtype.itemsize
 
 
 @dataclass(frozen=True, slots=True)
