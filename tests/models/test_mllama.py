@@ -273,6 +273,21 @@ def test_a_mixed_ragged_batch_equals_each_alone(pair: Pair) -> None:
     torch.testing.assert_close(decoded, torch.cat(one_by_one), atol=LOGITS, rtol=0)
 
 
+def test_what_follows_a_prompt_is_what_its_last_row_says(pair: Pair) -> None:
+    prompts = [pair.ours.prepare(raw(text, [])) for text in ("a few words", "and a good many more of them")]
+    token_ids = [token for prompt in prompts for token in prompt.token_ids]
+    every, last = (
+        pair.ours.logits(
+            [SequenceRows(len(prompt.token_ids), pair.pool.allocate(32), None) for prompt in prompts],
+            token_ids,
+            all_rows=all_rows,
+        )
+        for all_rows in (True, False)
+    )
+    rows = torch.tensor([len(prompt.token_ids) for prompt in prompts]).cumsum(0) - 1
+    torch.testing.assert_close(last, every[rows], atol=LOGITS, rtol=0)
+
+
 def kept(rows: SequenceRows) -> list[int] | None:
     """The features that a prefill kept; None when it was not trimmed."""
     if rows.vision is None or rows.vision.selection is None:
