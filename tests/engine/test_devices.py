@@ -26,8 +26,8 @@ GEOMETRY = Geometry()
 GREEDY = SamplingParams(max_new_tokens=12, ignore_eos=True)
 SAMPLED = replace(GREEDY, temperature=0.8, top_k=40, top_p=0.9, repetition_penalty=1.2, num_top_logprobs=2, seed=5)
 UNTRIMMED = TrimParams(enabled=False)
-LATER_LAYERS = {"sparsevlm": {"cascade_ratio": 0.5}, "todre": {"late_exit_threshold": 1.0}}
-"""Parameters that let later cross-attention layers hold less."""
+PARAMETERS = {"sparsevlm": {"recycle_ratio": 1.0, "cascade_ratio": 0.5}, "todre": {"late_exit_threshold": 1.0}}
+"""Of policies that do more with them."""
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +92,7 @@ def test_a_mix_of_requests_gets_the_tokens_that_the_cpu_gives(folder: Path, devi
 def test_every_tensor_is_made_on_a_device_that_is_named(folder: Path, tmp_path: Path, policy: str) -> None:
     # On meta, tensors have no values: whatever is made there by default breaks what it meets.
     model = load_model(equip(ModelConfig(model=str(folder), device="cpu"), tmp_path / "codebook"), EngineConfig())
-    parameters = LATER_LAYERS.get(policy, {})
+    parameters = PARAMETERS.get(policy, {})
     trim = TrimParams(policy=policy, k_ratio=0.1, merge_ratio=0.2, return_selection=True, parameters=parameters)
     requests = [GenerationRequest("a", TWO, SAMPLED, trim), MIX[0]]
     expected = generate(Engine(model, max_batch=2), *requests)

@@ -8,7 +8,8 @@ from benchmarks.ops.measure import peak_extra_bytes
 from trimserve.models.encoded_image import EncodedImage, Observation
 from trimserve.models.merging import group_dropped
 from trimserve.models.policies.budget import Allowance, FixedRatio
-from trimserve.models.policies.policy import AfterFirstLayer, BeforeDecoder, FirstLayer
+from trimserve.models.policies.policy import AfterFirstLayer, BeforeDecoder, FirstLayer, Policy
+from trimserve.models.policies.sparsevlm import SparseVLM
 from trimserve.models.policies.table import POLICIES
 from trimserve.models.trimming import scratch_bytes
 
@@ -40,9 +41,9 @@ def layer() -> FirstLayer:
     return FirstLayer(rows[:16].view(16, 8, 64), rows[:, :128].view(-1, 2, 64), rows, seen, 0.1, (len(rows),), SIZE)
 
 
-@pytest.mark.parametrize("name", POLICIES)
-def test_a_policy_takes_no_more_than_is_set_aside(name: str) -> None:
-    policy, allowance = POLICIES[name](), Allowance(FixedRatio(0.1))
+@pytest.mark.parametrize("policy", [*(policy() for policy in POLICIES.values()), SparseVLM(recycle_ratio=1.0)], ids=str)
+def test_a_policy_takes_no_more_than_is_set_aside(policy: Policy) -> None:
+    allowance = Allowance(FixedRatio(0.1))
     if isinstance(policy, BeforeDecoder):
         image = encoded()
         taken = peak_extra_bytes(lambda: policy.choose(image, allowance).kept)
