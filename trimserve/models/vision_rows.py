@@ -77,17 +77,17 @@ class VisionRows:
             Where `features` now has the kept rows and the merged ones: int64 [M] and [G], each ascending.
         """
         everything, groups = self.features, selection.groups
+        stays = everything.index_select(0, selection.kept)  # on a CPU faster than indexing
         self.selection = selection
         self.num_merged = () if groups is None else groups.num_groups
         self._count(selection.num_kept)
         kept, merged = self._places()
         if groups is None:
-            self.features = everything[selection.kept]
+            self.features = stays
         else:
             num_rows = sum(self.num_features)
             self.features = everything.new_empty(num_rows, everything.shape[1])
-            self.features[kept] = everything[selection.kept]
-            self.features[merged] = groups.mean(everything)
+            self.features.index_copy_(0, kept, stays).index_copy_(0, merged, groups.mean(everything))
             self.bias = everything.new_zeros(num_rows)
             self.bias[merged] = groups.sizes.log().to(everything.dtype)
         return kept, merged
