@@ -68,6 +68,13 @@ def test_anchors_are_those_of_a_literal_reading_where_there_are_more_features_th
     assert sorted(members_of(groups)) == sorted(literal_groups(keys.flatten(1), list(range(1, 700)), 210))
 
 
+@pytest.mark.parametrize("keys", [torch.eye(200), torch.eye(30).repeat(7, 1)], ids=["as unlike", "many equal"])
+def test_the_lower_index_is_the_next_anchor_where_more_features_than_candidates_are_tied(keys: Tensor) -> None:
+    groups = group_dropped(keys[:, None], torch.tensor([0]), (len(keys),), len(keys), 0.1)
+    expected = literal_groups(keys, list(range(1, len(keys))), budget(0.1, len(keys)))
+    assert members_of(groups) == expected
+
+
 def test_a_tile_that_drops_nothing_has_no_group_and_one_that_drops_little_has_no_more() -> None:
     kept = torch.tensor([0, 1, 2, 3, 4, 6, 8])  # of tile 0 all, of tile 1 two, of tile 2 one
     groups = group_dropped(random_keys(12), kept, (4, 8), 4, 0.75)

@@ -129,13 +129,15 @@ def _next_anchors(directions: Tensor, closest: Tensor, most: int) -> list[int]:
     """
     least = closest.topk(min(_CANDIDATES, len(closest)), largest=False)
     limit = float(least.values[-1]) if len(least.values) < len(closest) else math.inf
-    places = least.indices.sort().values  # ascending: argmin takes the first of equal ones
+    places = least.indices[least.values < limit].sort().values  # ascending: argmin takes the first of equal ones
+    if not len(places):  # of equal ones topk takes any
+        return [int(closest.argmin())]
     candidates = directions[places]
     likeness, nearest = Linear(candidates)(candidates).cpu().numpy(), closest[places].cpu().numpy()
     found: list[int] = []
     for _ in range(min(most, len(places))):
         next_one = int(nearest.argmin())
-        if found and nearest[next_one] >= limit:
+        if nearest[next_one] >= limit:
             break
         found.append(next_one)
         np.maximum(nearest, likeness[next_one], out=nearest)
