@@ -38,10 +38,16 @@ def test_a_tensor_is_as_torch_makes_it(shape: tuple[int, ...], dtype: torch.dtyp
 
 
 @pytest.mark.skipif(not THP.exists(), reason="a system without huge pages")
-def test_whole_huge_pages_are_asked_for() -> None:
+def test_whole_huge_pages_are_asked_for_and_given_back_with_the_tensor() -> None:
     tensor = huge_pages.empty((5 * HUGE_BYTES // 2,), torch.int8, CPU)
     assert tensor.data_ptr() % HUGE_BYTES == 0
-    assert advised_bytes(tensor.data_ptr()) == 2 * HUGE_BYTES
+    address = tensor.data_ptr()
+    assert advised_bytes(address) == 2 * HUGE_BYTES
+    view = tensor[:1]
+    del tensor
+    assert advised_bytes(address) == 2 * HUGE_BYTES
+    del view
+    assert advised_bytes(address) == 0
 
 
 def test_what_no_system_has_is_refused_by_torch() -> None:

@@ -35,8 +35,8 @@ class SparseVLM(AfterFirstLayer):
     Source: SparseVLM, arXiv 2410.04417, section 3. Adapted: the paper compares text and image embeddings, which in
     Mllama lie in different spaces; queries and keys of the first cross-attention layer are made to be compared. Its
     schedule names a count for each of three layers; here it is one ratio, and raters are found in each layer anew. It
-    recycles 0.3, once for each layer, and the means come on top; here they are made once, are near each other by the
-    first layer's keys, and weigh as much as their members did.
+    recycles 0.3, once for each layer, and the means come on top; here they are made once, of features whose keys in the
+    first layer are near each other, and weigh as much as their members did.
     """
 
     name: ClassVar[str] = "sparsevlm"
