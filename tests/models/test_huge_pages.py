@@ -5,8 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
+from tests.engine.fake_model import FakeModel
+from trimserve.engine.kv_pool import KVPool
 from trimserve.models import huge_pages
+from trimserve.models.weights import fuse, fused_weight
 
 CPU = torch.device("cpu")
 HUGE_BYTES = 2 << 20
@@ -48,6 +52,15 @@ def test_whole_huge_pages_are_asked_for_and_given_back_with_the_tensor() -> None
     assert advised_bytes(address) == 2 * HUGE_BYTES
     del view
     assert advised_bytes(address) == 0
+
+
+@pytest.mark.skipif(not THP.exists(), reason="a system without huge pages")
+def test_weights_and_pages_of_kv_lie_on_them() -> None:
+    module = nn.Module()
+    module.first, module.second = (nn.Linear(1024, 512, bias=False, device="meta") for _ in range(2))
+    fuse(module, ("first", "second"), CPU)
+    assert fused_weight(module, ("first", "second")).data_ptr() % HUGE_BYTES == 0
+    assert KVPool(FakeModel().info, 2 * HUGE_BYTES).pages.data_ptr() % HUGE_BYTES == 0
 
 
 def test_what_no_system_has_is_refused_by_torch() -> None:
