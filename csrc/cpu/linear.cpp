@@ -51,7 +51,8 @@ TRIMSERVE_INLINE void multiply(const typename Operands::Stored* x, std::int64_t 
     };
     const auto step = [&](std::int64_t k) TRIMSERVE_INLINE_LAMBDA {
       if constexpr (kIsStream) {
-        __builtin_prefetch(reinterpret_cast<const char*>(columns[kFirst] + k) + kBytesAhead);
+        const auto place = reinterpret_cast<std::uintptr_t>(columns[kFirst] + k) + kBytesAhead;
+        __builtin_prefetch(reinterpret_cast<const void*>(place));  // may lie behind the weight
       } else if (ahead) {
         unrolled<kAtOnce>([&](auto c) TRIMSERVE_INLINE_LAMBDA {
           __builtin_prefetch(ahead + (kFirst + c) * num_inputs + k);
@@ -108,7 +109,8 @@ TRIMSERVE_INLINE void multiply_block(const LinearArgs& args, std::int64_t first_
 // So many rows that they stay in the second cache while the whole weight passes.
 std::int64_t rows_of_block(const LinearArgs& args) {
   constexpr std::int64_t kBytes = 256 * 1024;
-  const std::int64_t element_bytes = args.scales || args.dtype == DType::kFloat32 ? 4 : 2;
+  const bool has_floats = args.dtype == DType::kFloat32 || (args.scales && takes_floats(args.dtype));
+  const std::int64_t element_bytes = has_floats ? 4 : 2;
   const std::int64_t rows = kBytes / (args.num_inputs * element_bytes + 1);
   return std::clamp<std::int64_t>(rows / 4 * 4, 8, 64);
 }

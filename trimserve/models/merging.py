@@ -46,7 +46,7 @@ class Groups:
 
     def mean(self, rows: Tensor) -> Tensor:
         """Average the rows of each group: [N, ...] -> [G, ...], in float32 and rounded once."""
-        # Copies no members, and unlike index_add_ sums alike in every run on CUDA, too.
+        # Gathers no members, and unlike index_add_ sums alike in every run on CUDA, too.
         starts = self.sizes.cumsum(dim=0) - self.sizes
         means = F.embedding_bag(self.members, rows.flatten(1).float(), starts, mode="mean")
         return means.to(rows.dtype).view(len(means), *rows.shape[1:])
