@@ -33,9 +33,9 @@ struct FloatOperands {
   }
 };
 
-// As many floats as a vector has lanes.
+// int8 to floats, as many as a vector has lanes.
 template <int kWidth>
-TRIMSERVE_INLINE void to_floats(typename Simd<kWidth>::Floats& floats, const std::int8_t* source) {
+TRIMSERVE_INLINE void widen(typename Simd<kWidth>::Floats& floats, const std::int8_t* source) {
   typedef std::int8_t Bytes __attribute__((vector_size(kWidth), aligned(1), may_alias));
   typename Simd<kWidth>::Ints wide;
 #ifdef __x86_64__
@@ -59,7 +59,7 @@ struct Int8Operands : FloatOperands<kWidth, DType::kFloat32> {
   using StoredWeight = std::int8_t;
 
   TRIMSERVE_INLINE static void load(typename Base::Vector& w, const std::int8_t* source) {
-    to_floats<kWidth>(w[0], source);
+    widen<kWidth>(w[0], source);
   }
 };
 
@@ -84,8 +84,8 @@ struct Int8PairOperands : PairOperands {
 
   TRIMSERVE_INLINE static void load(Vector& w, const std::int8_t* source) {
     Floats low, high;
-    to_floats<16>(low, source);
-    to_floats<16>(high, source + 16);
+    widen<16>(low, source);
+    widen<16>(high, source + 16);
     asm("vcvtne2ps2bf16 %2, %1, %0" : "=v"(w) : "v"(high), "v"(low));
   }
 };

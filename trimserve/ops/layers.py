@@ -120,8 +120,7 @@ def decode_layers(
         text_tables: int32 [groups, B, max_pages].
         text_lengths: int32 [B], the new row among them.
         slots: int64 [groups, B], where the new rows' keys and values go.
-        feature_tables: of each cross-attention layer int32 [S, max_pages], of the first S rows, S being its own; empty:
-            no row sees any.
+        feature_tables: of each cross-attention layer int32 [S, max_pages], of its first S rows; empty: no row sees any.
         feature_lengths: of each int32 [S]; empty with `feature_tables`.
         biases: of each float32 [S, max_pages * PAGE_POSITIONS], added to the logits of features; empty: nothing is.
         epsilon: of all norms.
