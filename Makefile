@@ -6,10 +6,10 @@ VENV ?= .venv
 # of CUDA). For a CUDA build: make build TORCH_INDEX=https://download.pytorch.org/whl/cu130
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
-BUILD_TOOLS := scikit-build-core==1.1.2 cmake==4.4.4 ninja==1.13.2 pybind11==3.1.0
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+LOCKED := --require-hashes --no-deps --requirement
 CXX_SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/*.cu csrc/cuda/*.cpp \
 	csrc/cuda/*.h tests/csrc/fibers/*)
 # The Python of a machine with a GPU, which needs no network: it has a torch for CUDA, transformers, cmake, ninja,
@@ -21,8 +21,8 @@ export PYTHONUNBUFFERED := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test check verify check-sanitize cuda-check test-gpu bench-gpu fmt protos docs bench bench-ops \
-	clean
+.PHONY: help build demo test check verify check-sanitize cuda-check test-gpu bench-gpu lock update test-floor \
+	test-newest fmt protos docs bench bench-ops clean
 
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1|\2/' | column -t -s '|'
@@ -41,6 +41,7 @@ check: build  ## lint, types, formatting, and that everything generated is up to
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES)
 	$(BIN)/buf lint
+	$(BIN)/python scripts/lock.py --check
 	$(BIN)/python scripts/generate_protos.py --check
 	$(BIN)/python scripts/generate_docs.py --check
 	$(BIN)/python scripts/generate_dashboards.py --check
@@ -51,7 +52,8 @@ verify: check test  ## what takes longer: committed accuracies, random mixes, fu
 	$(BIN)/python -m benchmarks.soak
 	$(BIN)/python -m benchmarks.soak load
 	$(BIN)/python -m training.reproduce
-	$(PIP) --no-build-isolation --editable '.[fuzz]' && $(BIN)/python scripts/fuzz_convert.py -max_total_time=300
+	$(PIP) $(LOCKED) requirements/fuzz.txt && $(BIN)/python scripts/fuzz_convert.py -max_total_time=300
+	$(MAKE) test-floor test-newest
 	PATH="$(abspath $(BIN)):$$PATH" scripts/verify_wheel.sh
 	$(MAKE) check-sanitize
 	scripts/verify_deployment.sh
@@ -75,6 +77,18 @@ test-gpu: build/gpu/.built  ## on a machine with a GPU: test ops, decode steps a
 bench-gpu: build/gpu/.built  ## on a machine with a GPU: measure ops, and a model of 11B parameters beside transformers
 	$(GPU_PYTHON) -m benchmarks.bench_ops --device cuda
 	$(GPU_PYTHON) -m benchmarks.bench_gpu
+
+lock: $(VENV)/.tools  ## write requirements/ from pyproject.toml, keeping what is locked
+	$(BIN)/python scripts/lock.py
+
+update: $(VENV)/.tools  ## raise everything in requirements/ to its newest release, and say what changed
+	$(BIN)/python scripts/lock.py --update
+
+test-floor: build  ## run the tests with the wheel and the oldest releases that pyproject.toml allows; TESTS="..." for a part
+	PATH="$(abspath $(BIN)):$$PATH" TORCH="$(TORCH)" scripts/test_versions.sh floor $(TESTS)
+
+test-newest: build  ## the same with the newest releases there are today
+	PATH="$(abspath $(BIN)):$$PATH" TORCH="$(TORCH)" scripts/test_versions.sh newest $(TESTS)
 
 fmt: build  ## format Python and C++
 	$(BIN)/ruff check --fix-only .
@@ -102,15 +116,15 @@ bench: bench-ops  ## measure ops and metrics, and try the load generator and the
 clean:  ## remove everything that was built
 	rm -rf $(VENV) build dist out
 
-$(VENV)/.tools: Makefile
+$(VENV)/.tools: Makefile requirements/dev.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) $(LOCKED) requirements/dev.txt
 	# First from the index without CUDA; where that cannot be reached, from pip's own.
 	$(PIP) --retries 0 --no-deps --index-url $(TORCH_INDEX) $(TORCH) || $(PIP) $(TORCH)
-	$(PIP) $(TORCH) $(BUILD_TOOLS)
 	touch $@
 
 $(VENV)/.built: $(VENV)/.tools pyproject.toml CMakeLists.txt $(CXX_SOURCES)
-	$(PIP) --no-build-isolation --editable '.[dev]'
+	$(PIP) --no-build-isolation --no-deps --editable .
 	touch $@
 
 build/gpu/.built: CMakeLists.txt $(CXX_SOURCES)
