@@ -71,7 +71,7 @@ cuda-check: build  ## compile the CUDA kernels within their budget, run them on 
 	$(BIN)/python -m pytest tests/csrc
 
 test-gpu: build/gpu/.built  ## on a machine with a GPU: test ops, decode steps and engine on it; fails if there is none
-	$(GPU_PYTHON) -m pytest $(GPU_PYTEST) --device cuda -k '[cuda' tests/ops tests/models/test_bucketed_decode.py \
+	$(GPU_PYTHON) -m pytest $(GPU_PYTEST) --device cuda -k '[cuda' tests/ops tests/model/test_bucketed_decode.py \
 		tests/engine/test_devices.py
 
 bench-gpu: build/gpu/.built  ## on a machine with a GPU: measure ops, and a model of 11B parameters beside transformers

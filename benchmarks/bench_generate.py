@@ -35,7 +35,7 @@ from benchmarks.generate.timing import time_calls, time_in_turns
 from benchmarks.ops.measure import stream
 from benchmarks.serve.report import about, write_json
 from trimserve.config import Dtype, Quantize
-from trimserve.models.loading import embedded_model_folder
+from trimserve.model.loading import embedded_model_folder
 
 __all__ = ["main"]
 

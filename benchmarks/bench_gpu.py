@@ -32,9 +32,10 @@ from benchmarks.generate.timing import time_calls
 from benchmarks.ops.measure import bandwidth
 from benchmarks.serve.report import about, write_json
 from training.mended import mend
+from trimserve.api.trim import TrimRequest
 from trimserve.config import Device, EngineConfig, ModelConfig
 from trimserve.engine.kv_pool import KVPool, SequenceKV
-from trimserve.models.checkpoint import (
+from trimserve.model.checkpoint import (
     Checkpoint,
     GenerationJson,
     TrimserveJson,
@@ -42,15 +43,15 @@ from trimserve.models.checkpoint import (
     text_config,
     vision_config,
 )
-from trimserve.models.encoded_image import EncodedImage
-from trimserve.models.images import PreparedImage
-from trimserve.models.interruptible import run_through
-from trimserve.models.loading import describe_checkpoint, describe_model
-from trimserve.models.mllama import Mllama
-from trimserve.models.prepared import PreparedPrompt
-from trimserve.models.processor import Processor
-from trimserve.models.trimming import TrimParams
-from trimserve.models.weights import allocated_model
+from trimserve.model.images import PreparedImage
+from trimserve.model.interruptible import run_through
+from trimserve.model.loading import describe_checkpoint, describe_model
+from trimserve.model.mllama import Mllama
+from trimserve.model.prepared import PreparedPrompt
+from trimserve.model.processor import Processor
+from trimserve.model.weights import allocated_model
+from trimserve.trimming.encoded_image import EncodedImage
+from trimserve.trimming.plan import TrimPlan
 
 __all__ = ["Plan", "main", "measure"]
 
@@ -64,9 +65,9 @@ _NOT_OF_STEP = ("cross_attn.k_proj.weight", "cross_attn.v_proj.weight", "cross_a
 
 Row = dict[str, Any]
 SETTINGS = {
-    "off": (2, TrimParams(enabled=False)),
-    "default": (2, TrimParams(k_ratio=0.2, max_kept_fraction=0.5)),
-    "one_tile": (1, TrimParams(k_ratio=0.2, max_kept_fraction=0.5)),
+    "off": (2, TrimPlan(TrimRequest(enabled=False))),
+    "default": (2, TrimPlan(TrimRequest(k_ratio=0.2, max_kept_fraction=0.5))),
+    "one_tile": (1, TrimPlan(TrimRequest(k_ratio=0.2, max_kept_fraction=0.5))),
 }
 """Tiles along each side of the image, and how it is trimmed."""
 
@@ -154,7 +155,7 @@ def measure(plan: Plan) -> dict[str, Any]:
 
 def _likeness(both: _Both) -> float:
     prompt = both.prompt(2)
-    logits, kv = _prefilled(both, prompt, TrimParams(enabled=False))
+    logits, kv = _prefilled(both, prompt, TrimPlan(TrimRequest(enabled=False)))
     kv.release()
     inputs = _their_inputs(both, prompt)
     expected = _read(both, inputs, _encoded(both, inputs)).logits[0, -1]
@@ -172,7 +173,7 @@ def _ours(both: _Both, plan: Plan, per_second: float) -> Iterator[Row]:
         yield row | {"phase": "vision", "batch": 1, "ms": taken}
         encoded = [_encode(both, image)]
 
-        def prefill(prompt: PreparedPrompt = prompt, encoded: Any = encoded, trim: TrimParams = trim) -> None:
+        def prefill(prompt: PreparedPrompt = prompt, encoded: Any = encoded, trim: TrimPlan = trim) -> None:
             kv = both.pool.allocate(_PROMPT_TOKENS + 1)
             run_through(both.ours.prefill(prompt, encoded, trim, kv))
             kv.release()
@@ -202,7 +203,7 @@ def _theirs(both: _Both, plan: Plan) -> Iterator[Row]:
         yield row | {"phase": "decode", "batch": batch, "ms": _timed(plan, _their_step(both, inputs, cache, batch))}
 
 
-def _prefilled(both: _Both, prompt: PreparedPrompt, trim: TrimParams) -> tuple[Tensor, SequenceKV]:
+def _prefilled(both: _Both, prompt: PreparedPrompt, trim: TrimPlan) -> tuple[Tensor, SequenceKV]:
     kv = both.pool.allocate(_PROMPT_TOKENS + 1)
     encoded = [_encode(both, image) for image in prompt.images]
     return run_through(both.ours.prefill(prompt, encoded, trim, kv)).logits, kv

@@ -20,19 +20,19 @@ import torch
 from benchmarks.policy_tables import later_layers
 from benchmarks.serve.report import about, write_json
 from training.heldout import write_held_out
+from trimserve.api.prompt import ChatPrompt, Image, Message, Text
+from trimserve.api.trim import FixedRatio, TrimRequest
 from trimserve.config import EngineConfig, ModelConfig
 from trimserve.engine.kv_pool import KVPool
 from trimserve.evaluation.dataset import Question, load_questions
 from trimserve.evaluation.metrics import is_match
 from trimserve.evaluation.report import UNTRIMMED_POLICY
-from trimserve.models.encoded_image import EncodedImage
-from trimserve.models.interruptible import run_through
-from trimserve.models.loading import load_model
-from trimserve.models.mllama import Mllama
-from trimserve.models.policies.budget import FixedRatio
-from trimserve.models.prepared import PreparedPrompt
-from trimserve.models.prompt import ChatPrompt, Image, Message, Text
-from trimserve.models.trimming import TrimParams
+from trimserve.model.interruptible import run_through
+from trimserve.model.loading import load_model
+from trimserve.model.mllama import Mllama
+from trimserve.model.prepared import PreparedPrompt
+from trimserve.trimming.encoded_image import EncodedImage
+from trimserve.trimming.plan import TrimPlan
 
 _OUT = Path(__file__).parent / "results" / "policies" / "later_layers.json"
 _KEEP = 0.5
@@ -50,7 +50,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     model = load_model(ModelConfig(), EngineConfig())
-    settings = [TrimParams(enabled=False), *_settings()]
+    settings = [TrimPlan(TrimRequest(enabled=False)), *_settings()]
     measured: list[list[tuple[bool, list[int]]]] = [[] for _ in settings]
     with TemporaryDirectory() as folder:
         for question in load_questions(write_held_out(Path(folder), arguments.questions, 0)):
@@ -64,11 +64,17 @@ def main() -> None:
     print(later_layers(report))
 
 
-def _settings() -> list[TrimParams]:
+def _settings() -> list[TrimPlan]:
     half, whole = FixedRatio(_KEEP), FixedRatio(1.0)
     return [
-        *(TrimParams(policy="sparsevlm", budget=half, parameters={"cascade_ratio": x}) for x in _CASCADE_RATIOS),
-        *(TrimParams(policy="todre", budget=whole, parameters={"late_exit_threshold": x}) for x in _THRESHOLDS),
+        *(
+            TrimPlan(TrimRequest(policy="sparsevlm", budget=half, parameters={"cascade_ratio": x}))
+            for x in _CASCADE_RATIOS
+        ),
+        *(
+            TrimPlan(TrimRequest(policy="todre", budget=whole, parameters={"late_exit_threshold": x}))
+            for x in _THRESHOLDS
+        ),
     ]
 
 
@@ -78,7 +84,7 @@ def _prepare(model: Mllama, question: Question) -> PreparedPrompt:
 
 
 def _answer(
-    model: Mllama, prompt: PreparedPrompt, images: Sequence[EncodedImage], trim: TrimParams, question: Question
+    model: Mllama, prompt: PreparedPrompt, images: Sequence[EncodedImage], trim: TrimPlan, question: Question
 ) -> tuple[bool, list[int]]:
     """Whether the answer is right, and the rows that each layer held."""
     kv = KVPool(model.info, 2**23, 1).allocate(len(prompt.token_ids) + _MAX_NEW_TOKENS)
@@ -94,7 +100,7 @@ def _answer(
     return is_match(text, question.answer or ""), kv.cross_lengths
 
 
-def _row(model: Mllama, trim: TrimParams, found: Sequence[tuple[bool, list[int]]]) -> dict[str, Any]:
+def _row(model: Mllama, trim: TrimPlan, found: Sequence[tuple[bool, list[int]]]) -> dict[str, Any]:
     pools = {"shared_pages": KVPool(model.info, 0), "pages_of_one_layer": KVPool(model.info, 0, 1)}
     return {
         "policy": trim.policy if trim.enabled else UNTRIMMED_POLICY,

@@ -15,16 +15,18 @@ from pathlib import Path
 from prometheus_client import generate_latest
 
 from benchmarks.serve.report import about, write_json
-from trimserve.engine.request import GenerationRequest, SamplingParams, TokenDelta
-from trimserve.models.prompt import RawPrompt
-from trimserve.models.trimming import TrimParams
+from trimserve.api.chunks import TokenDelta
+from trimserve.api.prompt import RawPrompt
+from trimserve.api.request import GenerationRequest
+from trimserve.api.sampling import SamplingParams
+from trimserve.api.trim import TrimRequest
 from trimserve.server.metrics import RPCS, Metrics
 from trimserve.server.observer import RequestObserver
 
 BUDGET_MICROSECONDS = 20.0
 """Of a step of 16 streams, by the tenth percentile: what disturbs a step is not the metrics."""
 
-REQUEST = GenerationRequest("bench", RawPrompt("hi", ()), SamplingParams(), TrimParams(k_ratio=0.2))
+REQUEST = GenerationRequest("bench", RawPrompt("hi", ()), SamplingParams(), TrimRequest(k_ratio=0.2))
 DELTA = TokenDelta("word", (5,))
 
 

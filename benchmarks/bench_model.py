@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, MllamaConfig, MllamaForConditionalGeneration
 
-from trimserve.models.loading import embedded_model_folder
+from trimserve.model.loading import embedded_model_folder
 
 __all__ = ["BENCH_MODEL", "GEOMETRY", "draw_weights", "main", "max_kept_fraction", "write_bench_model"]
 

@@ -28,20 +28,20 @@ from benchmarks.ops.measure import peak_extra_bytes
 from benchmarks.policy_tables import RECOMMENDED
 from benchmarks.serve.report import about, write_json
 from benchmarks.serve.workload import draw_picture
+from trimserve.api.prompt import ChatPrompt, Image, Message, Text
+from trimserve.api.trim import FixedRatio, TrimRequest
 from trimserve.config import EngineConfig, ModelConfig
 from trimserve.engine.kv_pool import KVPool
-from trimserve.models.codebook import save_codebook
-from trimserve.models.encoded_image import EncodedImage, Observation
-from trimserve.models.interruptible import run_through
-from trimserve.models.loading import describe_model, load_model
-from trimserve.models.mllama import Mllama
-from trimserve.models.policies.budget import FixedRatio
-from trimserve.models.policies.policy import FirstLayer
-from trimserve.models.policies.table import POLICIES
-from trimserve.models.prefilled import Prefilled
-from trimserve.models.prepared import PreparedPrompt
-from trimserve.models.prompt import ChatPrompt, Image, Message, Text
-from trimserve.models.trimming import TrimParams, choose_from_image, scratch_bytes, select
+from trimserve.model.codebook import save_codebook
+from trimserve.model.interruptible import run_through
+from trimserve.model.loading import describe_model, load_model
+from trimserve.model.mllama import Mllama
+from trimserve.model.prefilled import Prefilled
+from trimserve.model.prepared import PreparedPrompt
+from trimserve.trimming.encoded_image import EncodedImage, Observation
+from trimserve.trimming.plan import TrimPlan, choose_from_image, scratch_bytes, select
+from trimserve.trimming.policies.policy import FirstLayer
+from trimserve.trimming.policies.table import POLICIES
 
 __all__ = ["main"]
 
@@ -98,17 +98,17 @@ def _load(folder: Path) -> Mllama:
         return load_model(config.model_copy(update={"codebook": codebook, "guide_model": str(folder)}), limits)
 
 
-def _trims() -> Iterator[TrimParams]:
+def _trims() -> Iterator[TrimPlan]:
     """Every policy, and the recommended ones with merging."""
     for name, policy in POLICIES.items():
-        trim = TrimParams(policy=name, budget=FixedRatio(_KEEP) if policy.budgets else None)
+        trim = TrimPlan(TrimRequest(policy=name, budget=FixedRatio(_KEEP) if policy.budgets else None))
         yield trim
         if name in RECOMMENDED:
-            yield replace(trim, merge_ratio=_MERGE_RATIO)
+            yield TrimPlan(replace(trim.request, merge_ratio=_MERGE_RATIO))
 
 
 @torch.inference_mode()
-def _alone(trim: TrimParams, runs: int) -> dict[str, Any]:
+def _alone(trim: TrimPlan, runs: int) -> dict[str, Any]:
     """Seconds of one choice at 11B's shape, scores of the heads included, and what it held meanwhile."""
     choose = _chooser(trim)
     seconds = []
@@ -119,7 +119,7 @@ def _alone(trim: TrimParams, runs: int) -> dict[str, Any]:
     return {"seconds": round(median(seconds), 5), "peak_extra_bytes": peak_extra_bytes(choose)}
 
 
-def _chooser(trim: TrimParams) -> Callable[[], Tensor]:
+def _chooser(trim: TrimPlan) -> Callable[[], Tensor]:
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
@@ -152,7 +152,7 @@ class _Bench:
         self._pool = KVPool(model.info, _POOL_BYTES)
         self._encoded: dict[frozenset[Observation], list[tuple[float, EncodedImage]]] = {}
 
-    def measure(self, trim: TrimParams) -> dict[str, Any]:
+    def measure(self, trim: TrimPlan) -> dict[str, Any]:
         """Seconds from the scores to the kept set, those of the whole prefill, and the share of it.
 
         The share is told twice, for a prefill whose image is encoded already and for one that encodes it.

@@ -25,17 +25,18 @@ from rich.progress import track
 
 from benchmarks.serve.report import about, write_json
 from training.heldout import write_held_out
+from trimserve.api.prompt import ChatPrompt, Image, Message, Text
+from trimserve.api.trim import TrimRequest
 from trimserve.config import Dtype, EngineConfig, ModelConfig, Quantize
 from trimserve.engine.kv_pool import KVPool
 from trimserve.evaluation.answers import UNTRIMMED
 from trimserve.evaluation.dataset import Question, load_questions
 from trimserve.evaluation.in_process import InProcess
 from trimserve.evaluation.metrics import Bootstrap, is_match, kl_divergence
-from trimserve.models.interruptible import run_through
-from trimserve.models.loading import load_model
-from trimserve.models.mllama import Mllama
-from trimserve.models.prompt import ChatPrompt, Image, Message, Text
-from trimserve.models.trimming import TrimParams
+from trimserve.model.interruptible import run_through
+from trimserve.model.loading import load_model
+from trimserve.model.mllama import Mllama
+from trimserve.trimming.plan import TrimPlan
 
 __all__ = ["main"]
 
@@ -78,7 +79,7 @@ def _measure(questions: Sequence[Question], console: Console) -> list[dict[str, 
         info = model.info
         settings = {
             "untrimmed": UNTRIMMED,
-            "trimmed": TrimParams(k_ratio=info.default_k_ratio, merge_ratio=info.default_merge_ratio),
+            "trimmed": TrimPlan(TrimRequest(k_ratio=info.default_k_ratio, merge_ratio=info.default_merge_ratio)),
         }
         asked = track(questions, f"{dtype} {quantize}", console=console)
         answers = list(InProcess(model).answers(asked, [settings["trimmed"]]))
@@ -107,7 +108,7 @@ def _figures(
     }
 
 
-def _first_tokens(model: Mllama, questions: Sequence[Question], trim: TrimParams) -> Iterator[Floats]:
+def _first_tokens(model: Mllama, questions: Sequence[Question], trim: TrimPlan) -> Iterator[Floats]:
     """Logarithms of the first answered token's probabilities, [vocab_size], of each question."""
     info = model.info
     pool = KVPool(info, info.max_model_len * (info.self_kv_bytes_per_token + info.cross_kv_bytes_per_feature))

@@ -33,14 +33,16 @@ from rich.table import Table
 from benchmarks.bench_model import BENCH_MODEL, max_kept_fraction, write_bench_model
 from benchmarks.serve.report import about, write_json
 from benchmarks.serve.workload import draw_picture
+from trimserve.api.chunks import GenerationChunk, TokenDelta
+from trimserve.api.prompt import ChatPrompt, Image, Message, Text
+from trimserve.api.request import GenerationRequest
+from trimserve.api.sampling import SamplingParams
+from trimserve.api.trim import TrimRequest
 from trimserve.config import EngineConfig, ModelConfig
 from trimserve.engine.engine import Engine
-from trimserve.engine.request import GenerationChunk, GenerationRequest, SamplingParams, TokenDelta
 from trimserve.errors import TrimserveError
-from trimserve.models.loading import load_model
-from trimserve.models.mllama import Mllama
-from trimserve.models.prompt import ChatPrompt, Image, Message, Text
-from trimserve.models.trimming import TrimParams
+from trimserve.model.loading import load_model
+from trimserve.model.mllama import Mllama
 
 __all__ = ["main"]
 
@@ -86,7 +88,7 @@ class _Traffic:
     def __init__(self, model: Mllama, plan: _Plan, cap: float | None) -> None:
         self._model = model
         self._plan = plan
-        self._trim = TrimParams(k_ratio=model.info.default_k_ratio, max_kept_fraction=cap)
+        self._trim = TrimRequest(k_ratio=model.info.default_k_ratio, max_kept_fraction=cap)
         self._rng = random.Random(0)
 
     def measure(self, slice_seconds: float) -> dict[str, Any]:

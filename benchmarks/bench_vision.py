@@ -30,11 +30,11 @@ from transformers.models.mllama.modeling_mllama import (
 )
 
 from benchmarks.serve.report import about, write_json
-from trimserve.models.checkpoint import embedded_model_folder, vision_config
-from trimserve.models.linear import Linear
-from trimserve.models.vision import ImageRows, VisionLayer
-from trimserve.models.vision_observer import VisionObserver
-from trimserve.models.weights import FUSED, fuse
+from trimserve.model.checkpoint import embedded_model_folder, vision_config
+from trimserve.model.linear import Linear
+from trimserve.model.vision import ImageRows, VisionLayer
+from trimserve.model.vision_observer import VisionObserver
+from trimserve.model.weights import FUSED, fuse
 
 __all__ = ["main"]
 

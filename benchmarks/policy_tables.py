@@ -5,8 +5,8 @@ from typing import Any
 
 from trimserve.evaluation.dataset import ALL_KINDS
 from trimserve.evaluation.report import UNTRIMMED_POLICY, Advantage, Report, Row, variant
-from trimserve.models.policies.policy import BeforeDecoder
-from trimserve.models.policies.table import POLICIES
+from trimserve.trimming.policies.policy import BeforeDecoder
+from trimserve.trimming.policies.table import POLICIES
 
 __all__ = [
     "CONTROL",

@@ -19,15 +19,14 @@ import torch
 
 from benchmarks.serve.report import write_json
 from training.heldout import write_held_out
+from trimserve.api.trim import FixedRatio, TrimRequest
 from trimserve.config import EngineConfig, ModelConfig
 from trimserve.evaluation.curve import measure_curve
 from trimserve.evaluation.dataset import ALL_KINDS, load_questions
 from trimserve.evaluation.in_process import InProcess
 from trimserve.evaluation.progress import progress
 from trimserve.evaluation.report import Report, variant
-from trimserve.models.loading import load_model
-from trimserve.models.policies.budget import FixedRatio
-from trimserve.models.trimming import TrimParams
+from trimserve.model.loading import load_model
 
 __all__ = ["CANDIDATES", "main", "tuned"]
 
@@ -89,7 +88,7 @@ def tuned(report: Report) -> list[dict[str, Any]]:
     return found
 
 
-def _trims() -> Iterator[TrimParams]:
+def _trims() -> Iterator[TrimRequest]:
     """The control, every policy as it is by default, and every combination of its candidates, at every budget."""
     settings: list[tuple[str, dict[str, float]]] = [(_CONTROL, {})]
     for policy, candidates in CANDIDATES.items():
@@ -97,7 +96,7 @@ def _trims() -> Iterator[TrimParams]:
         settings += [(policy, dict(zip(candidates, values, strict=True))) for values in product(*candidates.values())]
     for policy, parameters in settings:
         for share in _KEEP:
-            yield TrimParams(policy=policy, parameters=parameters, budget=FixedRatio(share))
+            yield TrimRequest(policy=policy, parameters=parameters, budget=FixedRatio(share))
 
 
 if __name__ == "__main__":

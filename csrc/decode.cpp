@@ -1,6 +1,6 @@
 // decode_layers: one new row of each sequence through all layers of the decoder, in one call.
 //
-// It is the ops of layers.cpp and paging.cpp in the order of trimserve/models/decoder_layers.py, which says the same op
+// It is the ops of layers.cpp and paging.cpp in the order of trimserve/model/decoder_layers.py, which says the same op
 // by op. One call matters where an op takes microseconds: Python would need as long between two of them, and every
 // op that Python calls lets another of its threads in.
 

@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from trimserve.client import Client, make_request
-from trimserve.models.loading import embedded_model_folder
+from trimserve.model.loading import embedded_model_folder
 from trimserve.process import ServerProcess, server_process
 from trimserve.v1 import generation_pb2 as pb
 

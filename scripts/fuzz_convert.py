@@ -1,7 +1,7 @@
 """Feeds made-up bytes to the way from the wire to the engine's request: it may refuse them, and nothing else.
 
-Needs atheris (`pip install -e '.[fuzz]'`), which finds inputs that reach new lines of `server/codec.py` and
-`server/convert.py`; fails, too, when it found none.
+Needs atheris (`pip install -e '.[fuzz]'`), which finds inputs that reach new lines of `server/grpc/codec.py` and
+`server/grpc/convert.py`; fails, too, when it found none.
 
 Usage: python scripts/fuzz_convert.py -max_total_time=300 (any option of libFuzzer)
 """
@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from tests.server.fakes import CONFIG, INFO  # the root must be on the path first
 from trimserve.client import make_request
 from trimserve.errors import InvalidRequest, MessageTooLarge
-from trimserve.server import codec, convert
+from trimserve.server.grpc import codec, convert
 from trimserve.v1 import generation_pb2 as pb
 
 MAX_MESSAGE_BYTES = 1 << 16

@@ -18,7 +18,7 @@ from pathlib import Path
 import trustme
 
 from trimserve.config import Config, ServerConfig
-from trimserve.local import in_process_server, make_runner
+from trimserve.serve import in_process_server, make_runner
 from trimserve.server.app import InProcessServer
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -29,8 +29,8 @@ from pydantic import ByteSize
 
 from trimserve.client import Client, make_request
 from trimserve.config import Config, EngineConfig, ServerConfig
-from trimserve.local import make_runner
-from trimserve.models.loading import embedded_model_folder
+from trimserve.model.loading import embedded_model_folder
+from trimserve.serve import make_runner
 from trimserve.server.app import InProcessServer
 from trimserve.v1 import generation_pb2 as pb
 

@@ -20,14 +20,14 @@ from tests.server.fakes import CONFIG, FINISHED, STARTED, FakeRunner
 from tests.server.test_access import entry
 from tests.server.test_tls import Files, server_config
 from trimserve import __version__
+from trimserve.api.chunks import TokenDelta
 from trimserve.cli import app, main
 from trimserve.config import Config, EngineConfig
-from trimserve.engine.request import TokenDelta
-from trimserve.local import in_process_server
-from trimserve.models.loading import embedded_model_folder
-from trimserve.models.policies.table import POLICIES
+from trimserve.model.loading import embedded_model_folder
+from trimserve.serve import in_process_server
 from trimserve.server import app as server
 from trimserve.server.app import InProcessServer
+from trimserve.trimming.policies.table import POLICIES
 
 SAMPLES = sorted((embedded_model_folder().parent / "samples").glob("*.png"))
 
@@ -305,7 +305,7 @@ def test_an_interrupt_while_the_model_is_loaded_ends_the_command() -> None:
 SIGTERM_WHILE_LOADING = """
 import os, signal, sys, threading
 import torch
-import trimserve.local
+import trimserve.serve
 from trimserve.cli import main
 
 def load(*_):
@@ -313,7 +313,7 @@ def load(*_):
     while True:  # in compiled code nearly always, as a load is
         torch.ones(256, 256) @ torch.ones(256, 256)
 
-trimserve.local.load_model = load
+trimserve.serve.load_model = load
 sys.argv = ["trimserve", "serve", "--port", "0", "--no-metrics"]
 main()
 """

@@ -10,12 +10,12 @@ import pytest
 from tests.server.fakes import CHUNKS, CONFIG, FakeRunner, Script, ScriptItem
 from tests.server.test_access import entry
 from tests.server.test_tls import Files, server_config
+from trimserve.api.prompt import ChatPrompt, Image, Message, Text
 from trimserve.client import SERVICE_CONFIG, Client, Tls, make_request
 from trimserve.config import EngineConfig
 from trimserve.errors import EngineBusy, EngineStopped, RequestFailed
-from trimserve.models.prompt import ChatPrompt, Image, Message, Text
 from trimserve.server.app import InProcessServer
-from trimserve.server.service import SERVICES
+from trimserve.server.grpc.service import SERVICES
 from trimserve.v1 import generation_pb2 as pb
 
 

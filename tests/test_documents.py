@@ -12,8 +12,8 @@ import typer
 
 from tests.test_repository import MODULES, ROOT, module_name
 from trimserve.cli import app
-from trimserve.local import in_process_server
-from trimserve.models.policies.table import POLICIES
+from trimserve.serve import in_process_server
+from trimserve.trimming.policies.table import POLICIES
 
 README = (ROOT / "README.md").read_text()
 CORRECTNESS = (ROOT / "docs/correctness.md").read_text()

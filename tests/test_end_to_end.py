@@ -12,13 +12,13 @@ from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 from PIL import Image as PilImage
 
-from tests.models.peer import Peer
-from tests.models.random_checkpoint import draw_geometry, save_random_checkpoint
+from tests.model.peer import Peer
+from tests.model.random_checkpoint import draw_geometry, save_random_checkpoint
 from trimserve.client import Client, make_request
 from trimserve.config import Dtype, ModelConfig, Quantize
-from trimserve.local import in_process_server
-from trimserve.models.loading import EMBEDDED_MODEL, embedded_model_folder
+from trimserve.model.loading import EMBEDDED_MODEL, embedded_model_folder
 from trimserve.process import server_process
+from trimserve.serve import in_process_server
 from trimserve.v1 import generation_pb2 as pb
 
 NO_TRIM = pb.TrimOptions(mode=pb.TRIM_MODE_OFF)

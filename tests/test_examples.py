@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.test_repository import ROOT
-from trimserve.local import in_process_server
+from trimserve.serve import in_process_server
 
 GENERATE, STREAM = re.findall(r"^\$ python (.+)$", (ROOT / "examples/python/README.md").read_text(), re.MULTILINE)
 

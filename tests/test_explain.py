@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFont
 
+from trimserve.api.chunks import ImageSelection
 from trimserve.explain import Explained, draw_contact_sheet, draw_explanation
-from trimserve.models.trimming import ImageSelection
 
 SIDE = 4
 TILE = 8 * SIDE

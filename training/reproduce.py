@@ -15,13 +15,13 @@ from rich.table import Table
 
 from training.heldout import write_held_out
 from training.readme import EVALUATION
+from trimserve.api.trim import TrimRequest
 from trimserve.config import EngineConfig, ModelConfig
 from trimserve.evaluation.curve import measure_curve
 from trimserve.evaluation.dataset import load_questions
 from trimserve.evaluation.in_process import InProcess
 from trimserve.evaluation.report import UNTRIMMED_POLICY, Report, Row
-from trimserve.models.loading import describe_model, load_model
-from trimserve.models.trimming import TrimParams
+from trimserve.model.loading import describe_model, load_model
 
 __all__ = ["compare", "main"]
 
@@ -34,7 +34,7 @@ def main() -> None:
     info = describe_model(ModelConfig(), EngineConfig())
     settings = {(0.05, 0.0), (info.default_k_ratio, info.default_merge_ratio)}
     names = list(dict.fromkeys(row.policy for row in committed.rows if row.policy != UNTRIMMED_POLICY))
-    trims = [TrimParams(policy=name, k_ratio=k, merge_ratio=m) for name in names for k, m in sorted(settings)]
+    trims = [TrimRequest(policy=name, k_ratio=k, merge_ratio=m) for name in names for k, m in sorted(settings)]
     with tempfile.TemporaryDirectory() as folder, Progress(console=Console(stderr=True)) as progress:
         questions = load_questions(write_held_out(Path(folder), committed.data["num_questions"]))
         task = progress.add_task("questions", total=len(questions))

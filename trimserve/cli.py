@@ -36,7 +36,7 @@ from trimserve.v1 import generation_pb2 as pb
 from trimserve.v1.model_pb2 import GetModelResponse
 
 if TYPE_CHECKING:
-    from trimserve.models.trimming import ImageSelection
+    from trimserve.api.chunks import ImageSelection
     from trimserve.server.app import Server
 
 __all__ = ["about", "app", "explain", "generate", "info", "main", "serve"]
@@ -123,8 +123,8 @@ def about(
 @with_knobs("model", "engine", "server")
 def serve(*, config: Config) -> None:
     """Serve a model over gRPC until SIGTERM or SIGINT."""
-    from trimserve.local import make_runner
-    from trimserve.models.loading import describe_model
+    from trimserve.model.loading import describe_model
+    from trimserve.serve import make_runner
     from trimserve.server import app as server
 
     describe_model(config.model, config.engine)  # refuses what it can before anything listens
@@ -204,7 +204,7 @@ def explain(
 ) -> None:
     """Draw which visual features a question kept, and which query heads picked them."""
     from trimserve.explain import Explained, draw_contact_sheet, draw_explanation
-    from trimserve.models.images import decode_image
+    from trimserve.model.images import decode_image
 
     if policies is not None and (policy is not None or k_ratio is not None):
         raise typer.BadParameter("--policies excludes --policy and --k-ratio")
@@ -240,7 +240,7 @@ def info(
     import torch
 
     from trimserve import ops
-    from trimserve.models.loading import describe_model
+    from trimserve.model.loading import describe_model
 
     model = describe_model(config.model, config.engine)
     packages = ("torch", "transformers", "tokenizers", "grpcio", "protobuf")
@@ -271,7 +271,7 @@ app.add_typer(codebook, name="codebook")
 def _client(address: str | None, ca: Path | None, token: str | None, model: ModelConfig) -> Iterator[Client]:
     """A client of the server at an address, or of one in this process on a free port."""
     if address is None:
-        from trimserve.local import in_process_server
+        from trimserve.serve import in_process_server
 
         with in_process_server(model) as server, Client(server.address) as client:
             yield client
@@ -327,7 +327,7 @@ def _to_dict(message: pb.GenerateResponse | pb.GenerateStreamResponse) -> dict[s
 
 
 def _selection(selection: pb.ImageSelection) -> "ImageSelection":
-    from trimserve.models.trimming import ImageSelection
+    from trimserve.api.chunks import ImageSelection
 
     return ImageSelection(
         tiles_high=selection.tiles_high,

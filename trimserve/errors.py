@@ -16,7 +16,7 @@
     ├── CredentialsError   files of certificates or tokens that cannot be used: refused at start
     └── CannotListen       a port is taken, or the host is not ours: refused at start
 
-`server/statuses.py` has the one table from these to gRPC status codes. This file knows nothing about gRPC.
+`server/grpc/statuses.py` has the one table from these to gRPC status codes. This file knows nothing about gRPC.
 """
 
 __all__ = [

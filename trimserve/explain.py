@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from trimserve.models.trimming import ImageSelection
+from trimserve.api.chunks import ImageSelection
 
 __all__ = ["Explained", "draw_contact_sheet", "draw_explanation"]
 

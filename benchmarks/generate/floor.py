@@ -15,9 +15,9 @@ from torch.nn import functional as F
 from benchmarks.generate.timing import time_calls
 from trimserve import ops
 from trimserve.config import Quantize
-from trimserve.models.checkpoint import open_checkpoint
-from trimserve.models.int8 import SCALES, to_int8
-from trimserve.models.weights import empty_model
+from trimserve.model.checkpoint import open_checkpoint
+from trimserve.model.int8 import SCALES, to_int8
+from trimserve.model.weights import empty_model
 
 __all__ = ["Floor", "StepShape"]
 

@@ -10,11 +10,11 @@ from torch import Tensor
 from benchmarks.generate.setting import Setting, make_prompt, trim_params
 from trimserve.config import Dtype, EngineConfig, ModelConfig, Quantize
 from trimserve.engine.kv_pool import KVPool, SequenceKV
-from trimserve.models.encoded_image import EncodedImage
-from trimserve.models.interruptible import run_through
-from trimserve.models.loading import load_model
-from trimserve.models.prefilled import Prefilled
-from trimserve.models.prepared import PreparedPrompt
+from trimserve.model.interruptible import run_through
+from trimserve.model.loading import load_model
+from trimserve.model.prefilled import Prefilled
+from trimserve.model.prepared import PreparedPrompt
+from trimserve.trimming.encoded_image import EncodedImage
 
 __all__ = ["Asked", "Ours"]
 

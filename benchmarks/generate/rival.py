@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks.generate.setting import QUESTION, Setting, picture
-from tests.models.peer import Peer
+from tests.model.peer import Peer
 
 __all__ = ["Rival"]
 

@@ -4,9 +4,9 @@ import random
 from dataclasses import dataclass
 
 from benchmarks.serve.workload import draw_picture
-from trimserve.models.info import ModelInfo
-from trimserve.models.prompt import ChatPrompt, Image, Message, Text
-from trimserve.models.trimming import TrimParams
+from trimserve.api.info import ModelInfo
+from trimserve.api.prompt import ChatPrompt, Image, Message, Text
+from trimserve.api.trim import TrimRequest
 
 __all__ = ["QUESTION", "SETTINGS", "Setting", "make_prompt", "picture", "trim_params"]
 
@@ -36,10 +36,10 @@ def make_prompt(setting: Setting, tile_size: int) -> ChatPrompt:
     return ChatPrompt((Message("user", (Image(picture(setting, tile_size)), Text(QUESTION))),))
 
 
-def trim_params(setting: Setting, info: ModelInfo, max_kept_fraction: float | None) -> TrimParams:
+def trim_params(setting: Setting, info: ModelInfo, max_kept_fraction: float | None) -> TrimRequest:
     """How a setting is trimmed: as a request that names nothing, but for the cap."""
     if not setting.is_trimmed:
-        return TrimParams(enabled=False)
-    return TrimParams(
+        return TrimRequest(enabled=False)
+    return TrimRequest(
         k_ratio=info.default_k_ratio, merge_ratio=info.default_merge_ratio, max_kept_fraction=max_kept_fraction
     )

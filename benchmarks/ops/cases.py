@@ -16,8 +16,8 @@ from transformers.models.mllama.modeling_mllama import repeat_kv
 from benchmarks.ops.measure import Floor
 from tests.tolerances import HEADWISE_SCORES, LINEAR, PAGED_ATTENTION
 from trimserve import ops
-from trimserve.models import huge_pages
-from trimserve.models.int8 import int8_linear, to_int8
+from trimserve.model import huge_pages
+from trimserve.model.int8 import int8_linear, to_int8
 from trimserve.ops import PAGE_POSITIONS, reference
 
 __all__ = ["GEOMETRY", "Case", "make_cases"]
@@ -88,7 +88,7 @@ def make_cases(dtype: torch.dtype) -> Iterator[Case]:
 
 
 def _linear_cases(dtype: torch.dtype, generator: torch.Generator) -> Iterator[Case]:
-    """At the numbers of rows of decode steps, and at and beyond the limits of models/linear.py."""
+    """At the numbers of rows of decode steps, and at and beyond the limits of model/linear.py."""
     for num_rows in (1, _BATCH, 2 * _BATCH):
         yield _linear_case(dtype, generator, num_rows)
         yield _int8_linear_case(dtype, generator, num_rows)
@@ -249,7 +249,7 @@ def _linear_case(dtype: torch.dtype, generator: torch.Generator, num_rows: int, 
 def _int8_linear_case(
     dtype: torch.dtype, generator: torch.Generator, num_rows: int, size: int = _HEADS * _HEAD_DIM
 ) -> Case:
-    """Beside what models/linear.py does with more rows than its limit."""
+    """Beside what model/linear.py does with more rows than its limit."""
     x, weight = (_draw(n, size, dtype=dtype, generator=generator) for n in (num_rows, size))
     stored = to_int8(weight)
     product = ops.linear(x, *stored)

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 
-from trimserve.models import huge_pages
+from trimserve.model import huge_pages
 
 __all__ = ["Floor", "bandwidth", "peak_extra_bytes", "stream", "time_milliseconds"]
 

@@ -13,10 +13,10 @@ from benchmarks.serve.models import UnderTest
 from benchmarks.serve.rivals import CacheBytes, Transformers
 from benchmarks.serve.service import GrpcTarget, Held, running_server
 from benchmarks.serve.workload import Item, Kind, draw_picture
+from trimserve.api.info import ModelInfo
 from trimserve.config import EngineConfig, ModelConfig
 from trimserve.engine.memory import prefill_scratch_bytes
-from trimserve.models.info import ModelInfo
-from trimserve.models.loading import load_model
+from trimserve.model.loading import load_model
 from trimserve.v1 import generation_pb2 as pb
 
 __all__ = ["CASES", "Account", "sglang_bytes"]

@@ -9,13 +9,14 @@ from pathlib import Path
 import torch
 
 from benchmarks.serve.workload import Item
+from trimserve.api.prompt import ChatPrompt, Image, Message, Text
+from trimserve.api.trim import TrimRequest
 from trimserve.config import EngineConfig, ModelConfig
 from trimserve.engine.kv_pool import KVPool
-from trimserve.models.interruptible import run_through
-from trimserve.models.loading import load_model
-from trimserve.models.mllama import Mllama
-from trimserve.models.prompt import ChatPrompt, Image, Message, Text
-from trimserve.models.trimming import TrimParams
+from trimserve.model.interruptible import run_through
+from trimserve.model.loading import load_model
+from trimserve.model.mllama import Mllama
+from trimserve.trimming.plan import TrimPlan
 
 __all__ = ["BareModel"]
 
@@ -63,8 +64,10 @@ def _load(folder: Path | None, num_threads: int) -> None:
 def _step_seconds(item: Item, max_kept_fraction: float | None, num_steps: int) -> list[float]:
     assert _model is not None
     info = _model.info
-    trim = TrimParams(
-        k_ratio=info.default_k_ratio, merge_ratio=info.default_merge_ratio, max_kept_fraction=max_kept_fraction
+    trim = TrimPlan(
+        TrimRequest(
+            k_ratio=info.default_k_ratio, merge_ratio=info.default_merge_ratio, max_kept_fraction=max_kept_fraction
+        )
     )
     images = [Image(image) for image in item.images]
     prompt = _model.prepare(ChatPrompt((Message("user", (*images, Text(item.question))),)))

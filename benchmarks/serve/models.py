@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Final, Literal
 
 from benchmarks.bench_model import max_kept_fraction, write_bench_model
-from trimserve.models.loading import embedded_model_folder
+from trimserve.model.loading import embedded_model_folder
 from trimserve.v1 import generation_pb2 as pb
 
 __all__ = ["MODELS", "ModelName", "UnderTest", "under_test"]

@@ -2,7 +2,7 @@
 
 from benchmarks.serve.account import sglang_bytes
 from trimserve.config import EngineConfig, ModelConfig
-from trimserve.models.loading import load_model
+from trimserve.model.loading import load_model
 
 
 def test_a_slot_of_sglang_spans_all_layers_and_an_image_takes_a_full_canvas() -> None:

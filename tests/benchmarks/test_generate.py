@@ -9,8 +9,8 @@ import torch
 from benchmarks import bench_generate
 from benchmarks.generate.floor import Floor, StepShape
 from benchmarks.generate.tables import generate_tables
-from tests.models.random_checkpoint import Geometry, save_random_checkpoint
-from trimserve.models.loading import embedded_model_folder
+from tests.model.random_checkpoint import Geometry, save_random_checkpoint
+from trimserve.model.loading import embedded_model_folder
 
 
 def test_every_phase_gets_its_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 from transformers import MllamaConfig
 
 from benchmarks.bench_gpu import SETTINGS, Plan, measure
-from tests.models.random_checkpoint import Geometry, save_random_checkpoint
+from tests.model.random_checkpoint import Geometry, save_random_checkpoint
 
 
 def test_both_engines_agree_and_every_phase_is_timed(tmp_path: Path) -> None:

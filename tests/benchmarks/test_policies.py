@@ -8,11 +8,10 @@ import pytest
 
 from benchmarks.policy_tables import MOST_OF_PREFILL, RECOMMENDED, later_layers, speed_by_policy
 from benchmarks.tune_policies import CANDIDATES, tuned
+from trimserve.api.trim import FixedRatio, TrimRequest
 from trimserve.evaluation.answers import Answer
 from trimserve.evaluation.dataset import Question
 from trimserve.evaluation.report import make_report
-from trimserve.models.policies.budget import FixedRatio
-from trimserve.models.trimming import TrimParams
 
 SPEED = Path(__file__).parents[2] / "benchmarks/results/policies/speed.json"
 
@@ -75,7 +74,7 @@ def test_the_best_mean_over_budgets_is_found_and_defaults_win_ties(tmp_path: Pat
         for value, right in zip(powers, image_rights[policy], strict=True):
             for share, is_right in zip((0.2, 0.5), right, strict=True):
                 parameters = {} if value is None else {parameter: value}
-                trims.append(TrimParams(policy=policy, parameters=parameters, budget=FixedRatio(share)))
+                trims.append(TrimRequest(policy=policy, parameters=parameters, budget=FixedRatio(share)))
                 row.append(Answer("yes" if is_right else "no", 10, 5, 0.1))
     questions = [Question(tmp_path / "a.png", "Is it?", "yes")]
     found = tuned(make_report(questions, [row], trims, run={}, model={}, data={}))

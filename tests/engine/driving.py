@@ -6,7 +6,8 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 from tests.engine.fake_model import FakeModel, request
-from trimserve.engine.request import GenerationChunk, GenerationRequest, TokenDelta
+from trimserve.api.chunks import GenerationChunk, TokenDelta
+from trimserve.api.request import GenerationRequest
 from trimserve.engine.runner import Runner
 
 __all__ = ["LONG", "Gate", "collect", "held_bytes", "running", "text", "tokens", "until"]

@@ -16,18 +16,19 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from torch import Tensor
 
+from trimserve.api.info import GenerationDefaults, ModelInfo
+from trimserve.api.prompt import Image, Prompt, RawPrompt, TokenPrompt
+from trimserve.api.request import GenerationRequest
+from trimserve.api.sampling import SamplingParams
+from trimserve.api.trim import TrimRequest
 from trimserve.engine.kv_pool import SequenceKV
 from trimserve.engine.model import Prefilled
-from trimserve.engine.request import GenerationRequest, SamplingParams
 from trimserve.errors import InvalidRequest
-from trimserve.models.encoded_image import EncodedImage, Observation
-from trimserve.models.images import PreparedImage
-from trimserve.models.info import GenerationDefaults, ModelInfo
-from trimserve.models.interruptible import Interruptible
-from trimserve.models.policies.table import POLICIES
-from trimserve.models.prepared import NamedImage, PreparedPrompt, TokenizedPrompt
-from trimserve.models.prompt import Image, Prompt, RawPrompt, TokenPrompt
-from trimserve.models.trimming import TrimParams
+from trimserve.model.images import PreparedImage
+from trimserve.model.interruptible import Interruptible
+from trimserve.model.prepared import NamedImage, PreparedPrompt, TokenizedPrompt
+from trimserve.trimming.encoded_image import EncodedImage, Observation
+from trimserve.trimming.policies.table import POLICIES
 
 __all__ = [
     "BREAKS_DECODE",
@@ -151,7 +152,7 @@ class FakeModel:
         return EncodedImage(torch.ones(num_features, 2), FEATURES_PER_TILE, 1, observed)
 
     def prefill(
-        self, prompt: PreparedPrompt, images: Sequence[EncodedImage], trim: TrimParams, kv: SequenceKV
+        self, prompt: PreparedPrompt, images: Sequence[EncodedImage], trim: TrimRequest, kv: SequenceKV
     ) -> Interruptible[Prefilled]:
         self.before_prefill()
         self.threads.add(threading.current_thread().name)
@@ -220,7 +221,7 @@ def request(prompt: str | Prompt, *, name: str = "r", priority: int = 0, **sampl
         request_id=name,
         prompt=RawPrompt(prompt) if isinstance(prompt, str) else prompt,
         sampling=SamplingParams(**sampling),  # type: ignore[arg-type]  # keywords of every type
-        trim=TrimParams(k_ratio=0.5),
+        trim=TrimRequest(k_ratio=0.5),
         priority=priority,
     )
 

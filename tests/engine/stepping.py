@@ -3,8 +3,9 @@
 import time
 
 from tests.engine.fake_model import FakeModel
+from trimserve.api.chunks import Finished, GenerationChunk, TokenDelta
+from trimserve.api.request import GenerationRequest
 from trimserve.engine.engine import Engine
-from trimserve.engine.request import Finished, GenerationChunk, GenerationRequest, TokenDelta
 from trimserve.engine.sequence import Sequence
 from trimserve.errors import TrimserveError
 

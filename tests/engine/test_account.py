@@ -9,14 +9,14 @@ from hypothesis import strategies as st
 
 from tests.engine.fake_model import IMAGE, FakeModel, request
 from tests.engine.stepping import alone, finished
+from trimserve.api.chunks import GenerationChunk, ImageUsage, Started
+from trimserve.api.prompt import Image, TokenPrompt
+from trimserve.api.trim import TrimRequest
 from trimserve.engine.engine import Engine
 from trimserve.engine.kv_pool import KVPool
 from trimserve.engine.model import Prefilled
-from trimserve.engine.request import GenerationChunk, ImageUsage, Started
 from trimserve.engine.sequence import account_cross_kv
 from trimserve.errors import TrimserveError
-from trimserve.models.prompt import Image, TokenPrompt
-from trimserve.models.trimming import TrimParams
 from trimserve.ops import PAGE_POSITIONS
 
 
@@ -53,7 +53,7 @@ def test_usage_names_padding_valid_and_kept_features_of_each_image() -> None:
 
 def test_merged_rows_are_held_and_counted_apart_from_kept_features() -> None:
     asked = request(TokenPrompt((IMAGE, IMAGE, 66), (Image(b"1"), Image(b"4"))))
-    output = alone(FakeModel(), replace(asked, trim=TrimParams(k_ratio=0.5, merge_ratio=0.7)))
+    output = alone(FakeModel(), replace(asked, trim=TrimRequest(k_ratio=0.5, merge_ratio=0.7)))
     assert isinstance(output[0], Started)
     assert output[0].images == (ImageUsage(15, 5, 3, 2), ImageUsage(0, 20, 10, 7))
     page = PAGE_POSITIONS * 3 * 8

@@ -7,14 +7,14 @@ import pytest
 
 from tests.engine.fake_model import IMAGE, FakeModel, request
 from tests.engine.stepping import Output, alone, finished, run, start, text
+from trimserve.api.chunks import Finished, Started
+from trimserve.api.prompt import Image, TokenPrompt
+from trimserve.api.trim import TrimRequest
 from trimserve.engine.engine import Engine
 from trimserve.engine.memory import prefill_scratch_bytes
-from trimserve.engine.request import Finished, Started
 from trimserve.engine.sequence import SequenceState
 from trimserve.engine.warm_up import warm_up
 from trimserve.errors import CheckpointError, DeadlinePassed, InvalidRequest
-from trimserve.models.prompt import Image, TokenPrompt
-from trimserve.models.trimming import TrimParams
 
 SCRATCH = prefill_scratch_bytes(FakeModel().info)
 PAGE = 16 * 8  # one layer of 16 positions: 2 self- and 3 cross-attention layers have no common divisor
@@ -145,7 +145,7 @@ def test_an_image_seen_before_is_not_encoded_again() -> None:
 def test_an_image_of_which_a_policy_needs_to_know_more_is_encoded_once_more() -> None:
     model = FakeModel()
     engine = Engine(model, max_batch=1, image_cache_bytes=2**20)
-    asked = [TrimParams(), TrimParams(policy="cls"), TrimParams(policy="vispruner"), TrimParams(policy="divprune")]
+    asked = [TrimRequest(), TrimRequest(policy="cls"), TrimRequest(policy="vispruner"), TrimRequest(policy="divprune")]
     run(engine, *(replace(request(images(2)), trim=trim) for trim in asked))
     assert model.encoded == [b"2", b"2"]
     assert (engine.image_cache.num_hits, engine.image_cache.num_misses) == (2, 2)

@@ -10,22 +10,24 @@ import pytest
 import torch
 from PIL import Image as PilImage
 
-from tests.models.random_checkpoint import Geometry, equip, save_random_checkpoint
+from tests.model.random_checkpoint import Geometry, equip, save_random_checkpoint
+from trimserve.api.chunks import Finished, GenerationChunk, Started, TokenDelta
+from trimserve.api.prompt import Image, RawPrompt
+from trimserve.api.request import GenerationRequest
+from trimserve.api.sampling import SamplingParams
+from trimserve.api.trim import TrimRequest
 from trimserve.config import Device, EngineConfig, ModelConfig
 from trimserve.engine.engine import Engine
-from trimserve.engine.request import Finished, GenerationChunk, GenerationRequest, SamplingParams, Started, TokenDelta
 from trimserve.engine.warm_up import warm_up
 from trimserve.errors import TrimserveError
-from trimserve.models.loading import load_model
-from trimserve.models.mllama import Mllama
-from trimserve.models.policies.table import POLICIES
-from trimserve.models.prompt import Image, RawPrompt
-from trimserve.models.trimming import TrimParams
+from trimserve.model.loading import load_model
+from trimserve.model.mllama import Mllama
+from trimserve.trimming.policies.table import POLICIES
 
 GEOMETRY = Geometry()
 GREEDY = SamplingParams(max_new_tokens=12, ignore_eos=True)
 SAMPLED = replace(GREEDY, temperature=0.8, top_k=40, top_p=0.9, repetition_penalty=1.2, num_top_logprobs=2, seed=5)
-UNTRIMMED = TrimParams(enabled=False)
+UNTRIMMED = TrimRequest(enabled=False)
 PARAMETERS = {"sparsevlm": {"recycle_ratio": 1.0, "cascade_ratio": 0.5}, "todre": {"late_exit_threshold": 1.0}}
 """Of policies that do more with them."""
 
@@ -55,8 +57,8 @@ TWO = RawPrompt("A pair<|image|><|image|>of images", (noise(2, 1, 1), noise(1, 2
 MIX = [
     GenerationRequest("text", RawPrompt("just a few words"), GREEDY, UNTRIMMED),
     GenerationRequest("untrimmed", RawPrompt("Look:<|image|>What is this?", (noise(2, 2, 3),)), GREEDY, UNTRIMMED),
-    GenerationRequest("trimmed", RawPrompt("Look:<|image|>What?", (noise(2, 2, 4),)), GREEDY, TrimParams(k_ratio=0.1)),
-    GenerationRequest("merged", TWO, SAMPLED, TrimParams(k_ratio=0.1, merge_ratio=0.2, return_selection=True)),
+    GenerationRequest("trimmed", RawPrompt("Look:<|image|>What?", (noise(2, 2, 4),)), GREEDY, TrimRequest(k_ratio=0.1)),
+    GenerationRequest("merged", TWO, SAMPLED, TrimRequest(k_ratio=0.1, merge_ratio=0.2, return_selection=True)),
     GenerationRequest("more text", RawPrompt("other words, and more"), SAMPLED, UNTRIMMED),
 ]
 
@@ -93,7 +95,7 @@ def test_every_tensor_is_made_on_a_device_that_is_named(folder: Path, tmp_path: 
     # On meta, tensors have no values: whatever is made there by default breaks what it meets.
     model = load_model(equip(ModelConfig(model=str(folder), device="cpu"), tmp_path / "codebook"), EngineConfig())
     parameters = PARAMETERS.get(policy, {})
-    trim = TrimParams(policy=policy, k_ratio=0.1, merge_ratio=0.2, return_selection=True, parameters=parameters)
+    trim = TrimRequest(policy=policy, k_ratio=0.1, merge_ratio=0.2, return_selection=True, parameters=parameters)
     requests = [GenerationRequest("a", TWO, SAMPLED, trim), MIX[0]]
     expected = generate(Engine(model, max_batch=2), *requests)
     assert generate(Engine(model, max_batch=2), *requests, default_device="meta") == expected

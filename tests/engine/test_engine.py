@@ -20,17 +20,12 @@ from tests.engine.fake_model import (
     request,
 )
 from tests.engine.stepping import Output, alone, deltas, finished, run, start, text
+from trimserve.api.chunks import Finished, FinishReason, GenerationChunk, Started
+from trimserve.api.prompt import Image, Prompt, RawPrompt, TokenPrompt
+from trimserve.api.request import GenerationRequest
 from trimserve.engine.engine import Engine
-from trimserve.engine.request import (
-    Finished,
-    FinishReason,
-    GenerationChunk,
-    GenerationRequest,
-    Started,
-)
 from trimserve.engine.sequence import Sequence, SequenceState
 from trimserve.errors import EngineBusy, InvalidRequest, RequestFailed, TrimserveError
-from trimserve.models.prompt import Image, Prompt, RawPrompt, TokenPrompt
 
 
 def test_the_first_chunk_is_started_the_last_is_finished_and_between_come_tokens() -> None:

@@ -9,7 +9,7 @@ import torch
 
 from tests.engine.fake_model import FakeModel
 from trimserve.engine.kv_pool import KVPool, PoolExhausted, SequenceKV
-from trimserve.models.key_values import BatchTables, FeatureTables, write_rows
+from trimserve.model.key_values import BatchTables, FeatureTables, write_rows
 
 # 4 self- and 2 cross-attention layers: a page holds 2 layers, so 2 groups of one kind and 1 of the other.
 INFO = replace(FakeModel().info, num_self_attention_layers=4, num_cross_attention_layers=2)

@@ -8,7 +8,7 @@ import pytest
 
 from tests.engine.driving import LONG, Gate, collect, held_bytes, running, text, until
 from tests.engine.fake_model import KILLS_THE_ENGINE, FakeModel, request
-from trimserve.engine.request import Finished, TokenDelta
+from trimserve.api.chunks import Finished, TokenDelta
 from trimserve.engine.runner import Runner
 from trimserve.errors import CheckpointError, EngineStopped, RequestFailed
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
+from trimserve.api.chunks import TokenDelta
 from trimserve.engine import outbox as module
 from trimserve.engine.outbox import Outbox
-from trimserve.engine.request import TokenDelta
 from trimserve.engine.stream import Stream
 from trimserve.errors import RequestFailed
 

@@ -10,11 +10,11 @@ import torch
 
 from tests.engine.driving import Gate, collect, running, text, until
 from tests.engine.fake_model import IMAGE, FakeModel, request
-from trimserve.engine.request import Started, TokenDelta
+from trimserve.api.chunks import Started, TokenDelta
+from trimserve.api.prompt import Image, TokenPrompt
 from trimserve.errors import EngineBusy, EngineStopped
-from trimserve.models.images import PreparedImage
-from trimserve.models.prepared import NamedImage
-from trimserve.models.prompt import Image, TokenPrompt
+from trimserve.model.images import PreparedImage
+from trimserve.model.prepared import NamedImage
 
 
 class _TrackedImage(Image):

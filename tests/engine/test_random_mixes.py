@@ -12,15 +12,15 @@ from dataclasses import replace
 import pytest
 
 from tests.engine.test_real_model import GREEDY, ONE, OTHER, SAMPLED, THREE, model, noise
+from trimserve.api.chunks import Finished, GenerationChunk, Started, TokenDelta
+from trimserve.api.prompt import RawPrompt
+from trimserve.api.request import GenerationRequest
+from trimserve.api.trim import FixedCount, FixedRatio, TopP, TrimRequest
 from trimserve.engine.engine import Engine
 from trimserve.engine.memory import prefill_scratch_bytes
-from trimserve.engine.request import Finished, GenerationChunk, GenerationRequest, Started, TokenDelta
 from trimserve.engine.sequence import Sequence
 from trimserve.errors import InvalidRequest, TrimserveError
-from trimserve.models.mllama import Mllama
-from trimserve.models.policies.budget import FixedCount, FixedRatio, TopP
-from trimserve.models.prompt import RawPrompt
-from trimserve.models.trimming import TrimParams
+from trimserve.model.mllama import Mllama
 
 __all__ = ["model"]  # the fixture
 
@@ -38,18 +38,18 @@ PROMPTS = (
     RawPrompt("First<|image|>one, then<|image|>another", (noise(1, 1, 6), noise(2, 2, 1))),
 )
 TRIMS = (
-    TrimParams(enabled=False),
-    TrimParams(k_ratio=0.1),
-    TrimParams(k_ratio=0.3, max_kept_fraction=0.4),
-    TrimParams(k_ratio=0.05, merge_ratio=0.2),
-    TrimParams(policy="strided", k_ratio=0.1),
-    TrimParams(policy="mmr", budget=FixedRatio(0.3), merge_ratio=0.1),
-    TrimParams(policy="sparsevlm", budget=TopP(0.7)),
-    TrimParams(policy="sparsevlm", budget=FixedCount(12), parameters={"recycle_ratio": 1.0}),
-    TrimParams(policy="cls", budget=FixedRatio(0.3)),
-    TrimParams(policy="divprune", merge_ratio=0.2),
-    TrimParams(policy="visiondrop", budget=FixedRatio(0.4)),
-    TrimParams(policy="pool"),
+    TrimRequest(enabled=False),
+    TrimRequest(k_ratio=0.1),
+    TrimRequest(k_ratio=0.3, max_kept_fraction=0.4),
+    TrimRequest(k_ratio=0.05, merge_ratio=0.2),
+    TrimRequest(policy="strided", k_ratio=0.1),
+    TrimRequest(policy="mmr", budget=FixedRatio(0.3), merge_ratio=0.1),
+    TrimRequest(policy="sparsevlm", budget=TopP(0.7)),
+    TrimRequest(policy="sparsevlm", budget=FixedCount(12), parameters={"recycle_ratio": 1.0}),
+    TrimRequest(policy="cls", budget=FixedRatio(0.3)),
+    TrimRequest(policy="divprune", merge_ratio=0.2),
+    TrimRequest(policy="visiondrop", budget=FixedRatio(0.4)),
+    TrimRequest(policy="pool"),
 )
 
 

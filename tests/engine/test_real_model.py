@@ -9,26 +9,21 @@ import numpy as np
 import pytest
 from PIL import Image as PilImage
 
-from tests.models.random_checkpoint import Geometry, save_random_checkpoint
+from tests.model.random_checkpoint import Geometry, save_random_checkpoint
+from trimserve.api.chunks import Finished, GenerationChunk, ImageSelection, Started, TokenDelta
+from trimserve.api.prompt import Image, RawPrompt
+from trimserve.api.request import GenerationRequest
+from trimserve.api.sampling import SamplingParams
+from trimserve.api.trim import FixedRatio, TrimRequest
 from trimserve.config import EngineConfig, ModelConfig
 from trimserve.engine.engine import Engine
-from trimserve.engine.request import (
-    Finished,
-    GenerationChunk,
-    GenerationRequest,
-    SamplingParams,
-    Started,
-    TokenDelta,
-)
 from trimserve.errors import TrimserveError
-from trimserve.models.encoded_image import Choice
-from trimserve.models.loading import load_model
-from trimserve.models.mllama import Mllama
-from trimserve.models.policies.budget import Allowance, FixedRatio
-from trimserve.models.policies.policy import Policy
-from trimserve.models.policies.table import POLICIES
-from trimserve.models.prompt import Image, RawPrompt
-from trimserve.models.trimming import ImageSelection, TrimParams
+from trimserve.model.loading import load_model
+from trimserve.model.mllama import Mllama
+from trimserve.trimming.budget import Allowance
+from trimserve.trimming.encoded_image import Choice
+from trimserve.trimming.policies.policy import Policy
+from trimserve.trimming.policies.table import POLICIES
 
 GEOMETRY = Geometry()
 NUM_NEW = 24
@@ -52,8 +47,8 @@ def noise(high: int, wide: int, seed: int) -> Image:
 
 GREEDY = SamplingParams(max_new_tokens=NUM_NEW, ignore_eos=True)
 SAMPLED = replace(GREEDY, temperature=1.0, top_p=0.95, repetition_penalty=1.2)
-UNTRIMMED = TrimParams(enabled=False, return_selection=True)
-TRIMMED = TrimParams(k_ratio=0.1, return_selection=True)
+UNTRIMMED = TrimRequest(enabled=False, return_selection=True)
+TRIMMED = TrimRequest(k_ratio=0.1, return_selection=True)
 
 ONE = RawPrompt("Look:<|image|>What is this?", (noise(2, 2, 1),))
 OTHER = RawPrompt("Look:<|image|>What is this?", (noise(2, 2, 2),))
@@ -146,7 +141,7 @@ def test_only_what_was_chosen_from_an_image_alone_serves_a_second_question_on_it
 
     monkeypatch.setattr(policy, "choose", watched)
     engine = Engine(model, max_batch=1, image_cache_bytes=2**22)
-    trim = TrimParams(policy=name, budget=FixedRatio(0.3), return_selection=True)
+    trim = TrimRequest(policy=name, budget=FixedRatio(0.3), return_selection=True)
     outputs: list[list[GenerationChunk | TrimserveError]] = [[], []]
     for text, output in zip(("What is this?", "How many are there?"), outputs, strict=True):
         request = GenerationRequest(text, RawPrompt(f"<|image|>{text}", ONE.images), GREEDY, trim)

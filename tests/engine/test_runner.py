@@ -15,9 +15,9 @@ from tests.engine.fake_model import (
     FakeModel,
     request,
 )
-from trimserve.engine.request import Finished, Started, TokenDelta
+from trimserve.api.chunks import Finished, Started, TokenDelta
+from trimserve.api.prompt import Image, RawPrompt, TokenPrompt
 from trimserve.errors import DeadlinePassed, EngineBusy, InvalidRequest, RequestFailed
-from trimserve.models.prompt import Image, RawPrompt, TokenPrompt
 
 
 async def test_chunks_arrive_in_order_and_say_the_reply() -> None:

@@ -1,6 +1,6 @@
 """What waits for a reader: in order, put together, and in messages of a bounded size."""
 
-from trimserve.engine.request import GenerationChunk, Started, TokenDelta, TokenLogprob
+from trimserve.api.chunks import GenerationChunk, Started, TokenDelta, TokenLogprob
 from trimserve.engine.stream import MOST_TOKENS, Stream
 from trimserve.errors import DeadlinePassed, TrimserveError
 

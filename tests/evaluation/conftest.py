@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.models.random_checkpoint import Geometry, save_random_checkpoint
+from tests.model.random_checkpoint import Geometry, save_random_checkpoint
 from trimserve.config import EngineConfig, ModelConfig
 from trimserve.evaluation.dataset import Question, load_questions
-from trimserve.models.loading import load_model
-from trimserve.models.mllama import Mllama
+from trimserve.model.loading import load_model
+from trimserve.model.mllama import Mllama
 
 QUESTIONS = ("What is this?", "How many?", "Red or blue?")
 

@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from trimserve.api.prompt import ChatPrompt, Image, Message, Text
+from trimserve.api.trim import TrimRequest
 from trimserve.client import Client
 from trimserve.config import ModelConfig
 from trimserve.engine.kv_pool import KVPool
@@ -17,16 +19,14 @@ from trimserve.evaluation.answers import UNTRIMMED, Answer
 from trimserve.evaluation.dataset import DatasetError, Question
 from trimserve.evaluation.in_process import InProcess
 from trimserve.evaluation.served import Served
-from trimserve.local import in_process_server
-from trimserve.models.interruptible import run_through
-from trimserve.models.mllama import Mllama
-from trimserve.models.policies.table import POLICIES
-from trimserve.models.prefilled import Prefilled
-from trimserve.models.prompt import ChatPrompt, Image, Message, Text
-from trimserve.models.trimming import TrimParams
+from trimserve.model.interruptible import run_through
+from trimserve.model.mllama import Mllama
+from trimserve.model.prefilled import Prefilled
+from trimserve.serve import in_process_server
+from trimserve.trimming.policies.table import POLICIES
 
-TRIMS = [TrimParams(policy=policy, k_ratio=0.2) for policy in ("trimmed", "random", "strided")]
-MERGED = TrimParams(k_ratio=0.1, merge_ratio=0.2)
+TRIMS = [TrimRequest(policy=policy, k_ratio=0.2) for policy in ("trimmed", "random", "strided")]
+MERGED = TrimRequest(k_ratio=0.1, merge_ratio=0.2)
 
 
 def answered(model: Mllama, questions: list[Question], batch: int = 64) -> list[list[Answer]]:
@@ -44,7 +44,7 @@ def rows(model: Mllama, questions: list[Question]) -> list[list[Answer]]:
     return answered(model, questions)
 
 
-def prefilled(model: Mllama, question: Question, trim: TrimParams) -> Prefilled:
+def prefilled(model: Mllama, question: Question, trim: TrimRequest) -> Prefilled:
     """What the model makes of one question alone."""
     parts = (Image(question.image.read_bytes()), Text(question.text))
     prompt = model.prepare(ChatPrompt((Message("user", parts),)))

@@ -14,9 +14,9 @@ from tests.server.test_tls import Files, server_config
 from trimserve.cli import app
 from trimserve.config import Config, ModelConfig
 from trimserve.evaluation.report import Report
-from trimserve.local import make_runner
-from trimserve.models.policies.table import POLICIES
+from trimserve.serve import make_runner
 from trimserve.server.app import InProcessServer
+from trimserve.trimming.policies.table import POLICIES
 
 AVAILABLE = [name for name, policy in POLICIES.items() if not policy.knob]
 """Policies of a model without guide and codebook."""

@@ -7,12 +7,11 @@ from typing import Any
 
 import pytest
 
+from trimserve.api.trim import FixedRatio, TrimRequest
 from trimserve.evaluation.answers import Answer
 from trimserve.evaluation.curve import MAX_PROBES, calibrate, measure_curve
 from trimserve.evaluation.dataset import Question
 from trimserve.evaluation.report import Report, Row
-from trimserve.models.policies.budget import FixedRatio
-from trimserve.models.trimming import TrimParams
 
 NUM_VALID = 100
 
@@ -22,7 +21,7 @@ class Known:
 
     def __init__(self) -> None:
         """Nothing is asked yet."""
-        self.asked: list[Sequence[TrimParams]] = []
+        self.asked: list[Sequence[TrimRequest]] = []
 
     @property
     def policies(self) -> Sequence[str]:
@@ -32,7 +31,7 @@ class Known:
         return {"model": "known", "revision": "0123456789abcdef"}
 
     def answers(
-        self, questions: Iterable[Question], trims: Sequence[TrimParams], *, max_new_tokens: int | None = None
+        self, questions: Iterable[Question], trims: Sequence[TrimRequest], *, max_new_tokens: int | None = None
     ) -> Iterator[list[Answer]]:
         self.asked.append(trims)
         self.max_new_tokens = max_new_tokens
@@ -60,7 +59,7 @@ def ten_questions(tmp_path: Path) -> list[Question]:
     return questions
 
 
-TRIMS = [TrimParams(policy=policy, k_ratio=k_ratio) for policy in ("trimmed", "random") for k_ratio in (0.2, 1.0)]
+TRIMS = [TrimRequest(policy=policy, k_ratio=k_ratio) for policy in ("trimmed", "random") for k_ratio in (0.2, 1.0)]
 
 
 def row(report: Report, policy: str, k_ratio: float, kind: str = "all") -> Row:
@@ -121,7 +120,7 @@ def test_a_comparison_is_drawn(ten_questions: list[Question], tmp_path: Path) ->
     from trimserve.evaluation.comparison import draw_comparison
 
     trims = [
-        TrimParams(policy=policy, budget=FixedRatio(share), merge_ratio=merge_ratio)
+        TrimRequest(policy=policy, budget=FixedRatio(share), merge_ratio=merge_ratio)
         for policy in ("random", "trimmed", "cls")
         for merge_ratio in (0.0, 0.1)
         for share in (0.2, 0.5)
@@ -140,7 +139,7 @@ def test_calibration_names_the_smallest_k_ratio_within_the_bound(
     ten_questions: list[Question], bound: float, k_ratio: float
 ) -> None:
     known = Known()
-    found = calibrate(known, ten_questions, bound + 1e-12, TrimParams())
+    found = calibrate(known, ten_questions, bound + 1e-12, TrimRequest())
     assert found.k_ratio == k_ratio
     assert known.max_new_tokens == 1
     assert len(found.probes) <= MAX_PROBES
@@ -152,4 +151,6 @@ def test_calibration_names_the_smallest_k_ratio_within_the_bound(
 
 def test_calibration_needs_no_answers(ten_questions: list[Question]) -> None:
     unlabelled = [Question(question.image, question.text) for question in ten_questions]
-    assert calibrate(Known(), unlabelled, 0.505, TrimParams()) == calibrate(Known(), ten_questions, 0.505, TrimParams())
+    assert calibrate(Known(), unlabelled, 0.505, TrimRequest()) == calibrate(
+        Known(), ten_questions, 0.505, TrimRequest()
+    )

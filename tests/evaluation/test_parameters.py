@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 
+from trimserve.api.info import ParameterInfo
+from trimserve.api.trim import TrimRequest
 from trimserve.evaluation.answers import Answer
 from trimserve.evaluation.dataset import Question
 from trimserve.evaluation.parameters import candidates, find_parameters, max_passes
-from trimserve.models.info import ParameterInfo
-from trimserve.models.trimming import TrimParams
 
-VFLOWOPT = TrimParams(policy="vflowopt")
+VFLOWOPT = TrimRequest(policy="vflowopt")
 QUESTIONS = [Question(Path("a.png"), str(number)) for number in range(3)]
 
 
@@ -31,7 +31,7 @@ class Ridge:
         return {}
 
     def answers(
-        self, questions: Iterable[Question], trims: Sequence[TrimParams], *, max_new_tokens: int | None = None
+        self, questions: Iterable[Question], trims: Sequence[TrimRequest], *, max_new_tokens: int | None = None
     ) -> Iterator[list[Answer]]:
         assert max_new_tokens == 1
         self.asked.append([dict(trim.parameters) for trim in trims])
@@ -68,7 +68,7 @@ def test_nothing_is_tried_twice() -> None:
 
 
 def test_the_search_begins_where_it_is_told_to() -> None:
-    trim = TrimParams(policy="vflowopt", parameters={"entropy_weight": 3.5})
+    trim = TrimRequest(policy="vflowopt", parameters={"entropy_weight": 3.5})
     found = find_parameters(Ridge(), QUESTIONS, trim, [0.2])
     assert found.probes[0].parameters == {"global_threshold": 30, "entropy_weight": 3.5}
 

@@ -13,9 +13,9 @@ from trimserve.config import EngineConfig, ModelConfig
 from trimserve.evaluation.dataset import DatasetError, Question
 from trimserve.evaluation.redundancy import find_prototypes, js_divergence, k_means
 from trimserve.evaluation.report import Report
-from trimserve.models.codebook import load_codebook
-from trimserve.models.loading import describe_model
-from trimserve.models.mllama import Mllama
+from trimserve.model.codebook import load_codebook
+from trimserve.model.loading import describe_model
+from trimserve.model.mllama import Mllama
 
 
 @pytest.mark.parametrize(

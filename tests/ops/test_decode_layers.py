@@ -1,4 +1,4 @@
-"""decode_layers: refusals. What it computes is held by tests/models/test_compiled_decode.py."""
+"""decode_layers: refusals. What it computes is held by tests/model/test_compiled_decode.py."""
 
 from typing import Any
 

@@ -6,13 +6,12 @@ from collections.abc import AsyncGenerator, Iterable
 from contextlib import suppress
 from enum import Enum, auto
 
-from trimserve.config import Config, EngineConfig, ServerConfig
-from trimserve.engine.request import (
+from trimserve.api.chunks import (
     CrossKvBytes,
     Finished,
     FinishReason,
     GenerationChunk,
-    GenerationRequest,
+    ImageSelection,
     ImageUsage,
     StageSpan,
     Started,
@@ -20,12 +19,13 @@ from trimserve.engine.request import (
     TokenDelta,
     TokenLogprob,
 )
-from trimserve.engine.status import EngineStatus, StepListener
+from trimserve.api.info import GenerationDefaults, ModelInfo
+from trimserve.api.request import GenerationRequest
+from trimserve.api.status import EngineStatus, StepListener
+from trimserve.config import Config, EngineConfig, ServerConfig
 from trimserve.errors import DeadlinePassed, EngineStopped
-from trimserve.models.info import GenerationDefaults, ModelInfo
-from trimserve.models.policies.table import POLICIES
-from trimserve.models.trimming import ImageSelection
-from trimserve.server.convert import to_generation_request
+from trimserve.server.grpc.convert import to_generation_request
+from trimserve.trimming.policies.table import POLICIES
 from trimserve.v1 import generation_pb2 as pb
 
 DEFAULTS = GenerationDefaults(

@@ -16,11 +16,11 @@ from transformers.models.mllama.image_processing_pil_mllama import MllamaImagePr
 
 from trimserve.client import Client, make_request
 from trimserve.config import Config, EngineConfig, ServerConfig
-from trimserve.local import make_runner
-from trimserve.models import processor
-from trimserve.models.images import PreparedImage, prepare_image
-from trimserve.models.trimming import scratch_bytes
+from trimserve.model import processor
+from trimserve.model.images import PreparedImage, prepare_image
+from trimserve.serve import make_runner
 from trimserve.server.app import InProcessServer
+from trimserve.trimming.plan import scratch_bytes
 from trimserve.v1 import generation_pb2 as pb
 from trimserve.v1 import generation_pb2_grpc
 

@@ -13,9 +13,9 @@ from prometheus_client import CollectorRegistry, Counter
 
 from tests.server.conftest import Loopback
 from tests.server.fakes import CHUNKS, CONFIG, DELTAS, FINISHED, STARTED, FakeRunner, Pause, Script, chat_request
+from trimserve.api.chunks import Started, TokenDelta
+from trimserve.api.status import EngineStatus
 from trimserve.config import Config, ServerConfig
-from trimserve.engine.request import Started, TokenDelta
-from trimserve.engine.status import EngineStatus
 from trimserve.errors import DeadlinePassed, EngineBusy, EngineStopped, RequestFailed
 from trimserve.server import app
 from trimserve.server.app import Server, running_server

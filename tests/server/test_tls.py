@@ -16,7 +16,7 @@ from tests.server.fakes import CHUNKS, FakeRunner, Pause, chat_request
 from trimserve.config import Config, ServerConfig
 from trimserve.errors import CredentialsError
 from trimserve.server.app import running_server
-from trimserve.server.responses import fold
+from trimserve.server.grpc.responses import fold
 from trimserve.v1 import generation_pb2_grpc
 
 YESTERDAY = datetime.now(UTC) - timedelta(days=1)

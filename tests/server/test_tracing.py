@@ -22,8 +22,8 @@ from trimserve import config
 from trimserve.client import make_request
 from trimserve.config import Config, EngineConfig, ServerConfig
 from trimserve.errors import RequestFailed
-from trimserve.local import make_runner
-from trimserve.models.loading import embedded_model_folder
+from trimserve.model.loading import embedded_model_folder
+from trimserve.serve import make_runner
 from trimserve.server.app import running_server
 from trimserve.server.logs import configure_logging
 from trimserve.v1 import generation_pb2 as pb

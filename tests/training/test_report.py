@@ -16,7 +16,7 @@ from trimserve.config import EngineConfig, ModelConfig
 from trimserve.evaluation.dataset import load_questions
 from trimserve.evaluation.in_process import InProcess
 from trimserve.evaluation.report import Report, Row
-from trimserve.models.loading import describe_model, load_model
+from trimserve.model.loading import describe_model, load_model
 
 FOLDER = Path(readme.__file__).parent
 REPORT = json.loads((FOLDER / "report.json").read_text())

@@ -14,24 +14,24 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from trimserve.engine.image_cache import ImageCache
+from trimserve.api.info import ModelInfo
+from trimserve.api.request import GenerationRequest
+from trimserve.api.status import StepListener
 from trimserve.engine.kv_pool import KVPool
 from trimserve.engine.memory import available_bytes, default_kv_cache_bytes, is_out_of_memory, prefill_scratch_bytes
 from trimserve.engine.model import Model
 from trimserve.engine.pace import Pace
 from trimserve.engine.preparation import Preparation
-from trimserve.engine.request import GenerationRequest
-from trimserve.engine.sampling import SampledToken, sample
 from trimserve.engine.scheduler import Scheduler
 from trimserve.engine.sequence import Sequence, Sink
-from trimserve.engine.status import StepListener
 from trimserve.errors import CheckpointError, DeadlinePassed, InvalidRequest, OutOfMemory, RequestFailed, TrimserveError
-from trimserve.models.encoded_image import EncodedImage, Observation
-from trimserve.models.info import ModelInfo
-from trimserve.models.interruptible import Interruptible
+from trimserve.executor.image_cache import ImageCache
+from trimserve.executor.sampling import SampledToken, sample
+from trimserve.model.interruptible import Interruptible
+from trimserve.trimming.encoded_image import EncodedImage, Observation
 
 if TYPE_CHECKING:  # loads transformers, which the engine does without
-    from trimserve.models.images import PreparedImage
+    from trimserve.model.images import PreparedImage
 
 __all__ = ["Engine"]
 

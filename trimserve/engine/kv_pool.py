@@ -2,7 +2,7 @@
 
     capacity = used + free, in whole pages, after any history
 
-Self- and cross-attention draw from the same pages (`models/key_values.py`), so there is no split to tune: what
+Self- and cross-attention draw from the same pages (`model/key_values.py`), so there is no split to tune: what
 trimming frees is room for another request. Text positions are reserved when a sequence is admitted (its prompt and
 its `max_new_tokens`, ADR-0003), cross-attention positions once selection has said how many rows stay. It knows
 nothing about requests.
@@ -15,9 +15,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from trimserve.models import huge_pages
-from trimserve.models.info import ModelInfo
-from trimserve.models.key_values import Tables, layers_per_page, num_pages
+from trimserve.api.info import ModelInfo
+from trimserve.model import huge_pages
+from trimserve.model.key_values import Tables, layers_per_page, num_pages
 from trimserve.ops import PAGE_POSITIONS
 
 __all__ = ["KVPool", "PoolExhausted", "SequenceKV"]

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import torch
 
-from trimserve.models.info import ModelInfo
-from trimserve.models.key_values import layers_per_page, num_pages
-from trimserve.models.trimming import scratch_bytes
+from trimserve.api.info import ModelInfo
+from trimserve.model.key_values import layers_per_page, num_pages
 from trimserve.ops import PAGE_POSITIONS
+from trimserve.trimming.plan import scratch_bytes
 
 __all__ = [
     "available_bytes",

@@ -1,4 +1,4 @@
-"""What the engine needs of a model: the seam that `models/mllama.py` fills, and a fake in tests."""
+"""What the engine needs of a model: the seam that `model/mllama.py` fills, and a fake in tests."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
@@ -6,17 +6,17 @@ from typing import TYPE_CHECKING, Protocol
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from trimserve.api.info import ModelInfo
+from trimserve.api.prompt import Prompt
 from trimserve.engine.kv_pool import SequenceKV
-from trimserve.models.encoded_image import EncodedImage, Observation
-from trimserve.models.info import ModelInfo
-from trimserve.models.interruptible import Interruptible
-from trimserve.models.prefilled import Prefilled
-from trimserve.models.prepared import NamedImage, PreparedPrompt, TokenizedPrompt
-from trimserve.models.prompt import Prompt
-from trimserve.models.trimming import TrimParams
+from trimserve.model.interruptible import Interruptible
+from trimserve.model.prefilled import Prefilled
+from trimserve.model.prepared import NamedImage, PreparedPrompt, TokenizedPrompt
+from trimserve.trimming.encoded_image import EncodedImage, Observation
+from trimserve.trimming.plan import TrimPlan
 
 if TYPE_CHECKING:  # loads transformers, which the engine does without
-    from trimserve.models.images import PreparedImage
+    from trimserve.model.images import PreparedImage
 
 __all__ = ["Model", "Prefilled", "PreparedPrompt"]
 
@@ -52,7 +52,7 @@ class Model(Protocol):
         """Visual features of an image, and what else is needed."""
 
     def prefill(
-        self, prompt: PreparedPrompt, images: Sequence[EncodedImage], trim: TrimParams, kv: SequenceKV
+        self, prompt: PreparedPrompt, images: Sequence[EncodedImage], trim: TrimPlan, kv: SequenceKV
     ) -> Interruptible[Prefilled]:
         """Run the prompt, fill `kv` and return the logits that follow it."""
 

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
-from trimserve.engine.request import GenerationChunk
+from trimserve.api.chunks import GenerationChunk
 from trimserve.engine.stream import Stream
 from trimserve.errors import RequestFailed, TrimserveError
 

@@ -9,16 +9,16 @@ from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from trimserve.api.chunks import StageSpan
+from trimserve.api.prompt import Prompt
 from trimserve.engine.memory import is_out_of_memory
 from trimserve.engine.model import Model
-from trimserve.engine.request import StageSpan
 from trimserve.engine.sequence import Sequence
 from trimserve.errors import InvalidRequest, OutOfMemory, RequestFailed, TrimserveError
-from trimserve.models.prepared import NamedImage, PreparedPrompt
-from trimserve.models.prompt import Prompt
+from trimserve.model.prepared import NamedImage, PreparedPrompt
 
 if TYPE_CHECKING:  # loads transformers, which the engine does without
-    from trimserve.models.images import PreparedImage
+    from trimserve.model.images import PreparedImage
 
 __all__ = ["Preparation", "why_not_prepared"]
 

@@ -17,21 +17,22 @@ from collections.abc import AsyncGenerator, Callable, Collection
 from contextlib import aclosing, suppress
 from functools import partial
 
+from trimserve.api.chunks import Finished, GenerationChunk
+from trimserve.api.info import ModelInfo
+from trimserve.api.request import GenerationRequest
+from trimserve.api.status import EngineStatus, StepListener
 from trimserve.engine.engine import Engine
 from trimserve.engine.lookahead import Lookahead, Ticket
 from trimserve.engine.memory import memory_by_kind
 from trimserve.engine.model import Model
 from trimserve.engine.outbox import Outbox, call_on
 from trimserve.engine.preparation import why_not_prepared
-from trimserve.engine.request import Finished, GenerationChunk, GenerationRequest
 from trimserve.engine.sequence import Sequence, SequenceState
-from trimserve.engine.status import EngineStatus, StepListener
 from trimserve.engine.stream import Stream
 from trimserve.engine.warm_up import warm_up
 from trimserve.engine.watchdog import hang
 from trimserve.engine.workers import Workers, in_daemon_thread, leave_behind
 from trimserve.errors import DeadlinePassed, EngineBusy, EngineStopped, TrimserveError
-from trimserve.models.info import ModelInfo
 
 __all__ = ["Runner"]
 

@@ -9,27 +9,27 @@ from enum import Enum
 
 from tokenizers import Tokenizer
 
-from trimserve.engine.detokenizer import Detokenizer
-from trimserve.engine.kv_pool import KVPool, SequenceKV
-from trimserve.engine.model import Prefilled, PreparedPrompt
-from trimserve.engine.request import (
+from trimserve.api.chunks import (
     CrossKvBytes,
     Finished,
     FinishReason,
     GenerationChunk,
-    GenerationRequest,
     ImageUsage,
-    SamplingParams,
     StageSpan,
     Started,
     Timings,
     TokenDelta,
 )
-from trimserve.engine.sampling import SampledToken, SamplingState
+from trimserve.api.info import ModelInfo
+from trimserve.api.request import GenerationRequest
+from trimserve.api.sampling import SamplingParams
+from trimserve.engine.detokenizer import Detokenizer
+from trimserve.engine.kv_pool import KVPool, SequenceKV
+from trimserve.engine.model import Prefilled, PreparedPrompt
 from trimserve.errors import InvalidRequest, TrimserveError
-from trimserve.models.info import ModelInfo
-from trimserve.models.trimming import max_rows
-from trimserve.models.visibility import visible_images
+from trimserve.executor.sampling import SampledToken, SamplingState
+from trimserve.model.visibility import visible_images
+from trimserve.trimming.plan import TrimPlan, max_rows
 
 __all__ = ["Sequence", "SequenceState", "Sink", "account_cross_kv"]
 
@@ -79,7 +79,7 @@ class Sequence:
         ends = () if params.ignore_eos else info.generation_defaults.eos_token_ids
         self.request_id = request.request_id
         self.priority = request.priority
-        self.trim = request.trim
+        self.trim = TrimPlan(request.trim)
         self.sink = sink
         self.submitted_at = submitted_at
         self.deadline = deadline

@@ -3,9 +3,9 @@
 import asyncio
 from dataclasses import dataclass, field
 
+from trimserve.api.chunks import GenerationChunk, TokenDelta
 from trimserve.engine.lookahead import Ticket
 from trimserve.engine.preparation import Preparation
-from trimserve.engine.request import GenerationChunk, TokenDelta
 from trimserve.engine.sequence import Sequence, SequenceState
 from trimserve.errors import TrimserveError
 

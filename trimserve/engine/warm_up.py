@@ -2,12 +2,14 @@
 
 import time
 
+from trimserve.api.chunks import GenerationChunk
+from trimserve.api.info import ModelInfo
+from trimserve.api.prompt import Image, TokenPrompt
+from trimserve.api.request import GenerationRequest
+from trimserve.api.sampling import SamplingParams
+from trimserve.api.trim import TrimRequest
 from trimserve.engine.engine import Engine
-from trimserve.engine.request import GenerationChunk, GenerationRequest, SamplingParams
 from trimserve.errors import CheckpointError, InvalidRequest, TrimserveError
-from trimserve.models.info import ModelInfo
-from trimserve.models.prompt import Image, TokenPrompt
-from trimserve.models.trimming import TrimParams
 
 __all__ = ["warm_up"]
 
@@ -47,5 +49,5 @@ def _request(info: ModelInfo) -> GenerationRequest:
         request_id="warm-up",
         prompt=TokenPrompt((info.image_token_id,), (Image(_ONE_PIXEL_PNG, "image/png"),)),
         sampling=SamplingParams(max_new_tokens=min(2, room), ignore_eos=True),
-        trim=TrimParams(k_ratio=info.default_k_ratio, merge_ratio=info.default_merge_ratio),
+        trim=TrimRequest(k_ratio=info.default_k_ratio, merge_ratio=info.default_merge_ratio),
     )

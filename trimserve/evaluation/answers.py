@@ -4,12 +4,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from trimserve.api.trim import TrimRequest
 from trimserve.evaluation.dataset import Question
-from trimserve.models.trimming import TrimParams
 
 __all__ = ["UNTRIMMED", "Answer", "Answerer"]
 
-UNTRIMMED = TrimParams(enabled=False)
+UNTRIMMED = TrimRequest(enabled=False)
 """What everything is compared with."""
 
 
@@ -34,13 +34,13 @@ class Answerer(Protocol):
 
     @property
     def policies(self) -> Sequence[str]:
-        """Names that `TrimParams.policy` takes here: those whose knob is set, or that need none."""
+        """Names that `TrimRequest.policy` takes here: those whose knob is set, or that need none."""
 
     def describe(self) -> dict[str, Any]:
         """The model and how it is reached, for reports."""
 
     def answers(
-        self, questions: Iterable[Question], trims: Sequence[TrimParams], *, max_new_tokens: int | None = None
+        self, questions: Iterable[Question], trims: Sequence[TrimRequest], *, max_new_tokens: int | None = None
     ) -> Iterator[list[Answer]]:
         """Answer questions under several ways of trimming.
 

@@ -43,8 +43,8 @@ def build(
     import torch
 
     from trimserve.evaluation.redundancy import find_prototypes
-    from trimserve.models.codebook import save_codebook
-    from trimserve.models.loading import load_model
+    from trimserve.model.codebook import save_codebook
+    from trimserve.model.loading import load_model
 
     questions = load_questions(data, limit=limit, need_answers=False)
     if num_threads is not None:

@@ -19,10 +19,10 @@ from trimserve.evaluation.dataset import ALL_KINDS, Question, describe_questions
 from trimserve.evaluation.progress import progress
 
 if TYPE_CHECKING:
+    from trimserve.api.trim import TrimRequest
     from trimserve.evaluation.answers import Answerer
     from trimserve.evaluation.parameters import Measure
     from trimserve.evaluation.report import Report
-    from trimserve.models.trimming import TrimParams
 
 __all__ = ["evaluate"]
 
@@ -87,7 +87,7 @@ def evaluate(
 def _compare(
     answerer: "Answerer",
     questions: Sequence[Question],
-    policies: Sequence["TrimParams"],
+    policies: Sequence["TrimRequest"],
     budgets: Sequence[float],
     out: Path,
     draw: Callable[["Report", Path], None],
@@ -108,7 +108,7 @@ def _compare(
 
 
 def _calibrate(
-    answerer: "Answerer", questions: Sequence[Question], trim: "TrimParams", max_kl: float, file: Path
+    answerer: "Answerer", questions: Sequence[Question], trim: "TrimRequest", max_kl: float, file: Path
 ) -> None:
     """Find the smallest k_ratio within the bound."""
     from trimserve.evaluation.curve import MAX_PROBES, calibrate
@@ -128,7 +128,7 @@ def _calibrate(
 def _calibrate_parameters(
     answerer: "Answerer",
     questions: Sequence[Question],
-    trim: "TrimParams",
+    trim: "TrimRequest",
     budgets: Sequence[float],
     measure: "Measure",
     file: Path,
@@ -183,7 +183,7 @@ def _answerer(
         import torch
 
         from trimserve.evaluation.in_process import InProcess
-        from trimserve.models.loading import load_model
+        from trimserve.model.loading import load_model
 
         if num_threads is not None:
             torch.set_num_threads(num_threads)

@@ -15,8 +15,8 @@ from matplotlib.ticker import PercentFormatter
 from trimserve.evaluation.dataset import ALL_KINDS
 from trimserve.evaluation.picture import INK, finish, put_title
 from trimserve.evaluation.report import UNTRIMMED_POLICY, Report, Row
-from trimserve.models.policies.policy import BeforeDecoder
-from trimserve.models.policies.table import POLICIES
+from trimserve.trimming.policies.policy import BeforeDecoder
+from trimserve.trimming.policies.table import POLICIES
 
 __all__ = ["draw_comparison"]
 

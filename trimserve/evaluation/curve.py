@@ -6,10 +6,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from trimserve.api.trim import TrimRequest
 from trimserve.evaluation.answers import Answer, Answerer
 from trimserve.evaluation.dataset import Question, describe_questions
 from trimserve.evaluation.report import Report, about_this_run, make_report
-from trimserve.models.trimming import TrimParams
+from trimserve.trimming.plan import TrimPlan
 
 __all__ = ["MAX_PROBES", "Calibration", "Probe", "calibrate", "measure_curve"]
 
@@ -44,7 +45,7 @@ class Calibration:
 def measure_curve(
     answerer: Answerer,
     questions: Sequence[Question],
-    trims: Sequence[TrimParams],
+    trims: Sequence[TrimRequest],
     *,
     on_question: Callable[[], None] = lambda: None,
 ) -> Report:
@@ -60,8 +61,8 @@ def measure_curve(
     Raises:
         DatasetError: the model refuses a question's image or text.
     """
-    asked = [trim for trim in trims if trim.can_drop]
-    columns = [asked.index(trim) + 1 if trim.can_drop else 0 for trim in trims]
+    asked = [trim for trim in trims if TrimPlan(trim).can_drop]
+    columns = [asked.index(trim) + 1 if TrimPlan(trim).can_drop else 0 for trim in trims]
     answers: list[list[Answer]] = []
     started_at = time.monotonic()
     for row in answerer.answers(questions, asked):
@@ -78,7 +79,7 @@ def calibrate(
     answerer: Answerer,
     questions: Sequence[Question],
     max_divergence: float,
-    trim: TrimParams,
+    trim: TrimRequest,
     *,
     on_question: Callable[[], None] = lambda: None,
 ) -> Calibration:
@@ -110,7 +111,7 @@ def calibrate(
 
 
 def _probe(
-    answerer: Answerer, questions: Sequence[Question], trim: TrimParams, on_question: Callable[[], None]
+    answerer: Answerer, questions: Sequence[Question], trim: TrimRequest, on_question: Callable[[], None]
 ) -> Probe:
     held, divergences = [], []
     for _, trimmed in answerer.answers(questions, [trim], max_new_tokens=1):

@@ -13,19 +13,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from trimserve.api.prompt import ChatPrompt, Image, Message, Text
+from trimserve.api.trim import TrimRequest
 from trimserve.engine.kv_pool import KVPool, SequenceKV
 from trimserve.engine.memory import available_bytes
 from trimserve.errors import InvalidRequest, RequestFailed
 from trimserve.evaluation.answers import UNTRIMMED, Answer
 from trimserve.evaluation.dataset import DatasetError, Question
 from trimserve.evaluation.metrics import cosine, kl_divergence
-from trimserve.models.decoder import SequenceRows
-from trimserve.models.encoded_image import EncodedImage, Observation
-from trimserve.models.interruptible import run_through
-from trimserve.models.mllama import Mllama
-from trimserve.models.processor import PreparedPrompt
-from trimserve.models.prompt import ChatPrompt, Image, Message, Text
-from trimserve.models.trimming import TrimParams
+from trimserve.model.decoder import SequenceRows
+from trimserve.model.interruptible import run_through
+from trimserve.model.mllama import Mllama
+from trimserve.model.processor import PreparedPrompt
+from trimserve.trimming.encoded_image import EncodedImage, Observation
+from trimserve.trimming.plan import TrimPlan
 
 __all__ = ["InProcess", "prepare_question"]
 
@@ -82,7 +83,7 @@ class InProcess:
         }
 
     def answers(
-        self, questions: Iterable[Question], trims: Sequence[TrimParams], *, max_new_tokens: int | None = None
+        self, questions: Iterable[Question], trims: Sequence[TrimRequest], *, max_new_tokens: int | None = None
     ) -> Iterator[list[Answer]]:
         """See `Answerer.answers`."""
         remaining = iter(questions)
@@ -97,12 +98,12 @@ class InProcess:
                 untrimmed = runs[first]
                 yield [self._answer(run, untrimmed) for run in runs[first : first + len(settings)]]
 
-    def _runs(self, question: Question, settings: Sequence[TrimParams], max_new_tokens: int | None) -> list[_Run]:
+    def _runs(self, question: Question, settings: Sequence[TrimRequest], max_new_tokens: int | None) -> list[_Run]:
         info = self._model.info
         prompt = prepare_question(self._model, question)
         room = info.max_model_len - len(prompt.token_ids)
         limit = min(room, max_new_tokens or info.generation_defaults.max_new_tokens)
-        needs = frozenset[Observation]().union(*(trim.needs for trim in settings))
+        needs = frozenset[Observation]().union(*(TrimPlan(trim).needs for trim in settings))
         if self._encoded is None or self._encoded[0] != question.image or self._encoded[1] != needs:
             encoded = [run_through(self._model.encode_image(image, needs)) for image in prompt.images]
             for image in encoded:
@@ -112,7 +113,7 @@ class InProcess:
         runs = []
         for trim in settings:
             kv = self._pool.allocate(len(prompt.token_ids) + limit)
-            rows = self._model.prompt_rows(prompt, images, trim, kv)
+            rows = self._model.prompt_rows(prompt, images, TrimPlan(trim), kv)
             num_valid = sum(image.num_features for image in images)
             runs.append(_Run(_source(question), prompt, rows, kv, num_valid, limit))
         return runs

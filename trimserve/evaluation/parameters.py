@@ -13,12 +13,12 @@ from typing import Literal
 
 import numpy as np
 
+from trimserve.api.info import ParameterInfo
+from trimserve.api.trim import TrimRequest
 from trimserve.evaluation.answers import Answerer
 from trimserve.evaluation.dataset import Question
 from trimserve.evaluation.settings import under
-from trimserve.models.info import ParameterInfo
-from trimserve.models.policies.table import POLICIES
-from trimserve.models.trimming import TrimParams
+from trimserve.trimming.policies.table import POLICIES
 
 __all__ = ["Found", "Measure", "Tried", "candidates", "find_parameters", "max_passes"]
 
@@ -75,7 +75,7 @@ def candidates(parameter: ParameterInfo) -> list[float]:
 def find_parameters(
     answerer: Answerer,
     questions: Sequence[Question],
-    trim: TrimParams,
+    trim: TrimRequest,
     budgets: Sequence[float],
     measure: Measure = "cosine",
     *,
@@ -119,7 +119,7 @@ def find_parameters(
 def _try(
     answerer: Answerer,
     questions: Sequence[Question],
-    trim: TrimParams,
+    trim: TrimRequest,
     asked: Sequence[dict[str, float]],
     budgets: Sequence[float],
     on_question: Callable[[], None],

@@ -23,12 +23,13 @@ from trimserve.engine.memory import available_bytes
 from trimserve.evaluation.answers import UNTRIMMED
 from trimserve.evaluation.dataset import DatasetError, Question
 from trimserve.evaluation.in_process import prepare_question
-from trimserve.models.decoder import SequenceRows
-from trimserve.models.encoded_image import EncodedImage
-from trimserve.models.interruptible import run_through
-from trimserve.models.mllama import Mllama
-from trimserve.models.policies.tiles import directions
-from trimserve.models.prepared import PreparedPrompt
+from trimserve.model.decoder import SequenceRows
+from trimserve.model.interruptible import run_through
+from trimserve.model.mllama import Mllama
+from trimserve.model.prepared import PreparedPrompt
+from trimserve.trimming.encoded_image import EncodedImage
+from trimserve.trimming.plan import TrimPlan
+from trimserve.trimming.policies.tiles import directions
 
 __all__ = ["find_prototypes", "js_divergence", "k_means"]
 
@@ -117,7 +118,7 @@ def _first_token(model: Mllama, pool: KVPool, prompt: PreparedPrompt, views: Seq
     length, size = len(prompt.token_ids), model.info.features_per_tile
     kvs = [pool.allocate(length) for _ in views]
     rows: list[SequenceRows] = [
-        model.prompt_rows(prompt, [EncodedImage(view, size)] if len(view) else [], UNTRIMMED, kv)
+        model.prompt_rows(prompt, [EncodedImage(view, size)] if len(view) else [], TrimPlan(UNTRIMMED), kv)
         for view, kv in zip(views, kvs, strict=True)
     ]
     logits = model.logits(rows, [*prompt.token_ids] * len(views))[length - 1 :: length]

@@ -19,11 +19,10 @@ import torch
 from numpy.typing import NDArray
 
 from trimserve import __version__
+from trimserve.api.trim import FixedRatio, TrimRequest
 from trimserve.evaluation.answers import Answer
 from trimserve.evaluation.dataset import ALL_KINDS, Question
 from trimserve.evaluation.metrics import Bootstrap, Estimate, is_match
-from trimserve.models.policies.budget import FixedRatio
-from trimserve.models.trimming import TrimParams
 
 __all__ = ["UNTRIMMED_POLICY", "Advantage", "Report", "Row", "about_this_run", "make_report", "variant"]
 
@@ -149,7 +148,7 @@ def variant(policy: str, parameters: Mapping[str, float]) -> str:
 def make_report(
     questions: Sequence[Question],
     answers: Sequence[Sequence[Answer]],
-    trims: Sequence[TrimParams],
+    trims: Sequence[TrimRequest],
     *,
     run: dict[str, Any],
     model: dict[str, Any],
@@ -273,7 +272,7 @@ class _Table:
         return float(self._kept[self._where[kind], column].mean())
 
 
-def _keep(trim: TrimParams) -> float | None:
+def _keep(trim: TrimRequest) -> float | None:
     return trim.budget.ratio if isinstance(trim.budget, FixedRatio) else None
 
 

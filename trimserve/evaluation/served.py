@@ -8,12 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from typing import Any
 
+from trimserve.api.trim import Budget, FixedCount, FixedRatio, Knee, TopP, TrimRequest
 from trimserve.client import Client, make_request
 from trimserve.evaluation.answers import UNTRIMMED, Answer
 from trimserve.evaluation.dataset import Question
 from trimserve.evaluation.metrics import top_kl_divergence
-from trimserve.models.policies.budget import Budget, FixedCount, FixedRatio, Knee, TopP
-from trimserve.models.trimming import TrimParams
 from trimserve.v1 import generation_pb2 as pb
 
 __all__ = ["Served"]
@@ -53,13 +52,13 @@ class Served:
         }
 
     def answers(
-        self, questions: Iterable[Question], trims: Sequence[TrimParams], *, max_new_tokens: int | None = None
+        self, questions: Iterable[Question], trims: Sequence[TrimRequest], *, max_new_tokens: int | None = None
     ) -> Iterator[list[Answer]]:
         """See `Answerer.answers`; what the server refuses is a `grpc.RpcError`."""
         settings = (UNTRIMMED, *trims)
         runs = ((question, trim) for question in questions for trim in settings)
 
-        def ask(run: tuple[Question, TrimParams]) -> pb.GenerateResponse:
+        def ask(run: tuple[Question, TrimRequest]) -> pb.GenerateResponse:
             return self._client.generate(_request(*run, max_new_tokens))
 
         with ThreadPoolExecutor(self._concurrency) as pool:
@@ -69,7 +68,7 @@ class Served:
                 yield [_answer(response, untrimmed) for response in group]
 
 
-def _request(question: Question, trim: TrimParams, max_new_tokens: int | None) -> pb.GenerateRequest:
+def _request(question: Question, trim: TrimRequest, max_new_tokens: int | None) -> pb.GenerateRequest:
     mode = pb.TRIM_MODE_ON if trim.enabled else pb.TRIM_MODE_OFF
     return make_request(
         question.text,

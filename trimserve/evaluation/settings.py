@@ -6,11 +6,10 @@ from dataclasses import replace
 
 import typer
 
+from trimserve.api.trim import FixedRatio, TrimRequest
 from trimserve.evaluation.options import ALL_POLICIES
-from trimserve.models.policies.budget import FixedRatio
-from trimserve.models.policies.policy import BeforeDecoder
-from trimserve.models.policies.table import POLICIES
-from trimserve.models.trimming import TrimParams
+from trimserve.trimming.policies.policy import BeforeDecoder
+from trimserve.trimming.policies.table import POLICIES
 
 __all__ = ["has_parameters", "parse_policies", "parse_ratios", "under"]
 
@@ -35,7 +34,7 @@ def parse_ratios(text: str, option: str, *, can_be_zero: bool = False) -> list[f
     return list(dict.fromkeys(ratios))
 
 
-def parse_policies(text: str, known: Sequence[str], *, is_kept: bool) -> list[TrimParams]:
+def parse_policies(text: str, known: Sequence[str], *, is_kept: bool) -> list[TrimRequest]:
     """Policies with their parameters, separated by commas, each once.
 
     Args:
@@ -51,12 +50,12 @@ def parse_policies(text: str, known: Sequence[str], *, is_kept: bool) -> list[Tr
     return [_policy(each, known, is_kept=is_kept) for each in dict.fromkeys(asked)]
 
 
-def has_parameters(trim: TrimParams) -> bool:
+def has_parameters(trim: TrimRequest) -> bool:
     """Whether its policy has any."""
     return bool(POLICIES[trim.policy].describe().parameters)
 
 
-def under(trim: TrimParams, budgets: Sequence[float], *, is_kept: bool) -> list[TrimParams]:
+def under(trim: TrimRequest, budgets: Sequence[float], *, is_kept: bool) -> list[TrimRequest]:
     """A policy under each of the budgets.
 
     Args:
@@ -71,13 +70,13 @@ def under(trim: TrimParams, budgets: Sequence[float], *, is_kept: bool) -> list[
     return [replace(trim, budget=FixedRatio(ratio)) for ratio in budgets]
 
 
-def _policy(text: str, known: Sequence[str], *, is_kept: bool) -> TrimParams:
+def _policy(text: str, known: Sequence[str], *, is_kept: bool) -> TrimRequest:
     name, *settings = text.split(":")
     if name not in known:
         raise typer.BadParameter(f"must be among {', '.join(known)}, got {name!r}", param_hint="--policies")
     if issubclass(POLICIES[name], BeforeDecoder) and not is_kept:
         raise typer.BadParameter(f"{name} chooses before any head looks: use --keep", param_hint="--policies")
-    return TrimParams(policy=name, parameters=dict(_parameter(name, setting) for setting in settings))
+    return TrimRequest(policy=name, parameters=dict(_parameter(name, setting) for setting in settings))
 
 
 def _parameter(policy: str, setting: str) -> tuple[str, float]:

@@ -21,21 +21,21 @@ import grpc
 from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from trimserve.api.status import EngineStatus
 from trimserve.config import Config
-from trimserve.engine.status import EngineStatus
 from trimserve.engine.watchdog import loop_watched
 from trimserve.errors import CannotListen, EngineStopped
 from trimserve.server.certificates import server_credentials
 from trimserve.server.gate import Gate
-from trimserve.server.health import Health
-from trimserve.server.interceptors import RpcInterceptor
+from trimserve.server.grpc.health import Health
+from trimserve.server.grpc.interceptors import RpcInterceptor
+from trimserve.server.grpc.service import SERVICES, GenerationService, ModelService
+from trimserve.server.grpc.transport import OTHER_RPCS, server_options
 from trimserve.server.logs import configure_logging
 from trimserve.server.metrics import Metrics
 from trimserve.server.metrics_http import MetricsServer, socket_family
 from trimserve.server.runner import Runner
-from trimserve.server.service import SERVICES, GenerationService, ModelService
 from trimserve.server.tracing import Tracing
-from trimserve.server.transport import OTHER_RPCS, server_options
 from trimserve.v1 import generation_pb2_grpc, model_pb2_grpc
 
 __all__ = ["InProcessServer", "Server", "running_server", "serve"]

@@ -17,10 +17,10 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Proc
 from prometheus_client.core import Metric
 
 from trimserve import __version__
-from trimserve.engine.status import EngineStatus
-from trimserve.models.info import ModelInfo
-from trimserve.models.policies.table import POLICIES
+from trimserve.api.info import ModelInfo
+from trimserve.api.status import EngineStatus
 from trimserve.server.tally import Counts, Tallies
+from trimserve.trimming.policies.table import POLICIES
 from trimserve.v1 import generation_pb2, model_pb2
 
 __all__ = ["NO_POLICY", "RPCS", "RPC_CODES", "STAGES", "Declared", "Metrics"]

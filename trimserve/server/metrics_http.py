@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 from prometheus_client import MetricsHandler
 
-from trimserve.engine.status import EngineStatus
+from trimserve.api.status import EngineStatus
 from trimserve.errors import EngineStopped
 from trimserve.server.metrics import Metrics
 

@@ -3,7 +3,8 @@
 import asyncio
 import time
 
-from trimserve.engine.request import Finished, GenerationChunk, GenerationRequest, StageSpan, Started, TokenDelta
+from trimserve.api.chunks import Finished, GenerationChunk, StageSpan, Started, TokenDelta
+from trimserve.api.request import GenerationRequest
 from trimserve.errors import DeadlinePassed, EngineBusy, EngineStopped, InvalidRequest, OutOfMemory, RequestFailed
 from trimserve.server.metrics import NO_POLICY, STAGES, Metrics
 from trimserve.server.tracing import current_trace

@@ -3,9 +3,10 @@
 from collections.abc import AsyncGenerator
 from typing import Protocol
 
-from trimserve.engine.request import GenerationChunk, GenerationRequest
-from trimserve.engine.status import EngineStatus, StepListener
-from trimserve.models.info import ModelInfo
+from trimserve.api.chunks import GenerationChunk
+from trimserve.api.info import ModelInfo
+from trimserve.api.request import GenerationRequest
+from trimserve.api.status import EngineStatus, StepListener
 
 __all__ = ["Runner"]
 

@@ -19,8 +19,8 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from trimserve.errors import CredentialsError, PermissionDenied, Unauthenticated
+from trimserve.server.grpc.service import SERVICES
 from trimserve.server.reloaded import Reloaded
-from trimserve.server.service import SERVICES
 
 __all__ = ["Caller", "Tokens"]
 

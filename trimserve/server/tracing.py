@@ -15,8 +15,8 @@ import grpc
 from grpc.aio import ServicerContext
 
 from trimserve import __version__
-from trimserve.engine.request import StageSpan
-from trimserve.server.deadline import Deadline
+from trimserve.api.chunks import StageSpan
+from trimserve.server.grpc.deadline import Deadline
 
 if TYPE_CHECKING:
     from opentelemetry.trace import Span, Tracer

@@ -1,0 +1,286 @@
+"""What loading accepts, what it refuses by name, and what it costs."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import MllamaConfig, MllamaForConditionalGeneration
+
+from tests.model.random_checkpoint import Geometry, save_random_checkpoint
+from trimserve import ops
+from trimserve.config import EngineConfig, ModelConfig
+from trimserve.errors import CheckpointError
+from trimserve.model.loading import describe_model, load_model
+from trimserve.model.mllama import Mllama
+from trimserve.model.weights import FUSED, fused_weight, load_weights
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """A folder that loads; tests break it."""
+    save_random_checkpoint(tmp_path, Geometry())
+    return tmp_path
+
+
+def load(folder: Path | str, **model_config: Any) -> Mllama:
+    """Load with defaults."""
+    return load_model(ModelConfig(model=str(folder), **model_config), EngineConfig())
+
+
+def edit_json(file: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Change a JSON file in place."""
+    content = json.loads(file.read_text())
+    change(content)
+    file.write_text(json.dumps(content))
+
+
+def weights(folder: Path) -> MllamaForConditionalGeneration:
+    """Only the weights."""
+    return load_weights(folder, MllamaConfig.from_pretrained(folder), torch.float32, torch.device("cpu"))
+
+
+def test_parameters_equal_those_that_transformers_loads(checkpoint: Path) -> None:
+    expected = dict(MllamaForConditionalGeneration.from_pretrained(checkpoint).named_parameters())
+    loaded = dict(weights(checkpoint).named_parameters())
+    assert loaded.keys() == expected.keys()
+    for name, parameter in loaded.items():
+        assert torch.equal(parameter, expected[name]), name
+
+
+def test_fused_weights_share_the_parameters_storage(checkpoint: Path) -> None:
+    layer = weights(checkpoint).model.language_model.layers[0]
+    qkv = fused_weight(layer.self_attn, FUSED["self_attn"])
+    parts = [getattr(layer.self_attn, name).weight for name in FUSED["self_attn"]]
+    assert torch.equal(qkv, torch.cat(list(parts)))
+    assert qkv.data_ptr() == parts[0].data_ptr()
+    assert qkv.untyped_storage().nbytes() == sum(part.numel() * part.element_size() for part in parts)
+
+
+def test_sharded_checkpoints_with_current_and_with_old_names_load(checkpoint: Path, tmp_path: Path) -> None:
+    sharded = tmp_path / "sharded"
+    MllamaForConditionalGeneration.from_pretrained(checkpoint).save_pretrained(sharded, max_shard_size="50KB")
+    assert len(list(sharded.glob("model-*.safetensors"))) > 1
+    tensors = load_file(checkpoint / "model.safetensors")
+    assert any(name.startswith("language_model.model.") for name in tensors)  # the names of Meta's checkpoints
+    renamed = {
+        name.replace("language_model.lm_head", "lm_head") if "lm_head" in name
+        else f"model.{name.replace('language_model.model', 'language_model')}": tensor
+        for name, tensor in tensors.items()
+    }  # fmt: skip
+    for folder in (sharded, checkpoint):
+        loaded = dict(weights(folder).named_parameters())
+        assert torch.equal(loaded["lm_head.weight"], tensors["language_model.lm_head.weight"])
+    save_file(renamed, checkpoint / "model.safetensors")
+    assert torch.equal(dict(weights(checkpoint).named_parameters())["lm_head.weight"], renamed["lm_head.weight"])
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        ("config.json", lambda c: c.update(model_type="llava"), "model_type must be mllama, got llava"),
+        (
+            "config.json",
+            lambda c: c.update(quantization_config={"quant_method": "bitsandbytes"}),
+            "quant_method bitsandbytes is not supported",
+        ),
+        ("config.json", lambda c: c.update(dtype="nonsense"), "nonsense"),
+        ("config.json", lambda c: c["text_config"].update(hidden_size="wide"), "wide"),
+        ("config.json", lambda c: c["text_config"].update(num_hidden_layers=6), "parameters are in no file"),
+        (
+            "config.json",
+            lambda c: c["text_config"].update(intermediate_size=64),
+            r"must be \[64, 64\], got \[64, 48\]",
+        ),
+        ("config.json", lambda c: c["text_config"].update(num_hidden_layers=4), "is not part of an Mllama"),
+        (
+            "preprocessor_config.json",
+            lambda c: c["size"].update(height=32, width=32),
+            "the vision config takes",
+        ),
+    ],
+)
+def test_a_checkpoint_that_cannot_be_honoured_is_refused_by_name(
+    checkpoint: Path, file: str, change: Callable[[dict[str, Any]], Any], message: str
+) -> None:
+    edit_json(checkpoint / file, change)
+    with pytest.raises(CheckpointError, match=message):
+        load(checkpoint)
+
+
+def test_an_adapter_is_refused(checkpoint: Path) -> None:
+    (checkpoint / "adapter_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="adapters are not supported"):
+        load(checkpoint)
+
+
+def test_only_safetensors_are_read(checkpoint: Path) -> None:
+    (checkpoint / "model.safetensors").rename(checkpoint / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="only safetensors"):
+        load(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("model.safetensors", b"", "not a complete safetensors file"),
+        ("model.safetensors", b"garbage" * 100, "not a complete safetensors file"),
+        ("model.safetensors.index.json", b"{", "not readable as JSON"),
+        ("model.safetensors.index.json", b"{}", "must have an object weight_map"),
+        ("config.json", b"\xff\xfe", "not readable as JSON"),
+        ("config.json", b"[]", "must be a JSON object, got list"),
+        ("trimserve.json", b'{"k_ratio": 5}', "k_ratio: .*less than or equal to 1, got 5"),
+        ("trimserve.json", b'{"merge_ratio": -1}', "merge_ratio: .*greater than or equal to 0, got -1"),
+        ("trimserve.json", b'{"k_ratio": "many"}', "k_ratio: .*valid number.*, got 'many'"),
+        ("generation_config.json", b'{"max_new_tokens": 0}', "max_new_tokens: .*, got 0"),
+        ("generation_config.json", b'{"temperature": -1}', "temperature: .*, got -1"),
+    ],
+)
+def test_a_broken_file_is_named(checkpoint: Path, file: str, content: bytes, message: str) -> None:
+    (checkpoint / file).write_bytes(content)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        load(checkpoint)
+    assert file in str(caught.value)
+
+
+def test_truncated_weights_are_refused(checkpoint: Path) -> None:
+    file = checkpoint / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    with pytest.raises(CheckpointError, match="not a complete safetensors file"):
+        load(checkpoint)
+
+
+def test_without_a_gpu_the_model_is_on_the_cpu_and_cuda_is_refused(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert load(checkpoint).info.device == "cpu"
+    with pytest.raises(CheckpointError, match="device cuda: torch sees no GPU"):
+        load(checkpoint, device="cuda")
+
+
+def test_a_gpu_is_taken_where_the_ops_are_built_for_it(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def device(**knobs: Any) -> str:
+        return describe_model(ModelConfig(model=str(checkpoint), **knobs), EngineConfig()).device
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(ops, "has_cuda_ops", lambda: True)
+    assert [device(), device(device="cuda"), device(device="cpu")] == ["cuda:0", "cuda:0", "cpu"]
+    assert device(device="cpu", quantize="int8") == "cpu"
+    with pytest.raises(CheckpointError, match="quantize int8 is for the CPU"):
+        device(quantize="int8")
+    monkeypatch.setattr(ops, "has_cuda_ops", lambda: False)
+    assert device() == "cpu"
+    with pytest.raises(CheckpointError, match="device cuda: the ops are built without CUDA"):
+        device(device="cuda")
+
+
+def test_a_null_quantization_config_is_none(checkpoint: Path) -> None:
+    edit_json(checkpoint / "config.json", lambda c: c.update(quantization_config=None))
+    assert load(checkpoint).info.vocab_size > 0
+
+
+def test_a_description_needs_no_weights_and_is_that_of_the_loaded_model(checkpoint: Path) -> None:
+    loaded = load(checkpoint).info
+    assert loaded.model_id == checkpoint.name
+    config = ModelConfig(model=str(checkpoint))
+    assert describe_model(config, EngineConfig()) == loaded
+    (checkpoint / "model.safetensors").write_bytes(b"")
+    assert describe_model(config, EngineConfig()).num_parameters == loaded.num_parameters
+
+
+def test_a_path_that_is_not_there_is_not_taken_for_a_hub_id() -> None:
+    with pytest.raises(CheckpointError, match=r"\./nope: no such folder"):
+        load("./nope")
+
+
+def test_a_folder_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(CheckpointError, match="no/such-model: neither a folder nor a hub model"):
+        load("no/such-model")
+
+
+def test_a_hub_id_loads_from_the_cache_at_its_revision(checkpoint: Path, tmp_path: Path) -> None:
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repository = tmp_path / "cache/hub/models--someone--a-model"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs/main").write_text(commit)
+    shutil.copytree(checkpoint, repository / "snapshots" / commit, ignore=shutil.ignore_patterns("cache"))
+    program = (
+        "from trimserve.config import EngineConfig, ModelConfig\n"
+        "from trimserve.model.loading import describe_model, load_model\n"
+        "info = load_model(ModelConfig(model='someone/a-model'), EngineConfig()).info\n"
+        "print(info.model_id, info.revision)"
+    )
+    environment = os.environ | {"HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout.split() == ["someone/a-model", commit]
+
+
+def test_a_context_past_the_checkpoints_is_refused(checkpoint: Path) -> None:
+    assert load(checkpoint, max_model_len=100).info.max_model_len == 100
+    with pytest.raises(CheckpointError, match=r"max_model_len must be at most 512, .* got 513"):
+        load(checkpoint, max_model_len=513)
+
+
+def test_the_revision_of_a_folder_changes_with_its_weights(checkpoint: Path) -> None:
+    before = load(checkpoint).info.revision
+    tensors = load_file(checkpoint / "model.safetensors")
+    tensors["language_model.lm_head.weight"] += 1
+    save_file(tensors, checkpoint / "model.safetensors")
+    assert load(checkpoint).info.revision != before
+
+
+def test_unset_sampling_follows_generation_config(checkpoint: Path) -> None:
+    greedy = load(checkpoint).info.generation_defaults
+    assert greedy.temperature == 0
+    assert len(greedy.eos_token_ids) > 1
+    edit_json(
+        checkpoint / "generation_config.json",
+        lambda c: c.update(do_sample=True, temperature=0.6, top_p=0.9, max_new_tokens=7),
+    )
+    sampled = load(checkpoint).info.generation_defaults
+    assert (sampled.temperature, sampled.top_p, sampled.max_new_tokens) == (0.6, 0.9, 7)
+
+
+def test_the_recommended_trimming_comes_from_the_knobs_then_the_checkpoint_then_the_paper(checkpoint: Path) -> None:
+    def defaults(**knobs: float) -> tuple[float, float]:
+        info = load(checkpoint, **knobs).info
+        return info.default_k_ratio, info.default_merge_ratio
+
+    assert defaults() == (0.2, 0.0)
+    (checkpoint / "trimserve.json").write_text('{"k_ratio": 0.35, "merge_ratio": 0.1}')
+    assert defaults() == (0.35, 0.1)
+    assert defaults(k_ratio=0.5, merge_ratio=0.0) == (0.5, 0.0)
+
+
+PEAK = """
+import pathlib, sys, torch
+from transformers import MllamaConfig
+from trimserve.model.weights import load_weights
+
+def peak():
+    return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) * 1024
+
+folder = pathlib.Path(sys.argv[1])
+config = MllamaConfig.from_pretrained(folder)
+torch.ones(1024, 1024) @ torch.ones(1024, 1024)
+before = peak()
+model = load_weights(folder, config, getattr(torch, sys.argv[2]), torch.device("cpu"))
+print((peak() - before) / sum(p.numel() * p.element_size() for p in model.parameters()))
+"""
+
+
+def test_loading_into_another_dtype_peaks_at_the_weights_and_15_percent(tmp_path: Path) -> None:
+    save_random_checkpoint(tmp_path, Geometry(num_kv_heads=4, heads_per_kv=4, head_dim=64, intermediate_size=4096))
+    command = [sys.executable, "-c", PEAK, str(tmp_path), "bfloat16"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert 0.9 < float(done.stdout) <= 1.15

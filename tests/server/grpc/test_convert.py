@@ -1,0 +1,348 @@
+"""From the wire to the engine: every bound, once here and once over the wire; every default."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import grpc
+import pytest
+from google.protobuf.descriptor_pb2 import FieldDescriptorProto
+from google.rpc import error_details_pb2
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from tests.server.conftest import Field, Loopback, rich_status
+from tests.server.fakes import DEFAULTS, chat_request, converted
+from trimserve.api.prompt import ChatPrompt, Image, Message, RawPrompt, Text, TokenPrompt
+from trimserve.api.sampling import SamplingParams
+from trimserve.api.trim import TrimRequest
+from trimserve.errors import InvalidRequest
+from trimserve.server.grpc.convert import (
+    BOUNDS,
+    MAX_LOGIT_BIASES,
+    MAX_REQUEST_ID_CHARS,
+    MAX_STOP_CHARS,
+    MAX_STOP_STRINGS,
+    MAX_STOP_TOKENS,
+)
+from trimserve.trimming.policies.table import POLICIES
+from trimserve.v1 import generation_pb2 as pb
+
+NAN, INF = float("nan"), float("inf")
+USER = pb.ROLE_USER
+
+
+@dataclass(frozen=True)
+class Bad:
+    """One field out of bounds, and what the error must say."""
+
+    field: str
+    bound: str
+    request: pb.GenerateRequest
+
+    def __str__(self) -> str:
+        return f"{self.field}: {self.bound}"
+
+
+def sampling(field: str, bound: str, **fields: object) -> Bad:
+    request = chat_request()
+    request.sampling.CopyFrom(pb.SamplingParams(**fields))  # type: ignore[arg-type]
+    return Bad(f"sampling.{field}", bound, request)
+
+
+def trim(field: str, bound: str, **fields: object) -> Bad:
+    request = chat_request()
+    request.trim.CopyFrom(pb.TrimOptions(**fields))  # type: ignore[arg-type]
+    return Bad(f"trim.{field}", bound, request)
+
+
+def chat(field: str, bound: str, *messages: pb.Message) -> Bad:
+    return Bad(f"chat.messages{field}", bound, pb.GenerateRequest(chat=pb.Chat(messages=messages)))
+
+
+def top(field: str, bound: str, **fields: object) -> Bad:
+    return Bad(field, bound, pb.GenerateRequest(**fields))  # type: ignore[arg-type]
+
+
+def parts(*parts: pb.Part) -> pb.Message:
+    return pb.Message(role=USER, parts=parts)
+
+
+def image(size: int) -> pb.Part:
+    return pb.Part(image=pb.Image(data=b"x" * size))
+
+
+TEXT = pb.Part(text="a")
+CHAT = chat_request().chat
+
+BAD = [
+    top("prompt", "one of chat, raw_prompt and prompt_token_ids, got none"),
+    top("request_id", "at most 128 of A-Z a-z 0-9 . _ : and -, got 129", chat=CHAT, request_id="x" * 129),
+    top("request_id", "starting 'a b'", chat=CHAT, request_id="a b"),
+    top("request_id", "starting 'a\\n'", chat=CHAT, request_id="a\n"),
+    top("priority", "[-1000, 1000], got 1001", chat=CHAT, priority=1001),
+    top("priority", "[-1000, 1000], got -1001", chat=CHAT, priority=-1001),
+    top("images", "empty beside chat, whose images are message parts, got 1", chat=CHAT, images=[pb.Image()]),
+    top("raw_prompt", "must not be empty", raw_prompt=""),
+    top("images", "at most 3 images, got 4", raw_prompt="a", images=[pb.Image(data=b"x")] * 4),
+    top("images[1].data", "1 to 1000 bytes, got 0", raw_prompt="a", images=[pb.Image(data=b"x"), pb.Image()]),
+    top("images[0].data", "1 to 1000 bytes, got 1001", raw_prompt="a", images=[pb.Image(data=b"x" * 1001)]),
+    top("prompt_token_ids.token_ids", "1 to 128 ids, got 0", prompt_token_ids=pb.TokenIds()),
+    top(
+        "prompt_token_ids.token_ids",
+        "1 to 128 ids, got 129",
+        prompt_token_ids=pb.TokenIds(token_ids=[1] * 129),
+    ),
+    top(
+        "prompt_token_ids.token_ids[1]",
+        "[0, 999], got 1001",
+        prompt_token_ids=pb.TokenIds(token_ids=[1, 1001]),
+    ),
+    chat("", "at least 1 message, got 0"),
+    chat("", "at most 3 images in all, got 4", parts(image(1), image(1)), parts(image(1), image(1))),
+    chat("[0].role", "ROLE_SYSTEM, ROLE_USER, ROLE_ASSISTANT, got 0", pb.Message(parts=[TEXT])),
+    chat("[1].role", "ROLE_ASSISTANT, got 9", parts(TEXT), pb.Message(role=9, parts=[TEXT])),  # type: ignore[arg-type]
+    chat("[0].parts", "at least 1 part, got 0", parts()),
+    chat("[0].parts[1]", "one of text and image, got neither", parts(TEXT, pb.Part())),
+    chat("[0].parts[0].image.data", "1 to 1000 bytes, got 0", parts(image(0))),
+    chat("[0].parts[1].image.data", "1 to 1000 bytes, got 1001", parts(TEXT, image(1001))),
+    sampling("max_new_tokens", "[1, 128], got 0", max_new_tokens=0),
+    sampling("max_new_tokens", "[1, 128], got 129", max_new_tokens=129),
+    sampling("min_new_tokens", "[0, 5], got 6", max_new_tokens=5, min_new_tokens=6),
+    sampling("min_new_tokens", "[0, 32], got 33", min_new_tokens=33),
+    *(sampling("temperature", f"[0, 100], got {value}", temperature=value) for value in (-0.1, 100.1, NAN, INF, -INF)),
+    *(sampling("top_p", f"(0, 1], got {value}", top_p=value) for value in (0.0, 1.1, NAN, INF)),
+    *(sampling("min_p", f"[0, 1], got {value}", min_p=value) for value in (-0.1, 1.1, NAN)),
+    *(
+        sampling("repetition_penalty", f"[0.01, 100], got {value}", repetition_penalty=value)
+        for value in (0.0, 1e-40, 0.0099, 100.5, NAN, INF)
+    ),
+    *(sampling("presence_penalty", f"[-2, 2], got {value}", presence_penalty=value) for value in (-2.1, 2.1, NAN, INF)),
+    *(
+        sampling("frequency_penalty", f"[-2, 2], got {value}", frequency_penalty=value)
+        for value in (-2.1, 2.1, NAN, INF)
+    ),
+    sampling("logit_bias[1000]", "[0, 999], got 1000", logit_bias={1000: 1.0}),
+    *(
+        sampling("logit_bias[7]", f"[-100, 100], got {value}", logit_bias={3: 1.0, 7: value})
+        for value in (-100.5, 100.5, NAN, -INF)
+    ),
+    sampling("logit_bias", "at most 1024 ids, got 1025", logit_bias=dict.fromkeys(range(1025), 1.0)),
+    sampling("stop_strings", "at most 16 strings, got 17", stop_strings=["a"] * 17),
+    sampling("stop_strings[1]", "1 to 256 characters, got 0", stop_strings=["a", ""]),
+    sampling("stop_strings[0]", "1 to 256 characters, got 257", stop_strings=["a" * 257]),
+    sampling("stop_token_ids", "at most 64 ids, got 65", stop_token_ids=[1] * 65),
+    sampling("stop_token_ids[1]", "[0, 999], got 1000", stop_token_ids=[999, 1000]),
+    sampling("num_top_logprobs", "[0, 20], got 21", num_top_logprobs=21),
+    trim("mode", "TRIM_MODE_OFF, got 7", mode=7),
+    trim("policy", f"one of {', '.join(POLICIES)}, got 'best'", policy="best"),
+    trim(
+        "budget",
+        "'divprune' takes (ratio, count), got knee",
+        policy="divprune",
+        budget=pb.Budget(knee=pb.Knee()),
+    ),
+    trim("budget", "policy 'pool' takes (none), got ratio", policy="pool", budget=pb.Budget(ratio=0.5)),
+    *(trim("budget.ratio", f"(0, 1], got {value}", budget=pb.Budget(ratio=value)) for value in (0.0, 1.5, NAN)),
+    *(trim("budget.top_p", f"(0, 1], got {value}", budget=pb.Budget(top_p=value)) for value in (0.0, 1.5, NAN)),
+    trim("budget.count", "[1, 4294967295], got 0", budget=pb.Budget(count=0)),
+    trim("parameters.hops", "of policy 'mmr' (relevance_weight)", policy="mmr", parameters=pb.PolicyParameters(hops=2)),
+    trim("parameters.hops", "of policy 'trimmed' (none)", parameters=pb.PolicyParameters(hops=2)),
+    trim("parameters.hops", "[1, 64], got 65", policy="gprune", parameters=pb.PolicyParameters(hops=65)),
+    trim("parameters.temperature", "(0, 10], got 0", policy="gprune", parameters=pb.PolicyParameters(temperature=0)),
+    *(trim("k_ratio", f"(0, 1], got {value}", k_ratio=value) for value in (0.0, -0.5, 1.5, NAN, INF)),
+    *(trim("merge_ratio", f"[0, 1], got {value}", merge_ratio=value) for value in (-0.1, 1.5, NAN, INF)),
+    *(trim("max_kept_fraction", f"(0, 1], got {value}", max_kept_fraction=value) for value in (0.0, 1.5, NAN, INF)),
+]
+
+
+@pytest.mark.parametrize("bad", BAD, ids=str)
+def test_a_bad_field_is_named_with_its_bound_and_value(bad: Bad) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        converted(bad.request)
+    assert caught.value.field == bad.field
+    assert bad.bound in caught.value.message
+
+
+async def test_every_bad_field_arrives_as_a_violation_and_the_server_answers_the_next_request(
+    loopback: Loopback,
+) -> None:
+    for bad in BAD:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await loopback.generation.Generate(bad.request)
+        assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT, bad
+        assert bad.bound in (caught.value.details() or ""), bad
+        request = error_details_pb2.BadRequest()
+        assert any(detail.Unpack(request) for detail in rich_status(caught.value).details), bad
+        (violation,) = request.field_violations
+        assert violation.field == bad.field
+        assert bad.bound in violation.description, bad
+        answer = await loopback.generation.Generate(chat_request())
+        assert answer.text, bad
+
+
+def test_unset_fields_mean_the_checkpoints_defaults() -> None:
+    request = converted(chat_request())
+    assert request.sampling == SamplingParams(
+        max_new_tokens=None,
+        temperature=DEFAULTS.temperature,
+        top_p=DEFAULTS.top_p,
+        top_k=DEFAULTS.top_k,
+        min_p=DEFAULTS.min_p,
+        repetition_penalty=DEFAULTS.repetition_penalty,
+        seed=request.sampling.seed,
+    )
+    assert request.trim == TrimRequest(enabled=True, policy="trimmed", k_ratio=0.2, merge_ratio=0.25)
+    assert request.priority == 0
+
+
+def test_zero_is_a_value_and_not_a_default() -> None:
+    request = chat_request()
+    zeros = pb.SamplingParams(temperature=0, top_k=0, min_p=0, seed=0, num_top_logprobs=0)
+    request.sampling.CopyFrom(zeros)
+    params = converted(request).sampling
+    assert (params.temperature, params.top_k, params.min_p, params.seed) == (0, 0, 0, 0)
+    assert params.num_top_logprobs == 0
+    request.trim.merge_ratio = 0
+    assert converted(request).trim.merge_ratio == 0
+
+
+def test_set_fields_arrive_unchanged() -> None:
+    request = chat_request()
+    request.request_id, request.priority = "a.b_c:1-2", -7
+    request.sampling.CopyFrom(
+        pb.SamplingParams(
+            max_new_tokens=128,
+            min_new_tokens=3,
+            ignore_eos=True,
+            temperature=0.7,
+            top_p=1.0,
+            top_k=2**32 - 1,
+            min_p=1.0,
+            repetition_penalty=1.3,
+            presence_penalty=-2,
+            frequency_penalty=2,
+            logit_bias={0: -100, 999: 100},
+            seed=2**64 - 1,
+            stop_strings=["\n", "a" * 256],
+            stop_token_ids=[0, 999],
+            num_top_logprobs=20,
+        )
+    )
+    request.trim.CopyFrom(
+        pb.TrimOptions(
+            mode=pb.TRIM_MODE_OFF,
+            policy="random",
+            k_ratio=0.3,
+            max_kept_fraction=1.0,
+            merge_ratio=1.0,
+            return_selection=True,
+        )
+    )
+    got = converted(request)
+    assert (got.request_id, got.priority) == ("a.b_c:1-2", -7)
+    assert got.sampling == SamplingParams(
+        max_new_tokens=128,
+        min_new_tokens=3,
+        ignore_eos=True,
+        temperature=0.7,
+        top_p=1.0,
+        top_k=2**32 - 1,
+        min_p=1.0,
+        repetition_penalty=1.3,
+        presence_penalty=-2.0,
+        frequency_penalty=2.0,
+        logit_bias={0: -100.0, 999: 100.0},
+        seed=2**64 - 1,
+        stop_strings=("\n", "a" * 256),
+        stop_token_ids=(0, 999),
+        num_top_logprobs=20,
+    )
+    assert got.trim == TrimRequest(
+        enabled=False, policy="random", k_ratio=0.3, max_kept_fraction=1.0, merge_ratio=1.0, return_selection=True
+    )
+
+
+def test_an_unset_seed_is_drawn_anew() -> None:
+    seeds = {converted(chat_request()).sampling.seed for _ in range(8)}
+    assert len(seeds) == 8
+    assert max(seeds) >= 2**48  # all 64 bits are drawn
+
+
+def test_chat_keeps_roles_and_the_order_of_parts() -> None:
+    messages = [
+        pb.Message(role=pb.ROLE_SYSTEM, parts=[pb.Part(text="be kind")]),
+        parts(image(3), pb.Part(text=""), image(5)),
+        pb.Message(role=pb.ROLE_ASSISTANT, parts=[TEXT]),
+    ]
+    assert converted(pb.GenerateRequest(chat=pb.Chat(messages=messages))).prompt == ChatPrompt(
+        (
+            Message("system", (Text("be kind"),)),
+            Message("user", (Image(b"xxx"), Text(""), Image(b"xxxxx"))),
+            Message("assistant", (Text("a"),)),
+        )
+    )
+
+
+@pytest.mark.parametrize(
+    ("fields", "prompt"),
+    [
+        ({"raw_prompt": "<|image|>?"}, lambda images: RawPrompt("<|image|>?", images)),
+        (
+            {"prompt_token_ids": pb.TokenIds(token_ids=[0, 999, 1000])},
+            lambda images: TokenPrompt((0, 999, 1000), images),
+        ),
+    ],
+    ids=["raw", "token ids"],
+)
+def test_raw_and_token_prompts_take_their_images_from_the_request(
+    fields: dict[str, object], prompt: Callable[[tuple[Image, ...]], object]
+) -> None:
+    images = [pb.Image(data=b"x", mime_type="image/png")]
+    request = pb.GenerateRequest(images=images, **fields)  # type: ignore[arg-type]
+    assert converted(request).prompt == prompt((Image(b"x", "image/png"),))
+
+
+SPELLED = {"sampling.logit_bias", "trim.budget.count"}
+"""Bounds that the protos tell in another way."""
+
+SAID = {
+    **{path: f"Range: {interval}." for path, interval in BOUNDS.items() if path not in SPELLED},
+    "trim.budget.count": "Range: [1, 2^32 - 1].",
+    "request_id": f"Range: at most {MAX_REQUEST_ID_CHARS} of ",
+    "sampling.logit_bias": f"Range: at most {MAX_LOGIT_BIASES} ids, each in [0, vocab_size), each bias in "
+    f"{BOUNDS['sampling.logit_bias']}.",
+    "sampling.stop_strings": f"Range: at most {MAX_STOP_STRINGS} strings of 1 to {MAX_STOP_CHARS} characters.",
+    "sampling.stop_token_ids": f"Range: at most {MAX_STOP_TOKENS} ids in [0, vocab_size).",
+}
+"""How the protos must tell the bounds of this code."""
+
+
+def test_the_protos_tell_the_same_bounds(said: dict[str, Field]) -> None:
+    for path, wanted in SAID.items():
+        assert wanted in said[path][1], path
+
+
+def test_every_value_of_a_request_tells_its_range(said: dict[str, Field]) -> None:
+    free = {FieldDescriptorProto.TYPE_BOOL, FieldDescriptorProto.TYPE_STRING, FieldDescriptorProto.TYPE_MESSAGE}
+    numbers = {path: comment for path, (field, comment) in said.items() if field.type not in free}
+    assert {"sampling.seed", "sampling.top_k", "trim.mode", "Image.data", "Message.role"} <= numbers.keys()
+    for path, comment in numbers.items():
+        assert "Range: " in comment, path
+
+
+@pytest.mark.parametrize("path", [path for path in BOUNDS if path.count(".") == 1 and path != "sampling.logit_bias"])
+@given(value=st.floats() | st.integers(0, 30).map(float))
+def test_a_number_is_taken_exactly_when_it_is_within_its_bounds(path: str, value: float) -> None:
+    section, _, field = path.partition(".")
+    request = chat_request()
+    if field == "num_top_logprobs":
+        assume(value.is_integer() and 0 <= value < 2**32)
+        value = int(value)
+    setattr(getattr(request, section), field, value)
+    interval = BOUNDS[path]
+    is_within = interval.low <= value <= interval.high and not (interval.is_low_open and value == interval.low)
+    if is_within:
+        assert getattr(getattr(converted(request), section), field) == value
+    else:
+        with pytest.raises(InvalidRequest, match=f"^{path}: must be in"):
+            converted(request)

@@ -1,0 +1,66 @@
+"""What choosing takes for a while is what the engine sets aside for it."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks.ops.measure import peak_extra_bytes
+from trimserve.api.trim import FixedRatio
+from trimserve.trimming.budget import Allowance
+from trimserve.trimming.encoded_image import EncodedImage, Observation
+from trimserve.trimming.merging import group_dropped
+from trimserve.trimming.plan import scratch_bytes
+from trimserve.trimming.policies.policy import AfterFirstLayer, BeforeDecoder, FirstLayer, Policy
+from trimserve.trimming.policies.sparsevlm import SparseVLM
+from trimserve.trimming.policies.table import POLICIES
+
+TILES, SIZE, WIDTH = 4, 785, 512
+"""A tile of 28 x 28 patches."""
+
+NOISE = 5 * 2**20
+"""Of resident memory, which moves in pages and by what the allocator holds back."""
+
+
+def features() -> Tensor:
+    return torch.randn(TILES * SIZE, WIDTH, generator=torch.Generator().manual_seed(0))
+
+
+def encoded() -> EncodedImage:
+    rows = features()
+    observed: dict[Observation, Tensor] = {
+        "class_attention": rows[:, :3].T.softmax(dim=1),
+        "vision_attention": rows[:, :256].view(len(rows), 2, 2, 64).permute(1, 0, 2, 3),
+        "vision_states": rows.view(len(rows), 2, -1).transpose(0, 1),
+        "patch_entropy": rows[:, 0].abs(),
+    }
+    return EncodedImage(rows, SIZE, 2, observed, prototypes=rows[:64])
+
+
+def layer() -> FirstLayer:
+    rows = features()
+    seen = torch.tensor([[0, len(rows)]] * 16, dtype=torch.int32)
+    return FirstLayer(rows[:16].view(16, 8, 64), rows[:, :128].view(-1, 2, 64), rows, seen, 0.1, (len(rows),), SIZE)
+
+
+@pytest.mark.parametrize("policy", [*(policy() for policy in POLICIES.values()), SparseVLM(recycle_ratio=1.0)], ids=str)
+def test_a_policy_takes_no_more_than_is_set_aside(policy: Policy) -> None:
+    allowance = Allowance(FixedRatio(0.1))
+    if isinstance(policy, BeforeDecoder):
+        image = encoded()
+        taken = peak_extra_bytes(lambda: policy.choose(image, allowance).kept)
+    else:
+        assert isinstance(policy, AfterFirstLayer)
+        [seen] = layer().images()
+        taken = peak_extra_bytes(lambda: policy.choose(seen, allowance).kept)
+    assert_set_aside(taken)
+
+
+def test_merging_takes_no_more_than_is_set_aside() -> None:
+    rows, kept = features(), torch.arange(0, TILES * SIZE, 10)
+    assert_set_aside(peak_extra_bytes(lambda: group_dropped(rows[:, None], kept, (TILES * SIZE,), SIZE, 0.1).members))
+
+
+def assert_set_aside(taken: int | None) -> None:
+    if taken is None:
+        pytest.skip("this system does not tell peak memory")
+    assert taken <= scratch_bytes(TILES, SIZE, WIDTH) + NOISE

@@ -1,0 +1,187 @@
+"""What a request answers, chunk by chunk; a unary answer is a fold over them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from itertools import chain
+
+__all__ = [
+    "CrossKvBytes",
+    "FinishReason",
+    "Finished",
+    "GenerationChunk",
+    "ImageSelection",
+    "ImageUsage",
+    "StageSpan",
+    "Started",
+    "Timings",
+    "TokenDelta",
+    "TokenLogprob",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class ImageSelection:
+    """What was kept of one image, for people and tools that want to see it.
+
+    Feature n of an image: tile n // features_per_tile (row-major on the tile grid), and within the tile 0 is the
+    class token and 1 + row * patches_per_side + column a patch. A bitmap has bit n % 8 (least significant first)
+    of byte n // 8 set where feature n is in.
+    """
+
+    tiles_high: int
+    tiles_wide: int
+    features_per_tile: int
+    content_height: int
+    """Pixels of the tile canvas that the resized image covers, from the top; the rest is padding."""
+    content_width: int
+    """The same from the left."""
+    kept: bytes
+    """Bitmap of the kept features."""
+    picks_by_head: tuple[bytes, ...]
+    """Bitmap of each query head's picks in the first cross-attention layer; empty when trimming is off and for the
+    policies that ask no head."""
+
+
+@dataclass(frozen=True, slots=True)
+class ImageUsage:
+    """Visual features of one image."""
+
+    padding_features: int
+    """Features of padding tiles: never projected, cached or attended to (lossless)."""
+    valid_features: int
+    """Features of real tiles: what an untrimmed request holds."""
+    kept_features: int
+    """Features chosen to stay as they are; equal to `valid_features` when trimming is off."""
+    merged_features: int = 0
+    """Rows that the other features were merged into; 0 when they were dropped."""
+    layer_rows: tuple[int, ...] = ()
+    """Rows that stand for the image in each cross-attention layer; empty when that is `held_rows` in all of them."""
+
+    @property
+    def held_rows(self) -> int:
+        """Rows that stand for the image after the first selection; over `valid_features`, the kept fraction."""
+        return self.kept_features + self.merged_features
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """Log-probabilities at one generated position: the model's own, before penalties and filters."""
+
+    logprob: float
+    """Of the drawn token, natural logarithm."""
+    top: tuple[tuple[int, float], ...]
+    """(token id, logprob) of the most likely tokens, best first."""
+
+
+@dataclass(frozen=True, slots=True)
+class StageSpan:
+    """From when until when a stage of one request lasted, as `time.monotonic()`; it may lie within another."""
+
+    stage: str
+    """queue, image_decode, vision_encode, prefill, trim_select or trim_gather."""
+    begin: float
+    end: float
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """First chunk: prefill is done, the kept set is known."""
+
+    request_id: str
+    num_prompt_tokens: int
+    images: tuple[ImageUsage, ...]
+    seed: int
+    """The seed in use, also when the server drew it: send it again to get the same tokens."""
+    selections: tuple[ImageSelection, ...] = ()
+    """One per image when the request asked for `return_selection`."""
+    spans: tuple[StageSpan, ...] = field(default=(), compare=False)
+    """Of every stage until now; the last is prefill."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenDelta:
+    """New text and the tokens it came from.
+
+    `text` may be empty while a code point or a stop string is incomplete.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...] = ()
+    """One per token when the request asked for logprobs."""
+
+    @classmethod
+    def joined(cls, deltas: Sequence["TokenDelta"]) -> "TokenDelta":
+        """Several that follow each other as one."""
+        return cls(
+            "".join(delta.text for delta in deltas),
+            tuple(chain.from_iterable(delta.token_ids for delta in deltas)),
+            tuple(chain.from_iterable(delta.logprobs for delta in deltas)),
+        )
+
+
+class FinishReason(Enum):
+    """Why generation ended. Cancellation and deadlines end a request by an exception instead."""
+
+    STOP = "stop"
+    """An end token, a stop token or a stop string."""
+    LENGTH = "length"
+    """`max_new_tokens` came first."""
+
+
+@dataclass(frozen=True, slots=True)
+class CrossKvBytes:
+    """Cross-attention KV of one request over all cross-attention layers, in bytes of whole pages.
+
+    padded = held + saved_by_padding + saved_by_trimming + saved_by_visibility, exactly.
+    """
+
+    untrimmed: int
+    """What the valid features of every image would take."""
+    held: int
+    """What the request holds while it decodes."""
+    saved_by_padding: int
+    """Lossless: padding tiles, which transformers projects and caches."""
+    saved_by_trimming: int
+    """Lossy: features that were dropped or merged."""
+    saved_by_visibility: int
+    """Lossless: images that the last prompt row, and so every generated token, does not see."""
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Seconds that each stage of one request took."""
+
+    queue_seconds: float
+    preprocess_seconds: float
+    """Tokenising, and `image_decode_seconds`."""
+    vision_seconds: float
+    prefill_seconds: float
+    decode_seconds: float
+    time_to_first_token_seconds: float
+    total_seconds: float
+    image_decode_seconds: float = 0.0
+    """Decoding and resizing; a part of `preprocess_seconds`."""
+    trim_select_seconds: float = 0.0
+    """Scoring features and choosing among them; a part of `prefill_seconds`."""
+    trim_gather_seconds: float = 0.0
+    """Gathering and merging what was chosen; a part of `prefill_seconds`."""
+    detokenize_seconds: float = 0.0
+    """From tokens to text; a part of `decode_seconds`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """Last chunk."""
+
+    reason: FinishReason
+    matched_stop: str | int | None
+    """The stop string or the token id that ended generation; None when the reason is LENGTH."""
+    num_prompt_tokens: int
+    num_generated_tokens: int
+    cross_kv: CrossKvBytes
+    timings: Timings
+
+
+GenerationChunk = Started | TokenDelta | Finished

@@ -1,0 +1,63 @@
+"""Linear layers as functions of rows: how their weights are stored is known here alone."""
+
+from dataclasses import dataclass
+from math import inf
+from typing import Final
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from trimserve import ops
+from trimserve.model.int8 import int8_linear
+from trimserve.model.weights import fused_scales, fused_weight
+
+__all__ = ["Linear", "linear"]
+
+_MOST_ROWS: Final = {torch.float32: 512, torch.float16: 512, torch.bfloat16: 16}
+"""Up to so many rows `ops.linear` is taken on a CPU: it was faster there than torch, whose bfloat16 products catch up
+first (`benchmarks/results/ops.json`, with rows up to these and, of bfloat16, beyond)."""
+
+_MOST_ROWS_OF_INT8: Final = {torch.float32: inf, torch.float16: inf, torch.bfloat16: 32}
+"""The same of int8 weights, beside making them floats (`int8_linear`)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Linear:
+    """Rows [R, columns] times the weights of one or several linear layers, [R, outputs], with its bias."""
+
+    weight: Tensor
+    """[outputs, columns], contiguous; of the rows' dtype, or int8."""
+    scales: Tensor | None = None
+    """float32 [outputs] of int8 weights, see `int8.py`."""
+    bias: Tensor | None = None
+    """[outputs]"""
+
+    def __call__(self, rows: Tensor, /) -> Tensor:
+        """The outputs of all layers, one after another."""
+        if len(rows) <= self.most_rows(rows.dtype):
+            product = ops.linear(rows, self.weight, self.scales)
+        elif self.scales is None:
+            return F.linear(rows, self.weight, self.bias)
+        else:
+            product = int8_linear(rows, self.weight, self.scales)
+        return product if self.bias is None else product.add_(self.bias)
+
+    def most_rows(self, dtype: torch.dtype) -> float:
+        """Up to so many rows of a dtype `ops.linear` is faster than torch."""
+        if self.weight.device.type != "cpu":
+            return 0
+        return (_MOST_ROWS if self.scales is None else _MOST_ROWS_OF_INT8)[dtype]
+
+
+def linear(module: nn.Module, *names: str) -> Linear:
+    """The linear layers `names` of a module as one, as `weights.load_weights` has stored them.
+
+    Args:
+        module: a part of the model.
+        names: one name, or several without biases whose weights are rows of one tensor, see `weights.FUSED`.
+    """
+    weight = fused_weight(module, names)
+    first = module.get_submodule(names[0])
+    assert isinstance(first, nn.Linear)
+    return Linear(weight, fused_scales(module, names) if weight.dtype == torch.int8 else None, first.bias)

@@ -1,0 +1,187 @@
+"""From a checkpoint to a model that is ready to serve, or only to a description of it."""
+
+from dataclasses import replace
+
+import torch
+
+from trimserve import ops
+from trimserve.api.info import GenerationDefaults, ModelInfo
+from trimserve.config import Device, EngineConfig, ModelConfig, Quantize
+from trimserve.errors import CheckpointError
+from trimserve.model.checkpoint import (
+    EMBEDDED_MODEL,
+    Checkpoint,
+    embedded_model_folder,
+    open_checkpoint,
+    text_config,
+    vision_config,
+)
+from trimserve.model.codebook import load_codebook
+from trimserve.model.mllama import Mllama
+from trimserve.model.processor import Processor
+from trimserve.model.vision import vision_scratch_bytes
+from trimserve.model.weights import empty_model, load_weights, weight_bytes
+from trimserve.trimming.policies.table import POLICIES
+
+__all__ = ["EMBEDDED_MODEL", "describe_checkpoint", "describe_model", "embedded_model_folder", "load_model"]
+
+
+def describe_model(config: ModelConfig, limits: EngineConfig) -> ModelInfo:
+    """Describe a checkpoint, and its guide, from their small files; weights are not read.
+
+    Args:
+        config: which one, and how it would be read.
+        limits: bounds of a request's images and tokens.
+    Raises:
+        CheckpointError: not found, not an Mllama, something that cannot be honoured, such as a device that is not
+            there, or a codebook or a guide that does not fit.
+    """
+    info = describe_checkpoint(open_checkpoint(config.model, config.revision, with_weights=False), config, limits)
+    if config.codebook is not None:
+        load_codebook(config.codebook, info, config.intermediate_features)
+    return info
+
+
+def load_model(config: ModelConfig, limits: EngineConfig) -> Mllama:
+    """Load a checkpoint, with its guide and codebook.
+
+    Args:
+        config: which one, and how.
+        limits: bounds of a request's images and tokens.
+    Returns:
+        The model on its device.
+    Raises:
+        CheckpointError: as `describe_model`, or weights that are missing, broken or not in safetensors.
+    """
+    checkpoint = open_checkpoint(config.model, config.revision, with_weights=True)
+    info = describe_checkpoint(checkpoint, config, limits)
+    processor = Processor.from_pretrained(
+        checkpoint.folder, info, template_date=config.template_date, max_image_pixels=limits.max_image_pixels
+    )
+    prototypes = guide = None
+    if config.codebook is not None:
+        prototypes = load_codebook(config.codebook, info, config.intermediate_features)
+    if config.guide_model is not None:
+        guide = load_model(_guide_config(config), limits)
+    if guide is not None and guide.tokenizer.get_vocab() != processor.tokenizer.get_vocab():
+        raise CheckpointError(f"guide_model {guide.info.model_id}: has other tokens than {info.model_id}")
+    dtype, device = checkpoint.dtype(config.dtype), torch.device(info.device)
+    if device.type == "cuda":
+        torch.backends.cudnn.allow_tf32 = False  # float32 means float32, in convolutions as in matrix products
+    model = load_weights(checkpoint.folder, checkpoint.config, dtype, device, config.quantize)
+    return Mllama(model, processor, info, config.intermediate_features, prototypes, guide)
+
+
+def _guide_config(config: ModelConfig) -> ModelConfig:
+    others = {"revision": None, "codebook": None, "guide_model": None, "max_model_len": None}
+    return config.model_copy(update={"model": config.guide_model, **others})
+
+
+def _describe_guide(config: ModelConfig, limits: EngineConfig, info: ModelInfo) -> ModelInfo:
+    guide = describe_model(_guide_config(config), limits)
+    if _grid(guide) != _grid(info):
+        raise CheckpointError(
+            f"guide_model: must have the patch grid of the model: {guide.model_id} has {_grid(guide)}, "
+            f"{info.model_id} has {_grid(info)}"
+        )
+    if (guide.vocab_size, guide.image_token_id) != (info.vocab_size, info.image_token_id):
+        raise CheckpointError(
+            f"guide_model: must have the tokens of the model: {guide.model_id} has {guide.vocab_size} and the image "
+            f"token {guide.image_token_id}, {info.model_id} has {info.vocab_size} and {info.image_token_id}"
+        )
+    return guide
+
+
+def _grid(info: ModelInfo) -> str:
+    return f"up to {info.max_tiles} tiles of {info.tile_size} pixels, patches of {info.patch_size}"
+
+
+def describe_checkpoint(checkpoint: Checkpoint, config: ModelConfig, limits: EngineConfig) -> ModelInfo:
+    """The same of a checkpoint whose small files were read.
+
+    Args:
+        checkpoint: which one; its folder is not looked at.
+        config: how it would be read.
+        limits: as in `describe_model`.
+    Raises:
+        CheckpointError: something that cannot be honoured.
+    """
+    text, vision = text_config(checkpoint.config), vision_config(checkpoint.config)
+    dtype = checkpoint.dtype(config.dtype)
+    head_dim = text.hidden_size // text.num_attention_heads
+    model = empty_model(checkpoint.config, dtype, config.quantize)
+    num_cross = len(text.cross_attention_layers or [])
+    assert isinstance(vision.image_size, int)
+    assert isinstance(vision.patch_size, int)
+    features_per_tile = (vision.image_size // vision.patch_size) ** 2 + 1
+    info = ModelInfo(
+        model_id=checkpoint.model_id,
+        revision=checkpoint.revision,
+        dtype=str(dtype).removeprefix("torch."),
+        quantization=config.quantize,
+        device=_device(config.device, config.quantize),
+        num_parameters=model.num_parameters(),
+        weight_bytes=weight_bytes(model),
+        vocab_size=text.vocab_size,
+        image_token_id=checkpoint.config.image_token_index,
+        max_model_len=_max_model_len(text.max_position_embeddings, config.max_model_len),
+        max_images=limits.max_images,
+        num_self_attention_layers=text.num_hidden_layers - num_cross,
+        num_cross_attention_layers=num_cross,
+        num_heads=text.num_attention_heads,
+        num_kv_heads=text.num_key_value_heads,
+        head_dim=head_dim,
+        hidden_size=text.hidden_size,
+        tile_size=vision.image_size,
+        patch_size=vision.patch_size,
+        max_tiles=vision.max_num_tiles,
+        features_per_tile=features_per_tile,
+        kv_bytes_per_position=2 * text.num_key_value_heads * head_dim * dtype.itemsize,
+        vision_scratch_bytes=vision_scratch_bytes(vision, features_per_tile, dtype),
+        default_k_ratio=config.k_ratio or checkpoint.trimserve.k_ratio,
+        default_merge_ratio=checkpoint.trimserve.merge_ratio if config.merge_ratio is None else config.merge_ratio,
+        policy_details=tuple(
+            policy.describe(is_available=not policy.knob or getattr(config, policy.knob) is not None)
+            for policy in POLICIES.values()
+        ),
+        generation_defaults=_generation_defaults(checkpoint, limits.default_max_new_tokens),
+    )
+    return info if config.guide_model is None else replace(info, guide=_describe_guide(config, limits, info))
+
+
+def _device(wanted: Device, quantize: Quantize) -> str:
+    """As in `ModelInfo.device`."""
+    why_not = None
+    if not torch.cuda.is_available():
+        why_not = "torch sees no GPU"
+    elif not ops.has_cuda_ops():
+        why_not = "the ops are built without CUDA (TRIMSERVE_CUDA)"
+    if wanted == "cpu" or (wanted == "auto" and why_not is not None):
+        return "cpu"
+    if why_not is not None:
+        raise CheckpointError(f"device cuda: {why_not}")
+    if quantize != "none":
+        raise CheckpointError(f"quantize {quantize} is for the CPU; take quantize none, or device cpu")
+    return "cuda:0"
+
+
+def _max_model_len(limit: int, wanted: int | None) -> int:
+    if wanted is not None and wanted > limit:
+        raise CheckpointError(f"max_model_len must be at most {limit}, the checkpoint's own, got {wanted}")
+    return wanted or limit
+
+
+def _generation_defaults(checkpoint: Checkpoint, max_new_tokens: int) -> GenerationDefaults:
+    generation = checkpoint.generation
+    eos = generation.eos_token_id
+    if eos is None:
+        eos = text_config(checkpoint.config).eos_token_id
+    return GenerationDefaults(
+        temperature=generation.temperature if generation.do_sample else 0.0,
+        top_p=generation.top_p if generation.do_sample else 1.0,
+        top_k=generation.top_k if generation.do_sample else 0,
+        min_p=generation.min_p if generation.do_sample else 0.0,
+        repetition_penalty=generation.repetition_penalty,
+        max_new_tokens=generation.max_new_tokens or max_new_tokens,
+        eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
+    )

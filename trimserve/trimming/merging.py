@@ -1,0 +1,146 @@
+"""Merging: the features that selection drops are averaged in groups, and each group stays as one row.
+
+Dropping a feature takes its share of the attention away and hands it to the others. A row that stands for s alike
+features gets log s added to its logit, as s equal rows would come to (*proportional attention*), so what is merged
+goes on to weigh what it weighed (ADR-0004). It knows no heads, no budget and no layer.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from trimserve.model.linear import Linear
+from trimserve.trimming.budget import budget
+
+__all__ = ["Groups", "group_dropped"]
+
+_CANDIDATES = 64
+"""Features among which the next anchors of a tile are looked for; more cost more and are searched less often."""
+
+
+@dataclass(frozen=True, slots=True)
+class Groups:
+    """Which dropped features become one row; the groups of a tile follow each other, and the tiles of an image."""
+
+    members: Tensor
+    """int64 [S], the dropped features, group after group and ascending in each."""
+    sizes: Tensor
+    """int64 [G], members of each group, at least 1; they sum to S."""
+    num_groups: tuple[int, ...]
+    """Groups of each image; they sum to G."""
+
+    @classmethod
+    def of(cls, images: Sequence[tuple["Groups", int]]) -> "Groups":
+        """Those of several images, each with the place where the image's features begin."""
+        return cls(
+            torch.cat([start + groups.members for groups, start in images]),
+            torch.cat([groups.sizes for groups, _ in images]),
+            tuple(num_groups for groups, _ in images for num_groups in groups.num_groups),
+        )
+
+    def mean(self, rows: Tensor) -> Tensor:
+        """Average the rows of each group: [N, ...] -> [G, ...], in float32 and rounded once."""
+        # Gathers no members, and unlike index_add_ sums alike in every run on CUDA, too.
+        starts = self.sizes.cumsum(dim=0) - self.sizes
+        means = F.embedding_bag(self.members, rows.flatten(1).float(), starts, mode="mean")
+        return means.to(rows.dtype).view(len(means), *rows.shape[1:])
+
+
+def group_dropped(
+    keys: Tensor, kept: Tensor, num_features: Sequence[int], features_per_tile: int, merge_ratio: float
+) -> Groups:
+    """Group the features of each tile that are not kept.
+
+    A group gathers around an anchor, and the anchors of a tile are far apart: the first is the dropped feature least
+    like the mean of the dropped, each further one the feature least like the anchors before it, that is, like the
+    nearest of them (cosine of the keys; tie: lower index, up to rounding). Every other dropped feature joins the anchor
+    that it is most like (tie: the earlier one).
+
+    Args:
+        keys: [N, Hkv, Dh], keys of the first cross-attention layer.
+        kept: int64 [M], ascending.
+        num_features: features of each image, multiples of `features_per_tile`; they sum to N.
+        features_per_tile: tiles follow each other.
+        merge_ratio: in (0, 1]: a tile gets `budget(merge_ratio, features_per_tile)` groups, or as many as it has
+            dropped features.
+    Source: size-weighted attention from ToMe, arXiv 2210.09461, section 3; anchors by farthest-point sampling.
+    """
+    is_dropped = torch.ones(keys.shape[0], dtype=torch.bool, device=keys.device)
+    is_dropped[kept] = False
+    most = budget(merge_ratio, features_per_tile)
+    members, sizes = [], []
+    for tile, is_dropped_here in enumerate(is_dropped.view(-1, features_per_tile)):
+        places = tile * features_per_tile + is_dropped_here.nonzero()[:, 0]
+        directions = keys.index_select(0, places).flatten(1).float()
+        group = _nearest_anchors(F.normalize(directions, dim=1, out=directions), min(most, len(places)))
+        of_tile = torch.bincount(group)
+        members.append(places[group.argsort(stable=True)])
+        sizes.append(of_tile[of_tile > 0])
+    per_tile = iter(map(len, sizes))
+    num_groups = tuple(sum(islice(per_tile, n // features_per_tile)) for n in num_features)
+    return Groups(torch.cat(members), torch.cat(sizes), num_groups)
+
+
+def _nearest_anchors(directions: Tensor, count: int) -> Tensor:
+    """For each feature the number of its anchor, int64 [n].
+
+    Every anchor is the feature with the least likeness to its nearest anchor, and likeness to the nearest only grows as
+    anchors are added. So a feature that is not among the candidates, the least like any anchor so far, cannot be next
+    while a candidate is below all of them; until then only candidates are compared, with each other, and every other
+    feature with all the new anchors in one product.
+
+    Args:
+        directions: float32 [n, D], of length 1.
+        count: anchors, at most n.
+    """
+    group = torch.zeros(len(directions), dtype=torch.int64, device=directions.device)
+    if not count:
+        return group
+    likeness_to = Linear(directions)
+    anchors = [int((directions @ directions.mean(dim=0)).argmin())]
+    closest = torch.full(group.shape, -math.inf, device=group.device)  # likeness to the nearest anchor
+    num_known = 0
+    while True:
+        new = torch.tensor(anchors[num_known:], device=group.device)
+        likeness, nearest = likeness_to(directions[new]).max(dim=0)
+        group = torch.where(likeness > closest, num_known + nearest, group)
+        closest = torch.maximum(likeness, closest)
+        group[new] = torch.arange(num_known, len(anchors), device=group.device)
+        closest[new] = math.inf
+        num_known = len(anchors)
+        if num_known == count:
+            return group
+        anchors += _next_anchors(directions, closest, count - num_known)
+
+
+def _next_anchors(directions: Tensor, closest: Tensor, most: int) -> list[int]:
+    """The anchors that follow: at least one, and as many as can be told from the candidates alone.
+
+    Args:
+        directions: float32 [n, D].
+        closest: float32 [n], likeness to the nearest anchor so far; infinite for anchors.
+        most: anchors that are wanted, at least one.
+    """
+    least = closest.topk(min(_CANDIDATES, len(closest)), largest=False)
+    limit = float(least.values[-1]) if len(least.values) < len(closest) else math.inf
+    places = least.indices[least.values < limit].sort().values  # ascending: argmin takes the first of equal ones
+    if not len(places):  # of equal ones topk takes any
+        return [int(closest.argmin())]
+    candidates = directions[places]
+    likeness, nearest = Linear(candidates)(candidates).cpu().numpy(), closest[places].cpu().numpy()
+    found: list[int] = []
+    for _ in range(min(most, len(places))):
+        next_one = int(nearest.argmin())
+        if nearest[next_one] >= limit:
+            break
+        found.append(next_one)
+        np.maximum(nearest, likeness[next_one], out=nearest)
+        nearest[next_one] = math.inf
+    chosen: list[int] = places[found].tolist()
+    return chosen

@@ -1,0 +1,28 @@
+"""The policy `mean`: what the text as a whole attends to most."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from trimserve.trimming.budget import Allowance
+from trimserve.trimming.policies.policy import AfterFirstLayer, Choice, SeenImage, top
+
+__all__ = ["Mean"]
+
+
+@dataclass(frozen=True, slots=True)
+class Mean(AfterFirstLayer):
+    """Features are ranked by their attention weight, averaged over query heads and text rows.
+
+        score[n] = mean_h mean_t softmax_n(q[h, t] . k[h, n] * scale)
+
+    It is `trimmed` without heads of their own: a feature that one head needs and the others do not can go.
+
+    Source: the baseline that head-wise methods are compared with; no paper of its own.
+    """
+
+    name: ClassVar[str] = "mean"
+
+    def choose(self, image: SeenImage, allowance: Allowance) -> Choice:
+        """See `AfterFirstLayer.choose`."""
+        scores = image.scores.mean(dim=0)
+        return Choice(top(scores, allowance.count(scores)))

@@ -1,0 +1,64 @@
+"""The policy `todre`: features whose distances from each other add up to the most."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from trimserve.trimming.budget import Allowance
+from trimserve.trimming.encoded_image import Choice, EncodedImage
+from trimserve.trimming.policies.policy import BeforeDecoder, ExitRule, parameter
+from trimserve.trimming.policies.tiles import even_quotas, first_of, is_broken, likeness, next_pick
+
+__all__ = ["ToDRE"]
+
+
+@dataclass(frozen=True, slots=True)
+class ToDRE(BeforeDecoder):
+    """Features are taken one by one; the next has the largest sum of distances to those that are kept.
+
+        next = argmax_n  sum_{m kept} 1 - cos(f[n], f[m]);   the first has the largest sum to all features
+
+    With `late_exit_threshold` above 0, cross-attention layers are left out once the text takes little from the image.
+    With h[t] a row before a layer and a[t] what the layer's gated attention adds to it, the layer is the last one if
+
+        mean_t  |a[t]| / (|a[t]| + |h[t]|)  <  late_exit_threshold
+
+    over the prompt rows that see an image. No row of the request, decoded ones included, sees an image in later layers.
+
+    Source: ToDRE, arXiv 2505.18757, stage 1 in its second version (max-sum diversification), and stage 2. Adapted:
+    features are compared within their tile, and every tile keeps as many, the first ones one more. Stage 2 asks how
+    much of a row's attention goes to the image; cross-attention has nowhere else to go, so its part of what the row
+    becomes stands in. It ranks by no score, so only a ratio or a count can be its budget.
+    """
+
+    name: ClassVar[str] = "todre"
+    budgets: ClassVar[tuple[str, ...]] = ("ratio", "count")
+
+    late_exit_threshold: float = parameter(
+        0.0, 0, 1, "Share of the image in what text rows become below which later cross-attention layers are left out."
+    )
+
+    @property
+    def exit_rule(self) -> ExitRule | None:
+        """See `Policy.exit_rule`."""
+        return self._has_seen_enough if self.late_exit_threshold else None
+
+    def _has_seen_enough(self, rows: Tensor, added: Tensor) -> bool:
+        taken, own = (torch.linalg.vector_norm(each, dim=1, dtype=torch.float32) for each in (added, rows))
+        return bool((taken / (taken + own)).mean() < self.late_exit_threshold)
+
+    def choose(self, image: EncodedImage, allowance: Allowance) -> Choice:
+        """See `BeforeDecoder.choose`."""
+        size = image.features_per_tile
+        far, is_late = likeness(image.features, size).neg_().add_(1), is_broken(image.features, size)
+        quotas = even_quotas(allowance.count(far.new_zeros(image.num_features)), len(far))
+        gain, total = far.masked_fill_(is_late[:, None], 0).sum(dim=2), torch.zeros_like(far[:, 0])
+        is_taken = torch.zeros_like(is_late)
+        picks = []
+        for _ in range(max(quotas)):
+            pick = next_pick(gain, is_taken, is_late)
+            picks.append(pick)
+            gain = total = total + far.take_along_dim(pick[..., None], dim=1)[:, 0]
+        return Choice(first_of(torch.cat(picks, dim=1), quotas, size))
