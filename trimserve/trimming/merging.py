@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from trimserve.model.linear import Linear
+from trimserve import ops
 from trimserve.trimming.budget import budget
 
 __all__ = ["Groups", "group_dropped"]
@@ -102,13 +102,12 @@ def _nearest_anchors(directions: Tensor, count: int) -> Tensor:
     group = torch.zeros(len(directions), dtype=torch.int64, device=directions.device)
     if not count:
         return group
-    likeness_to = Linear(directions)
     anchors = [int((directions @ directions.mean(dim=0)).argmin())]
     closest = torch.full(group.shape, -math.inf, device=group.device)  # likeness to the nearest anchor
     num_known = 0
     while True:
         new = torch.tensor(anchors[num_known:], device=group.device)
-        likeness, nearest = likeness_to(directions[new]).max(dim=0)
+        likeness, nearest = _products(directions[new], directions).max(dim=0)
         group = torch.where(likeness > closest, num_known + nearest, group)
         closest = torch.maximum(likeness, closest)
         group[new] = torch.arange(num_known, len(anchors), device=group.device)
@@ -117,6 +116,13 @@ def _nearest_anchors(directions: Tensor, count: int) -> Tensor:
         if num_known == count:
             return group
         anchors += _next_anchors(directions, closest, count - num_known)
+
+
+def _products(few: Tensor, directions: Tensor) -> Tensor:
+    """[R, D] of few rows, [n, D] -> [R, n]."""
+    if few.device.type == "cpu":
+        return ops.linear(few, directions, None)  # faster there than torch for so few rows
+    return F.linear(few, directions)
 
 
 def _next_anchors(directions: Tensor, closest: Tensor, most: int) -> list[int]:
@@ -133,7 +139,7 @@ def _next_anchors(directions: Tensor, closest: Tensor, most: int) -> list[int]:
     if not len(places):  # of equal ones topk takes any
         return [int(closest.argmin())]
     candidates = directions[places]
-    likeness, nearest = Linear(candidates)(candidates).cpu().numpy(), closest[places].cpu().numpy()
+    likeness, nearest = _products(candidates, candidates).cpu().numpy(), closest[places].cpu().numpy()
     found: list[int] = []
     for _ in range(min(most, len(places))):
         next_one = int(nearest.argmin())
