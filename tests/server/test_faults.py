@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -20,6 +19,7 @@ from trimserve.local import make_runner
 from trimserve.models import processor
 from trimserve.models.images import PreparedImage, prepare_image
 from trimserve.models.trimming import scratch_bytes
+from trimserve.process import read_page
 from trimserve.server.app import InProcessServer
 from trimserve.v1 import generation_pb2 as pb
 from trimserve.v1 import generation_pb2_grpc
@@ -78,8 +78,7 @@ def is_idle(client: Client) -> bool:
 
 def num_cancelled(server: InProcessServer) -> int:
     """Requests whose clients went away, as the server counts them."""
-    with urllib.request.urlopen(f"http://{server.metrics_address}/metrics") as page:
-        lines = page.read().decode().splitlines()
+    lines = read_page(f"http://{server.metrics_address}/metrics").decode().splitlines()
     [line] = (line for line in lines if line.startswith('trimserve_cancelled_requests_total{reason="client"'))
     return int(float(line.rsplit(" ", 1)[1]))
 
