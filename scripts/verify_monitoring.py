@@ -17,7 +17,6 @@ import threading
 import time
 import urllib.error
 import urllib.parse
-import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -30,6 +29,7 @@ from pydantic import ByteSize
 from trimserve.client import Client, make_request
 from trimserve.config import Config, EngineConfig, ServerConfig
 from trimserve.model.loading import embedded_model_folder
+from trimserve.process import read_page
 from trimserve.serve import make_runner
 from trimserve.server.app import InProcessServer
 from trimserve.v1 import generation_pb2 as pb
@@ -193,8 +193,7 @@ def _has_data(url: str, query: str) -> bool:
 
 def _get(url: str, path: str) -> Any:
     try:
-        with urllib.request.urlopen(f"{url}/api/v1/{path}", timeout=10) as response:
-            return json.load(response)["data"]
+        return json.loads(read_page(f"{url}/api/v1/{path}", timeout_seconds=10))["data"]
     except urllib.error.HTTPError as error:
         if error.code == 400:  # what we asked is wrong, not what is there
             sys.exit(f"{path}: {error.read().decode()}")

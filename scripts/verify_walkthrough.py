@@ -17,7 +17,6 @@ import sys
 import tempfile
 import threading
 import time
-import urllib.request
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -30,6 +29,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.serve.report import about, write_json  # noqa: E402 the root must be on the path first
 from scripts.verify_clients import ANSWER  # noqa: E402 as above
 from trimserve.config import ServerConfig  # noqa: E402 as above
+from trimserve.process import read_page  # noqa: E402 as above
 
 HEADING = "## From a clone to a dashboard"
 OUT = ROOT / "benchmarks/results/walkthrough.json"
@@ -100,9 +100,9 @@ def asked_metrics() -> set[str]:
 
 def shown_metrics(port: int) -> set[str]:
     """Names of all samples of a metrics page."""
-    with urllib.request.urlopen(f"http://{DEFAULTS.host}:{port}/metrics", timeout=30) as page:
-        families = text_string_to_metric_families(page.read().decode())
-        return {sample.name for family in families for sample in family.samples}
+    page = read_page(f"http://{DEFAULTS.host}:{port}/metrics", timeout_seconds=30)
+    families = text_string_to_metric_families(page.decode())
+    return {sample.name for family in families for sample in family.samples}
 
 
 class Shell:

@@ -1,10 +1,18 @@
-"""What every test shares: one torch thread, and hypothesis without deadlines."""
+"""What every test shares: one torch thread, hypothesis without deadlines, an environment without proxies and knobs."""
 
 import os
 
 import pytest
 import torch
 from hypothesis import settings
+
+from trimserve.environment import shut_out
+
+# Tests reach servers on loopback with bare channels, and say themselves which knobs and proxies are set.
+shut_out()
+for name in [*os.environ]:
+    if name.lower().endswith("_proxy") or name.upper().startswith("TRIMSERVE_"):
+        del os.environ[name]
 
 # One thread: with more, a busy neighbour stalls every op at the thread pool's barrier.
 torch.set_num_threads(1)

@@ -212,6 +212,26 @@ def test_serve_takes_its_knobs_from_options_then_from_variables(
     assert not config.server.metrics
 
 
+@pytest.mark.parametrize(
+    ("variable", "meant"),
+    [
+        ("TRIMSERVE__ENGINE__MAX_BATHC", "; did you mean TRIMSERVE__ENGINE__MAX_BATCH?"),
+        ("trimserve__engine__max_batch", "; did you mean TRIMSERVE__ENGINE__MAX_BATCH?"),
+        ("TRIMSERVE__ENGINE__PORT", "; did you mean TRIMSERVE__SERVER__PORT?"),
+        ("TRIMSERVE__X", ""),
+    ],
+)
+def test_a_variable_that_looks_like_a_knob_but_is_none_is_refused(
+    served: list[Config], monkeypatch: pytest.MonkeyPatch, variable: str, meant: str
+) -> None:
+    monkeypatch.setenv(variable, "3")
+    for command in ("serve", "info"):  # whatever section it would be of
+        result = CliRunner(env={"COLUMNS": "200"}).invoke(app, [command])
+        assert result.exit_code == 2
+        assert f"the environment has {variable}, which is no knob{meant}" in result.output
+    assert not served
+
+
 def test_serve_refuses_a_checkpoint_before_anything_listens(served: list[Config], tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["serve", "--model", str(tmp_path)])
     assert "config.json" in str(result.exception)

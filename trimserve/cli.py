@@ -27,6 +27,7 @@ from trimserve.client import Client, RequestOptions, make_request
 from trimserve.config import Config, ModelConfig
 from trimserve.connection import Ca, Token, connected
 from trimserve.engine.workers import is_any_left_behind
+from trimserve.environment import shut_out
 from trimserve.errors import TrimserveError
 from trimserve.evaluation.codebook_command import codebook
 from trimserve.evaluation.command import evaluate
@@ -71,6 +72,7 @@ Address = Annotated[
 
 def main() -> None:
     """Entry point of `trimserve`; what a user can mend is one line on standard error and exit status 1, Ctrl-C 130."""
+    shut_out()
     try:
         _run()
     except SystemExit as end:

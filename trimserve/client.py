@@ -14,6 +14,7 @@ from typing import TypedDict, Unpack
 
 import grpc
 
+from trimserve.loopback import proxy_options
 from trimserve.v1 import generation_pb2, generation_pb2_grpc, model_pb2, model_pb2_grpc
 
 __all__ = [
@@ -42,11 +43,14 @@ Prompt = str | Sequence[generation_pb2.Message]
 """What the user asks, or a whole conversation."""
 
 
-def channel_options(max_message_bytes: int = MAX_MESSAGE_BYTES) -> list[tuple[str, int | str]]:
-    """What a channel to a server needs: sizes, the service config, pings.
+def channel_options(
+    max_message_bytes: int = MAX_MESSAGE_BYTES, *, address: str | None = None
+) -> list[tuple[str, int | str]]:
+    """What a channel to a server needs: sizes, the service config, pings; and no proxy to this very machine.
 
     Args:
         max_message_bytes: of one message, either way.
+        address: that the channel is made with; None leaves it to the environment whether a proxy is asked.
     """
     return [
         ("grpc.max_receive_message_length", max_message_bytes),
@@ -57,6 +61,7 @@ def channel_options(max_message_bytes: int = MAX_MESSAGE_BYTES) -> list[tuple[st
         ("grpc.keepalive_time_ms", 30_000),  # an answer may be long in coming: keeps its connection in NAT tables
         ("grpc.keepalive_timeout_ms", 20_000),
         ("grpc.http2.ping_timeout_ms", 20_000),
+        *(proxy_options(address) if address is not None else ()),
     ]
 
 
@@ -153,14 +158,15 @@ class Client:
         """Connect when first needed.
 
         Args:
-            address: `HOST:PORT`; calls are spread over all addresses of a name.
+            address: `HOST:PORT`; calls are spread over all addresses of a name. A proxy that the environment names
+                (`http_proxy`) is asked, but not for this machine.
             tls: None is plaintext.
             token: sent with every call, as it is: over plaintext, whoever listens can read it.
             max_message_bytes: of one message, either way.
         Raises:
             OSError: a file of `tls` cannot be read.
         """
-        options = channel_options(max_message_bytes)
+        options = channel_options(max_message_bytes, address=address)
         if tls is None:
             self._channel = grpc.insecure_channel(address, options)
         else:

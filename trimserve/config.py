@@ -5,12 +5,13 @@ option (`--max-batch`) and an environment variable (`TRIMSERVE__ENGINE__MAX_BATC
 The underscores are double because Kubernetes injects `TRIMSERVE_PORT` and the like for a service named trimserve.
 """
 
-import ipaddress
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationInfo, field_validator
+
+from trimserve.loopback import is_loopback
 
 __all__ = ["Config", "Device", "Dtype", "EngineConfig", "ModelConfig", "Quantize", "ServerConfig"]
 
@@ -146,7 +147,9 @@ class EngineConfig(_Knobs):
         default=2, ge=1, description="Threads that decode images and tokenise beside the engine's thread."
     )
     num_threads: int | None = Field(
-        default=None, ge=1, description="Threads of one op on the CPU; unset is PyTorch's choice, all cores."
+        default=None,
+        ge=1,
+        description="Threads of one op on the CPU; unset is PyTorch's choice: `OMP_NUM_THREADS`, else all cores.",
     )
 
 
@@ -256,7 +259,7 @@ class ServerConfig(_Knobs):
     @classmethod
     def _plaintext_stays_on_loopback(cls, is_allowed: bool, info: ValidationInfo) -> bool:
         host = info.data.get("host", "")
-        if not (is_allowed or info.data.get("tls_cert") or _is_loopback(host)):
+        if not (is_allowed or info.data.get("tls_cert") or is_loopback(host)):
             raise ValueError(f"must be set, or tls_cert given, to listen on {host}, which is not loopback")
         return is_allowed
 
@@ -269,15 +272,6 @@ class ServerConfig(_Knobs):
             except PackageNotFoundError:
                 raise ValueError("traces need `pip install 'trimserve[tracing]'`") from None
         return endpoint
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:  # a name
-        return False
 
 
 class Config(_Knobs):

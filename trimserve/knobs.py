@@ -1,7 +1,9 @@
 """The knobs of `config.py` as options and environment variables of commands."""
 
+import difflib
 import functools
 import inspect
+import os
 from collections.abc import Callable, Iterator
 from functools import reduce
 from operator import or_
@@ -16,12 +18,14 @@ from trimserve.config import Config, EngineConfig, ModelConfig, ServerConfig
 __all__ = ["with_knobs"]
 
 _SECTIONS: dict[str, type[BaseModel]] = {"model": ModelConfig, "engine": EngineConfig, "server": ServerConfig}
+_PREFIX = "TRIMSERVE__"
 
 
 def with_knobs(*sections: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a command the knobs of config sections as options; it gets them checked, as its argument `config`.
 
-    A knob that has the name of one of the command's own options is left out.
+    A knob that has the name of one of the command's own options is left out. A variable that looks like a knob's but is
+    none, of any section, is refused: it would set nothing.
     """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
@@ -31,6 +35,7 @@ def with_knobs(*sections: str) -> Callable[[Callable[..., None]], Callable[..., 
 
         @functools.wraps(command)
         def run(**arguments: Any) -> None:
+            _refuse_unknown_variables()
             config = _config({knob.name: arguments.pop(knob.name) for knob in knobs})
             command(**arguments, config=config)
 
@@ -41,15 +46,28 @@ def with_knobs(*sections: str) -> Callable[[Callable[..., None]], Callable[..., 
     return decorate
 
 
+def _refuse_unknown_variables() -> None:
+    known = {_variable(section, name) for section, model in _SECTIONS.items() for name in model.model_fields}
+    for variable in sorted(os.environ):
+        if variable.upper().startswith(_PREFIX) and variable not in known:
+            alike = difflib.get_close_matches(variable.upper(), known, n=1)
+            guess = f"; did you mean {alike[0]}?" if alike else ""
+            raise typer.BadParameter(f"the environment has {variable}, which is no knob{guess}")
+
+
+def _variable(section: str, knob: str) -> str:
+    """`TRIMSERVE__ENGINE__MAX_BATCH` is the variable of the engine's `max_batch`."""
+    return f"{_PREFIX}{section.upper()}__{knob.upper()}"
+
+
 def _knobs(section: str) -> Iterator[inspect.Parameter]:
-    """The fields of a config section as options; `TRIMSERVE__ENGINE__MAX_BATCH` is the variable of `max_batch`."""
-    prefix = f"TRIMSERVE__{section.upper()}__"
+    """The fields of a config section as options."""
     for name, field in _SECTIONS[section].model_fields.items():
         option = typer.Option(
             help=field.description,
-            envvar=f"{prefix}{name.upper()}",
+            envvar=_variable(section, name),
             show_envvar=False,  # the panel tells the rule; whole names do not fit into 80 columns
-            rich_help_panel=f"Knobs: {section}; in the environment {prefix}...",
+            rich_help_panel=f"Knobs: {section}; in the environment {_variable(section, '')}...",
         )
         annotation: Any = Annotated[_plain(field.annotation), option]
         yield inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=annotation)

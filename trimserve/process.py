@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["ServerFailed", "ServerProcess", "server_process"]
+__all__ = ["ServerFailed", "ServerProcess", "read_page", "server_process"]
 
 
 class ServerFailed(Exception):
@@ -29,10 +29,24 @@ class ServerProcess:
 
     def metrics(self) -> dict[str, float]:
         """What `/metrics` tells: value by series, labels included in the name."""
-        with urllib.request.urlopen(f"http://{self.metrics_address}/metrics") as page:
-            lines = page.read().decode().splitlines()
+        lines = read_page(f"http://{self.metrics_address}/metrics").decode().splitlines()
         pairs = (line.rsplit(" ", 1) for line in lines if line and not line.startswith("#"))
         return {name: float(value) for name, value in pairs}
+
+
+def read_page(url: str, timeout_seconds: float | None = None) -> bytes:
+    """What a server on this machine answers over HTTP, whatever proxy the environment names.
+
+    Args:
+        url: of the page.
+        timeout_seconds: of every wait for it; None waits for ever.
+    Raises:
+        OSError: it cannot be had; an HTTP status of an error is an `urllib.error.HTTPError`.
+    """
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with direct.open(url, timeout=timeout_seconds) as page:
+        content: bytes = page.read()
+    return content
 
 
 @contextmanager

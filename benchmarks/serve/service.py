@@ -13,6 +13,7 @@ import grpc
 from benchmarks.serve.load import Answer
 from benchmarks.serve.workload import Item
 from trimserve.client import MAX_MESSAGE_BYTES, make_request
+from trimserve.loopback import proxy_options
 from trimserve.process import ServerProcess, server_process
 from trimserve.v1 import generation_pb2 as pb
 from trimserve.v1 import generation_pb2_grpc, model_pb2, model_pb2_grpc
@@ -75,7 +76,8 @@ class GrpcTarget:
             trim: of every request.
         """
         limits = ("grpc.max_receive_message_length", "grpc.max_send_message_length")
-        self._channel = grpc.aio.insecure_channel(address, [(name, MAX_MESSAGE_BYTES) for name in limits])
+        options = [*((name, MAX_MESSAGE_BYTES) for name in limits), *proxy_options(address)]
+        self._channel = grpc.aio.insecure_channel(address, options)
         self._generation = generation_pb2_grpc.GenerationServiceStub(self._channel)
         self._model = model_pb2_grpc.ModelServiceStub(self._channel)
         self._sampling = pb.SamplingParams(max_new_tokens=max_new_tokens, ignore_eos=True, temperature=0)

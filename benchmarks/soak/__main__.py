@@ -41,6 +41,7 @@ from benchmarks.soak.asks import Asks, Shares
 from benchmarks.soak.clients import Tally, full_load
 from benchmarks.soak.memory import Growth, Sample, growth, watched_memory
 from benchmarks.soak.onlookers import asked
+from trimserve.loopback import proxy_options
 from trimserve.process import ServerProcess
 from trimserve.v1 import model_pb2, model_pb2_grpc
 
@@ -105,7 +106,7 @@ def main() -> None:
 
 
 async def _use(server: ServerProcess, plan: _Plan, arguments: argparse.Namespace, console: Console) -> _Run:
-    async with grpc.aio.insecure_channel(server.address) as channel:
+    async with grpc.aio.insecure_channel(server.address, proxy_options(server.address)) as channel:
         model = model_pb2_grpc.ModelServiceStub(channel)
         tile_size = (await model.GetModel(model_pb2.GetModelRequest())).tile_size
         start = time.monotonic()

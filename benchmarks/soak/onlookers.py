@@ -6,7 +6,6 @@ A process of its own, because the clients that keep the server busy would make i
 import asyncio
 import multiprocessing
 import time
-import urllib.request
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import asynccontextmanager
@@ -16,6 +15,9 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
+from trimserve.loopback import proxy_options
+from trimserve.process import read_page
 
 __all__ = ["asked"]
 
@@ -46,13 +48,13 @@ async def asked(address: str, metrics_address: str) -> AsyncIterator[dict[str, l
 
 
 def _ask(address: str, metrics_address: str, is_over: Event) -> dict[str, list[float]]:
-    with grpc.insecure_channel(address) as channel:
+    with grpc.insecure_channel(address, proxy_options(address)) as channel:
         health: Any = health_pb2_grpc.HealthStub(channel)
         reflection: Any = reflection_pb2_grpc.ServerReflectionStub(channel)
         question = reflection_pb2.ServerReflectionRequest(list_services="")
         acts: dict[str, Callable[[], object]] = {
             "health": lambda: health.Check(health_pb2.HealthCheckRequest(), timeout=_TIMEOUT_SECONDS),
-            "metrics": lambda: _read(f"http://{metrics_address}/metrics"),
+            "metrics": lambda: read_page(f"http://{metrics_address}/metrics", _TIMEOUT_SECONDS),
             "reflection": lambda: list(reflection.ServerReflectionInfo(iter([question]), timeout=_TIMEOUT_SECONDS)),
         }
         seconds: dict[str, list[float]] = {name: [] for name in acts}
@@ -63,9 +65,3 @@ def _ask(address: str, metrics_address: str, is_over: Event) -> dict[str, list[f
                 seconds[name].append(time.perf_counter() - start)
             if is_over.wait(_PAUSE_SECONDS):
                 return seconds
-
-
-def _read(url: str) -> bytes:
-    with urllib.request.urlopen(url, timeout=_TIMEOUT_SECONDS) as page:
-        content: bytes = page.read()
-    return content

@@ -36,20 +36,19 @@ def test_available_is_what_the_kernel_says(meminfo: Path, tmp_path: Path) -> Non
 def test_the_limit_of_the_control_group_is_respected(meminfo: Path, tmp_path: Path, limit: str, expected: int) -> None:
     (tmp_path / "memory.max").write_text(limit + "\n")
     (tmp_path / "memory.current").write_text("2000\n")
-    (tmp_path / "memory.stat").write_text("inactive_file 0\nactive_file 0\n")
     assert available_bytes("cpu", meminfo, tmp_path) == expected
 
 
-def test_the_page_cache_of_the_control_group_is_no_loss(meminfo: Path, tmp_path: Path) -> None:
-    # After a checkpoint was read, the kernel has filled what the limit leaves with its files.
-    (tmp_path / "memory.max").write_text("5000\n")
-    (tmp_path / "memory.current").write_text("5000\n")
-    (tmp_path / "memory.stat").write_text("anon 2000\nfile 3000\nshmem 500\ninactive_file 1500\nactive_file 1000\n")
-    assert available_bytes("cpu", meminfo, tmp_path) == 2500
+def test_a_kernel_that_does_not_tell_what_is_available_tells_what_is_free_and_cached(tmp_path: Path) -> None:
+    (tmp_path / "meminfo").write_text("MemTotal: 2000 kB\nMemFree: 100 kB\nActive(file): 20 kB\nInactive(file): 3 kB\n")
+    assert available_bytes("cpu", tmp_path / "meminfo", tmp_path / "no cgroup") == 123 * 1024
 
 
-def test_without_a_linux_kernel_all_memory_counts(tmp_path: Path) -> None:
-    assert available_bytes("cpu", tmp_path / "none", tmp_path / "none") > 2**28
+@pytest.mark.parametrize("text", [None, "", "MemAvailable:\nMemFree: much kB\n"])
+def test_without_a_linux_kernel_s_account_all_memory_counts(tmp_path: Path, text: str | None) -> None:
+    if text is not None:
+        (tmp_path / "meminfo").write_text(text)
+    assert available_bytes("cpu", tmp_path / "meminfo", tmp_path / "none") > 2**28
 
 
 def test_what_the_allocator_of_a_gpu_holds_unused_is_available(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -284,3 +284,14 @@ def test_loading_into_another_dtype_peaks_at_the_weights_and_15_percent(tmp_path
     command = [sys.executable, "-c", PEAK, str(tmp_path), "bfloat16"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert 0.9 < float(done.stdout) <= 1.15
+
+
+def test_a_loaded_model_multiplies_float32_unrounded() -> None:
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")  # as TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1 does at import
+        load_model(ModelConfig(), EngineConfig())
+        assert torch.get_float32_matmul_precision() == "highest"
+        assert not torch.backends.cuda.matmul.allow_tf32
+    finally:
+        torch.set_float32_matmul_precision(before)

@@ -14,8 +14,8 @@ from grpc_health.v1 import health_pb2
 
 from tests.server.conftest import Loopback
 from tests.server.fakes import CONFIG, FINISHED, STARTED, FakeRunner, Pause, chat_request
-from tests.server.test_app import health, listed
 from tests.server.grpc.test_interceptors import details, failed
+from tests.server.test_app import health, listed
 from tests.server.test_tls import YESTERDAY, Files, stub_of
 from tests.server.wire import Relay
 from trimserve.config import Config, ServerConfig

@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -18,6 +17,7 @@ from trimserve.client import Client, make_request
 from trimserve.config import Config, EngineConfig, ServerConfig
 from trimserve.model import processor
 from trimserve.model.images import PreparedImage, prepare_image
+from trimserve.process import read_page
 from trimserve.serve import make_runner
 from trimserve.server.app import InProcessServer
 from trimserve.trimming.plan import scratch_bytes
@@ -78,8 +78,7 @@ def is_idle(client: Client) -> bool:
 
 def num_cancelled(server: InProcessServer) -> int:
     """Requests whose clients went away, as the server counts them."""
-    with urllib.request.urlopen(f"http://{server.metrics_address}/metrics") as page:
-        lines = page.read().decode().splitlines()
+    lines = read_page(f"http://{server.metrics_address}/metrics").decode().splitlines()
     [line] = (line for line in lines if line.startswith('trimserve_cancelled_requests_total{reason="client"'))
     return int(float(line.rsplit(" ", 1)[1]))
 

@@ -22,6 +22,7 @@ from trimserve import config
 from trimserve.client import make_request
 from trimserve.config import Config, EngineConfig, ServerConfig
 from trimserve.errors import RequestFailed
+from trimserve.loopback import proxy_options
 from trimserve.model.loading import embedded_model_folder
 from trimserve.serve import make_runner
 from trimserve.server.app import running_server
@@ -88,7 +89,7 @@ async def call(
     server_config = ServerConfig(port=0, metrics_port=0, tracing_endpoint=endpoint)
     async with (
         running_server(runner, Config(server=server_config)) as server,
-        grpc.aio.insecure_channel(server.address) as channel,
+        grpc.aio.insecure_channel(server.address, proxy_options(server.address)) as channel,
     ):
         loopback = Loopback(runner, server, channel)
         stream = loopback.generation.GenerateStream(request, metadata=metadata)
@@ -140,6 +141,23 @@ async def test_a_call_continues_its_callers_trace_and_has_a_span_for_each_stage(
         "gen_ai.usage.output_tokens": 3,
     }
     assert collector[0].resource["service.name"].string_value == "trimserve"
+
+
+async def test_a_collector_on_loopback_is_reached_as_its_endpoint_says_whatever_the_environment_says(
+    collector: tuple[Collector, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_INSECURE", "false")
+    assert NAME in (await call(collector, chat_request())).spans
+
+
+async def test_opentelemetry_can_be_switched_off_by_its_own_variable(
+    collector: tuple[Collector, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OTEL_SDK_DISABLED", "true")
+    traced = await call(collector, chat_request())
+    assert not traced.spans
+    assert 'grpc_code="OK"' in traced.exposition
 
 
 async def test_every_stage_of_a_question_about_images_reaches_the_collector(collector: tuple[Collector, str]) -> None:

@@ -1,11 +1,13 @@
 """How much memory there is, how much of it the KV pool takes, and what an allocator that has none left raises."""
 
 import os
+import re
 from pathlib import Path
 
 import torch
 
 from trimserve.api.info import ModelInfo
+from trimserve.engine.cgroup import CGROUPS, OWN_GROUPS, memory_left
 from trimserve.model.key_values import layers_per_page, num_pages
 from trimserve.ops import PAGE_POSITIONS
 from trimserve.trimming.plan import scratch_bytes
@@ -22,7 +24,6 @@ __all__ = [
 _SHARE = {"cpu": 0.5, "cuda": 0.9}
 
 _MEMINFO = Path("/proc/meminfo")
-_CGROUP = Path("/sys/fs/cgroup")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -33,37 +34,34 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
 
 
-def available_bytes(device: str, meminfo: Path = _MEMINFO, cgroup: Path = _CGROUP) -> int:
+def available_bytes(device: str, meminfo: Path = _MEMINFO, cgroup: Path = CGROUPS, own: Path = OWN_GROUPS) -> int:
     """Memory that could still be allocated.
 
     Args:
         device: as in `ModelInfo.device`.
         meminfo: of the kernel.
-        cgroup: folder of the control group, whose limit is respected.
+        cgroup: where control groups are mounted; their limits are respected.
+        own: the kernel's list of the control groups that this process is in.
     """
     if torch.device(device).type == "cuda":
         # What torch's allocator holds in reserve it uses again, and gives back when another size is wanted.
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
-    try:
-        lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
-        free = int(lines["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError):  # no Linux
-        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    try:
-        limit = (cgroup / "memory.max").read_text().strip()
-        if limit != "max":
-            used = int((cgroup / "memory.current").read_text()) - _page_cache_bytes(cgroup)
-            free = min(free, int(limit) - used)
-    except OSError:  # no cgroup, or one of the first version
-        pass
-    return max(0, free)
+    free, left = _free_bytes(meminfo), memory_left(cgroup, own)
+    return max(0, free if left is None else min(free, left))
 
 
-def _page_cache_bytes(cgroup: Path) -> int:
-    # Counted as used, though the kernel drops it when memory is wanted; `MemAvailable` leaves it out, too.
-    stat = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
-    return int(stat["active_file"]) + int(stat["inactive_file"])
+def _free_bytes(meminfo: Path) -> int:
+    try:
+        text = meminfo.read_text()
+    except OSError:  # no Linux
+        text = ""
+    kibibytes = {name: int(number) for name, number in re.findall(r"^(\S+): +(\d+) kB$", text, re.MULTILINE)}
+    if "MemAvailable" in kibibytes:
+        return kibibytes["MemAvailable"] * 1024
+    if "MemFree" in kibibytes:  # an old kernel, or a sandbox: about what the other is made of
+        return sum(kibibytes.get(name, 0) for name in ("MemFree", "Active(file)", "Inactive(file)")) * 1024
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def memory_by_kind(info: ModelInfo, kv_cache_bytes: int) -> dict[str, int]:

@@ -66,8 +66,9 @@ def load_model(config: ModelConfig, limits: EngineConfig) -> Mllama:
     if guide is not None and guide.tokenizer.get_vocab() != processor.tokenizer.get_vocab():
         raise CheckpointError(f"guide_model {guide.info.model_id}: has other tokens than {info.model_id}")
     dtype, device = checkpoint.dtype(config.dtype), torch.device(info.device)
+    torch.set_float32_matmul_precision("highest")  # float32 means float32, whatever was set or is in the environment
     if device.type == "cuda":
-        torch.backends.cudnn.allow_tf32 = False  # float32 means float32, in convolutions as in matrix products
+        torch.backends.cudnn.allow_tf32 = False  # in convolutions too
     model = load_weights(checkpoint.folder, checkpoint.config, dtype, device, config.quantize)
     return Mllama(model, processor, info, config.intermediate_features, prototypes, guide)
 

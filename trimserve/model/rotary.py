@@ -36,7 +36,9 @@ class RotaryAngles:
             self._grow(max(_FEWEST, 1 << (num_positions - 1).bit_length()))
 
     def _grow(self, num_positions: int) -> None:
-        device = self._rotary.inv_freq.device
-        like = torch.empty(0, device=device)
-        both_halves = self._rotary(like, torch.arange(num_positions, device=device)[None])
-        self._cosines, self._sines = (angles[0].chunk(2, dim=-1)[0].contiguous() for angles in both_halves)
+        # Multiplied element by element: transformers' own matrix product may be rounded (TF32), and angles of late
+        # positions are large.
+        frequencies: Tensor = self._rotary.inv_freq
+        positions = torch.arange(num_positions, dtype=torch.float32, device=frequencies.device)
+        angles = positions[:, None] * frequencies.float()
+        self._cosines, self._sines = (of(angles) * self._rotary.attention_scaling for of in (torch.cos, torch.sin))

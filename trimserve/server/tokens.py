@@ -116,7 +116,7 @@ def _token(metadata: Mapping[str, str | bytes]) -> str:
 
 def _read(path: Path) -> tuple[tuple[bytes, Caller], ...]:
     try:
-        entries = _Clients.model_validate(tomllib.loads(path.read_text())).clients
+        entries = _Clients.model_validate(tomllib.loads(path.read_text(encoding="utf-8"))).clients
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))

@@ -10,12 +10,14 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 import grpc
 from grpc.aio import ServicerContext
 
 from trimserve import __version__
 from trimserve.api.chunks import StageSpan
+from trimserve.loopback import proxy_options
 from trimserve.server.grpc.deadline import Deadline
 
 if TYPE_CHECKING:
@@ -98,7 +100,10 @@ class Tracing(grpc.aio.ServerInterceptor):
 
         own = Resource.create({"service.name": "trimserve", "service.version": __version__})
         self._provider = TracerProvider(resource=own.merge(OTELResourceDetector().detect()))
-        self._provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=endpoint)))
+        options: Any = tuple(proxy_options(urlsplit(endpoint).netloc))  # declared to be one pair of strings
+        # The scheme decides: else OTEL_EXPORTER_OTLP_INSECURE could.
+        exporter = OTLPSpanExporter(endpoint, insecure=endpoint.startswith("http://"), channel_options=options)
+        self._provider.add_span_processor(BatchSpanProcessor(exporter))
         self._tracer = self._provider.get_tracer("trimserve", __version__)
 
     def close(self) -> None:
