@@ -4,6 +4,7 @@ import torch
 
 from trimserve.config import Config, ModelConfig, ServerConfig
 from trimserve.engine.runner import Runner
+from trimserve.executor.local import LocalExecutor
 from trimserve.model.loading import load_model
 from trimserve.model.mllama import Mllama
 from trimserve.server.app import InProcessServer
@@ -17,24 +18,14 @@ def make_runner(config: Config) -> Runner:
     Args:
         config: which checkpoint, and how much the engine takes on.
     """
-    engine = config.engine
 
-    def load() -> Mllama:
-        if engine.num_threads is not None:
-            torch.set_num_threads(engine.num_threads)
-        return load_model(config.model, engine)
+    def load() -> tuple[Mllama, LocalExecutor]:
+        if config.engine.num_threads is not None:
+            torch.set_num_threads(config.engine.num_threads)
+        model = load_model(config.model, config.engine)
+        return model, LocalExecutor(model, config.engine.image_cache_bytes)
 
-    return Runner(
-        load,
-        max_batch=engine.max_batch,
-        max_queue=engine.max_queue,
-        num_preprocess_workers=engine.num_preprocess_workers,
-        kv_cache_bytes=engine.kv_cache_bytes,
-        kv_layers_per_page=engine.kv_layers_per_page,
-        image_cache_bytes=engine.image_cache_bytes,
-        prefill_slice_seconds=engine.prefill_slice_seconds,
-        step_timeout_seconds=engine.step_timeout_seconds,
-    )
+    return Runner(load, config.engine)
 
 
 def in_process_server(model: ModelConfig | None = None) -> InProcessServer:

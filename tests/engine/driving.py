@@ -5,12 +5,16 @@ import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
+from pydantic import ByteSize
+
 from tests.engine.fake_model import FakeModel, request
 from trimserve.api.chunks import GenerationChunk, TokenDelta
 from trimserve.api.request import GenerationRequest
+from trimserve.config import EngineConfig
 from trimserve.engine.runner import Runner
+from trimserve.executor.local import LocalExecutor
 
-__all__ = ["LONG", "Gate", "collect", "held_bytes", "running", "text", "tokens", "until"]
+__all__ = ["LONG", "Gate", "collect", "held_bytes", "make_runner", "running", "text", "tokens", "until"]
 
 LONG = request("long", ignore_eos=True, max_new_tokens=120)
 
@@ -33,12 +37,22 @@ class Gate:
         assert self._is_open.wait(20)
 
 
+def make_runner(load: Callable[[], FakeModel], **config: int) -> Runner:
+    """A runner that is not started, without an image cache."""
+
+    def load_both() -> tuple[FakeModel, LocalExecutor]:
+        model = load()
+        return model, LocalExecutor(model)
+
+    return Runner(load_both, EngineConfig(image_cache_bytes=ByteSize(0), **config))  # type: ignore[arg-type]
+
+
 @asynccontextmanager
 async def running(
     model: FakeModel, *, max_batch: int = 4, max_queue: int = 8, num_preprocess_workers: int = 2
 ) -> AsyncIterator[Runner]:
     """A started runner, stopped at the end."""
-    runner = Runner(
+    runner = make_runner(
         lambda: model,
         max_batch=max_batch,
         max_queue=max_queue,

@@ -21,13 +21,14 @@ from trimserve.api.prompt import Image, Prompt, RawPrompt, TokenPrompt
 from trimserve.api.request import GenerationRequest
 from trimserve.api.sampling import SamplingParams
 from trimserve.api.trim import TrimRequest
-from trimserve.engine.kv_pool import SequenceKV
-from trimserve.engine.model import Prefilled
 from trimserve.errors import InvalidRequest
 from trimserve.model.images import PreparedImage
 from trimserve.model.interruptible import Interruptible
+from trimserve.model.key_values import KeyValues
+from trimserve.model.prefilled import Prefilled
 from trimserve.model.prepared import NamedImage, PreparedPrompt, TokenizedPrompt
 from trimserve.trimming.encoded_image import EncodedImage, Observation
+from trimserve.trimming.plan import TrimPlan
 from trimserve.trimming.policies.table import POLICIES
 
 __all__ = [
@@ -152,16 +153,18 @@ class FakeModel:
         return EncodedImage(torch.ones(num_features, 2), FEATURES_PER_TILE, 1, observed)
 
     def prefill(
-        self, prompt: PreparedPrompt, images: Sequence[EncodedImage], trim: TrimRequest, kv: SequenceKV
+        self, prompt: PreparedPrompt, images: Sequence[EncodedImage], trim: TrimPlan, kv: KeyValues
     ) -> Interruptible[Prefilled]:
         self.before_prefill()
         self.threads.add(threading.current_thread().name)
         if _text(prompt.token_ids) == BREAKS_PREFILL.text:
             raise RuntimeError("prefill broke")
         num_valid = tuple(image.num_features for image in images)
-        num_kept = tuple(math.ceil(trim.k_ratio * valid) if trim.enabled else valid for valid in num_valid)
+        num_kept = tuple(
+            math.ceil(trim.request.k_ratio * valid) if trim.request.enabled else valid for valid in num_valid
+        )
         num_merged = tuple(
-            math.ceil(trim.merge_ratio * (n - kept)) for n, kept in zip(num_valid, num_kept, strict=True)
+            math.ceil(trim.request.merge_ratio * (n - kept)) for n, kept in zip(num_valid, num_kept, strict=True)
         )
         num_rows = tuple(map(sum, zip(num_kept, num_merged, strict=True)))
         # As with decoded rows of a real model: only the last image is still seen.
@@ -174,19 +177,19 @@ class FakeModel:
             num_padding=tuple((4 - image.num_tiles) * FEATURES_PER_TILE for image in prompt.images),
             num_valid=num_valid,
             num_kept=num_rows,
-            num_merged=num_merged if trim.merge_ratio else (),
+            num_merged=num_merged if trim.request.merge_ratio else (),
         )
 
     def warm_up_decode(self, pages: Tensor, max_batch: int) -> None:
         """No step is slower than another."""
 
-    def decode(self, token_ids: Sequence[int], kvs: Sequence[SequenceKV]) -> Tensor:
+    def decode(self, token_ids: Sequence[int], kvs: Sequence[KeyValues]) -> Tensor:
         self.before_decode()
         self.batch_sizes.append(len(kvs))
         self.threads.add(threading.current_thread().name)
         return torch.stack([self._forward([token_id], kv) for token_id, kv in zip(token_ids, kvs, strict=True)])
 
-    def _forward(self, token_ids: Sequence[int], kv: SequenceKV) -> Tensor:
+    def _forward(self, token_ids: Sequence[int], kv: KeyValues) -> Tensor:
         # One page holds 16 positions of one layer here: keys of the last layer tell the history.
         table = kv.self_tables[-1]
         for position, token_id in enumerate(token_ids, start=kv.length):

@@ -1,17 +1,41 @@
 """What tests of the engine have in common: requests driven step by step, and what became of them."""
 
 import time
+from collections.abc import Callable
+from typing import Any, Protocol
 
 from tests.engine.fake_model import FakeModel
 from trimserve.api.chunks import Finished, GenerationChunk, TokenDelta
 from trimserve.api.request import GenerationRequest
+from trimserve.api.status import StepListener
+from trimserve.config import EngineConfig
 from trimserve.engine.engine import Engine
+from trimserve.engine.processor import Processor
 from trimserve.engine.sequence import Sequence
 from trimserve.errors import TrimserveError
+from trimserve.executor.local import LocalExecutor
+from trimserve.executor.model import Model
 
-__all__ = ["Output", "alone", "deltas", "finished", "run", "start", "text"]
+__all__ = ["Output", "alone", "deltas", "finished", "make_engine", "run", "start", "text"]
+
+
+class ProcessorAndModel(Processor, Model, Protocol):
+    """What prepares requests, and what runs them, in one."""
+
 
 Output = list[GenerationChunk | TrimserveError]
+
+
+def make_engine(
+    model: ProcessorAndModel,
+    *,
+    on_step: StepListener | None = None,
+    clock: Callable[[], float] = time.monotonic,
+    **config: Any,
+) -> Engine:
+    """An engine over a model of this process, without an image cache unless one is asked for."""
+    knobs = EngineConfig(**{"image_cache_bytes": 0, **config})
+    return Engine(model, LocalExecutor(model, knobs.image_cache_bytes, clock), knobs, on_step, clock)
 
 
 def start(engine: Engine, wanted: GenerationRequest) -> tuple[Sequence, Output]:
@@ -32,7 +56,7 @@ def run(engine: Engine, *wanted: GenerationRequest) -> list[Output]:
 
 def alone(model: FakeModel, wanted: GenerationRequest) -> Output:
     """Generate one in an engine of its own."""
-    [output] = run(Engine(model, max_batch=1), wanted)
+    [output] = run(make_engine(model, max_batch=1), wanted)
     return output
 
 

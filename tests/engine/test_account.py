@@ -3,25 +3,45 @@
 import math
 from dataclasses import replace
 
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.engine.fake_model import IMAGE, FakeModel, request
-from tests.engine.stepping import alone, finished
+from tests.engine.stepping import alone, finished, make_engine
 from trimserve.api.chunks import GenerationChunk, ImageUsage, Started
 from trimserve.api.prompt import Image, TokenPrompt
 from trimserve.api.trim import TrimRequest
-from trimserve.engine.engine import Engine
 from trimserve.engine.kv_pool import KVPool
-from trimserve.engine.model import Prefilled
 from trimserve.engine.sequence import account_cross_kv
 from trimserve.errors import TrimserveError
+from trimserve.executor.plan import PrefillReport, PrefillTimes
 from trimserve.ops import PAGE_POSITIONS
 
 
+def prefilled(
+    num_padding: tuple[int, ...],
+    num_valid: tuple[int, ...],
+    num_rows: tuple[int, ...],
+    layer_rows: tuple[tuple[int, ...], ...] = (),
+) -> PrefillReport:
+    """A report with these counts."""
+    return PrefillReport(
+        sequence=0,
+        num_padding=num_padding,
+        num_valid=num_valid,
+        num_rows=num_rows,
+        num_merged=(),
+        layer_rows=layer_rows,
+        held_rows=(),
+        selections=(),
+        stored=None,
+        times=PrefillTimes(0.0, 0.0, 0.0),
+        trim_times=(),
+    )
+
+
 def test_kv_is_held_in_whole_pages_while_running_and_released_before_the_last_chunk() -> None:
-    engine = Engine(FakeModel(), max_batch=1)
+    engine = make_engine(FakeModel(), max_batch=1)
     held: list[tuple[int, int]] = []
     prompt = TokenPrompt((IMAGE, 65, IMAGE, 66), (Image(b"4"), Image(b"4")))
 
@@ -64,18 +84,10 @@ def test_merged_rows_are_held_and_counted_apart_from_kept_features() -> None:
 
 def test_layers_that_hold_less_are_accounted_by_their_own_pages() -> None:
     pool = KVPool(FakeModel().info, 2**20)  # a page holds one of the three layers
-    kv = pool.allocate(1)
-    kv.reserve_cross(33, None)
-    kv.shrink_cross(1, 17, None)
-    kv.shrink_cross(2, 0, None)
-    prefilled = Prefilled(
-        logits=torch.zeros(1),
-        num_padding=(0, 15),
-        num_valid=(20, 60),
-        num_kept=(16, 33),
-        layer_rows=((16, 33), (8, 17), (0, 0)),
-    )
-    account = account_cross_kv(prefilled, kv, pool)
+    kv = pool.allocate(1, 60)
+    kv.keep_cross([33, 17, 0])
+    report = prefilled((0, 15), (20, 60), (16, 33), layer_rows=((16, 33), (8, 17), (0, 0)))
+    account = account_cross_kv(report, kv.cross_bytes, pool)
     page = PAGE_POSITIONS * 8
     # 80 valid in each layer: 5 pages. Kept 49, 25 and 0: 4, 2 and 0. Held 33, 17 and 0: 3, 2 and 0.
     assert (account.untrimmed, account.held) == (15 * page, 5 * page)
@@ -95,15 +107,9 @@ def test_bytes_add_up_to_the_padded_cache(images: list[tuple[int, int, float]], 
     num_kept = tuple(max(1, math.floor(valid * fraction)) for _, valid, fraction in images)
     num_held = data.draw(st.integers(0, sum(num_kept)))
     pool = KVPool(FakeModel().info, 2**20)
-    kv = pool.allocate(1)
-    kv.reserve_cross(num_held, None)
-    prefilled = Prefilled(
-        logits=torch.zeros(1),
-        num_padding=tuple(padding for padding, _, _ in images),
-        num_valid=tuple(valid for _, valid, _ in images),
-        num_kept=num_kept,
-    )
-    account = account_cross_kv(prefilled, kv, pool)
+    kv = pool.allocate(1, num_held)
+    report = prefilled(tuple(padding for padding, _, _ in images), tuple(valid for _, valid, _ in images), num_kept)
+    account = account_cross_kv(report, kv.cross_bytes, pool)
     saved = (account.saved_by_padding, account.saved_by_trimming, account.saved_by_visibility)
     assert pool.cross_bytes(sum(padding + valid for padding, valid, _ in images)) == account.held + sum(saved)
     assert min(saved) >= 0

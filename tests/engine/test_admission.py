@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from tests.engine.fake_model import IMAGE, FakeModel, request
-from tests.engine.stepping import Output, alone, finished, run, start, text
+from tests.engine.stepping import Output, alone, finished, make_engine, run, start, text
 from trimserve.api.chunks import Finished, Started
 from trimserve.api.prompt import Image, TokenPrompt
 from trimserve.api.trim import TrimRequest
@@ -21,7 +21,7 @@ PAGE = 16 * 8  # one layer of 16 positions: 2 self- and 3 cross-attention layers
 
 
 def engine_of(num_pages: int, max_batch: int = 4, model: FakeModel | None = None) -> Engine:
-    return Engine(model or FakeModel(), max_batch=max_batch, kv_cache_bytes=SCRATCH + num_pages * PAGE)
+    return make_engine(model or FakeModel(), max_batch=max_batch, kv_cache_bytes=SCRATCH + num_pages * PAGE)
 
 
 def images(*tiles: int) -> TokenPrompt:
@@ -30,9 +30,9 @@ def images(*tiles: int) -> TokenPrompt:
 
 def test_a_pool_without_a_page_is_refused_naming_what_it_takes() -> None:
     with pytest.raises(CheckpointError, match=f"kv_cache_bytes: must be at least {SCRATCH + PAGE}, .* got {SCRATCH}"):
-        Engine(FakeModel(), max_batch=1, kv_cache_bytes=SCRATCH)
+        make_engine(FakeModel(), max_batch=1, kv_cache_bytes=SCRATCH)
     with pytest.raises(CheckpointError, match=r"kv_layers_per_page: must divide 1, .* got 2"):
-        Engine(FakeModel(), max_batch=1, kv_layers_per_page=2)
+        make_engine(FakeModel(), max_batch=1, kv_layers_per_page=2)
 
 
 def test_a_pool_that_no_image_fits_into_is_refused_at_the_start_by_its_own_knob() -> None:
@@ -118,7 +118,7 @@ def test_only_images_that_decoding_sees_need_room() -> None:
 
 def test_a_deadline_that_cannot_be_met_is_refused_before_any_work() -> None:
     model = FakeModel(before_decode=lambda: time.sleep(0.01))  # a hundred tokens take a second
-    engine = Engine(model, max_batch=1)
+    engine = make_engine(model, max_batch=1)
     run(engine, request("measure", max_new_tokens=5))
     now = time.monotonic()
     output: Output = []
@@ -134,7 +134,7 @@ def test_a_deadline_that_cannot_be_met_is_refused_before_any_work() -> None:
 
 def test_an_image_seen_before_is_not_encoded_again() -> None:
     model = FakeModel()
-    engine = Engine(model, max_batch=2, image_cache_bytes=2**20)
+    engine = make_engine(model, max_batch=2, image_cache_bytes=2**20)
     outputs = run(engine, request(images(2, 3)), request(images(3)), request(images(2)))
     assert model.encoded == [b"2", b"3"]
     assert (engine.image_cache.num_hits, engine.image_cache.num_misses) == (2, 2)
@@ -144,7 +144,7 @@ def test_an_image_seen_before_is_not_encoded_again() -> None:
 
 def test_an_image_of_which_a_policy_needs_to_know_more_is_encoded_once_more() -> None:
     model = FakeModel()
-    engine = Engine(model, max_batch=1, image_cache_bytes=2**20)
+    engine = make_engine(model, max_batch=1, image_cache_bytes=2**20)
     asked = [TrimRequest(), TrimRequest(policy="cls"), TrimRequest(policy="vispruner"), TrimRequest(policy="divprune")]
     run(engine, *(replace(request(images(2)), trim=trim) for trim in asked))
     assert model.encoded == [b"2", b"2"]

@@ -19,11 +19,10 @@ from tests.engine.fake_model import (
     FakeModel,
     request,
 )
-from tests.engine.stepping import Output, alone, deltas, finished, run, start, text
+from tests.engine.stepping import Output, alone, deltas, finished, make_engine, run, start, text
 from trimserve.api.chunks import Finished, FinishReason, GenerationChunk, Started
 from trimserve.api.prompt import Image, Prompt, RawPrompt, TokenPrompt
 from trimserve.api.request import GenerationRequest
-from trimserve.engine.engine import Engine
 from trimserve.engine.sequence import Sequence, SequenceState
 from trimserve.errors import EngineBusy, InvalidRequest, RequestFailed, TrimserveError
 
@@ -135,7 +134,7 @@ MIXED: list[GenerationRequest] = [
 @pytest.mark.parametrize("max_batch", [1, 2, 4])
 def test_a_batch_gives_what_each_alone_gives(max_batch: int) -> None:
     model = FakeModel()
-    together = run(Engine(model, max_batch=max_batch), *MIXED)
+    together = run(make_engine(model, max_batch=max_batch), *MIXED)
     assert max(model.batch_sizes) == max_batch
     for wanted, output in zip(MIXED, together, strict=True):
         expected = alone(FakeModel(), wanted)
@@ -151,7 +150,7 @@ def test_the_same_seed_gives_the_same_tokens_and_another_seed_others() -> None:
 
 def test_requests_join_and_leave_between_steps() -> None:
     model = FakeModel({"a": "aaaa", "b": "bbbbbb"})
-    engine = Engine(model, max_batch=4)
+    engine = make_engine(model, max_batch=4)
     _, first = start(engine, request("a"))
     engine.step()
     _, second = start(engine, request("b"))
@@ -164,7 +163,7 @@ def test_requests_join_and_leave_between_steps() -> None:
 
 def test_the_batch_never_has_more_than_its_places() -> None:
     model = FakeModel()
-    engine = Engine(model, max_batch=3)
+    engine = make_engine(model, max_batch=3)
     for number in range(5):
         start(engine, request(f"p{number}", max_new_tokens=10))
     for _ in range(5):
@@ -175,7 +174,7 @@ def test_the_batch_never_has_more_than_its_places() -> None:
 def test_running_requests_wait_for_one_layer_of_the_next_when_the_slice_is_zero() -> None:
     log: list[str] = []
     model = FakeModel(before_layer=lambda: log.append("layer"), before_decode=lambda: log.append("decode"))
-    engine = Engine(model, max_batch=2, prefill_slice_seconds=0)
+    engine = make_engine(model, max_batch=2, prefill_slice_seconds=0)
     start(engine, request("a", max_new_tokens=20))
     while "decode" not in log:
         engine.step()
@@ -195,7 +194,7 @@ def test_a_slice_is_as_long_as_it_may_be() -> None:
         time.sleep(0.02)  # two of them are more than a slice, one is less
 
     model = FakeModel(before_layer=layer, before_decode=lambda: log.append("decode"))
-    engine = Engine(model, max_batch=2, prefill_slice_seconds=0.03)
+    engine = make_engine(model, max_batch=2, prefill_slice_seconds=0.03)
     start(engine, request("a", max_new_tokens=20))
     while "decode" not in log:
         engine.step()
@@ -208,7 +207,7 @@ def test_a_slice_is_as_long_as_it_may_be() -> None:
 
 
 def test_larger_priority_first_and_first_come_first_served_among_equals() -> None:
-    engine = Engine(FakeModel(), max_batch=1)
+    engine = make_engine(FakeModel(), max_batch=1)
     order: list[str] = []
 
     def note(chunk: GenerationChunk | TrimserveError) -> None:
@@ -224,7 +223,7 @@ def test_larger_priority_first_and_first_come_first_served_among_equals() -> Non
 
 @pytest.mark.parametrize("num_steps", [0, 1, 5])
 def test_cancelling_frees_everything_at_once_and_says_nothing(num_steps: int) -> None:
-    engine = Engine(FakeModel(), max_batch=2)
+    engine = make_engine(FakeModel(), max_batch=2)
     prompt = TokenPrompt((IMAGE, 65), (Image(b"2"),))
     others = [start(engine, request("other", max_new_tokens=30)) for _ in range(2 if num_steps == 0 else 1)]
     sequence, output = start(engine, request(prompt, max_new_tokens=30))
@@ -246,7 +245,7 @@ def test_cancelling_frees_everything_at_once_and_says_nothing(num_steps: int) ->
 @pytest.mark.parametrize("num_layers", [1, 2, 3])
 def test_a_request_cancelled_between_two_layers_holds_nothing_and_the_next_one_begins(num_layers: int) -> None:
     model = FakeModel()
-    engine = Engine(model, max_batch=2, image_cache_bytes=2**20, prefill_slice_seconds=0)
+    engine = make_engine(model, max_batch=2, image_cache_bytes=2**20, prefill_slice_seconds=0)
     wanted = request(TokenPrompt((IMAGE, 65), (Image(b"2"),)), max_new_tokens=5)
     first, said = start(engine, wanted)
     _, output = start(engine, wanted)
@@ -267,7 +266,7 @@ def test_a_request_cancelled_between_two_layers_holds_nothing_and_the_next_one_b
 @pytest.mark.parametrize("bad", [BREAKS_PREFILL, BREAKS_DECODE, LOGITS_ARE_NAN])
 def test_a_failing_request_ends_alone(bad: RawPrompt, caplog: pytest.LogCaptureFixture) -> None:
     model = FakeModel()
-    engine = Engine(model, max_batch=3)
+    engine = make_engine(model, max_batch=3)
     wanted = [request("left", temperature=1.0), request(bad, name="bad"), request("right")]
     left, failed, right = run(engine, *wanted)
     assert isinstance(failed[-1], RequestFailed)
@@ -297,7 +296,7 @@ def test_a_request_that_runs_out_of_memory_ends_alone_and_may_come_again(
     error: Exception, stage: str, calls: list[int]
 ) -> None:
     model = FakeModel(**{stage: _fails_in(calls, error)})  # type: ignore[arg-type]  # hooks only
-    engine = Engine(model, max_batch=2)
+    engine = make_engine(model, max_batch=2)
     left, right = run(engine, request("left"), request("right"))
     assert isinstance(left[-1], EngineBusy)
     # 4 + 20 positions: 2 pages in 2 layers.
@@ -313,7 +312,7 @@ def test_stages_add_up_to_the_total() -> None:
         before_decode=_sleep(0.005),
         max_model_len=64,
     )
-    engine = Engine(model, max_batch=1)
+    engine = make_engine(model, max_batch=1)
     first, second = run(engine, request("a", max_new_tokens=5), request("b", max_new_tokens=5))
     for output in (first, second):
         times = finished(output).timings
@@ -330,7 +329,7 @@ def test_stages_add_up_to_the_total() -> None:
 def test_every_step_tells_how_many_it_decoded_and_how_long_that_took() -> None:
     steps: list[tuple[int, float]] = []
     model = FakeModel(before_decode=_sleep(0.002))
-    engine = Engine(model, max_batch=2, on_step=lambda *step: steps.append(step))
+    engine = make_engine(model, max_batch=2, on_step=lambda *step: steps.append(step))
     run(engine, *(request(prompt, max_new_tokens=4, ignore_eos=True) for prompt in "abc"))
     assert [size for size, _ in steps] == model.batch_sizes
     assert all(0.002 <= seconds < 1 for _, seconds in steps)
@@ -351,7 +350,7 @@ PROMPTS: st.SearchStrategy[Prompt] = st.one_of(
 def test_whatever_comes_and_goes_nothing_is_lost(
     arrivals: list[tuple[Prompt, int, int, int | None]], max_batch: int
 ) -> None:
-    engine = Engine(FakeModel(), max_batch=max_batch)
+    engine = make_engine(FakeModel(), max_batch=max_batch)
     live: list[tuple[GenerationRequest, Sequence, Output, int | None]] = []
     for step in range(200):
         for prompt, max_new_tokens, arrives, cancelled in arrivals:

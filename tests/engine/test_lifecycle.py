@@ -6,10 +6,9 @@ import time
 
 import pytest
 
-from tests.engine.driving import LONG, Gate, collect, held_bytes, running, text, until
+from tests.engine.driving import LONG, Gate, collect, held_bytes, make_runner, running, text, until
 from tests.engine.fake_model import KILLS_THE_ENGINE, FakeModel, request
 from trimserve.api.chunks import Finished, TokenDelta
-from trimserve.engine.runner import Runner
 from trimserve.errors import CheckpointError, EngineStopped, RequestFailed
 
 
@@ -18,7 +17,7 @@ def _engine_threads() -> list[threading.Thread]:
 
 
 async def test_a_runner_that_has_not_started_refuses() -> None:
-    runner = Runner(FakeModel, max_batch=1, max_queue=1, num_preprocess_workers=1)
+    runner = make_runner(FakeModel, max_batch=1, max_queue=1, num_preprocess_workers=1)
     assert not runner.status().is_ready
     assert runner.status().uptime_seconds == 0
     with pytest.raises(EngineStopped, match="has not started"):
@@ -32,7 +31,7 @@ async def test_start_raises_what_loading_failed_with() -> None:
     def load() -> FakeModel:
         raise FileNotFoundError("no such checkpoint")
 
-    runner = Runner(load, max_batch=1, max_queue=1, num_preprocess_workers=1)
+    runner = make_runner(load, max_batch=1, max_queue=1, num_preprocess_workers=1)
     with pytest.raises(FileNotFoundError, match="no such checkpoint"):
         await runner.start()
     assert not runner.status().is_ready
@@ -42,7 +41,7 @@ async def test_start_raises_what_the_warm_up_failed_with() -> None:
     def fail() -> None:
         raise RuntimeError("no such instruction")
 
-    runner = Runner(lambda: FakeModel(before_prefill=fail), max_batch=1, max_queue=1, num_preprocess_workers=1)
+    runner = make_runner(lambda: FakeModel(before_prefill=fail), max_batch=1, max_queue=1, num_preprocess_workers=1)
     with pytest.raises(RequestFailed, match="warm-up"):
         await runner.start()
     assert not runner.status().is_ready
@@ -61,7 +60,7 @@ async def test_the_smallest_context_that_holds_an_image_and_an_answer_is_served(
 async def test_requests_are_refused_until_warm() -> None:
     gate = Gate()
     gate.close()
-    runner = Runner(lambda: FakeModel(before_prefill=gate), max_batch=1, max_queue=1, num_preprocess_workers=1)
+    runner = make_runner(lambda: FakeModel(before_prefill=gate), max_batch=1, max_queue=1, num_preprocess_workers=1)
     task = asyncio.create_task(runner.start())
     await until(lambda: bool(_engine_threads()))
     with pytest.raises(EngineStopped, match="is starting"):
@@ -76,7 +75,7 @@ async def test_requests_are_refused_until_warm() -> None:
 async def test_a_runner_stopped_while_it_warms_up_never_becomes_ready() -> None:
     gate = Gate()
     gate.close()
-    runner = Runner(lambda: FakeModel(before_prefill=gate), max_batch=1, max_queue=1, num_preprocess_workers=1)
+    runner = make_runner(lambda: FakeModel(before_prefill=gate), max_batch=1, max_queue=1, num_preprocess_workers=1)
     starting = asyncio.create_task(runner.start())
     await until(lambda: bool(_engine_threads()))
     stopping = asyncio.create_task(runner.stop(20.0))

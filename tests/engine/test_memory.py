@@ -10,10 +10,10 @@ from tests.engine.fake_model import FakeModel
 from trimserve.engine.memory import (
     available_bytes,
     default_kv_cache_bytes,
-    is_out_of_memory,
     memory_by_kind,
     prefill_scratch_bytes,
 )
+from trimserve.executor.out_of_memory import is_out_of_memory
 
 INFO = FakeModel().info
 # 4 images of 4 tiles of 5 features: 80 features of 2 float32 and one layer's keys and values, twice; and for one image

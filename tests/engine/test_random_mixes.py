@@ -10,16 +10,20 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
+from pydantic import ByteSize
 
+from tests.engine.stepping import make_engine
 from tests.engine.test_real_model import GREEDY, ONE, OTHER, SAMPLED, THREE, model, noise
 from trimserve.api.chunks import Finished, GenerationChunk, Started, TokenDelta
 from trimserve.api.prompt import RawPrompt
 from trimserve.api.request import GenerationRequest
 from trimserve.api.trim import FixedCount, FixedRatio, TopP, TrimRequest
+from trimserve.config import EngineConfig
 from trimserve.engine.engine import Engine
 from trimserve.engine.memory import prefill_scratch_bytes
-from trimserve.engine.sequence import Sequence
+from trimserve.engine.sequence import Sequence, SequenceState
 from trimserve.errors import InvalidRequest, TrimserveError
+from trimserve.executor.local import LocalExecutor
 from trimserve.model.mllama import Mllama
 
 __all__ = ["model"]  # the fixture
@@ -99,14 +103,16 @@ class Mix:
         self._rng = random.Random(f"mix/{seed}")
         self._model = model
         bytes_of_pages = self._rng.choice([2**18, 2**20, 2**24])
-        self.engine = Engine(
-            model,
+        config = EngineConfig(
             max_batch=self._rng.randint(1, 6),
-            kv_cache_bytes=prefill_scratch_bytes(model.info) + bytes_of_pages,
-            image_cache_bytes=self._rng.choice([0, 2**16, 2**24]),
+            kv_cache_bytes=ByteSize(prefill_scratch_bytes(model.info) + bytes_of_pages),
+            image_cache_bytes=ByteSize(self._rng.choice([0, 2**16, 2**24])),
             prefill_slice_seconds=self._rng.choice([0.0, 0.005, 0.1]),
         )
-        self.engine.pool.pages.fill_(math.nan)  # what a request has not written itself reaches none of its tokens
+        executor = LocalExecutor(model, config.image_cache_bytes)
+        self.engine = Engine(model, executor, config)
+        assert executor.pages is not None
+        executor.pages.fill_(math.nan)  # what a request has not written itself reaches none of its tokens
 
     def run(self) -> int:
         """Check all; how often rounding decided."""
@@ -129,6 +135,8 @@ class Mix:
             for _, sequence, _, cancelled in live:
                 if cancelled == step:
                     engine.cancel(sequence)
+                elif sequence.state is SequenceState.RUNNING and rng.random() < 0.05:
+                    engine.preempt(sequence)
             engine.step()
             step += 1
         assert engine.pool.num_free_pages == engine.pool.num_pages
@@ -138,7 +146,7 @@ class Mix:
 
     def _alone(self, wanted: GenerationRequest) -> Output:
         output: Output = []
-        engine = Engine(self._model, max_batch=1)
+        engine = make_engine(self._model, max_batch=1)
         engine.add(engine.prepare(wanted, output.append, time.monotonic()))
         while engine.has_work:
             engine.step()

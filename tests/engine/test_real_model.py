@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image as PilImage
 
+from tests.engine.stepping import make_engine
 from tests.model.random_checkpoint import Geometry, save_random_checkpoint
 from trimserve.api.chunks import Finished, GenerationChunk, ImageSelection, Started, TokenDelta
 from trimserve.api.prompt import Image, RawPrompt
@@ -16,7 +17,6 @@ from trimserve.api.request import GenerationRequest
 from trimserve.api.sampling import SamplingParams
 from trimserve.api.trim import FixedRatio, TrimRequest
 from trimserve.config import EngineConfig, ModelConfig
-from trimserve.engine.engine import Engine
 from trimserve.errors import TrimserveError
 from trimserve.model.loading import load_model
 from trimserve.model.mllama import Mllama
@@ -67,7 +67,7 @@ REQUESTS = [
 
 def generate(model: Mllama, *requests: GenerationRequest) -> list[tuple[list[int], tuple[ImageSelection, ...]]]:
     """Tokens and kept features of each, generated together."""
-    engine = Engine(model, max_batch=len(REQUESTS))
+    engine = make_engine(model, max_batch=len(REQUESTS))
     outputs: list[list[GenerationChunk | TrimserveError]] = [[] for _ in requests]
     for request, output in zip(requests, outputs, strict=True):
         engine.add(engine.prepare(request, output.append, time.monotonic()))
@@ -97,7 +97,7 @@ def test_a_mixed_batch_gives_the_tokens_and_the_kept_features_that_each_gives_al
 
 def test_the_stages_of_a_request_lie_where_they_belong(model: Mllama) -> None:
     output: list[GenerationChunk | TrimserveError] = []
-    engine = Engine(model, max_batch=1)
+    engine = make_engine(model, max_batch=1)
     submitted_at = time.monotonic()
     engine.add(engine.prepare(replace(REQUESTS[6], request_id="timed"), output.append, submitted_at))
     while engine.has_work:
@@ -140,7 +140,7 @@ def test_only_what_was_chosen_from_an_image_alone_serves_a_second_question_on_it
         return choice
 
     monkeypatch.setattr(policy, "choose", watched)
-    engine = Engine(model, max_batch=1, image_cache_bytes=2**22)
+    engine = make_engine(model, max_batch=1, image_cache_bytes=2**22)
     trim = TrimRequest(policy=name, budget=FixedRatio(0.3), return_selection=True)
     outputs: list[list[GenerationChunk | TrimserveError]] = [[], []]
     for text, output in zip(("What is this?", "How many are there?"), outputs, strict=True):

@@ -103,14 +103,14 @@ async def test_a_full_queue_refuses_naming_its_size() -> None:
 
 async def test_requests_being_prepared_count_as_waiting() -> None:
     gate = Gate()
-    async with running(FakeModel(before_tokenize=gate), max_batch=1, max_queue=0) as runner:
+    async with running(FakeModel(before_tokenize=gate), max_batch=1, max_queue=1) as runner:
         gate.close()
-        task = asyncio.create_task(collect(runner, request("hi")))
-        await until(lambda: runner.status().num_waiting == 1)
+        tasks = [asyncio.create_task(collect(runner, request("hi"))) for _ in range(2)]
+        await until(lambda: runner.status().num_waiting == 2)
         with pytest.raises(EngineBusy):
             await collect(runner, request("one too many"))
         gate.open()
-        await task
+        await asyncio.gather(*tasks)
 
 
 async def test_what_preparing_refuses_reaches_the_caller() -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from tests.engine.fake_model import FakeModel
-from trimserve.engine.kv_pool import KVPool
+from trimserve.executor.page_memory import page_memory
 from trimserve.model import huge_pages
 from trimserve.model.weights import fuse, fused_weight
 
@@ -60,7 +60,7 @@ def test_weights_and_pages_of_kv_lie_on_them() -> None:
     module.first, module.second = (nn.Linear(1024, 512, bias=False, device="meta") for _ in range(2))
     fuse(module, ("first", "second"), CPU)
     assert fused_weight(module, ("first", "second")).data_ptr() % HUGE_BYTES == 0
-    assert KVPool(FakeModel().info, 2 * HUGE_BYTES).pages.data_ptr() % HUGE_BYTES == 0
+    assert page_memory(FakeModel().info, 2 * HUGE_BYTES // 128, 1).data_ptr() % HUGE_BYTES == 0
 
 
 def test_what_no_system_has_is_refused_by_torch() -> None:

@@ -1,26 +1,22 @@
-"""One pool of pages for the keys and values of every running sequence, and the account of their bytes.
+"""Who owns which page of the keys and values, and the account of their bytes.
 
     capacity = used + free, in whole pages, after any history
 
 Self- and cross-attention draw from the same pages (`model/key_values.py`), so there is no split to tune: what
-trimming frees is room for another request. Text positions are reserved when a sequence is admitted (its prompt and
-its `max_new_tokens`, ADR-0003), cross-attention positions once selection has said how many rows stay. It knows
-nothing about requests.
+trimming frees is room for another request. A sequence gets pages for its prompt and its `max_new_tokens` (ADR-0003)
+and for as many rows of visual features as trimming can leave; once the prefill knows how many stay, it keeps those
+only. Pages are numbers here: their memory is the executor's.
 """
 
 from collections.abc import Sequence
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
-from torch import Tensor
 
 from trimserve.api.info import ModelInfo
-from trimserve.model import huge_pages
 from trimserve.model.key_values import Tables, layers_per_page, num_pages
 from trimserve.ops import PAGE_POSITIONS
 
-__all__ = ["KVPool", "PoolExhausted", "SequenceKV"]
+__all__ = ["KVPool", "PoolExhausted", "SequencePages"]
 
 
 class PoolExhausted(Exception):
@@ -31,29 +27,24 @@ class KVPool:
     """Hands out pages and takes them back."""
 
     def __init__(self, info: ModelInfo, capacity_bytes: int, wanted_layers: int | None = None) -> None:
-        """Allocate all pages; on the CPU memory is only taken once a page is written.
+        """Start with every page free.
 
         Args:
-            info: geometry, dtype and device.
-            capacity_bytes: of all pages; what is less than a page is left out. One page is held beside them, for rows
-                that pad a batch.
-            wanted_layers: of a page; None: as many as there can be.
+            info: geometry and dtype.
+            capacity_bytes: of all pages; what is less than a page is left out.
+            wanted_layers: of a page; None for as many as there can be.
         Raises:
-            MemoryError, RuntimeError, torch.OutOfMemoryError: they cannot be allocated.
             ValueError: so many layers cannot share a page.
         """
-        self._info = info
         num_self, num_cross = info.num_self_attention_layers, info.num_cross_attention_layers
-        self._layers = layers_per_page(num_self, num_cross, wanted_layers)
-        self._self_groups = num_self // self._layers
-        self._cross_groups = num_cross // self._layers
-        self.page_bytes = PAGE_POSITIONS * self._layers * info.kv_bytes_per_position
+        self.layers_per_page = layers_per_page(num_self, num_cross, wanted_layers)
+        """Layers whose keys and values share a page."""
+        self._self_groups = num_self // self.layers_per_page
+        self._cross_groups = num_cross // self.layers_per_page
+        self.page_bytes = PAGE_POSITIONS * self.layers_per_page * info.kv_bytes_per_position
         """Bytes of one page."""
         self.num_pages = max(0, capacity_bytes // self.page_bytes)
-        """Pages that there are."""
-        shape = (self.num_pages + 1, self._layers, 2, info.num_kv_heads, PAGE_POSITIONS, info.head_dim)
-        self.pages: Tensor = huge_pages.empty(shape, getattr(torch, info.dtype), torch.device(info.device))
-        """[P, G, 2, Hkv, 16, Dh], P one more than `num_pages`: nobody gets the last."""
+        """Pages that there are, numbered from 0."""
         # Last freed, first used: it may still be in a cache.
         self._free = list(range(self.num_pages - 1, -1, -1))
         self._self_pages = self._cross_pages = 0
@@ -88,7 +79,7 @@ class KVPool:
 
     def pages_of_groups(self, layer_rows: Sequence[int]) -> list[int]:
         """Pages of each group of cross-attention layers that hold these rows, no layer more than the one before it."""
-        return [num_pages(num_rows) for num_rows in layer_rows[:: self._layers]]
+        return [num_pages(num_rows) for num_rows in layer_rows[:: self.layers_per_page]]
 
     def self_bytes(self, num_positions: int) -> int:
         """Bytes of `self_pages`."""
@@ -102,27 +93,23 @@ class KVPool:
         """Bytes of `pages_of_groups`."""
         return sum(self.pages_of_groups(layer_rows)) * self.page_bytes
 
-    def allocate(self, max_positions: int) -> "SequenceKV":
-        """Reserve the text positions of one sequence.
+    def allocate(self, max_positions: int, max_cross_rows: int = 0) -> "SequencePages":
+        """Take the pages of one sequence.
 
         Args:
             max_positions: prompt and generated tokens, at least 1.
+            max_cross_rows: rows of visual features that it may come to hold.
         Raises:
-            PoolExhausted: there are not as many free pages.
+            PoolExhausted: there are not as many free pages; none is taken.
         """
-        tables = self._take(self._self_groups, num_pages(max_positions))
-        self._self_pages += tables.size
-        return SequenceKV(self, tables, self._info.num_cross_attention_layers)
-
-    def take_cross(self, num_rows: int) -> Tables:
-        """Take the pages of a sequence's visual features.
-
-        Raises:
-            PoolExhausted: there are not as many free pages.
-        """
-        tables = self._take(self._cross_groups, num_pages(num_rows))
-        self._cross_pages += tables.size
-        return tables
+        wanted = self.self_pages(max_positions) + self.cross_pages(max_cross_rows)
+        if wanted > len(self._free):
+            raise PoolExhausted(f"{wanted} pages are wanted, {len(self._free)} of {self.num_pages} are free")
+        self_tables = self._take(self._self_groups, num_pages(max_positions))
+        cross_tables = self._take(self._cross_groups, num_pages(max_cross_rows))
+        self._self_pages += self_tables.size
+        self._cross_pages += cross_tables.size
+        return SequencePages(self, self_tables, cross_tables)
 
     def give_back(self, self_pages: Sequence[int], cross_pages: Sequence[int]) -> None:
         """Free pages of a sequence; they must be its own, and it must not use them any more."""
@@ -132,102 +119,52 @@ class KVPool:
         self._free.extend(cross_pages)
 
     def _take(self, groups: int, pages: int) -> Tables:
-        count = groups * pages
-        if count > len(self._free):
-            raise PoolExhausted(f"{count} pages are wanted, {len(self._free)} of {self.num_pages} are free")
-        first = len(self._free) - count
+        first = len(self._free) - groups * pages
         taken, self._free[first:] = self._free[first:], []
         return np.array(taken, dtype=np.int32).reshape(groups, pages)
 
 
-class SequenceKV:
-    """Pages of one sequence: a `models.key_values.KeyValues`."""
+class SequencePages:
+    """The pages of one sequence."""
 
-    def __init__(self, pool: KVPool, self_tables: Tables, num_cross_layers: int) -> None:
+    def __init__(self, pool: KVPool, self_tables: Tables, cross_tables: Tables) -> None:
         """Use `KVPool.allocate`."""
         self._pool = pool
-        self._self_tables = self_tables
-        self._cross_tables: Tables = self_tables[:0]
         self._is_released = False
-        self.length = 0
-        """Text positions that every self-attention layer holds."""
-        self.cross_lengths = [0] * num_cross_layers
-        """Rows that each cross-attention layer holds, at most as many as the one before it."""
-        self.cross_biases: list[NDArray[np.float32] | None] = [None] * num_cross_layers
-        """Of each cross-attention layer [rows], added to the logits of its rows; None: nothing is."""
-
-    @property
-    def pages(self) -> Tensor:
-        """[P, G, 2, Hkv, 16, Dh], the pool's."""
-        return self._pool.pages
-
-    @property
-    def cross_length(self) -> int:
-        """Rows that the first cross-attention layer holds, and every other one that does not choose again."""
-        return max(self.cross_lengths, default=0)
-
-    @property
-    def cross_bias(self) -> NDArray[np.float32] | None:
-        """[cross_length], of those rows."""
-        return self.cross_biases[0] if self.cross_biases else None
-
-    @property
-    def self_tables(self) -> Tables:
-        """Pages of the text."""
-        return self._self_tables
-
-    @property
-    def cross_tables(self) -> Tables:
-        """Pages of the visual features; none before `reserve_cross`."""
-        return self._cross_tables
+        self.self_tables = self_tables
+        """Pages of the text, int32 [groups, pages]."""
+        self.cross_tables = cross_tables
+        """Pages of the visual features, int32 [groups, pages]; later groups may have given back their last ones."""
+        self._cross_counts = [cross_tables.shape[1]] * len(cross_tables)
 
     @property
     def self_bytes(self) -> int:
         """Bytes of self-attention KV, whole pages."""
-        return self._self_tables.size * self._pool.page_bytes
+        return self.self_tables.size * self._pool.page_bytes
 
     @property
     def cross_bytes(self) -> int:
         """Bytes of cross-attention KV, whole pages."""
-        return self._pool.layered_cross_bytes(self.cross_lengths)
+        return sum(self._cross_counts) * self._pool.page_bytes
 
-    def reserve_cross(self, num_rows: int, bias: Tensor | None) -> None:
-        """Take the pages of the rows that decoding sees, once.
-
-        Args:
-            num_rows: kept features and merged rows.
-            bias: [num_rows], added to their logits; None: nothing is.
-        Raises:
-            PoolExhausted: there are not as many free pages.
-        """
-        self._cross_tables = self._pool.take_cross(num_rows)
-        self._set_cross(0, num_rows, bias)
-
-    def shrink_cross(self, layer: int, num_rows: int, bias: Tensor | None) -> None:
-        """Let cross-attention layers from `layer` on hold fewer rows, and give back the pages that no layer needs.
+    def keep_cross(self, layer_rows: Sequence[int]) -> None:
+        """Give back the pages that the visual features turned out not to need.
 
         Args:
-            layer: may be behind the last one.
-            num_rows: at most what these layers hold.
-            bias: [num_rows], added to their logits; None: nothing is.
+            layer_rows: rows that each cross-attention layer holds, none more than the one before it.
         """
-        held = self._cross_pages()
-        self._set_cross(layer, num_rows, bias)
-        self._pool.give_back([], [*{*held}.difference(self._cross_pages())])
+        held, self._cross_counts = self.held_cross_pages(), self._pool.pages_of_groups(layer_rows)
+        kept = zip(held, self._cross_counts, strict=True)
+        self._pool.give_back([], [page for pages, count in kept for page in pages[count:]])
+
+    def held_cross_pages(self) -> list[list[int]]:
+        """Pages of the visual features that it still holds, for each group of layers."""
+        tables = zip(self.cross_tables, self._cross_counts, strict=True)
+        return [table[:count].tolist() for table, count in tables]
 
     def release(self) -> None:
-        """Give the pages back; a second call does nothing."""
+        """Give all pages back; a second call does nothing."""
         if not self._is_released:
             self._is_released = True
-            self._pool.give_back(self._self_tables.ravel().tolist(), self._cross_pages())
-
-    def _set_cross(self, layer: int, num_rows: int, bias: Tensor | None) -> None:
-        num_layers = len(self.cross_lengths) - layer
-        self.cross_lengths[layer:] = [num_rows] * num_layers
-        self.cross_biases[layer:] = [None if bias is None else bias.float().cpu().numpy()] * num_layers
-
-    def _cross_pages(self) -> list[int]:
-        """Pages that the cross-attention layers need, group after group."""
-        counts = self._pool.pages_of_groups(self.cross_lengths)
-        tables = zip(self._cross_tables, counts, strict=False)  # there are no tables before `reserve_cross`
-        return [page for table, count in tables for page in table[:count].tolist()]
+            cross = [page for group in self.held_cross_pages() for page in group]
+            self._pool.give_back(self.self_tables.ravel().tolist(), cross)

@@ -1,4 +1,4 @@
-"""How much memory there is, how much of it the KV pool takes, and what an allocator that has none left raises."""
+"""How much memory there is, and how much of it the KV pool takes."""
 
 import os
 import re
@@ -15,7 +15,6 @@ from trimserve.trimming.plan import scratch_bytes
 __all__ = [
     "available_bytes",
     "default_kv_cache_bytes",
-    "is_out_of_memory",
     "memory_by_kind",
     "prefill_scratch_bytes",
 ]
@@ -24,14 +23,6 @@ __all__ = [
 _SHARE = {"cpu": 0.5, "cuda": 0.9}
 
 _MEMINFO = Path("/proc/meminfo")
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that memory could not be had, on the host or on a device."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    # On the CPU torch has no type of its own for it.
-    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
 
 
 def available_bytes(device: str, meminfo: Path = _MEMINFO, cgroup: Path = CGROUPS, own: Path = OWN_GROUPS) -> int:

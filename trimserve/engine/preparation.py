@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 
 from trimserve.api.chunks import StageSpan
 from trimserve.api.prompt import Prompt
-from trimserve.engine.memory import is_out_of_memory
-from trimserve.engine.model import Model
+from trimserve.engine.processor import Processor
 from trimserve.engine.sequence import Sequence
 from trimserve.errors import InvalidRequest, OutOfMemory, RequestFailed, TrimserveError
+from trimserve.executor.out_of_memory import is_out_of_memory
 from trimserve.model.prepared import NamedImage, PreparedPrompt
 
 if TYPE_CHECKING:  # loads transformers, which the engine does without
@@ -30,7 +30,7 @@ class Preparation:
 
     def __init__(
         self,
-        model: Model,
+        processor: Processor,
         prompt: Prompt,
         make: Callable[[tuple[int, ...]], Sequence],
         check: Callable[[Sequence], None],
@@ -38,12 +38,12 @@ class Preparation:
         """Do nothing yet.
 
         Args:
-            model: tokenises and decodes.
+            processor: tokenises and decodes images.
             prompt: what was asked.
             make: makes the sequence of its token ids; may raise InvalidRequest.
             check: refuses a prepared sequence that can never run, by raising InvalidRequest.
         """
-        self._model = model
+        self._processor = processor
         self._todo: tuple[Prompt, Callable[[tuple[int, ...]], Sequence]] | None = prompt, make
         self._check = check
         self._sequence: Sequence | None = None
@@ -58,18 +58,18 @@ class Preparation:
         Returns:
             The sequence after the last step, None after any other.
         Raises:
-            InvalidRequest: what `Model.tokenize`, `Sequence`, `Model.prepare_image` or the check refuses.
+            InvalidRequest: what `Processor.tokenize`, `Sequence`, `Processor.prepare_image` or the check refuses.
         """
         started_at = time.monotonic()
         if self._sequence is None:
             self._sequence = self._tokenize()
         else:
-            self._images.append(self._model.prepare_image(self._files.popleft()))
+            self._images.append(self._processor.prepare_image(self._files.popleft()))
             self._image_spans.append(StageSpan("image_decode", started_at, time.monotonic()))
         self._seconds += time.monotonic() - started_at
         if self._files:
             return None
-        token_ids = tuple(self._sequence.sampling.prompt_token_ids)
+        token_ids = self._sequence.prompt_token_ids
         self._sequence.prepared(PreparedPrompt(token_ids, tuple(self._images)), self._seconds, self._image_spans)
         self._check(self._sequence)
         return self._sequence
@@ -78,7 +78,7 @@ class Preparation:
         todo, self._todo = self._todo, None  # both hold the image files
         assert todo is not None, "a preparation that failed is not advanced again"
         prompt, make = todo
-        tokenized = self._model.tokenize(prompt)
+        tokenized = self._processor.tokenize(prompt)
         self._files.extend(tokenized.images)
         return make(tokenized.token_ids)
 

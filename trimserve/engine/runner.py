@@ -1,9 +1,9 @@
 """The asyncio front of the engine.
 
     event loop      submit() -> queue bound, deadline -> chunks of one request, in order
-    text workers    Model.tokenize: the first step of a Preparation, quick
-    image workers   Model.prepare_image: the other steps, one image at a time, so that an urgent request comes between
-    engine thread   Engine.step, the only place where the model runs
+    text workers    Processor.tokenize: the first step of a Preparation, quick
+    image workers   Processor.prepare_image: the other steps, one image at a time, so that urgent requests come between
+    engine thread   Engine.step, which alone tells the executor what to run
 
 Loop and workers send commands (add, cancel) to the engine thread, which takes them between steps; chunks come
 back with `call_soon_threadsafe`. It knows nothing of the wire.
@@ -21,18 +21,20 @@ from trimserve.api.chunks import Finished, GenerationChunk
 from trimserve.api.info import ModelInfo
 from trimserve.api.request import GenerationRequest
 from trimserve.api.status import EngineStatus, StepListener
+from trimserve.config import EngineConfig
 from trimserve.engine.engine import Engine
 from trimserve.engine.lookahead import Lookahead, Ticket
 from trimserve.engine.memory import memory_by_kind
-from trimserve.engine.model import Model
 from trimserve.engine.outbox import Outbox, call_on
 from trimserve.engine.preparation import why_not_prepared
+from trimserve.engine.processor import Processor
 from trimserve.engine.sequence import Sequence, SequenceState
 from trimserve.engine.stream import Stream
 from trimserve.engine.warm_up import warm_up
 from trimserve.engine.watchdog import hang
 from trimserve.engine.workers import Workers, in_daemon_thread, leave_behind
 from trimserve.errors import DeadlinePassed, EngineBusy, EngineStopped, TrimserveError
+from trimserve.executor.executor import Executor
 
 __all__ = ["Runner"]
 
@@ -48,47 +50,18 @@ _PREPARED_AHEAD = 2
 class Runner:
     """Runs an engine beside an event loop. All methods belong to that loop's thread."""
 
-    def __init__(
-        self,
-        load_model: Callable[[], Model],
-        *,
-        max_batch: int,
-        max_queue: int,
-        num_preprocess_workers: int,
-        kv_cache_bytes: int | None = None,
-        kv_layers_per_page: int | None = None,
-        image_cache_bytes: int = 0,
-        prefill_slice_seconds: float = 0.1,
-        step_timeout_seconds: float = 300.0,
-    ) -> None:
+    def __init__(self, load: Callable[[], tuple[Processor, Executor]], config: EngineConfig) -> None:
         """Start nothing yet.
 
         Args:
-            load_model: called once by `start`, in a thread.
-            max_batch: requests that decode at the same time, at least 1.
-            max_queue: requests that may wait, prepared or not, beyond the free places of the batch.
-            num_preprocess_workers: threads that decode images, and as many that tokenise, at least 1.
-            kv_cache_bytes: see `Engine`.
-            kv_layers_per_page: see `Engine`.
-            image_cache_bytes: see `Engine`.
-            prefill_slice_seconds: see `Engine`.
-            step_timeout_seconds: after which a step of the engine that has not returned counts as its death.
+            load: called once by `start`, in a thread.
+            config: how much to take on. Of its workers, as many tokenise as decode images.
         """
-        self._load_model = load_model
-        self._make_engine = partial(
-            Engine,
-            max_batch=max_batch,
-            kv_cache_bytes=kv_cache_bytes,
-            kv_layers_per_page=kv_layers_per_page,
-            image_cache_bytes=image_cache_bytes,
-            prefill_slice_seconds=prefill_slice_seconds,
-        )
-        self._max_batch = max_batch
-        self._max_queue = max_queue
-        self._step_timeout_seconds = step_timeout_seconds
-        self._text_workers = Workers(num_preprocess_workers, "trimserve-text")
-        self._image_workers = Workers(num_preprocess_workers, "trimserve-image")
-        self._lookahead = Lookahead(num_preprocess_workers + _PREPARED_AHEAD)
+        self._load = load
+        self._config = config
+        self._text_workers = Workers(config.num_preprocess_workers, "trimserve-text")
+        self._image_workers = Workers(config.num_preprocess_workers, "trimserve-image")
+        self._lookahead = Lookahead(config.num_preprocess_workers + _PREPARED_AHEAD)
         self._on_step: StepListener | None = None
         self._engine: Engine | None = None
         self._thread: threading.Thread | None = None
@@ -133,10 +106,10 @@ class Runner:
         self._death = self._loop.create_future()
         self._outbox = Outbox(self._loop, self._deliver)
         try:
-            model = await in_daemon_thread(self._load_model)
+            processor, executor = await in_daemon_thread(self._load)
             if self._refusal != starting:
                 raise EngineStopped("the engine was stopped while its model was loaded")
-            self._engine = self._make_engine(model, on_step=self._on_step)
+            self._engine = Engine(processor, executor, self._config, self._on_step)
             is_warm: asyncio.Future[None] = self._loop.create_future()
             self._thread = threading.Thread(
                 target=self._run, args=(self._engine, is_warm), name="trimserve-engine", daemon=True
@@ -188,14 +161,14 @@ class Runner:
             is_alive=self._is_alive,
             num_running=len(running),
             num_waiting=states.count(SequenceState.WAITING),
-            max_batch=self._max_batch,
-            max_queue=self._max_queue,
+            max_batch=self._config.max_batch,
+            max_queue=self._config.max_queue,
             kv_capacity_bytes=pool.capacity_bytes if pool else 0,
             self_kv_bytes=pool.used_self_bytes if pool else 0,
             cross_kv_bytes=pool.used_cross_bytes if pool else 0,
             cross_kv_untrimmed_bytes=sum(sequence.cross_kv.untrimmed for sequence in running if sequence),
-            image_cache_capacity_bytes=images.capacity_bytes if images else 0,
-            image_cache_bytes=images.used_bytes if images else 0,
+            image_cache_capacity_bytes=int(self._config.image_cache_bytes) if images else 0,
+            image_cache_bytes=images.num_bytes if images else 0,
             image_cache_hits=images.num_hits if images else 0,
             image_cache_misses=images.num_misses if images else 0,
             image_cache_evictions=images.num_evictions if images else 0,
@@ -252,8 +225,10 @@ class Runner:
 
     def _open(self, request: GenerationRequest, deadline: float | None) -> Stream:
         num_live = sum(stream.state is not SequenceState.ENDED for stream in self._streams)
-        if num_live >= self._max_batch + self._max_queue:
-            raise EngineBusy(f"{num_live} requests run or wait: the queue of {self._max_queue} (max_queue) is full")
+        if num_live >= self._config.max_batch + self._config.max_queue:
+            raise EngineBusy(
+                f"{num_live} requests run or wait: the queue of {self._config.max_queue} (max_queue) is full"
+            )
         stream = Stream(request.request_id, request.priority, time.monotonic())
         sink = partial(self._outbox.put, stream)
         stream.preparation = self._loaded.preparation(
@@ -292,7 +267,7 @@ class Runner:
         self._end([stream], lambda: DeadlinePassed(f"the deadline passed while the request was {doing}"))
 
     async def _watch(self, engine: Engine, thread: threading.Thread, is_warm: "asyncio.Future[None]") -> None:
-        error = await hang(thread, lambda: engine.step_began_at, self._step_timeout_seconds)
+        error = await hang(thread, lambda: engine.step_began_at, self._config.step_timeout_seconds)
         leave_behind(thread)  # it cannot be ended from outside
         self._die(error)
         _settle(is_warm, error)

@@ -46,6 +46,12 @@ class Scheduler:
         self.running.append(sequence)
         return sequence
 
+    def send_back(self, sequence: Sequence) -> None:
+        """Move a running sequence back into the queue, to the place that it had."""
+        self.running.remove(sequence)
+        sequence.state = SequenceState.WAITING
+        self.add(sequence)
+
     def remove(self, sequence: Sequence) -> None:
         """Forget a sequence, wherever it is."""
         sequence.state = SequenceState.ENDED

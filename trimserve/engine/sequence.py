@@ -1,6 +1,7 @@
-"""One request inside the engine: what it has generated, what it holds, when each stage ended.
+"""One request inside the engine: its prompt, what it has generated, what it holds, when each stage ended.
 
-Made where the request enters, changed by the engine thread only. It knows no other request.
+It keeps all that is needed to compute it again. Made where the request enters, changed by the engine thread only. It
+knows no other request.
 """
 
 import time
@@ -24,11 +25,12 @@ from trimserve.api.info import ModelInfo
 from trimserve.api.request import GenerationRequest
 from trimserve.api.sampling import SamplingParams
 from trimserve.engine.detokenizer import Detokenizer
-from trimserve.engine.kv_pool import KVPool, SequenceKV
-from trimserve.engine.model import Prefilled, PreparedPrompt
+from trimserve.engine.kv_pool import KVPool, SequencePages
 from trimserve.errors import InvalidRequest, TrimserveError
-from trimserve.executor.sampling import SampledToken, SamplingState
+from trimserve.executor.plan import Drawn, NewSequence, PrefillReport
+from trimserve.model.prepared import PreparedPrompt
 from trimserve.model.visibility import visible_images
+from trimserve.trimming.kept_sets import KeptSets
 from trimserve.trimming.plan import TrimPlan, max_rows
 
 __all__ = ["Sequence", "SequenceState", "Sink", "account_cross_kv"]
@@ -47,7 +49,7 @@ class SequenceState(Enum):
 
 
 class Sequence:
-    """A tokenised request and everything that generation adds to it; of the request's prompt it keeps nothing."""
+    """A tokenised request and everything that generation adds to it."""
 
     def __init__(
         self,
@@ -70,7 +72,7 @@ class Sequence:
             sink: takes the chunks, on the engine thread.
             submitted_at: `time.monotonic()` when the request came.
             deadline: `time.monotonic()` after which nobody wants the answer; None: never.
-            images_taken: called by `take_prompt`.
+            images_taken: called when work on the images begins.
         Raises:
             InvalidRequest: the prompt leaves no room for `max_new_tokens`, or for one token; or fewer than
                 `min_new_tokens` can come.
@@ -86,7 +88,10 @@ class Sequence:
         self._images_taken = images_taken
         self.state = SequenceState.WAITING
         self.max_new_tokens = _max_new_tokens(params, len(token_ids), info)
-        self.sampling = SamplingState(params, token_ids, frozenset((*ends, *params.stop_token_ids)))
+        self.params = params
+        """How its tokens are drawn."""
+        self.generated_token_ids: list[int] = []
+        """Tokens drawn until now; only grows."""
         self.cross_kv = CrossKvBytes(0, 0, 0, 0, 0)
         """Zero before prefill."""
         self.finish_reason: FinishReason | None = None
@@ -95,8 +100,13 @@ class Sequence:
         """Most rows of cross-attention KV that decoding can see; known with the images."""
         self._info = info
         self._num_features = 0
+        self._token_ids = token_ids
+        self._end_token_ids = frozenset((*ends, *params.stop_token_ids))
         self._prompt: PreparedPrompt | None = None
-        self._kv: SequenceKV | None = None
+        self._stored: KeptSets | None = None
+        self._number = -1
+        self._has_started = False
+        self._pages: SequencePages | None = None
         self._matched_stop: str | int | None = None
         self._detokenizer = Detokenizer(tokenizer, params.stop_strings)
         self._preprocess_seconds = self._detokenize_seconds = 0.0
@@ -104,15 +114,36 @@ class Sequence:
         self._admitted_at = self._encoded_at = self._prefilled_at = self._first_token_at = submitted_at
 
     @property
-    def kv(self) -> SequenceKV:
-        """Keys and values, from admission to the end."""
-        assert self._kv is not None, "a sequence holds KV only while it runs"
-        return self._kv
+    def number(self) -> int:
+        """What plans call it; another one each time it is admitted."""
+        assert self.holds_pages, "a sequence has a number only while it runs"
+        return self._number
+
+    @property
+    def pages(self) -> SequencePages:
+        """What it holds, from admission to the end."""
+        assert self._pages is not None, "a sequence holds pages only while it runs"
+        return self._pages
+
+    @property
+    def holds_pages(self) -> bool:
+        """Whether it has been admitted, and not let go since."""
+        return self._pages is not None
+
+    @property
+    def prompt_token_ids(self) -> tuple[int, ...]:
+        """Of the prompt, the image tokens among them."""
+        return self._token_ids
+
+    @property
+    def num_positions(self) -> int:
+        """Text positions in its pages while it decodes: all tokens but the last one drawn."""
+        return self.num_prompt_tokens + self.num_generated_tokens - 1
 
     @property
     def num_prompt_tokens(self) -> int:
         """Tokens of the prompt."""
-        return len(self.sampling.prompt_token_ids)
+        return len(self._token_ids)
 
     @property
     def num_prompt_rows(self) -> int:
@@ -127,19 +158,19 @@ class Sequence:
     @property
     def least_new_tokens(self) -> int:
         """Tokens that come for certain."""
-        params = self.sampling.params
+        params = self.params
         certain = self.max_new_tokens if params.ignore_eos and not self._can_stop else params.min_new_tokens
         return max(1, certain)
 
     @property
     def _can_stop(self) -> bool:
-        params = self.sampling.params
+        params = self.params
         return bool(params.stop_strings or params.stop_token_ids)
 
     @property
     def num_generated_tokens(self) -> int:
         """Tokens drawn until now, an end token among them."""
-        return len(self.sampling.generated_token_ids)
+        return len(self.generated_token_ids)
 
     def prepared(
         self, prompt: PreparedPrompt, preprocess_seconds: float, image_spans: Iterable[StageSpan] = ()
@@ -161,64 +192,84 @@ class Sequence:
         self._preprocess_seconds = preprocess_seconds
         self._spans.extend(image_spans)
 
-    def take_prompt(self) -> PreparedPrompt:
-        """Hand the prompt over for prefill, once: nobody needs its pixels while tokens are generated."""
-        assert self._prompt is not None, "a sequence is prefilled once"
-        prompt, self._prompt = self._prompt, None
+    def admitted(self, number: int, pool: KVPool) -> NewSequence:
+        """Take pages for all that it may hold; it runs from here on.
+
+        Args:
+            number: what plans call it.
+            pool: has as many free pages.
+        Returns:
+            What the executor needs to compute it, from the beginning or again.
+        """
+        assert self._prompt is not None, "a sequence is prepared before it is admitted"
+        if not self._has_started:
+            self._admitted_at = time.monotonic()
+        self._number = number
+        self._pages = pool.allocate(self.max_positions, self.max_cross_rows)
         if self._images_taken is not None:
             self._images_taken()
-        return prompt
-
-    def hold(self, pool: KVPool) -> None:
-        """Reserve the text positions of prompt and answer; the request runs from here on."""
-        self._admitted_at = time.monotonic()
-        self._kv = pool.allocate(self.max_positions)
+        return NewSequence(
+            sequence=number,
+            request_id=self.request_id,
+            prompt=self._prompt,
+            trim=self.trim,
+            sampling=self.params,
+            end_token_ids=self._end_token_ids,
+            stored=self._stored,
+            generated_token_ids=tuple(self.generated_token_ids),
+        )
 
     def release(self) -> None:
-        """Give back what is held, if anything."""
+        """Give back the pages; what is needed to compute it again stays."""
+        self.pages.release()
+        self._pages = None
+
+    def forget(self) -> None:
+        """Let go of the prompt: nobody will compute it again."""
         self._prompt = None
-        if self._kv is not None:
-            self._kv.release()
-            self._kv = None
 
-    def encoded(self) -> None:
-        """Note that the images are encoded."""
-        self._encoded_at = time.monotonic()
+    def prefilled(self, report: PrefillReport, pool: KVPool) -> Started | None:
+        """Note that the prompt is in its pages, and give back those that it turned out not to need.
 
-    def started(self, prefilled: Prefilled, pool: KVPool) -> Started:
-        """Note that the prompt is in the KV and say what became of it."""
-        self._prefilled_at = time.monotonic()
-        self.cross_kv = account_cross_kv(prefilled, self.kv, pool)
-        self._spans += self._engine_spans(prefilled)
+        Returns:
+            The first chunk; None if the sequence was computed again.
+        """
+        self.pages.keep_cross(report.held_rows)
+        if self._has_started:
+            return None
+        self._has_started = True
+        self._stored = report.stored
+        self._encoded_at, self._prefilled_at = report.times.encoded_at, report.times.prefilled_at
+        self.cross_kv = account_cross_kv(report, self.pages.cross_bytes, pool)
+        self._spans += self._engine_spans(report)
         return Started(
             request_id=self.request_id,
             num_prompt_tokens=self.num_prompt_tokens,
-            images=_usage(prefilled),
-            seed=self.sampling.params.seed,
-            selections=prefilled.selections,
+            images=_usage(report),
+            seed=self.params.seed,
+            selections=report.selections,
             spans=tuple(self._spans),
         )
 
-    def _engine_spans(self, prefilled: Prefilled) -> Iterator[StageSpan]:
+    def _engine_spans(self, report: PrefillReport) -> Iterator[StageSpan]:
         yield StageSpan("queue", self.submitted_at, self._admitted_at)
         yield StageSpan("vision_encode", self._admitted_at, self._encoded_at)
-        if (times := prefilled.trim_times) is not None:
-            for began_at, selected_at, gathered_at in (times, *prefilled.later_trim_times):
-                yield StageSpan("trim_select", began_at, selected_at)
-                yield StageSpan("trim_gather", selected_at, gathered_at)
+        for began_at, selected_at, gathered_at in report.trim_times:
+            yield StageSpan("trim_select", began_at, selected_at)
+            yield StageSpan("trim_gather", selected_at, gathered_at)
         yield StageSpan("prefill", self._encoded_at, self._prefilled_at)
 
-    def append(self, sampled: SampledToken) -> TokenDelta:
+    def append(self, drawn: Drawn) -> TokenDelta:
         """Take the next token; sets `finish_reason` when it is the last.
 
         The text of an end or stop token is not part of the answer; the token itself is counted and sent.
         """
-        token_id, detokenizer = sampled.token_id, self._detokenizer
+        token_id, detokenizer = drawn.token_id, self._detokenizer
         if not self.num_generated_tokens:
             self._first_token_at = time.monotonic()
-        self.sampling.generated_token_ids.append(token_id)
-        watch = self.num_generated_tokens >= self.sampling.params.min_new_tokens
-        is_end = token_id in self.sampling.end_token_ids
+        self.generated_token_ids.append(token_id)
+        watch = self.num_generated_tokens >= self.params.min_new_tokens
+        is_end = token_id in self._end_token_ids
         is_last = is_end or self.num_generated_tokens >= self.max_new_tokens
         began_at = time.monotonic()
         text = "" if is_end else detokenizer.add(token_id, watch=watch)
@@ -230,7 +281,7 @@ class Sequence:
             self._matched_stop = token_id if detokenizer.matched_stop is None else detokenizer.matched_stop
         elif is_last:
             self.finish_reason = FinishReason.LENGTH
-        return TokenDelta(text, (token_id,), () if sampled.logprob is None else (sampled.logprob,))
+        return TokenDelta(text, (token_id,), () if drawn.logprob is None else (drawn.logprob,))
 
     def finished(self) -> Finished:
         """The last chunk; the request ends now."""
@@ -264,36 +315,36 @@ class Sequence:
         return sum(span.end - span.begin for span in self._spans if span.stage == stage)
 
 
-def _usage(prefilled: Prefilled) -> tuple[ImageUsage, ...]:
-    num_merged = prefilled.num_merged or (0,) * len(prefilled.num_kept)
+def _usage(report: PrefillReport) -> tuple[ImageUsage, ...]:
+    num_merged = report.num_merged or (0,) * len(report.num_rows)
     layer_rows: Iterable[tuple[int, ...]] = [()] * len(num_merged)
-    if prefilled.layer_rows:
-        layer_rows = zip(*prefilled.layer_rows, strict=True)
-    counts = zip(prefilled.num_padding, prefilled.num_valid, prefilled.num_kept, num_merged, layer_rows, strict=True)
+    if report.layer_rows:
+        layer_rows = zip(*report.layer_rows, strict=True)
+    counts = zip(report.num_padding, report.num_valid, report.num_rows, num_merged, layer_rows, strict=True)
     return tuple(
         ImageUsage(padding, valid, rows - merged, merged, by_layer) for padding, valid, rows, merged, by_layer in counts
     )
 
 
-def account_cross_kv(prefilled: Prefilled, kv: SequenceKV, pool: KVPool) -> CrossKvBytes:
+def account_cross_kv(report: PrefillReport, held_bytes: int, pool: KVPool) -> CrossKvBytes:
     """Who saved how many bytes of cross-attention KV; each step of the way in whole pages.
 
     Args:
-        prefilled: counts of padding, valid, kept and merged features, and of what each layer holds.
-        kv: what the request really holds.
+        report: counts of padding, valid, kept and merged features, and of what each layer holds.
+        held_bytes: what the request really holds.
         pool: knows the size of a page.
     """
-    valid, kept = sum(prefilled.num_valid), sum(prefilled.num_kept)
-    padded_bytes = pool.cross_bytes(sum(prefilled.num_padding) + valid)
-    untrimmed_bytes, kept_bytes = pool.cross_bytes(valid), pool.cross_bytes(kept)
-    if prefilled.layer_rows:
-        kept_bytes = pool.layered_cross_bytes([sum(rows) for rows in prefilled.layer_rows])
+    valid, left = sum(report.num_valid), sum(report.num_rows)
+    padded_bytes = pool.cross_bytes(sum(report.num_padding) + valid)
+    untrimmed_bytes, left_bytes = pool.cross_bytes(valid), pool.cross_bytes(left)
+    if report.layer_rows:
+        left_bytes = pool.layered_cross_bytes([sum(rows) for rows in report.layer_rows])
     return CrossKvBytes(
         untrimmed=untrimmed_bytes,
-        held=kv.cross_bytes,
+        held=held_bytes,
         saved_by_padding=padded_bytes - untrimmed_bytes,
-        saved_by_trimming=untrimmed_bytes - kept_bytes,
-        saved_by_visibility=kept_bytes - kv.cross_bytes,
+        saved_by_trimming=untrimmed_bytes - left_bytes,
+        saved_by_visibility=left_bytes - held_bytes,
     )
 
 

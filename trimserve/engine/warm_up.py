@@ -38,7 +38,7 @@ def warm_up(engine: Engine) -> None:
         engine.step()
     if isinstance(chunks[-1], TrimserveError):
         raise chunks[-1]
-    engine.warmed_up()
+    engine.resize_after_warm_up()
 
 
 def _request(info: ModelInfo) -> GenerationRequest:

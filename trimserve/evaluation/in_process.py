@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 
 from trimserve.api.prompt import ChatPrompt, Image, Message, Text
 from trimserve.api.trim import TrimRequest
-from trimserve.engine.kv_pool import KVPool, SequenceKV
 from trimserve.engine.memory import available_bytes
 from trimserve.errors import InvalidRequest, RequestFailed
 from trimserve.evaluation.answers import UNTRIMMED, Answer
 from trimserve.evaluation.dataset import DatasetError, Question
 from trimserve.evaluation.metrics import cosine, kl_divergence
+from trimserve.evaluation.pages import OwnKeyValues, OwnPages
 from trimserve.model.decoder import SequenceRows
 from trimserve.model.interruptible import run_through
 from trimserve.model.mllama import Mllama
@@ -39,7 +39,7 @@ class _Run:
     """Of the question, for errors."""
     prompt: PreparedPrompt
     rows: SequenceRows
-    kv: SequenceKV
+    kv: OwnKeyValues
     num_valid: int
     max_new_tokens: int
     num_held: int = 0
@@ -62,7 +62,7 @@ class InProcess:
         """
         self._model = model
         self._batch = batch
-        self._pool = KVPool(model.info, available_bytes(model.info.device) // 2)
+        self._pool = OwnPages(model.info, available_bytes(model.info.device) // 2)
         self._end_token_ids = frozenset(model.info.generation_defaults.eos_token_ids)
         self._encoded: tuple[Path, frozenset[Observation], list[EncodedImage]] | None = None
 
@@ -110,11 +110,11 @@ class InProcess:
                 image.max_choices = len(settings)
             self._encoded = question.image, needs, encoded
         images = self._encoded[2]
+        num_valid = sum(image.num_features for image in images)
         runs = []
         for trim in settings:
-            kv = self._pool.allocate(len(prompt.token_ids) + limit)
+            kv = self._pool.allocate(len(prompt.token_ids) + limit, num_valid)
             rows = self._model.prompt_rows(prompt, images, TrimPlan(trim), kv)
-            num_valid = sum(image.num_features for image in images)
             runs.append(_Run(_source(question), prompt, rows, kv, num_valid, limit))
         return runs
 

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from trimserve.engine.kv_pool import KVPool
 from trimserve.engine.memory import available_bytes
 from trimserve.evaluation.answers import UNTRIMMED
 from trimserve.evaluation.dataset import DatasetError, Question
 from trimserve.evaluation.in_process import prepare_question
+from trimserve.evaluation.pages import OwnPages
 from trimserve.model.decoder import SequenceRows
 from trimserve.model.interruptible import run_through
 from trimserve.model.mllama import Mllama
@@ -66,7 +66,7 @@ def find_prototypes(
         DatasetError: fewer redundant features than prototypes.
     """
     generator = torch.Generator().manual_seed(seed)
-    pool = KVPool(model.info, available_bytes(model.info.device) // 2)
+    pool = OwnPages(model.info, available_bytes(model.info.device) // 2)
     tested, divergences = [], []
     for question in questions:
         prompt = prepare_question(model, question)
@@ -87,7 +87,7 @@ def find_prototypes(
 
 
 def _divergences(
-    model: Mllama, pool: KVPool, prompt: PreparedPrompt, image: EncodedImage, picks: Sequence[int]
+    model: Mllama, pool: OwnPages, prompt: PreparedPrompt, image: EncodedImage, picks: Sequence[int]
 ) -> Tensor:
     """float64 [2, S]: of each pick, what it says alone and what the image lacks without it."""
     everything = image.features
@@ -113,10 +113,10 @@ def _batches(picks: Sequence[int]) -> Iterator[Sequence[int]]:
         yield picks[first : first + _BATCH]
 
 
-def _first_token(model: Mllama, pool: KVPool, prompt: PreparedPrompt, views: Sequence[Tensor]) -> Tensor:
+def _first_token(model: Mllama, pool: OwnPages, prompt: PreparedPrompt, views: Sequence[Tensor]) -> Tensor:
     """Log-probabilities of the first token, float64 [B, vocab_size], if the image has these features, [n, D] each."""
     length, size = len(prompt.token_ids), model.info.features_per_tile
-    kvs = [pool.allocate(length) for _ in views]
+    kvs = [pool.allocate(length, len(view)) for view in views]
     rows: list[SequenceRows] = [
         model.prompt_rows(prompt, [EncodedImage(view, size)] if len(view) else [], TrimPlan(UNTRIMMED), kv)
         for view, kv in zip(views, kvs, strict=True)

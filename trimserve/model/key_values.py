@@ -9,7 +9,6 @@ all layers of a group share a list of pages. A cross-attention layer may hold fe
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import gcd
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -68,33 +67,38 @@ def num_pages(num_positions: int) -> int:
     return -(-num_positions // PAGE_POSITIONS)
 
 
-class KeyValues(Protocol):
-    """Where one sequence's keys and values lie (`engine/kv_pool.py`)."""
+class KeyValues:
+    """Where one sequence's keys and values lie, and how many there are."""
 
-    length: int
-    """Text positions that every self-attention layer holds."""
-    cross_lengths: list[int]
-    """Rows that each cross-attention layer holds, at most as many as the one before it."""
-    cross_biases: list[NDArray[np.float32] | None]
-    """Of each cross-attention layer [rows], added to the logits of its rows; None: nothing is."""
+    def __init__(self, pages: Tensor, self_tables: Tables, cross_tables: Tables, num_cross_layers: int) -> None:
+        """Hold nothing yet.
 
-    @property
-    def pages(self) -> Tensor:
-        """[P, G, 2, Hkv, 16, Dh], shared with other sequences; 0 are keys, 1 values. The last page is no sequence's."""
-
-    @property
-    def self_tables(self) -> Tables:
-        """Pages of the text, with room for prompt and answer."""
-
-    @property
-    def cross_tables(self) -> Tables:
-        """Pages of the visual features."""
+        Args:
+            pages: [P, G, 2, Hkv, 16, Dh], shared with other sequences; 0 are keys, 1 values. The last page is no
+                sequence's.
+            self_tables: pages of the text, with room for prompt and answer.
+            cross_tables: pages of the visual features, with room for as many as may be held.
+            num_cross_layers: cross-attention layers.
+        """
+        self.pages = pages
+        self.self_tables = self_tables
+        self.cross_tables = cross_tables
+        self.length = 0
+        """Text positions that every self-attention layer holds."""
+        self.cross_lengths = [0] * num_cross_layers
+        """Rows that each cross-attention layer holds, at most as many as the one before it."""
+        self.cross_biases: list[NDArray[np.float32] | None] = [None] * num_cross_layers
+        """Of each cross-attention layer [rows], added to the logits of its rows; None if there is no bias."""
 
     def reserve_cross(self, num_rows: int, bias: Tensor | None) -> None:
-        """Take pages for the rows that decoding sees; `bias` [num_rows] is added to their logits."""
+        """Note the rows that decoding sees; `bias` [num_rows] is added to their logits."""
+        self.shrink_cross(0, num_rows, bias)
 
     def shrink_cross(self, layer: int, num_rows: int, bias: Tensor | None) -> None:
         """Let cross-attention layers from `layer` on hold no more than `num_rows`, with another bias."""
+        num_layers = len(self.cross_lengths) - layer
+        self.cross_lengths[layer:] = [num_rows] * num_layers
+        self.cross_biases[layer:] = [None if bias is None else bias.float().cpu().numpy()] * num_layers
 
 
 def row_slots(pages: Tensor, tables: Tables, layer: int, num_rows: int) -> Tensor:

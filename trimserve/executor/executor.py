@@ -1,0 +1,32 @@
+"""What the engine needs of an executor: the seam between deciding what runs and running it."""
+
+from typing import Protocol
+
+from trimserve.api.info import ModelInfo
+from trimserve.executor.plan import StepPlan, StepResult
+
+__all__ = ["Executor"]
+
+
+class Executor(Protocol):
+    """Runs plans, one at a time, on the engine's thread."""
+
+    @property
+    def info(self) -> ModelInfo:
+        """The model: geometry, limits and defaults."""
+
+    def allocate(self, num_pages: int, layers_per_page: int) -> None:
+        """Make the memory of the pages, in place of what was there before; no sequence may be known.
+
+        Args:
+            num_pages: that sequences can be granted, numbered from 0.
+            layers_per_page: layers whose keys and values share a page.
+        Raises:
+            MemoryError, RuntimeError, torch.OutOfMemoryError: there is not as much memory.
+        """
+
+    def warm_up(self, max_batch: int) -> None:
+        """Make steps ready for up to `max_batch` sequences, once the pages are allocated for good."""
+
+    def run(self, plan: StepPlan) -> StepResult:
+        """Take one step. What goes wrong in one sequence is in the result and harms no other."""

@@ -1,0 +1,243 @@
+"""An executor in this process: a model, the memory of pages and images, and what each sequence has drawn."""
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from trimserve.api.info import ModelInfo
+from trimserve.errors import RequestFailed, TrimserveError
+from trimserve.executor.image_cache import ImageCache
+from trimserve.executor.model import Model
+from trimserve.executor.out_of_memory import is_out_of_memory
+from trimserve.executor.page_memory import page_memory
+from trimserve.executor.plan import (
+    Drawn,
+    Failed,
+    ImageCacheCounts,
+    NewSequence,
+    PageGrant,
+    PrefillReport,
+    PrefillSlice,
+    PrefillTimes,
+    Rows,
+    StepPlan,
+    StepResult,
+)
+from trimserve.executor.sampling import SamplingState, sample
+from trimserve.model.interruptible import Interruptible
+from trimserve.model.key_values import KeyValues
+from trimserve.model.prefilled import Prefilled
+
+__all__ = ["LocalExecutor"]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class _Sequence:
+    """What the executor holds of a sequence."""
+
+    new: NewSequence
+    sampling: SamplingState
+    kv: KeyValues | None = None
+    """None before pages are granted."""
+    prefill: "Interruptible[tuple[PrefillReport, Tensor]] | None" = None
+    """What is left of the prompt; None before and after."""
+    prefill_seconds: float = 0.0
+
+
+@dataclass(slots=True)
+class _Step:
+    """The result of a step as it comes about."""
+
+    prefilled: PrefillReport | None = None
+    drawn: list[Drawn] = field(default_factory=list)
+    failed: list[Failed] = field(default_factory=list)
+    rows_seconds: float = 0.0
+
+
+class LocalExecutor:
+    """Runs plans on a model of this process; see `Executor`."""
+
+    def __init__(self, model: Model, image_cache_bytes: int = 0, clock: Callable[[], float] = time.monotonic) -> None:
+        """Hold no pages yet.
+
+        Args:
+            model: nothing else uses it meanwhile.
+            image_cache_bytes: of visual features kept for another question on the same image; 0 keeps none.
+            clock: seconds, by which slices end and rows are timed.
+        """
+        self.pages: Tensor | None = None
+        """See `page_memory`; None before `allocate`."""
+        self._model = model
+        self._clock = clock
+        self._images = ImageCache(image_cache_bytes)
+        self._sequences: dict[int, _Sequence] = {}
+
+    @property
+    def info(self) -> ModelInfo:
+        """See `Executor.info`."""
+        return self._model.info
+
+    def allocate(self, num_pages: int, layers_per_page: int) -> None:
+        """See `Executor.allocate`; on a CPU memory is only taken once a page is written."""
+        self.pages = None  # the old pages and the new ones may not fit together
+        self._sequences.clear()
+        self.pages = page_memory(self.info, num_pages, layers_per_page)
+
+    def warm_up(self, max_batch: int) -> None:
+        """See `Executor.warm_up`."""
+        assert self.pages is not None, "pages are allocated first"
+        self._model.warm_up_decode(self.pages, max_batch)
+
+    @torch.inference_mode()
+    def run(self, plan: StepPlan) -> StepResult:
+        """See `Executor.run`."""
+        for number in plan.ended:
+            self._sequences.pop(number, None)
+        for new in plan.new:
+            generated = list(new.generated_token_ids)
+            state = SamplingState(new.sampling, new.prompt.token_ids, new.end_token_ids, generated)
+            self._sequences[new.sequence] = _Sequence(new, state)
+        for grant in plan.pages:
+            self._grant(grant)
+        step = _Step()
+        if plan.prefill is not None:
+            self._go_on_with_prompt(plan.prefill, step)
+        if plan.rows:
+            self._run_rows(plan.rows, step)
+        images = self._images
+        counts = ImageCacheCounts(images.used_bytes, images.num_hits, images.num_misses, images.num_evictions)
+        return StepResult(step.prefilled, tuple(step.drawn), tuple(step.failed), step.rows_seconds, counts)
+
+    def _grant(self, grant: PageGrant) -> None:
+        assert self.pages is not None, "pages are allocated first"
+        held = self._sequences[grant.sequence]
+        if held.kv is None:
+            num_cross = self.info.num_cross_attention_layers
+            held.kv = KeyValues(self.pages, grant.self_pages, grant.cross_pages, num_cross)
+        else:
+            held.kv.replace_tables(grant.self_pages, grant.cross_pages)
+
+    # ---- prompts ----
+
+    def _go_on_with_prompt(self, wanted: PrefillSlice, step: _Step) -> None:
+        held = self._sequences[wanted.sequence]
+        end = self._clock() + wanted.seconds
+        with _alone(held.new, step):
+            if held.prefill is None:
+                held.prefill = self._read_prompt(held)
+            while True:
+                started_at = self._clock()
+                try:
+                    next(held.prefill)
+                    is_done = False
+                except StopIteration as done:
+                    is_done = True
+                    report, logits = done.value
+                held.prefill_seconds += self._clock() - started_at
+                if is_done:
+                    held.prefill = None
+                    step.prefilled = replace(report, seconds=held.prefill_seconds)
+                    if not held.sampling.generated_token_ids:
+                        self._draw(logits[None], [held], step)
+                    return
+                if self._clock() >= end:
+                    return
+
+    def _read_prompt(self, held: _Sequence) -> "Interruptible[tuple[PrefillReport, Tensor]]":
+        new, began_at = held.new, time.monotonic()
+        assert held.kv is not None, "pages are granted with the sequence"
+        images = []
+        for image in new.prompt.images:
+            encoded = self._images.get(image.key, new.trim.needs)
+            if encoded is None:
+                encoded = yield from self._model.encode_image(image, new.trim.needs)
+                self._images.put(image.key, encoded)
+            images.append(encoded)
+        encoded_at = time.monotonic()
+        prefilled = yield from self._model.prefill(new.prompt, images, new.trim, held.kv)
+        yield from self._read_again(held)
+        times = PrefillTimes(began_at, encoded_at, time.monotonic())
+        return _report(new.sequence, prefilled, held.kv, times), prefilled.logits
+
+    def _read_again(self, held: _Sequence) -> "Interruptible[None]":
+        """Read the tokens that were drawn before the sequence was dropped; the last one is the next step's row."""
+        assert held.kv is not None
+        for token_id in held.sampling.generated_token_ids[:-1]:
+            self._model.decode([token_id], [held.kv])
+            yield
+
+    # ---- rows ----
+
+    def _run_rows(self, rows: Sequence[Rows], step: _Step) -> None:
+        started_at = self._clock()
+        batch = [self._sequences[each.sequence] for each in rows]
+        lengths = [held.kv.length for held in batch]
+        try:
+            logits = self._logits(rows, batch)
+        except Exception:
+            log.exception("decoding a batch of %d failed; each is tried alone", len(batch))
+            for each, held, length in zip(rows, batch, lengths, strict=True):
+                with _alone(held.new, step):
+                    held.kv.length = length
+                    self._draw(self._logits([each], [held]), [held], step)
+            return
+        self._draw(logits, batch, step)
+        step.rows_seconds = self._clock() - started_at
+
+    def _logits(self, rows: Sequence[Rows], batch: Sequence[_Sequence]) -> Tensor:
+        """After the last row of each sequence, [B, vocab_size]."""
+        token_ids = [
+            held.sampling.generated_token_ids[-1] if each.token_ids is None else each.token_ids[0]
+            for each, held in zip(rows, batch, strict=True)
+        ]
+        return self._model.decode(token_ids, [held.kv for held in batch])
+
+    def _draw(self, logits: Tensor, batch: Sequence[_Sequence], step: _Step) -> None:
+        for held, outcome in zip(batch, sample(logits, [held.sampling for held in batch]), strict=True):
+            number = held.new.sequence
+            if isinstance(outcome, RequestFailed):
+                log.error("request failed", exc_info=outcome, extra={"request_id": held.new.request_id})
+                step.failed.append(Failed(number, str(outcome)))
+            else:
+                held.sampling.generated_token_ids.append(outcome.token_id)
+                step.drawn.append(Drawn(number, outcome.token_id, outcome.logprob))
+
+
+@contextmanager
+def _alone(new: NewSequence, step: _Step) -> Iterator[None]:
+    """Let an exception end this sequence and no other."""
+    try:
+        yield
+    except Exception as error:
+        log.exception("request failed", extra={"request_id": new.request_id})
+        if is_out_of_memory(error):
+            step.failed.append(
+                Failed(new.sequence, f"out of memory on request {new.request_id}", is_out_of_memory=True)
+            )
+        else:
+            why = str(error) if isinstance(error, TrimserveError) else f"the model failed on request {new.request_id}"
+            step.failed.append(Failed(new.sequence, why))
+
+
+def _report(sequence: int, prefilled: Prefilled, kv: KeyValues, times: PrefillTimes) -> PrefillReport:
+    spans = [] if prefilled.trim_times is None else [prefilled.trim_times, *prefilled.later_trim_times]
+    return PrefillReport(
+        sequence=sequence,
+        num_padding=prefilled.num_padding,
+        num_valid=prefilled.num_valid,
+        num_rows=prefilled.num_kept,
+        num_merged=prefilled.num_merged,
+        layer_rows=prefilled.layer_rows,
+        held_rows=tuple(kv.cross_lengths),
+        selections=prefilled.selections,
+        stored=getattr(prefilled, "stored", None),
+        times=times,
+        trim_times=tuple(spans),
+    )

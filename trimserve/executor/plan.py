@@ -1,0 +1,178 @@
+"""What an executor is told to do in one step, and what it answers: plain data that can cross a process.
+
+A plan names sequences by number and never refers to an object. The engine owns their order, their pages and all that
+is needed to compute them again; the executor owns weights, the memory of pages, image features and what a running
+prefill holds.
+"""
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trimserve.api.chunks import ImageSelection, TokenLogprob
+from trimserve.api.sampling import SamplingParams
+from trimserve.model.prefilled import TrimTimes
+from trimserve.model.prepared import PreparedPrompt
+from trimserve.trimming.kept_sets import KeptSets
+from trimserve.trimming.plan import TrimPlan
+
+__all__ = [
+    "Drawn",
+    "Failed",
+    "ImageCacheCounts",
+    "NewSequence",
+    "PageGrant",
+    "PrefillReport",
+    "PrefillSlice",
+    "PrefillTimes",
+    "Rows",
+    "StepPlan",
+    "StepResult",
+]
+
+Tables = NDArray[np.int32]
+"""[groups of layers, pages of each], numbers of pages in the order of their positions."""
+
+
+@dataclass(frozen=True, slots=True)
+class NewSequence:
+    """A sequence that the executor does not know yet, or has been told to forget."""
+
+    sequence: int
+    request_id: str
+    """For the log."""
+    prompt: PreparedPrompt
+    trim: TrimPlan
+    sampling: SamplingParams
+    end_token_ids: frozenset[int]
+    """Tokens that end the sequence, impossible before `sampling.min_new_tokens`."""
+    adapter: str | None = None
+    """Name of a loaded adapter; None for the base model."""
+    stored: KeptSets | None = None
+    """What trimming decided when the sequence was computed before; None asks the policy."""
+    generated_token_ids: tuple[int, ...] = ()
+    """Tokens it had drawn before it was dropped: they are read again, not drawn again."""
+
+
+@dataclass(frozen=True, slots=True)
+class PageGrant:
+    """The pages that a sequence owns from now on; they replace those it was granted before."""
+
+    sequence: int
+    self_pages: Tables
+    """Room for the text."""
+    cross_pages: Tables
+    """Room for the visual features: before the prefill as many as trimming can leave at most."""
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillSlice:
+    """Go on with a prompt, at least one layer and then until the time is over."""
+
+    sequence: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """New text rows of a sequence, after the last of which a token is drawn."""
+
+    sequence: int
+    position: int
+    """Of the first row."""
+    token_ids: tuple[int, ...] | None = None
+    """At least one; None is the token that was drawn last, so that a step can be planned before it is known."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """One step. Taken in this order: what ends, what is new, pages, the slice of a prefill, rows."""
+
+    ended: tuple[int, ...] = ()
+    """Sequences to forget; their pages may belong to others at once."""
+    new: tuple[NewSequence, ...] = ()
+    pages: tuple[PageGrant, ...] = ()
+    prefill: PrefillSlice | None = None
+    rows: tuple[Rows, ...] = ()
+
+
+class PrefillTimes(NamedTuple):
+    """When the stages of a prefill ended: `time.monotonic()` of this host."""
+
+    began_at: float
+    encoded_at: float
+    """The images were encoded."""
+    prefilled_at: float
+    """Keys and values of the prompt were in its pages."""
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillReport:
+    """A prompt is in its pages: what became of its visual features, and when."""
+
+    sequence: int
+    num_padding: tuple[int, ...]
+    """Features of padding tiles, per image."""
+    num_valid: tuple[int, ...]
+    """Features of real tiles, per image."""
+    num_rows: tuple[int, ...]
+    """Rows left after trimming, per image: kept features and merged rows, in the first cross-attention layer."""
+    num_merged: tuple[int, ...]
+    """Merged rows among `num_rows`, per image; empty when nothing is merged."""
+    layer_rows: tuple[tuple[int, ...], ...]
+    """Rows of each image that each cross-attention layer holds; empty when that is `num_rows` in all of them."""
+    held_rows: tuple[int, ...]
+    """Rows that lie in the pages of each cross-attention layer: those that decoded tokens see."""
+    selections: tuple[ImageSelection, ...]
+    """One per image when the request asked for it."""
+    stored: KeptSets | None
+    """What trimming decided; given back in `NewSequence.stored`, the prompt is computed again alike."""
+    times: PrefillTimes
+    trim_times: tuple[TrimTimes, ...]
+    """Of every cross-attention layer that trimmed."""
+    seconds: float = 0.0
+    """Spent on this prompt; other work between its slices is left out."""
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """A sequence's next token."""
+
+    sequence: int
+    token_id: int
+    logprob: TokenLogprob | None = None
+    """None unless the request asked for it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """A sequence that cannot go on; the others are unharmed."""
+
+    sequence: int
+    message: str
+    is_out_of_memory: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ImageCacheCounts:
+    """The image cache, for the server's status."""
+
+    num_bytes: int = 0
+    num_hits: int = 0
+    num_misses: int = 0
+    num_evictions: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What a step came to; never logits."""
+
+    prefilled: PrefillReport | None = None
+    """The prompt of the plan's slice, if it was finished."""
+    drawn: tuple[Drawn, ...] = ()
+    failed: tuple[Failed, ...] = ()
+    rows_seconds: float = 0.0
+    """Of the plan's rows, sampling included."""
+    image_cache: ImageCacheCounts = field(default=ImageCacheCounts())
