@@ -2,7 +2,8 @@
 
 import torch
 from torch import Tensor
-from transformers.models.mllama.modeling_mllama import MllamaRotaryEmbedding
+
+from trimserve.models.transformers_mllama import Rotary
 
 __all__ = ["RotaryAngles"]
 
@@ -12,14 +13,14 @@ _FEWEST = 256
 class RotaryAngles:
     """Cosines and sines of the positions seen so far, as `ops.rotate` takes them."""
 
-    def __init__(self, rotary: MllamaRotaryEmbedding) -> None:
+    def __init__(self, rotary: Rotary) -> None:
         """Compute none yet.
 
         Args:
             rotary: of the checkpoint; its angles must not depend on how long a prompt is.
         """
         self._rotary = rotary
-        self._cosines = self._sines = torch.empty(0, device=rotary.inv_freq.device)
+        self._cosines = self._sines = torch.empty(0, device=rotary.device)
 
     def at(self, positions: list[int]) -> tuple[Tensor, Tensor]:
         """Cosines and sines of R positions, float32 [R, Dh / 2] each."""
@@ -33,10 +34,5 @@ class RotaryAngles:
     def reserve(self, num_positions: int) -> None:
         """Make room for so many positions; up to them the angles stay where they are."""
         if num_positions > len(self._cosines):
-            self._grow(max(_FEWEST, 1 << (num_positions - 1).bit_length()))
-
-    def _grow(self, num_positions: int) -> None:
-        device = self._rotary.inv_freq.device
-        like = torch.empty(0, device=device)
-        both_halves = self._rotary(like, torch.arange(num_positions, device=device)[None])
-        self._cosines, self._sines = (angles[0].chunk(2, dim=-1)[0].contiguous() for angles in both_halves)
+            rounded = max(_FEWEST, 1 << (num_positions - 1).bit_length())
+            self._cosines, self._sines = self._rotary.angles(rounded)
