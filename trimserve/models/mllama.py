@@ -10,7 +10,6 @@ from collections.abc import Sequence
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
-from transformers import MllamaForConditionalGeneration
 
 from trimserve.models.bucketed_decode import BucketedDecode, Capture, CudaGraphs
 from trimserve.models.decoder import RaggedDecoder, SequenceRows
@@ -25,6 +24,7 @@ from trimserve.models.prepared import NamedImage, PreparedPrompt, TokenizedPromp
 from trimserve.models.processor import Processor
 from trimserve.models.prompt import Prompt
 from trimserve.models.step_buffers import StepBuffers
+from trimserve.models.transformers_mllama import MllamaForConditionalGeneration
 from trimserve.models.trimming import ImageSelection, Selection, TrimParams, bitmap, choose_from_image, select
 from trimserve.models.visibility import visible_images
 from trimserve.models.vision import IntermediateFeatures, VisionEncoder
