@@ -34,6 +34,7 @@ from benchmarks.generate.setting import SETTINGS
 from benchmarks.generate.timing import time_calls, time_in_turns
 from benchmarks.ops.measure import stream
 from benchmarks.serve.report import about, write_json
+from benchmarks.transformers_step import cache_of
 from trimserve.config import Dtype, Quantize
 from trimserve.model.loading import embedded_model_folder
 
@@ -116,7 +117,7 @@ def _theirs(plan: _Plan, rival: Rival, dtype: Dtype) -> Iterator[Row]:
         yield row | {"phase": "vision", "batch": 1, "ms": time_calls(rival.encode, plan.seconds)}
         prefill = partial(rival.prefill, rival.encode())
         yield row | {"phase": "prefill", "batch": 1, "ms": time_calls(prefill, plan.seconds)}
-        cache = prefill().past_key_values
+        cache = cache_of(prefill())
         for batch in plan.batches:
             yield row | {"phase": "decode", "batch": batch, "ms": time_calls(rival.step(cache, batch), plan.seconds)}
         for batch in plan.compiled_batches if (setting.name, dtype) == ("off", "float32") else ():

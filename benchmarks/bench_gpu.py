@@ -9,16 +9,16 @@ long as for four. Heads of random weights agree on nothing, so `default` is capp
 (`max_kept_fraction`). Each sequence of a batch has pages of its own. The floor of a decode step is the bytes of
 weights, keys and values that it reads over the bandwidth of reading, measured here.
 
-Logits are compared first. Writes `gpu.json`; the last line of standard output is the report.
+Logits are compared first. Writes `gpu.json` after each row; the last line of standard output is the report.
 """
 
 import argparse
-import copy
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, cast
 
@@ -31,6 +31,7 @@ from benchmarks.bench_model import GEOMETRY, draw_weights
 from benchmarks.generate.timing import time_calls
 from benchmarks.ops.measure import bandwidth
 from benchmarks.serve.report import about, write_json
+from benchmarks.transformers_step import cache_of, growing_step
 from training.mended import mend
 from trimserve.api.trim import TrimRequest
 from trimserve.config import Device, EngineConfig, ModelConfig
@@ -125,11 +126,12 @@ class _Both:
 
 
 @torch.inference_mode()
-def measure(plan: Plan) -> dict[str, Any]:
+def measure(plan: Plan, write: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
     """Everything but the machine.
 
     Args:
         plan: what, and how long.
+        write: gets what is known after each row, so that a failure loses none.
     Raises:
         AssertionError: the logits of both models are not alike.
     """
@@ -139,18 +141,21 @@ def measure(plan: Plan) -> dict[str, Any]:
     assert alike >= _LEAST_COSINE, f"the cosine of both models' logits is {alike}"
     with torch.device(both.ours.info.device):
         per_second = bandwidth("read", 15)
-    rows = [*_ours(both, plan, per_second), *_theirs(both, plan)]
-    theirs = {(row["phase"], row["batch"]): row["ms"]["median"] for row in rows if row["engine"] == "transformers"}
-    for row in rows:
-        if row["engine"] == "trimserve":
-            row["speedup"] = round(theirs[row["phase"], row["batch"]] / row["ms"]["median"], 2)
-    return {
-        "seconds": round(time.monotonic() - start, 1),
+    rows: list[Row] = []
+    report = {
         "max_kept_fraction": SETTINGS["default"][1].max_kept_fraction,
         "read_bytes_per_second": round(per_second),
         "cosine_of_logits": round(alike, 5),
         "rows": rows,
     }
+    for row in chain(_ours(both, plan, per_second), _theirs(both, plan)):
+        rows.append(row)
+        write(report)
+    theirs = {(row["phase"], row["batch"]): row["ms"]["median"] for row in rows if row["engine"] == "transformers"}
+    for row in rows:
+        if row["engine"] == "trimserve":
+            row["speedup"] = round(theirs[row["phase"], row["batch"]] / row["ms"]["median"], 2)
+    return {"seconds": round(time.monotonic() - start, 1), **report}
 
 
 def _likeness(both: _Both) -> float:
@@ -198,7 +203,7 @@ def _theirs(both: _Both, plan: Plan) -> Iterator[Row]:
     yield row | {"phase": "vision", "batch": 1, "ms": _timed(plan, lambda: _encoded(both, inputs))}
     features = _encoded(both, inputs)
     yield row | {"phase": "prefill", "batch": 1, "ms": _timed(plan, lambda: _read(both, inputs, features))}
-    cache = _read(both, inputs, features).past_key_values
+    cache = cache_of(_read(both, inputs, features))
     for batch in plan.batches:
         yield row | {"phase": "decode", "batch": batch, "ms": _timed(plan, _their_step(both, inputs, cache, batch))}
 
@@ -262,20 +267,8 @@ def _read(both: _Both, inputs: dict[str, Tensor], features: Tensor) -> Any:
 
 
 def _their_step(both: _Both, inputs: dict[str, Tensor], cache: Any, batch: int) -> Callable[[], Any]:
-    grown = copy.deepcopy(cache)
-    grown.batch_repeat_interleave(batch)
-    device, length = both.theirs.device, _PROMPT_TOKENS
-    token_ids = torch.full((batch, 1), 5, device=device)
-    sees = inputs["cross_attention_mask"][:, -1:].repeat(batch, 1, 1, 1)
-
-    def run() -> Any:
-        nonlocal length
-        length += 1
-        mask = torch.ones(batch, length, dtype=torch.int64, device=device)
-        chosen = {"input_ids": token_ids, "attention_mask": mask, "cross_attention_mask": sees}
-        return both.theirs(**chosen, past_key_values=grown, use_cache=True).logits[:, -1].argmax(dim=-1).tolist()
-
-    return run
+    step = growing_step(both.theirs, inputs, cache, batch)
+    return lambda: step()[:, -1].argmax(dim=-1).tolist()
 
 
 def _timed(plan: Plan, call: Callable[[], Any]) -> dict[str, float]:
@@ -304,18 +297,21 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1.0, help="of every figure")
     parser.add_argument("--out", type=Path, default=_OUT, help="folder of the report")
     arguments = parser.parse_args()
-    measured = measure(Plan(_config(arguments.geometry), arguments.device, seconds=arguments.seconds))
     is_gpu = arguments.device == "cuda"
-    report = {
+    machine = {
         "benchmark": "gpu",
         **about(torch.get_num_threads()),
         "gpu": torch.cuda.get_device_name() if is_gpu else None,
         "model": arguments.geometry,
         "dtype": "bfloat16",
-        **measured,
     }
-    write_json(report, arguments.out / ("gpu.json" if is_gpu else "gpu_on_cpu.json"))
-    print(json.dumps(report))
+
+    def write(measured: dict[str, Any]) -> None:
+        write_json({**machine, **measured}, arguments.out / ("gpu.json" if is_gpu else "gpu_on_cpu.json"))
+
+    measured = measure(Plan(_config(arguments.geometry), arguments.device, seconds=arguments.seconds), write)
+    write(measured)
+    print(json.dumps({**machine, **measured}))
 
 
 if __name__ == "__main__":

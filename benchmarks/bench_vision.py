@@ -32,9 +32,10 @@ from transformers.models.mllama.modeling_mllama import (
 from benchmarks.serve.report import about, write_json
 from trimserve.model.checkpoint import embedded_model_folder, vision_config
 from trimserve.model.linear import Linear
+from trimserve.model.transformers_mllama import vision_layer_parts
 from trimserve.model.vision import ImageRows, VisionLayer
 from trimserve.model.vision_observer import VisionObserver
-from trimserve.model.weights import FUSED, fuse
+from trimserve.model.weights import fuse
 
 __all__ = ["main"]
 
@@ -94,7 +95,7 @@ class _Bench:
         """Draw weights that matter: outputs of every linear layer have a standard deviation of about 1."""
         config._attn_implementation = "sdpa"
         self._layer = MllamaVisionEncoderLayer(config, is_gated=True).eval()
-        fuse(self._layer.self_attn, FUSED["self_attn"], torch.device("cpu"))
+        fuse(vision_layer_parts(self._layer).qkv, torch.device("cpu"))
         for parameter in self._layer.parameters():
             if parameter.dim() == 2:
                 parameter.normal_(std=parameter.shape[1] ** -0.5)
@@ -120,7 +121,7 @@ class _Bench:
         mask = _prepare_aspect_ratio_attention_mask(
             (torch.arange(self.max_tiles) < num_tiles)[None].float(), self._patches, self._tiles.shape[1], torch.float32
         )
-        ours, image = VisionLayer(self._layer), self._image(num_tiles)
+        ours, image = VisionLayer(vision_layer_parts(self._layer)), self._image(num_tiles)
         calls: list[Callable[[], Tensor]] = [
             lambda: ours(real_first, image),
             lambda: self._layer(rows, attention_mask=mask),
@@ -137,7 +138,7 @@ class _Bench:
     def together(self, counts: Sequence[int], runs: int) -> list[dict[str, Any]]:
         """Images of one tile; seconds are of each image in a pass of so many, the fastest of the runs."""
         num_rows: int = self.geometry["rows"]
-        layer, image = _Together(self._layer), self._image(1)
+        layer, image = _Together(vision_layer_parts(self._layer)), self._image(1)
         layer.num_rows = num_rows
         rows = torch.randn(max(counts) * num_rows, self._tiles.shape[2])
         calls = [lambda count=count: layer(rows[: count * num_rows], image) for count in counts]

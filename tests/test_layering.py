@@ -22,6 +22,17 @@ HOMES = {
     "huggingface_hub": {"model"},
     "matplotlib": {"evaluation"},
 }
+SEAM = ROOT / "model/transformers_mllama.py"
+# What the other files may import of transformers, and what they may not reach into.
+NO_MODEL_CODE = (
+    "transformers.AutoTokenizer",
+    "transformers.MllamaConfig",
+    "transformers.MllamaProcessor",
+    "transformers.PreTrainedTokenizerBase",
+    "transformers.models.mllama.configuration_mllama.",
+    "transformers.models.mllama.image_processing_pil_mllama.",
+)
+MODULES_OF_MLLAMA = {"language_model", "vision_model", "multi_modal_projector", "self_attn", "cross_attn"}
 MODULES = sorted(path for path in ROOT.rglob("*.py"))
 
 
@@ -54,6 +65,14 @@ def test_a_file_imports_only_what_its_layer_may(path: Path) -> None:
             assert target in allowed or not (ROOT / target).exists(), f"{path} imports {name}"
         if first == "trimserve" and rest and home in SHARED:
             assert rest[0] in SHARED, f"{path} imports {name}"
+
+
+@pytest.mark.parametrize("path", [path for path in MODULES if path != SEAM], ids=lambda path: path.stem)
+def test_only_one_file_borrows_transformers_model_code(path: Path) -> None:
+    for name in imports(path):
+        assert not f"{name}.".startswith("transformers.") or name.startswith(NO_MODEL_CODE), f"{path} imports {name}"
+    reached = {node.attr for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)}
+    assert not reached & MODULES_OF_MLLAMA, path
 
 
 def test_the_compiled_modules_are_loaded_only_in_ops() -> None:

@@ -1,6 +1,5 @@
 """transformers with the same prompt: its modules as its `generate` calls them, with a growing or a static cache."""
 
-import copy
 import io
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks.generate.setting import QUESTION, Setting, picture
+from benchmarks.transformers_step import CACHE, cache_of, growing_step
 from tests.model.peer import Peer
 
 __all__ = ["Rival"]
@@ -63,29 +63,20 @@ class Rival:
 
     def step(self, cache: Any, batch: int) -> Callable[[], Tensor]:
         """A decode step of so many sequences; each call is one position longer."""
-        grown = copy.deepcopy(cache)
-        grown.batch_repeat_interleave(batch)
-        inputs = self._step_inputs(batch)
-        length = self._inputs["input_ids"].shape[1]
-
-        def run() -> Tensor:
-            nonlocal length
-            length += 1
-            mask = torch.ones(batch, length, dtype=torch.int64)
-            logits: Tensor = self.model(**inputs, attention_mask=mask, past_key_values=grown).logits
-            return logits
-
-        return run
+        return growing_step(self.model, self._inputs, cache, batch)
 
     def compiled_step(self, batch: int) -> Callable[[], Tensor]:
-        """The same with a static cache and `torch.compile`; always the same position."""
+        """The same with a static cache and `torch.compile`, from transformers 5.18 on; always the same position."""
         length = self._inputs["input_ids"].shape[1]
         options = {"max_new_tokens": _ROOM, "min_new_tokens": 2, "do_sample": False, "return_dict_in_generate": True}
-        cache = self.model.generate(**self._inputs, **options, cache_implementation="static").past_key_values
+        cache = cache_of(self.model.generate(**self._inputs, **options, cache_implementation="static"))
         for layer in cache.layers:
             layer.keys, layer.values = (part.repeat_interleave(batch, 0) for part in (layer.keys, layer.values))
         texts = [layer for layer in cache.layers if layer.keys.shape[2] == length + _ROOM - 1]
-        inputs = self._step_inputs(batch) | {
+        inputs = {
+            "input_ids": torch.full((batch, 1), 5),
+            "cross_attention_mask": self._inputs["cross_attention_mask"][:, -1:].repeat(batch, 1, 1, 1),
+            "use_cache": True,
             "attention_mask": torch.ones(batch, length + _ROOM - 1, dtype=torch.int64),
             "position_ids": torch.full((batch, 1), length),
         }
@@ -94,11 +85,7 @@ class Rival:
         def run() -> Tensor:
             for layer in texts:
                 layer.cumulative_length.fill_(length)
-            logits: Tensor = forward(**inputs, past_key_values=cache).logits
+            logits: Tensor = forward(**inputs, **{CACHE: cache}).logits
             return logits
 
         return run
-
-    def _step_inputs(self, batch: int) -> dict[str, Any]:
-        mask = self._inputs["cross_attention_mask"][:, -1:].repeat(batch, 1, 1, 1)
-        return {"input_ids": torch.full((batch, 1), 5), "cross_attention_mask": mask, "use_cache": True}

@@ -29,6 +29,7 @@ from transformers.generation.streamers import BaseStreamer
 from benchmarks.serve.load import Answer
 from benchmarks.serve.service import peak_rss_bytes
 from benchmarks.serve.workload import Item
+from benchmarks.transformers_step import cache_of
 from training.mended import mend
 from trimserve.process import ServerFailed
 
@@ -144,7 +145,7 @@ def _generate_batch(items: list[Item], max_new_tokens: int) -> float:
 def _cache_bytes(item: Item, max_new_tokens: int) -> CacheBytes:
     model = _loaded[0]
     options = _options(max_new_tokens)
-    cache = model.generate(**_inputs([item]), **options, return_dict_in_generate=True).past_key_values
+    cache = cache_of(model.generate(**_inputs([item]), **options, return_dict_in_generate=True))
     sizes = [layer.keys.nbytes + layer.values.nbytes if layer.is_initialized else 0 for layer in cache.layers]
     cross = sum(sizes[index] for index in model.config.text_config.cross_attention_layers)
     return CacheBytes(cross, sum(sizes) - cross)

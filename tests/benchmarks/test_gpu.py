@@ -10,9 +10,12 @@ from tests.model.random_checkpoint import Geometry, save_random_checkpoint
 
 def test_both_engines_agree_and_every_phase_is_timed(tmp_path: Path) -> None:
     save_random_checkpoint(tmp_path, Geometry())
-    report = measure(Plan(MllamaConfig.from_pretrained(tmp_path), "cpu", batches=(1, 3), seconds=0.0))
+    plan = Plan(MllamaConfig.from_pretrained(tmp_path), "cpu", batches=(1, 3), seconds=0.0)
+    written: list[int] = []
+    report = measure(plan, lambda known: written.append(len(known["rows"])))
     phases = [("vision", 1), ("prefill", 1), ("decode", 1), ("decode", 3)]
     rows = report["rows"]
+    assert written == [*range(1, len(rows) + 1)]
     assert [(row["phase"], row["batch"]) for row in rows] == phases * (len(SETTINGS) + 1)
     off, default = rows[0], rows[4]
     assert 0 < default["cross_rows"] <= off["cross_rows"] / 2

@@ -109,7 +109,8 @@ def test_the_encoder_notes_what_enters_and_leaves_the_last_but_one_local_layer(p
     expected: list[Tensor] = []
 
     def literal(_: nn.Module, _args: tuple[()], inputs: dict[str, Tensor], output: Tensor) -> None:
-        for [rows] in (inputs["hidden_states"], output):
+        entering = next(iter(inputs.values()))  # `hidden_states`, until transformers 5.23 `hidden_state`
+        for [rows] in (entering, output):
             expected.append(rows.unflatten(0, (info.max_tiles, -1))[:2, : info.features_per_tile].flatten(0, 1))
 
     layer = pair.peer.model.model.vision_model.transformer.layers[-2]

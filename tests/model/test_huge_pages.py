@@ -56,10 +56,9 @@ def test_whole_huge_pages_are_asked_for_and_given_back_with_the_tensor() -> None
 
 @pytest.mark.skipif(not THP.exists(), reason="a system without huge pages")
 def test_weights_and_pages_of_kv_lie_on_them() -> None:
-    module = nn.Module()
-    module.first, module.second = (nn.Linear(1024, 512, bias=False, device="meta") for _ in range(2))
-    fuse(module, ("first", "second"), CPU)
-    assert fused_weight(module, ("first", "second")).data_ptr() % HUGE_BYTES == 0
+    linears = [nn.Linear(1024, 512, bias=False, device="meta") for _ in range(2)]
+    fuse(linears, CPU)
+    assert fused_weight(linears).data_ptr() % HUGE_BYTES == 0
     assert page_memory(FakeModel().info, 2 * HUGE_BYTES // 128, 1).data_ptr() % HUGE_BYTES == 0
 
 

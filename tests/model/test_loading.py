@@ -20,7 +20,7 @@ from trimserve.config import EngineConfig, ModelConfig
 from trimserve.errors import CheckpointError
 from trimserve.model.loading import describe_model, load_model
 from trimserve.model.mllama import Mllama
-from trimserve.model.weights import FUSED, fused_weight, load_weights
+from trimserve.model.weights import fused_weight, load_weights
 
 
 @pytest.fixture
@@ -56,10 +56,11 @@ def test_parameters_equal_those_that_transformers_loads(checkpoint: Path) -> Non
 
 
 def test_fused_weights_share_the_parameters_storage(checkpoint: Path) -> None:
-    layer = weights(checkpoint).model.language_model.layers[0]
-    qkv = fused_weight(layer.self_attn, FUSED["self_attn"])
-    parts = [getattr(layer.self_attn, name).weight for name in FUSED["self_attn"]]
-    assert torch.equal(qkv, torch.cat(list(parts)))
+    attention = weights(checkpoint).model.language_model.layers[0].self_attn
+    linears = [attention.q_proj, attention.k_proj, attention.v_proj]
+    qkv = fused_weight(linears)
+    parts = [linear.weight for linear in linears]
+    assert torch.equal(qkv, torch.cat(parts))
     assert qkv.data_ptr() == parts[0].data_ptr()
     assert qkv.untyped_storage().nbytes() == sum(part.numel() * part.element_size() for part in parts)
 

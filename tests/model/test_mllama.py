@@ -156,7 +156,11 @@ def test_rows_before_the_image_do_not_leak_it(pair: Pair) -> None:
     assert (leaks[0] - leaks[1]).abs().max() > 100 * LOGITS
 
 
-def test_decoded_rows_see_what_the_last_prompt_row_sees(pair: Pair) -> None:
+@pytest.mark.parametrize("cross_layers", [(1, 3), (0, 2)])
+def test_decoded_rows_see_what_the_last_prompt_row_sees(
+    make_pair: Callable[..., Pair], cross_layers: tuple[int, ...]
+) -> None:
+    pair = make_pair(Geometry(cross_layers=cross_layers))
     images = [noise((1, 1), pair.ours.info.tile_size, 1), noise((2, 1), pair.ours.info.tile_size, 2)]
     prompt = raw(TWO_APART, images)
     token_ids = list(pair.ours.prepare(prompt).token_ids)

@@ -9,6 +9,7 @@ from transformers.models.mllama.configuration_mllama import MllamaTextConfig
 from transformers.models.mllama.modeling_mllama import MllamaRotaryEmbedding
 
 from trimserve.model.rotary import RotaryAngles
+from trimserve.model.transformers_mllama import Rotary
 
 SCALED = {
     "rope_type": "llama3",
@@ -38,12 +39,15 @@ def rotary() -> MllamaRotaryEmbedding:
 def test_angles_are_transformers_own_at_early_and_late_positions() -> None:
     peer, positions = rotary(), [0, 1, 300, 70_000, 131_071]
     expected = peer(torch.empty(0), torch.tensor([positions]))
-    for ours, theirs in zip(RotaryAngles(peer).at(positions), expected, strict=True):
+    for ours, theirs in zip(
+        RotaryAngles(Rotary(peer.inv_freq, peer.attention_scaling)).at(positions), expected, strict=True
+    ):
         torch.testing.assert_close(ours, theirs[0, :, : ours.shape[1]], rtol=0, atol=2e-7)  # an ulp of a cosine
 
 
 def test_no_matrix_product_which_a_gpu_may_round_is_behind_an_angle() -> None:
-    angles = RotaryAngles(rotary())
+    peer = rotary()
+    angles = RotaryAngles(Rotary(peer.inv_freq, peer.attention_scaling))
     with NoProducts():  # type: ignore[no-untyped-call]  # torch's own
         cosines, sines = angles.at([5, 131_071])
     assert isinstance(cosines, Tensor)

@@ -12,8 +12,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from transformers import MllamaForConditionalGeneration
-from transformers.models.mllama.modeling_mllama import MllamaCrossAttentionDecoderLayer, MllamaSelfAttentionDecoderLayer
 
 from trimserve.model.bucketed_decode import BucketedDecode, Capture
 from trimserve.model.checkpoint import text_config
@@ -25,6 +23,7 @@ from trimserve.model.key_values import BatchTables, FeatureTables, KeyValues
 from trimserve.model.linear import linear
 from trimserve.model.rotary import RotaryAngles
 from trimserve.model.step_buffers import StepBuffers, StepInputs
+from trimserve.model.transformers_mllama import CrossLayerParts, MllamaForConditionalGeneration, decoder_parts
 from trimserve.trimming.policies.policy import FirstLayer
 
 __all__ = ["RaggedDecoder", "SequenceRows"]
@@ -35,20 +34,20 @@ class RaggedDecoder:
 
     def __init__(self, model: MllamaForConditionalGeneration) -> None:
         """Borrow the weights of a model that `weights.load_weights` has built."""
-        text = model.model.language_model
+        parts = decoder_parts(model)
         config = text_config(model.config)
         head_dim = config.hidden_size // config.num_attention_heads
-        self._embed = text.embed_tokens
-        self._angles = RotaryAngles(text.rotary_emb)
-        self._norm = RmsNorm(text.norm)
-        self._lm_head = linear(model, "lm_head")
+        self._embed = parts.embed_tokens
+        self._angles = RotaryAngles(parts.rotary)
+        self._norm = RmsNorm(parts.norm)
+        self._lm_head = linear(parts.lm_head)
         self._layers: list[SelfLayer | CrossLayer] = []
         num_self = num_cross = 0
-        for layer in text.layers:
-            if isinstance(layer, MllamaCrossAttentionDecoderLayer):
+        for layer in parts.layers:
+            if isinstance(layer, CrossLayerParts):
                 self._layers.append(CrossLayer(layer, num_cross, head_dim))
                 num_cross += 1
-            elif isinstance(layer, MllamaSelfAttentionDecoderLayer):
+            else:
                 self._layers.append(SelfLayer(layer, num_self, head_dim))
                 num_self += 1
         self._compiled = CompiledDecode.of(self._layers)

@@ -7,19 +7,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers.models.mllama.modeling_mllama import (
-    MllamaCrossAttentionDecoderLayer,
-    MllamaSelfAttentionDecoderLayer,
-    MllamaTextRMSNorm,
-)
 
 from trimserve import ops
 from trimserve.model.key_values import BatchTables, FeatureTables, KeyValues, row_slots, write_rows
 from trimserve.model.linear import Linear, linear
 from trimserve.model.prefilled import TrimTimes
+from trimserve.model.transformers_mllama import CrossLayerParts, NormParts, SelfLayerParts
 from trimserve.model.visibility import feature_visibility
 from trimserve.model.vision_rows import VisionRows
-from trimserve.model.weights import FUSED
 from trimserve.trimming.plan import select, select_again
 from trimserve.trimming.policies.policy import FirstLayer
 
@@ -84,10 +79,10 @@ class BatchRows:
 class RmsNorm:
     """A norm of a checkpoint."""
 
-    def __init__(self, norm: MllamaTextRMSNorm) -> None:
-        """Borrow the module's weight."""
+    def __init__(self, norm: NormParts) -> None:
+        """Borrow the norm's weight."""
         self.weight = norm.weight.data
-        self.epsilon = norm.variance_epsilon
+        self.epsilon = norm.epsilon
 
     def __call__(self, rows: Tensor) -> Tensor:
         """[..., K] -> the same shape."""
@@ -100,16 +95,14 @@ Part = Linear | RmsNorm
 class _Layer:
     """What self- and cross-attention layers share: the shape of heads, attention and the MLP."""
 
-    def __init__(
-        self, layer: MllamaSelfAttentionDecoderLayer | MllamaCrossAttentionDecoderLayer, index: int, head_dim: int
-    ) -> None:
+    def __init__(self, layer: SelfLayerParts | CrossLayerParts, index: int, head_dim: int) -> None:
         self._index = index
         self._head_dim = head_dim
         self._scale = head_dim**-0.5
-        self._input_norm = RmsNorm(layer.input_layernorm)
-        self._mlp_norm = RmsNorm(layer.post_attention_layernorm)
-        self._gate_up = linear(layer.mlp, *FUSED["mlp"])
-        self._down = linear(layer.mlp, "down_proj")
+        self._input_norm = RmsNorm(layer.input_norm)
+        self._mlp_norm = RmsNorm(layer.mlp_norm)
+        self._gate_up = linear(*layer.gate_up)
+        self._down = linear(layer.down)
 
     def _mlp(self, hidden: Tensor) -> Tensor:
         return self._down(ops.silu_gate(self._gate_up(self._mlp_norm(hidden))))
@@ -137,13 +130,12 @@ class _Layer:
 class SelfLayer(_Layer):
     """A self-attention layer."""
 
-    def __init__(self, layer: MllamaSelfAttentionDecoderLayer, index: int, head_dim: int) -> None:
+    def __init__(self, layer: SelfLayerParts, index: int, head_dim: int) -> None:
         """Borrow the weights of transformers' layer, the `index`-th of its kind."""
         super().__init__(layer, index, head_dim)
-        attention = layer.self_attn
-        self._qkv = linear(attention, *FUSED["self_attn"])
-        self._split = [attention.num_heads, attention.num_key_value_heads, attention.num_key_value_heads]
-        self._output = linear(attention, "o_proj")
+        self._qkv = linear(*layer.qkv)
+        self._split = [layer.num_heads, layer.num_kv_heads, layer.num_kv_heads]
+        self._output = linear(layer.output)
 
     def prefill(self, hidden: Tensor, batch: BatchRows, prompts: Sequence[SequenceRows]) -> Tensor:
         """Whole prompts, [R, D] -> [R, D]; their keys and values are stored."""
@@ -182,17 +174,16 @@ class SelfLayer(_Layer):
 class CrossLayer(_Layer):
     """A cross-attention layer; the first one trims, and later ones where the policy says so."""
 
-    def __init__(self, layer: MllamaCrossAttentionDecoderLayer, index: int, head_dim: int) -> None:
+    def __init__(self, layer: CrossLayerParts, index: int, head_dim: int) -> None:
         """Borrow the weights of transformers' layer, the `index`-th of its kind."""
         super().__init__(layer, index, head_dim)
-        attention = layer.cross_attn
-        self._attention_gate = layer.cross_attn_attn_gate.tanh().item()
-        self._mlp_gate = layer.cross_attn_mlp_gate.tanh().item()
-        self._query = linear(attention, "q_proj")
-        self._kv = linear(attention, *FUSED["cross_attn"])
-        self._output = linear(attention, "o_proj")
-        self._q_norm = RmsNorm(attention.q_norm)
-        self._k_norm = RmsNorm(attention.k_norm)
+        self._attention_gate = layer.attention_gate.tanh().item()
+        self._mlp_gate = layer.mlp_gate.tanh().item()
+        self._query = linear(layer.query)
+        self._kv = linear(*layer.kv)
+        self._output = linear(layer.output)
+        self._q_norm = RmsNorm(layer.q_norm)
+        self._k_norm = RmsNorm(layer.k_norm)
 
     def prefill(self, hidden: Tensor, batch: BatchRows, prompts: Sequence[SequenceRows]) -> Tensor:
         """Whole prompts, [R, D] -> [R, D]; their keys and values are stored."""

@@ -4,12 +4,11 @@ The largest magnitude of a row becomes 127, so that a row can be quantized witho
 keep their dtype, as do embeddings, norms, gates, the vision encoder, keys and values.
 """
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import MllamaForConditionalGeneration
+
+from trimserve.model.transformers_mllama import MllamaForConditionalGeneration, decoder_linears
 
 __all__ = ["SCALES", "int8_linear", "make_int8", "to_int8"]
 
@@ -25,7 +24,7 @@ def make_int8(model: MllamaForConditionalGeneration) -> None:
     Args:
         model: on the meta device: what is stored is still to come.
     """
-    for linear in _quantized(model):
+    for linear in decoder_linears(model):
         linear.weight = nn.Parameter(linear.weight.to(torch.int8), requires_grad=False)
         linear.register_buffer(SCALES, torch.empty(linear.out_features, dtype=torch.float32, device="meta"))
 
@@ -55,9 +54,3 @@ def int8_linear(rows: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
     dtype = torch.bfloat16 if rows.dtype == torch.float16 else rows.dtype  # sums of int8 weights overflow float16
     product = F.linear(rows.to(dtype), weight.to(dtype))
     return (product * scales).to(rows.dtype)
-
-
-def _quantized(model: MllamaForConditionalGeneration) -> Iterator[nn.Linear]:
-    for module in (*model.model.language_model.layers.modules(), model.lm_head):
-        if isinstance(module, nn.Linear):
-            yield module

@@ -50,14 +50,11 @@ class Linear:
         return (_MOST_ROWS if self.scales is None else _MOST_ROWS_OF_INT8)[dtype]
 
 
-def linear(module: nn.Module, *names: str) -> Linear:
-    """The linear layers `names` of a module as one, as `weights.load_weights` has stored them.
+def linear(*layers: nn.Linear) -> Linear:
+    """Linear layers as one, as `weights.load_weights` has stored them.
 
     Args:
-        module: a part of the model.
-        names: one name, or several without biases whose weights are rows of one tensor, see `weights.FUSED`.
+        layers: one, or several without biases whose weights are rows of one tensor, see `weights.fuse`.
     """
-    weight = fused_weight(module, names)
-    first = module.get_submodule(names[0])
-    assert isinstance(first, nn.Linear)
-    return Linear(weight, fused_scales(module, names) if weight.dtype == torch.int8 else None, first.bias)
+    weight = fused_weight(layers)
+    return Linear(weight, fused_scales(layers) if weight.dtype == torch.int8 else None, layers[0].bias)

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
-from transformers import MllamaForConditionalGeneration
 
 from trimserve.api.chunks import ImageSelection
 from trimserve.api.info import ModelInfo
@@ -24,11 +23,12 @@ from trimserve.model.prefilled import Prefilled, TrimTimes
 from trimserve.model.prepared import NamedImage, PreparedPrompt, TokenizedPrompt
 from trimserve.model.processor import Processor
 from trimserve.model.step_buffers import StepBuffers
+from trimserve.model.transformers_mllama import MllamaForConditionalGeneration
 from trimserve.model.visibility import visible_images
 from trimserve.model.vision import IntermediateFeatures, VisionEncoder
 from trimserve.model.vision_rows import VisionRows
 from trimserve.trimming.encoded_image import EncodedImage, Observation
-from trimserve.trimming.plan import Selection, TrimPlan, bitmap, choose_from_image, select
+from trimserve.trimming.plan import ImageSelection, Selection, TrimPlan, bitmap, choose_from_image, select
 from trimserve.trimming.policies.policy import FirstLayer
 
 __all__ = ["Mllama"]

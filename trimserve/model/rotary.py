@@ -2,7 +2,8 @@
 
 import torch
 from torch import Tensor
-from transformers.models.mllama.modeling_mllama import MllamaRotaryEmbedding
+
+from trimserve.model.transformers_mllama import Rotary
 
 __all__ = ["RotaryAngles"]
 
@@ -12,14 +13,14 @@ _FEWEST = 256
 class RotaryAngles:
     """Cosines and sines of the positions seen so far, as `ops.rotate` takes them."""
 
-    def __init__(self, rotary: MllamaRotaryEmbedding) -> None:
+    def __init__(self, rotary: Rotary) -> None:
         """Compute none yet.
 
         Args:
             rotary: of the checkpoint; its angles must not depend on how long a prompt is.
         """
         self._rotary = rotary
-        self._cosines = self._sines = torch.empty(0, device=rotary.inv_freq.device)
+        self._cosines = self._sines = torch.empty(0, device=rotary.frequencies.device)
 
     def at(self, positions: list[int]) -> tuple[Tensor, Tensor]:
         """Cosines and sines of R positions, float32 [R, Dh / 2] each."""
@@ -36,9 +37,9 @@ class RotaryAngles:
             self._grow(max(_FEWEST, 1 << (num_positions - 1).bit_length()))
 
     def _grow(self, num_positions: int) -> None:
-        # Multiplied element by element: transformers' own matrix product may be rounded (TF32), and angles of late
-        # positions are large.
-        frequencies: Tensor = self._rotary.inv_freq
+        # Multiplied element by element: a matrix product, as transformers takes, may be rounded (TF32), and angles of
+        # late positions are large.
+        frequencies = self._rotary.frequencies
         positions = torch.arange(num_positions, dtype=torch.float32, device=frequencies.device)
         angles = positions[:, None] * frequencies.float()
-        self._cosines, self._sines = (of(angles) * self._rotary.attention_scaling for of in (torch.cos, torch.sin))
+        self._cosines, self._sines = (of(angles) * self._rotary.scaling for of in (torch.cos, torch.sin))

@@ -12,18 +12,16 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
-from transformers import MllamaForConditionalGeneration
 from transformers.models.mllama.configuration_mllama import MllamaVisionConfig
-from transformers.models.mllama.modeling_mllama import MllamaVisionEncoderLayer
 
 from trimserve.model.checkpoint import vision_config
 from trimserve.model.images import PreparedImage
 from trimserve.model.interruptible import Interruptible
 from trimserve.model.linear import linear
+from trimserve.model.transformers_mllama import MllamaForConditionalGeneration, VisionLayerParts, vision_parts
 from trimserve.model.vision_observer import VisionObserver
-from trimserve.model.weights import FUSED
 from trimserve.trimming.encoded_image import EncodedImage, Observation
 
 __all__ = ["ImageRows", "IntermediateFeatures", "VisionEncoder", "VisionLayer", "vision_scratch_bytes"]
@@ -70,10 +68,9 @@ class VisionEncoder:
             model: owns the weights.
             intermediate_features: take them from layer `inputs` (Meta's semantics) or `outputs` (transformers 5.23).
         """
-        self._vision = model.model.vision_model
-        self._projector: nn.Linear = model.model.multi_modal_projector
-        self._local_layers = [VisionLayer(layer) for layer in self._vision.transformer.layers]
-        self._global_layers = [VisionLayer(layer) for layer in self._vision.global_transformer.layers]
+        self._vision = vision_parts(model)
+        self._local_layers = [VisionLayer(layer) for layer in self._vision.local_layers]
+        self._global_layers = [VisionLayer(layer) for layer in self._vision.global_layers]
         indices = vision_config(model.config).intermediate_layers_indices or []
         # The output of layer i is the input of layer i + 1, so both choices are a list of layer inputs.
         self._collected = [i + (intermediate_features == "outputs") for i in indices]
@@ -88,7 +85,7 @@ class VisionEncoder:
             `cross_attention_states` of the real tiles in the model's dtype, and what was noted.
         """
         vision = self._vision
-        aspect_ratio_ids = torch.tensor([[prepared.aspect_ratio_id]], device=self._projector.weight.device)
+        aspect_ratio_ids = torch.tensor([[prepared.aspect_ratio_id]], device=self._device)
         tiles = self._embed(prepared.pixel_values, aspect_ratio_ids)
         image = self._rows_of(prepared, needs)
         order = _real_rows_first(tiles, prepared.num_tiles, vision.num_patches)
@@ -99,13 +96,17 @@ class VisionEncoder:
         hidden, _ = yield from _run(self._global_layers, tiles.flatten(0, 2)[order], image, [])
 
         between = torch.stack([rows[: image.num_real] for rows in intermediate], dim=-1).flatten(1)
-        features = self._projector(torch.cat([hidden[: image.num_real], between], dim=-1))
+        features = vision.projector(torch.cat([hidden[: image.num_real], between], dim=-1))
         return EncodedImage(features, vision.num_patches, len(self._local_layers), image.observer.observed())
+
+    @property
+    def _device(self) -> torch.device:
+        return self._vision.projector.weight.device
 
     def _rows_of(self, image: PreparedImage, needs: frozenset[Observation]) -> ImageRows:
         num_patches = self._vision.num_patches
         observer = VisionObserver(needs, image.num_tiles, num_patches, len(self._local_layers))
-        observer.sees(image.pixel_values[: image.num_tiles].to(self._projector.weight.device))
+        observer.sees(image.pixel_values[: image.num_tiles].to(self._device))
         return ImageRows(image.num_tiles * num_patches, observer)
 
     def _embed(self, pixel_values: Tensor, aspect_ratio_ids: Tensor) -> Tensor:
@@ -129,21 +130,18 @@ class VisionEncoder:
 class VisionLayer:
     """One layer of the vision encoder."""
 
-    def __init__(self, layer: nn.Module) -> None:
+    def __init__(self, layer: VisionLayerParts) -> None:
         """Borrow the weights of transformers' layer, see `VisionEncoder`."""
-        assert isinstance(layer, MllamaVisionEncoderLayer)
-        attention = layer.self_attn
-        self._heads_shape = (3, attention.num_heads, attention.head_dim)
-        self._scale = attention.scaling
-        self._attention_norm = layer.input_layernorm
-        self._qkv = linear(attention, *FUSED["self_attn"])
-        self._output = linear(attention, "o_proj")
-        self._attention_gate = layer.gate_attn.tanh().item() if layer.is_gated else 1
-        self._mlp_norm = layer.post_attention_layernorm
-        self._first = linear(layer.mlp, "fc1")
-        self._activation = layer.mlp.activation_fn
-        self._second = linear(layer.mlp, "fc2")
-        self._mlp_gate = layer.gate_ffn.tanh().item() if layer.is_gated else 1
+        self._heads_shape = (3, layer.num_heads, layer.head_dim)
+        self._scale = layer.scale
+        self._attention_norm = layer.attention_norm
+        self._qkv = linear(*layer.qkv)
+        self._output = linear(layer.output)
+        self._mlp_norm = layer.mlp_norm
+        self._first = linear(layer.first)
+        self._activation = layer.activation
+        self._second = linear(layer.second)
+        self._attention_gate, self._mlp_gate = _factors(layer.gates)
 
     def __call__(self, hidden: Tensor, image: ImageRows) -> Tensor:
         """The layer's output [R, width].
@@ -177,6 +175,14 @@ class VisionLayer:
         """[heads, T, Dh] over [heads, R, Dh] -> [T, width]."""
         attended = F.scaled_dot_product_attention(q[None], k[None], v[None], scale=self._scale)
         return attended[0].transpose(0, 1).flatten(1)
+
+
+def _factors(gates: tuple[Tensor, Tensor] | None) -> tuple[float, float]:
+    """Of what attention and MLP add."""
+    if gates is None:
+        return 1, 1
+    attention, mlp = gates
+    return attention.tanh().item(), mlp.tanh().item()
 
 
 def _real_rows_first(tiles: Tensor, num_tiles: int, num_patches: int) -> Tensor:

@@ -13,17 +13,21 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import MllamaConfig, MllamaForConditionalGeneration
-from transformers.models.mllama.modeling_mllama import MllamaRotaryEmbedding
+from transformers import MllamaConfig
 
 from trimserve.config import Quantize
 from trimserve.errors import CheckpointError
 from trimserve.model import huge_pages
-from trimserve.model.checkpoint import read_json, text_config
+from trimserve.model.checkpoint import read_json
 from trimserve.model.int8 import SCALES, make_int8, to_int8
+from trimserve.model.transformers_mllama import (
+    MllamaForConditionalGeneration,
+    compute_rotary,
+    fused_linears,
+    meta_model,
+)
 
 __all__ = [
-    "FUSED",
     "allocated_model",
     "empty_model",
     "fuse",
@@ -32,13 +36,6 @@ __all__ = [
     "load_weights",
     "weight_bytes",
 ]
-
-FUSED = {
-    "self_attn": ("q_proj", "k_proj", "v_proj"),
-    "cross_attn": ("k_proj", "v_proj"),
-    "mlp": ("gate_proj", "up_proj"),
-}
-"""Linear layers of a layer's module whose weights are rows of one tensor, in this order."""
 
 _SLICE_BYTES = 8 << 20
 
@@ -90,8 +87,7 @@ def allocated_model(
     """The model of a config as `load_weights` returns it, but its parameters have no values yet."""
     model = empty_model(config, dtype, quantize)
     _give_storage(model, device)
-    # Computed from the config, not stored: the one thing that the meta device has no values of.
-    model.model.language_model.rotary_emb = MllamaRotaryEmbedding(text_config(config)).to(device)
+    compute_rotary(model, device)
     model.eval().requires_grad_(False)
     return model
 
@@ -100,8 +96,7 @@ def empty_model(
     config: MllamaConfig, dtype: torch.dtype, quantize: Quantize = "none"
 ) -> MllamaForConditionalGeneration:
     """The model of a config on the meta device: shapes and dtypes without memory."""
-    with torch.device("meta"):
-        model: MllamaForConditionalGeneration = MllamaForConditionalGeneration._from_config(config, dtype=dtype)
+    model = meta_model(config, dtype)
     if quantize == "int8":
         make_int8(model)
     return model
@@ -113,14 +108,13 @@ def weight_bytes(model: MllamaForConditionalGeneration) -> int:
     return sum(tensor.nbytes for tensor in (*model.parameters(), *scales))
 
 
-def fuse(module: nn.Module, names: tuple[str, ...], device: torch.device) -> None:
-    """Give the linear layers `names` of a module weights, and scales where they have some, that are rows of one tensor.
+def fuse(linears: Sequence[nn.Linear], device: torch.device) -> None:
+    """Give linear layers weights, and scales where they have some, that are rows of one tensor.
 
     The new weights hold no values yet.
     """
-    linears = [module.get_submodule(name) for name in names]
-    rows = [linear.weight.shape[0] for linear in linears if isinstance(linear, nn.Linear)]
-    example = next(linears[0].parameters())
+    rows = [linear.weight.shape[0] for linear in linears]
+    example = linears[0].weight
     storage = huge_pages.empty((sum(rows), example.shape[1]), example.dtype, device)
     for linear, part in zip(linears, storage.split(rows), strict=True):
         linear.weight = nn.Parameter(part, requires_grad=False)
@@ -130,20 +124,19 @@ def fuse(module: nn.Module, names: tuple[str, ...], device: torch.device) -> Non
             setattr(linear, SCALES, of_linear)
 
 
-def fused_weight(module: nn.Module, names: Sequence[str]) -> Tensor:
-    """The tensor [rows, columns] whose rows are the weights of a module's linear layers, in order; no copy."""
-    return _fused([module.get_submodule(name).weight for name in names])
+def fused_weight(linears: Sequence[nn.Linear]) -> Tensor:
+    """The tensor [rows, columns] whose rows are the weights of linear layers, in order; no copy."""
+    return _fused([linear.weight for linear in linears])
 
 
-def fused_scales(module: nn.Module, names: Sequence[str]) -> Tensor:
+def fused_scales(linears: Sequence[nn.Linear]) -> Tensor:
     """The same of the scales [rows] of int8 weights."""
-    return _fused([getattr(module.get_submodule(name), SCALES) for name in names])
+    return _fused([getattr(linear, SCALES) for linear in linears])
 
 
-def _fused(parts: Sequence[Tensor | nn.Module]) -> Tensor:
-    tensors = [part.detach() for part in parts if isinstance(part, Tensor)]
-    first = tensors[0]
-    num_rows = sum(len(tensor) for tensor in tensors)
+def _fused(parts: Sequence[Tensor]) -> Tensor:
+    first = parts[0].detach()
+    num_rows = sum(len(part) for part in parts)
     return first.as_strided((num_rows, *first.shape[1:]), first.stride(), first.storage_offset())
 
 
@@ -155,13 +148,8 @@ def _scales(model: MllamaForConditionalGeneration) -> Iterator[tuple[str, Tensor
 
 
 def _give_storage(model: MllamaForConditionalGeneration, device: torch.device) -> None:
-    vision = model.model.vision_model
-    for layer in model.model.language_model.layers:
-        for module_name, names in FUSED.items():
-            if hasattr(layer, module_name):
-                fuse(getattr(layer, module_name), names, device)
-    for layer in (*vision.transformer.layers, *vision.global_transformer.layers):
-        fuse(layer.self_attn, FUSED["self_attn"], device)
+    for linears in fused_linears(model):
+        fuse(linears, device)
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.is_meta:
