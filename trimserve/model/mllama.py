@@ -28,7 +28,7 @@ from trimserve.model.visibility import visible_images
 from trimserve.model.vision import IntermediateFeatures, VisionEncoder
 from trimserve.model.vision_rows import VisionRows
 from trimserve.trimming.encoded_image import EncodedImage, Observation
-from trimserve.trimming.plan import ImageSelection, Selection, TrimPlan, bitmap, choose_from_image, select
+from trimserve.trimming.plan import Selection, TrimPlan, bitmap, choose_from_image, select
 from trimserve.trimming.policies.policy import FirstLayer
 
 __all__ = ["Mllama"]
