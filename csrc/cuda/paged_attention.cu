@@ -206,8 +206,8 @@ struct Piece {
   }
 };
 
-// Blocks (pieces, KV head and tile of its query heads, sequence). partials [B, pieces, H, partial_size], or null if every
-// sequence is one piece at most, which is then finished here.
+// Blocks (pieces, KV head and tile of its query heads, sequence). partials [B, pieces, H, partial_size], or null if no
+// sequence has more than one piece, which is then finished here.
 template <typename T, int kHeads, int kSize>
 __global__ void __launch_bounds__(kThreads)
     attend_pieces(PagedAttentionArgs args, std::int64_t max_pages, std::int64_t num_pages, float* partials) {
