@@ -1,12 +1,13 @@
-// decode_layers: one new row of each sequence through all layers of the decoder, in one call.
+// decode_layers: runs one new row of each sequence through all layers of the decoder in one call.
 //
-// It is the ops of layers.cpp and paging.cpp in the order of trimserve/model/decoder_layers.py, which says the same op
-// by op. One call matters where an op takes microseconds: Python would need as long between two of them, and every
-// op that Python calls lets another of its threads in.
+// It calls the ops of layers.cpp and paging.cpp in the order of reference.decode_layers. One call pays off where an op
+// takes microseconds: going through Python between two ops would take as long, and each op that Python calls lets its
+// other threads in (ADR-0006). The weights are checked when they are described (decoder_layers.h), the step's tensors
+// here and in the ops.
 
-#include <algorithm>
 #include <cmath>
 
+#include "decoder_layers.h"
 #include "op_checks.h"
 #include "ops.h"
 
@@ -16,141 +17,166 @@ namespace {
 namespace ts = torch::stable;
 
 constexpr const char* kOp = "decode_layers";
-constexpr std::size_t kWeightsOfSelf = 6, kWeightsOfCross = 7, kLinears = 4;
 
-// Of the linear layers of one layer; null: their weights are floats.
-struct Scales {
-  const Tensor* of_layer;
-
-  std::optional<Tensor> operator[](int linear) const {
-    return of_layer ? std::optional(of_layer[linear]) : std::nullopt;
-  }
+// Page tables of the self-attention layers, which hold the text.
+struct SelfTables {
+  const Tensor& tables;   // int32 [groups, B, max_pages]
+  const Tensor& lengths;  // int32 [B]
+  const Tensor& slots;    // int64 [groups, B]
 };
 
-// Pages of one group of layers, for a batch.
-struct Paged {
-  const Tensor& pages;
-  const Tensor& tables;   // [B, max_pages]
-  const Tensor& lengths;  // [B]
-
-  Tensor attend(const Tensor& q, std::int64_t layer, const std::optional<Tensor>& bias) const {
-    const Tensor attended = paged_attention(q, pages, layer % pages.size(1), tables, lengths,
-                                            1.0 / std::sqrt(static_cast<double>(pages.size(5))), bias);
-    return ts::view(attended, {attended.size(0), attended.size(1) * attended.size(2)});
-  }
+// Page tables of the cross-attention layers, which hold the features. A list has an entry for each layer, or is empty.
+struct CrossTables {
+  const std::vector<Tensor>& tables;   // int32 [S, max_pages]
+  const std::vector<Tensor>& lengths;  // int32 [S]
+  const std::vector<Tensor>& biases;   // float32 [S, max_pages * kPagePositions]
 };
 
-// rows += gate * mlp(rows); weights: norm, gate and up, down.
-void add_mlp(const Tensor& rows, const Tensor* weights, const Scales& scales, double gate, double epsilon) {
-  const Tensor gate_up = linear(rms_norm(rows, weights[0], epsilon), weights[1], scales[2]);
-  add_linear(rows, silu_gate(gate_up), weights[2], gate, scales[3]);
+struct Step {
+  const DecoderLayers& layers;
+  const Tensor& hidden;  // [B, D]
+  const Tensor& pages;   // [P, G, 2, Hkv, kPagePositions, Dh]
+  const Tensor& cosines;
+  const Tensor& sines;
+  SelfTables text;
+  CrossTables features;
+
+  std::int64_t layers_per_page() const { return pages.size(1); }
+  std::int64_t num_kv_heads() const { return pages.size(3); }
+  std::int64_t head_dim() const { return pages.size(5); }
+};
+
+void check_hidden_and_pages(const Step& step) {
+  const DecoderLayers& layers = step.layers;
+  check_pages(kOp, step.pages, 0);
+  const std::int64_t head_dim = step.head_dim();
+  check(head_dim >= 1, kOp, ": Dh must be at least 1, got 0");
+  check(step.pages.scalar_type() == layers.dtype, kOp, ": pages must be ", name_of(layers.dtype),
+        " like the layers, got ", describe(step.pages));
+  check((layers.num_self == 0 || step.num_kv_heads() * head_dim == layers.kv_size) &&
+            (layers.num_cross == 0 || head_dim == layers.head_dim) && layers.query_size % head_dim == 0,
+        kOp, ": pages must have the layers' heads, Hkv * Dh=", layers.kv_size,
+        " and H * Dh=", layers.query_size, ", got Hkv=", step.num_kv_heads(), ", Dh=", head_dim);
+  check(step.hidden.scalar_type() == layers.dtype && step.hidden.dim() == 2 &&
+            step.hidden.size(1) == layers.hidden_size && step.hidden.is_contiguous(),
+        kOp, ": hidden must be contiguous ", name_of(layers.dtype), " [B, ", layers.hidden_size, "], got ",
+        describe(step.hidden));
 }
 
-// A view of `size` places from `start` on. By value: torch's narrow asks for a tensor that it could change.
+void check_text(const Step& step) {
+  const std::int64_t per_page = step.layers_per_page();
+  const std::int64_t num_groups = (step.layers.num_self + per_page - 1) / per_page;
+  const auto check_groups = [&](const char* name, const Tensor& tensor, std::int64_t dims) {
+    check(tensor.dim() == dims && tensor.size(0) >= num_groups, kOp, ": text.", name, " must have ", dims,
+          " dimensions, the first at least ", num_groups, " groups of layers, got ", describe(tensor));
+  };
+  check_groups("tables", step.text.tables, 3);
+  check_groups("slots", step.text.slots, 2);
+}
+
+void check_features(const Step& step) {
+  const auto& [tables, lengths, biases] = step.features;
+  const auto check_count = [&](const char* name, std::size_t count) {
+    check(count == 0 || count == static_cast<std::size_t>(step.layers.num_cross), kOp, ": features.", name,
+          " must be one of each of ", step.layers.num_cross, " cross-attention layers, or none, got ", count);
+  };
+  check_count("lengths", lengths.size());
+  check_count("biases", biases.size());
+  check(tables.size() == lengths.size(), kOp,
+        ": features.tables must be as many as features.lengths=", lengths.size(), ", got ", tables.size());
+  for (const Tensor& of_layer : lengths) {
+    check(of_layer.dim() == 1 && of_layer.size(0) <= step.hidden.size(0), kOp,
+          ": features.lengths must be int32 [S] with S at most B=", step.hidden.size(0), ", got ",
+          describe(of_layer));
+  }
+}
+
+// A view of `size` places from `start` on. By value, because torch's narrow takes a mutable reference.
 Tensor part(Tensor tensor, std::int64_t dim, std::int64_t start, std::int64_t size) {
   return ts::narrow(tensor, dim, start, size);
+}
+
+Tensor apply(const LinearWeight& linear_weight, const Tensor& rows) {
+  return linear(rows, linear_weight.weight, linear_weight.scales);
+}
+
+// rows += gate * (x times the weight).
+void add(const Tensor& rows, const Tensor& x, const LinearWeight& linear_weight, double gate) {
+  add_linear(rows, x, linear_weight.weight, gate, linear_weight.scales);
+}
+
+void add_mlp(const Tensor& rows, const MlpWeights& mlp, double epsilon) {
+  add(rows, silu_gate(apply(mlp.gate_up, rms_norm(rows, mlp.norm, epsilon))), mlp.down, mlp.gate);
 }
 
 Tensor heads_of(const Tensor& rows, std::int64_t head_dim) {
   return ts::view(rows, {rows.size(0), rows.size(1) / head_dim, head_dim});
 }
 
-// Checks what there is of each layer, and counts the layers.
-std::int64_t count_layers(std::size_t num_weights, std::size_t num_scales,
-                          const std::vector<std::int64_t>& cross_layers, std::size_t num_gates) {
-  const std::size_t of_cross = kWeightsOfCross * cross_layers.size();
-  check(num_weights >= of_cross && (num_weights - of_cross) % kWeightsOfSelf == 0, kOp,
-        ": weights must be six of each self-attention layer and seven of each cross-attention layer, got ",
-        num_weights);
-  const std::size_t num_layers = (num_weights - of_cross) / kWeightsOfSelf + cross_layers.size();
-  check(num_scales == 0 || num_scales == kLinears * num_layers, kOp, ": scales must be four of each of ",
-        num_layers, " layers, or none, got ", num_scales);
-  check(num_gates == 2 * cross_layers.size(), kOp, ": gates must be two of each of ", cross_layers.size(),
-        " cross-attention layers, got ", num_gates);
-  for (std::size_t i = 0; i < cross_layers.size(); ++i) {
-    const std::int64_t least = i == 0 ? 0 : cross_layers[i - 1] + 1;
-    check(least <= cross_layers[i] && cross_layers[i] < static_cast<std::int64_t>(num_layers), kOp,
-          ": cross_layers must ascend within [0, ", num_layers, "), got ", cross_layers[i], " at ", i);
-  }
-  return static_cast<std::int64_t>(num_layers);
+// layer: counted among its own kind. Returns [B, H * Dh].
+Tensor attend(const Step& step, const Tensor& q, std::int64_t layer, const Tensor& tables,
+              const Tensor& lengths, const std::optional<Tensor>& bias) {
+  const double scale = 1.0 / std::sqrt(static_cast<double>(step.head_dim()));
+  const Tensor attended =
+      paged_attention(q, step.pages, layer % step.layers_per_page(), tables, lengths, scale, bias);
+  return ts::view(attended, {attended.size(0), attended.size(1) * attended.size(2)});
 }
 
-void check_groups(const char* name, const Tensor& tensor, std::int64_t dims, std::int64_t num_groups) {
-  check(tensor.dim() == dims && tensor.size(0) >= num_groups, kOp, ": ", name, " must have ", dims,
-        " dimensions, the first of ", num_groups, " groups of layers, got ", describe(tensor));
+// index: of the layer among self-attention layers.
+void run_self(const Step& step, const SelfLayer& layer, std::int64_t index) {
+  const std::int64_t num_heads = step.layers.query_size / step.head_dim(), num_kv_heads = step.num_kv_heads();
+  const std::int64_t group = index / step.layers_per_page();
+  const double epsilon = step.layers.epsilon;
+  const Tensor heads =
+      heads_of(apply(layer.qkv, rms_norm(step.hidden, layer.norm, epsilon)), step.head_dim());
+  rotate(part(heads, 1, 0, num_heads + num_kv_heads), step.cosines, step.sines);
+  write_kv(step.pages, index % step.layers_per_page(), part(heads, 1, num_heads, num_kv_heads),
+           part(heads, 1, num_heads + num_kv_heads, num_kv_heads), ts::select(step.text.slots, 0, group));
+  const Tensor attended = attend(step, part(heads, 1, 0, num_heads), index,
+                                 ts::select(step.text.tables, 0, group), step.text.lengths, std::nullopt);
+  add(step.hidden, attended, layer.output, 1.0);
+  add_mlp(step.hidden, layer.mlp, epsilon);
 }
 
-// Of each cross-attention layer there are tables, lengths and maybe a bias; or of none.
-void check_features(std::size_t num_tables, const std::vector<Tensor>& lengths, std::size_t num_biases,
-                    std::size_t num_cross, std::int64_t num_rows) {
-  const auto check_count = [&](const char* name, std::size_t count) {
-    check(count == 0 || count == num_cross, kOp, ": ", name, " must be one of each of ", num_cross,
-          " cross-attention layers, or none, got ", count);
-  };
-  check_count("feature_lengths", lengths.size());
-  check_count("biases", num_biases);
-  check(num_tables == lengths.size(), kOp, ": feature_tables and feature_lengths must come together");
-  for (const Tensor& of_layer : lengths) {
-    check(of_layer.dim() == 1 && of_layer.size(0) <= num_rows, kOp,
-          ": feature_lengths must be int32 [S] with S at most B=", num_rows, ", got ", describe(of_layer));
-  }
+// index: of the layer among cross-attention layers. Only the first rows see features; the others pass unchanged.
+void run_cross(const Step& step, const CrossLayer& layer, std::int64_t index) {
+  const auto& [tables, lengths, biases] = step.features;
+  const std::int64_t num_seeing = lengths.empty() ? 0 : lengths[index].size(0);
+  if (num_seeing == 0) return;
+  const double epsilon = step.layers.epsilon;
+  const Tensor rows = part(step.hidden, 0, 0, num_seeing);
+  const Tensor queries = heads_of(apply(layer.query, rms_norm(rows, layer.norm, epsilon)), step.head_dim());
+  const Tensor attended =
+      attend(step, rms_norm(queries, layer.query_norm, epsilon), index, tables[index], lengths[index],
+             biases.empty() ? std::nullopt : std::optional(biases[index]));
+  add(rows, attended, layer.output, layer.gate);
+  add_mlp(rows, layer.mlp, epsilon);
 }
 
 }  // namespace
 
-void decode_layers(const Tensor& hidden, const Tensor& pages, std::vector<Tensor> weights,
-                   std::vector<Tensor> scales, std::vector<std::int64_t> cross_layers,
-                   std::vector<double> gates, const Tensor& cosines, const Tensor& sines,
-                   const Tensor& text_tables, const Tensor& text_lengths, const Tensor& slots,
-                   std::vector<Tensor> feature_tables, std::vector<Tensor> feature_lengths,
-                   std::vector<Tensor> biases, double epsilon) {
-  const std::int64_t num_layers = count_layers(weights.size(), scales.size(), cross_layers, gates.size());
-  check_pages(kOp, pages, 0);
-  check(pages.size(5) >= 1, kOp, ": Dh must be at least 1, got 0");
-  check(hidden.dim() == 2 && hidden.is_contiguous(), kOp, ": hidden must be contiguous [B, D], got ",
-        describe(hidden));
-  const auto groups_of = [&](std::int64_t layers) { return (layers + pages.size(1) - 1) / pages.size(1); };
-  const std::int64_t text_groups = groups_of(num_layers - static_cast<std::int64_t>(cross_layers.size()));
-  check_groups("text_tables", text_tables, 3, text_groups);
-  check_groups("slots", slots, 2, text_groups);
-  check_features(feature_tables.size(), feature_lengths, biases.size(), cross_layers.size(), hidden.size(0));
-  const std::int64_t num_kv_heads = pages.size(3), head_dim = pages.size(5);
-
-  const Tensor* of_layer = weights.data();
+void decode_layers(const Tensor& hidden, const Tensor& pages, std::int64_t handle, std::vector<Tensor> angles,
+                   std::vector<Tensor> text, std::vector<Tensor> feature_tables,
+                   std::vector<Tensor> feature_lengths, std::vector<Tensor> biases) {
+  const std::shared_ptr<const DecoderLayers> layers = find_decoder_layers(kOp, handle);
+  check(angles.size() == 2, kOp, ": angles must be cosines and sines, got ", angles.size(), " tensors");
+  check(text.size() == 3, kOp, ": text must be tables, lengths and slots, got ", text.size(), " tensors");
+  const Step step{*layers,
+                  hidden,
+                  pages,
+                  angles[0],
+                  angles[1],
+                  {text[0], text[1], text[2]},
+                  {feature_tables, feature_lengths, biases}};
+  check_hidden_and_pages(step);
+  check_text(step);
+  check_features(step);
   std::int64_t num_self = 0, num_cross = 0;
-  for (std::int64_t layer = 0; layer < num_layers; ++layer) {
-    const Scales of_linears{scales.empty() ? nullptr : scales.data() + kLinears * layer};
-    if (std::find(cross_layers.begin(), cross_layers.end(), layer) == cross_layers.end()) {
-      const Tensor heads =
-          heads_of(linear(rms_norm(hidden, of_layer[0], epsilon), of_layer[1], of_linears[0]), head_dim);
-      const std::int64_t num_heads = heads.size(1) - 2 * num_kv_heads;
-      check(num_heads > 0, kOp, ": a projection to queries, keys and values has too few outputs, ",
-            heads.size(1), " heads");
-      rotate(part(heads, 1, 0, num_heads + num_kv_heads), cosines, sines);
-      write_kv(pages, num_self % pages.size(1), part(heads, 1, num_heads, num_kv_heads),
-               part(heads, 1, num_heads + num_kv_heads, num_kv_heads),
-               ts::select(slots, 0, num_self / pages.size(1)));
-      const Paged text{pages, ts::select(text_tables, 0, num_self / pages.size(1)), text_lengths};
-      const Tensor attended = text.attend(part(heads, 1, 0, num_heads), num_self, std::nullopt);
-      add_linear(hidden, attended, of_layer[2], 1.0, of_linears[1]);
-      add_mlp(hidden, of_layer + 3, of_linears, 1.0, epsilon);
-      of_layer += kWeightsOfSelf;
-      ++num_self;
+  for (const auto& layer : layers->layers) {
+    if (const auto* const self = std::get_if<SelfLayer>(&layer)) {
+      run_self(step, *self, num_self++);
     } else {
-      const std::int64_t num_seeing = feature_lengths.empty() ? 0 : feature_lengths[num_cross].size(0);
-      if (num_seeing) {
-        const Tensor rows = part(hidden, 0, 0, num_seeing);
-        const Tensor q = rms_norm(
-            heads_of(linear(rms_norm(rows, of_layer[0], epsilon), of_layer[1], of_linears[0]), head_dim),
-            of_layer[2], epsilon);
-        const Paged features{pages, feature_tables[num_cross], feature_lengths[num_cross]};
-        const Tensor attended =
-            features.attend(q, num_cross, biases.empty() ? std::nullopt : std::optional(biases[num_cross]));
-        add_linear(rows, attended, of_layer[3], gates[2 * num_cross], of_linears[1]);
-        add_mlp(rows, of_layer + 4, of_linears, gates[2 * num_cross + 1], epsilon);
-      }
-      of_layer += kWeightsOfCross;
-      ++num_cross;
+      run_cross(step, std::get<CrossLayer>(layer), num_cross++);
     }
   }
 }

@@ -1,10 +1,11 @@
-// Signatures of all kernels: raw pointers and counts, no torch. The ops have checked and allocated everything.
+// Arguments of all kernels, and signatures of the CPU kernels (those for CUDA: cuda/launchers.h). Raw pointers and
+// counts, no torch. The ops have checked and allocated everything.
 //
-// A kernel works on the half-open range [begin, end) of the dimension named here, so that an op can hand
-// ranges to torch's thread pool; ranges write disjoint memory. Strides count elements between rows; a row
-// itself is contiguous. Dimensions: T text rows, N visual features, H query heads, Hkv key/value heads,
-// Dh head size, K picks of one head, M kept features, B sequences, P pages, G layers of a page. In ops on rows: R rows,
-// K elements of one, N outputs.
+// A CPU kernel works on the half-open range [begin, end) of the dimension named here, so that an op can hand ranges to
+// torch's thread pool; ranges write disjoint memory. Strides count elements between rows unless their name says bytes;
+// a row itself is contiguous unless it has a stride of its own. Dimensions: T text rows, N visual features, H query
+// heads, Hkv key/value heads, Dh head size, K picks of one head, M kept features, B sequences, P pages, G layers of a
+// page. In layers outside attention: R rows, K inputs, N outputs.
 
 #pragma once
 
@@ -34,8 +35,8 @@ struct HeadwiseScoresArgs {
   float scale;
 };
 
-// One image's features: `size` of them from `begin` on. A head's picks of it start at `picks_begin` of its
-// row.
+// One image's features: `size` of them from `begin` on. A head picks `k` of them, which start at `picks_begin` in its
+// row of picks.
 struct Segment {
   std::int64_t begin;
   std::int64_t size;
@@ -64,8 +65,8 @@ struct SelectFeaturesArgs {
   std::int64_t num_features;  // N
 };
 
-// Keys and values live in pages [P, G, 2, Hkv, kPagePositions, Dh]: a page holds that many positions of G layers,
-// 2 is keys, values. A sequence's table lists its pages.
+// Keys and values live in pages [P, G, 2, Hkv, kPagePositions, Dh]: a page holds kPagePositions positions of G layers;
+// 2 stands for keys, values. A sequence's table lists its pages.
 constexpr std::int64_t kPagePositions = 16;
 
 // Rows [N, Hkv, Dh], each head contiguous.
@@ -80,23 +81,23 @@ struct WriteKvArgs {
   KvRows keys;
   KvRows values;
   std::byte* pages;          // of one layer: its slot in the first page
-  const std::int64_t* kept;  // null: r itself
+  const std::int64_t* kept;  // null for r itself
   const std::int64_t* slots;
   std::int64_t num_kv_heads;  // Hkv
   std::int64_t head_bytes;    // of Dh elements
   std::int64_t page_stride_bytes;
-  bool is_streamed;  // past the caches; pages and head_bytes are multiples of kStreamedBytes then
+  bool is_streamed;  // bypasses the caches; pages and head_bytes must then be multiples of kStreamedBytes
 };
 
 constexpr std::int64_t kStreamedBytes = 16;
 
-// q and attended [B, H, Dh] of `dtype`; tables [B, max_pages]; lengths [B].
+// q and attended [B, H, Dh] of `dtype`; tables [B, max_pages]; lengths [B]; bias [B, max_pages * kPagePositions].
 struct PagedAttentionArgs {
   const void* q;
   const void* pages;  // of one layer: its slot in the first page
   const std::int32_t* tables;
   const std::int32_t* lengths;
-  const float* bias;  // null: none
+  const float* bias;  // or null
   void* attended;
   DType dtype;
   std::int64_t num_sequences;  // B
@@ -110,12 +111,12 @@ struct PagedAttentionArgs {
   float scale;
 };
 
-// x [R, K]; weight [N, K]; output [R, N] = gate * x weight^T, added to what it holds if `accumulates`; all of
-// `dtype`. With scales [N], which outputs are then multiplied with, weight is int8, and x float32 if takes_floats.
+// x [R, K]; weight [N, K]; output [R, N] = gate * x weight^T, added to the old output if `accumulates`; all of `dtype`.
+// With scales [N], which multiply the products, weight is int8, and x is float32 if takes_floats(dtype).
 struct LinearArgs {
   const void* x;
   const void* weight;
-  const float* scales;  // null: none
+  const float* scales;  // or null
   void* output;
   DType dtype;
   bool accumulates;
@@ -125,7 +126,7 @@ struct LinearArgs {
   std::int64_t num_inputs;   // K
   std::int64_t x_stride;
 };
-constexpr std::int64_t kLinearColumns = 16;
+constexpr std::int64_t kLinearColumns = 16;  // outputs of a block
 
 // x and output [R, H, K], weight [K], all of `dtype`.
 struct RmsNormArgs {
@@ -182,16 +183,16 @@ void mark_kept(const SelectFeaturesArgs& args, std::int64_t begin, std::int64_t 
 void mark_picks(const std::int64_t* picks, std::int64_t num_picks, std::int64_t num_features,
                 std::uint8_t* is_kept);
 
-// Serial. The features whose mark is 1, at most `size`, ascending; the tail of kept is -1. Returns how many.
+// Serial. Lists the features whose mark is 1, at most `size`, ascending; the tail of kept is -1. Returns how many.
 std::int64_t list_kept(const std::uint8_t* is_kept, std::int64_t num_features, std::int64_t* kept,
                        std::int64_t size);
 
 // Range over slots.
 void write_kv(const WriteKvArgs& args, std::int64_t begin, std::int64_t end);
 
-// What one call of paged_attention needs.
+// Range and memory of one call of paged_attention.
 struct PagedAttentionSizes {
-  std::int64_t num_pages;  // its range: pages to read, one KV head of each counts as one
+  std::int64_t num_pages;  // its range: pages to read, counted once for each KV head
   std::int64_t partials;   // floats, shared by all ranges
   std::int64_t workspace;  // floats of each range
 };
@@ -204,16 +205,16 @@ void paged_attention(const PagedAttentionArgs& args, std::int64_t begin, std::in
 // Range over the heads of all sequences, B * H; after all ranges of paged_attention.
 void merge_pieces(const PagedAttentionArgs& args, std::int64_t begin, std::int64_t end, float* partials);
 
-// Floats that linear wants its rows packed in; 0: it takes them as they are.
+// Floats of the buffer that linear wants its rows packed into; 0 if it reads them as they are.
 std::int64_t packed_size(const LinearArgs& args);
 
 // Serial.
 void pack_rows(const LinearArgs& args, float* packed);
 
-// Range over blocks of kLinearColumns outputs; at least one row. packed: of pack_rows, or null.
+// Range over blocks of kLinearColumns outputs; at least one row. packed: filled by pack_rows, or null.
 void linear(const LinearArgs& args, const float* packed, std::int64_t begin, std::int64_t end);
 
-// Whether linear with int8 weights wants rows of a dtype as floats.
+// Whether linear with int8 weights wants rows of this dtype converted to float32.
 bool takes_floats(DType dtype);
 
 // Serial.

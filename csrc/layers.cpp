@@ -1,4 +1,4 @@
-// Ops on rows between attentions: checks, allocation, threads. Kernels are in cpu/.
+// CPU ops of a layer outside attention: checks, allocation, threads. Kernels are in cpu/.
 
 #include <algorithm>
 
@@ -9,7 +9,7 @@ namespace trimserve {
 
 namespace {
 
-// output = gate * x weight^T, or added to it; with scales, outputs are multiplied with them.
+// output = gate * x weight^T, or output += gate * x weight^T. Scales, if any, multiply the product.
 void multiply(const Tensor& output, const Tensor& x, const Tensor& weight, std::optional<Tensor> scales,
               double gate, bool accumulates) {
   if (scales) scales = torch::stable::contiguous(*scales);
@@ -35,7 +35,7 @@ void multiply(const Tensor& output, const Tensor& x, const Tensor& weight, std::
   const std::int64_t packed_size = cpu::packed_size(args);
   const auto packed = workspace<float>(packed_size);
   if (packed_size > 0) cpu::pack_rows(args, packed.get());
-  // A thread is worth some bytes of the weight, and fewer of them the more products they take part in.
+  // The more rows there are, the more work is in each byte of the weight, and the fewer bytes are worth a thread.
   const std::int64_t weight_bytes = scales ? 1 : element_bytes(x.scalar_type());
   const std::int64_t block_bytes = kLinearColumns * args.num_inputs * weight_bytes;
   const std::int64_t blocks_per_thread =

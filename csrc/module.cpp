@@ -1,5 +1,5 @@
-// The host-side Python module: what this build is. No torch in here, so it tells even when torch does not
-// load.
+// The Python module for host code without torch. Today it only tells how the extension was built; ADR-0010 says why it
+// is kept and what may join it.
 
 #include <pybind11/pybind11.h>
 
@@ -12,8 +12,8 @@ namespace py = pybind11;
 namespace {
 
 std::string torch_target_version() {
-  constexpr std::uint64_t version =
-      TRIMSERVE_TORCH_TARGET_VERSION;  // major, minor, patch in the top three bytes
+  // Major, minor and patch are in the top three bytes.
+  constexpr std::uint64_t version = TRIMSERVE_TORCH_TARGET_VERSION;
   return std::to_string(version >> 56) + "." + std::to_string((version >> 48) & 0xff);
 }
 
@@ -39,6 +39,6 @@ py::dict build_info() {
 }  // namespace
 
 PYBIND11_MODULE(_host, m) {
-  m.doc() = "Host-side code of trimserve that needs no torch.";
-  m.def("build_info", &build_info, "Facts about this build, as a dict of plain values.");
+  m.doc() = "Host code of trimserve without torch.";
+  m.def("build_info", &build_info, "How the extension was built, as a dict of plain values.");
 }

@@ -1,4 +1,4 @@
-// From the tensors of an op, checked and laid out, to the arguments of its kernels: the same on every device.
+// Kernel arguments from an op's tensors, which are checked and laid out by then. The same on every device.
 
 #pragma once
 

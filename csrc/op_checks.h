@@ -1,4 +1,4 @@
-// What an op demands of its arguments on every device: dtypes, shapes, counts. Values of tensors are not looked at.
+// Checks of an op's arguments that hold on every device: dtypes, shapes, counts. The values in tensors are not read.
 
 #pragma once
 

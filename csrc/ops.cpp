@@ -1,4 +1,4 @@
-// Schemas of the ops of namespace `trimserve`, and what runs them.
+// Schemas of the ops of namespace `trimserve`, and their registration for CPU tensors.
 
 #include "ops.h"
 
@@ -20,10 +20,14 @@ STABLE_TORCH_LIBRARY(trimserve, m) {
   m.def("silu_gate(Tensor gate_up) -> Tensor");
   m.def("rotate(Tensor(a!) heads, Tensor cosines, Tensor sines) -> ()");
   m.def(
-      "decode_layers(Tensor(a!) hidden, Tensor(b!) pages, Tensor[] weights, Tensor[] scales, "
-      "int[] cross_layers, float[] gates, Tensor cosines, Tensor sines, "
-      "Tensor text_tables, Tensor text_lengths, Tensor slots, "
-      "Tensor[] feature_tables, Tensor[] feature_lengths, Tensor[] biases, float epsilon) -> ()");
+      "make_decoder_layers(Tensor[] weights, Tensor[] scales, int[] cross_layers, float[] gates, "
+      "float epsilon) -> int");
+  m.def("drop_decoder_layers(int layers) -> ()");
+  // A tensor list stands for a struct, which schemas do not have: angles are cosines, sines; text is tables, lengths,
+  // slots.
+  m.def(
+      "decode_layers(Tensor(a!) hidden, Tensor(b!) pages, int layers, Tensor[] angles, Tensor[] text, "
+      "Tensor[] feature_tables, Tensor[] feature_lengths, Tensor[] biases) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(trimserve, CPU, m) {
@@ -39,4 +43,10 @@ STABLE_TORCH_LIBRARY_IMPL(trimserve, CPU, m) {
   m.impl("silu_gate", TORCH_BOX(&trimserve::silu_gate));
   m.impl("rotate", TORCH_BOX(&trimserve::rotate));
   m.impl("decode_layers", TORCH_BOX(&trimserve::decode_layers));
+}
+
+// For every device, so that tensors elsewhere than on the CPU reach the checks.
+STABLE_TORCH_LIBRARY_IMPL(trimserve, CompositeExplicitAutograd, m) {
+  m.impl("make_decoder_layers", TORCH_BOX(&trimserve::make_decoder_layers));
+  m.impl("drop_decoder_layers", TORCH_BOX(&trimserve::drop_decoder_layers));
 }

@@ -1,8 +1,9 @@
-// The ops of namespace `trimserve` as functions of tensors, and what they have in common. Registered in ops.cpp.
+// The ops of namespace `trimserve` on CPU tensors, and helpers that all ops share. Registered in ops.cpp.
 //
-// An op checks its arguments, allocates, and hands ranges to the kernels of kernels.h; together with checks.h these
-// are the only files that know torch. Tensors whose rows are strided (views of a fused projection) are read in place;
-// any other layout is copied to a contiguous one first.
+// An op checks its arguments, allocates, and hands ranges to the kernels of kernels.h. The op layer, on the CPU and on
+// CUDA, knows torch; kernels (cpu/, cuda/*.cu and the headers that they include) and module.cpp do not. Strided rows,
+// such as views of a fused projection, are read in place where the kernel takes a stride. Other layouts are copied to a
+// contiguous one first, or refused: weights of `linear`, pages, and what an op writes to.
 
 #pragma once
 
@@ -45,15 +46,18 @@ Tensor rms_norm(const Tensor& x, const Tensor& weight, double epsilon);
 Tensor silu_gate(const Tensor& gate_up);
 void rotate(const Tensor& heads, const Tensor& cosines, const Tensor& sines);
 
-// decode.cpp
-void decode_layers(const Tensor& hidden, const Tensor& pages, std::vector<Tensor> weights,
-                   std::vector<Tensor> scales, std::vector<std::int64_t> cross_layers,
-                   std::vector<double> gates, const Tensor& cosines, const Tensor& sines,
-                   const Tensor& text_tables, const Tensor& text_lengths, const Tensor& slots,
-                   std::vector<Tensor> feature_tables, std::vector<Tensor> feature_lengths,
-                   std::vector<Tensor> biases, double epsilon);
+// decoder_layers.cpp
+std::int64_t make_decoder_layers(std::vector<Tensor> weights, std::vector<Tensor> scales,
+                                 std::vector<std::int64_t> cross_layers, std::vector<double> gates,
+                                 double epsilon);
+void drop_decoder_layers(std::int64_t handle);
 
-// --- what they have in common ---
+// decode.cpp
+void decode_layers(const Tensor& hidden, const Tensor& pages, std::int64_t handle, std::vector<Tensor> angles,
+                   std::vector<Tensor> text, std::vector<Tensor> feature_tables,
+                   std::vector<Tensor> feature_lengths, std::vector<Tensor> biases);
+
+// --- helpers ---
 
 constexpr std::int64_t kGrainBytes = 256 * 1024;  // memory traffic that is worth a thread
 
@@ -87,7 +91,7 @@ struct Free {
   void operator()(void* memory) const { std::free(memory); }
 };
 
-// Workspace of one thread, on a cache line.
+// Memory for a thread, aligned to a cache line and not initialised.
 template <typename T>
 std::unique_ptr<T[], Free> workspace(std::int64_t count) {
   constexpr std::size_t kCacheLine = 64;

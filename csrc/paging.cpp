@@ -1,4 +1,4 @@
-// Ops on keys and values that lie in pages: checks, allocation, threads. Kernels are in cpu/.
+// CPU ops on paged keys and values: checks, allocation, threads. Kernels are in cpu/.
 
 #include <algorithm>
 
@@ -9,7 +9,7 @@
 namespace trimserve {
 namespace {
 
-constexpr std::int64_t kCachedBytes = 4 << 20;  // what is written beyond this is not read soon
+constexpr std::int64_t kCachedBytes = 4 << 20;  // writes larger than this bypass the caches
 
 // Every length fits its row of the tables, and every page that a length needs exists.
 void check_page_tables(const PagedAttentionArgs& args, std::int64_t max_pages, std::int64_t num_pages) {

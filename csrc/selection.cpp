@@ -1,4 +1,4 @@
-// Ops that choose which visual features later layers keep: values, allocation, threads. Kernels are in cpu/.
+// CPU ops that choose which visual features later layers keep: checks, allocation, threads. Kernels are in cpu/.
 
 #include <algorithm>
 

@@ -1,8 +1,8 @@
-// The cut that a head makes through a segment's scores: what it picks lies above.
+// The cut of one head through a segment's scores: the head picks what lies above.
 //
-// Found without sorting: the k-th largest key is built bit by bit from the top, each time counting the keys that are as
-// large. That is 32 passes over keys that stay in the first-level cache, without a branch on data, so the compiler
-// makes vectors of them; partitioning takes fewer steps, but each of them guesses.
+// The k-th largest key is built bit by bit from the top, each time counting the keys that are at least as large. The 32
+// passes read keys that stay in the first-level cache and have no branch on data, so the compiler vectorises them.
+// Partitioning would take fewer steps, but mispredict in each.
 
 #pragma once
 
@@ -11,7 +11,7 @@
 
 namespace trimserve::cpu {
 
-// The cut below the k largest of `size` scores; 1 <= k <= size. keys: workspace of that size.
+// The cut below the k largest of `size` scores; 1 <= k <= size. keys [size] receives their ordered keys.
 TRIMSERVE_INLINE Cut make_cut(const float* scores, std::int32_t size, std::int32_t k, std::uint32_t* keys) {
   for (std::int32_t i = 0; i < size; ++i) keys[i] = ordered_key(scores[i]);
   std::uint32_t threshold = 0;

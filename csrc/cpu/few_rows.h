@@ -1,9 +1,9 @@
-// linear of the few rows of a decode step, which could be multiplied faster than the weight's bytes arrive.
+// linear for the few rows of a decode step, which multiply faster than the weight arrives from memory.
 //
-// A core reads memory at full speed only while it waits for many lines at once, and while it multiplies it looks too
-// little ahead for that. So every line is fetched some outputs ahead, and those that did not arrive are asked for
-// together, a few lines before they are needed. Rows are packed, and cut along K, so that the first cache has room for
-// what is fetched. Sums are those of the other rows' to the last bit.
+// A core reaches full memory bandwidth only with many cache misses outstanding, more than its reordering window finds
+// between multiplications. So each line is prefetched some outputs ahead, and lines still missing are requested
+// together shortly before they are needed. Rows are packed and cut along K, which leaves the first-level cache room for
+// the prefetched lines. Results equal those of linear.cpp's loops to the last bit.
 
 #pragma once
 
@@ -76,7 +76,7 @@ struct Part {
 template <typename Stored>
 struct Outputs {
   const Stored* weight;
-  const Stored* ahead;  // is fetched meanwhile; null: nothing is
+  const Stored* ahead;  // to prefetch meanwhile, or null
   std::int64_t count;
   std::int64_t num_inputs;
 };

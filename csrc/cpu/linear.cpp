@@ -1,9 +1,10 @@
-// linear: rows times a weight that lies as torch stores it.
+// linear: rows times a weight in torch's own layout.
 //   x [R, K]     weight [N, K]     scales [N] of an int8 weight
-//   output [R, N] = x weight^T, or output + gate * x weight^T
-//   Tiles of as many products as a vector has lanes stay in registers: sums along K, whose lanes are added up at its
-//   end, so the weight is neither packed nor transposed. The few rows of a decode step, which its bytes bound, have
-//   loops of their own (few_rows.h). An output is the same to the last bit in every batch.
+//   output [R, N] = gate * x weight^T, or output + gate * x weight^T
+//   A tile of as many outputs as a vector has lanes stays in registers, one vector of partial sums along K each; lanes
+//   are added up at the end, so the weight is neither packed nor transposed. The few rows of a decode step, which are
+//   bound by reading the weight, have loops of their own (few_rows.h). An output does not depend on the other rows, to
+//   the last bit.
 
 #include "few_rows.h"
 #include "linear_tiles.h"
@@ -13,9 +14,9 @@ namespace {
 
 constexpr std::int64_t kBytesAhead = 8 * 1024;
 
-// kRows rows of x times kColumns rows of the weight, added up along K but for lanes. Rows from num_rows on
-// are not read, and columns from num_columns on. `ahead`, unless null, is weight that is read next: it is fetched
-// meanwhile. One row reads floats in the order of memory, some kilobytes ahead: nothing is faster.
+// kRows rows of x times kColumns rows of the weight, summed along K except across lanes. Rows from num_rows on and
+// columns from num_columns on are not read. `ahead` is the weight to prefetch meanwhile, or null. A single row of
+// floats reads the weight in memory order and prefetches kBytesAhead, which reaches full bandwidth.
 template <int kWidth, typename Operands, int kRows>
 TRIMSERVE_INLINE void multiply(const typename Operands::Stored* x, std::int64_t x_stride,
                                std::int64_t num_rows, const typename Operands::StoredWeight* weight,
@@ -91,7 +92,8 @@ TRIMSERVE_INLINE void multiply_tile(const LinearArgs& args, std::int64_t row, st
   store_tile<kWidth, dtype, Operands, kRows>(args, row, column, sums);
 }
 
-// A block of columns of some rows: four rows at a time while the weight's are in the first cache, a last one alone.
+// A block of columns of some rows: four rows at a time while the weight stays in the first-level cache; a single row
+// left over goes alone.
 template <int kWidth, DType dtype, typename Operands>
 TRIMSERVE_INLINE void multiply_block(const LinearArgs& args, std::int64_t first_row, std::int64_t end_row,
                                      std::int64_t first_column) {
@@ -106,7 +108,7 @@ TRIMSERVE_INLINE void multiply_block(const LinearArgs& args, std::int64_t first_
     multiply_tile<kWidth, dtype, Operands, 1>(args, last, column, true);
 }
 
-// So many rows that they stay in the second cache while the whole weight passes.
+// As many rows as stay in the second-level cache while the whole weight passes.
 std::int64_t rows_of_block(const LinearArgs& args) {
   constexpr std::int64_t kBytes = 256 * 1024;
   const bool has_floats = args.dtype == DType::kFloat32 || (args.scales && takes_floats(args.dtype));

@@ -1,4 +1,4 @@
-// Tiles of linear: as many products as a vector has lanes, for kRows rows and kWidth / kRows outputs.
+// Tiles of linear: kRows rows times kWidth / kRows outputs, as many products as a vector has lanes.
 
 #pragma once
 
@@ -11,11 +11,11 @@
 
 namespace trimserve::cpu {
 
-// kFewestRows of products that the weight's bytes never bound; few_rows.h is faster from so many rows on, but one row
-// is read fast without help.
+// kFewestRows is the number of rows from which few_rows.h is faster, at least 2: a single row reads at full speed
+// anyway. It is kNever where reading the weight is never the bottleneck.
 constexpr int kNever = std::numeric_limits<int>::max();
 
-// How registers full of rows meet registers full of the weight: float32 products of whatever dtype.
+// How to multiply registers of rows and of the weight: here as float32, whatever the dtype.
 template <int kWidth, DType dtype>
 struct FloatOperands {
   static constexpr int kVectors = Packed<kWidth, dtype>::kVectors, kSize = kVectors * kWidth;
@@ -64,7 +64,7 @@ struct Int8Operands : FloatOperands<kWidth, DType::kFloat32> {
 };
 
 #ifdef __x86_64__
-// bfloat16 products in pairs: half the instructions, none to convert.
+// bfloat16 products in pairs: half the instructions, no conversions.
 struct PairOperands {
   static constexpr int kSize = 32;
   using Stored = Element<DType::kBFloat16>;
@@ -91,7 +91,7 @@ struct Int8PairOperands : PairOperands {
 };
 #endif
 
-// `count` products to where they belong; a constant count makes it a vector.
+// Stores `count` products, or adds them to the output. With a constant count the loop becomes one vector.
 template <DType dtype, typename Count>
 TRIMSERVE_INLINE void store(const float* products, Count count, bool accumulates, Element<dtype>* output) {
   if (accumulates) {
@@ -102,7 +102,7 @@ TRIMSERVE_INLINE void store(const float* products, Count count, bool accumulates
   }
 }
 
-// A tile's sums along K, of row r and output c at r * kColumns + c, to where they belong.
+// Adds up the lanes of a tile's sums, (row r, output c) at r * kColumns + c, scales them and stores them.
 template <int kWidth, DType dtype, typename Operands, int kRows>
 TRIMSERVE_INLINE void store_tile(const LinearArgs& args, std::int64_t row, std::int64_t column,
                                  typename Operands::Floats (&sums)[kWidth]) {

@@ -1,8 +1,7 @@
-// Attention over one block: kPagePositions keys or values of one KV head, which lie together in a page.
+// Attention over one block: the kPagePositions keys or values of one KV head, contiguous in a page.
 //
-// Rows are padded_dim elements long, a whole number of vectors. Sums over values and queries are in the lane order of
-// their dtype (simd.h). `ahead` is memory that is read soon: it is fetched while the block is worked on, line for
-// line.
+// Rows are padded_dim elements long, a whole number of vectors. Queries and sums over values are in the lane order of
+// their dtype (simd.h). `ahead` is the memory to prefetch, line by line, while the block is processed.
 
 #pragma once
 
@@ -12,7 +11,7 @@
 
 namespace trimserve::cpu {
 
-// How queries meet keys: float32 products of whatever dtype.
+// How to multiply queries and keys: here as float32, whatever the dtype.
 template <int kWidth, DType kDtype>
 struct FloatProducts {
   static constexpr DType dtype = kDtype;
@@ -41,7 +40,7 @@ struct FloatProducts {
 };
 
 #ifdef __x86_64__
-// bfloat16 products in pairs, each exact, added up in float32: half the instructions, none to convert.
+// bfloat16 products in pairs, each exact, summed in float32: half the instructions, no conversions.
 struct PairProducts {
   static constexpr DType dtype = DType::kBFloat16;
   static constexpr int width = 16;
@@ -59,8 +58,8 @@ struct PairProducts {
 };
 #endif
 
-// logits[h * stride + p] = queries[h] . keys[p] * scale for kHeads heads. A tile of products in registers has each
-// vector of keys once for all heads.
+// logits[h * stride + p] = queries[h] . keys[p] * scale for kHeads heads. Each vector of keys is loaded once for all
+// heads.
 template <typename Products, int kHeads>
 TRIMSERVE_INLINE void multiply_keys_of_heads(const typename Products::Query* queries,
                                              const Element<Products::dtype>* keys, std::int64_t padded_dim,
@@ -140,7 +139,7 @@ TRIMSERVE_INLINE void add_values_of_heads(const float* weights, std::int64_t str
                                               ahead + d * kPagePositions);
 }
 
-// Calls body with as many heads as fit a tile, and the first of them, until there were num_heads.
+// Calls body(number of heads, first head) for tiles of 4, 2 or 1 heads that cover num_heads.
 template <typename Body>
 TRIMSERVE_INLINE void for_heads(std::int64_t num_heads, const Body& body) {
   std::int64_t h = 0;

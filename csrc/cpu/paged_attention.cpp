@@ -1,14 +1,14 @@
 // paged_attention: one row of each sequence attends to the sequence's positions, whose keys and values lie in pages.
 //   q, attended [B, H, Dh]   pages [P, G, 2, Hkv, 16, Dh], one layer   tables [B, max_pages] int32   lengths [B] int32
+//   bias [B, max_pages * 16] float32, or null for zeros
 //   attended[b, h] = sum over positions p < lengths[b] of softmax(q[b, h] . k[p] * scale + bias[b, p])[p] * v[p],
 //     k and v of KV head h / (H / Hkv) in page tables[b, p / 16] at offset p % 16; 0 where lengths[b] is 0.
 //
-//   A sequence is cut into pieces of kPiecePositions. Some KV heads of a piece are worked on together: through the keys
-//   of its pages for the logits of all their query heads, through the softmax, through the values. A page's keys lie
-//   together, so memory is read in the order in which it lies, and once; what comes next is fetched meanwhile. A
-//   sequence of one piece is finished then; longer ones leave sums, maxima and totals that merge_pieces adds up in
-//   order. Pieces depend on the sequence's own length only, so results repeat bit for bit for any number of threads
-//   and in any company. Arithmetic in float32.
+//   A sequence is cut into pieces of kPiecePositions. Some KV heads of a piece are processed together: keys to logits
+//   for all their query heads, then softmax, then values. A page's keys are contiguous, so memory is read once and in
+//   order, and the next blocks are prefetched meanwhile. A sequence of one piece is then finished; longer ones leave
+//   sums, maxima and totals that merge_pieces combines in order. Pieces depend on the sequence's own length only, so
+//   results repeat bit for bit for any number of threads and in any batch. Arithmetic in float32.
 
 #include <algorithm>
 #include <cmath>
@@ -28,7 +28,7 @@ static_assert(kPiecePositions % kPagePositions == 0);
 
 TRIMSERVE_INLINE std::int64_t divide_up(std::int64_t n, std::int64_t size) { return (n + size - 1) / size; }
 
-// Also a sequence without positions has a page and a piece: something must write its zeros.
+// An empty sequence also counts as one page and one piece, which write its zeros.
 TRIMSERVE_INLINE std::int64_t num_pages(std::int64_t num_positions) {
   return std::max<std::int64_t>(divide_up(num_positions, kPagePositions), 1);
 }
@@ -64,7 +64,7 @@ struct Item {
   std::int64_t end;
   std::int64_t first_kv_head;
   std::int64_t end_kv_head;
-  float* partials;  // [H, partial_size]; null: the piece is the whole sequence
+  float* partials;  // [H, partial_size]; null if the piece is the whole sequence
 };
 
 struct Workspace {

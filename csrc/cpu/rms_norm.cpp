@@ -1,6 +1,7 @@
 // rms_norm: each row over its root mean square, times a weight.
-//   x [R, H, K], heads of a row together     weight [K]     output [R, H, K]
-//   output = x / sqrt(mean(x^2) + epsilon) * weight, computed in float32. Two passes over a row, the second from cache.
+//   x [R, H, K], the heads of a row contiguous     weight [K]     output [R, H, K], contiguous
+//   output = x / sqrt(mean(x^2) + epsilon) * weight over K, computed in float32. Two passes over each head; the second
+//   reads it from the cache.
 
 #include <cmath>
 #include <cstring>
@@ -10,16 +11,17 @@
 namespace trimserve::cpu {
 namespace {
 
-// Calls body with vectors of x and of the weight that belong together, and where to store what it leaves in x's. The
-// elements behind the last whole register come padded with zeros.
+// Calls body(k, count) for each register of [0, size): k is its first element, count how many it holds. Only the last
+// register may be partly filled.
 template <int kWidth, DType dtype, typename Body>
-TRIMSERVE_INLINE void for_vectors(const Element<dtype>*, std::int64_t size, const Body& body) {
+TRIMSERVE_INLINE void for_registers(std::int64_t size, const Body& body) {
   constexpr std::int64_t kSize = Packed<kWidth, dtype>::kVectors * kWidth;
   const std::int64_t whole = size / kSize * kSize;
   for (std::int64_t k = 0; k < whole; k += kSize) body(k, kSize);
   if (whole < size) body(whole, size - whole);
 }
 
+// Loads `count` elements, padded with zeros.
 template <int kWidth, DType dtype>
 TRIMSERVE_INLINE void load_some(typename Simd<kWidth>::Floats (&x)[Packed<kWidth, dtype>::kVectors],
                                 const Element<dtype>* source, std::int64_t count) {
@@ -37,7 +39,7 @@ TRIMSERVE_INLINE void normalize(const Element<dtype>* x, const Element<dtype>* w
   using Floats = typename Simd<kWidth>::Floats;
   constexpr std::int64_t kSize = Stored::kVectors * kWidth;
   Floats squares{};
-  for_vectors<kWidth, dtype>(x, size, [&](std::int64_t k, std::int64_t count) TRIMSERVE_INLINE_LAMBDA {
+  for_registers<kWidth, dtype>(size, [&](std::int64_t k, std::int64_t count) TRIMSERVE_INLINE_LAMBDA {
     Floats values[Stored::kVectors];
     load_some<kWidth, dtype>(values, x + k, count);
     for (const Floats& value : values) squares += value * value;
@@ -45,7 +47,7 @@ TRIMSERVE_INLINE void normalize(const Element<dtype>* x, const Element<dtype>* w
   float sum = 0.0f;
   for (int lane = 0; lane < kWidth; ++lane) sum += squares[lane];
   const float factor = 1.0f / std::sqrt(sum / static_cast<float>(size) + epsilon);
-  for_vectors<kWidth, dtype>(x, size, [&](std::int64_t k, std::int64_t count) TRIMSERVE_INLINE_LAMBDA {
+  for_registers<kWidth, dtype>(size, [&](std::int64_t k, std::int64_t count) TRIMSERVE_INLINE_LAMBDA {
     Floats values[Stored::kVectors], weights[Stored::kVectors];
     load_some<kWidth, dtype>(values, x + k, count);
     load_some<kWidth, dtype>(weights, weight + k, count);

@@ -1,7 +1,6 @@
 // rotate: rotary position embedding, in place.
-//   heads [R, H, Dh], heads of a row together     cosines, sines [R, Dh / 2] float32
-//   Element d of the first half and d of the second are turned by the angle of row and d. Reads and writes each
-//   element once.
+//   heads [R, H, Dh], the heads of a row contiguous     cosines, sines [R, Dh / 2] float32
+//   Rotates the pair of elements (d, d + Dh / 2) of each head in row r by angle (r, d). One pass, computed in float32.
 
 #include "simd.h"
 

@@ -1,8 +1,8 @@
-// select_features: the union of every head's picks, ascending, without making the picks.
-//   scores [H, N] float32     kept [min(H * K, N)] int64, ascending, unused tail -1
-//   First each head's cuts (cut.h), which are independent; then each feature on its own: kept if it lies above any
-//   head's cut. Reads the scores twice, writes what is kept. Equal to headwise_topk and union_indices, bit for bit, for
-//   any number of threads.
+// select_features: marks the union of every head's picks without making the picks.
+//   scores [H, N] float32     cuts [H, segments]     is_kept [N], 0 or 1
+//   make_cuts finds each head's cuts (cut.h); mark_kept then marks every feature that lies above some head's cut. The
+//   scores are read twice. list_kept (union_indices.cpp) turns the marks into a list, the same as headwise_topk and
+//   union_indices give for any number of threads.
 
 #include <algorithm>
 
@@ -26,7 +26,7 @@ void make_cuts(const SelectFeaturesArgs& args, std::int64_t begin, std::int64_t 
 
 namespace {
 
-// is_kept: a byte may be part of anything; told that it is not, the compiler makes vectors.
+// A byte pointer may alias anything; __restrict__ lets the compiler vectorise.
 TRIMSERVE_INLINE void mark_segment(const Cut& cut, const float* __restrict__ scores, std::int32_t first,
                                    std::int32_t last, std::uint8_t* __restrict__ is_kept) {
   for (std::int32_t i = first; i < last; ++i) is_kept[i] |= is_picked(cut, ordered_key(scores[i]), i);

@@ -1,6 +1,6 @@
-// silu_gate: what an MLP's gate lets through.
-//   gate_up [R, 2 I], of each row first the gates     output [R, I] = gate * sigmoid(gate) * up, computed in float32
-//   One pass.
+// silu_gate: the gated activation of an MLP (SwiGLU).
+//   gate_up [R, 2 I], each row its I gates and then its I ups     output [R, I] = gate * sigmoid(gate) * up
+//   One pass, computed in float32.
 
 #include <cstring>
 

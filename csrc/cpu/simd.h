@@ -228,8 +228,8 @@ TRIMSERVE_INLINE void add_pairs(Simd<16>::Floats& sums, const Simd<16>::Bits& x,
 }
 #endif
 
-// A register full of stored elements, as vectors of floats. Which element lands in which lane is the type's own affair:
-// what goes through several of them lane by lane and back through store comes out in order.
+// A register of stored elements, loaded as vectors of floats. Which element lands in which lane depends on the dtype;
+// store puts elements back in order after arithmetic lane by lane.
 template <int kWidth, DType dtype>
 struct Packed;
 

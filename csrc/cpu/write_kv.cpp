@@ -1,8 +1,8 @@
 // write_kv, gather_kv: store positions' keys and values in their pages.
 //   keys, values [N, Hkv, Dh], each head contiguous   kept, slots [R] int64   pages [P, G, 2, Hkv, 16, Dh], one layer
-//   Row kept[r], or r, goes to page slots[r] / 16, offset slots[r] % 16. One copy of each head; bound by memory
-//   bandwidth. The next row is fetched while one is copied: hardware foresees no row whose predecessor was not kept.
-//   Many rows are streamed past the caches: memory then need not be read before it is written.
+//   Row kept[r], or r where kept is null, goes to page slots[r] / 16, offset slots[r] % 16. One copy per head; bound by
+//   memory bandwidth. The next row is prefetched during each copy, because gaps between kept rows defeat the hardware
+//   prefetcher. Many rows bypass the caches (is_streamed), which saves reading a line before it is overwritten.
 
 #include <algorithm>
 #include <cstring>

@@ -1,4 +1,4 @@
-// What alignment allows: kernels that copy or read 16 bytes at a time where they can.
+// The widest access that alignment allows, for kernels that read or copy up to 16 bytes at a time.
 
 #pragma once
 

@@ -1,4 +1,4 @@
-// The cut that a head makes through a segment's scores, found by one block: radix select.
+// The cut of one head through a segment's scores, found by one block with radix select.
 //
 // The k-th largest key is built from its top, 11, 11 and 10 bits at a time: a histogram of the next bits of the keys
 // that agree so far, counted from its end, tells the digit. Scores are read once per digit, once more where only some

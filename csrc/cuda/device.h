@@ -1,4 +1,4 @@
-// What the kernels have in common: launches, element types, vectors of 16 bytes, sums over a warp and a block.
+// Shared by the kernels: launches, element types, packs of elements, counts and sums over the threads of a block.
 
 #pragma once
 

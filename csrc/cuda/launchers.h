@@ -1,8 +1,8 @@
-// What csrc/cuda offers to the ops: kernels on raw pointers of device memory, queued on a stream. No torch.
+// The kernels of csrc/cuda as the ops call them: on raw device pointers, queued on a stream. No torch.
 //
 // Nothing here waits for the device, allocates, or depends on values in device memory, so a call can be captured in a
-// CUDA graph. Indices, pages, ranges and lengths are not checked, since that would be waiting: what is out of range is
-// left out, and never read or written.
+// CUDA graph. Indices, pages, ranges and lengths are not checked, since that would mean waiting: entries out of range
+// are skipped, and nothing outside the tensors is read or written.
 
 #pragma once
 

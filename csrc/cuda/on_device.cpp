@@ -1,4 +1,4 @@
-// The device of real tensors; tests have another for fibers.
+// on_device for CUDA tensors; the tests that run kernels on the CPU link their own.
 
 #include "on_device.h"
 

@@ -1,4 +1,4 @@
-// Where an op's kernels go: the device of its tensors and torch's current stream of it.
+// Where an op's kernels run: the device of its tensors and torch's current stream there.
 
 #pragma once
 
@@ -10,7 +10,7 @@
 namespace trimserve::cuda {
 
 struct OnDevice {
-  std::shared_ptr<void> guard;  // makes the device the current one as long as it lives
+  std::shared_ptr<void> guard;  // makes the device current while it lives
   Stream stream;
 };
 

@@ -1,4 +1,4 @@
-// What runs the ops of namespace `trimserve` on CUDA tensors. Their schemas are in ../ops.cpp.
+// Registers the ops of namespace `trimserve` for CUDA tensors. Their schemas are in ../ops.cpp.
 
 #include "ops.h"
 

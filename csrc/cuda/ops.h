@@ -1,7 +1,7 @@
-// The ops of namespace `trimserve` on CUDA, as ops.h has them for the CPU. Registered in cuda/ops.cpp.
+// The ops of namespace `trimserve` on CUDA tensors; ../ops.h has those for the CPU. Registered in cuda/ops.cpp.
 //
 // An op checks dtypes and shapes (op_checks.h), allocates, and queues kernels (launchers.h). It does not wait for the
-// device, so values are not checked: launchers.h says what becomes of indices that are out of range.
+// device, so values are not checked: launchers.h says what happens to indices out of range.
 
 #pragma once
 

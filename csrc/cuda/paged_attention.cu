@@ -1,14 +1,15 @@
 // paged_attention: one row of each sequence attends to the sequence's positions, whose keys and values lie in pages.
 //   q, attended [B, H, Dh]   pages [P, G, 2, Hkv, 16, Dh], one layer   tables [B, max_pages] int32   lengths [B] int32
+//   bias [B, max_pages * 16] float32, or null for zeros
 //   attended[b, h] = sum over positions p < lengths[b] of softmax(q[b, h] . k[p] * scale + bias[b, p])[p] * v[p],
 //     k and v of KV head h / (H / Hkv) in page tables[b, p / 16] at offset p % 16; 0 where lengths[b] is 0.
 //
 //   A block takes a piece of kPiecePositions of one sequence and up to kHeads query heads of one KV head: keys to
-//   logits, softmax, values; each key and value is read once for these heads, 16 bytes per access. kLanes lanes have a
-//   row, so a warp reads two rows, and several at a time are under way. Lengths are on the device, so as many blocks
-//   are launched as the tables have pieces, kMostBlocks at most: those behind a sequence's end return at once, those of
-//   a longer one take several pieces in turn. Pieces leave sums, maxima and totals that merge_pieces adds up in order.
-//   They depend on the sequence's own length only, so results repeat bit for bit in any company. Arithmetic in float32.
+//   logits, softmax, values; each key and value is read once for these heads, 16 bytes per access. kLanes lanes share a
+//   row, so a warp reads two rows at a time. Lengths are on the device, so as many blocks are launched as the tables
+//   have pieces, at most kMostBlocks: those past a sequence's end return at once, those of a longer one loop over
+//   several pieces. Pieces leave sums, maxima and totals that merge_pieces combines in order. They depend on the
+//   sequence's own length only, so results repeat bit for bit in any batch. Arithmetic in float32.
 
 #include <limits>
 
@@ -205,8 +206,8 @@ struct Piece {
   }
 };
 
-// Blocks (pieces, KV head and tile of its query heads, sequence). partials [B, pieces, H, partial_size]; null: a
-// sequence is one piece at most, and is finished here.
+// Blocks (pieces, KV head and tile of its query heads, sequence). partials [B, pieces, H, partial_size], or null if no
+// sequence has more than one piece, which is then finished here.
 template <typename T, int kHeads, int kSize>
 __global__ void __launch_bounds__(kThreads)
     attend_pieces(PagedAttentionArgs args, std::int64_t max_pages, std::int64_t num_pages, float* partials) {

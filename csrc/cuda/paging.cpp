@@ -1,4 +1,4 @@
-// Ops on CUDA on keys and values that lie in pages: allocation and launches.
+// CUDA ops on paged keys and values: checks, allocation, launches.
 
 #include "../op_args.h"
 #include "../op_checks.h"

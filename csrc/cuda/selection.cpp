@@ -1,4 +1,4 @@
-// Ops on CUDA that choose which visual features later layers keep: allocation and launches.
+// CUDA ops that choose which visual features later layers keep: checks, allocation, launches.
 
 #include "../op_args.h"
 #include "../op_checks.h"

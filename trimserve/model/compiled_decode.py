@@ -1,6 +1,6 @@
-"""A decode step's layers as one op, on a CPU: nothing of Python between the ops.
+"""A decode step's layers as one op, on a CPU.
 
-Elsewhere `RaggedDecoder.decode` takes the layers one by one, which also says what this computes.
+Elsewhere, and for larger batches, the decoder runs the layers one by one.
 """
 
 from collections.abc import Sequence
@@ -20,50 +20,50 @@ __all__ = ["CompiledDecode"]
 class CompiledDecode:
     """`ops.decode_layers` with the weights of one checkpoint."""
 
-    weights: tuple[Tensor, ...]
-    scales: tuple[Tensor, ...]
-    """Of int8 weights."""
-    cross_layers: tuple[int, ...]
-    gates: tuple[float, ...]
-    epsilon: float
+    layers: ops.DecoderLayers
     most_rows: float
-    """Up to so many rows it is faster than layer by layer."""
+    """The largest batch for which this is faster than running the layers one by one."""
 
     @classmethod
     def of(cls, layers: Sequence[SelfLayer | CrossLayer]) -> "CompiledDecode | None":
-        """Of all layers of a decoder; None where norms differ in more than weights, or a linear layer has a bias."""
+        """Describe all layers of a decoder.
+
+        Returns:
+            None if the op cannot run these layers: norms with different epsilons, a linear layer with a bias, or
+            weights that are not on the CPU.
+        """
         parts = [part for layer in layers for part in layer.decode_parts]
         linears = [part for part in parts if isinstance(part, Linear)]
         norms = [part for part in parts if isinstance(part, RmsNorm)]
         epsilons = {norm.epsilon for norm in norms}
         if len(epsilons) != 1 or any(linear.bias is not None for linear in linears):
             return None
+        if any(part.weight.device.type != "cpu" for part in parts):
+            return None
         cross = {index: layer for index, layer in enumerate(layers) if isinstance(layer, CrossLayer)}
-        return cls(
-            weights=tuple(part.weight for part in parts),
-            scales=tuple(linear.scales for linear in linears if linear.scales is not None),
-            cross_layers=tuple(cross),
-            gates=tuple(gate for layer in cross.values() for gate in layer.gates),
+        described = ops.DecoderLayers(
+            weights=[part.weight for part in parts],
+            scales=[linear.scales for linear in linears if linear.scales is not None],
+            cross_layers=[*cross],
+            gates=[gate for layer in cross.values() for gate in layer.gates],
             epsilon=epsilons.pop(),
-            most_rows=min(linear.most_rows(norms[0].weight.dtype) for linear in linears),
         )
+        return cls(described, min(linear.most_rows(norms[0].weight.dtype) for linear in linears))
 
     def __call__(self, hidden: Tensor, batch: BatchRows, text: BatchTables, features: FeatureTables | None) -> None:
-        """One new row of each sequence, `hidden` [B, D], becomes the last layer's output; those that see come first."""
+        """Run one new row of each sequence through all layers, in place.
+
+        Args:
+            hidden: [B, D], the rows that see features first; becomes the last layer's output.
+            batch: the rows' angles.
+            text: page tables of the self-attention layers.
+            features: page tables of the cross-attention layers; None if no row sees features.
+        """
         ops.decode_layers(
+            self.layers,
             hidden,
             text.pages,
-            self.weights,
-            self.scales,
-            self.cross_layers,
-            self.gates,
-            batch.cosines,
-            batch.sines,
-            text.tables,
-            text.lengths,
-            text.slots,
-            () if features is None else features.tables,
-            () if features is None else features.lengths,
-            () if features is None else features.biases,
-            self.epsilon,
+            (batch.cosines, batch.sines),
+            ops.SelfTables(text.tables, text.lengths, text.slots),
+            None if features is None else ops.CrossTables(features.tables, features.lengths, features.biases),
         )

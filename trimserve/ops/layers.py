@@ -1,11 +1,9 @@
-"""Ops on rows between attentions, for the few rows of a decode step, where calls cost as much as arithmetic.
+"""Ops of a layer outside attention, for the few rows of a decode step, where a call costs as much as its arithmetic.
 
 Typed wrappers over the compiled ops of `csrc/layers.cpp`, each with its fake kernel (shapes only, for torch.compile).
-All checks are made in C++. On CUDA `decode_layers` is not there and the others are torch's own ops, which check what
-they like. `reference.py` defines what each op computes.
+All checks are made in C++. On CUDA these ops are torch's own, with torch's checks. `reference.py` defines what each op
+computes.
 """
-
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -13,7 +11,7 @@ from torch.nn import functional as F
 
 from trimserve.ops.library import load_library
 
-__all__ = ["decode_layers", "linear", "rms_norm", "rotate", "silu_gate"]
+__all__ = ["linear", "rms_norm", "rotate", "silu_gate"]
 
 load_library()
 
@@ -27,7 +25,7 @@ def linear(x: Tensor, weight: Tensor, scales: Tensor | None = None) -> Tensor:
     Args:
         x: float32, bfloat16 or float16 [R, K].
         weight: same dtype [N, K], contiguous; int8 with scales.
-        scales: float32 [N], factors of the weight's rows; None: there are none.
+        scales: float32 [N], factors of an int8 weight's rows; None if the weight is not int8.
     Returns:
         [R, N] of the same dtype, accumulated in float32.
     Raises:
@@ -56,10 +54,10 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
 
 
 def silu_gate(gate_up: Tensor) -> Tensor:
-    """What the gate of an MLP lets through: gate * sigmoid(gate) * up.
+    """Apply the gated activation of an MLP: gate * sigmoid(gate) * up.
 
     Args:
-        gate_up: float32, bfloat16 or float16 [R, 2 * I], of each row first the gates.
+        gate_up: float32, bfloat16 or float16 [R, 2 * I], in each row I gates and then I ups.
     Returns:
         [R, I] of the same dtype, computed in float32; on CUDA gate * sigmoid(gate) is rounded before the product.
     Raises:
@@ -71,7 +69,7 @@ def silu_gate(gate_up: Tensor) -> Tensor:
 
 
 def rotate(heads: Tensor, cosines: Tensor, sines: Tensor) -> None:
-    """Rotary position embedding, in place: elements d and d + Dh / 2 of a head are turned by angle d of its row.
+    """Apply rotary position embedding in place: rotate elements d and d + Dh / 2 of a head by angle d of its row.
 
     Args:
         heads: float32, bfloat16 or float16 [R, H, Dh], Dh even, contiguous within a row; written to.
@@ -83,68 +81,6 @@ def rotate(heads: Tensor, cosines: Tensor, sines: Tensor) -> None:
     reference.rotate.
     """
     torch.ops.trimserve.rotate(heads, cosines, sines)
-
-
-def decode_layers(
-    hidden: Tensor,
-    pages: Tensor,
-    weights: Sequence[Tensor],
-    scales: Sequence[Tensor],
-    cross_layers: Sequence[int],
-    gates: Sequence[float],
-    cosines: Tensor,
-    sines: Tensor,
-    text_tables: Tensor,
-    text_lengths: Tensor,
-    slots: Tensor,
-    feature_tables: Sequence[Tensor],
-    feature_lengths: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    epsilon: float,
-) -> None:
-    """One new row of each sequence through all layers of a decoder, in one call; CPU only.
-
-    The first rows see features, the others pass a cross-attention layer unchanged; other threads of Python run. Tensors
-    have the dtypes and shapes that `paged_attention` and the ops above take.
-
-    Args:
-        hidden: [B, D], contiguous; becomes the last layer's output.
-        pages: [P, G, 2, Hkv, PAGE_POSITIONS, Dh]; written to.
-        weights: layer after layer. Self-attention: input norm, query-key-value, output, MLP norm, gate-up, down.
-            Cross-attention: input norm, query, query norm, output, MLP norm, gate-up, down.
-        scales: of the linear layers' weights, layer after layer, which are int8 then; empty where they are not.
-        cross_layers: which layers are cross-attention.
-        gates: factors of each cross-attention layer's attention and MLP.
-        cosines: float32 [B, Dh / 2], of the rows' positions.
-        sines: as cosines.
-        text_tables: int32 [groups, B, max_pages].
-        text_lengths: int32 [B], the new row among them.
-        slots: int64 [groups, B], where the new rows' keys and values go.
-        feature_tables: of each cross-attention layer int32 [S, max_pages], of its first S rows; empty: no row sees any.
-        feature_lengths: of each int32 [S]; empty with `feature_tables`.
-        biases: of each float32 [S, max_pages * PAGE_POSITIONS], added to the logits of features; empty: nothing is.
-        epsilon: of all norms.
-    Raises:
-        ValueError: what any of the ops would refuse, or numbers of weights and gates that do not fit.
-    Definition: the same ops one by one, `models.decoder.RaggedDecoder.decode`.
-    """
-    torch.ops.trimserve.decode_layers(
-        hidden,
-        pages,
-        weights,
-        scales,
-        cross_layers,
-        gates,
-        cosines,
-        sines,
-        text_tables,
-        text_lengths,
-        slots,
-        feature_tables,
-        feature_lengths,
-        biases,
-        epsilon,
-    )
 
 
 def _fake_linear(x: Tensor, weight: Tensor, scales: Tensor | None = None) -> Tensor:

@@ -1,7 +1,7 @@
-"""Loads the compiled modules of this package and says what they are. It knows no op.
+"""Loads the compiled modules of this package and tells how they were built. It knows no op.
 
-`_ops_cpu` and `_ops_cuda` register the ops with torch and have no Python inside; `_host` is a Python module without
-torch.
+`_ops_cpu` and `_ops_cuda` register the ops with torch and contain no Python; `_host` is a Python module without torch
+(ADR-0010).
 """
 
 import importlib.util
@@ -14,10 +14,10 @@ __all__ = ["build_info", "has_cuda_ops", "load_library"]
 def load_library() -> None:
     """Register the compiled ops with torch; a second call does nothing.
 
-    Those for CUDA tensors where they are built and a GPU is there.
+    The ops for CUDA tensors are registered if they are built and there is a GPU.
 
     Raises:
-        ImportError: they are not built.
+        ImportError: the ops are not built.
     """
     cpu, cuda = _module_file("_ops_cpu"), _module_file("_ops_cuda")
     if cpu is None:
@@ -28,7 +28,7 @@ def load_library() -> None:
 
 
 def has_cuda_ops() -> bool:
-    """Whether the ops are built for CUDA tensors, too."""
+    """Whether the ops are also built for CUDA tensors."""
     return _module_file("_ops_cuda") is not None
 
 
@@ -43,8 +43,8 @@ def build_info() -> dict[str, str | list[str] | None]:
 
     Returns:
         `version` of the package, `compiler`, `build_type`, `torch_target_version` (the oldest torch that can
-        load them), `cuda_architectures` (such as `90-real`; empty: no CUDA kernels) and `git_sha` (None where it was
-        not known).
+        load them), `cuda_architectures` (such as `90-real`; empty without CUDA kernels) and `git_sha` (None if the
+        build knew no commit).
     """
     from trimserve.ops import _host
 

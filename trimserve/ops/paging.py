@@ -1,7 +1,7 @@
-"""Ops on keys and values that lie in pages: storing positions, attending to a sequence's positions.
+"""Ops on paged keys and values: storing positions, attending to a sequence's positions.
 
 A page pool is one contiguous tensor [P, G, 2, Hkv, PAGE_POSITIONS, Dh]: P pages; a page holds PAGE_POSITIONS
-positions of G layers; 2 is keys, values. A sequence's table lists the pages of its positions in order. Typed
+positions of G layers; 2 stands for keys, values. A sequence's table lists the pages of its positions in order. Typed
 wrappers over the compiled ops of `csrc/paging.cpp`, each with its fake kernel (shapes only, for torch.compile). All
 checks are made in C++. `reference.py` defines what each op computes.
 """
@@ -14,7 +14,7 @@ from trimserve.ops.library import load_library
 __all__ = ["PAGE_POSITIONS", "gather_kv", "paged_attention", "write_kv"]
 
 PAGE_POSITIONS = 16
-"""Positions of one page: allocation waste stays under 16 positions, page tables short."""
+"""Positions of one page: few enough to waste less than 16 positions, enough to keep page tables short."""
 
 load_library()
 
@@ -71,7 +71,7 @@ def paged_attention(
     """Attend with one row of each sequence to all of the sequence's positions.
 
     Sequence b attends to positions [0, lengths[b]); position p is in page tables[b, p // PAGE_POSITIONS] at offset
-    p % PAGE_POSITIONS. Table entries behind the last page that a length needs are not read. A sequence's result does
+    p % PAGE_POSITIONS. Table entries after the last page that a length needs are not read. A sequence's result does
     not depend on the others in the batch or on the number of threads, to the last bit. Strided rows are read in
     place.
 
@@ -82,7 +82,7 @@ def paged_attention(
         tables: int32 [B, max_pages], pages in [0, P).
         lengths: int32 [B], in [0, max_pages * PAGE_POSITIONS].
         scale: factor of the logits, finite.
-        bias: float32 [B, max_pages * PAGE_POSITIONS], added to the logits of every head; None: nothing is.
+        bias: float32 [B, max_pages * PAGE_POSITIONS], added to the logits of every head; None if there is no bias.
     Returns:
         [B, H, Dh] of q's dtype, accumulated in float32; zeros where the length is 0.
     Raises:

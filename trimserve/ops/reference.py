@@ -5,11 +5,15 @@ checked.
 """
 
 from collections.abc import Sequence
+from itertools import islice
 
 import torch
 from torch import Tensor
 
+from trimserve.ops.decoding import CrossTables, DecoderLayers, SelfTables
+
 __all__ = [
+    "decode_layers",
     "gather_kv",
     "headwise_scores",
     "headwise_topk",
@@ -98,8 +102,12 @@ def paged_attention(
 
 def linear(x: Tensor, weight: Tensor, scales: Tensor | None = None) -> Tensor:
     """Define `trimserve.ops.linear`; computes in float64."""
+    return _product(x, weight, scales).to(x.dtype)
+
+
+def _product(x: Tensor, weight: Tensor, scales: Tensor | None) -> Tensor:
     product = x.double() @ weight.double().T
-    return (product if scales is None else product * scales.double()).to(x.dtype)
+    return product if scales is None else product * scales.double()
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
@@ -119,3 +127,50 @@ def rotate(heads: Tensor, cosines: Tensor, sines: Tensor) -> None:
     left, right = heads.double().chunk(2, dim=-1)
     cos, sin = cosines.double()[:, None], sines.double()[:, None]
     heads.copy_(torch.cat([left * cos - right * sin, right * cos + left * sin], dim=-1))
+
+
+def decode_layers(
+    layers: DecoderLayers,
+    hidden: Tensor,
+    pages: Tensor,
+    angles: tuple[Tensor, Tensor],
+    text: SelfTables,
+    features: CrossTables | None = None,
+) -> None:
+    """Define `trimserve.ops.decode_layers`."""
+    weights, scales, gates = iter(layers.weights), iter(layers.scales), iter(layers.gates)
+    layers_per_page, num_kv_heads, head_dim = pages.shape[1], pages.shape[3], pages.shape[5]
+    num_layers = (len(layers.weights) - len(layers.cross_layers)) // 6
+    seen = CrossTables((), ()) if features is None else features
+    num_self = num_cross = 0
+    for layer in range(num_layers):
+        is_cross = layer in layers.cross_layers
+        norm, projection, *query_norm, output, mlp_norm, gate_up, down = islice(weights, 7 if is_cross else 6)
+        of_linears: list[Tensor | None] = [*islice(scales, 4)] or [None] * 4
+        attention_gate, mlp_gate = islice(gates, 2) if is_cross else (1.0, 1.0)
+        if is_cross and not seen.lengths:
+            continue
+        rows = hidden[: len(seen.lengths[num_cross])] if is_cross else hidden
+        heads = linear(rms_norm(rows, norm, layers.epsilon), projection, of_linears[0]).unflatten(1, (-1, head_dim))
+        if is_cross:
+            q = rms_norm(heads, query_norm[0], layers.epsilon)
+            tables, lengths = seen.tables[num_cross], seen.lengths[num_cross]
+            bias = seen.biases[num_cross] if seen.biases else None
+            attended = paged_attention(q, pages, num_cross % layers_per_page, tables, lengths, head_dim**-0.5, bias)
+            num_cross += 1
+        else:
+            group, slot = divmod(num_self, layers_per_page)
+            q, k, v = heads.split([heads.shape[1] - 2 * num_kv_heads, num_kv_heads, num_kv_heads], dim=1)
+            rotate(q, *angles)
+            rotate(k, *angles)
+            write_kv(pages, slot, k, v, text.slots[group])
+            attended = paged_attention(q, pages, slot, text.tables[group], text.lengths, head_dim**-0.5)
+            num_self += 1
+        _add_product(rows, attended.flatten(1), output, of_linears[1], attention_gate)
+        activated = silu_gate(linear(rms_norm(rows, mlp_norm, layers.epsilon), gate_up, of_linears[2]))
+        _add_product(rows, activated, down, of_linears[3], mlp_gate)
+
+
+def _add_product(rows: Tensor, x: Tensor, weight: Tensor, scales: Tensor | None, gate: float) -> None:
+    """Add gate * linear(x, weight, scales) to `rows` in place; rounds once."""
+    rows.copy_(rows.double() + gate * _product(x, weight, scales))

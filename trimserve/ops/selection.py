@@ -27,7 +27,7 @@ def headwise_scores(q: Tensor, k: Tensor, visibility: Tensor, scale: float) -> T
     Args:
         q: float32, bfloat16 or float16 [T, H, Dh], queries; T may be 0.
         k: same dtype [N, Hkv, Dh], keys; Hkv divides H, query head h reads key head h // (H / Hkv).
-        visibility: int32 [T, 2], row t sees features [visibility[t, 0], visibility[t, 1]); empty: none.
+        visibility: int32 [T, 2], row t sees features [visibility[t, 0], visibility[t, 1]), which may be empty.
         scale: factor of the logits, finite.
     Returns:
         float32 [H, N], each in [0, 1], accumulated in float32.
