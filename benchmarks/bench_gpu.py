@@ -65,9 +65,9 @@ _NOT_OF_STEP = ("cross_attn.k_proj.weight", "cross_attn.v_proj.weight", "cross_a
 
 Row = dict[str, Any]
 SETTINGS = {
-    "off": (2, TrimPlan(TrimRequest(enabled=False))),
-    "default": (2, TrimPlan(TrimRequest(k_ratio=0.2, max_kept_fraction=0.5))),
-    "one_tile": (1, TrimPlan(TrimRequest(k_ratio=0.2, max_kept_fraction=0.5))),
+    "off": (2, TrimPlan.of(TrimRequest(enabled=False))),
+    "default": (2, TrimPlan.of(TrimRequest(k_ratio=0.2, max_kept_fraction=0.5))),
+    "one_tile": (1, TrimPlan.of(TrimRequest(k_ratio=0.2, max_kept_fraction=0.5))),
 }
 """Tiles along each side of the image, and how it is trimmed."""
 
@@ -155,7 +155,7 @@ def measure(plan: Plan) -> dict[str, Any]:
 
 def _likeness(both: _Both) -> float:
     prompt = both.prompt(2)
-    logits, kv = _prefilled(both, prompt, TrimPlan(TrimRequest(enabled=False)))
+    logits, kv = _prefilled(both, prompt, TrimPlan.of(TrimRequest(enabled=False)))
     kv.release()
     inputs = _their_inputs(both, prompt)
     expected = _read(both, inputs, _encoded(both, inputs)).logits[0, -1]

@@ -50,7 +50,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     model = load_model(ModelConfig(), EngineConfig())
-    settings = [TrimPlan(TrimRequest(enabled=False)), *_settings()]
+    settings = [TrimPlan.of(TrimRequest(enabled=False)), *_settings()]
     measured: list[list[tuple[bool, list[int]]]] = [[] for _ in settings]
     with TemporaryDirectory() as folder:
         for question in load_questions(write_held_out(Path(folder), arguments.questions, 0)):
@@ -68,11 +68,11 @@ def _settings() -> list[TrimPlan]:
     half, whole = FixedRatio(_KEEP), FixedRatio(1.0)
     return [
         *(
-            TrimPlan(TrimRequest(policy="sparsevlm", budget=half, parameters={"cascade_ratio": x}))
+            TrimPlan.of(TrimRequest(policy="sparsevlm", budget=half, parameters={"cascade_ratio": x}))
             for x in _CASCADE_RATIOS
         ),
         *(
-            TrimPlan(TrimRequest(policy="todre", budget=whole, parameters={"late_exit_threshold": x}))
+            TrimPlan.of(TrimRequest(policy="todre", budget=whole, parameters={"late_exit_threshold": x}))
             for x in _THRESHOLDS
         ),
     ]

@@ -40,7 +40,7 @@ from trimserve.model.prefilled import Prefilled
 from trimserve.model.prepared import PreparedPrompt
 from trimserve.trimming.encoded_image import EncodedImage, Observation
 from trimserve.trimming.plan import TrimPlan, choose_from_image, scratch_bytes, select
-from trimserve.trimming.policies.policy import FirstLayer
+from trimserve.trimming.policies.policy import CrossAttentionView
 from trimserve.trimming.policies.table import POLICIES
 
 __all__ = ["main"]
@@ -101,10 +101,10 @@ def _load(folder: Path) -> Mllama:
 def _trims() -> Iterator[TrimPlan]:
     """Every policy, and the recommended ones with merging."""
     for name, policy in POLICIES.items():
-        trim = TrimPlan(TrimRequest(policy=name, budget=FixedRatio(_KEEP) if policy.budgets else None))
+        trim = TrimPlan.of(TrimRequest(policy=name, budget=FixedRatio(_KEEP) if policy.budgets else None))
         yield trim
         if name in RECOMMENDED:
-            yield TrimPlan(replace(trim.request, merge_ratio=_MERGE_RATIO))
+            yield TrimPlan.of(replace(trim.request, merge_ratio=_MERGE_RATIO))
 
 
 @torch.inference_mode()
@@ -140,7 +140,7 @@ def _chooser(trim: TrimPlan) -> Callable[[], Tensor]:
     queries, keys = draw(_ROWS, _HEADS, _HEAD_DIM), draw(_FEATURES, _KV_HEADS, _HEAD_DIM)
     visibility = torch.tensor([[0, _FEATURES]] * _ROWS, dtype=torch.int32)
     shape = (features, visibility, _HEAD_DIM**-0.5, (_FEATURES,), _SIZE)
-    return lambda: select(FirstLayer(queries, keys, *shape), trim).kept
+    return lambda: select(CrossAttentionView(queries, keys, *shape), trim).kept
 
 
 class _Bench:

@@ -79,7 +79,7 @@ def _measure(questions: Sequence[Question], console: Console) -> list[dict[str, 
         info = model.info
         settings = {
             "untrimmed": UNTRIMMED,
-            "trimmed": TrimPlan(TrimRequest(k_ratio=info.default_k_ratio, merge_ratio=info.default_merge_ratio)),
+            "trimmed": TrimPlan.of(TrimRequest(k_ratio=info.default_k_ratio, merge_ratio=info.default_merge_ratio)),
         }
         asked = track(questions, f"{dtype} {quantize}", console=console)
         answers = list(InProcess(model).answers(asked, [settings["trimmed"]]))

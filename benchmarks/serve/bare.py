@@ -64,7 +64,7 @@ def _load(folder: Path | None, num_threads: int) -> None:
 def _step_seconds(item: Item, max_kept_fraction: float | None, num_steps: int) -> list[float]:
     assert _model is not None
     info = _model.info
-    trim = TrimPlan(
+    trim = TrimPlan.of(
         TrimRequest(
             k_ratio=info.default_k_ratio, merge_ratio=info.default_merge_ratio, max_kept_fraction=max_kept_fraction
         )

@@ -27,7 +27,9 @@ from trimserve.errors import InvalidRequest
 from trimserve.model.images import PreparedImage
 from trimserve.model.interruptible import Interruptible
 from trimserve.model.prepared import NamedImage, PreparedPrompt, TokenizedPrompt
+from trimserve.trimming.budget import HeadRatio
 from trimserve.trimming.encoded_image import EncodedImage, Observation
+from trimserve.trimming.plan import TrimPlan
 from trimserve.trimming.policies.table import POLICIES
 
 __all__ = [
@@ -152,14 +154,18 @@ class FakeModel:
         return EncodedImage(torch.ones(num_features, 2), FEATURES_PER_TILE, 1, observed)
 
     def prefill(
-        self, prompt: PreparedPrompt, images: Sequence[EncodedImage], trim: TrimRequest, kv: SequenceKV
+        self, prompt: PreparedPrompt, images: Sequence[EncodedImage], trim: TrimPlan, kv: SequenceKV
     ) -> Interruptible[Prefilled]:
         self.before_prefill()
         self.threads.add(threading.current_thread().name)
         if _text(prompt.token_ids) == BREAKS_PREFILL.text:
             raise RuntimeError("prefill broke")
         num_valid = tuple(image.num_features for image in images)
-        num_kept = tuple(math.ceil(trim.k_ratio * valid) if trim.enabled else valid for valid in num_valid)
+        ratio = 1.0
+        if trim.policy is not None:
+            assert isinstance(trim.allowance.budget, HeadRatio)
+            ratio = trim.allowance.budget.ratio
+        num_kept = tuple(math.ceil(ratio * valid) for valid in num_valid)
         num_merged = tuple(
             math.ceil(trim.merge_ratio * (n - kept)) for n, kept in zip(num_valid, num_kept, strict=True)
         )
@@ -168,12 +174,13 @@ class FakeModel:
         num_held = num_rows[-1] if num_rows else 0
         yield
         self.before_layer()
-        kv.reserve_cross(num_held, None)
+        for layer in range(self.info.num_cross_attention_layers):
+            kv.hold_features(layer, num_held, None)
         return Prefilled(
             logits=self._forward(prompt.token_ids, kv),
             num_padding=tuple((4 - image.num_tiles) * FEATURES_PER_TILE for image in prompt.images),
             num_valid=num_valid,
-            num_kept=num_rows,
+            num_kept=num_kept,
             num_merged=num_merged if trim.merge_ratio else (),
         )
 

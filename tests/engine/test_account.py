@@ -64,10 +64,9 @@ def test_merged_rows_are_held_and_counted_apart_from_kept_features() -> None:
 
 def test_layers_that_hold_less_are_accounted_by_their_own_pages() -> None:
     pool = KVPool(FakeModel().info, 2**20)  # a page holds one of the three layers
-    kv = pool.allocate(1)
-    kv.reserve_cross(33, None)
-    kv.shrink_cross(1, 17, None)
-    kv.shrink_cross(2, 0, None)
+    kv = pool.allocate(1, 33)
+    kv.cross_lengths = [33, 17, 0]
+    kv.give_back_unused()
     prefilled = Prefilled(
         logits=torch.zeros(1),
         num_padding=(0, 15),
@@ -95,8 +94,8 @@ def test_bytes_add_up_to_the_padded_cache(images: list[tuple[int, int, float]], 
     num_kept = tuple(max(1, math.floor(valid * fraction)) for _, valid, fraction in images)
     num_held = data.draw(st.integers(0, sum(num_kept)))
     pool = KVPool(FakeModel().info, 2**20)
-    kv = pool.allocate(1)
-    kv.reserve_cross(num_held, None)
+    kv = pool.allocate(1, num_held)
+    kv.cross_lengths = [num_held] * 3
     prefilled = Prefilled(
         logits=torch.zeros(1),
         num_padding=tuple(padding for padding, _, _ in images),

@@ -9,7 +9,9 @@ import torch
 
 from tests.engine.fake_model import FakeModel
 from trimserve.engine.kv_pool import KVPool, PoolExhausted, SequenceKV
-from trimserve.model.key_values import BatchTables, FeatureTables, write_rows
+from trimserve.model.decode_batch import DecodeBatch
+from trimserve.model.decode_rows import NewRows
+from trimserve.model.key_values import FeatureTables, write_rows
 
 # 4 self- and 2 cross-attention layers: a page holds 2 layers, so 2 groups of one kind and 1 of the other.
 INFO = replace(FakeModel().info, num_self_attention_layers=4, num_cross_attention_layers=2)
@@ -23,7 +25,7 @@ def pool(num_pages: int) -> KVPool:
 def owned(sequences: list[SequenceKV]) -> list[int]:
     pages = [page for kv in sequences for page in kv.self_tables.ravel().tolist()]
     for kv in sequences:
-        pages += [page for table in kv.cross_tables for page in table[: -(-kv.cross_lengths[0] // 16)].tolist()]
+        pages += kv._cross_pages()
     return pages
 
 
@@ -36,11 +38,9 @@ def test_text_takes_whole_pages_in_each_group(positions: int, pages: int) -> Non
 
 
 @pytest.mark.parametrize(("rows", "pages"), [(0, 0), (1, 1), (16, 1), (17, 2)])
-def test_features_take_whole_pages_once_their_number_is_known(rows: int, pages: int) -> None:
+def test_features_take_whole_pages(rows: int, pages: int) -> None:
     some = pool(8)
-    kv = some.allocate(1)
-    assert some.used_cross_bytes == 0
-    kv.reserve_cross(rows, None)
+    kv = some.allocate(1, rows)
     assert some.used_cross_bytes == kv.cross_bytes == some.cross_bytes(rows) == pages * PAGE_BYTES
 
 
@@ -49,20 +49,21 @@ def test_more_than_is_free_is_refused_and_takes_nothing() -> None:
     kv = some.allocate(17)
     with pytest.raises(PoolExhausted, match="2 pages are wanted, 1 of 5 are free"):
         some.allocate(1)
-    with pytest.raises(PoolExhausted):
-        kv.reserve_cross(17, None)
     assert some.num_free_pages == 1
-    kv.reserve_cross(16, None)
+    kv.release()
+    with pytest.raises(PoolExhausted, match="6 pages are wanted, 5 of 5 are free"):
+        some.allocate(17, 17)
+    assert some.num_free_pages == 5
+    some.allocate(17, 16)
     assert some.num_free_pages == 0
 
 
 @pytest.mark.parametrize(("layers", "pages"), [(None, 3), (2, 3), (1, 3 + 1)])
 def test_a_layer_that_holds_less_gives_back_the_pages_of_its_group(layers: int | None, pages: int) -> None:
     some = KVPool(INFO, 2**20, layers)
-    kv = some.allocate(1)
-    kv.reserve_cross(40, None)
-    kv.shrink_cross(1, 16, None)
-    assert kv.cross_lengths == [40, 16]
+    kv = some.allocate(1, 60)
+    kv.cross_lengths = [40, 16]
+    kv.give_back_unused()
     assert some.used_cross_bytes == kv.cross_bytes == pages * some.page_bytes
     kv.release()
     assert some.num_free_pages == some.num_pages
@@ -93,13 +94,13 @@ def test_accounting_is_exact_after_ten_thousand_random_histories() -> None:
             action = rng.random()
             try:
                 if action < 0.5:
-                    living.append(some.allocate(rng.randint(1, 120)))
+                    living.append(some.allocate(rng.randint(1, 120), rng.choice([0, rng.randint(1, 200)])))
                 elif action < 0.8 and living:
                     kv = rng.choice(living)
-                    if not kv.cross_length:
-                        kv.reserve_cross(rng.randint(0, 200), None)
-                    else:
-                        kv.shrink_cross(rng.randint(0, 2), rng.randint(0, kv.cross_lengths[1]), None)
+                    granted = 16 * kv.cross_tables.shape[1]
+                    if not kv.cross_length:  # as after a prefill, once
+                        kv.cross_lengths = [rng.randint(0, granted)] * 2
+                        kv.give_back_unused()
                 elif living:
                     living.pop(rng.randrange(len(living))).release()
             except PoolExhausted:
@@ -124,7 +125,8 @@ def test_rows_come_back_from_the_pages_that_they_were_written_to() -> None:
             write_rows(kv.pages, kv.self_tables, layer, keys[layer], values[layer])
         kv.length = rows - 1  # the last row is taken for the new one
         written.append((keys, values))
-    tables = BatchTables.of_text(kvs)
+    rows = NewRows.of(kvs)
+    tables = DecodeBatch(rows).text(some.pages, [*rows.positions])
     for layer in range(4):
         queries = torch.randn(2, 2, 3)
         attended = tables.attend(layer, queries, 0.5)
@@ -136,11 +138,12 @@ def test_rows_come_back_from_the_pages_that_they_were_written_to() -> None:
 def test_a_bias_reaches_the_rows_of_its_sequence_only() -> None:
     info = replace(INFO, num_kv_heads=1, head_dim=2, num_heads=1)
     some = KVPool(info, 64 * 16 * 2 * 2 * 2 * 4)
-    kvs = [some.allocate(1) for _ in range(2)]
-    for kv, bias in zip(kvs, (None, torch.tensor([0.0, 0.0, np.log(6.0)])), strict=True):
-        kv.reserve_cross(3, bias)
+    kvs = [some.allocate(1, 3) for _ in range(2)]
+    for kv, bias in zip(kvs, (None, np.array([0.0, 0.0, np.log(6.0)], dtype=np.float32)), strict=True):
+        kv.hold_features(0, 3, bias)
+        kv.hold_features(1, 3, bias)
         values = torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]], [[0.0, 2.0]]])
         write_rows(kv.pages, kv.cross_tables, 0, torch.zeros(3, 1, 2), values)
-    attended = FeatureTables.of(kvs).attend(0, torch.ones(2, 1, 2), 1.0)
+    attended = FeatureTables.of(kvs).attend(some.pages, 0, torch.ones(2, 1, 2), 1.0)
     # Equal logits: weights of one third each; 1, 1 and 6 parts of eight with the bias.
     assert torch.allclose(attended[:, 0], torch.tensor([[1 / 3, 1.0], [1 / 8, 13 / 8]]))

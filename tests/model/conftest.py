@@ -21,7 +21,7 @@ from trimserve.model.prepared import PreparedPrompt
 from trimserve.trimming.encoded_image import EncodedImage
 from trimserve.trimming.plan import TrimPlan
 
-NO_TRIM = TrimPlan(TrimRequest(enabled=False))
+NO_TRIM = TrimPlan.of(TrimRequest(enabled=False))
 
 
 @dataclass(frozen=True)
@@ -41,10 +41,15 @@ class Pair:
         """Each image, with what the policy needs."""
         return [run_through(self.ours.encode_image(image, trim.needs)) for image in prompt.images]
 
+    def granted(self, prompt: PreparedPrompt, num_new: int = 0, pool: KVPool | None = None) -> SequenceKV:
+        """Pages for a prompt, all of its images and so many new tokens; of a pool of its own unless one is given."""
+        num_rows = sum(image.num_tiles for image in prompt.images) * self.ours.info.features_per_tile
+        return (pool or self.pool).allocate(len(prompt.token_ids) + num_new, num_rows)
+
     def logits(self, prompt: Prompt, trim: TrimPlan = NO_TRIM) -> tuple[Tensor, SequenceKV]:
         """Logits of every prompt row, and the keys and values."""
         prepared = self.ours.prepare(prompt)
-        kv = self.pool.allocate(len(prepared.token_ids) + 16)
+        kv = self.granted(prepared, 16)
         rows = self.ours.prompt_rows(prepared, self.encoded(prepared, trim), trim, kv)
         return self.ours.logits([rows], prepared.token_ids), kv
 

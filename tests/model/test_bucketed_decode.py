@@ -14,7 +14,7 @@ from tests.tolerances import LOGITS
 from trimserve.api.trim import FixedCount, TrimRequest
 from trimserve.config import Device, EngineConfig, ModelConfig
 from trimserve.engine.kv_pool import KVPool, SequenceKV
-from trimserve.model.bucketed_decode import Capture, CudaGraphs, Step, eagerly
+from trimserve.model.bucketed_decode import Capture, CudaGraphs, Step
 from trimserve.model.interruptible import run_through
 from trimserve.model.loading import load_model
 from trimserve.model.mllama import Mllama
@@ -24,16 +24,16 @@ from trimserve.trimming.plan import TrimPlan
 MOST = 17
 GEOMETRY = Geometry(num_layers=6, cross_layers=(0, 2, 5))
 TILE = GEOMETRY.tile_size
-CASCADE = TrimPlan(
+CASCADE = TrimPlan.of(
     TrimRequest(policy="sparsevlm", budget=FixedCount(21), merge_ratio=0.1, parameters={"cascade_ratio": 0.5})
 )
-LATE_EXIT = TrimPlan(TrimRequest(policy="todre", budget=FixedCount(18), parameters={"late_exit_threshold": 1.0}))
+LATE_EXIT = TrimPlan.of(TrimRequest(policy="todre", budget=FixedCount(18), parameters={"late_exit_threshold": 1.0}))
 KINDS = [
     ("nothing but words", [], NO_TRIM),
     ("an image<|image|>and words", [noise((1, 2), TILE)], NO_TRIM),
     ("other words", [], NO_TRIM),
-    ("a trimmed<|image|>one", [noise((2, 2), TILE, 1)], TrimPlan(TrimRequest(k_ratio=0.1))),
-    ("a merged<|image|>one", [noise((2, 2), TILE, 2)], TrimPlan(TrimRequest(k_ratio=0.1, merge_ratio=0.2))),
+    ("a trimmed<|image|>one", [noise((2, 2), TILE, 1)], TrimPlan.of(TrimRequest(k_ratio=0.1))),
+    ("a merged<|image|>one", [noise((2, 2), TILE, 2)], TrimPlan.of(TrimRequest(k_ratio=0.1, merge_ratio=0.2))),
     ("less and less<|image|>of one", [noise((2, 2), TILE, 3)], CASCADE),
     ("one left<|image|>early", [noise((1, 2), TILE, 4)], LATE_EXIT),
 ]
@@ -60,6 +60,11 @@ def warm(model: Mllama, pool: KVPool, monkeypatch: pytest.MonkeyPatch) -> Callab
     return partial(model.warm_up_decode, pool.pages, MOST)
 
 
+def eagerly(step: Step) -> Step:
+    """Captures nothing: the step runs op by op."""
+    return step
+
+
 @pytest.fixture
 def capture(device: Device) -> Capture:
     """How the device captures steps."""
@@ -72,7 +77,9 @@ def prefilled(model: Mllama, pool: KVPool, count: int, kinds: Sequence[int] = ra
     for row in range(count):
         text, images, trim = KINDS[kinds[row % len(kinds)]]
         prompt = model.prepare(raw(text * (1 + row % 2), images * (1 + row % 2)))
-        kv = pool.allocate(len(prompt.token_ids) + 8)
+        kv = pool.allocate(
+            len(prompt.token_ids) + 8, sum(image.num_tiles for image in prompt.images) * model.info.features_per_tile
+        )
         encoded = [run_through(model.encode_image(image, trim.needs)) for image in prompt.images]
         run_through(model.prefill(prompt, encoded, trim, kv))
         kvs.append(kv)

@@ -17,7 +17,7 @@ from trimserve.engine.kv_pool import KVPool, SequenceKV
 from trimserve.model.compiled_decode import CompiledDecode
 from trimserve.trimming.plan import TrimPlan
 
-TRIM = TrimPlan(TrimRequest(k_ratio=0.2, merge_ratio=0.1))
+TRIM = TrimPlan.of(TrimRequest(k_ratio=0.2, merge_ratio=0.1))
 
 
 def prefilled(pair: Pair, pool: KVPool, seed: int = 0) -> list[SequenceKV]:
@@ -31,7 +31,7 @@ def prefilled(pair: Pair, pool: KVPool, seed: int = 0) -> list[SequenceKV]:
         ("Tell me more", [], NO_TRIM),
     ]:
         prepared = pair.ours.prepare(raw(text, images))
-        kv = pool.allocate(len(prepared.token_ids) + 4)
+        kv = pair.granted(prepared, 4, pool)
         rows = pair.ours.prompt_rows(prepared, pair.encoded(prepared, trim), trim, kv)
         pair.ours.logits([rows], prepared.token_ids)
         kvs.append(kv)

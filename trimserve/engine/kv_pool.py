@@ -3,12 +3,13 @@
     capacity = used + free, in whole pages, after any history
 
 Self- and cross-attention draw from the same pages (`model/key_values.py`), so there is no split to tune: what
-trimming frees is room for another request. Text positions are reserved when a sequence is admitted (its prompt and
-its `max_new_tokens`, ADR-0003), cross-attention positions once selection has said how many rows stay. It knows
-nothing about requests.
+trimming frees is room for another request. A sequence takes its pages when it is admitted: for its prompt and its
+`max_new_tokens` (ADR-0003), and for the most visual features that trimming can leave; what the prefill did not use is
+given back. It knows nothing about requests.
 """
 
 from collections.abc import Sequence
+from itertools import count
 
 import numpy as np
 import torch
@@ -17,10 +18,13 @@ from torch import Tensor
 
 from trimserve.api.info import ModelInfo
 from trimserve.model import huge_pages
-from trimserve.model.key_values import Tables, layers_per_page, num_pages
+from trimserve.model.key_values import KeyValues, Tables, layers_per_page, num_pages
 from trimserve.ops import PAGE_POSITIONS
 
 __all__ = ["KVPool", "PoolExhausted", "SequenceKV"]
+
+_NUMBERS = count()
+"""For `KeyValues.key`."""
 
 
 class PoolExhausted(Exception):
@@ -102,27 +106,24 @@ class KVPool:
         """Bytes of `pages_of_groups`."""
         return sum(self.pages_of_groups(layer_rows)) * self.page_bytes
 
-    def allocate(self, max_positions: int) -> "SequenceKV":
-        """Reserve the text positions of one sequence.
+    def allocate(self, max_positions: int, max_cross_rows: int = 0) -> "SequenceKV":
+        """Take the pages of one sequence.
 
         Args:
             max_positions: prompt and generated tokens, at least 1.
+            max_cross_rows: most visual features that its cross-attention layers hold.
         Raises:
             PoolExhausted: there are not as many free pages.
         """
-        tables = self._take(self._self_groups, num_pages(max_positions))
-        self._self_pages += tables.size
-        return SequenceKV(self, tables, self._info.num_cross_attention_layers)
-
-    def take_cross(self, num_rows: int) -> Tables:
-        """Take the pages of a sequence's visual features.
-
-        Raises:
-            PoolExhausted: there are not as many free pages.
-        """
-        tables = self._take(self._cross_groups, num_pages(num_rows))
-        self._cross_pages += tables.size
-        return tables
+        groups, pages = self._self_groups, num_pages(max_positions)
+        taken = self._take(groups * pages + self.cross_pages(max_cross_rows))
+        self_tables, cross_tables = (
+            each.reshape(groups, -1)
+            for each, groups in zip(np.split(taken, [groups * pages]), (groups, self._cross_groups), strict=True)
+        )
+        self._self_pages += self_tables.size
+        self._cross_pages += cross_tables.size
+        return SequenceKV(self, self_tables, cross_tables, self._info.num_cross_attention_layers)
 
     def give_back(self, self_pages: Sequence[int], cross_pages: Sequence[int]) -> None:
         """Free pages of a sequence; they must be its own, and it must not use them any more."""
@@ -131,103 +132,53 @@ class KVPool:
         self._free.extend(self_pages)
         self._free.extend(cross_pages)
 
-    def _take(self, groups: int, pages: int) -> Tables:
-        count = groups * pages
-        if count > len(self._free):
-            raise PoolExhausted(f"{count} pages are wanted, {len(self._free)} of {self.num_pages} are free")
-        first = len(self._free) - count
+    def _take(self, wanted: int) -> NDArray[np.int32]:
+        if wanted > len(self._free):
+            raise PoolExhausted(f"{wanted} pages are wanted, {len(self._free)} of {self.num_pages} are free")
+        first = len(self._free) - wanted
         taken, self._free[first:] = self._free[first:], []
-        return np.array(taken, dtype=np.int32).reshape(groups, pages)
+        return np.array(taken, dtype=np.int32)
 
 
-class SequenceKV:
-    """Pages of one sequence: a `models.key_values.KeyValues`."""
+class SequenceKV(KeyValues):
+    """Keys and values of one sequence, in pages of a pool."""
 
-    def __init__(self, pool: KVPool, self_tables: Tables, num_cross_layers: int) -> None:
+    def __init__(self, pool: KVPool, self_tables: Tables, cross_tables: Tables, num_cross_layers: int) -> None:
         """Use `KVPool.allocate`."""
+        lengths, biases = [0] * num_cross_layers, [None] * num_cross_layers
+        super().__init__(pool.pages, self_tables, cross_tables, lengths, [*biases], (next(_NUMBERS), 0))
         self._pool = pool
-        self._self_tables = self_tables
-        self._cross_tables: Tables = self_tables[:0]
         self._is_released = False
-        self.length = 0
-        """Text positions that every self-attention layer holds."""
-        self.cross_lengths = [0] * num_cross_layers
-        """Rows that each cross-attention layer holds, at most as many as the one before it."""
-        self.cross_biases: list[NDArray[np.float32] | None] = [None] * num_cross_layers
-        """Of each cross-attention layer [rows], added to the logits of its rows; None: nothing is."""
-
-    @property
-    def pages(self) -> Tensor:
-        """[P, G, 2, Hkv, 16, Dh], the pool's."""
-        return self._pool.pages
+        self._cross_counts = [cross_tables.shape[1]] * len(cross_tables)
+        """Pages of each group that it still owns."""
 
     @property
     def cross_length(self) -> int:
-        """Rows that the first cross-attention layer holds, and every other one that does not choose again."""
+        """Rows that the first cross-attention layer holds."""
         return max(self.cross_lengths, default=0)
-
-    @property
-    def cross_bias(self) -> NDArray[np.float32] | None:
-        """[cross_length], of those rows."""
-        return self.cross_biases[0] if self.cross_biases else None
-
-    @property
-    def self_tables(self) -> Tables:
-        """Pages of the text."""
-        return self._self_tables
-
-    @property
-    def cross_tables(self) -> Tables:
-        """Pages of the visual features; none before `reserve_cross`."""
-        return self._cross_tables
 
     @property
     def self_bytes(self) -> int:
         """Bytes of self-attention KV, whole pages."""
-        return self._self_tables.size * self._pool.page_bytes
+        return self.self_tables.size * self._pool.page_bytes
 
     @property
     def cross_bytes(self) -> int:
         """Bytes of cross-attention KV, whole pages."""
-        return self._pool.layered_cross_bytes(self.cross_lengths)
+        return sum(self._cross_counts) * self._pool.page_bytes
 
-    def reserve_cross(self, num_rows: int, bias: Tensor | None) -> None:
-        """Take the pages of the rows that decoding sees, once.
-
-        Args:
-            num_rows: kept features and merged rows.
-            bias: [num_rows], added to their logits; None: nothing is.
-        Raises:
-            PoolExhausted: there are not as many free pages.
-        """
-        self._cross_tables = self._pool.take_cross(num_rows)
-        self._set_cross(0, num_rows, bias)
-
-    def shrink_cross(self, layer: int, num_rows: int, bias: Tensor | None) -> None:
-        """Let cross-attention layers from `layer` on hold fewer rows, and give back the pages that no layer needs.
-
-        Args:
-            layer: may be behind the last one.
-            num_rows: at most what these layers hold.
-            bias: [num_rows], added to their logits; None: nothing is.
-        """
+    def give_back_unused(self) -> None:
+        """Give back the pages of visual features that the prefill left unused."""
         held = self._cross_pages()
-        self._set_cross(layer, num_rows, bias)
+        self._cross_counts = self._pool.pages_of_groups(self.cross_lengths)
         self._pool.give_back([], [*{*held}.difference(self._cross_pages())])
 
     def release(self) -> None:
-        """Give the pages back; a second call does nothing."""
+        """Give all pages back; a second call does nothing."""
         if not self._is_released:
             self._is_released = True
-            self._pool.give_back(self._self_tables.ravel().tolist(), self._cross_pages())
-
-    def _set_cross(self, layer: int, num_rows: int, bias: Tensor | None) -> None:
-        num_layers = len(self.cross_lengths) - layer
-        self.cross_lengths[layer:] = [num_rows] * num_layers
-        self.cross_biases[layer:] = [None if bias is None else bias.float().cpu().numpy()] * num_layers
+            self._pool.give_back(self.self_tables.ravel().tolist(), self._cross_pages())
 
     def _cross_pages(self) -> list[int]:
-        """Pages that the cross-attention layers need, group after group."""
-        counts = self._pool.pages_of_groups(self.cross_lengths)
-        tables = zip(self._cross_tables, counts, strict=False)  # there are no tables before `reserve_cross`
+        tables = zip(self.cross_tables, self._cross_counts, strict=True)
         return [page for table, count in tables for page in table[:count].tolist()]

@@ -79,7 +79,7 @@ class Sequence:
         ends = () if params.ignore_eos else info.generation_defaults.eos_token_ids
         self.request_id = request.request_id
         self.priority = request.priority
-        self.trim = TrimPlan(request.trim)
+        self.trim = TrimPlan.of(request.trim)
         self.sink = sink
         self.submitted_at = submitted_at
         self.deadline = deadline
@@ -170,9 +170,9 @@ class Sequence:
         return prompt
 
     def hold(self, pool: KVPool) -> None:
-        """Reserve the text positions of prompt and answer; the request runs from here on."""
+        """Take the pages that prompt, answer and images need at most; the request runs from here on."""
         self._admitted_at = time.monotonic()
-        self._kv = pool.allocate(self.max_positions)
+        self._kv = pool.allocate(self.max_positions, self.max_cross_rows)
 
     def release(self) -> None:
         """Give back what is held, if anything."""
@@ -188,6 +188,7 @@ class Sequence:
     def started(self, prefilled: Prefilled, pool: KVPool) -> Started:
         """Note that the prompt is in the KV and say what became of it."""
         self._prefilled_at = time.monotonic()
+        self.kv.give_back_unused()
         self.cross_kv = account_cross_kv(prefilled, self.kv, pool)
         self._spans += self._engine_spans(prefilled)
         return Started(
@@ -270,9 +271,7 @@ def _usage(prefilled: Prefilled) -> tuple[ImageUsage, ...]:
     if prefilled.layer_rows:
         layer_rows = zip(*prefilled.layer_rows, strict=True)
     counts = zip(prefilled.num_padding, prefilled.num_valid, prefilled.num_kept, num_merged, layer_rows, strict=True)
-    return tuple(
-        ImageUsage(padding, valid, rows - merged, merged, by_layer) for padding, valid, rows, merged, by_layer in counts
-    )
+    return tuple(ImageUsage(*of_image) for of_image in counts)
 
 
 def account_cross_kv(prefilled: Prefilled, kv: SequenceKV, pool: KVPool) -> CrossKvBytes:
@@ -283,7 +282,7 @@ def account_cross_kv(prefilled: Prefilled, kv: SequenceKV, pool: KVPool) -> Cros
         kv: what the request really holds.
         pool: knows the size of a page.
     """
-    valid, kept = sum(prefilled.num_valid), sum(prefilled.num_kept)
+    valid, kept = sum(prefilled.num_valid), sum(prefilled.num_held)
     padded_bytes = pool.cross_bytes(sum(prefilled.num_padding) + valid)
     untrimmed_bytes, kept_bytes = pool.cross_bytes(valid), pool.cross_bytes(kept)
     if prefilled.layer_rows:

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from trimserve import ops
-from trimserve.model.decoder_layers import BatchRows, CrossLayer, RmsNorm, SelfLayer
+from trimserve.model.decoder_layers import CrossLayer, RmsNorm, SelfLayer
 from trimserve.model.key_values import BatchTables, FeatureTables
-from trimserve.model.linear import Linear
+from trimserve.model.projection import Projection
+from trimserve.model.rotary import Rotation
 
 __all__ = ["CompiledDecode"]
 
@@ -33,7 +34,7 @@ class CompiledDecode:
     def of(cls, layers: Sequence[SelfLayer | CrossLayer]) -> "CompiledDecode | None":
         """Of all layers of a decoder; None where norms differ in more than weights, or a linear layer has a bias."""
         parts = [part for layer in layers for part in layer.decode_parts]
-        linears = [part for part in parts if isinstance(part, Linear)]
+        linears = [part for part in parts if isinstance(part, Projection)]
         norms = [part for part in parts if isinstance(part, RmsNorm)]
         epsilons = {norm.epsilon for norm in norms}
         if len(epsilons) != 1 or any(linear.bias is not None for linear in linears):
@@ -48,8 +49,8 @@ class CompiledDecode:
             most_rows=min(linear.most_rows(norms[0].weight.dtype) for linear in linears),
         )
 
-    def __call__(self, hidden: Tensor, batch: BatchRows, text: BatchTables, features: FeatureTables | None) -> None:
-        """One new row of each sequence, `hidden` [B, D], becomes the last layer's output; those that see come first."""
+    def __call__(self, hidden: Tensor, rotation: Rotation, text: BatchTables, features: FeatureTables | None) -> None:
+        """Rows `hidden` [R, D] become the last layer's output; those that see features come first."""
         ops.decode_layers(
             hidden,
             text.pages,
@@ -57,8 +58,8 @@ class CompiledDecode:
             self.scales,
             self.cross_layers,
             self.gates,
-            batch.cosines,
-            batch.sines,
+            rotation.cosines,
+            rotation.sines,
             text.tables,
             text.lengths,
             text.slots,

@@ -21,7 +21,7 @@ from transformers.models.mllama.modeling_mllama import MllamaVisionEncoderLayer
 from trimserve.model.checkpoint import vision_config
 from trimserve.model.images import PreparedImage
 from trimserve.model.interruptible import Interruptible
-from trimserve.model.linear import linear
+from trimserve.model.projection import projection_of
 from trimserve.model.vision_observer import VisionObserver
 from trimserve.model.weights import FUSED
 from trimserve.trimming.encoded_image import EncodedImage, Observation
@@ -136,13 +136,13 @@ class VisionLayer:
         self._heads_shape = (3, attention.num_heads, attention.head_dim)
         self._scale = attention.scaling
         self._attention_norm = layer.input_layernorm
-        self._qkv = linear(attention, *FUSED["self_attn"])
-        self._output = linear(attention, "o_proj")
+        self._qkv = projection_of(attention, *FUSED["self_attn"])
+        self._output = projection_of(attention, "o_proj")
         self._attention_gate = layer.gate_attn.tanh().item() if layer.is_gated else 1
         self._mlp_norm = layer.post_attention_layernorm
-        self._first = linear(layer.mlp, "fc1")
+        self._first = projection_of(layer.mlp, "fc1")
         self._activation = layer.mlp.activation_fn
-        self._second = linear(layer.mlp, "fc2")
+        self._second = projection_of(layer.mlp, "fc2")
         self._mlp_gate = layer.gate_ffn.tanh().item() if layer.is_gated else 1
 
     def __call__(self, hidden: Tensor, image: ImageRows) -> Tensor:
