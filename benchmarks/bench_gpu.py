@@ -28,6 +28,7 @@ from torch.nn import functional as F
 from transformers import MllamaConfig
 
 from benchmarks.bench_model import GEOMETRY, draw_weights
+from benchmarks.generate.ours import copied
 from benchmarks.generate.timing import time_calls
 from benchmarks.ops.measure import bandwidth
 from benchmarks.serve.report import about, write_json
@@ -174,7 +175,7 @@ def _ours(both: _Both, plan: Plan, per_second: float) -> Iterator[Row]:
         encoded = [_encode(both, image)]
 
         def prefill(prompt: PreparedPrompt = prompt, encoded: Any = encoded, trim: TrimPlan = trim) -> None:
-            kv = both.pool.allocate(_PROMPT_TOKENS + 1)
+            kv = _granted(both, encoded)
             run_through(both.ours.prefill(prompt, encoded, trim, kv))
             kv.release()
 
@@ -183,7 +184,7 @@ def _ours(both: _Both, plan: Plan, per_second: float) -> Iterator[Row]:
         of_one = (_PROMPT_TOKENS + 1) * info.self_kv_bytes_per_token
         of_one += kv.cross_length * info.cross_kv_bytes_per_feature
         for batch in plan.batches:
-            kvs += [_copied(both.pool, kv) for _ in range(batch - len(kvs))]
+            kvs += [copied(both.pool, kv, _PROMPT_TOKENS + 1) for _ in range(batch - len(kvs))]
             taken = _timed(plan, _step(both, kvs))
             floor = (both.weight_bytes + batch * of_one) / per_second * 1e3
             beside = {"floor_ms": round(floor, 3), "times_floor": round(taken["median"] / floor, 3)}
@@ -204,23 +205,19 @@ def _theirs(both: _Both, plan: Plan) -> Iterator[Row]:
 
 
 def _prefilled(both: _Both, prompt: PreparedPrompt, trim: TrimPlan) -> tuple[Tensor, SequenceKV]:
-    kv = both.pool.allocate(_PROMPT_TOKENS + 1)
     encoded = [_encode(both, image) for image in prompt.images]
-    return run_through(both.ours.prefill(prompt, encoded, trim, kv)).logits, kv
+    kv = _granted(both, encoded)
+    logits = run_through(both.ours.prefill(prompt, encoded, trim, kv)).logits
+    kv.give_back_unused()
+    return logits, kv
+
+
+def _granted(both: _Both, images: Sequence[EncodedImage]) -> SequenceKV:
+    return both.pool.allocate(_PROMPT_TOKENS + 1, sum(image.num_features for image in images))
 
 
 def _encode(both: _Both, image: PreparedImage) -> EncodedImage:
     return run_through(both.ours.encode_image(image))
-
-
-def _copied(pool: KVPool, kv: SequenceKV) -> SequenceKV:
-    other = pool.allocate(_PROMPT_TOKENS + 1)
-    other.reserve_cross(kv.cross_length, None)
-    other.length = kv.length
-    for to, source in ((other.self_tables, kv.self_tables), (other.cross_tables, kv.cross_tables)):
-        here, there = (torch.from_numpy(tables.ravel()).long().to(pool.pages.device) for tables in (to, source))
-        pool.pages[here] = pool.pages[there]
-    return other
 
 
 def _step(both: _Both, kvs: Sequence[SequenceKV]) -> Callable[[], Any]:

@@ -115,8 +115,8 @@ def _first_tokens(model: Mllama, questions: Sequence[Question], trim: TrimPlan) 
     for question in questions:
         parts = (Image(question.image.read_bytes()), Text(question.text))
         prompt = model.prepare(ChatPrompt((Message("user", parts),)))
-        kv = pool.allocate(len(prompt.token_ids))
         images = [run_through(model.encode_image(image)) for image in prompt.images]
+        kv = pool.allocate(len(prompt.token_ids), sum(image.num_features for image in images))
         logits = run_through(model.prefill(prompt, images, trim, kv)).logits
         kv.release()
         yield logits.double().log_softmax(dim=-1).numpy()

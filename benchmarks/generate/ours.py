@@ -15,8 +15,9 @@ from trimserve.model.loading import load_model
 from trimserve.model.prefilled import Prefilled
 from trimserve.model.prepared import PreparedPrompt
 from trimserve.trimming.encoded_image import EncodedImage
+from trimserve.trimming.plan import TrimPlan
 
-__all__ = ["Asked", "Ours"]
+__all__ = ["Asked", "Ours", "copied"]
 
 _ANSWER_TOKENS = 16
 _SLACK = 1.1  # of the pool: pages are whole
@@ -55,7 +56,7 @@ class Asked:
     def __init__(self, ours: Ours, setting: Setting) -> None:
         """Use `Ours.ask`."""
         self._model, self._pool = ours.model, ours.pool
-        self._trim = trim_params(setting, self._model.info, ours.max_kept_fraction)
+        self._trim = TrimPlan.of(trim_params(setting, self._model.info, ours.max_kept_fraction))
         self.prompt: PreparedPrompt = self._model.prepare(make_prompt(setting, self._model.info.tile_size))
         self._images = [self.encode()]
         self._kvs: list[SequenceKV] = []
@@ -100,15 +101,29 @@ class Asked:
             kv.release()
 
     def _prefill(self) -> Prefilled:
-        self._kvs.append(self._pool.allocate(len(self.prompt.token_ids) + _ANSWER_TOKENS))
-        return run_through(self._model.prefill(self.prompt, self._images, self._trim, self._kvs[-1]))
+        num_positions = len(self.prompt.token_ids) + _ANSWER_TOKENS
+        kv = self._pool.allocate(num_positions, sum(image.num_features for image in self._images))
+        self._kvs.append(kv)
+        prefilled = run_through(self._model.prefill(self.prompt, self._images, self._trim, kv))
+        kv.give_back_unused()
+        return prefilled
 
     def _copy(self) -> None:
-        original = self._kvs[0]
-        copy = self._pool.allocate(len(self.prompt.token_ids) + _ANSWER_TOKENS)
-        bias = original.cross_bias
-        copy.reserve_cross(original.cross_length, None if bias is None else torch.from_numpy(bias))
-        pages = self._pool.pages
-        for to, source in ((copy.self_tables, original.self_tables), (copy.cross_tables, original.cross_tables)):
-            pages[torch.from_numpy(to.ravel()).long()] = pages[torch.from_numpy(source.ravel()).long()]
-        self._kvs.append(copy)
+        self._kvs.append(copied(self._pool, self._kvs[0], len(self.prompt.token_ids) + _ANSWER_TOKENS))
+
+
+def copied(pool: KVPool, kv: SequenceKV, num_positions: int) -> SequenceKV:
+    """What a sequence holds, in pages of another one.
+
+    Args:
+        pool: of both.
+        kv: after its prefill.
+        num_positions: text positions that `kv` has pages for.
+    """
+    other = pool.allocate(num_positions, kv.cross_length)
+    other.length, other.cross_lengths, other.cross_biases = kv.length, [*kv.cross_lengths], [*kv.cross_biases]
+    for to, source in ((other.self_tables, kv.self_tables), (other.cross_tables, kv.cross_tables)):
+        tables = (to, source[:, : to.shape[1]])
+        here, there = (torch.from_numpy(table.ravel()).long().to(pool.pages.device) for table in tables)
+        pool.pages[here] = pool.pages[there]
+    return other

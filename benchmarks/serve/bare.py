@@ -71,8 +71,9 @@ def _step_seconds(item: Item, max_kept_fraction: float | None, num_steps: int) -
     )
     images = [Image(image) for image in item.images]
     prompt = _model.prepare(ChatPrompt((Message("user", (*images, Text(item.question))),)))
-    kv = KVPool(info, _POOL_BYTES).allocate(len(prompt.token_ids) + num_steps)
     features = [run_through(_model.encode_image(each)) for each in prompt.images]
+    num_features = sum(each.num_features for each in features)
+    kv = KVPool(info, _POOL_BYTES).allocate(len(prompt.token_ids) + num_steps, num_features)
     prefilled = run_through(_model.prefill(prompt, features, trim, kv))
     token_id = int(prefilled.logits.argmax())
     seconds = []

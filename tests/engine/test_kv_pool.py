@@ -97,7 +97,7 @@ def test_accounting_is_exact_after_ten_thousand_random_histories() -> None:
                     living.append(some.allocate(rng.randint(1, 120), rng.choice([0, rng.randint(1, 200)])))
                 elif action < 0.8 and living:
                     kv = rng.choice(living)
-                    granted = 16 * kv.cross_tables.shape[1]
+                    granted = 16 * kv._cross_counts[0]
                     if not kv.cross_length:  # as after a prefill, once
                         kv.cross_lengths = [rng.randint(0, granted)] * 2
                         kv.give_back_unused()
