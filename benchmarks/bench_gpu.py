@@ -28,6 +28,7 @@ from torch.nn import functional as F
 from transformers import MllamaConfig
 
 from benchmarks.bench_model import GEOMETRY, draw_weights
+from benchmarks.generate.ours import copied
 from benchmarks.generate.timing import time_calls
 from benchmarks.ops.measure import bandwidth
 from benchmarks.serve.report import about, write_json
@@ -35,7 +36,7 @@ from benchmarks.transformers_step import cache_of, growing_step
 from training.mended import mend
 from trimserve.api.trim import TrimRequest
 from trimserve.config import Device, EngineConfig, ModelConfig
-from trimserve.engine.kv_pool import KVPool, SequenceKV
+from trimserve.evaluation.pages import OwnKeyValues, OwnPages
 from trimserve.model.checkpoint import (
     Checkpoint,
     GenerationJson,
@@ -66,9 +67,9 @@ _NOT_OF_STEP = ("cross_attn.k_proj.weight", "cross_attn.v_proj.weight", "cross_a
 
 Row = dict[str, Any]
 SETTINGS = {
-    "off": (2, TrimPlan(TrimRequest(enabled=False))),
-    "default": (2, TrimPlan(TrimRequest(k_ratio=0.2, max_kept_fraction=0.5))),
-    "one_tile": (1, TrimPlan(TrimRequest(k_ratio=0.2, max_kept_fraction=0.5))),
+    "off": (2, TrimPlan.of(TrimRequest(enabled=False))),
+    "default": (2, TrimPlan.of(TrimRequest(k_ratio=0.2, max_kept_fraction=0.5))),
+    "one_tile": (1, TrimPlan.of(TrimRequest(k_ratio=0.2, max_kept_fraction=0.5))),
 }
 """Tiles along each side of the image, and how it is trimmed."""
 
@@ -105,7 +106,7 @@ class _Both:
         most = max(plan.batches)
         features = info.max_tiles * info.features_per_tile * info.cross_kv_bytes_per_feature
         text = 2 * _PROMPT_TOKENS * info.self_kv_bytes_per_token
-        self.pool = KVPool(info, (most + 1) * (features + text) * 9 // 8)
+        self.pool = OwnPages(info, (most + 1) * (features + text) * 9 // 8)
         self.ours.warm_up_decode(self.pool.pages, most)
         self.weight_bytes = sum(
             parameter.nbytes
@@ -160,7 +161,7 @@ def measure(plan: Plan, write: Callable[[dict[str, Any]], None]) -> dict[str, An
 
 def _likeness(both: _Both) -> float:
     prompt = both.prompt(2)
-    logits, kv = _prefilled(both, prompt, TrimPlan(TrimRequest(enabled=False)))
+    logits, kv = _prefilled(both, prompt, TrimPlan.of(TrimRequest(enabled=False)))
     kv.release()
     inputs = _their_inputs(both, prompt)
     expected = _read(both, inputs, _encoded(both, inputs)).logits[0, -1]
@@ -179,7 +180,7 @@ def _ours(both: _Both, plan: Plan, per_second: float) -> Iterator[Row]:
         encoded = [_encode(both, image)]
 
         def prefill(prompt: PreparedPrompt = prompt, encoded: Any = encoded, trim: TrimPlan = trim) -> None:
-            kv = both.pool.allocate(_PROMPT_TOKENS + 1)
+            kv = _granted(both, encoded)
             run_through(both.ours.prefill(prompt, encoded, trim, kv))
             kv.release()
 
@@ -188,7 +189,7 @@ def _ours(both: _Both, plan: Plan, per_second: float) -> Iterator[Row]:
         of_one = (_PROMPT_TOKENS + 1) * info.self_kv_bytes_per_token
         of_one += kv.cross_length * info.cross_kv_bytes_per_feature
         for batch in plan.batches:
-            kvs += [_copied(both.pool, kv) for _ in range(batch - len(kvs))]
+            kvs += [copied(both.pool, kv, _PROMPT_TOKENS + 1) for _ in range(batch - len(kvs))]
             taken = _timed(plan, _step(both, kvs))
             floor = (both.weight_bytes + batch * of_one) / per_second * 1e3
             beside = {"floor_ms": round(floor, 3), "times_floor": round(taken["median"] / floor, 3)}
@@ -208,27 +209,23 @@ def _theirs(both: _Both, plan: Plan) -> Iterator[Row]:
         yield row | {"phase": "decode", "batch": batch, "ms": _timed(plan, _their_step(both, inputs, cache, batch))}
 
 
-def _prefilled(both: _Both, prompt: PreparedPrompt, trim: TrimPlan) -> tuple[Tensor, SequenceKV]:
-    kv = both.pool.allocate(_PROMPT_TOKENS + 1)
+def _prefilled(both: _Both, prompt: PreparedPrompt, trim: TrimPlan) -> tuple[Tensor, OwnKeyValues]:
     encoded = [_encode(both, image) for image in prompt.images]
-    return run_through(both.ours.prefill(prompt, encoded, trim, kv)).logits, kv
+    kv = _granted(both, encoded)
+    logits = run_through(both.ours.prefill(prompt, encoded, trim, kv)).logits
+    kv.give_back_unused()
+    return logits, kv
+
+
+def _granted(both: _Both, images: Sequence[EncodedImage]) -> OwnKeyValues:
+    return both.pool.key_values(_PROMPT_TOKENS + 1, sum(image.num_features for image in images))
 
 
 def _encode(both: _Both, image: PreparedImage) -> EncodedImage:
     return run_through(both.ours.encode_image(image))
 
 
-def _copied(pool: KVPool, kv: SequenceKV) -> SequenceKV:
-    other = pool.allocate(_PROMPT_TOKENS + 1)
-    other.reserve_cross(kv.cross_length, None)
-    other.length = kv.length
-    for to, source in ((other.self_tables, kv.self_tables), (other.cross_tables, kv.cross_tables)):
-        here, there = (torch.from_numpy(tables.ravel()).long().to(pool.pages.device) for tables in (to, source))
-        pool.pages[here] = pool.pages[there]
-    return other
-
-
-def _step(both: _Both, kvs: Sequence[SequenceKV]) -> Callable[[], Any]:
+def _step(both: _Both, kvs: Sequence[OwnKeyValues]) -> Callable[[], Any]:
     batch = list(kvs)
 
     def run() -> list[int]:

@@ -23,9 +23,9 @@ from training.heldout import write_held_out
 from trimserve.api.prompt import ChatPrompt, Image, Message, Text
 from trimserve.api.trim import FixedRatio, TrimRequest
 from trimserve.config import EngineConfig, ModelConfig
-from trimserve.engine.kv_pool import KVPool
 from trimserve.evaluation.dataset import Question, load_questions
 from trimserve.evaluation.metrics import is_match
+from trimserve.evaluation.pages import OwnPages
 from trimserve.evaluation.report import UNTRIMMED_POLICY
 from trimserve.model.interruptible import run_through
 from trimserve.model.loading import load_model
@@ -50,31 +50,25 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     model = load_model(ModelConfig(), EngineConfig())
-    settings = [TrimPlan(TrimRequest(enabled=False)), *_settings()]
+    settings = [TrimRequest(enabled=False), *_settings()]
     measured: list[list[tuple[bool, list[int]]]] = [[] for _ in settings]
     with TemporaryDirectory() as folder:
         for question in load_questions(write_held_out(Path(folder), arguments.questions, 0)):
             prompt = _prepare(model, question)
             images = [run_through(model.encode_image(image)) for image in prompt.images]
             for trim, found in zip(settings, measured, strict=True):
-                found.append(_answer(model, prompt, images, trim, question))
+                found.append(_answer(model, prompt, images, TrimPlan.of(trim), question))
     rows = [_row(model, trim, found) for trim, found in zip(settings, measured, strict=True)]
     report = {"model": model.info.model_id, "questions": arguments.questions, "keep": _KEEP, "rows": rows}
     write_json({**about(1), **report}, arguments.out)
     print(later_layers(report))
 
 
-def _settings() -> list[TrimPlan]:
+def _settings() -> list[TrimRequest]:
     half, whole = FixedRatio(_KEEP), FixedRatio(1.0)
     return [
-        *(
-            TrimPlan(TrimRequest(policy="sparsevlm", budget=half, parameters={"cascade_ratio": x}))
-            for x in _CASCADE_RATIOS
-        ),
-        *(
-            TrimPlan(TrimRequest(policy="todre", budget=whole, parameters={"late_exit_threshold": x}))
-            for x in _THRESHOLDS
-        ),
+        *(TrimRequest(policy="sparsevlm", budget=half, parameters={"cascade_ratio": x}) for x in _CASCADE_RATIOS),
+        *(TrimRequest(policy="todre", budget=whole, parameters={"late_exit_threshold": x}) for x in _THRESHOLDS),
     ]
 
 
@@ -87,7 +81,8 @@ def _answer(
     model: Mllama, prompt: PreparedPrompt, images: Sequence[EncodedImage], trim: TrimPlan, question: Question
 ) -> tuple[bool, list[int]]:
     """Whether the answer is right, and the rows that each layer held."""
-    kv = KVPool(model.info, 2**23, 1).allocate(len(prompt.token_ids) + _MAX_NEW_TOKENS)
+    num_features = sum(image.num_features for image in images)
+    kv = OwnPages(model.info, 2**23, 1).key_values(len(prompt.token_ids) + _MAX_NEW_TOKENS, num_features)
     logits = run_through(model.prefill(prompt, images, trim, kv)).logits
     token_ids: list[int] = []
     while len(token_ids) < _MAX_NEW_TOKENS:
@@ -100,8 +95,8 @@ def _answer(
     return is_match(text, question.answer or ""), kv.cross_lengths
 
 
-def _row(model: Mllama, trim: TrimPlan, found: Sequence[tuple[bool, list[int]]]) -> dict[str, Any]:
-    pools = {"shared_pages": KVPool(model.info, 0), "pages_of_one_layer": KVPool(model.info, 0, 1)}
+def _row(model: Mllama, trim: TrimRequest, found: Sequence[tuple[bool, list[int]]]) -> dict[str, Any]:
+    pools = {"shared_pages": OwnPages(model.info, 0), "pages_of_one_layer": OwnPages(model.info, 0, 1)}
     return {
         "policy": trim.policy if trim.enabled else UNTRIMMED_POLICY,
         "parameters": dict(trim.parameters),

@@ -31,7 +31,7 @@ from benchmarks.serve.workload import draw_picture
 from trimserve.api.prompt import ChatPrompt, Image, Message, Text
 from trimserve.api.trim import FixedRatio, TrimRequest
 from trimserve.config import EngineConfig, ModelConfig
-from trimserve.engine.kv_pool import KVPool
+from trimserve.evaluation.pages import OwnPages
 from trimserve.model.codebook import save_codebook
 from trimserve.model.interruptible import run_through
 from trimserve.model.loading import describe_model, load_model
@@ -40,7 +40,7 @@ from trimserve.model.prefilled import Prefilled
 from trimserve.model.prepared import PreparedPrompt
 from trimserve.trimming.encoded_image import EncodedImage, Observation
 from trimserve.trimming.plan import TrimPlan, choose_from_image, scratch_bytes, select
-from trimserve.trimming.policies.policy import FirstLayer
+from trimserve.trimming.policies.policy import CrossAttentionView, Place
 from trimserve.trimming.policies.table import POLICIES
 
 __all__ = ["main"]
@@ -72,8 +72,8 @@ def main() -> None:
     rows = []
     head = ("policy", "11B, ms", "MiB", "bench, ms", "of prefill", "encoding too")
     print("{:17} {:>8} {:>6} {:>10} {:>10} {:>12}".format(*head), flush=True)
-    for trim in _trims():
-        named = {"policy": trim.policy, "merge_ratio": trim.merge_ratio}
+    for request in _requests():
+        named, trim = {"policy": request.policy, "merge_ratio": request.merge_ratio}, TrimPlan.of(request)
         rows.append({**named, **_alone(trim, arguments.runs), **bench.measure(trim)})
         print(_line(rows[-1]), flush=True)
     document = {
@@ -98,13 +98,13 @@ def _load(folder: Path) -> Mllama:
         return load_model(config.model_copy(update={"codebook": codebook, "guide_model": str(folder)}), limits)
 
 
-def _trims() -> Iterator[TrimPlan]:
+def _requests() -> Iterator[TrimRequest]:
     """Every policy, and the recommended ones with merging."""
     for name, policy in POLICIES.items():
-        trim = TrimPlan(TrimRequest(policy=name, budget=FixedRatio(_KEEP) if policy.budgets else None))
-        yield trim
+        request = TrimRequest(policy=name, budget=FixedRatio(_KEEP) if policy.budgets else None)
+        yield request
         if name in RECOMMENDED:
-            yield TrimPlan(replace(trim.request, merge_ratio=_MERGE_RATIO))
+            yield replace(request, merge_ratio=_MERGE_RATIO)
 
 
 @torch.inference_mode()
@@ -126,7 +126,7 @@ def _chooser(trim: TrimPlan) -> Callable[[], Tensor]:
         return torch.randn(*shape, generator=generator)
 
     features = draw(_FEATURES, _DIM)
-    if trim.is_before_decoder:
+    if trim.place is Place.BEFORE_DECODER:
         notes: dict[Observation, Callable[[], Tensor]] = {
             "class_attention": lambda: draw(_VISION_LAYERS, _FEATURES).softmax(dim=1),
             "vision_attention": lambda: draw(2, _FEATURES, _VISION_HEADS, _VISION_HEAD_DIM),
@@ -140,7 +140,7 @@ def _chooser(trim: TrimPlan) -> Callable[[], Tensor]:
     queries, keys = draw(_ROWS, _HEADS, _HEAD_DIM), draw(_FEATURES, _KV_HEADS, _HEAD_DIM)
     visibility = torch.tensor([[0, _FEATURES]] * _ROWS, dtype=torch.int32)
     shape = (features, visibility, _HEAD_DIM**-0.5, (_FEATURES,), _SIZE)
-    return lambda: select(FirstLayer(queries, keys, *shape), trim).kept
+    return lambda: select(CrossAttentionView(queries, keys, *shape), trim).kept
 
 
 class _Bench:
@@ -149,7 +149,7 @@ class _Bench:
     def __init__(self, model: Mllama, runs: int) -> None:
         self._model = model
         self._prompts = list(_prompts(model, runs))
-        self._pool = KVPool(model.info, _POOL_BYTES)
+        self._pool = OwnPages(model.info, _POOL_BYTES)
         self._encoded: dict[frozenset[Observation], list[tuple[float, EncodedImage]]] = {}
 
     def measure(self, trim: TrimPlan) -> dict[str, Any]:
@@ -159,7 +159,7 @@ class _Bench:
         """
         choosing, reading, encoding = [], [], []
         for prompt, (seconds, image) in zip(self._prompts, self._images(trim.needs), strict=True):
-            kv = self._pool.allocate(len(prompt.token_ids))
+            kv = self._pool.key_values(len(prompt.token_ids), image.num_features)
             started_at = perf_counter()
             prefilled: Prefilled = run_through(self._model.prefill(prompt, [image], trim, kv))
             reading.append(perf_counter() - started_at)

@@ -28,11 +28,11 @@ from training.heldout import write_held_out
 from trimserve.api.prompt import ChatPrompt, Image, Message, Text
 from trimserve.api.trim import TrimRequest
 from trimserve.config import Dtype, EngineConfig, ModelConfig, Quantize
-from trimserve.engine.kv_pool import KVPool
 from trimserve.evaluation.answers import UNTRIMMED
 from trimserve.evaluation.dataset import Question, load_questions
 from trimserve.evaluation.in_process import InProcess
 from trimserve.evaluation.metrics import Bootstrap, is_match, kl_divergence
+from trimserve.evaluation.pages import OwnPages
 from trimserve.model.interruptible import run_through
 from trimserve.model.loading import load_model
 from trimserve.model.mllama import Mllama
@@ -79,7 +79,7 @@ def _measure(questions: Sequence[Question], console: Console) -> list[dict[str, 
         info = model.info
         settings = {
             "untrimmed": UNTRIMMED,
-            "trimmed": TrimPlan(TrimRequest(k_ratio=info.default_k_ratio, merge_ratio=info.default_merge_ratio)),
+            "trimmed": TrimPlan.of(TrimRequest(k_ratio=info.default_k_ratio, merge_ratio=info.default_merge_ratio)),
         }
         asked = track(questions, f"{dtype} {quantize}", console=console)
         answers = list(InProcess(model).answers(asked, [settings["trimmed"]]))
@@ -111,12 +111,12 @@ def _figures(
 def _first_tokens(model: Mllama, questions: Sequence[Question], trim: TrimPlan) -> Iterator[Floats]:
     """Logarithms of the first answered token's probabilities, [vocab_size], of each question."""
     info = model.info
-    pool = KVPool(info, info.max_model_len * (info.self_kv_bytes_per_token + info.cross_kv_bytes_per_feature))
+    pool = OwnPages(info, info.max_model_len * (info.self_kv_bytes_per_token + info.cross_kv_bytes_per_feature))
     for question in questions:
         parts = (Image(question.image.read_bytes()), Text(question.text))
         prompt = model.prepare(ChatPrompt((Message("user", parts),)))
-        kv = pool.allocate(len(prompt.token_ids))
         images = [run_through(model.encode_image(image)) for image in prompt.images]
+        kv = pool.key_values(len(prompt.token_ids), sum(image.num_features for image in images))
         logits = run_through(model.prefill(prompt, images, trim, kv)).logits
         kv.release()
         yield logits.double().log_softmax(dim=-1).numpy()

@@ -31,7 +31,7 @@ from transformers.models.mllama.modeling_mllama import (
 
 from benchmarks.serve.report import about, write_json
 from trimserve.model.checkpoint import embedded_model_folder, vision_config
-from trimserve.model.linear import Linear
+from trimserve.model.projection import Projection
 from trimserve.model.transformers_mllama import vision_layer_parts
 from trimserve.model.vision import ImageRows, VisionLayer
 from trimserve.model.vision_observer import VisionObserver
@@ -143,8 +143,8 @@ class _Bench:
         rows = torch.randn(max(counts) * num_rows, self._tiles.shape[2])
         calls = [lambda count=count: layer(rows[: count * num_rows], image) for count in counts]
         # The same product for every count, the one that a single image gets: it is not what is compared.
-        has_own_product = num_rows <= Linear(rows).most_rows(rows.dtype)
-        with patch.object(Linear, "most_rows", return_value=inf if has_own_product else 0):
+        has_own_product = num_rows <= Projection(rows).most_rows(rows.dtype)
+        with patch.object(Projection, "most_rows", return_value=inf if has_own_product else 0):
             alone = torch.cat([layer(of_image, image) for of_image in rows.split(num_rows)])
             difference = _largest_difference(calls[-1](), alone)
             seconds = [min(samples) / count for samples, count in zip(_in_turn(calls, runs), counts, strict=True)]

@@ -9,14 +9,15 @@ from torch import Tensor
 
 from benchmarks.generate.setting import Setting, make_prompt, trim_params
 from trimserve.config import Dtype, EngineConfig, ModelConfig, Quantize
-from trimserve.engine.kv_pool import KVPool, SequenceKV
+from trimserve.evaluation.pages import OwnKeyValues, OwnPages
 from trimserve.model.interruptible import run_through
 from trimserve.model.loading import load_model
 from trimserve.model.prefilled import Prefilled
 from trimserve.model.prepared import PreparedPrompt
 from trimserve.trimming.encoded_image import EncodedImage
+from trimserve.trimming.plan import TrimPlan
 
-__all__ = ["Asked", "Ours"]
+__all__ = ["Asked", "Ours", "copied"]
 
 _ANSWER_TOKENS = 16
 _SLACK = 1.1  # of the pool: pages are whole
@@ -42,7 +43,7 @@ class Ours:
         info = self.model.info
         of_text = info.self_kv_bytes_per_token * 4 * _ANSWER_TOKENS
         of_image = info.cross_kv_bytes_per_feature * info.max_tiles * info.features_per_tile
-        self.pool = KVPool(info, int((most + 1) * (of_text + of_image) * _SLACK) + 2**24)
+        self.pool = OwnPages(info, int((most + 1) * (of_text + of_image) * _SLACK) + 2**24)
 
     def ask(self, setting: Setting) -> "Asked":
         """Encode and prefill a setting."""
@@ -55,10 +56,10 @@ class Asked:
     def __init__(self, ours: Ours, setting: Setting) -> None:
         """Use `Ours.ask`."""
         self._model, self._pool = ours.model, ours.pool
-        self._trim = trim_params(setting, self._model.info, ours.max_kept_fraction)
+        self._trim = TrimPlan.of(trim_params(setting, self._model.info, ours.max_kept_fraction))
         self.prompt: PreparedPrompt = self._model.prepare(make_prompt(setting, self._model.info.tile_size))
         self._images = [self.encode()]
-        self._kvs: list[SequenceKV] = []
+        self._kvs: list[OwnKeyValues] = []
         self.logits = self._prefill().logits
 
     def encode(self) -> EncodedImage:
@@ -100,15 +101,29 @@ class Asked:
             kv.release()
 
     def _prefill(self) -> Prefilled:
-        self._kvs.append(self._pool.allocate(len(self.prompt.token_ids) + _ANSWER_TOKENS))
-        return run_through(self._model.prefill(self.prompt, self._images, self._trim, self._kvs[-1]))
+        num_positions = len(self.prompt.token_ids) + _ANSWER_TOKENS
+        kv = self._pool.key_values(num_positions, sum(image.num_features for image in self._images))
+        self._kvs.append(kv)
+        prefilled = run_through(self._model.prefill(self.prompt, self._images, self._trim, kv))
+        kv.give_back_unused()
+        return prefilled
 
     def _copy(self) -> None:
-        original = self._kvs[0]
-        copy = self._pool.allocate(len(self.prompt.token_ids) + _ANSWER_TOKENS)
-        bias = original.cross_bias
-        copy.reserve_cross(original.cross_length, None if bias is None else torch.from_numpy(bias))
-        pages = self._pool.pages
-        for to, source in ((copy.self_tables, original.self_tables), (copy.cross_tables, original.cross_tables)):
-            pages[torch.from_numpy(to.ravel()).long()] = pages[torch.from_numpy(source.ravel()).long()]
-        self._kvs.append(copy)
+        self._kvs.append(copied(self._pool, self._kvs[0], len(self.prompt.token_ids) + _ANSWER_TOKENS))
+
+
+def copied(pool: OwnPages, kv: OwnKeyValues, num_positions: int) -> OwnKeyValues:
+    """What a sequence holds, in pages of another one.
+
+    Args:
+        pool: of both.
+        kv: after its prefill.
+        num_positions: text positions that `kv` has pages for.
+    """
+    other = pool.key_values(num_positions, kv.cross_length)
+    other.length, other.cross_lengths, other.cross_biases = kv.length, [*kv.cross_lengths], [*kv.cross_biases]
+    for to, source in ((other.self_tables, kv.self_tables), (other.cross_tables, kv.cross_tables)):
+        tables = (to, source[:, : to.shape[1]])
+        here, there = (torch.from_numpy(table.ravel()).long().to(pool.pages.device) for table in tables)
+        pool.pages[here] = pool.pages[there]
+    return other

@@ -17,7 +17,7 @@ from benchmarks.ops.measure import Floor
 from tests.tolerances import HEADWISE_SCORES, LINEAR, PAGED_ATTENTION
 from trimserve import ops
 from trimserve.model import huge_pages
-from trimserve.model.int8 import int8_linear, to_int8
+from trimserve.model.int8 import multiply_int8, to_int8
 from trimserve.ops import PAGE_POSITIONS, reference
 
 __all__ = ["GEOMETRY", "Case", "make_cases"]
@@ -88,7 +88,7 @@ def make_cases(dtype: torch.dtype) -> Iterator[Case]:
 
 
 def _linear_cases(dtype: torch.dtype, generator: torch.Generator) -> Iterator[Case]:
-    """At the numbers of rows of decode steps, and at and beyond the limits of model/linear.py."""
+    """At the numbers of rows of decode steps, and at and beyond the limits of model/projection.py."""
     for num_rows in (1, _BATCH, 2 * _BATCH):
         yield _linear_case(dtype, generator, num_rows)
         yield _int8_linear_case(dtype, generator, num_rows)
@@ -249,7 +249,7 @@ def _linear_case(dtype: torch.dtype, generator: torch.Generator, num_rows: int, 
 def _int8_linear_case(
     dtype: torch.dtype, generator: torch.Generator, num_rows: int, size: int = _HEADS * _HEAD_DIM
 ) -> Case:
-    """Beside what model/linear.py does with more rows than its limit."""
+    """Beside what model/projection.py does with more rows than its limit."""
     x, weight = (_draw(n, size, dtype=dtype, generator=generator) for n in (num_rows, size))
     stored = to_int8(weight)
     product = ops.linear(x, *stored)
@@ -259,7 +259,7 @@ def _int8_linear_case(
         f"{num_rows} rows of {size}, int8 weights",
         dtype,
         lambda: ops.linear(x, *stored),
-        lambda: int8_linear(x, *stored),
+        lambda: multiply_int8(x, *stored),
         "weights made floats + linear",
         x.nbytes + sum(tensor.nbytes for tensor in stored) + product.nbytes,
         "read" if num_rows == 1 else None,

@@ -12,7 +12,7 @@ from benchmarks.serve.workload import Item
 from trimserve.api.prompt import ChatPrompt, Image, Message, Text
 from trimserve.api.trim import TrimRequest
 from trimserve.config import EngineConfig, ModelConfig
-from trimserve.engine.kv_pool import KVPool
+from trimserve.evaluation.pages import OwnPages
 from trimserve.model.interruptible import run_through
 from trimserve.model.loading import load_model
 from trimserve.model.mllama import Mllama
@@ -64,15 +64,16 @@ def _load(folder: Path | None, num_threads: int) -> None:
 def _step_seconds(item: Item, max_kept_fraction: float | None, num_steps: int) -> list[float]:
     assert _model is not None
     info = _model.info
-    trim = TrimPlan(
+    trim = TrimPlan.of(
         TrimRequest(
             k_ratio=info.default_k_ratio, merge_ratio=info.default_merge_ratio, max_kept_fraction=max_kept_fraction
         )
     )
     images = [Image(image) for image in item.images]
     prompt = _model.prepare(ChatPrompt((Message("user", (*images, Text(item.question))),)))
-    kv = KVPool(info, _POOL_BYTES).allocate(len(prompt.token_ids) + num_steps)
     features = [run_through(_model.encode_image(each)) for each in prompt.images]
+    num_features = sum(each.num_features for each in features)
+    kv = OwnPages(info, _POOL_BYTES).key_values(len(prompt.token_ids) + num_steps, num_features)
     prefilled = run_through(_model.prefill(prompt, features, trim, kv))
     token_id = int(prefilled.logits.argmax())
     seconds = []

@@ -27,6 +27,7 @@ from trimserve.model.interruptible import Interruptible
 from trimserve.model.key_values import KeyValues
 from trimserve.model.prefilled import Prefilled
 from trimserve.model.prepared import NamedImage, PreparedPrompt, TokenizedPrompt
+from trimserve.trimming.budget import HeadRatio
 from trimserve.trimming.encoded_image import EncodedImage, Observation
 from trimserve.trimming.plan import TrimPlan
 from trimserve.trimming.policies.table import POLICIES
@@ -153,41 +154,47 @@ class FakeModel:
         return EncodedImage(torch.ones(num_features, 2), FEATURES_PER_TILE, 1, observed)
 
     def prefill(
-        self, prompt: PreparedPrompt, images: Sequence[EncodedImage], trim: TrimPlan, kv: KeyValues
+        self, prompt: PreparedPrompt, images: Sequence[EncodedImage], trim: TrimPlan, kv: KeyValues, _: object = None
     ) -> Interruptible[Prefilled]:
         self.before_prefill()
         self.threads.add(threading.current_thread().name)
         if _text(prompt.token_ids) == BREAKS_PREFILL.text:
             raise RuntimeError("prefill broke")
         num_valid = tuple(image.num_features for image in images)
-        num_kept = tuple(
-            math.ceil(trim.request.k_ratio * valid) if trim.request.enabled else valid for valid in num_valid
-        )
+        ratio = 1.0
+        if trim.policy is not None:
+            assert isinstance(trim.allowance.budget, HeadRatio)
+            ratio = trim.allowance.budget.ratio
+        num_kept = tuple(math.ceil(ratio * valid) for valid in num_valid)
         num_merged = tuple(
-            math.ceil(trim.request.merge_ratio * (n - kept)) for n, kept in zip(num_valid, num_kept, strict=True)
+            math.ceil(trim.merge_ratio * (n - kept)) for n, kept in zip(num_valid, num_kept, strict=True)
         )
         num_rows = tuple(map(sum, zip(num_kept, num_merged, strict=True)))
         # As with decoded rows of a real model: only the last image is still seen.
         num_held = num_rows[-1] if num_rows else 0
         yield
         self.before_layer()
-        kv.reserve_cross(num_held, None)
+        for layer in range(self.info.num_cross_attention_layers):
+            kv.hold_features(layer, num_held, None)
         return Prefilled(
             logits=self._forward(prompt.token_ids, kv),
             num_padding=tuple((4 - image.num_tiles) * FEATURES_PER_TILE for image in prompt.images),
             num_valid=num_valid,
-            num_kept=num_rows,
-            num_merged=num_merged if trim.request.merge_ratio else (),
+            num_kept=num_kept,
+            num_merged=num_merged if trim.merge_ratio else (),
         )
 
     def warm_up_decode(self, pages: Tensor, max_batch: int) -> None:
         """No step is slower than another."""
 
-    def decode(self, token_ids: Sequence[int], kvs: Sequence[KeyValues]) -> Tensor:
+    def decode(
+        self, token_ids: Sequence[int], kvs: Sequence[KeyValues], num_rows: Sequence[int] | None = None
+    ) -> Tensor:
         self.before_decode()
         self.batch_sizes.append(len(kvs))
         self.threads.add(threading.current_thread().name)
-        return torch.stack([self._forward([token_id], kv) for token_id, kv in zip(token_ids, kvs, strict=True)])
+        rows = [kv for kv, count in zip(kvs, num_rows or [1] * len(kvs), strict=True) for _ in range(count)]
+        return torch.stack([self._forward([token_id], kv) for token_id, kv in zip(token_ids, rows, strict=True)])
 
     def _forward(self, token_ids: Sequence[int], kv: KeyValues) -> Tensor:
         # One page holds 16 positions of one layer here: keys of the last layer tell the history.

@@ -21,7 +21,7 @@ from trimserve.ops import PAGE_POSITIONS
 def prefilled(
     num_padding: tuple[int, ...],
     num_valid: tuple[int, ...],
-    num_rows: tuple[int, ...],
+    num_kept: tuple[int, ...],
     layer_rows: tuple[tuple[int, ...], ...] = (),
 ) -> PrefillReport:
     """A report with these counts."""
@@ -29,7 +29,7 @@ def prefilled(
         sequence=0,
         num_padding=num_padding,
         num_valid=num_valid,
-        num_rows=num_rows,
+        num_kept=num_kept,
         num_merged=(),
         layer_rows=layer_rows,
         held_rows=(),

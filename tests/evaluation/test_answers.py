@@ -13,16 +13,17 @@ from trimserve.api.prompt import ChatPrompt, Image, Message, Text
 from trimserve.api.trim import TrimRequest
 from trimserve.client import Client
 from trimserve.config import ModelConfig
-from trimserve.engine.kv_pool import KVPool
 from trimserve.errors import RequestFailed
 from trimserve.evaluation.answers import UNTRIMMED, Answer
 from trimserve.evaluation.dataset import DatasetError, Question
 from trimserve.evaluation.in_process import InProcess
+from trimserve.evaluation.pages import OwnPages
 from trimserve.evaluation.served import Served
 from trimserve.model.interruptible import run_through
 from trimserve.model.mllama import Mllama
 from trimserve.model.prefilled import Prefilled
 from trimserve.serve import in_process_server
+from trimserve.trimming.plan import TrimPlan
 from trimserve.trimming.policies.table import POLICIES
 
 TRIMS = [TrimRequest(policy=policy, k_ratio=0.2) for policy in ("trimmed", "random", "strided")]
@@ -48,9 +49,9 @@ def prefilled(model: Mllama, question: Question, trim: TrimRequest) -> Prefilled
     """What the model makes of one question alone."""
     parts = (Image(question.image.read_bytes()), Text(question.text))
     prompt = model.prepare(ChatPrompt((Message("user", parts),)))
-    kv = KVPool(model.info, 2**24).allocate(len(prompt.token_ids))
+    kv = OwnPages(model.info, 2**24).key_values(len(prompt.token_ids), 2**12)
     features = [run_through(model.encode_image(image)) for image in prompt.images]
-    return run_through(model.prefill(prompt, features, trim, kv))
+    return run_through(model.prefill(prompt, features, TrimPlan.of(trim), kv))
 
 
 def test_counts_and_divergences_are_those_of_the_model_alone(
@@ -62,7 +63,7 @@ def test_counts_and_divergences_are_those_of_the_model_alone(
         assert row[0].num_held == row[0].num_valid == sum(untrimmed.num_valid)
         for trim, answer in zip(TRIMS, row[1:], strict=True):
             alone = prefilled(model, question, trim)
-            assert answer.num_held == sum(alone.num_kept) < answer.num_valid
+            assert answer.num_held == sum(alone.num_held) < answer.num_valid
             p, q = (logits.double().log_softmax(-1) for logits in (untrimmed.logits, alone.logits))
             expected = F.kl_div(q, p, reduction="sum", log_target=True).item()
             assert answer.divergence == pytest.approx(expected, rel=1e-3)

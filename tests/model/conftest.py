@@ -13,7 +13,7 @@ from tests.model.random_checkpoint import Geometry, equip, save_random_checkpoin
 from trimserve.api.prompt import Prompt
 from trimserve.api.trim import TrimRequest
 from trimserve.config import EngineConfig, ModelConfig
-from trimserve.engine.kv_pool import KVPool, SequenceKV
+from trimserve.evaluation.pages import OwnKeyValues, OwnPages
 from trimserve.model.interruptible import run_through
 from trimserve.model.loading import load_model
 from trimserve.model.mllama import Mllama
@@ -21,7 +21,7 @@ from trimserve.model.prepared import PreparedPrompt
 from trimserve.trimming.encoded_image import EncodedImage
 from trimserve.trimming.plan import TrimPlan
 
-NO_TRIM = TrimPlan(TrimRequest(enabled=False))
+NO_TRIM = TrimPlan.of(TrimRequest(enabled=False))
 
 
 @dataclass(frozen=True)
@@ -33,18 +33,23 @@ class Pair:
     peer: Peer
 
     @property
-    def pool(self) -> KVPool:
+    def pool(self) -> OwnPages:
         """A fresh pool of the model's geometry."""
-        return KVPool(self.ours.info, 2**24)
+        return OwnPages(self.ours.info, 2**24)
 
     def encoded(self, prompt: PreparedPrompt, trim: TrimPlan = NO_TRIM) -> list[EncodedImage]:
         """Each image, with what the policy needs."""
         return [run_through(self.ours.encode_image(image, trim.needs)) for image in prompt.images]
 
-    def logits(self, prompt: Prompt, trim: TrimPlan = NO_TRIM) -> tuple[Tensor, SequenceKV]:
+    def granted(self, prompt: PreparedPrompt, num_new: int = 0, pool: OwnPages | None = None) -> OwnKeyValues:
+        """Pages for a prompt, all of its images and so many new tokens; of a pool of its own unless one is given."""
+        num_rows = sum(image.num_tiles for image in prompt.images) * self.ours.info.features_per_tile
+        return (pool or self.pool).key_values(len(prompt.token_ids) + num_new, num_rows)
+
+    def logits(self, prompt: Prompt, trim: TrimPlan = NO_TRIM) -> tuple[Tensor, OwnKeyValues]:
         """Logits of every prompt row, and the keys and values."""
         prepared = self.ours.prepare(prompt)
-        kv = self.pool.allocate(len(prepared.token_ids) + 16)
+        kv = self.granted(prepared, 16)
         rows = self.ours.prompt_rows(prepared, self.encoded(prepared, trim), trim, kv)
         return self.ours.logits([rows], prepared.token_ids), kv
 

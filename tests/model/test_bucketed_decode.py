@@ -13,8 +13,8 @@ from tests.model.test_mllama import noise, raw
 from tests.tolerances import LOGITS
 from trimserve.api.trim import FixedCount, TrimRequest
 from trimserve.config import Device, EngineConfig, ModelConfig
-from trimserve.engine.kv_pool import KVPool, SequenceKV
-from trimserve.model.bucketed_decode import Capture, CudaGraphs, Step, eagerly
+from trimserve.evaluation.pages import OwnKeyValues, OwnPages
+from trimserve.model.bucketed_decode import Capture, CudaGraphs, Step
 from trimserve.model.interruptible import run_through
 from trimserve.model.loading import load_model
 from trimserve.model.mllama import Mllama
@@ -24,16 +24,16 @@ from trimserve.trimming.plan import TrimPlan
 MOST = 17
 GEOMETRY = Geometry(num_layers=6, cross_layers=(0, 2, 5))
 TILE = GEOMETRY.tile_size
-CASCADE = TrimPlan(
+CASCADE = TrimPlan.of(
     TrimRequest(policy="sparsevlm", budget=FixedCount(21), merge_ratio=0.1, parameters={"cascade_ratio": 0.5})
 )
-LATE_EXIT = TrimPlan(TrimRequest(policy="todre", budget=FixedCount(18), parameters={"late_exit_threshold": 1.0}))
+LATE_EXIT = TrimPlan.of(TrimRequest(policy="todre", budget=FixedCount(18), parameters={"late_exit_threshold": 1.0}))
 KINDS = [
     ("nothing but words", [], NO_TRIM),
     ("an image<|image|>and words", [noise((1, 2), TILE)], NO_TRIM),
     ("other words", [], NO_TRIM),
-    ("a trimmed<|image|>one", [noise((2, 2), TILE, 1)], TrimPlan(TrimRequest(k_ratio=0.1))),
-    ("a merged<|image|>one", [noise((2, 2), TILE, 2)], TrimPlan(TrimRequest(k_ratio=0.1, merge_ratio=0.2))),
+    ("a trimmed<|image|>one", [noise((2, 2), TILE, 1)], TrimPlan.of(TrimRequest(k_ratio=0.1))),
+    ("a merged<|image|>one", [noise((2, 2), TILE, 2)], TrimPlan.of(TrimRequest(k_ratio=0.1, merge_ratio=0.2))),
     ("less and less<|image|>of one", [noise((2, 2), TILE, 3)], CASCADE),
     ("one left<|image|>early", [noise((1, 2), TILE, 4)], LATE_EXIT),
 ]
@@ -48,16 +48,21 @@ def model(tmp_path_factory: pytest.TempPathFactory, device: Device) -> Mllama:
 
 
 @pytest.fixture(scope="module", params=[1, 3], ids=["a layer to a page", "three layers to a page"])
-def pool(model: Mllama, request: pytest.FixtureRequest) -> KVPool:
+def pool(model: Mllama, request: pytest.FixtureRequest) -> OwnPages:
     """Pages for all."""
-    return KVPool(model.info, 2**24, request.param)
+    return OwnPages(model.info, 2**24, request.param)
 
 
 @pytest.fixture
-def warm(model: Mllama, pool: KVPool, monkeypatch: pytest.MonkeyPatch) -> Callable[[Capture], None]:
+def warm(model: Mllama, pool: OwnPages, monkeypatch: pytest.MonkeyPatch) -> Callable[[Capture], None]:
     """Lets the model take its steps in buffers until the test ends."""
     monkeypatch.setattr(model, "_bucketed", None)
     return partial(model.warm_up_decode, pool.pages, MOST)
+
+
+def eagerly(step: Step) -> Step:
+    """Captures nothing: the step runs op by op."""
+    return step
 
 
 @pytest.fixture
@@ -66,20 +71,24 @@ def capture(device: Device) -> Capture:
     return CudaGraphs() if device == "cuda" else eagerly
 
 
-def prefilled(model: Mllama, pool: KVPool, count: int, kinds: Sequence[int] = range(len(KINDS))) -> list[SequenceKV]:
+def prefilled(
+    model: Mllama, pool: OwnPages, count: int, kinds: Sequence[int] = range(len(KINDS))
+) -> list[OwnKeyValues]:
     """So many sequences, of the kinds in turn."""
     kvs = []
     for row in range(count):
         text, images, trim = KINDS[kinds[row % len(kinds)]]
         prompt = model.prepare(raw(text * (1 + row % 2), images * (1 + row % 2)))
-        kv = pool.allocate(len(prompt.token_ids) + 8)
+        kv = pool.key_values(
+            len(prompt.token_ids) + 8, sum(image.num_tiles for image in prompt.images) * model.info.features_per_tile
+        )
         encoded = [run_through(model.encode_image(image, trim.needs)) for image in prompt.images]
         run_through(model.prefill(prompt, encoded, trim, kv))
         kvs.append(kv)
     return kvs
 
 
-def steps(model: Mllama, kvs: Sequence[SequenceKV], count: int = 2) -> Tensor:
+def steps(model: Mllama, kvs: Sequence[OwnKeyValues], count: int = 2) -> Tensor:
     """Logits [count, B, V] of steps with known tokens."""
     tokens = [[(7 * row + step) % 50 + 3 for row in range(len(kvs))] for step in range(count)]
     return torch.stack([model.decode(of_step, kvs).clone() for of_step in tokens])
@@ -96,7 +105,7 @@ def test_buckets_hold_the_largest_batch_and_no_more_than_it_needs(max_batch: int
     "kinds", [range(len(KINDS)), [0, 2], [3], [6, 5]], ids=["mixed", "text", "images", "later layers hold less"]
 )
 def test_a_batch_of_any_size_gets_the_logits_of_ordinary_steps(
-    model: Mllama, pool: KVPool, warm: Callable[[Capture], None], capture: Capture, kinds: Sequence[int]
+    model: Mllama, pool: OwnPages, warm: Callable[[Capture], None], capture: Capture, kinds: Sequence[int]
 ) -> None:
     kvs = prefilled(model, pool, MOST, kinds)
     lengths = [kv.length for kv in kvs]
@@ -120,7 +129,7 @@ def test_a_batch_of_any_size_gets_the_logits_of_ordinary_steps(
 
 
 def test_rows_that_pad_a_batch_change_no_page_but_the_last(
-    model: Mllama, pool: KVPool, warm: Callable[[Capture], None], capture: Capture, monkeypatch: pytest.MonkeyPatch
+    model: Mllama, pool: OwnPages, warm: Callable[[Capture], None], capture: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kvs = prefilled(model, pool, 5)
     before, lengths = pool.pages.clone(), [kv.length for kv in kvs]
@@ -139,7 +148,7 @@ def test_rows_that_pad_a_batch_change_no_page_but_the_last(
 
 
 def test_a_larger_batch_and_another_pool_take_ordinary_steps(
-    model: Mllama, pool: KVPool, warm: Callable[[Capture], None]
+    model: Mllama, pool: OwnPages, warm: Callable[[Capture], None]
 ) -> None:
     taken: list[int] = []
 
@@ -152,7 +161,7 @@ def test_a_larger_batch_and_another_pool_take_ordinary_steps(
         return run
 
     warm(watched)
-    other = KVPool(model.info, 2**22)
+    other = OwnPages(model.info, 2**22)
     elsewhere = prefilled(model, other, 1)
     steps(model, elsewhere)
     assert taken == []

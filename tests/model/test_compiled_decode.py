@@ -13,14 +13,14 @@ from tests.model.random_checkpoint import Geometry, draw_geometry
 from tests.model.test_mllama import noise, raw
 from tests.tolerances import LOGITS, LOGITS_BFLOAT16
 from trimserve.api.trim import TrimRequest
-from trimserve.engine.kv_pool import KVPool, SequenceKV
+from trimserve.evaluation.pages import OwnKeyValues, OwnPages
 from trimserve.model.compiled_decode import CompiledDecode
 from trimserve.trimming.plan import TrimPlan
 
-TRIM = TrimPlan(TrimRequest(k_ratio=0.2, merge_ratio=0.1))
+TRIM = TrimPlan.of(TrimRequest(k_ratio=0.2, merge_ratio=0.1))
 
 
-def prefilled(pair: Pair, pool: KVPool, seed: int = 0) -> list[SequenceKV]:
+def prefilled(pair: Pair, pool: OwnPages, seed: int = 0) -> list[OwnKeyValues]:
     """Text, a trimmed image and an untrimmed one, text again."""
     image = noise((1, 2), pair.ours.info.tile_size, seed)
     kvs = []
@@ -31,14 +31,14 @@ def prefilled(pair: Pair, pool: KVPool, seed: int = 0) -> list[SequenceKV]:
         ("Tell me more", [], NO_TRIM),
     ]:
         prepared = pair.ours.prepare(raw(text, images))
-        kv = pool.allocate(len(prepared.token_ids) + 4)
+        kv = pair.granted(prepared, 4, pool)
         rows = pair.ours.prompt_rows(prepared, pair.encoded(prepared, trim), trim, kv)
         pair.ours.logits([rows], prepared.token_ids)
         kvs.append(kv)
     return kvs
 
 
-def decoded(pair: Pair, kvs: list[SequenceKV]) -> Tensor:
+def decoded(pair: Pair, kvs: list[OwnKeyValues]) -> Tensor:
     """Logits of two steps, sequence after sequence."""
     return torch.stack([pair.ours.decode([3 + step, 5, 7, 9], kvs) for step in range(2)])
 
@@ -81,7 +81,7 @@ def test_norms_that_differ_are_decoded_layer_by_layer(make_pair: Callable[..., P
 
 
 def test_nothing_is_kept_of_sequences_that_ended(pair: Pair) -> None:
-    pool = KVPool(pair.ours.info, 2**22)
+    pool = OwnPages(pair.ours.info, 2**22)
     kvs = prefilled(pair, pool)
     decoded(pair, kvs)
     pages = weakref.ref(pool.pages)

@@ -40,15 +40,17 @@ def test_a_choice_is_made_once_for_each_of_the_last_few_keys() -> None:
 
 def test_policy_parameters_budget_cap_and_merging_are_the_key() -> None:
     image = EncodedImage(torch.randn(10, 2), 10, 2, {"class_attention": torch.rand(3, 10)})
-    cls = TrimPlan(TrimRequest(policy="cls", budget=FixedRatio(0.5)))
+    cls = TrimPlan.of(TrimRequest(policy="cls", budget=FixedRatio(0.5)))
     first = choose_from_image(image, cls)
-    assert choose_from_image(image, TrimPlan(TrimRequest(policy="cls", k_ratio=0.1))) is first  # k_ratio is not asked
+    assert (
+        choose_from_image(image, TrimPlan.of(TrimRequest(policy="cls", k_ratio=0.1))) is first
+    )  # k_ratio is not asked
     for other in (
-        TrimPlan(TrimRequest(policy="cls", budget=FixedRatio(0.4))),
-        TrimPlan(TrimRequest(policy="cls", parameters={"num_layers": 1})),
-        TrimPlan(TrimRequest(policy="cls", max_kept_fraction=0.3)),
-        TrimPlan(TrimRequest(policy="cls", merge_ratio=0.2)),
-        TrimPlan(TrimRequest(policy="divprune")),
+        TrimPlan.of(TrimRequest(policy="cls", budget=FixedRatio(0.4))),
+        TrimPlan.of(TrimRequest(policy="cls", parameters={"num_layers": 1})),
+        TrimPlan.of(TrimRequest(policy="cls", max_kept_fraction=0.3)),
+        TrimPlan.of(TrimRequest(policy="cls", merge_ratio=0.2)),
+        TrimPlan.of(TrimRequest(policy="divprune")),
     ):
         assert choose_from_image(image, other) is not first
 
@@ -58,7 +60,7 @@ def test_there_is_room_for_what_an_image_remembers() -> None:
     before = image.nbytes
     held = 0
     for budget in (FixedRatio(0.1), FixedRatio(0.3), FixedRatio(0.6), FixedRatio(0.9)):
-        choice = choose_from_image(image, TrimPlan(TrimRequest(policy="cls", budget=budget, merge_ratio=1.0)))
+        choice = choose_from_image(image, TrimPlan.of(TrimRequest(policy="cls", budget=budget, merge_ratio=1.0)))
         assert choice.groups is not None
         held += choice.kept.nbytes + choice.groups.members.nbytes + choice.groups.sizes.nbytes
     assert image.features.nbytes + image.observed["class_attention"].nbytes + held <= before == image.nbytes

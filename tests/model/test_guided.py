@@ -43,35 +43,35 @@ def two_images(pair: Pair) -> Prompt:
     return raw(TWO_APART, [noise((2, 2), tile, 1), noise((1, 2), tile, 2)])
 
 
-def prefilled(model: Mllama, pair: Pair, prompt: Prompt, trim: TrimPlan) -> Prefilled:
+def prefilled(model: Mllama, pair: Pair, prompt: Prompt, trim: TrimRequest) -> Prefilled:
     """A prompt read by a model with the pair's geometry of keys and values."""
-    prepared = model.prepare(prompt)
-    images = [run_through(model.encode_image(image, trim.needs)) for image in prepared.images]
-    result: Prefilled = run_through(model.prefill(prepared, images, trim, pair.pool.allocate(len(prepared.token_ids))))
+    prepared, plan = model.prepare(prompt), TrimPlan.of(trim)
+    images = [run_through(model.encode_image(image, plan.needs)) for image in prepared.images]
+    result: Prefilled = run_through(model.prefill(prepared, images, plan, pair.granted(prepared)))
     return result
 
 
 TRIMS = [
-    TrimPlan(TrimRequest(k_ratio=0.05, return_selection=True)),
-    TrimPlan(TrimRequest(k_ratio=0.1, max_kept_fraction=0.3, return_selection=True)),
-    TrimPlan(TrimRequest(budget=FixedRatio(0.3), return_selection=True)),
-    TrimPlan(TrimRequest(budget=TopP(0.2), return_selection=True)),
+    TrimRequest(k_ratio=0.05, return_selection=True),
+    TrimRequest(k_ratio=0.1, max_kept_fraction=0.3, return_selection=True),
+    TrimRequest(budget=FixedRatio(0.3), return_selection=True),
+    TrimRequest(budget=TopP(0.2), return_selection=True),
 ]
 
 
 @pytest.mark.parametrize("trim", TRIMS)
-def test_a_model_that_guides_itself_keeps_what_trimmed_keeps(equipped: Pair, trim: TrimPlan) -> None:
+def test_a_model_that_guides_itself_keeps_what_trimmed_keeps(equipped: Pair, trim: TrimRequest) -> None:
     prompt = two_images(equipped)
     trimmed = prefilled(equipped.ours, equipped, prompt, trim)
-    own = prefilled(equipped.ours, equipped, prompt, TrimPlan(replace(trim.request, policy="guided")))
+    own = prefilled(equipped.ours, equipped, prompt, replace(trim, policy="guided"))
     assert own.selections == trimmed.selections
     assert own.num_kept == trimmed.num_kept < trimmed.num_valid
 
 
 @pytest.mark.parametrize("trim", TRIMS)
-def test_what_the_guide_would_keep_is_kept(guided: Mllama, pair: Pair, other: Pair, trim: TrimPlan) -> None:
+def test_what_the_guide_would_keep_is_kept(guided: Mllama, pair: Pair, other: Pair, trim: TrimRequest) -> None:
     prompt = two_images(pair)
-    chosen = prefilled(guided, pair, prompt, TrimPlan(replace(trim.request, policy="guided")))
+    chosen = prefilled(guided, pair, prompt, replace(trim, policy="guided"))
     assert chosen.selections == prefilled(other.ours, other, prompt, trim).selections
     assert chosen.selections != prefilled(pair.ours, pair, prompt, trim).selections
     assert len(chosen.selections[0].picks_by_head) == other.ours.info.num_heads
@@ -80,13 +80,13 @@ def test_what_the_guide_would_keep_is_kept(guided: Mllama, pair: Pair, other: Pa
 
 
 def test_the_decoder_gets_only_what_was_chosen_alone_and_in_a_batch(guided: Mllama, pair: Pair) -> None:
-    trim = TrimPlan(TrimRequest(policy="guided", k_ratio=0.1))
+    trim = TrimPlan.of(TrimRequest(policy="guided", k_ratio=0.1))
     tile = pair.ours.info.tile_size
     prompts = [guided.prepare(two_images(pair)), guided.prepare(raw(ONE, [noise((1, 1), tile, 3)]))]
     images = [[run_through(guided.encode_image(image)) for image in prompt.images] for prompt in prompts]
     pool = pair.pool
     rows = [
-        guided.prompt_rows(prompt, of_prompt, trim, pool.allocate(len(prompt.token_ids)))
+        guided.prompt_rows(prompt, of_prompt, trim, pair.granted(prompt, pool=pool))
         for prompt, of_prompt in zip(prompts, images, strict=True)
     ]
     together = guided.logits(rows, [token for prompt in prompts for token in prompt.token_ids])
@@ -97,10 +97,10 @@ def test_the_decoder_gets_only_what_was_chosen_alone_and_in_a_batch(guided: Mlla
         assert own.vision.selection is not None
         everything = torch.cat([image.features for image in of_prompt])[own.vision.selection.kept]
         kept = [EncodedImage(part, 1) for part in everything.split(own.vision.selection.num_kept)]
-        untrimmed = TrimPlan(TrimRequest(enabled=False))
-        alone = guided.prompt_rows(prompt, kept, untrimmed, pool.allocate(len(prompt.token_ids)))
+        untrimmed = TrimPlan.of(TrimRequest(enabled=False))
+        alone = guided.prompt_rows(prompt, kept, untrimmed, pair.granted(prompt, pool=pool))
         torch.testing.assert_close(guided.logits([alone], prompt.token_ids), logits, atol=LOGITS, rtol=0)
-        whole = guided.prompt_rows(prompt, of_prompt, untrimmed, pool.allocate(len(prompt.token_ids)))
+        whole = guided.prompt_rows(prompt, of_prompt, untrimmed, pair.granted(prompt, pool=pool))
         assert (guided.logits([whole], prompt.token_ids) - logits).abs().max() > 100 * LOGITS
 
 
@@ -108,10 +108,10 @@ def test_the_guide_sees_an_image_once_and_there_is_room_for_what_it_sees(guided:
     prompt = guided.prepare(raw(ONE, [noise((1, 2), pair.ours.info.tile_size)]))
     [image] = [run_through(guided.encode_image(image)) for image in prompt.images]
     before = image.nbytes
-    trim = TrimPlan(TrimRequest(policy="guided", k_ratio=0.1))
+    trim = TrimPlan.of(TrimRequest(policy="guided", k_ratio=0.1))
     seen = []
     for _ in range(2):
-        guided.prompt_rows(prompt, [image], trim, pair.pool.allocate(len(prompt.token_ids)))
+        guided.prompt_rows(prompt, [image], trim, pair.granted(prompt))
         assert image.guide is not None
         seen.append(image.guide)
     assert seen[0] is seen[1]

@@ -14,10 +14,11 @@ from tests.model.random_checkpoint import Geometry
 from tests.model.test_mllama import ONE, THREE_MIXED, TWO_APART, noise, raw
 from tests.tolerances import LOGITS
 from trimserve.api.trim import FixedCount, FixedRatio, TrimRequest
-from trimserve.engine.kv_pool import KVPool, SequenceKV
+from trimserve.evaluation.pages import OwnKeyValues, OwnPages
 from trimserve.model.decoder import SequenceRows
 from trimserve.model.interruptible import run_through
 from trimserve.trimming.plan import TrimPlan
+from trimserve.trimming.policies.policy import CrossAttentionView, Verdict
 
 CONTINUATION = [7, 3]
 EXIT = {"late_exit_threshold": 1.0}
@@ -27,7 +28,7 @@ EXIT = {"late_exit_threshold": 1.0}
 def cascade(ratio: float, count: int, merge_ratio: float = 0.0) -> TrimPlan:
     """`sparsevlm` that keeps so many, and of these a share in each later layer."""
     parameters = {"cascade_ratio": ratio}
-    return TrimPlan(
+    return TrimPlan.of(
         TrimRequest(policy="sparsevlm", budget=FixedCount(count), merge_ratio=merge_ratio, parameters=parameters)
     )
 
@@ -41,13 +42,13 @@ def deep(make_pair: Callable[..., Pair]) -> Pair:
 def read(pair: Pair, text: str, images: list[Image.Image], trim: TrimPlan, layers_per_page: int = 3) -> SequenceRows:
     """The prompt's rows, not prefilled yet."""
     prepared = pair.ours.prepare(raw(text, images))
-    kv = KVPool(pair.ours.info, 2**24, layers_per_page).allocate(len(prepared.token_ids) + 4)
+    kv = pair.granted(prepared, 4, OwnPages(pair.ours.info, 2**24, layers_per_page))
     return pair.ours.prompt_rows(prepared, pair.encoded(prepared, trim), trim, kv)
 
 
-def held(rows: SequenceRows) -> SequenceKV:
+def held(rows: SequenceRows) -> OwnKeyValues:
     """Keys and values of a prompt."""
-    assert isinstance(rows.kv, SequenceKV)
+    assert isinstance(rows.kv, OwnKeyValues)
     return rows.kv
 
 
@@ -63,7 +64,7 @@ def test_after_a_late_exit_cross_attention_layers_are_shut_and_hold_nothing(
 ) -> None:
     pair = make_pair(Geometry(num_layers=6, cross_layers=(0, 2, 5)))
     images = [noise((1, 2), pair.ours.info.tile_size)]
-    trim = TrimPlan(TrimRequest(policy="todre", budget=FixedRatio(1.0), parameters=EXIT))
+    trim = TrimPlan.of(TrimRequest(policy="todre", budget=FixedRatio(1.0), parameters=EXIT))
     rows = read(pair, "before " + ONE, images, trim, layers_per_page)
     token_ids = [*pair.ours.prepare(raw("before " + ONE, images)).token_ids, *CONTINUATION]
     untrimmed = pair.peer.logits(token_ids, images)
@@ -77,12 +78,13 @@ def test_after_a_late_exit_cross_attention_layers_are_shut_and_hold_nothing(
     num_features = 2 * pair.ours.info.features_per_tile
     assert held(rows).cross_lengths == [num_features, 0, 0]
     num_pages = 2  # for 20 rows
-    assert held(rows).cross_bytes == num_pages * 16 * layers_per_page * pair.ours.info.kv_bytes_per_position
+    held(rows).give_back_unused()
+    assert held(rows).owned.cross_bytes == num_pages * 16 * layers_per_page * pair.ours.info.kv_bytes_per_position
 
 
 def test_a_threshold_that_is_never_reached_changes_nothing(deep: Pair) -> None:
     prompt = raw(ONE, [noise((1, 2), deep.ours.info.tile_size)])
-    trim = TrimPlan(TrimRequest(policy="todre", budget=FixedRatio(1.0), parameters={"late_exit_threshold": 1e-9}))
+    trim = TrimPlan.of(TrimRequest(policy="todre", budget=FixedRatio(1.0), parameters={"late_exit_threshold": 1e-9}))
     logits, kv = deep.logits(prompt, trim)
     assert torch.equal(logits, deep.logits(prompt)[0])
     assert kv.cross_lengths == [2 * deep.ours.info.features_per_tile] * 3
@@ -147,12 +149,12 @@ def test_images_are_counted_apart_and_merged_rows_stay_in_every_layer(deep: Pair
     tile, size = deep.ours.info.tile_size, deep.ours.info.features_per_tile
     prepared = deep.ours.prepare(raw("<|image|><|image|>both", [noise((2, 2), tile, 1), noise((1, 1), tile, 2)]))
     trim = cascade(0.5, 9, merge_ratio=0.1)  # one row of the ten features of each tile
-    kv = KVPool(deep.ours.info, 2**24, 1).allocate(len(prepared.token_ids))
+    kv = deep.granted(prepared, pool=OwnPages(deep.ours.info, 2**24, 1))
     prefilled = run_through(deep.ours.prefill(prepared, deep.encoded(prepared), trim, kv))
-    assert (prefilled.num_valid, prefilled.num_kept, prefilled.num_merged) == ((4 * size, size), (13, 10), (4, 1))
+    assert (prefilled.num_valid, prefilled.num_kept, prefilled.num_merged) == ((4 * size, size), (9, 9), (4, 1))
     assert prefilled.layer_rows == ((13, 10), (9, 6), (7, 4))
     assert kv.cross_lengths == [23, 15, 11]
-    assert kv.cross_bias is not None
+    assert prefilled.num_held == (13, 10)
     biases = [sorted(bias[bias > 0]) for bias in kv.cross_biases if bias is not None]
     assert len(biases) == 3
     assert biases[0] == biases[1] == biases[2]
@@ -174,7 +176,7 @@ def test_a_batch_of_all_kinds_equals_each_alone(deep: Pair, monkeypatch: pytest.
     if not is_compiled:
         monkeypatch.setattr(deep.ours._decoder, "_compiled", None)
     tile = deep.ours.info.tile_size
-    leaving = TrimPlan(TrimRequest(policy="todre", budget=FixedCount(6), parameters=EXIT))
+    leaving = TrimPlan.of(TrimRequest(policy="todre", budget=FixedCount(6), parameters=EXIT))
     requests = [
         (ONE, [noise((1, 2), tile, 1)], leaving),
         ("no image at all", [], NO_TRIM),
@@ -182,13 +184,14 @@ def test_a_batch_of_all_kinds_equals_each_alone(deep: Pair, monkeypatch: pytest.
         (TWO_APART, [noise((1, 1), tile, 3), noise((1, 2), tile, 4)], leaving),
         (THREE_MIXED, [noise((1, 1), tile, seed) for seed in (5, 6, 7)], NO_TRIM),
     ]
-    prompts = [deep.ours.prepare(raw(text, images)).token_ids for text, images, _ in requests]
-    pool = KVPool(deep.ours.info, 2**24, 1)
+    prepared = [deep.ours.prepare(raw(text, images)) for text, images, _ in requests]
+    prompts = [prompt.token_ids for prompt in prepared]
+    pool = OwnPages(deep.ours.info, 2**24, 1)
 
     def fresh() -> list[SequenceRows]:
         rows = [read(deep, text, images, trim) for text, images, trim in requests]
-        for each in rows:
-            each.kv = pool.allocate(each.num_rows + 4)
+        for each, prompt in zip(rows, prepared, strict=True):
+            each.kv = deep.granted(prompt, 4, pool)
         return rows
 
     together, apart = fresh(), fresh()
@@ -206,10 +209,15 @@ def test_the_share_of_the_image_is_a_mean_over_rows() -> None:
     rows = torch.tensor([[3.0, 4.0], [0.0, 1.0], [2.0, 0.0]])
     added = torch.tensor([[0.0, 5.0], [0.0, 0.0], [0.0, -6.0]])
     # 5 / 10, 0 / 1 and 6 / 8: five twelfths.
-    for threshold, has_seen_enough in ((5 / 12 - 1e-4, False), (5 / 12 + 1e-4, True)):
-        rule = TrimPlan(TrimRequest(policy="todre", parameters={"late_exit_threshold": threshold})).exit_rule
-        assert rule is not None
-        assert rule(rows, added) is has_seen_enough
-        assert not rule(rows, added * math.nan)
-    assert TrimPlan(TrimRequest(policy="todre")).exit_rule is None
-    assert TrimPlan(TrimRequest(policy="todre", enabled=False, parameters=EXIT)).exit_rule is None
+    nothing = torch.zeros(3, 1, 1)
+    view = CrossAttentionView(nothing, nothing, rows, torch.zeros(3, 2, dtype=torch.int32), 1.0, [3], 3)
+    for threshold, verdict in ((5 / 12 - 1e-4, Verdict.KEEP_ALL), (5 / 12 + 1e-4, Verdict.LEAVE)):
+        trim = TrimPlan.of(TrimRequest(policy="todre", parameters={"late_exit_threshold": threshold}))
+        assert trim.is_asked_after(0)
+        assert trim.is_asked_after(2)
+        view.hidden, view.added = rows, added
+        assert trim.after_layer(view) is verdict
+        view.added = added * math.nan
+        assert trim.after_layer(view) is Verdict.KEEP_ALL
+    assert not TrimPlan.of(TrimRequest(policy="todre")).is_asked_after(0)
+    assert not TrimPlan.of(TrimRequest(policy="todre", enabled=False, parameters=EXIT)).is_asked_after(0)

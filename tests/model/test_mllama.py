@@ -65,9 +65,9 @@ def assert_trimmed_logits_equal(
     """Prompt rows and decoded rows equal the peer's when its later layers see what the rules keep and merge."""
     prepared = pair.ours.prepare(raw(text, images))
     encoded_images = pair.encoded(prepared)
-    kv = pair.pool.allocate(len(prepared.token_ids) + 2)
+    kv = pair.granted(prepared, 2)
     rows = pair.ours.prompt_rows(
-        prepared, encoded_images, TrimPlan(TrimRequest(k_ratio=k_ratio, merge_ratio=merge_ratio)), kv
+        prepared, encoded_images, TrimPlan.of(TrimRequest(k_ratio=k_ratio, merge_ratio=merge_ratio)), kv
     )
     logits = pair.ours.logits([rows], prepared.token_ids)
     continuation = [7, 3]
@@ -187,7 +187,7 @@ def test_trimmed_logits_equal_the_peer_on_what_the_rules_keep_and_merge(
 
 def test_dropped_features_that_are_each_merged_alone_are_as_good_as_kept(pair: Pair) -> None:
     prompt = raw(TWO_APART, [noise(grid, pair.ours.info.tile_size, seed) for seed, grid in enumerate([(2, 2), (1, 2)])])
-    logits, kv = pair.logits(prompt, TrimPlan(TrimRequest(k_ratio=0.05, merge_ratio=1.0)))
+    logits, kv = pair.logits(prompt, TrimPlan.of(TrimRequest(k_ratio=0.05, merge_ratio=1.0)))
     untrimmed, whole = pair.logits(prompt)
     assert kv.cross_length == whole.cross_length
     torch.testing.assert_close(logits, untrimmed, atol=LOGITS, rtol=0)
@@ -198,7 +198,7 @@ def test_dropped_features_that_are_each_merged_alone_are_as_good_as_kept(pair: P
 def test_where_nothing_is_dropped_nothing_is_merged(pair: Pair) -> None:
     prompt = raw(ONE, [noise((2, 2), pair.ours.info.tile_size)])
     logits, kv = pair.logits(
-        prompt, TrimPlan(TrimRequest(k_ratio=0.99, merge_ratio=0.5))
+        prompt, TrimPlan.of(TrimRequest(k_ratio=0.99, merge_ratio=0.5))
     )  # 0.99 of 40 features, rounded up
     untrimmed, whole = pair.logits(prompt)
     assert kv.cross_length == whole.cross_length
@@ -208,16 +208,16 @@ def test_where_nothing_is_dropped_nothing_is_merged(pair: Pair) -> None:
 def test_k_ratio_one_is_bit_for_bit_the_untrimmed_path(pair: Pair) -> None:
     prompt = raw(ONE, [noise((2, 2), pair.ours.info.tile_size)])
     for merge_ratio in (0.0, 0.5):
-        trim = TrimPlan(TrimRequest(k_ratio=1.0, merge_ratio=merge_ratio))
+        trim = TrimPlan.of(TrimRequest(k_ratio=1.0, merge_ratio=merge_ratio))
         assert torch.equal(pair.logits(prompt, trim)[0], pair.logits(prompt, NO_TRIM)[0])
 
 
 @pytest.mark.parametrize("policy", [name for name, each in POLICIES.items() if each.budgets])
 def test_a_budget_of_everything_is_bit_for_bit_the_untrimmed_path(equipped: Pair, policy: str) -> None:
     prompt = raw(ONE, [noise((1, 2), equipped.ours.info.tile_size)])
-    trim = TrimPlan(TrimRequest(policy=policy, k_ratio=0.1, budget=FixedRatio(1.0), merge_ratio=0.5))
+    trim = TrimPlan.of(TrimRequest(policy=policy, k_ratio=0.1, budget=FixedRatio(1.0), merge_ratio=0.5))
     assert torch.equal(equipped.logits(prompt, trim)[0], equipped.logits(prompt)[0])
-    almost = TrimPlan(
+    almost = TrimPlan.of(
         TrimRequest(policy=policy, k_ratio=0.1, budget=FixedCount(2 * equipped.ours.info.features_per_tile))
     )
     assert torch.equal(equipped.logits(prompt, almost)[0], equipped.logits(prompt)[0])
@@ -227,14 +227,14 @@ def test_a_budget_of_everything_is_bit_for_bit_the_untrimmed_path(equipped: Pair
 def test_what_is_chosen_before_the_decoder_is_all_that_it_gets(pair: Pair, merge_ratio: float) -> None:
     images = [noise((2, 2), pair.ours.info.tile_size, 1), noise((1, 2), pair.ours.info.tile_size, 2)]
     prompt = raw(TWO_APART, images)
-    trim = TrimPlan(TrimRequest(policy="cls", budget=FixedRatio(0.3), merge_ratio=merge_ratio))
+    trim = TrimPlan.of(TrimRequest(policy="cls", budget=FixedRatio(0.3), merge_ratio=merge_ratio))
     prepared = pair.ours.prepare(prompt)
     encoded = pair.encoded(prepared, trim)
-    rows = pair.ours.prompt_rows(prepared, encoded, trim, pair.pool.allocate(len(prepared.token_ids)))
+    rows = pair.ours.prompt_rows(prepared, encoded, trim, pair.granted(prepared))
     logits = pair.ours.logits([rows], prepared.token_ids)
     choices = [choose_from_image(image, trim) for image in encoded]
     assert rows.vision is not None
-    assert rows.vision.num_features == tuple(
+    assert rows.vision.num_held == tuple(
         len(choice.kept) + (len(choice.groups.sizes) if choice.groups else 0) for choice in choices
     )
     assert bool(rows.vision.num_merged) == bool(merge_ratio)
@@ -246,7 +246,7 @@ def test_what_is_chosen_before_the_decoder_is_all_that_it_gets(pair: Pair, merge
         if choice.groups is not None:
             pieces.append(choice.groups.mean(image.features).repeat_interleave(choice.groups.sizes, dim=0))
         repeated.append(EncodedImage(torch.cat(pieces), image.features_per_tile))
-    whole = pair.ours.prompt_rows(prepared, repeated, NO_TRIM, pair.pool.allocate(len(prepared.token_ids)))
+    whole = pair.ours.prompt_rows(prepared, repeated, NO_TRIM, pair.granted(prepared))
     torch.testing.assert_close(logits, pair.ours.logits([whole], prepared.token_ids), atol=LOGITS, rtol=0)
     assert (logits - pair.logits(prompt)[0]).abs().max() > 100 * LOGITS
 
@@ -255,15 +255,15 @@ def test_a_mixed_ragged_batch_equals_each_alone(pair: Pair) -> None:
     tile = pair.ours.info.tile_size
     requests = [
         (raw("no image at all", []), NO_TRIM),
-        (raw(ONE, [noise((2, 2), tile, 1)]), TrimPlan(TrimRequest(k_ratio=0.1))),
+        (raw(ONE, [noise((2, 2), tile, 1)]), TrimPlan.of(TrimRequest(k_ratio=0.1))),
         (raw(THREE_MIXED, [noise((1, 1), tile, seed) for seed in (2, 3, 4)]), NO_TRIM),
         (
             raw("rows before " + ONE, [noise((1, 1), tile, 5)]),
-            TrimPlan(TrimRequest(k_ratio=0.3, max_kept_fraction=0.4)),
+            TrimPlan.of(TrimRequest(k_ratio=0.3, max_kept_fraction=0.4)),
         ),
         (
             raw(TWO_APART, [noise((1, 2), tile, 6), noise((2, 1), tile, 7)]),
-            TrimPlan(TrimRequest(k_ratio=0.05, merge_ratio=0.2)),
+            TrimPlan.of(TrimRequest(k_ratio=0.05, merge_ratio=0.2)),
         ),
     ]
     prompts = [pair.ours.prepare(prompt) for prompt, _ in requests]
@@ -271,7 +271,7 @@ def test_a_mixed_ragged_batch_equals_each_alone(pair: Pair) -> None:
     def fresh_rows() -> list[SequenceRows]:
         pool = pair.pool
         return [
-            pair.ours.prompt_rows(prompt, pair.encoded(prompt, trim), trim, pool.allocate(len(prompt.token_ids) + 1))
+            pair.ours.prompt_rows(prompt, pair.encoded(prompt, trim), trim, pair.granted(prompt, 1, pool))
             for prompt, (_, trim) in zip(prompts, requests, strict=True)
         ]
 
@@ -294,7 +294,7 @@ def test_what_follows_a_prompt_is_what_its_last_row_says(pair: Pair) -> None:
     token_ids = [token for prompt in prompts for token in prompt.token_ids]
     every, last = (
         pair.ours.logits(
-            [SequenceRows(len(prompt.token_ids), pair.pool.allocate(32), None) for prompt in prompts],
+            [SequenceRows(len(prompt.token_ids), pair.pool.key_values(32), None) for prompt in prompts],
             token_ids,
             all_rows=all_rows,
         )
@@ -320,8 +320,8 @@ def test_the_cap_bounds_what_is_kept_of_each_image(pair: Pair) -> None:
     images = [noise((2, 2), pair.ours.info.tile_size, 1), noise((1, 1), pair.ours.info.tile_size, 2)]
     prepared = pair.ours.prepare(raw("<|image|><|image|>both", images))
     encoded_images = pair.encoded(prepared)
-    kv = pair.pool.allocate(len(prepared.token_ids))
-    trim = TrimPlan(TrimRequest(k_ratio=0.9, max_kept_fraction=0.25, return_selection=True))
+    kv = pair.granted(prepared)
+    trim = TrimPlan.of(TrimRequest(k_ratio=0.9, max_kept_fraction=0.25, return_selection=True))
     prefilled = run_through(pair.ours.prefill(prepared, encoded_images, trim, kv))
     assert prefilled.num_kept == (10, 2)  # floor of a quarter of 40 and of 10
     assert kv.cross_length == 12

@@ -30,8 +30,8 @@ from trimserve.errors import InvalidRequest, TrimserveError
 from trimserve.executor.plan import Drawn, NewSequence, PrefillReport
 from trimserve.model.prepared import PreparedPrompt
 from trimserve.model.visibility import visible_images
-from trimserve.trimming.kept_sets import KeptSets
 from trimserve.trimming.plan import TrimPlan, max_rows
+from trimserve.trimming.selection import KeptSets
 
 __all__ = ["Sequence", "SequenceState", "Sink", "account_cross_kv"]
 
@@ -81,7 +81,7 @@ class Sequence:
         ends = () if params.ignore_eos else info.generation_defaults.eos_token_ids
         self.request_id = request.request_id
         self.priority = request.priority
-        self.trim = TrimPlan(request.trim)
+        self.trim = TrimPlan.of(request.trim)
         self.sink = sink
         self.submitted_at = submitted_at
         self.deadline = deadline
@@ -316,14 +316,12 @@ class Sequence:
 
 
 def _usage(report: PrefillReport) -> tuple[ImageUsage, ...]:
-    num_merged = report.num_merged or (0,) * len(report.num_rows)
+    num_merged = report.num_merged or (0,) * len(report.num_kept)
     layer_rows: Iterable[tuple[int, ...]] = [()] * len(num_merged)
     if report.layer_rows:
         layer_rows = zip(*report.layer_rows, strict=True)
-    counts = zip(report.num_padding, report.num_valid, report.num_rows, num_merged, layer_rows, strict=True)
-    return tuple(
-        ImageUsage(padding, valid, rows - merged, merged, by_layer) for padding, valid, rows, merged, by_layer in counts
-    )
+    counts = zip(report.num_padding, report.num_valid, report.num_kept, num_merged, layer_rows, strict=True)
+    return tuple(ImageUsage(*of_image) for of_image in counts)
 
 
 def account_cross_kv(report: PrefillReport, held_bytes: int, pool: KVPool) -> CrossKvBytes:
@@ -334,7 +332,7 @@ def account_cross_kv(report: PrefillReport, held_bytes: int, pool: KVPool) -> Cr
         held_bytes: what the request really holds.
         pool: knows the size of a page.
     """
-    valid, left = sum(report.num_valid), sum(report.num_rows)
+    valid, left = sum(report.num_valid), sum(report.num_kept) + sum(report.num_merged)
     padded_bytes = pool.cross_bytes(sum(report.num_padding) + valid)
     untrimmed_bytes, left_bytes = pool.cross_bytes(valid), pool.cross_bytes(left)
     if report.layer_rows:

@@ -61,8 +61,8 @@ def measure_curve(
     Raises:
         DatasetError: the model refuses a question's image or text.
     """
-    asked = [trim for trim in trims if TrimPlan(trim).can_drop]
-    columns = [asked.index(trim) + 1 if TrimPlan(trim).can_drop else 0 for trim in trims]
+    asked = [trim for trim in trims if TrimPlan.of(trim).policy is not None]
+    columns = [asked.index(trim) + 1 if trim in asked else 0 for trim in trims]
     answers: list[list[Answer]] = []
     started_at = time.monotonic()
     for row in answerer.answers(questions, asked):

@@ -26,7 +26,7 @@ from trimserve.model.interruptible import run_through
 from trimserve.model.mllama import Mllama
 from trimserve.model.processor import PreparedPrompt
 from trimserve.trimming.encoded_image import EncodedImage, Observation
-from trimserve.trimming.plan import TrimPlan
+from trimserve.trimming.plan import TrimPlan, max_rows
 
 __all__ = ["InProcess", "prepare_question"]
 
@@ -103,25 +103,28 @@ class InProcess:
         prompt = prepare_question(self._model, question)
         room = info.max_model_len - len(prompt.token_ids)
         limit = min(room, max_new_tokens or info.generation_defaults.max_new_tokens)
-        needs = frozenset[Observation]().union(*(TrimPlan(trim).needs for trim in settings))
+        needs = frozenset[Observation]().union(*(TrimPlan.of(trim).needs for trim in settings))
         if self._encoded is None or self._encoded[0] != question.image or self._encoded[1] != needs:
             encoded = [run_through(self._model.encode_image(image, needs)) for image in prompt.images]
             for image in encoded:
                 image.max_choices = len(settings)
             self._encoded = question.image, needs, encoded
         images = self._encoded[2]
-        num_valid = sum(image.num_features for image in images)
         runs = []
         for trim in settings:
-            kv = self._pool.allocate(len(prompt.token_ids) + limit, num_valid)
-            rows = self._model.prompt_rows(prompt, images, TrimPlan(trim), kv)
-            runs.append(_Run(_source(question), prompt, rows, kv, num_valid, limit))
+            plan, counts = TrimPlan.of(trim), [image.num_features for image in images]
+            most_rows = sum(max_rows(count, info.num_heads, info.features_per_tile, plan) for count in counts)
+            kv = self._pool.key_values(len(prompt.token_ids) + limit, most_rows)
+            rows = self._model.prompt_rows(prompt, images, plan, kv)
+            runs.append(_Run(_source(question), prompt, rows, kv, sum(counts), limit))
         return runs
 
     def _read(self, runs: Sequence[_Run]) -> None:
         """Prefill all together and take the first tokens."""
         token_ids = list(chain.from_iterable(run.prompt.token_ids for run in runs))
         logits = self._model.logits([run.rows for run in runs], token_ids, all_rows=False).double()
+        for run in runs:
+            run.kv.give_back_unused()
         # Less their mean, which softmax ignores.
         rows = (logits - logits.mean(dim=-1, keepdim=True)).cpu().numpy()
         logprobs = logits.log_softmax(dim=-1).cpu().numpy()

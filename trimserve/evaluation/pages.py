@@ -1,4 +1,6 @@
-"""Keys and values for a model that runs without an engine: evaluation, benchmarks and tests."""
+"""Keys and values for a model that runs without an engine: in evaluation, benchmarks and tests."""
+
+from itertools import count
 
 from trimserve.api.info import ModelInfo
 from trimserve.engine.kv_pool import KVPool, SequencePages
@@ -7,6 +9,9 @@ from trimserve.model.key_values import KeyValues
 
 __all__ = ["OwnKeyValues", "OwnPages"]
 
+_NUMBERS = count()
+"""For `KeyValues.key`."""
+
 
 class OwnKeyValues(KeyValues):
     """Keys and values that give their own pages back."""
@@ -14,26 +19,32 @@ class OwnKeyValues(KeyValues):
     def __init__(self, memory: "OwnPages", owned: SequencePages) -> None:
         """Use `OwnPages.allocate`."""
         num_cross = memory.info.num_cross_attention_layers
-        super().__init__(memory.pages, owned.self_tables, owned.cross_tables, num_cross)
-        self._owned = owned
+        key = next(_NUMBERS), 0
+        super().__init__(memory.pages, owned.self_tables, owned.cross_tables, [0] * num_cross, [None] * num_cross, key)
+        self.owned = owned
+        """The pages, for their account."""
+
+    def give_back_unused(self) -> None:
+        """Give back the pages that the visual features turned out not to need; after the prefill."""
+        self.owned.keep_cross(self.cross_lengths)
 
     def release(self) -> None:
-        """Give the pages back; a second call does nothing."""
-        self._owned.release()
+        """Give all pages back; a second call does nothing."""
+        self.owned.release()
 
 
-class OwnPages:
-    """A pool and its memory."""
+class OwnPages(KVPool):
+    """A pool with its memory."""
 
     def __init__(self, info: ModelInfo, capacity_bytes: int, wanted_layers: int | None = None) -> None:
         """Allocate all pages; see `KVPool`."""
+        super().__init__(info, capacity_bytes, wanted_layers)
         self.info = info
-        self.pool = KVPool(info, capacity_bytes, wanted_layers)
-        """Who owns which page."""
-        self.pages = page_memory(info, self.pool.num_pages, self.pool.layers_per_page)
+        """The model."""
+        self.pages = page_memory(info, self.num_pages, self.layers_per_page)
         """See `page_memory`."""
 
-    def allocate(self, max_positions: int, max_cross_rows: int) -> OwnKeyValues:
+    def key_values(self, max_positions: int, max_cross_rows: int = 0) -> OwnKeyValues:
         """Take the pages of one sequence.
 
         Args:
@@ -42,4 +53,4 @@ class OwnPages:
         Raises:
             PoolExhausted: there are not as many free pages.
         """
-        return OwnKeyValues(self, self.pool.allocate(max_positions, max_cross_rows))
+        return OwnKeyValues(self, self.allocate(max_positions, max_cross_rows))

@@ -116,9 +116,9 @@ def _batches(picks: Sequence[int]) -> Iterator[Sequence[int]]:
 def _first_token(model: Mllama, pool: OwnPages, prompt: PreparedPrompt, views: Sequence[Tensor]) -> Tensor:
     """Log-probabilities of the first token, float64 [B, vocab_size], if the image has these features, [n, D] each."""
     length, size = len(prompt.token_ids), model.info.features_per_tile
-    kvs = [pool.allocate(length, len(view)) for view in views]
+    kvs = [pool.key_values(length, len(view)) for view in views]
     rows: list[SequenceRows] = [
-        model.prompt_rows(prompt, [EncodedImage(view, size)] if len(view) else [], TrimPlan(UNTRIMMED), kv)
+        model.prompt_rows(prompt, [EncodedImage(view, size)] if len(view) else [], TrimPlan.of(UNTRIMMED), kv)
         for view, kv in zip(views, kvs, strict=True)
     ]
     logits = model.logits(rows, [*prompt.token_ids] * len(views))[length - 1 :: length]

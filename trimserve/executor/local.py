@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -36,6 +37,9 @@ from trimserve.model.prefilled import Prefilled
 __all__ = ["LocalExecutor"]
 
 log = logging.getLogger(__name__)
+
+_MOST_ROWS = 64
+"""Generated tokens that are read again between two pauses."""
 
 
 @dataclass(slots=True)
@@ -120,9 +124,11 @@ class LocalExecutor:
         held = self._sequences[grant.sequence]
         if held.kv is None:
             num_cross = self.info.num_cross_attention_layers
-            held.kv = KeyValues(self.pages, grant.self_pages, grant.cross_pages, num_cross)
+            key = grant.sequence, 0
+            held.kv = KeyValues.empty(self.pages, grant.self_pages, grant.cross_pages, num_cross, key)
         else:
-            held.kv.replace_tables(grant.self_pages, grant.cross_pages)
+            held.kv.self_tables, held.kv.cross_tables = grant.self_pages, grant.cross_pages
+            held.kv.key = grant.sequence, held.kv.key[1] + 1
 
     # ---- prompts ----
 
@@ -152,7 +158,7 @@ class LocalExecutor:
 
     def _read_prompt(self, held: _Sequence) -> "Interruptible[tuple[PrefillReport, Tensor]]":
         new, began_at = held.new, time.monotonic()
-        assert held.kv is not None, "pages are granted with the sequence"
+        kv = _pages_of(held)
         images = []
         for image in new.prompt.images:
             encoded = self._images.get(image.key, new.trim.needs)
@@ -161,16 +167,22 @@ class LocalExecutor:
                 self._images.put(image.key, encoded)
             images.append(encoded)
         encoded_at = time.monotonic()
-        prefilled = yield from self._model.prefill(new.prompt, images, new.trim, held.kv)
+        prefilled = yield from self._model.prefill(new.prompt, images, new.trim, kv, new.stored)
         yield from self._read_again(held)
         times = PrefillTimes(began_at, encoded_at, time.monotonic())
-        return _report(new.sequence, prefilled, held.kv, times), prefilled.logits
+        return _report(new.sequence, prefilled, kv, times), prefilled.logits
 
     def _read_again(self, held: _Sequence) -> "Interruptible[None]":
-        """Read the tokens that were drawn before the sequence was dropped; the last one is the next step's row."""
-        assert held.kv is not None
-        for token_id in held.sampling.generated_token_ids[:-1]:
-            self._model.decode([token_id], [held.kv])
+        """Read the tokens that were drawn before the sequence was dropped; the last one is the next step's row.
+
+        They are rows of decode steps as they were at first: they see the features that were kept, where rows of the
+        prompt saw all of them.
+        """
+        kv = _pages_of(held)
+        again = held.sampling.generated_token_ids[:-1]
+        for first in range(0, len(again), _MOST_ROWS):
+            token_ids = again[first : first + _MOST_ROWS]
+            self._model.decode(token_ids, [kv], [len(token_ids)])
             yield
 
     # ---- rows ----
@@ -178,14 +190,14 @@ class LocalExecutor:
     def _run_rows(self, rows: Sequence[Rows], step: _Step) -> None:
         started_at = self._clock()
         batch = [self._sequences[each.sequence] for each in rows]
-        lengths = [held.kv.length for held in batch]
+        lengths = [_pages_of(held).length for held in batch]
         try:
             logits = self._logits(rows, batch)
         except Exception:
             log.exception("decoding a batch of %d failed; each is tried alone", len(batch))
             for each, held, length in zip(rows, batch, lengths, strict=True):
                 with _alone(held.new, step):
-                    held.kv.length = length
+                    _pages_of(held).length = length
                     self._draw(self._logits([each], [held]), [held], step)
             return
         self._draw(logits, batch, step)
@@ -193,11 +205,17 @@ class LocalExecutor:
 
     def _logits(self, rows: Sequence[Rows], batch: Sequence[_Sequence]) -> Tensor:
         """After the last row of each sequence, [B, vocab_size]."""
-        token_ids = [
-            held.sampling.generated_token_ids[-1] if each.token_ids is None else each.token_ids[0]
-            for each, held in zip(rows, batch, strict=True)
-        ]
-        return self._model.decode(token_ids, [held.kv for held in batch])
+        token_ids: list[int] = []
+        kvs, counts = [], []
+        for each, held in zip(rows, batch, strict=True):
+            new = each.token_ids or held.sampling.generated_token_ids[-1:]
+            token_ids += new
+            kvs.append(_pages_of(held))
+            counts.append(len(new))
+        logits = self._model.decode(token_ids, kvs, counts)
+        if len(token_ids) == len(counts):
+            return logits
+        return logits[[end - 1 for end in accumulate(counts)]]
 
     def _draw(self, logits: Tensor, batch: Sequence[_Sequence], step: _Step) -> None:
         for held, outcome in zip(batch, sample(logits, [held.sampling for held in batch]), strict=True):
@@ -208,6 +226,11 @@ class LocalExecutor:
             else:
                 held.sampling.generated_token_ids.append(outcome.token_id)
                 step.drawn.append(Drawn(number, outcome.token_id, outcome.logprob))
+
+
+def _pages_of(held: _Sequence) -> KeyValues:
+    assert held.kv is not None, "pages are granted with the sequence"
+    return held.kv
 
 
 @contextmanager
@@ -232,12 +255,12 @@ def _report(sequence: int, prefilled: Prefilled, kv: KeyValues, times: PrefillTi
         sequence=sequence,
         num_padding=prefilled.num_padding,
         num_valid=prefilled.num_valid,
-        num_rows=prefilled.num_kept,
+        num_kept=prefilled.num_kept,
         num_merged=prefilled.num_merged,
         layer_rows=prefilled.layer_rows,
         held_rows=tuple(kv.cross_lengths),
         selections=prefilled.selections,
-        stored=getattr(prefilled, "stored", None),
+        stored=prefilled.kept_sets,
         times=times,
         trim_times=tuple(spans),
     )

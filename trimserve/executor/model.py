@@ -12,6 +12,7 @@ from trimserve.model.prefilled import Prefilled
 from trimserve.model.prepared import PreparedPrompt
 from trimserve.trimming.encoded_image import EncodedImage, Observation
 from trimserve.trimming.plan import TrimPlan
+from trimserve.trimming.selection import KeptSets
 
 if TYPE_CHECKING:  # loads transformers, which the executor does without
     from trimserve.model.images import PreparedImage
@@ -32,15 +33,23 @@ class Model(Protocol):
         """Visual features of an image, and what else is needed."""
 
     def prefill(
-        self, prompt: PreparedPrompt, images: Sequence[EncodedImage], trim: TrimPlan, kv: KeyValues
+        self,
+        prompt: PreparedPrompt,
+        images: Sequence[EncodedImage],
+        trim: TrimPlan,
+        kv: KeyValues,
+        stored: KeptSets | None = None,
     ) -> Interruptible[Prefilled]:
-        """Run the prompt, fill `kv` and return the logits that follow it."""
+        """Run the prompt, fill `kv` and return the logits that follow it; with `stored`, as it was done before."""
 
     def warm_up_decode(self, pages: Tensor, max_batch: int) -> None:
         """Make decode steps ready for up to `max_batch` sequences with KV in `pages`."""
 
-    def decode(self, token_ids: Sequence[int], kvs: Sequence[KeyValues]) -> Tensor:
-        """One step of several sequences: float32 logits [B, vocab_size], each sequence's `kv` one longer.
+    def decode(
+        self, token_ids: Sequence[int], kvs: Sequence[KeyValues], num_rows: Sequence[int] | None = None
+    ) -> Tensor:
+        """One step of several sequences, with one or `num_rows` new rows of each.
 
-        The logits hold until the next step.
+        Returns:
+            float32 logits [R, vocab_size] of every row, which hold until the next step.
         """

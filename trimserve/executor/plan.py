@@ -15,8 +15,8 @@ from trimserve.api.chunks import ImageSelection, TokenLogprob
 from trimserve.api.sampling import SamplingParams
 from trimserve.model.prefilled import TrimTimes
 from trimserve.model.prepared import PreparedPrompt
-from trimserve.trimming.kept_sets import KeptSets
 from trimserve.trimming.plan import TrimPlan
+from trimserve.trimming.selection import KeptSets
 
 __all__ = [
     "Drawn",
@@ -117,12 +117,12 @@ class PrefillReport:
     """Features of padding tiles, per image."""
     num_valid: tuple[int, ...]
     """Features of real tiles, per image."""
-    num_rows: tuple[int, ...]
-    """Rows left after trimming, per image: kept features and merged rows, in the first cross-attention layer."""
+    num_kept: tuple[int, ...]
+    """Features kept in the first cross-attention layer, per image, without merged rows."""
     num_merged: tuple[int, ...]
-    """Merged rows among `num_rows`, per image; empty when nothing is merged."""
+    """Merged rows beside them, per image; empty if nothing is merged."""
     layer_rows: tuple[tuple[int, ...], ...]
-    """Rows of each image that each cross-attention layer holds; empty when that is `num_rows` in all of them."""
+    """Rows of each image that each cross-attention layer holds; empty if all of them hold kept and merged ones."""
     held_rows: tuple[int, ...]
     """Rows that lie in the pages of each cross-attention layer: those that decoded tokens see."""
     selections: tuple[ImageSelection, ...]

@@ -10,21 +10,16 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from trimserve.model.key_values import KeyValues
+from trimserve.model.decode_rows import NewRows
 from trimserve.model.step_buffers import StepBuffers, StepInputs
 
-__all__ = ["BucketedDecode", "Capture", "CudaGraphs", "Step", "eagerly"]
+__all__ = ["BucketedDecode", "Capture", "CudaGraphs", "Step"]
 
 Step = Callable[[], Tensor]
 """A step over what the buffers hold now: its logits [bucket, vocab_size]."""
 
 Capture = Callable[[Step], Step]
 """Makes a step ready to be taken many times."""
-
-
-def eagerly(step: Step) -> Step:
-    """Capture nothing: the step is taken op by op."""
-    return step
 
 
 class CudaGraphs:
@@ -79,13 +74,10 @@ class BucketedDecode:
             for has_features in (True, False):
                 self._steps[bucket, has_features] = capture(partial(step, bucket, has_features))
 
-    def takes(self, kvs: Sequence[KeyValues]) -> bool:
-        """Whether the sequences are few enough, and lie in the pages that the steps know."""
-        return len(kvs) <= self._buffers.buckets[-1] and kvs[0].pages is self._buffers.pages
+    def takes(self, new: NewRows) -> bool:
+        """Whether the rows are few enough, and lie in the pages that the steps know."""
+        return len(new.kvs) <= self._buffers.buckets[-1] and new.kvs[0].pages is self._buffers.pages
 
-    def __call__(self, token_ids: Sequence[int], kvs: Sequence[KeyValues]) -> Tensor:
+    def __call__(self, token_ids: Sequence[int], new: NewRows) -> Tensor:
         """See `Mllama.decode`."""
-        logits = self._steps[self._buffers.fill(token_ids, kvs)]()
-        for kv in kvs:
-            kv.length += 1
-        return logits[: len(kvs)]
+        return self._steps[self._buffers.fill(token_ids, new)]()[: len(new.kvs)]

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from trimserve import ops
-from trimserve.model.decoder_layers import BatchRows, CrossLayer, RmsNorm, SelfLayer
+from trimserve.model.decoder_layers import CrossLayer, RmsNorm, SelfLayer
 from trimserve.model.key_values import BatchTables, FeatureTables
-from trimserve.model.linear import Linear
+from trimserve.model.projection import Projection
+from trimserve.model.rotary import Rotation
 
 __all__ = ["CompiledDecode"]
 
@@ -33,7 +34,7 @@ class CompiledDecode:
             weights that are not on the CPU.
         """
         parts = [part for layer in layers for part in layer.decode_parts]
-        linears = [part for part in parts if isinstance(part, Linear)]
+        linears = [part for part in parts if isinstance(part, Projection)]
         norms = [part for part in parts if isinstance(part, RmsNorm)]
         epsilons = {norm.epsilon for norm in norms}
         if len(epsilons) != 1 or any(linear.bias is not None for linear in linears):
@@ -50,12 +51,12 @@ class CompiledDecode:
         )
         return cls(described, min(linear.most_rows(norms[0].weight.dtype) for linear in linears))
 
-    def __call__(self, hidden: Tensor, batch: BatchRows, text: BatchTables, features: FeatureTables | None) -> None:
-        """Run one new row of each sequence through all layers, in place.
+    def __call__(self, hidden: Tensor, rotation: Rotation, text: BatchTables, features: FeatureTables | None) -> None:
+        """Run new rows through all layers, in place.
 
         Args:
             hidden: [B, D], the rows that see features first; becomes the last layer's output.
-            batch: the rows' angles.
+            rotation: of the rows.
             text: page tables of the self-attention layers.
             features: page tables of the cross-attention layers; None if no row sees features.
         """
@@ -63,7 +64,7 @@ class CompiledDecode:
             self.layers,
             hidden,
             text.pages,
-            (batch.cosines, batch.sines),
+            (rotation.cosines, rotation.sines),
             ops.SelfTables(text.tables, text.lengths, text.slots),
             None if features is None else ops.CrossTables(features.tables, features.lengths, features.biases),
         )

@@ -1,54 +1,63 @@
-"""Sequences that decode together: what of them stays the same from step to step is made once."""
+"""Rows that decode together: what stays the same from step to step is made once."""
 
-import weakref
-from collections.abc import Callable, Sequence
-
+import numpy as np
 import torch
 from torch import Tensor
 
-from trimserve.model.key_values import BatchTables, FeatureTables, KeyValues
+from trimserve.model.decode_rows import NewRows
+from trimserve.model.key_values import BatchTables, FeatureTables, slots_at, together
 
 __all__ = ["DecodeBatch"]
 
 
 class DecodeBatch:
-    """Some sequences, those that see images in more layers first, so that cross-attention takes the first rows."""
+    """Tables of some rows, ordered so that those that see images in more layers come first.
 
-    def __init__(self, kvs: Sequence[KeyValues], on_end: Callable[[], None]) -> None:
-        """Take down where the sequences lie; they may grow.
+    It remembers its sequences by key, and holds neither them nor their pages.
+    """
+
+    def __init__(self, rows: NewRows) -> None:
+        """Look up where the rows' sequences lie; these may grow.
 
         Args:
-            kvs: [B], after their prefills; not kept alive.
-            on_end: called when one of them is gone. Whatever keeps this object keeps their pages, so let go of it then.
+            rows: [R], of sequences after their prefills.
         """
-        self._sequences = [weakref.ref(kv, lambda _: on_end()) for kv in kvs]
-        rows = range(len(kvs))
+        kvs = rows.kvs
+        device = kvs[0].pages.device
+        self._keys = rows.keys
         num_layers = [sum(length > 0 for length in kv.cross_lengths) for kv in kvs]
-        self._order = sorted(rows, key=lambda row: -num_layers[row])
-        is_ordered = self._order == [*rows]
-        self._index = None if is_ordered else torch.tensor(self._order, device=kvs[0].pages.device)
+        self._order = sorted(range(len(kvs)), key=lambda row: -num_layers[row])
+        is_ordered = self._order == [*range(len(kvs))]
+        self._index = None if is_ordered else torch.tensor(self._order, device=device)
         ordered = [kvs[row] for row in self._order]
         num_seeing = len(kvs) - num_layers.count(0)
-        self._text = BatchTables.of_text(ordered)
+        self._host_tables = together([kv.self_tables for kv in ordered], max(kv.self_tables.shape[1] for kv in kvs))
+        self._tables = torch.from_numpy(self._host_tables).to(device)
         self.features = FeatureTables.of(ordered[:num_seeing]) if num_seeing else None
-        """Of those that hold visual features."""
+        """Of the rows that see visual features."""
 
-    def is_of(self, kvs: Sequence[KeyValues]) -> bool:
-        """Whether these are the sequences, in the order given."""
-        return len(kvs) == len(self._sequences) and all(
-            sequence() is kv for sequence, kv in zip(self._sequences, kvs, strict=True)
-        )
+    def is_of(self, rows: NewRows) -> bool:
+        """Whether the rows have the same sequences with the same tables, in the order given."""
+        return rows.keys == self._keys
 
-    def lengths(self, kvs: Sequence[KeyValues]) -> list[int]:
-        """Text positions that each of the sequences holds now, in our order."""
-        return [kvs[row].length for row in self._order]
+    def positions(self, rows: NewRows) -> list[int]:
+        """The rows' positions, in our order."""
+        return [rows.positions[row] for row in self._order]
 
-    def text(self, lengths: Sequence[int]) -> BatchTables:
-        """Tables for one more position than `lengths` of each, in our order."""
-        return self._text.at([length + 1 for length in lengths])
+    def text(self, pages: Tensor, positions: list[int]) -> BatchTables:
+        """Tables of rows at these positions, in our order.
+
+        Args:
+            pages: see `KeyValues.pages`.
+            positions: [R].
+        """
+        known = np.array(positions, dtype=np.int64)
+        lengths = torch.from_numpy((known + 1).astype(np.int32)).to(pages.device)
+        slots = torch.from_numpy(slots_at(self._host_tables, known)).to(pages.device)
+        return BatchTables(pages, self._tables, lengths, slots)
 
     def ordered(self, rows: Tensor) -> Tensor:
-        """Rows [B, ...] of the sequences as given, in our order."""
+        """Rows [R, ...] as given, in our order."""
         return rows if self._index is None else rows[self._index]
 
     def as_given(self, rows: Tensor) -> Tensor:

@@ -1,14 +1,14 @@
 """The text decoder over a ragged batch: flat rows of several sequences, no padding, semantics of Meta's model code.
 
-Text rows see images by the processor's rule; a row that sees none passes a cross-attention layer unchanged (both
-of its branches are zero there). In a prefill with trimming, the first cross-attention layer attends to all valid
-features, scores them and keeps some; the following layers project, cache and attend to those only, or to fewer yet
-where the policy says so (ADR-0008). What was chosen before the decoder comes in as fewer features. A prefill can be
-interrupted after every layer. Scoring and gathering are `ops`, choosing is `trimming.py`, where keys and values lie is
-`key_values.py`.
+One loop over the layers serves prefill, decode steps and a guide's look. What differs between them is how rows attend
+and which rows see an image; an object of the user's (`Rows`) does that. A row that sees no image passes a
+cross-attention layer unchanged (both of its branches are zero there). In a prefill the trimming policy is asked after
+a cross-attention layer, whose attention used all that was held before; later layers project, cache and attend to what
+it keeps (ADR-0008). A pass can be interrupted after every layer.
 """
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -17,16 +17,40 @@ from trimserve.model.bucketed_decode import BucketedDecode, Capture
 from trimserve.model.checkpoint import text_config
 from trimserve.model.compiled_decode import CompiledDecode
 from trimserve.model.decode_batch import DecodeBatch
-from trimserve.model.decoder_layers import BatchRows, CrossLayer, RmsNorm, SelfLayer, SequenceRows
-from trimserve.model.interruptible import Interruptible
-from trimserve.model.key_values import BatchTables, FeatureTables, KeyValues
-from trimserve.model.linear import linear
-from trimserve.model.rotary import RotaryAngles
+from trimserve.model.decode_rows import BucketRows, DecodeRows, NewRows
+from trimserve.model.decoder_layers import CrossLayer, RmsNorm, SelfLayer
+from trimserve.model.interruptible import Interruptible, run_through
+from trimserve.model.projection import projection_of
+from trimserve.model.prompt_rows import LookingRows, PromptRows, SequenceRows
+from trimserve.model.rotary import RotaryAngles, Rotation
 from trimserve.model.step_buffers import StepBuffers, StepInputs
 from trimserve.model.transformers_mllama import CrossLayerParts, MllamaForConditionalGeneration, decoder_parts
-from trimserve.trimming.policies.policy import FirstLayer
+from trimserve.trimming.policies.policy import CrossAttentionView
 
-__all__ = ["RaggedDecoder", "SequenceRows"]
+__all__ = ["RaggedDecoder", "Rows", "SequenceRows"]
+
+
+class Rows(Protocol):
+    """What one pass does between the parts of its layers; `PromptRows` documents each step."""
+
+    @property
+    def rotation(self) -> Rotation:
+        """Of all rows."""
+
+    def attend(self, layer: SelfLayer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Store keys and values, and attend to the text."""
+
+    def seeing(self, hidden: Tensor, layer: CrossLayer) -> Tensor | None:
+        """The rows that see an image; None if none does."""
+
+    def attend_features(self, layer: CrossLayer, q: Tensor) -> Tensor | None:
+        """Attend to visual features; None ends the pass."""
+
+    def place(self, hidden: Tensor, seen: Tensor, layer: CrossLayer) -> Tensor:
+        """Put the rows that see an image back."""
+
+    def after_layer(self, layer: CrossLayer, hidden: Tensor, added: Tensor) -> None:
+        """Decide what later layers hold."""
 
 
 class RaggedDecoder:
@@ -40,7 +64,7 @@ class RaggedDecoder:
         self._embed = parts.embed_tokens
         self._angles = RotaryAngles(parts.rotary)
         self._norm = RmsNorm(parts.norm)
-        self._lm_head = linear(parts.lm_head)
+        self._lm_head = projection_of(parts.lm_head)
         self._layers: list[SelfLayer | CrossLayer] = []
         num_self = num_cross = 0
         for layer in parts.layers:
@@ -65,12 +89,7 @@ class RaggedDecoder:
         Returns:
             float32 logits [B, vocab_size], or [R, vocab_size].
         """
-        hidden, batch = self._begin(token_ids, prompts)
-        for layer in self._layers:
-            hidden = layer.prefill(hidden, batch, prompts)
-            if isinstance(layer, CrossLayer) and any(prompt.has_left for prompt in prompts):
-                batch = batch.seen_by(prompts)
-            yield
+        hidden = yield from self._run(self._embed(token_ids), PromptRows(prompts, self._rotation(prompts)))
         for prompt in prompts:
             if prompt.kv is not None:
                 prompt.kv.length = prompt.num_rows
@@ -79,49 +98,40 @@ class RaggedDecoder:
             hidden = hidden[ends - 1]
         return self._logits(hidden)
 
-    def first_layer(self, token_ids: Tensor, prompt: SequenceRows) -> Interruptible[FirstLayer]:
+    def look(self, token_ids: Tensor, prompt: SequenceRows) -> Interruptible[CrossAttentionView]:
         """Run a prompt up to the first cross-attention layer; yields after each layer.
 
         Args:
             token_ids: int64 [T].
-            prompt: with at least one image.
+            prompt: with at least one image, and without pages.
         Returns:
-            What that layer knows of the images.
+            What that layer computes from the images.
         """
-        hidden, batch = self._begin(token_ids, [prompt])
-        for layer in self._layers:
-            if isinstance(layer, CrossLayer):
-                assert prompt.vision is not None
-                return layer.look(hidden, batch, prompt.vision)
-            hidden = layer.prefill(hidden, batch, [prompt])
-            yield
-        raise AssertionError("an Mllama has cross-attention layers")
+        rows = LookingRows(prompt, self._rotation([prompt]))
+        yield from self._run(self._embed(token_ids), rows)
+        assert rows.view is not None, "an Mllama has cross-attention layers"
+        return rows.view
 
-    def _begin(self, token_ids: Tensor, prompts: Sequence[SequenceRows]) -> tuple[Tensor, BatchRows]:
-        """Embeddings [R, D], and what every layer needs to know."""
-        hidden = self._embed(token_ids)
-        positions = [row for prompt in prompts for row in range(prompt.num_rows)]
-        return hidden, BatchRows(*self._angles.at(positions)).seen_by(prompts)
-
-    def decode(self, token_ids: Tensor, kvs: Sequence[KeyValues]) -> Tensor:
-        """Run one new row of each sequence through all layers and store its keys and values.
+    def decode(self, token_ids: Tensor, new: NewRows) -> Tensor:
+        """Run new rows through all layers and store their keys and values, in pages that were granted.
 
         Args:
-            token_ids: int64 [B].
-            kvs: [B], each one position longer afterwards.
+            token_ids: int64 [R].
+            new: the rows.
         Returns:
-            float32 logits [B, vocab_size].
+            float32 logits [R, vocab_size].
         """
-        batch = self._batch_of(kvs)
-        lengths = batch.lengths(kvs)
-        rows = BatchRows(*self._angles.at(lengths))
-        hidden, text = self._embed(batch.ordered(token_ids)), batch.text(lengths)
-        if self._compiled is not None and len(kvs) <= self._compiled.most_rows:
-            self._compiled(hidden, rows, text, batch.features)
+        batch = self._batch
+        if batch is None or not batch.is_of(new):
+            self._batch = batch = DecodeBatch(new)
+        positions = batch.positions(new)
+        text = batch.text(new.kvs[0].pages, positions)
+        rotation = self._angles.at(positions)
+        hidden = self._embed(batch.ordered(token_ids))
+        if self._compiled is not None and len(positions) <= self._compiled.most_rows:
+            self._compiled(hidden, rotation, text, batch.features)
         else:
-            hidden = self._decode_layers(hidden, rows, text, batch.features)
-        for kv in kvs:
-            kv.length += 1
+            hidden = run_through(self._run(hidden, DecodeRows(rotation, text, batch.features)))
         return batch.as_given(self._logits(hidden))
 
     def bucketed(self, buffers: StepBuffers, capture: Capture) -> BucketedDecode:
@@ -130,33 +140,26 @@ class RaggedDecoder:
         return BucketedDecode(self._step, buffers, capture)
 
     def _step(self, inputs: StepInputs) -> Tensor:
-        hidden = self._embed(inputs.token_ids)
-        rows, sees = BatchRows(*self._angles.of(inputs.positions)), iter(inputs.sees)
+        rows = BucketRows(self._angles.of(inputs.positions), inputs.text, inputs.features, inputs.sees)
+        return self._logits(run_through(self._run(self._embed(inputs.token_ids), rows)))
+
+    def _run(self, hidden: Tensor, rows: Rows) -> Interruptible[Tensor]:
+        """The loop over layers, [R, D] -> [R, D]; yields after each."""
         for layer in self._layers:
             if isinstance(layer, SelfLayer):
-                hidden = layer.decode(hidden, rows, inputs.text)
-            elif inputs.features is not None:
-                hidden = torch.where(next(sees), layer.decode(hidden, inputs.features), hidden)
-        return self._logits(hidden)
-
-    def _batch_of(self, kvs: Sequence[KeyValues]) -> DecodeBatch:
-        batch = self._batch
-        if batch is None or not batch.is_of(kvs):
-            self._batch = batch = DecodeBatch(kvs, self._forget_batch)
-        return batch
-
-    def _forget_batch(self) -> None:  # on the thread that let go of a sequence, at any time
-        self._batch = None
-
-    def _decode_layers(
-        self, hidden: Tensor, rows: BatchRows, text: BatchTables, features: FeatureTables | None
-    ) -> Tensor:
-        for layer in self._layers:
-            if isinstance(layer, SelfLayer):
-                hidden = layer.decode(hidden, rows, text)
-            elif features is not None:
-                hidden = layer.decode(hidden, features)
+                hidden = layer.finish(hidden, rows.attend(layer, *layer.project(hidden, rows.rotation)))
+            elif (seeing := rows.seeing(hidden, layer)) is not None:
+                attended = rows.attend_features(layer, layer.queries(seeing))
+                if attended is None:
+                    return hidden
+                seen, added = layer.finish(seeing, attended)
+                rows.after_layer(layer, seeing, added)
+                hidden = rows.place(hidden, seen, layer)
+            yield
         return hidden
+
+    def _rotation(self, prompts: Sequence[SequenceRows]) -> Rotation:
+        return self._angles.at([row for prompt in prompts for row in range(prompt.num_rows)])
 
     def _logits(self, hidden: Tensor) -> Tensor:
         return self._lm_head(self._norm(hidden)).float()

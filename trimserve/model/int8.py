@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from trimserve.model.transformers_mllama import MllamaForConditionalGeneration, decoder_linears
 
-__all__ = ["SCALES", "int8_linear", "make_int8", "to_int8"]
+__all__ = ["SCALES", "make_int8", "multiply_int8", "to_int8"]
 
 SCALES = "weight_scales"
 """Name of a quantized linear layer's buffer float32 [outputs], beside its int8 `weight`."""
@@ -41,7 +41,7 @@ def to_int8(rows: Tensor) -> tuple[Tensor, Tensor]:
     return (exact / scales[:, None]).round().to(torch.int8), scales
 
 
-def int8_linear(rows: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
+def multiply_int8(rows: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
     """Rows [R, columns] times quantized weights, for many rows: the weights are made floats first.
 
     Args:

@@ -1,9 +1,9 @@
-"""Keys and values in pages: what the decoder reads and writes, one sequence at a time or a batch of them.
+"""Keys and values in pages: what the decoder reads and writes, for one sequence or for the rows of a batch.
 
 A page holds 16 positions of one group of G layers, which divides the number of either kind (`layers_per_page`), so
 that one pool serves both. Layers are counted among their own kind, from 0: layer l is slot l % G of group l // G, and
 all layers of a group share a list of pages. A cross-attention layer may hold fewer rows than the one before it
-(ADR-0008). Who allocates pages is not known here.
+(ADR-0008). It does not know who grants pages.
 """
 
 from collections.abc import Sequence
@@ -67,38 +67,49 @@ def num_pages(num_positions: int) -> int:
     return -(-num_positions // PAGE_POSITIONS)
 
 
+@dataclass(slots=True, eq=False)
 class KeyValues:
-    """Where one sequence's keys and values lie, and how many there are."""
+    """Where one sequence's keys and values lie. The model fills pages that were granted and reserves none itself."""
 
-    def __init__(self, pages: Tensor, self_tables: Tables, cross_tables: Tables, num_cross_layers: int) -> None:
-        """Hold nothing yet.
+    pages: Tensor
+    """[P, G, 2, Hkv, 16, Dh], shared with other sequences; 0 are keys, 1 values. The last page is no sequence's."""
+    self_tables: Tables
+    """Pages of the text, for every position that a step writes."""
+    cross_tables: Tables
+    """Pages of the visual features; before the prefill, for the most rows that trimming can leave."""
+    cross_lengths: list[int]
+    """Rows that each cross-attention layer holds, at most as many as the one before it; set by the prefill, which uses
+    the first pages of each group. What lies behind them may be taken back."""
+    cross_biases: list[NDArray[np.float32] | None]
+    """For each cross-attention layer [rows], added to the logits of its rows; None if there is no bias."""
+    key: tuple[int, int]
+    """(number of the sequence, version): no other sequence of the process has the number, and whoever replaces tables
+    or prefills again raises the version. Decode steps remember tables by it."""
+    length: int = 0
+    """Text positions that every self-attention layer holds."""
+
+    @classmethod
+    def empty(
+        cls, pages: Tensor, self_tables: Tables, cross_tables: Tables, num_cross_layers: int, key: tuple[int, int]
+    ) -> "KeyValues":
+        """Granted pages that hold nothing yet."""
+        return cls(pages, self_tables, cross_tables, [0] * num_cross_layers, [None] * num_cross_layers, key)
+
+    def hold_features(self, layer: int, num_rows: int, bias: NDArray[np.float32] | None) -> None:
+        """Note what a cross-attention layer holds.
 
         Args:
-            pages: [P, G, 2, Hkv, 16, Dh], shared with other sequences; 0 are keys, 1 values. The last page is no
-                sequence's.
-            self_tables: pages of the text, with room for prompt and answer.
-            cross_tables: pages of the visual features, with room for as many as may be held.
-            num_cross_layers: cross-attention layers.
+            layer: among its own kind.
+            num_rows: from the first position on.
+            bias: [num_rows]; None if there is none.
+        Raises:
+            ValueError: more rows than were granted pages.
         """
-        self.pages = pages
-        self.self_tables = self_tables
-        self.cross_tables = cross_tables
-        self.length = 0
-        """Text positions that every self-attention layer holds."""
-        self.cross_lengths = [0] * num_cross_layers
-        """Rows that each cross-attention layer holds, at most as many as the one before it."""
-        self.cross_biases: list[NDArray[np.float32] | None] = [None] * num_cross_layers
-        """Of each cross-attention layer [rows], added to the logits of its rows; None if there is no bias."""
-
-    def reserve_cross(self, num_rows: int, bias: Tensor | None) -> None:
-        """Note the rows that decoding sees; `bias` [num_rows] is added to their logits."""
-        self.shrink_cross(0, num_rows, bias)
-
-    def shrink_cross(self, layer: int, num_rows: int, bias: Tensor | None) -> None:
-        """Let cross-attention layers from `layer` on hold no more than `num_rows`, with another bias."""
-        num_layers = len(self.cross_lengths) - layer
-        self.cross_lengths[layer:] = [num_rows] * num_layers
-        self.cross_biases[layer:] = [None if bias is None else bias.float().cpu().numpy()] * num_layers
+        granted = self.cross_tables.shape[1] * PAGE_POSITIONS
+        if num_rows > granted:
+            raise ValueError(f"cross_tables: must have room for {num_rows} rows, got pages for {granted}")
+        self.cross_lengths[layer] = num_rows
+        self.cross_biases[layer] = bias
 
 
 def row_slots(pages: Tensor, tables: Tables, layer: int, num_rows: int) -> Tensor:
@@ -124,62 +135,44 @@ def write_rows(pages: Tensor, tables: Tables, layer: int, keys: Tensor, values: 
 
 @dataclass(frozen=True, slots=True)
 class BatchTables:
-    """Page tables of the self-attention layers for a batch of sequences that each have one new row."""
+    """Where the rows of a decode step lie in the self-attention layers; a sequence may have several rows."""
 
     pages: Tensor
     tables: Tensor
-    """int32 [groups, B, most pages]"""
+    """int32 [groups, R, most pages], of each row its sequence's."""
     lengths: Tensor
-    """int32 [B], positions to attend to."""
+    """int32 [R], positions that each row attends to."""
     slots: Tensor
-    """int64 [groups, B], where each sequence's last position lies."""
-
-    host_tables: NDArray[np.int32] | None = None
-    """`tables` where looking something up waits for nothing; None where nothing is."""
-
-    @classmethod
-    def of_text(cls, kvs: Sequence[KeyValues]) -> "BatchTables":
-        """The new row is the position behind `length`."""
-        most = max(kv.self_tables.shape[1] for kv in kvs)
-        tables, pages = together([kv.self_tables for kv in kvs], most), kvs[0].pages
-        lengths, slots = _lengths_and_slots(tables, [kv.length + 1 for kv in kvs], pages.device)
-        return cls(pages, torch.from_numpy(tables).to(pages.device), lengths, slots, tables)
-
-    def at(self, lengths: Sequence[int]) -> "BatchTables":
-        """Of the same sequences when they have other lengths, [B]."""
-        assert self.host_tables is not None
-        found, slots = _lengths_and_slots(self.host_tables, lengths, self.pages.device)
-        return BatchTables(self.pages, self.tables, found, slots, self.host_tables)
+    """int64 [groups, R], where each row's own position lies."""
 
     def write(self, layer: int, keys: Tensor, values: Tensor) -> None:
-        """Store the new row of each sequence, [B, Hkv, Dh]."""
+        """Store all rows, [R, Hkv, Dh]."""
         group, slot = divmod(layer, self.pages.shape[1])
         ops.write_kv(self.pages, slot, keys, values, self.slots[group])
 
     def attend(self, layer: int, q: Tensor, scale: float) -> Tensor:
-        """Queries [B, H, Dh] over what each sequence holds -> [B, H, Dh]."""
+        """Queries [R, H, Dh] over the positions up to each row's own -> [R, H, Dh]."""
         group, slot = divmod(layer, self.pages.shape[1])
         return ops.paged_attention(q, self.pages, slot, self.tables[group], self.lengths, scale)
 
 
 @dataclass(frozen=True, slots=True)
 class FeatureTables:
-    """Page tables of the cross-attention layers for a batch of sequences; nothing is written there.
+    """Where the features that the rows of a decode step see lie in the cross-attention layers; nothing is written.
 
-    In each layer the first S sequences hold rows, S being that layer's own.
+    In each layer the first S rows see something, S being that layer's own.
     """
 
-    pages: Tensor
     tables: tuple[Tensor, ...]
-    """Of each layer int32 [S, most pages]."""
+    """For each layer int32 [S, most pages]."""
     lengths: tuple[Tensor, ...]
-    """Of each layer int32 [S], rows to attend to."""
+    """For each layer int32 [S], features to attend to."""
     biases: tuple[Tensor, ...]
-    """Of each layer float32 [S, most pages * 16], added to the logits; empty: nothing is."""
+    """For each layer float32 [S, most pages * 16], added to the logits; empty if no row has a bias."""
 
     @classmethod
     def of(cls, kvs: Sequence[KeyValues]) -> "FeatureTables":
-        """Of sequences that hold rows, those that hold some in more layers first."""
+        """The sequence of each row; all hold features, those that hold some in more layers first."""
         pages, by_layer = kvs[0].pages, [*zip(*(kv.cross_lengths for kv in kvs), strict=True)]
         most = num_pages(max(by_layer[0]))
         tables = torch.from_numpy(together([kv.cross_tables for kv in kvs], most)).to(pages.device)
@@ -196,21 +189,21 @@ class FeatureTables:
                 found[lengths] = torch.tensor(held, dtype=torch.int32, device=pages.device), bias
         of_layers = [found[lengths] for lengths in by_layer]
         return cls(
-            pages,
             tuple(tables[layer // pages.shape[1], : len(held)] for layer, (held, _) in enumerate(of_layers)),
             tuple(held for held, _ in of_layers),
             tuple(bias for _, bias in of_layers if bias is not None),
         )
 
-    def attend(self, layer: int, q: Tensor, scale: float) -> Tensor:
-        """Queries [S, H, Dh] over what each of the layer's sequences holds -> [S, H, Dh]."""
+    def attend(self, pages: Tensor, layer: int, q: Tensor, scale: float) -> Tensor:
+        """Queries [S, H, Dh] over what each of the layer's rows sees in the pool -> [S, H, Dh]."""
         bias = self.biases[layer] if self.biases else None
-        slot = layer % self.pages.shape[1]
-        return ops.paged_attention(q, self.pages, slot, self.tables[layer], self.lengths[layer], scale, bias)
+        return ops.paged_attention(
+            q, pages, layer % pages.shape[1], self.tables[layer], self.lengths[layer], scale, bias
+        )
 
 
 def together(tables: Sequence[Tables], most: int) -> NDArray[np.int32]:
-    """The first pages of each sequence, int32 [groups, B, most]; 0 where it has fewer."""
+    """The first pages of each table, int32 [groups, R, most]; 0 where it has fewer."""
     joined = np.zeros((tables[0].shape[0], len(tables), most), dtype=np.int32)
     for row, table in enumerate(tables):
         used = min(table.shape[1], most)
@@ -219,7 +212,7 @@ def together(tables: Sequence[Tables], most: int) -> NDArray[np.int32]:
 
 
 def padded(biases: Sequence[NDArray[np.float32] | None], size: int) -> NDArray[np.float32]:
-    """Biases one below the other, float32 [B, size]; zeros where there is none, and behind one."""
+    """Biases one below the other, float32 [R, size]; zeros where there is none, and behind one."""
     joined = np.zeros((len(biases), size), dtype=np.float32)
     for row, bias in enumerate(biases):
         if bias is not None:
@@ -228,20 +221,12 @@ def padded(biases: Sequence[NDArray[np.float32] | None], size: int) -> NDArray[n
 
 
 def slots_at(tables: NDArray[np.int32], positions: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Where one position of each sequence lies, int64 [groups, B].
+    """Where one position of each row's sequence lies, int64 [groups, R].
 
     Args:
         tables: see `together`.
-        positions: [B].
+        positions: [R].
     """
     ids = tables[:, np.arange(len(positions)), positions // PAGE_POSITIONS].astype(np.int64)
     slots: NDArray[np.int64] = ids * PAGE_POSITIONS + positions % PAGE_POSITIONS
     return slots
-
-
-def _lengths_and_slots(
-    tables: NDArray[np.int32], lengths: Sequence[int], device: torch.device
-) -> tuple[Tensor, Tensor]:
-    known = np.array(lengths, dtype=np.int64)
-    slots = slots_at(tables, known - 1)
-    return torch.from_numpy(known.astype(np.int32)).to(device), torch.from_numpy(slots).to(device)

@@ -1,7 +1,7 @@
 """One loaded Mllama: prompt and images in, visual features, keys and values, and logits out.
 
-Puts `processor.py`, `vision.py` and `decoder.py` together for one caller, the engine. It knows nothing about
-queues, sampling or text.
+Puts `vision.py` and `decoder.py` together, with `processor.py` beside them. It knows nothing about queues, sampling or
+text, and reserves no pages.
 """
 
 import time
@@ -15,6 +15,7 @@ from trimserve.api.chunks import ImageSelection
 from trimserve.api.info import ModelInfo
 from trimserve.api.prompt import Prompt
 from trimserve.model.bucketed_decode import BucketedDecode, Capture, CudaGraphs
+from trimserve.model.decode_rows import NewRows
 from trimserve.model.decoder import RaggedDecoder, SequenceRows
 from trimserve.model.images import PreparedImage
 from trimserve.model.interruptible import Interruptible, run_through
@@ -28,8 +29,9 @@ from trimserve.model.visibility import visible_images
 from trimserve.model.vision import IntermediateFeatures, VisionEncoder
 from trimserve.model.vision_rows import VisionRows
 from trimserve.trimming.encoded_image import EncodedImage, Observation
-from trimserve.trimming.plan import Selection, TrimPlan, bitmap, choose_from_image, select
-from trimserve.trimming.policies.policy import FirstLayer
+from trimserve.trimming.plan import TrimPlan, bitmap, choose_from_image, select
+from trimserve.trimming.policies.policy import CrossAttentionView, Place
+from trimserve.trimming.selection import AHEAD, KeptSets, Selection
 
 __all__ = ["Mllama"]
 
@@ -68,6 +70,13 @@ class Mllama:
         return self._info.hidden_size * dtype.itemsize
 
     @property
+    def processor(self) -> Processor:
+        """Prepares prompts and images; computes nothing on the device, so that another process may have its own."""
+        return self._processor
+
+    # ---- preparation, see `Processor` ----
+
+    @property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer, for incremental detokenisation."""
         return self._processor.tokenizer
@@ -83,6 +92,8 @@ class Mllama:
     def prepare(self, prompt: Prompt) -> PreparedPrompt:
         """See `Processor.prepare`; pure and thread-safe."""
         return self._processor.prepare(prompt)
+
+    # ---- computation ----
 
     @torch.inference_mode()
     def encode_image(
@@ -102,55 +113,56 @@ class Mllama:
 
     @torch.inference_mode()
     def prefill(
-        self, prompt: PreparedPrompt, images: Sequence[EncodedImage], trim: TrimPlan, kv: KeyValues
+        self,
+        prompt: PreparedPrompt,
+        images: Sequence[EncodedImage],
+        trim: TrimPlan,
+        kv: KeyValues,
+        stored: KeptSets | None = None,
     ) -> Interruptible[Prefilled]:
         """Run the prompt and fill `kv`; yields after each layer.
 
         Args:
             prompt: token ids [T] and images.
             images: of the prompt, see `encode_image`; with what `trim` needs.
-            trim: how to trim; without images it has no effect.
-            kv: empty, with room for T positions.
+            trim: how to trim; has no effect without images.
+            kv: with room for T positions, and for the most rows that trimming can leave.
+            stored: what an earlier prefill of the same prompt kept; neither policy nor guide is asked then, and
+                everything that is computed is the same, bit for bit.
         Returns:
             The logits that follow the prompt and the account of its visual features.
         """
-        began_at = time.monotonic()
-        if trim.is_before_decoder:
-            for image in images:
-                if not image.remembers(trim.choice_key):
-                    choose_from_image(image, trim)
-                    yield
-        seen_by_guide = (yield from self._guide_looks(prompt, images, trim)) if trim.is_guided and images else None
-        rows = self.prompt_rows(prompt, images, trim, kv, seen_by_guide)
-        vision = rows.vision
-        if vision is not None and vision.trim_times is not None:
-            vision.trim_times = vision.trim_times._replace(began_at=began_at)
+        rows = yield from self._prompt_rows(prompt, images, trim, kv, stored)
         logits = (yield from self._decoder.prefill(self._ids(prompt.token_ids), [rows]))[0]
+        vision = rows.vision
         num_valid = tuple(image.num_features for image in images)
         max_features = self._info.max_tiles * self._info.features_per_tile
-        selections: tuple[ImageSelection, ...] = ()
-        if vision is not None and trim.request.return_selection:
-            selections = self._selections(prompt.images, num_valid, vision.selection)
+        num_padding = tuple(max_features - n for n in num_valid)
+        if vision is None:
+            return Prefilled(logits, num_padding, num_valid, num_kept=())
+        times = vision.trim_times
+        num_merged = vision.num_merged or (0,) * len(num_valid)
         return Prefilled(
             logits=logits,
-            num_padding=tuple(max_features - n for n in num_valid),
+            num_padding=num_padding,
             num_valid=num_valid,
-            num_kept=vision.layer_rows[0] if vision else (),
-            num_merged=vision.num_merged if vision else (),
-            selections=selections,
-            trim_times=vision.trim_times if vision else None,
-            later_trim_times=tuple(vision.later_trim_times) if vision else (),
-            layer_rows=self._layer_rows(vision) if vision else (),
+            num_kept=tuple(rows - merged for rows, merged in zip(vision.layer_rows[0], num_merged, strict=True)),
+            num_merged=vision.num_merged,
+            selections=self._selections(prompt.images, num_valid, vision.selection) if trim.return_selection else (),
+            trim_times=times[0] if times else None,
+            later_trim_times=tuple(times[1:]),
+            layer_rows=self._layer_rows(vision),
+            kept_sets=vision.kept_sets,
         )
 
     @torch.inference_mode()
     def warm_up_decode(self, pages: Tensor, max_batch: int, capture: Capture | None = None) -> None:
-        """Make decode steps ready for batches whose keys and values lie in one pool.
+        """Capture decode steps for batches whose keys and values lie in one pool.
 
         Args:
             pages: see `KeyValues.pages`.
-            max_batch: sequences that decode together, at most.
-            capture: how a step is made ready; None: as a CUDA graph. On a CPU that is nothing.
+            max_batch: most rows of a step; larger steps run layer by layer.
+            capture: how a step is made ready; None captures CUDA graphs on a GPU and nothing on a CPU.
         """
         if capture is None:
             if self._device.type == "cpu":
@@ -159,57 +171,51 @@ class Mllama:
         self._bucketed = self._decoder.bucketed(StepBuffers(self._info, pages, max_batch), capture)
 
     @torch.inference_mode()
-    def decode(self, token_ids: Sequence[int], kvs: Sequence[KeyValues]) -> Tensor:
-        """One step of several sequences.
+    def decode(
+        self, token_ids: Sequence[int], kvs: Sequence[KeyValues], num_rows: Sequence[int] | None = None
+    ) -> Tensor:
+        """One step of several sequences, with one or more new rows of each.
+
+        Keys and values of all rows are stored first; then row i of a sequence attends to what the sequence held before
+        and to its own first i + 1 rows, and all rows see the features that the sequence holds.
 
         Args:
-            token_ids: [B], each sequence's last token.
-            kvs: [B], each one position longer afterwards.
+            token_ids: [R], the new tokens of the first sequence, then of the second, and so on.
+            kvs: [B], with granted pages for the new rows; each as much longer afterwards.
+            num_rows: [B], new rows of each, at least 1; None if each has one.
         Returns:
-            float32 logits [B, vocab_size]; they hold until the next step.
+            float32 logits [R, vocab_size] of every row; they hold until the next step.
         """
-        if self._bucketed is not None and self._bucketed.takes(kvs):
-            return self._bucketed(token_ids, kvs)
-        return self._decoder.decode(self._ids(token_ids), kvs)
+        new = NewRows.of(kvs, num_rows)
+        if self._bucketed is not None and self._bucketed.takes(new):
+            logits = self._bucketed(token_ids, new)
+        else:
+            logits = self._decoder.decode(self._ids(token_ids), new)
+        new.stored()
+        return logits
 
     @torch.inference_mode()
     def logits(self, prompts: Sequence[SequenceRows], token_ids: Sequence[int], *, all_rows: bool = True) -> Tensor:
         """Logits [R, vocab_size] of every row of several prompts, or of each one's last; for evaluation and tests."""
         return run_through(self._decoder.prefill(self._ids(token_ids), prompts, all_rows=all_rows))
 
+    @torch.inference_mode()
     def prompt_rows(
         self,
         prompt: PreparedPrompt,
         images: Sequence[EncodedImage],
         trim: TrimPlan,
         kv: KeyValues,
-        seen_by_guide: FirstLayer | None = None,
+        stored: KeptSets | None = None,
     ) -> SequenceRows:
-        """A prompt as rows of a ragged batch, chosen from already by a policy before the decoder; as in `prefill`.
-
-        Args:
-            prompt: see `prefill`.
-            images: see `prefill`.
-            trim: see `prefill`.
-            kv: see `prefill`.
-            seen_by_guide: what the guide knows of the images; None: it is asked here, if `trim` wants that.
-        """
-        vision = self._vision_rows(prompt, images, trim) if images else None
-        began_at = time.monotonic()
-        selection = None
-        if vision is not None and trim.is_before_decoder:
-            selection = Selection.of([choose_from_image(image, trim) for image in images], vision.num_features)
-        elif vision is not None and trim.is_guided:
-            selection = select(seen_by_guide or run_through(self._guide_looks(prompt, images, trim)), trim)
-        if vision is not None and selection is not None:
-            selected_at = time.monotonic()
-            vision.hold(selection)
-            vision.trim_times = TrimTimes(began_at, selected_at, time.monotonic())
-        return SequenceRows(len(prompt.token_ids), kv, vision)
+        """A prompt as rows of a ragged batch, with what is chosen before the decoder chosen already; see `prefill`."""
+        return run_through(self._prompt_rows(prompt, images, trim, kv, stored))
 
     @torch.inference_mode()
-    def look(self, prompt: PreparedPrompt, images: Sequence[EncodedImage], trim: TrimPlan) -> Interruptible[FirstLayer]:
-        """What the first cross-attention layer knows of a prompt's images, for a model that this one guides.
+    def look(
+        self, prompt: PreparedPrompt, images: Sequence[EncodedImage], trim: TrimPlan
+    ) -> Interruptible[CrossAttentionView]:
+        """What the first cross-attention layer computes from a prompt's images, for a model that this one guides.
 
         Args:
             prompt: token ids [T].
@@ -217,25 +223,62 @@ class Mllama:
             trim: whether picks are wanted.
         """
         rows = SequenceRows(len(prompt.token_ids), None, self._vision_rows(prompt, images, trim))
-        return (yield from self._decoder.first_layer(self._ids(prompt.token_ids), rows))
+        return (yield from self._decoder.look(self._ids(prompt.token_ids), rows))
 
-    @torch.inference_mode()
-    def _guide_looks(
+    def _prompt_rows(
+        self,
+        prompt: PreparedPrompt,
+        images: Sequence[EncodedImage],
+        trim: TrimPlan,
+        kv: KeyValues,
+        stored: KeptSets | None,
+    ) -> Interruptible[SequenceRows]:
+        began_at = time.monotonic()
+        rows = SequenceRows(len(prompt.token_ids), kv)
+        if images:
+            if stored is None:
+                selection = yield from self._choose_ahead(prompt, images, trim)
+            else:
+                kept = stored.made_after(AHEAD)
+                selection = None if kept is None else kept.selection(self._device)
+            rows.vision = vision = self._vision_rows(prompt, images, trim, stored)
+            if selection is not None:
+                selected_at = time.monotonic()
+                vision.hold(selection)
+                vision.trim_times.append(TrimTimes(began_at, selected_at, time.monotonic()))
+        return rows
+
+    def _choose_ahead(
         self, prompt: PreparedPrompt, images: Sequence[EncodedImage], trim: TrimPlan
-    ) -> Interruptible[FirstLayer]:
-        assert self._guide is not None, "requests name `guided` only where there is a guide"
-        seen = []
-        for prepared, image in zip(prompt.images, images, strict=True):
-            if image.guide is None:
-                image.guide = yield from self._guide.encode_image(prepared)
-            seen.append(image.guide)
-        return (yield from self._guide.look(prompt, seen, trim))
+    ) -> Interruptible[Selection | None]:
+        """Choose before the decoder runs, if the policy does that."""
+        if trim.place is Place.BEFORE_DECODER:
+            choices = []
+            for image in images:
+                choices.append(choose_from_image(image, trim))
+                yield
+            return Selection.of(choices, [image.num_features for image in images])
+        if trim.place is Place.IN_GUIDE:
+            assert self._guide is not None, "requests name such a policy only if there is a guide"
+            seen = []
+            for prepared, image in zip(prompt.images, images, strict=True):
+                if image.guide is None:
+                    image.guide = yield from self._guide.encode_image(prepared)
+                seen.append(image.guide)
+            return select((yield from self._guide.look(prompt, seen, trim)), trim)
+        return None
 
-    def _vision_rows(self, prompt: PreparedPrompt, images: Sequence[EncodedImage], trim: TrimPlan) -> VisionRows:
+    def _vision_rows(
+        self,
+        prompt: PreparedPrompt,
+        images: Sequence[EncodedImage],
+        trim: TrimPlan,
+        stored: KeptSets | None = None,
+    ) -> VisionRows:
         visible = visible_images(prompt.token_ids, self._info.image_token_id)
         counts = tuple(image.num_features for image in images)
         features = images[0].features if len(images) == 1 else torch.cat([image.features for image in images])
-        return VisionRows(features, counts, visible, self._info.features_per_tile, trim)
+        return VisionRows(features, counts, visible, self._info.features_per_tile, trim, stored)
 
     def _layer_rows(self, vision: VisionRows) -> tuple[tuple[int, ...], ...]:
         first, *later = vision.layer_rows

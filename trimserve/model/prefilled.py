@@ -1,11 +1,12 @@
-"""What prefill of one request came to: the answer of `Mllama.prefill`, read by the engine."""
+"""What prefill of one request came to: the result of `Mllama.prefill`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from torch import Tensor
 
 from trimserve.api.chunks import ImageSelection
+from trimserve.trimming.selection import KeptSets
 
 __all__ = ["Prefilled", "TrimTimes"]
 
@@ -15,9 +16,9 @@ class TrimTimes(NamedTuple):
 
     began_at: float
     selected_at: float
-    """What stays was known."""
+    """The kept set was known."""
     gathered_at: float
-    """It lay side by side; merging is part of this."""
+    """Kept rows lay side by side, merged ones included."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,14 +32,22 @@ class Prefilled:
     num_valid: tuple[int, ...]
     """Features of real tiles, per image."""
     num_kept: tuple[int, ...]
-    """Rows left after trimming, per image: kept features and merged rows, in the first cross-attention layer."""
+    """Features kept in the first cross-attention layer, per image, without merged rows."""
     num_merged: tuple[int, ...] = ()
-    """Merged rows among `num_kept`, per image; empty when nothing is merged."""
+    """Merged rows beside them, per image; empty if nothing is merged."""
     selections: tuple[ImageSelection, ...] = ()
-    """One per image when the request asked for it."""
+    """One per image if the request asked for it."""
     trim_times: TrimTimes | None = None
-    """None when nothing was trimmed."""
+    """None if nothing was trimmed."""
     later_trim_times: tuple[TrimTimes, ...] = ()
     """Of later cross-attention layers that trimmed again."""
     layer_rows: tuple[tuple[int, ...], ...] = ()
-    """Rows of each image that each cross-attention layer holds; empty when every layer holds `num_kept`."""
+    """Rows held per image by each cross-attention layer; empty if every layer holds `num_held`."""
+    kept_sets: KeptSets = field(default_factory=KeptSets)
+    """What trimming selected, for a prefill that computes the sequence again."""
+
+    @property
+    def num_held(self) -> tuple[int, ...]:
+        """Rows held in the first cross-attention layer, per image: kept features and merged rows."""
+        num_merged = self.num_merged or (0,) * len(self.num_kept)
+        return tuple(kept + merged for kept, merged in zip(self.num_kept, num_merged, strict=True))

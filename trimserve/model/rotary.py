@@ -1,17 +1,27 @@
 """Angles of the rotary position embedding, computed once for each position."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from trimserve.model.transformers_mllama import Rotary
 
-__all__ = ["RotaryAngles"]
+__all__ = ["RotaryAngles", "Rotation"]
 
 _FEWEST = 256
 
 
+class Rotation(NamedTuple):
+    """How the queries and keys of R rows are turned, as `ops.rotate` takes it."""
+
+    cosines: Tensor
+    """float32 [R, Dh / 2]"""
+    sines: Tensor
+
+
 class RotaryAngles:
-    """Cosines and sines of the positions seen so far, as `ops.rotate` takes them."""
+    """Cosines and sines of all positions so far."""
 
     def __init__(self, rotary: Rotary) -> None:
         """Compute none yet.
@@ -22,14 +32,14 @@ class RotaryAngles:
         self._rotary = rotary
         self._cosines = self._sines = torch.empty(0, device=rotary.frequencies.device)
 
-    def at(self, positions: list[int]) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of R positions, float32 [R, Dh / 2] each."""
+    def at(self, positions: list[int]) -> Rotation:
+        """The rotation of rows at R positions."""
         self.reserve(max(positions, default=0) + 1)
         return self.of(torch.tensor(positions, dtype=torch.int64, device=self._cosines.device))
 
-    def of(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """The same of positions int64 [R] on the device, for which there is room."""
-        return self._cosines[positions], self._sines[positions]
+    def of(self, positions: Tensor) -> Rotation:
+        """The same for positions int64 [R] on the device, which were reserved."""
+        return Rotation(self._cosines[positions], self._sines[positions])
 
     def reserve(self, num_positions: int) -> None:
         """Make room for so many positions; up to them the angles stay where they are."""

@@ -1,11 +1,10 @@
 """What a decode step reads, in buffers that stay where they are: a step captured once can be replayed for any batch.
 
-A batch is padded to the next of a few sizes, its *bucket*. Rows that pad it have length 0, see nothing, and write to a
-page that is nobody's. What changes from step to step reaches the device in one copy; tables only when the batch is
-another. Every cross-attention layer has lengths and a bias of its own, since later ones may hold less (ADR-0008).
+A batch is padded to the next of a few sizes, its *bucket*. Padding rows have length 0, see nothing, and write to a page
+that is nobody's. What changes from step to step reaches the device in one copy; tables are copied only when the batch
+changes. Every cross-attention layer has lengths and a bias of its own, since later ones may hold less (ADR-0008).
 """
 
-import weakref
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,10 +16,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from trimserve.api.info import ModelInfo
+from trimserve.model.decode_rows import NewRows
 from trimserve.model.key_values import (
     BatchTables,
     FeatureTables,
-    KeyValues,
     Tables,
     num_pages,
     padded,
@@ -36,7 +35,7 @@ _BUCKET = 8
 
 
 def batch_buckets(max_batch: int) -> list[int]:
-    """The sizes that batches are padded to, up to one that holds `max_batch` sequences.
+    """The sizes that batches are padded to, up to one that holds `max_batch` rows.
 
     >>> batch_buckets(20)
     [1, 2, 4, 8, 16, 24]
@@ -50,18 +49,18 @@ class StepInputs:
     """A bucket of rows, in the buffers."""
 
     token_ids: Tensor
-    """int64 [B], each sequence's last token."""
-    positions: Tensor
     """int64 [B], of the new rows."""
+    positions: Tensor
+    """int64 [B]"""
     text: BatchTables
     features: FeatureTables | None
-    """Of all B rows in every layer, with length 0 where a row sees nothing; None: no row sees an image."""
+    """Of all B rows in every layer, with length 0 where a row sees nothing; None if no row sees an image."""
     sees: Tensor
     """bool [cross-attention layers, B, 1], whether a row sees an image there."""
 
 
 class StepBuffers:
-    """The buffers, for batches of up to `max_batch` sequences."""
+    """The buffers, for batches of up to `max_batch` rows."""
 
     def __init__(self, info: ModelInfo, pages: Tensor, max_batch: int) -> None:
         """Make them, for requests of any size that the model takes.
@@ -88,7 +87,7 @@ class StepBuffers:
         self._feature_tables = torch.zeros(self._cross_groups, most, feature_pages, dtype=torch.int32, device=device)
         self._feature_lengths = torch.zeros(num_cross, most, dtype=torch.int32, device=device)
         self._biases = torch.zeros(num_cross, most, feature_pages * PAGE_POSITIONS, device=device)
-        self._sequences: list[weakref.ref[KeyValues]] = []
+        self._keys: tuple[tuple[int, int], ...] = ()
         self._self_tables: Tables = np.empty((self._self_groups, 0, 0), dtype=np.int32)
 
     def inputs(self, bucket: int, *, has_features: bool) -> StepInputs:
@@ -104,7 +103,6 @@ class StepBuffers:
         text = BatchTables(self.pages, self._text_tables[:, :bucket], lengths.int(), rows[3:])
         of_groups = self._feature_tables[:, :bucket]
         features = FeatureTables(
-            self.pages,
             tables=tuple(of_groups[layer // self.pages.shape[1]] for layer in range(len(feature_lengths))),
             lengths=feature_lengths.unbind(),
             biases=self._biases[:, :bucket].unbind(),
@@ -112,34 +110,36 @@ class StepBuffers:
         sees = (feature_lengths > 0)[..., None]
         return StepInputs(token_ids, positions, text, features if has_features else None, sees)
 
-    def fill(self, token_ids: Sequence[int], kvs: Sequence[KeyValues]) -> tuple[int, bool]:
+    def fill(self, token_ids: Sequence[int], new: NewRows) -> tuple[int, bool]:
         """Take a step's batch; nothing waits for the device.
 
         Args:
-            token_ids: each sequence's last token.
-            kvs: as many, at most the largest bucket, after their prefills.
+            token_ids: of each row.
+            new: the rows, at most the largest bucket, of sequences after their prefills.
         Returns:
-            The bucket, and whether any of the sequences sees an image.
+            The bucket, and whether any of the rows sees an image.
         """
-        size = len(kvs)
+        size = len(new.kvs)
         bucket = next(bucket for bucket in self.buckets if bucket >= size)
-        if len(self._sequences) != size or any(ref() is not kv for ref, kv in zip(self._sequences, kvs, strict=True)):
-            self._take(kvs, bucket)
-        lengths = np.array([kv.length for kv in kvs], dtype=np.int64)
+        keys = new.keys
+        if keys != self._keys:
+            self._take(new, bucket)
+            self._keys = keys
+        positions = np.array(new.positions, dtype=np.int64)
         rows = self._padding(bucket)
         rows[0, :size] = token_ids
-        rows[1, :size] = lengths
-        rows[2, :size] = lengths + 1
-        rows[3:, :size] = slots_at(self._self_tables, lengths)
+        rows[1, :size] = positions
+        rows[2, :size] = positions + 1
+        rows[3:, :size] = slots_at(self._self_tables, positions)
         _copy(self._rows_of(bucket), rows)
-        return bucket, any(any(kv.cross_lengths) for kv in kvs)
+        return bucket, any(any(kv.cross_lengths) for kv in new.kvs)
 
     def clear(self, bucket: int) -> None:
         """Let all rows of a bucket be padding."""
         _copy(self._rows_of(bucket), self._padding(bucket))
 
     def _padding(self, bucket: int) -> NDArray[np.int64]:
-        """What `_rows_of` has of rows that pad."""
+        """`_rows_of`, all of it padding."""
         rows = np.zeros((3 + self._self_groups, bucket), dtype=np.int64)
         rows[3:] = (len(self.pages) - 1) * PAGE_POSITIONS + np.arange(bucket) % PAGE_POSITIONS
         return rows
@@ -149,9 +149,9 @@ class StepBuffers:
         rows = 3 + self._self_groups
         return self._rows[: rows * bucket].view(rows, bucket)
 
-    def _take(self, kvs: Sequence[KeyValues], bucket: int) -> None:
-        """Copy what of a batch stays the same from step to step."""
-        self._sequences = [weakref.ref(kv) for kv in kvs]
+    def _take(self, new: NewRows, bucket: int) -> None:
+        """Copy what stays the same from step to step."""
+        kvs = new.kvs
         self._self_tables = together([kv.self_tables for kv in kvs], max(kv.self_tables.shape[1] for kv in kvs))
         _copy(_corner(self._text_tables, self._self_tables), self._self_tables)
         lengths = np.zeros((len(self._feature_lengths), bucket), dtype=np.int32)

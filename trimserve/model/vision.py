@@ -19,7 +19,7 @@ from transformers.models.mllama.configuration_mllama import MllamaVisionConfig
 from trimserve.model.checkpoint import vision_config
 from trimserve.model.images import PreparedImage
 from trimserve.model.interruptible import Interruptible
-from trimserve.model.linear import linear
+from trimserve.model.projection import projection_of
 from trimserve.model.transformers_mllama import MllamaForConditionalGeneration, VisionLayerParts, vision_parts
 from trimserve.model.vision_observer import VisionObserver
 from trimserve.trimming.encoded_image import EncodedImage, Observation
@@ -135,12 +135,12 @@ class VisionLayer:
         self._heads_shape = (3, layer.num_heads, layer.head_dim)
         self._scale = layer.scale
         self._attention_norm = layer.attention_norm
-        self._qkv = linear(*layer.qkv)
-        self._output = linear(layer.output)
+        self._qkv = projection_of(*layer.qkv)
+        self._output = projection_of(layer.output)
         self._mlp_norm = layer.mlp_norm
-        self._first = linear(layer.first)
+        self._first = projection_of(layer.first)
         self._activation = layer.activation
-        self._second = linear(layer.second)
+        self._second = projection_of(layer.second)
         self._attention_gate, self._mlp_gate = _factors(layer.gates)
 
     def __call__(self, hidden: Tensor, image: ImageRows) -> Tensor:

@@ -1,119 +1,148 @@
-"""The images of one sequence during its prefill: rows of features, before and after selection."""
+"""The images of one prompt during its prefill: what its rows still see of them, and what trimming decided."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from trimserve.model.prefilled import TrimTimes
-from trimserve.trimming.plan import Selection, TrimPlan
+from trimserve.trimming.plan import TrimPlan
+from trimserve.trimming.selection import AHEAD, KeptSet, KeptSets, Selection
 
 __all__ = ["VisionRows"]
 
 
 @dataclass(slots=True)
 class VisionRows:
-    """What the rows of one prompt see."""
+    """What the rows of one prompt see; the loop over layers changes it."""
 
     features: Tensor
-    """[N, hidden_size], the images' features one after another; after selection those that are kept, and behind
-    each image's the rows that the others are merged into."""
-    num_features: tuple[int, ...]
+    """[N, hidden_size], the images' features one after another; after a selection those that are kept, and behind each
+    image's the rows that others are merged into."""
+    num_held: tuple[int, ...]
     """Rows of each image in `features`."""
     visible_images: list[tuple[int, int]]
-    """Of each row: the half-open range of images that it sees."""
+    """For each row of the prompt the half-open range of images that it sees."""
     features_per_tile: int
     trim: TrimPlan
+    stored: KeptSets | None = None
+    """What an earlier prefill kept; the policy is not asked then."""
     selection: Selection | None = field(default=None, init=False)
-    """None before it, and where nothing can be dropped."""
-    trim_times: TrimTimes | None = field(default=None, init=False)
-    later_trim_times: list[TrimTimes] = field(default_factory=list, init=False)
-    """Of later cross-attention layers that trim again."""
+    """The first one; None before it, and if there is none."""
+    kept_sets: KeptSets = field(default_factory=KeptSets, init=False)
+    """All selections until now, to be stored."""
+    trim_times: list[TrimTimes] = field(default_factory=list, init=False)
+    """Of each selection."""
     layer_rows: list[tuple[int, ...]] = field(default_factory=list, init=False)
-    """Rows of each image that each cross-attention layer holds, of the layers until now."""
-    has_left: bool = field(default=False, init=False)
-    """Whether the layers to come see nothing of them (`Policy.exit_rule`)."""
+    """Rows of each image that each cross-attention layer holds, for the layers until now."""
     num_merged: tuple[int, ...] = field(default=(), init=False)
-    """Merged rows among each image's; empty when nothing is merged."""
+    """Merged rows of each image; empty if nothing is merged."""
     bias: Tensor | None = field(default=None, init=False)
-    """[rows of `features`], added to every logit of a row, in features' dtype; None: nothing is."""
+    """[rows of `features`], added to every logit of a row, of the features' dtype; None if there is no bias."""
+    held_bias: NDArray[np.float32] | None = field(default=None, init=False)
+    """`bias` of `held_range`, on the host."""
 
     @property
     def num_kept(self) -> tuple[int, ...]:
-        """Rows of each image in `features` that are no merged ones."""
-        num_merged = self.num_merged or (0,) * len(self.num_features)
-        return tuple(rows - merged for rows, merged in zip(self.num_features, num_merged, strict=True))
+        """Kept features of each image, without merged rows."""
+        num_merged = self.num_merged or (0,) * len(self.num_held)
+        return tuple(rows - merged for rows, merged in zip(self.num_held, num_merged, strict=True))
 
     @property
     def kept_places(self) -> Tensor:
-        """Where `features` has those, int64, ascending."""
+        """Where `features` has kept features, int64, ascending."""
         return self._places()[0]
 
     @property
     def offsets(self) -> list[int]:
-        """Where each image's features begin, and the end of the last."""
-        return [0, *accumulate(self.num_features)]
+        """Where each image's rows begin in `features`, and the end of the last."""
+        return [0, *accumulate(self.num_held)]
 
     @property
     def held_range(self) -> tuple[int, int]:
-        """The features that the last row sees."""
+        """The rows of `features` that the last row of the prompt sees, and so every decoded row."""
         first, last = self.visible_images[-1]
         return self.offsets[first], self.offsets[last]
 
     @property
-    def held_bias(self) -> Tensor | None:
-        """`bias` of those."""
-        first, end = self.held_range
-        return None if self.bias is None else self.bias[first:end]
+    def has_left(self) -> bool:
+        """Whether later cross-attention layers are skipped."""
+        return self.kept_sets.left_after is not None
 
-    def hold(self, selection: Selection) -> tuple[Tensor, Tensor]:
-        """Go on with what was selected; the merged rows of each image come behind its kept ones.
+    def visible_runs(self) -> list[tuple[int, int, int, int]]:
+        """(first row, end row, first feature, end feature) of consecutive prompt rows that see the same features."""
+        if self.has_left:
+            return []
+        offsets, images = self.offsets, self.visible_images
+        num_rows = len(images)
+        starts = [row for row in range(num_rows) if row == 0 or images[row] != images[row - 1]]
+        runs = []
+        for start, end in zip(starts, [*starts[1:], num_rows], strict=True):
+            first, last = images[start]
+            if first < last:
+                runs.append((start, end, offsets[first], offsets[last]))
+        return runs
+
+    def leave(self, layer: int) -> None:
+        """Skip the cross-attention layers after this one."""
+        self.kept_sets = KeptSets(self.kept_sets.sets, left_after=layer)
+
+    def hold(self, selection: Selection, layer: int = AHEAD) -> tuple[Tensor, Tensor]:
+        """Go on with what was selected first; the merged rows of each image come behind its kept ones.
 
         Args:
             selection: what is kept and merged; the weight of a merged row becomes its bias.
+            layer: after which it was made.
         Returns:
-            Where `features` now has the kept rows and the merged ones: int64 [M] and [G], each ascending.
+            Where `features` now has the kept features and the merged rows: int64 [M] and [G], each ascending.
         """
         everything, groups = self.features, selection.groups
         stays = everything.index_select(0, selection.kept)  # on a CPU faster than indexing
         self.selection = selection
         self.num_merged = () if groups is None else groups.num_groups
-        self._count(selection.num_kept)
+        self._note(selection, layer)
         kept, merged = self._places()
         if groups is None:
             self.features = stays
         else:
-            num_rows = sum(self.num_features)
+            num_rows = sum(self.num_held)
             self.features = everything.new_empty(num_rows, everything.shape[1])
             self.features.index_copy_(0, kept, stays).index_copy_(0, merged, groups.mean(everything))
-            self.bias = everything.new_zeros(num_rows)
-            self.bias[merged] = groups.sizes.log().to(everything.dtype)
+            self._weigh(everything.new_zeros(num_rows).index_copy_(0, merged, groups.sizes.log().to(everything.dtype)))
         return kept, merged
 
-    def hold_fewer(self, selection: Selection) -> Tensor:
-        """Go on with some of the kept rows; the merged ones all stay.
+    def hold_fewer(self, selection: Selection, layer: int) -> Tensor:
+        """Go on with some of the kept features; merged rows all stay.
 
         Args:
-            selection: its features are `kept_places`, and it merges nothing.
+            selection: counts `kept_places`, and merges nothing.
+            layer: after which it was made.
         Returns:
-            Which of the rows stay, int64, ascending.
+            Which rows of `features` stay, int64, ascending.
         """
         kept, merged = self._places()
         rows = torch.cat([kept[selection.kept], merged]).sort().values
         self.features = self.features[rows]
-        self.bias = None if self.bias is None else self.bias[rows]
-        self._count(selection.num_kept)
+        self._note(selection, layer)
+        self._weigh(None if self.bias is None else self.bias[rows])
         return rows
 
-    def _count(self, num_kept: Sequence[int]) -> None:
-        num_merged = self.num_merged or (0,) * len(num_kept)
-        self.num_features = tuple(map(sum, zip(num_kept, num_merged, strict=True)))
+    def _note(self, selection: Selection, layer: int) -> None:
+        num_merged = self.num_merged or (0,) * len(selection.num_kept)
+        self.num_held = tuple(map(sum, zip(selection.num_kept, num_merged, strict=True)))
+        self.kept_sets = KeptSets((*self.kept_sets.sets, KeptSet.of(selection, layer)), self.kept_sets.left_after)
+
+    def _weigh(self, bias: Tensor | None) -> None:
+        first, end = self.held_range
+        self.bias = bias
+        self.held_bias = None if bias is None else bias[first:end].float().cpu().numpy()
 
     def _places(self) -> tuple[Tensor, Tensor]:
-        """Where `features` has kept rows and merged ones: int64, each ascending."""
-        num_merged = self.num_merged or (0,) * len(self.num_features)
+        """Where `features` has kept features and merged rows: int64, each ascending."""
+        num_merged = self.num_merged or (0,) * len(self.num_held)
         counts = [n for of_image in zip(self.num_kept, num_merged, strict=True) for n in of_image]
         runs = torch.arange(sum(counts), device=self.features.device).split(counts)
         return torch.cat(runs[::2]), torch.cat(runs[1::2])

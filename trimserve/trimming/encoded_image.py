@@ -80,10 +80,6 @@ class EncodedImage:
         """Whether all of that was observed."""
         return needs <= self.observed.keys()
 
-    def remembers(self, key: Hashable) -> bool:
-        """Whether `remembered` would ask nobody."""
-        return key in self._choices
-
     def remembered(self, key: Hashable, choose: Callable[[], Choice]) -> Choice:
         """What `choose` answers, asked once for each of the last `max_choices` keys."""
         if key not in self._choices:

@@ -1,36 +1,23 @@
-"""Which visual features later layers keep: what a request asks for, and what the policy that it names answers.
+"""A request's trimming, resolved once: which policy is asked, where, and how much may stay.
 
-Policies see one image at a time (`policies/policy.py`); here their answers are put together. This file knows no model.
+Policies see one image at a time (`policies/policy.py`); here their answers are put together. This file knows no model,
+and no policy by name.
 """
 
-from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from trimserve.api.trim import FixedCount, FixedRatio, TopP, TrimRequest
 from trimserve.trimming.budget import Allowance, HeadRatio, budget, cap
 from trimserve.trimming.encoded_image import Choice, EncodedImage, Observation
-from trimserve.trimming.merging import Groups, group_dropped
-from trimserve.trimming.policies.guided import Guided
-from trimserve.trimming.policies.policy import AfterFirstLayer, BeforeDecoder, ExitRule, FirstLayer, Policy
+from trimserve.trimming.merging import group_dropped
+from trimserve.trimming.policies.policy import BeforeDecoder, CrossAttentionView, Place, Policy, Verdict
 from trimserve.trimming.policies.table import POLICIES
-from trimserve.trimming.policies.trimmed import Trimmed
+from trimserve.trimming.selection import Selection
 
-__all__ = [
-    "DEFAULT_RATIO",
-    "Selection",
-    "TrimPlan",
-    "bitmap",
-    "choose_from_image",
-    "max_rows",
-    "scratch_bytes",
-    "select",
-    "select_again",
-]
+__all__ = ["DEFAULT_RATIO", "TrimPlan", "bitmap", "choose_from_image", "max_rows", "scratch_bytes", "select"]
 
 DEFAULT_RATIO = 0.5
 """Share of an image that a policy before the decoder keeps when the request names no budget."""
@@ -38,126 +25,114 @@ DEFAULT_RATIO = 0.5
 
 @dataclass(frozen=True, slots=True)
 class TrimPlan:
-    """What a request's trimming comes to."""
+    """What a request's trimming comes to; made once per request, plain data that can be pickled."""
 
-    request: TrimRequest
+    policy: Policy | None
+    """None if nothing can be dropped: the request takes the untrimmed path, bit for bit."""
+    allowance: Allowance
+    """How many features of an image may stay, or how many each head may pick."""
+    merge_ratio: float = 0.0
+    """See `TrimRequest.merge_ratio`."""
+    return_selection: bool = False
+    """Whether the answer says which features were kept, and what each head picked."""
 
-    @property
-    def can_drop(self) -> bool:
-        """Whether any feature could go; if not, the request takes the untrimmed path, bit for bit."""
-        if not self.request.enabled:
-            return False
-        policy = self.make_policy()
-        if (
-            (self.request.max_kept_fraction or 1) < 1
-            or not policy.budgets
-            or policy.is_cascade
-            or policy.exit_rule is not None
-        ):
-            return True
-        match self.allowance.budget:
-            case HeadRatio(ratio) | FixedRatio(ratio) | TopP(ratio):
-                return ratio < 1
-            case _:
-                return True
+    @classmethod
+    def of(cls, request: TrimRequest) -> "TrimPlan":
+        """Resolve what a request asks for."""
+        policy = POLICIES[request.policy](**request.parameters)
+        is_before = policy.place is Place.BEFORE_DECODER
+        asked = request.budget or (FixedRatio(DEFAULT_RATIO) if is_before else HeadRatio(request.k_ratio))
+        allowance = Allowance(asked, request.max_kept_fraction)
+        can_drop = request.enabled and _can_drop(policy, allowance)
+        return cls(policy if can_drop else None, allowance, request.merge_ratio, request.return_selection)
 
     @property
-    def is_before_decoder(self) -> bool:
-        """Whether features are chosen from the images alone."""
-        return self.can_drop and issubclass(POLICIES[self.request.policy], BeforeDecoder)
-
-    @property
-    def is_after_first_layer(self) -> bool:
-        """Whether features are chosen in the first cross-attention layer."""
-        return self.can_drop and issubclass(POLICIES[self.request.policy], AfterFirstLayer) and not self.is_guided
-
-    @property
-    def is_guided(self) -> bool:
-        """Whether features are chosen in the first cross-attention layer of a guide, before the decoder."""
-        return self.can_drop and issubclass(POLICIES[self.request.policy], Guided)
-
-    @property
-    def is_cascade(self) -> bool:
-        """Whether later cross-attention layers choose again, among what is kept."""
-        return self.request.enabled and self.make_policy().is_cascade
-
-    @property
-    def exit_rule(self) -> ExitRule | None:
-        """When later cross-attention layers are left out; None: never."""
-        return self.make_policy().exit_rule if self.request.enabled else None
-
-    @property
-    def allowance(self) -> Allowance:
-        """How many features of an image may stay, or how many each head may pick."""
-        is_before = issubclass(POLICIES[self.request.policy], BeforeDecoder)
-        asked = self.request.budget or (FixedRatio(DEFAULT_RATIO) if is_before else HeadRatio(self.request.k_ratio))
-        return Allowance(asked, self.request.max_kept_fraction)
+    def place(self) -> Place | None:
+        """Where features are chosen; None if nothing can be dropped."""
+        return None if self.policy is None else self.policy.place
 
     @property
     def needs(self) -> frozenset[Observation]:
         """What the policy wants to know of the vision layers."""
-        return POLICIES[self.request.policy].needs if self.can_drop else frozenset()
+        return frozenset() if self.policy is None else self.policy.needs
 
-    @property
-    def choice_key(self) -> Hashable:
-        """All that a choice before the decoder depends on beside the image."""
-        return self.make_policy(), self.allowance, self.request.merge_ratio
+    def is_asked_after(self, layer: int) -> bool:
+        """Whether `after_layer` is to be called after a cross-attention layer, counted from 0."""
+        return self.policy is not None and self.policy.is_asked_after(layer)
 
-    def make_policy(self) -> Policy:
-        """The policy with its parameters."""
-        return POLICIES[self.request.policy](**self.request.parameters)
-
-
-@dataclass(frozen=True, slots=True)
-class Selection:
-    """Kept features of one request's images."""
-
-    kept: Tensor
-    """int64 [M], ascending over the features of all images in order."""
-    num_kept: tuple[int, ...]
-    """Kept features of each image; sums to M."""
-    picks: Tensor
-    """int64 [H, K], what each query head picked, -1 where it picked fewer; [0, 0] where no head was asked or nobody
-    wants to know."""
-    groups: Groups | None = None
-    """What is merged; None: what is not kept is dropped."""
-
-    @classmethod
-    def of(cls, choices: Sequence[Choice], num_features: Sequence[int]) -> "Selection":
-        """Put the choices of a request's images, at least one, together.
+    def after_layer(self, view: CrossAttentionView) -> Selection | Verdict:
+        """Ask the policy what later cross-attention layers hold of what this one held.
 
         Args:
-            choices: of one policy, one for each image.
-            num_features: of each image.
+            view: what the layer computed from the images, at least one.
+        Returns:
+            What is kept, with the groups that are merged beside it; or a verdict.
         """
-        starts = [0, *accumulate(num_features)][:-1]
-        placed = list(zip(choices, starts, strict=True))
-        kept = torch.cat([start + choice.kept for choice, start in placed])
-        by_head = [
-            torch.where(each.picks < 0, -1, start + each.picks) for each, start in placed if each.picks is not None
-        ]
-        groups = [(each.groups, start) for each, start in placed if each.groups is not None]
-        return cls(
-            kept,
-            tuple(len(choice.kept) for choice in choices),
-            torch.cat(by_head, dim=1) if by_head else kept.new_empty((0, 0)),
-            Groups.of(groups) if groups else None,
-        )
+        assert self.policy is not None
+        choices = self.policy.after_layer(view, self.allowance)
+        if isinstance(choices, Verdict):
+            return choices
+        selection = Selection.of(choices, view.num_features)
+        if selection.groups is not None or not self.merge_ratio or view.layer > 0:  # only the first layer merges
+            return selection
+        size = view.features_per_tile
+        groups = group_dropped(view.keys, selection.kept, view.num_features, size, self.merge_ratio)
+        return replace(selection, groups=groups)
 
 
-def max_rows(num_features: int, num_heads: int, features_per_tile: int, trim: TrimPlan) -> int:
+def _can_drop(policy: Policy, allowance: Allowance) -> bool:
+    if (allowance.max_fraction or 1) < 1 or not policy.budgets or policy.trims_later_layers:
+        return True
+    match allowance.budget:
+        case HeadRatio(ratio) | FixedRatio(ratio) | TopP(ratio):
+            return ratio < 1
+        case _:
+            return True
+
+
+def select(view: CrossAttentionView, plan: TrimPlan) -> Selection:
+    """Choose the features of each image after a first cross-attention layer; for policies that always choose there."""
+    selection = plan.after_layer(view)
+    assert isinstance(selection, Selection)
+    return selection
+
+
+def choose_from_image(image: EncodedImage, plan: TrimPlan) -> Choice:
+    """Choose the features of one image that the decoder gets; an image that was asked before remembers.
+
+    Args:
+        image: of which the policy's `needs` were observed.
+        plan: of a policy that is asked before the decoder.
+    Returns:
+        A choice; what is neither kept nor in a group is dropped.
+    """
+    policy, allowance, merge_ratio = plan.policy, plan.allowance, plan.merge_ratio
+    assert isinstance(policy, BeforeDecoder)
+
+    def choose() -> Choice:
+        choice = policy.choose(image, allowance)
+        if choice.groups is not None or not merge_ratio:
+            return choice
+        features, counts = image.features[:, None], (image.num_features,)
+        groups = group_dropped(features, choice.kept, counts, image.features_per_tile, merge_ratio)
+        return replace(choice, groups=groups)
+
+    return image.remembered((policy, allowance, merge_ratio), choose)
+
+
+def max_rows(num_features: int, num_heads: int, features_per_tile: int, plan: TrimPlan) -> int:
     """Most rows that an image can hold after selection; at most `num_features`.
 
     Args:
         num_features: valid features of the image, at least 1.
         num_heads: H.
         features_per_tile: of the model.
-        trim: of the request.
+        plan: of the request.
     """
-    if not trim.can_drop:
+    if plan.policy is None:
         return num_features
-    match trim.allowance.budget if POLICIES[trim.request.policy].budgets else None:
-        case HeadRatio(ratio) if not trim.is_guided:  # by a guide's heads, of which it may have more
+    match plan.allowance.budget if plan.policy.budgets else None:
+        case HeadRatio(ratio) if plan.place is not Place.IN_GUIDE:  # a guide may have more heads
             kept = num_heads * budget(ratio, num_features)
         case FixedRatio(ratio):
             kept = budget(ratio, num_features)
@@ -165,17 +140,17 @@ def max_rows(num_features: int, num_heads: int, features_per_tile: int, trim: Tr
             kept = count
         case _:
             kept = num_features
-    kept = min(kept, cap(trim.request.max_kept_fraction, num_features))
-    if trim.request.merge_ratio:
-        kept += num_features // features_per_tile * budget(trim.request.merge_ratio, features_per_tile)
+    kept = min(kept, cap(plan.allowance.max_fraction, num_features))
+    if plan.merge_ratio:
+        kept += num_features // features_per_tile * budget(plan.merge_ratio, features_per_tile)
     return min(kept, num_features)
 
 
 def scratch_bytes(num_tiles: int, features_per_tile: int, hidden_size: int) -> int:
-    """Most bytes that choosing from one image takes for a while, and merging what is not kept.
+    """Most temporary bytes for choosing from one image and merging what is not kept.
 
     A policy that compares features holds their likeness within each tile, [tiles, F, F]; merging holds what it
-    averages, twice at most. Both are float32, as is a tile of features on its way.
+    averages, at most twice. Both are float32, as is a tile of features on its way.
 
     Args:
         num_tiles: of the image.
@@ -185,64 +160,6 @@ def scratch_bytes(num_tiles: int, features_per_tile: int, hidden_size: int) -> i
     likeness = num_tiles * features_per_tile**2
     directions = 2 * num_tiles * features_per_tile * hidden_size
     return 4 * (likeness + directions)
-
-
-def select(layer: FirstLayer, trim: TrimPlan) -> Selection:
-    """Choose the features of each image that later layers keep, after the first cross-attention layer.
-
-    Args:
-        layer: what it knows of the images, at least one.
-        trim: names a policy that is asked there.
-    """
-    policy = trim.make_policy()
-    assert isinstance(policy, AfterFirstLayer)
-    choices = []
-    for image in layer.images():
-        allowance = trim.allowance
-        if isinstance(allowance.budget, HeadRatio) and not isinstance(policy, Trimmed):
-            allowance = Allowance(FixedCount(len(Trimmed().choose(image, allowance).kept)))
-        choices.append(policy.choose(image, allowance))
-    selection = Selection.of(choices, layer.num_features)
-    if selection.groups is not None or not trim.request.merge_ratio:
-        return selection
-    size = layer.features_per_tile
-    groups = group_dropped(layer.keys, selection.kept, layer.num_features, size, trim.request.merge_ratio)
-    return replace(selection, groups=groups)
-
-
-def select_again(layer: FirstLayer, trim: TrimPlan) -> Selection:
-    """Choose among the features that are kept of each image, in a later cross-attention layer.
-
-    Args:
-        layer: what it knows of the images, at least one, and of each the features that are kept until here.
-        trim: names a cascade.
-    """
-    policy = trim.make_policy()
-    assert isinstance(policy, AfterFirstLayer)
-    return Selection.of([Choice(policy.choose_again(image)) for image in layer.images()], layer.num_features)
-
-
-def choose_from_image(image: EncodedImage, trim: TrimPlan) -> Choice:
-    """Choose the features of one image that the decoder gets; an image that was asked before remembers.
-
-    Args:
-        image: of which the policy's `needs` were observed.
-        trim: names a policy that is asked before the decoder.
-    Returns:
-        A choice whose groups are what is merged; None: the rest is dropped.
-    """
-    policy, allowance = trim.make_policy(), trim.allowance
-    assert isinstance(policy, BeforeDecoder)
-
-    def choose() -> Choice:
-        choice = policy.choose(image, allowance)
-        if choice.groups is not None or not trim.request.merge_ratio:
-            return choice
-        features, counts = image.features[:, None], (image.num_features,)
-        groups = group_dropped(features, choice.kept, counts, image.features_per_tile, trim.request.merge_ratio)
-        return replace(choice, groups=groups)
-
-    return image.remembered(trim.choice_key, choose)
 
 
 def bitmap(indices: Tensor, num_features: int) -> bytes:

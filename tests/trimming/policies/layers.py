@@ -5,12 +5,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from trimserve.trimming.policies.policy import FirstLayer
+from trimserve.trimming.policies.policy import CrossAttentionView
 
 __all__ = ["attended", "scored"]
 
 
-def scored(scores: Tensor, num_features: Sequence[int], features: Tensor | None = None) -> FirstLayer:
+def scored(scores: Tensor, num_features: Sequence[int], features: Tensor | None = None) -> CrossAttentionView:
     """A layer whose heads have these scores, [H, N]; one tile an image unless N of all images divides evenly.
 
     Args:
@@ -23,12 +23,12 @@ def scored(scores: Tensor, num_features: Sequence[int], features: Tensor | None 
         features = torch.zeros(num_all, 1)
     ends = torch.tensor([[0, num_all]], dtype=torch.int32)
     no_query, no_keys = torch.zeros(1, len(scores), 1), torch.zeros(num_all, 1, 1)
-    layer = FirstLayer(no_query, no_keys, features, ends, 1.0, num_features, min(num_features))
+    layer = CrossAttentionView(no_query, no_keys, features, ends, 1.0, num_features, min(num_features))
     layer.scores = scores
     return layer
 
 
-def attended(weights: Tensor, features: Tensor | None = None) -> FirstLayer:
+def attended(weights: Tensor, features: Tensor | None = None) -> CrossAttentionView:
     """A layer with one image whose text rows have these attention weights.
 
     Args:
@@ -42,4 +42,4 @@ def attended(weights: Tensor, features: Tensor | None = None) -> FirstLayer:
     queries = torch.eye(num_rows)[:, None].expand(-1, num_heads, -1).contiguous()
     keys = weights.log().permute(2, 1, 0).contiguous()
     visibility = torch.tensor([[0, num_features]] * num_rows, dtype=torch.int32)
-    return FirstLayer(queries, keys, features, visibility, 1.0, (num_features,), num_features)
+    return CrossAttentionView(queries, keys, features, visibility, 1.0, (num_features,), num_features)

@@ -15,12 +15,12 @@ from trimserve.trimming.policies.cdpruner import CDPruner
 from trimserve.trimming.policies.fastv import FastV
 from trimserve.trimming.policies.mean import Mean
 from trimserve.trimming.policies.mmr import Mmr
-from trimserve.trimming.policies.policy import AfterFirstLayer, FirstLayer
+from trimserve.trimming.policies.policy import AfterFirstLayer, CrossAttentionView, Verdict
 from trimserve.trimming.policies.sparsevlm import SparseVLM
 from trimserve.trimming.policies.tiles import quotas_by, relevance
 
 
-def chosen(policy: AfterFirstLayer, layer: FirstLayer, count: int) -> list[int]:
+def chosen(policy: AfterFirstLayer, layer: CrossAttentionView, count: int) -> list[int]:
     """What is kept of the only image."""
     [image] = layer.images()
     return policy.choose(image, Allowance(FixedCount(count))).kept.tolist()
@@ -65,11 +65,14 @@ def test_sparsevlm_asks_every_row_where_all_are_alike() -> None:
 @pytest.mark.parametrize(("ratio", "kept"), [(0.3, [0]), (0.34, [0, 2]), (0.67, [0, 1, 2])])
 def test_a_cascade_of_sparsevlm_asks_a_later_layers_own_raters(ratio: float, kept: list[int]) -> None:
     weights = torch.tensor([[[0.6, 0.2, 0.2]], [[0.1, 0.1, 0.8]], [[0.3, 0.3, 0.4]]])
-    [image] = attended(weights).images()  # 0.45 0.25 0.3, as above
-    assert SparseVLM(cascade_ratio=ratio).choose_again(image).tolist() == kept
+    view = attended(weights)  # 0.45 0.25 0.3, as above
+    view.layer = 1
+    choices = SparseVLM(cascade_ratio=ratio).after_layer(view, Allowance(FixedCount(3)))
+    assert not isinstance(choices, Verdict)
+    assert [choice.kept.tolist() for choice in choices] == [kept]
 
 
-def twenty_in_two_places() -> FirstLayer:
+def twenty_in_two_places() -> CrossAttentionView:
     """A layer that looks at feature n the less the larger n is; keys 0 to 10 are alike, and 11 to 19."""
     layer = attended(torch.arange(20, 0, -1)[None, None].float().softmax(dim=2))
     place = (torch.arange(20) > 10).float()[:, None, None]
@@ -101,11 +104,12 @@ def test_sparsevlm_recycles_the_best_that_it_drops_within_its_budget(
 
 
 def test_sparsevlm_drops_what_it_does_not_recycle_whatever_merge_ratio_says() -> None:
-    trim = TrimPlan(TrimRequest(policy="sparsevlm", budget=FixedCount(4), merge_ratio=0.5))
-    selection = select(twenty_in_two_places(), TrimPlan(replace(trim.request, parameters={"recycle_ratio": 0.4})))
+    request = TrimRequest(policy="sparsevlm", budget=FixedCount(4), merge_ratio=0.5)
+    recycling = replace(request, parameters={"recycle_ratio": 0.4})
+    selection = select(twenty_in_two_places(), TrimPlan.of(recycling))
     assert selection.groups is not None
     assert selection.groups.sizes.tolist() == [7]
-    merged = select(twenty_in_two_places(), trim).groups
+    merged = select(twenty_in_two_places(), TrimPlan.of(request)).groups
     assert merged is not None
     assert merged.sizes.sum() == 16
 

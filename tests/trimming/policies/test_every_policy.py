@@ -11,7 +11,7 @@ from trimserve.api.trim import FixedCount, FixedRatio, TrimRequest
 from trimserve.trimming.budget import Allowance
 from trimserve.trimming.encoded_image import EncodedImage, Observation
 from trimserve.trimming.plan import TrimPlan, select
-from trimserve.trimming.policies.policy import AfterFirstLayer, BeforeDecoder, Choice, FirstLayer, Policy
+from trimserve.trimming.policies.policy import AfterFirstLayer, BeforeDecoder, Choice, CrossAttentionView, Policy
 from trimserve.trimming.policies.sparsevlm import SparseVLM
 from trimserve.trimming.policies.table import POLICIES
 
@@ -31,7 +31,7 @@ def features(num_tiles: int, seed: int = 0) -> Tensor:
     return torch.randn(num_tiles * SIZE, 16, generator=torch.Generator().manual_seed(seed))
 
 
-def layer_of(*images: Tensor) -> FirstLayer:
+def layer_of(*images: Tensor) -> CrossAttentionView:
     """Three rows for each image, which see that image only."""
     counts = [len(image) for image in images]
     together = torch.cat(images)
@@ -39,7 +39,7 @@ def layer_of(*images: Tensor) -> FirstLayer:
     queries = torch.randn(3, 4, 8, generator=torch.Generator().manual_seed(1)).repeat(len(images), 1, 1)
     ends = torch.tensor(counts).cumsum(0)
     seen = torch.stack([ends - torch.tensor(counts), ends], dim=1).repeat_interleave(3, dim=0).int()
-    return FirstLayer(queries, keys, together, seen, 0.5, counts, SIZE)
+    return CrossAttentionView(queries, keys, together, seen, 0.5, counts, SIZE)
 
 
 def encoded(image: Tensor) -> EncodedImage:
@@ -149,8 +149,8 @@ def test_features_that_are_no_numbers_come_last_in_their_tile(name: str) -> None
 @pytest.mark.parametrize("name", [name for name, policy in POLICIES.items() if issubclass(policy, AfterFirstLayer)])
 def test_without_a_budget_as_many_stay_as_trimmed_keeps(name: str) -> None:
     layer = layer_of(features(2, 1), features(1, 2))
-    trim = TrimPlan(TrimRequest(policy=name, k_ratio=0.15, max_kept_fraction=0.4))
+    trim = TrimPlan.of(TrimRequest(policy=name, k_ratio=0.15, max_kept_fraction=0.4))
     assert (
         select(layer, trim).num_kept
-        == select(layer, TrimPlan(TrimRequest(k_ratio=0.15, max_kept_fraction=0.4))).num_kept
+        == select(layer, TrimPlan.of(TrimRequest(k_ratio=0.15, max_kept_fraction=0.4))).num_kept
     )

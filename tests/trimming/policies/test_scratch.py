@@ -10,7 +10,7 @@ from trimserve.trimming.budget import Allowance
 from trimserve.trimming.encoded_image import EncodedImage, Observation
 from trimserve.trimming.merging import group_dropped
 from trimserve.trimming.plan import scratch_bytes
-from trimserve.trimming.policies.policy import AfterFirstLayer, BeforeDecoder, FirstLayer, Policy
+from trimserve.trimming.policies.policy import AfterFirstLayer, BeforeDecoder, CrossAttentionView, Policy
 from trimserve.trimming.policies.sparsevlm import SparseVLM
 from trimserve.trimming.policies.table import POLICIES
 
@@ -36,10 +36,12 @@ def encoded() -> EncodedImage:
     return EncodedImage(rows, SIZE, 2, observed, prototypes=rows[:64])
 
 
-def layer() -> FirstLayer:
+def layer() -> CrossAttentionView:
     rows = features()
     seen = torch.tensor([[0, len(rows)]] * 16, dtype=torch.int32)
-    return FirstLayer(rows[:16].view(16, 8, 64), rows[:, :128].view(-1, 2, 64), rows, seen, 0.1, (len(rows),), SIZE)
+    return CrossAttentionView(
+        rows[:16].view(16, 8, 64), rows[:, :128].view(-1, 2, 64), rows, seen, 0.1, (len(rows),), SIZE
+    )
 
 
 @pytest.mark.parametrize("policy", [*(policy() for policy in POLICIES.values()), SparseVLM(recycle_ratio=1.0)], ids=str)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+from trimserve.trimming.policies.policy import Place
 from trimserve.trimming.policies.trimmed import Trimmed
 
 __all__ = ["Guided"]
@@ -22,4 +23,9 @@ class Guided(Trimmed):
     """
 
     name: ClassVar[str] = "guided"
+    place: ClassVar[Place] = Place.IN_GUIDE
     knob: ClassVar[str] = "guide_model"
+
+    def is_asked_after(self, layer: int) -> bool:  # noqa: ARG002 - the guide has chosen before the decoder
+        """See `Policy.is_asked_after`."""
+        return False

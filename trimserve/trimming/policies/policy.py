@@ -1,41 +1,57 @@
-"""What a policy is: where it is asked, what it sees of an image, what it answers.
+"""What a policy is: where it is asked, what it sees, what it answers.
 
-A policy is a frozen dataclass; its fields are the parameters that a request may set. There are two places to ask one:
-*before the decoder*, from the image alone, so that the first cross-attention layer shrinks too and the answer serves
-every question on the image; and *after the first cross-attention layer*, when the text has looked. Either way a policy
-sees one image at a time, and of it real tiles only.
+A policy is a frozen dataclass; its fields are the parameters that a request may set. It is asked in one of three
+places (`Place`): *before the decoder*, from each image alone, so that the first cross-attention layer shrinks too and
+the answer serves every question on the image; *after cross-attention layers*, when the text has looked, mostly after
+the first one only; or *in a guide*, after the first cross-attention layer of a smaller model. A policy sees one image
+at a time, and real tiles only.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import Field, dataclass, field, fields
-from functools import cached_property
-from itertools import accumulate
+from collections.abc import Sequence
+from dataclasses import Field, field, fields
+from enum import Enum
 from typing import Any, ClassVar
 
 from torch import Tensor
 
 from trimserve import ops
 from trimserve.api.info import ParameterInfo, PolicyInfo
-from trimserve.trimming.budget import Allowance
+from trimserve.api.trim import FixedCount
+from trimserve.trimming.budget import Allowance, HeadRatio
 from trimserve.trimming.encoded_image import Choice, EncodedImage, Observation
+from trimserve.trimming.policies.headwise import choose_headwise
+from trimserve.trimming.policies.view import CrossAttentionView, SeenImage
 
 __all__ = [
     "AfterFirstLayer",
     "BeforeDecoder",
     "Choice",
-    "ExitRule",
-    "FirstLayer",
+    "CrossAttentionView",
+    "Place",
     "Policy",
     "SeenImage",
+    "Verdict",
     "parameter",
     "top",
 ]
 
 
-ExitRule = Callable[[Tensor, Tensor], bool]
-"""Of one prompt's rows that see an image, [S, D], and what a cross-attention layer's attention adds to them, [S, D]:
-whether they have seen enough."""
+class Place(Enum):
+    """Where a policy chooses features."""
+
+    BEFORE_DECODER = "before the decoder"
+    IN_GUIDE = "in the guide"
+    AFTER_LAYERS = "after cross-attention layers"
+
+
+class Verdict(Enum):
+    """What a policy may answer after a cross-attention layer instead of a choice."""
+
+    KEEP_ALL = "keep all"
+    """The next layer holds what this one held."""
+    LEAVE = "leave"
+    """Later cross-attention layers are skipped and hold nothing."""
 
 
 class Policy(ABC):
@@ -43,32 +59,44 @@ class Policy(ABC):
 
     name: ClassVar[str]
     """What requests call it."""
+    place: ClassVar[Place]
+    """Where it chooses."""
     budgets: ClassVar[tuple[str, ...]] = ("ratio", "count", "top_p", "knee")
     """Kinds of budget that it takes."""
     needs: ClassVar[frozenset[Observation]] = frozenset()
     """What it wants to know of the vision layers."""
     knob: ClassVar[str] = ""
-    """Knob of `ModelConfig` without which it cannot be asked; empty: none."""
+    """Knob of `ModelConfig` without which it cannot be asked; empty if it needs none."""
 
     @property
-    def exit_rule(self) -> ExitRule | None:
-        """Asked in a prefill after each cross-attention layer; the request goes without those after the first yes."""
-        return None
-
-    @property
-    def is_cascade(self) -> bool:
-        """Whether later cross-attention layers choose again, among what is kept (`AfterFirstLayer.choose_again`)."""
+    def trims_later_layers(self) -> bool:
+        """Whether later cross-attention layers may hold less than the first one, whatever the budget."""
         return False
+
+    def is_asked_after(self, layer: int) -> bool:  # noqa: ARG002 - most policies are asked after no layer
+        """Whether `after_layer` is called after this cross-attention layer, counted from 0."""
+        return False
+
+    def after_layer(self, view: CrossAttentionView, allowance: Allowance) -> list[Choice] | Verdict:
+        """Answer the one hook: what later cross-attention layers hold of what this one held.
+
+        Args:
+            view: what the layer computed.
+            allowance: how many features of an image may stay.
+        Returns:
+            A choice for each image, or a verdict on all of them.
+        """
+        raise NotImplementedError(f"{self.name} is not asked after layer {view.layer}")
 
     @classmethod
     def describe(cls, *, is_available: bool = True) -> PolicyInfo:
-        """What people may want to know of it; its summary is the first sentence of its docstring.
+        """Describe the policy for people; the summary is the first sentence of its docstring.
 
         Args:
             is_available: whether its `knob` is set.
         """
         own: Sequence[Field[float]] = fields(cls)  # type: ignore[arg-type]  # every policy is a dataclass
-        is_before = issubclass(cls, BeforeDecoder)
+        is_before = cls.place is Place.BEFORE_DECODER
         return PolicyInfo(
             name=cls.name,
             summary=" ".join((cls.__doc__ or "").split("\n\n")[0].split()),
@@ -82,117 +110,38 @@ class Policy(ABC):
 
 
 class AfterFirstLayer(Policy):
-    """A policy that chooses by what the first cross-attention layer of the decoder knows."""
+    """A policy that chooses by what the first cross-attention layer of the decoder computes."""
+
+    place: ClassVar[Place] = Place.AFTER_LAYERS
+    takes_head_ratio: ClassVar[bool] = False
+    """Whether `choose` takes a `HeadRatio`; others get the number of features that head-wise picks come to."""
 
     @abstractmethod
-    def choose(self, image: "SeenImage", allowance: Allowance) -> Choice:
+    def choose(self, image: SeenImage, allowance: Allowance) -> Choice:
         """Choose the features of one image that later layers keep."""
 
-    def choose_again(self, image: "SeenImage") -> Tensor:
-        """Choose among the features that a later cross-attention layer sees of one image; int64 [M], ascending."""
-        raise NotImplementedError(f"{self.name} does not choose again")
+    def is_asked_after(self, layer: int) -> bool:
+        """See `Policy.is_asked_after`."""
+        return layer == 0
+
+    def after_layer(self, view: CrossAttentionView, allowance: Allowance) -> list[Choice] | Verdict:
+        """See `Policy.after_layer`."""
+        return [self.choose(image, self._counted(image, allowance)) for image in view.images()]
+
+    def _counted(self, image: SeenImage, allowance: Allowance) -> Allowance:
+        if self.takes_head_ratio or not isinstance(allowance.budget, HeadRatio):
+            return allowance
+        return Allowance(FixedCount(len(choose_headwise(image, allowance).kept)))
 
 
 class BeforeDecoder(Policy):
     """A policy that chooses from the image alone, before the decoder; its choice serves every question on the image."""
 
+    place: ClassVar[Place] = Place.BEFORE_DECODER
+
     @abstractmethod
     def choose(self, image: EncodedImage, allowance: Allowance) -> Choice:
         """Choose the features of one image that the decoder gets."""
-
-
-class FirstLayer:
-    """What the first cross-attention layer knows of one request's images; in a cascade a later one, of what is kept."""
-
-    def __init__(
-        self,
-        queries: Tensor,
-        keys: Tensor,
-        features: Tensor,
-        visibility: Tensor,
-        scale: float,
-        num_features: Sequence[int],
-        features_per_tile: int,
-        wants_picks: bool = True,
-    ) -> None:
-        """Compute nothing yet.
-
-        Args:
-            queries: [S, H, Dh] of the rows that see an image.
-            keys: [N, Hkv, Dh].
-            features: [N, D].
-            visibility: int32 [S, 2], the range of features that a row sees.
-            scale: factor of the logits.
-            num_features: of each image; they sum to N.
-            features_per_tile: tiles follow each other.
-            wants_picks: whether a choice should tell what each head picked, where heads are asked.
-        """
-        self.wants_picks = wants_picks
-        self.queries, self.keys, self.features = queries, keys, features
-        self.visibility, self.scale = visibility, scale
-        self.num_features, self.features_per_tile = tuple(num_features), features_per_tile
-
-    @cached_property
-    def scores(self) -> Tensor:
-        """float32 [H, N], see `ops.headwise_scores`."""
-        return ops.headwise_scores(self.queries, self.keys, self.visibility, self.scale)
-
-    def scores_of(self, rows: Tensor) -> Tensor:
-        """The same over some rows, int64 [R], only."""
-        visibility = self.visibility[rows.to(self.visibility.device)]
-        return ops.headwise_scores(self.queries[rows], self.keys, visibility, self.scale)
-
-    def images(self) -> list["SeenImage"]:
-        """One by one, in order."""
-        ends = list(accumulate(self.num_features))
-        return [SeenImage(self, index, ends[index] - n, n) for index, n in enumerate(self.num_features)]
-
-
-@dataclass(frozen=True, slots=True)
-class SeenImage:
-    """One image as the first cross-attention layer sees it."""
-
-    layer: FirstLayer
-    index: int
-    """Among the request's images."""
-    start: int
-    """Where its features begin."""
-    num_features: int
-    """n, at least 1."""
-
-    @property
-    def features_per_tile(self) -> int:
-        """Features of one tile, its class token first."""
-        return self.layer.features_per_tile
-
-    @property
-    def scores(self) -> Tensor:
-        """float32 [H, n], attention of each query head, mean over the rows that see the image."""
-        return self.layer.scores[:, self._own]
-
-    @property
-    def features(self) -> Tensor:
-        """[n, D]."""
-        return self.layer.features[self._own]
-
-    @property
-    def keys(self) -> Tensor:
-        """[n, Hkv, Dh]."""
-        return self.layer.keys[self._own]
-
-    @property
-    def rows(self) -> Tensor:
-        """int64 [R], ascending, the rows that see the image."""
-        first, end = self.layer.visibility.unbind(dim=1)
-        return ((first <= self.start) & (self.start < end)).nonzero()[:, 0].to(self.layer.queries.device)
-
-    def scores_of(self, rows: Tensor) -> Tensor:
-        """float32 [H, n], the mean over some rows, int64 [R], that see the image."""
-        return self.layer.scores_of(rows)[:, self._own]
-
-    @property
-    def _own(self) -> slice:
-        return slice(self.start, self.start + self.num_features)
 
 
 def parameter(

@@ -8,7 +8,15 @@ from torch import Tensor
 
 from trimserve.trimming.budget import Allowance, budget
 from trimserve.trimming.policies.density_peaks import group_members
-from trimserve.trimming.policies.policy import AfterFirstLayer, Choice, SeenImage, parameter, top
+from trimserve.trimming.policies.policy import (
+    AfterFirstLayer,
+    Choice,
+    CrossAttentionView,
+    SeenImage,
+    Verdict,
+    parameter,
+    top,
+)
 
 __all__ = ["SparseVLM"]
 
@@ -49,9 +57,19 @@ class SparseVLM(AfterFirstLayer):
     )
 
     @property
-    def is_cascade(self) -> bool:
-        """See `Policy.is_cascade`."""
+    def trims_later_layers(self) -> bool:
+        """See `Policy.trims_later_layers`."""
         return self.cascade_ratio < 1
+
+    def is_asked_after(self, layer: int) -> bool:
+        """See `Policy.is_asked_after`."""
+        return layer == 0 or self.trims_later_layers
+
+    def after_layer(self, view: CrossAttentionView, allowance: Allowance) -> list[Choice] | Verdict:
+        """See `Policy.after_layer`."""
+        if view.layer == 0:
+            return AfterFirstLayer.after_layer(self, view, allowance)
+        return [self._choose_again(image) for image in view.images()]
 
     def choose(self, image: SeenImage, allowance: Allowance) -> Choice:
         """See `AfterFirstLayer.choose`; the means are part of the budget."""
@@ -67,10 +85,9 @@ class SparseVLM(AfterFirstLayer):
         is_recycled[kept] = False
         return Choice(kept, groups=group_members(image.keys, is_recycled, image.features_per_tile, num_means))
 
-    def choose_again(self, image: SeenImage) -> Tensor:
-        """See `AfterFirstLayer.choose_again`."""
+    def _choose_again(self, image: SeenImage) -> Choice:
         scores = image.scores_of(_raters(image)).mean(dim=0)
-        return top(scores, budget(self.cascade_ratio, image.num_features))
+        return Choice(top(scores, budget(self.cascade_ratio, image.num_features)))
 
 
 def _raters(image: SeenImage) -> Tensor:

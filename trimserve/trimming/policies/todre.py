@@ -4,11 +4,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
 from trimserve.trimming.budget import Allowance
 from trimserve.trimming.encoded_image import Choice, EncodedImage
-from trimserve.trimming.policies.policy import BeforeDecoder, ExitRule, parameter
+from trimserve.trimming.policies.policy import BeforeDecoder, CrossAttentionView, Verdict, parameter
 from trimserve.trimming.policies.tiles import even_quotas, first_of, is_broken, likeness, next_pick
 
 __all__ = ["ToDRE"]
@@ -41,13 +40,21 @@ class ToDRE(BeforeDecoder):
     )
 
     @property
-    def exit_rule(self) -> ExitRule | None:
-        """See `Policy.exit_rule`."""
-        return self._has_seen_enough if self.late_exit_threshold else None
+    def trims_later_layers(self) -> bool:
+        """See `Policy.trims_later_layers`."""
+        return self.late_exit_threshold > 0
 
-    def _has_seen_enough(self, rows: Tensor, added: Tensor) -> bool:
-        taken, own = (torch.linalg.vector_norm(each, dim=1, dtype=torch.float32) for each in (added, rows))
-        return bool((taken / (taken + own)).mean() < self.late_exit_threshold)
+    def is_asked_after(self, layer: int) -> bool:  # noqa: ARG002 - after any, or none
+        """See `Policy.is_asked_after`."""
+        return self.trims_later_layers
+
+    def after_layer(self, view: CrossAttentionView, allowance: Allowance) -> list[Choice] | Verdict:  # noqa: ARG002 - it leaves or keeps all
+        """See `Policy.after_layer`."""
+        assert view.hidden is not None
+        assert view.added is not None
+        taken, own = (torch.linalg.vector_norm(each, dim=1, dtype=torch.float32) for each in (view.added, view.hidden))
+        has_seen_enough = bool((taken / (taken + own)).mean() < self.late_exit_threshold)
+        return Verdict.LEAVE if has_seen_enough else Verdict.KEEP_ALL
 
     def choose(self, image: EncodedImage, allowance: Allowance) -> Choice:
         """See `BeforeDecoder.choose`."""

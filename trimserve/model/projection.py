@@ -1,4 +1,4 @@
-"""Linear layers as functions of rows: how their weights are stored is known here alone."""
+"""Linear layers of a checkpoint as functions of rows; only this file knows how their weights are stored."""
 
 from dataclasses import dataclass
 from math import inf
@@ -9,21 +9,21 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from trimserve import ops
-from trimserve.model.int8 import int8_linear
+from trimserve.model.int8 import multiply_int8
 from trimserve.model.weights import fused_scales, fused_weight
 
-__all__ = ["Linear", "linear"]
+__all__ = ["Projection", "projection_of"]
 
 _MOST_ROWS: Final = {torch.float32: 512, torch.float16: 512, torch.bfloat16: 16}
 """Up to so many rows `ops.linear` is taken on a CPU: it was faster there than torch, whose bfloat16 products catch up
 first (`benchmarks/results/ops.json`, with rows up to these and, of bfloat16, beyond)."""
 
 _MOST_ROWS_OF_INT8: Final = {torch.float32: inf, torch.float16: inf, torch.bfloat16: 32}
-"""The same of int8 weights, beside making them floats (`int8_linear`)."""
+"""The same of int8 weights, beside making them floats (`multiply_int8`)."""
 
 
 @dataclass(frozen=True, slots=True)
-class Linear:
+class Projection:
     """Rows [R, columns] times the weights of one or several linear layers, [R, outputs], with its bias."""
 
     weight: Tensor
@@ -40,7 +40,7 @@ class Linear:
         elif self.scales is None:
             return F.linear(rows, self.weight, self.bias)
         else:
-            product = int8_linear(rows, self.weight, self.scales)
+            product = multiply_int8(rows, self.weight, self.scales)
         return product if self.bias is None else product.add_(self.bias)
 
     def most_rows(self, dtype: torch.dtype) -> float:
@@ -50,11 +50,11 @@ class Linear:
         return (_MOST_ROWS if self.scales is None else _MOST_ROWS_OF_INT8)[dtype]
 
 
-def linear(*layers: nn.Linear) -> Linear:
-    """Linear layers as one, as `weights.load_weights` has stored them.
+def projection_of(*layers: nn.Linear) -> Projection:
+    """Take linear layers as one, as `weights.load_weights` stored them.
 
     Args:
         layers: one, or several without biases whose weights are rows of one tensor, see `weights.fuse`.
     """
     weight = fused_weight(layers)
-    return Linear(weight, fused_scales(layers) if weight.dtype == torch.int8 else None, layers[0].bias)
+    return Projection(weight, fused_scales(layers) if weight.dtype == torch.int8 else None, layers[0].bias)

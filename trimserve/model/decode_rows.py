@@ -1,0 +1,102 @@
+"""Rows of a decode step on their way through the decoder's layers: they attend to pages."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from trimserve.model.decoder_layers import CrossLayer, SelfLayer
+from trimserve.model.key_values import BatchTables, FeatureTables, KeyValues
+from trimserve.model.rotary import Rotation
+
+__all__ = ["BucketRows", "DecodeRows", "NewRows"]
+
+
+@dataclass(frozen=True, slots=True)
+class NewRows:
+    """The new rows of a step, those of a sequence next to each other."""
+
+    kvs: Sequence[KeyValues]
+    """The sequence of each of R rows."""
+    positions: Sequence[int]
+    """Where each row goes in its sequence's text."""
+
+    @classmethod
+    def of(cls, kvs: Sequence[KeyValues], num_rows: Sequence[int] | None = None) -> "NewRows":
+        """The rows behind what each sequence holds.
+
+        Args:
+            kvs: the sequences.
+            num_rows: new rows of each, at least 1; None if each has one.
+        """
+        if num_rows is None:
+            return cls(kvs, [kv.length for kv in kvs])
+        counted = [*zip(kvs, num_rows, strict=True)]
+        return cls(
+            [kv for kv, count in counted for _ in range(count)],
+            [kv.length + row for kv, count in counted for row in range(count)],
+        )
+
+    @property
+    def keys(self) -> tuple[tuple[int, int], ...]:
+        """`KeyValues.key` of each row: steps with equal keys find the same tables."""
+        return tuple([kv.key for kv in self.kvs])
+
+    def stored(self) -> None:
+        """Count the rows among what their sequences hold."""
+        for kv, position in zip(self.kvs, self.positions, strict=True):
+            kv.length = position + 1
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeRows:
+    """Rows that attend to pages; in each cross-attention layer the first ones see features."""
+
+    rotation: Rotation
+    text: BatchTables
+    features: FeatureTables | None
+    """None if no row sees an image."""
+
+    def attend(self, layer: SelfLayer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """See `PromptRows.attend`."""
+        self.text.write(layer.index, k, v)
+        return self.text.attend(layer.index, q, layer.scale).flatten(1)
+
+    def seeing(self, hidden: Tensor, layer: CrossLayer) -> Tensor | None:
+        """See `PromptRows.seeing`."""
+        num_seeing = 0 if self.features is None else len(self.features.lengths[layer.index])
+        if not num_seeing:
+            return None
+        return hidden if num_seeing == len(hidden) else hidden[:num_seeing]
+
+    def attend_features(self, layer: CrossLayer, q: Tensor) -> Tensor | None:
+        """See `PromptRows.attend_features`."""
+        assert self.features is not None
+        return self.features.attend(self.text.pages, layer.index, q, layer.scale).flatten(1)
+
+    def place(self, hidden: Tensor, seen: Tensor, layer: CrossLayer) -> Tensor:  # noqa: ARG002 - the shape tells
+        """See `PromptRows.place`."""
+        if len(seen) == len(hidden):
+            return seen
+        hidden[: len(seen)] = seen
+        return hidden
+
+    def after_layer(self, layer: CrossLayer, hidden: Tensor, added: Tensor) -> None:
+        """Decoding trims nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class BucketRows(DecodeRows):
+    """Rows in fixed buffers: all take part in every layer, and a mask says which of them see something."""
+
+    sees: Tensor
+    """bool [cross-attention layers, R, 1]"""
+
+    def seeing(self, hidden: Tensor, layer: CrossLayer) -> Tensor | None:  # noqa: ARG002 - alike in all layers
+        """See `PromptRows.seeing`."""
+        return None if self.features is None else hidden
+
+    def place(self, hidden: Tensor, seen: Tensor, layer: CrossLayer) -> Tensor:
+        """See `PromptRows.place`."""
+        return torch.where(self.sees[layer.index], seen, hidden)

@@ -1,0 +1,271 @@
+"""Whole prompts on their way through the decoder's layers: rows attend to what is computed in the same pass.
+
+Here a prefill stores keys and values in pages that were granted, asks the trimming policy after a cross-attention
+layer, and takes the times of that.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from trimserve import ops
+from trimserve.model.decoder_layers import CrossLayer, SelfLayer
+from trimserve.model.key_values import KeyValues, row_slots, write_rows
+from trimserve.model.prefilled import TrimTimes
+from trimserve.model.rotary import Rotation
+from trimserve.model.visibility import feature_visibility
+from trimserve.model.vision_rows import VisionRows
+from trimserve.trimming.policies.policy import CrossAttentionView, Verdict
+from trimserve.trimming.selection import Selection
+
+__all__ = ["LookingRows", "PromptRows", "SequenceRows"]
+
+
+@dataclass(slots=True)
+class SequenceRows:
+    """One sequence's prompt in a ragged batch."""
+
+    num_rows: int
+    kv: KeyValues | None
+    """Where to store keys and values; None stores none and goes no further than the first cross-attention layer."""
+    vision: VisionRows | None = None
+
+
+@dataclass(slots=True)
+class _Attended:
+    """What one prompt attended to in a cross-attention layer."""
+
+    vision: VisionRows
+    kv: KeyValues
+    queries: Tensor
+    keys: Tensor
+    values: Tensor
+
+
+class PromptRows:
+    """The rows of several prompts, one prompt after another."""
+
+    def __init__(self, prompts: Sequence[SequenceRows], rotation: Rotation) -> None:
+        """Begin a prefill: the prompts' `kv` hold nothing.
+
+        Args:
+            prompts: with R rows in all.
+            rotation: of R rows at their positions.
+        """
+        self.rotation = rotation
+        self._prompts = prompts
+        self._num_rows = [prompt.num_rows for prompt in prompts]
+        self._attended: list[_Attended | int] = []
+        """For each prompt that sees an image, in the current layer; its number of rows if nothing is to be decided."""
+        for kv in (prompt.kv for prompt in prompts if prompt.kv is not None):
+            kv.cross_lengths[:] = [0] * len(kv.cross_lengths)
+            kv.cross_biases[:] = [None] * len(kv.cross_biases)
+        self._sees_less = False
+        """Whether a prompt has left, so that fewer rows see an image in the next layer."""
+        self._see()
+
+    def attend(self, layer: SelfLayer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Store keys and values [R, Hkv, Dh] and attend with queries [R, H, Dh] -> [R, H * Dh]."""
+        attended = []
+        for prompt, *of_prompt in zip(self._prompts, *(x.split(self._num_rows) for x in (q, k, v)), strict=True):
+            queries, keys, values = of_prompt
+            if prompt.kv is not None:
+                write_rows(prompt.kv.pages, prompt.kv.self_tables, layer.index, keys, values)
+            attended.append(layer.attend(queries, keys, values, is_causal=prompt.num_rows > 1))
+        return torch.cat(attended)
+
+    def seeing(self, hidden: Tensor, layer: CrossLayer) -> Tensor | None:  # noqa: ARG002 - alike in all layers
+        """The rows of `hidden` [R, D] that see an image, [S, D]; None if none does."""
+        if self._sees_less:
+            self._see()
+        if not any(self._num_seeing):
+            return None
+        return hidden if self._index is None else hidden[self._index]
+
+    def attend_features(self, layer: CrossLayer, q: Tensor) -> Tensor | None:
+        """Attend with queries [S, H, Dh] to what each row sees -> [S, H * Dh]; None ends the pass here."""
+        pieces = []
+        for prompt, queries in zip(self._prompts, q.split(self._num_seeing), strict=True):
+            if prompt.vision is not None and prompt.kv is not None and len(queries):
+                vision = prompt.vision
+                keys, values = layer.keys_values(vision.features)
+                pieces += _attend_runs(layer, queries, keys, values, vision)
+                attended = _Attended(vision, prompt.kv, queries, keys, values)
+                if _is_decided_after(layer.index, vision):
+                    self._attended.append(attended)
+                else:  # at once: other prompts of the batch need the memory
+                    _store(attended, layer.index)
+                    self._attended.append(len(queries))
+        return torch.cat(pieces)
+
+    def place(self, hidden: Tensor, seen: Tensor, layer: CrossLayer) -> Tensor:  # noqa: ARG002 - alike in all layers
+        """Put the rows that see an image, [S, D], back among all, [R, D]."""
+        if self._index is None:
+            return seen
+        hidden[self._index] = seen
+        return hidden
+
+    def after_layer(self, layer: CrossLayer, hidden: Tensor, added: Tensor) -> None:
+        """Ask each prompt's policy what later layers hold, and store what decoding sees of this one.
+
+        Args:
+            layer: has attended.
+            hidden: [S, D], the rows that see an image, before the layer.
+            added: see `CrossLayer.finish`.
+        """
+        attended, self._attended = self._attended, []
+        sizes = [each if isinstance(each, int) else len(each.queries) for each in attended]
+        for each, *rows in zip(attended, hidden.split(sizes), added.split(sizes), strict=True):
+            if not isinstance(each, int):
+                _decide(each, layer, *rows)
+                self._sees_less = self._sees_less or each.vision.has_left
+
+    def _see(self) -> None:
+        """Find the rows that see an image in the layers to come."""
+        self._sees_less = False
+        seeing: list[int] = []
+        self._num_seeing = []
+        start = 0
+        for prompt in self._prompts:
+            runs = prompt.vision.visible_runs() if prompt.vision is not None else []
+            rows = [start + row for first, end, _, _ in runs for row in range(first, end)]
+            seeing += rows
+            self._num_seeing.append(len(rows))
+            start += prompt.num_rows
+        self._index: Tensor | None = None
+        """int64 [S]; None if every row sees an image."""
+        if len(seeing) < start:
+            self._index = torch.tensor(seeing, dtype=torch.int64, device=self.rotation.cosines.device)
+
+
+class LookingRows(PromptRows):
+    """One prompt that goes as far as the first cross-attention layer, to see what that knows of its images."""
+
+    def __init__(self, prompt: SequenceRows, rotation: Rotation) -> None:
+        """Begin.
+
+        Args:
+            prompt: with at least one image, and without pages.
+            rotation: of its rows.
+        """
+        super().__init__([prompt], rotation)
+        assert prompt.vision is not None
+        self._vision = prompt.vision
+        self.view: CrossAttentionView | None = None
+        """What was seen; None until the pass ends."""
+
+    def attend_features(self, layer: CrossLayer, q: Tensor) -> Tensor | None:
+        """See `PromptRows.attend_features`; looks and ends the pass."""
+        features = self._vision.features
+        keys, _ = layer.keys_values(features)
+        self.view = _made_view(self._vision, layer, q, keys, features)
+        return None
+
+
+def _attend_runs(layer: CrossLayer, q: Tensor, keys: Tensor, values: Tensor, vision: VisionRows) -> list[Tensor]:
+    runs, bias = vision.visible_runs(), vision.bias
+    pieces = q.split([end_row - first_row for first_row, end_row, _, _ in runs])
+    return [
+        layer.attend(piece, keys[first:end], values[first:end], bias=None if bias is None else bias[first:end])
+        for piece, (_, _, first, end) in zip(pieces, runs, strict=True)
+    ]
+
+
+def _view(attended: _Attended, layer: CrossLayer, hidden: Tensor, added: Tensor) -> CrossAttentionView:
+    vision, keys = attended.vision, attended.keys
+    features = vision.features
+    if vision.num_merged:  # policies see kept features only
+        places = vision.kept_places
+        keys, features = keys[places], features[places]
+    view = _made_view(vision, layer, attended.queries, keys, features)
+    view.hidden, view.added = hidden, layer.gated(added)
+    return view
+
+
+def _made_view(
+    vision: VisionRows, layer: CrossLayer, queries: Tensor, keys: Tensor, features: Tensor
+) -> CrossAttentionView:
+    seeing = [images for images in vision.visible_images if images[0] < images[1]]
+    return CrossAttentionView(
+        queries,
+        keys,
+        features,
+        visibility=feature_visibility(seeing, vision.num_kept).to(queries.device),
+        scale=layer.scale,
+        num_features=vision.num_kept,
+        features_per_tile=vision.features_per_tile,
+        wants_picks=vision.trim.return_selection,
+        layer=layer.index,
+    )
+
+
+def _is_decided_after(layer: int, vision: VisionRows) -> bool:
+    stored = vision.stored
+    if stored is None:
+        return vision.trim.is_asked_after(layer)
+    return stored.made_after(layer) is not None or stored.left_after == layer
+
+
+def _decide(attended: _Attended, layer: CrossLayer, hidden: Tensor, added: Tensor) -> None:
+    """Ask the policy, or what was stored, and store keys and values accordingly."""
+    vision = attended.vision
+    began_at = time.monotonic()
+    if vision.stored is None:
+        answer = vision.trim.after_layer(_view(attended, layer, hidden, added))
+    else:
+        kept = vision.stored.made_after(layer.index)
+        answer = Verdict.LEAVE if kept is None else kept.selection(hidden.device)
+    if isinstance(answer, Selection):
+        selected_at = time.monotonic()
+        store = _store_selected if vision.selection is None else _store_fewer
+        store(attended, layer.index, answer)
+        vision.trim_times.append(TrimTimes(began_at, selected_at, time.monotonic()))
+        return
+    _store(attended, layer.index)
+    if answer is Verdict.LEAVE:
+        vision.leave(layer.index)
+
+
+def _store(attended: _Attended, layer: int) -> None:
+    """Keep all: store what the last row, and so every decoded row, sees."""
+    vision, kv = attended.vision, attended.kv
+    first, end = vision.held_range
+    _hold(vision, kv, layer)
+    write_rows(kv.pages, kv.cross_tables, layer, attended.keys[first:end], attended.values[first:end])
+
+
+def _store_selected(attended: _Attended, layer: int, selection: Selection) -> None:
+    """Keep these, and the rows that others are merged into."""
+    vision, kv = attended.vision, attended.kv
+    kept, merged = vision.hold(selection, layer)
+    _hold(vision, kv, layer)
+    first, end = vision.held_range
+    slot = layer % kv.pages.shape[1]
+    slots = row_slots(kv.pages, kv.cross_tables, layer, end - first)
+    is_held = (first <= kept) & (kept < end)
+    keys, values = attended.keys, attended.values
+    ops.gather_kv(kv.pages, slot, keys, values, selection.kept[is_held], slots[kept[is_held] - first])
+    if selection.groups is not None:
+        is_held = (first <= merged) & (merged < end)
+        mean_keys, mean_values = (selection.groups.mean(rows)[is_held] for rows in (keys, values))
+        ops.write_kv(kv.pages, slot, mean_keys, mean_values, slots[merged[is_held] - first])
+
+
+def _store_fewer(attended: _Attended, layer: int, selection: Selection) -> None:
+    """Keep some of what was kept before, and every merged row."""
+    vision, kv = attended.vision, attended.kv
+    rows = vision.hold_fewer(selection, layer)
+    _hold(vision, kv, layer)
+    first, end = vision.held_range
+    slots = row_slots(kv.pages, kv.cross_tables, layer, end - first)
+    slot = layer % kv.pages.shape[1]
+    ops.gather_kv(kv.pages, slot, attended.keys, attended.values, rows[first:end], slots)
+
+
+def _hold(vision: VisionRows, kv: KeyValues, layer: int) -> None:
+    first, end = vision.held_range
+    kv.hold_features(layer, end - first, vision.held_bias)
+    vision.layer_rows.append(vision.num_held)

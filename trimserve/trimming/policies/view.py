@@ -1,0 +1,102 @@
+"""What a policy sees after a cross-attention layer: queries, keys and features of one request's images."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+
+from torch import Tensor
+
+from trimserve import ops
+
+__all__ = ["CrossAttentionView", "SeenImage"]
+
+
+@dataclass(eq=False)
+class CrossAttentionView:
+    """What one cross-attention layer computed from one request's images, kept features only."""
+
+    queries: Tensor
+    """[S, H, Dh], of the rows that see an image."""
+    keys: Tensor
+    """[N, Hkv, Dh]"""
+    features: Tensor
+    """[N, D]"""
+    visibility: Tensor
+    """int32 [S, 2], the range of features that each row sees."""
+    scale: float
+    """Factor of the logits."""
+    num_features: Sequence[int]
+    """Features of each image; they sum to N."""
+    features_per_tile: int
+    """Tiles follow each other."""
+    wants_picks: bool = True
+    """Whether a choice should say what each head picked, if the policy asks heads."""
+    layer: int = 0
+    """Which cross-attention layer, counted from 0."""
+    hidden: Tensor | None = None
+    """[S, D], what those rows were before the layer; None when a guide looks."""
+    added: Tensor | None = None
+    """[S, D], what the layer's gated attention added to them; None when a guide looks."""
+
+    @cached_property
+    def scores(self) -> Tensor:
+        """float32 [H, N], see `ops.headwise_scores`."""
+        return ops.headwise_scores(self.queries, self.keys, self.visibility, self.scale)
+
+    def scores_of(self, rows: Tensor) -> Tensor:
+        """The same, averaged over the given rows only, int64 [R]."""
+        visibility = self.visibility[rows.to(self.visibility.device)]
+        return ops.headwise_scores(self.queries[rows], self.keys, visibility, self.scale)
+
+    def images(self) -> list["SeenImage"]:
+        """The images one by one, in order."""
+        ends = list(accumulate(self.num_features))
+        return [SeenImage(self, index, ends[index] - n, n) for index, n in enumerate(self.num_features)]
+
+
+@dataclass(frozen=True, slots=True)
+class SeenImage:
+    """One image of a `CrossAttentionView`."""
+
+    layer: CrossAttentionView
+    index: int
+    """Position among the request's images."""
+    start: int
+    """Where its features begin."""
+    num_features: int
+    """n, at least 1."""
+
+    @property
+    def features_per_tile(self) -> int:
+        """Features of one tile, its class token first."""
+        return self.layer.features_per_tile
+
+    @property
+    def scores(self) -> Tensor:
+        """float32 [H, n], attention of each query head, averaged over the rows that see the image."""
+        return self.layer.scores[:, self._own]
+
+    @property
+    def features(self) -> Tensor:
+        """[n, D]."""
+        return self.layer.features[self._own]
+
+    @property
+    def keys(self) -> Tensor:
+        """[n, Hkv, Dh]."""
+        return self.layer.keys[self._own]
+
+    @property
+    def rows(self) -> Tensor:
+        """int64 [R], ascending, the rows that see the image."""
+        first, end = self.layer.visibility.unbind(dim=1)
+        return ((first <= self.start) & (self.start < end)).nonzero()[:, 0].to(self.layer.queries.device)
+
+    def scores_of(self, rows: Tensor) -> Tensor:
+        """float32 [H, n], averaged over the given rows, int64 [R], which all see the image."""
+        return self.layer.scores_of(rows)[:, self._own]
+
+    @property
+    def _own(self) -> slice:
+        return slice(self.start, self.start + self.num_features)
