@@ -1,7 +1,5 @@
 """Keys and values for a model that runs without an engine: in evaluation, benchmarks and tests."""
 
-from itertools import count
-
 from trimserve.api.info import ModelInfo
 from trimserve.engine.kv_pool import KVPool, SequencePages
 from trimserve.executor.page_memory import page_memory
@@ -9,18 +7,13 @@ from trimserve.model.key_values import KeyValues
 
 __all__ = ["OwnKeyValues", "OwnPages"]
 
-_NUMBERS = count()
-"""For `KeyValues.key`."""
-
-
 class OwnKeyValues(KeyValues):
     """Keys and values that give their own pages back."""
 
     def __init__(self, memory: "OwnPages", owned: SequencePages) -> None:
         """Use `OwnPages.allocate`."""
         num_cross = memory.info.num_cross_attention_layers
-        key = next(_NUMBERS), 0
-        super().__init__(memory.pages, owned.self_tables, owned.cross_tables, [0] * num_cross, [None] * num_cross, key)
+        super().__init__(memory.pages, owned.self_tables, owned.cross_tables, [0] * num_cross, [None] * num_cross)
         self.owned = owned
         """The pages, for their account."""
 

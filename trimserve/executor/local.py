@@ -124,11 +124,9 @@ class LocalExecutor:
         held = self._sequences[grant.sequence]
         if held.kv is None:
             num_cross = self.info.num_cross_attention_layers
-            key = grant.sequence, 0
-            held.kv = KeyValues.empty(self.pages, grant.self_pages, grant.cross_pages, num_cross, key)
+            held.kv = KeyValues.empty(self.pages, grant.self_pages, grant.cross_pages, num_cross)
         else:
-            held.kv.self_tables, held.kv.cross_tables = grant.self_pages, grant.cross_pages
-            held.kv.key = grant.sequence, held.kv.key[1] + 1
+            held.kv.replace_tables(grant.self_pages, grant.cross_pages)
 
     # ---- prompts ----
 

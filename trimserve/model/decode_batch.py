@@ -24,7 +24,7 @@ class DecodeBatch:
         """
         kvs = rows.kvs
         device = kvs[0].pages.device
-        self._keys = rows.keys
+        self._editions = rows.editions
         num_layers = [sum(length > 0 for length in kv.cross_lengths) for kv in kvs]
         self._order = sorted(range(len(kvs)), key=lambda row: -num_layers[row])
         is_ordered = self._order == [*range(len(kvs))]
@@ -38,7 +38,7 @@ class DecodeBatch:
 
     def is_of(self, rows: NewRows) -> bool:
         """Whether the rows have the same sequences with the same tables, in the order given."""
-        return rows.keys == self._keys
+        return rows.editions == self._editions
 
     def positions(self, rows: NewRows) -> list[int]:
         """The rows' positions, in our order."""

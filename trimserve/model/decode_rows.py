@@ -39,9 +39,9 @@ class NewRows:
         )
 
     @property
-    def keys(self) -> tuple[tuple[int, int], ...]:
-        """`KeyValues.key` of each row: steps with equal keys find the same tables."""
-        return tuple([kv.key for kv in self.kvs])
+    def editions(self) -> tuple[int, ...]:
+        """`KeyValues.edition` of each row: steps with equal ones find the same tables."""
+        return tuple([kv.edition for kv in self.kvs])
 
     def stored(self) -> None:
         """Count the rows among what their sequences hold."""

@@ -7,7 +7,8 @@ all layers of a group share a list of pages. A cross-attention layer may hold fe
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import count
 from math import gcd
 
 import numpy as np
@@ -67,6 +68,9 @@ def num_pages(num_positions: int) -> int:
     return -(-num_positions // PAGE_POSITIONS)
 
 
+_EDITIONS = count()
+
+
 @dataclass(slots=True, eq=False)
 class KeyValues:
     """Where one sequence's keys and values lie. The model fills pages that were granted and reserves none itself."""
@@ -82,18 +86,20 @@ class KeyValues:
     the first pages of each group. What lies behind them may be taken back."""
     cross_biases: list[NDArray[np.float32] | None]
     """For each cross-attention layer [rows], added to the logits of its rows; None if there is no bias."""
-    key: tuple[int, int]
-    """(number of the sequence, version): no other sequence of the process has the number, and whoever replaces tables
-    or prefills again raises the version. Decode steps remember tables by it."""
     length: int = 0
     """Text positions that every self-attention layer holds."""
+    edition: int = field(default_factory=lambda: next(_EDITIONS), init=False)
+    """Number of these tables and of what lies in them, unique in the process. Decode steps remember tables by it."""
 
     @classmethod
-    def empty(
-        cls, pages: Tensor, self_tables: Tables, cross_tables: Tables, num_cross_layers: int, key: tuple[int, int]
-    ) -> "KeyValues":
+    def empty(cls, pages: Tensor, self_tables: Tables, cross_tables: Tables, num_cross_layers: int) -> "KeyValues":
         """Granted pages that hold nothing yet."""
-        return cls(pages, self_tables, cross_tables, [0] * num_cross_layers, [None] * num_cross_layers, key)
+        return cls(pages, self_tables, cross_tables, [0] * num_cross_layers, [None] * num_cross_layers)
+
+    def replace_tables(self, self_tables: Tables, cross_tables: Tables) -> None:
+        """Own other pages from now on; what they hold is the owner's business."""
+        self.self_tables, self.cross_tables = self_tables, cross_tables
+        self.edition = next(_EDITIONS)
 
     def hold_features(self, layer: int, num_rows: int, bias: NDArray[np.float32] | None) -> None:
         """Note what a cross-attention layer holds.

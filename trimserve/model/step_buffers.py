@@ -87,7 +87,7 @@ class StepBuffers:
         self._feature_tables = torch.zeros(self._cross_groups, most, feature_pages, dtype=torch.int32, device=device)
         self._feature_lengths = torch.zeros(num_cross, most, dtype=torch.int32, device=device)
         self._biases = torch.zeros(num_cross, most, feature_pages * PAGE_POSITIONS, device=device)
-        self._keys: tuple[tuple[int, int], ...] = ()
+        self._editions: tuple[int, ...] = ()
         self._self_tables: Tables = np.empty((self._self_groups, 0, 0), dtype=np.int32)
 
     def inputs(self, bucket: int, *, has_features: bool) -> StepInputs:
@@ -121,10 +121,10 @@ class StepBuffers:
         """
         size = len(new.kvs)
         bucket = next(bucket for bucket in self.buckets if bucket >= size)
-        keys = new.keys
-        if keys != self._keys:
+        editions = new.editions
+        if editions != self._editions:
             self._take(new, bucket)
-            self._keys = keys
+            self._editions = editions
         positions = np.array(new.positions, dtype=np.int64)
         rows = self._padding(bucket)
         rows[0, :size] = token_ids
