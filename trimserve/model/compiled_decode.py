@@ -32,7 +32,7 @@ class CompiledDecode:
 
     @classmethod
     def of(cls, layers: Sequence[SelfLayer | CrossLayer]) -> "CompiledDecode | None":
-        """Of all layers of a decoder; None where norms differ in more than weights, or a linear layer has a bias."""
+        """Collect the layers of a decoder; None if norms differ in more than weights, or a linear layer has a bias."""
         parts = [part for layer in layers for part in layer.decode_parts]
         linears = [part for part in parts if isinstance(part, Projection)]
         norms = [part for part in parts if isinstance(part, RmsNorm)]
