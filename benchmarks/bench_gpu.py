@@ -147,7 +147,7 @@ def measure(plan: Plan) -> dict[str, Any]:
             row["speedup"] = round(theirs[row["phase"], row["batch"]] / row["ms"]["median"], 2)
     return {
         "seconds": round(time.monotonic() - start, 1),
-        "max_kept_fraction": SETTINGS["default"][1].max_kept_fraction,
+        "max_kept_fraction": SETTINGS["default"][1].allowance.max_fraction,
         "read_bytes_per_second": round(per_second),
         "cosine_of_logits": round(alike, 5),
         "rows": rows,

@@ -125,8 +125,8 @@ def test_rows_come_back_from_the_pages_that_they_were_written_to() -> None:
             write_rows(kv.pages, kv.self_tables, layer, keys[layer], values[layer])
         kv.length = rows - 1  # the last row is taken for the new one
         written.append((keys, values))
-    rows = NewRows.of(kvs)
-    tables = DecodeBatch(rows).text(some.pages, [*rows.positions])
+    new = NewRows.of(kvs)
+    tables = DecodeBatch(new).text(some.pages, [*new.positions])
     for layer in range(4):
         queries = torch.randn(2, 2, 3)
         attended = tables.attend(layer, queries, 0.5)
