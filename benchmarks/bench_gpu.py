@@ -144,7 +144,7 @@ def measure(plan: Plan, write: Callable[[dict[str, Any]], None]) -> dict[str, An
         per_second = bandwidth("read", 15)
     rows: list[Row] = []
     report = {
-        "max_kept_fraction": SETTINGS["default"][1].max_kept_fraction,
+        "max_kept_fraction": SETTINGS["default"][1].allowance.max_fraction,
         "read_bytes_per_second": round(per_second),
         "cosine_of_logits": round(alike, 5),
         "rows": rows,

@@ -79,7 +79,7 @@ def _measure(questions: Sequence[Question], console: Console) -> list[dict[str, 
         info = model.info
         settings = {
             "untrimmed": UNTRIMMED,
-            "trimmed": TrimPlan.of(TrimRequest(k_ratio=info.default_k_ratio, merge_ratio=info.default_merge_ratio)),
+            "trimmed": TrimRequest(k_ratio=info.default_k_ratio, merge_ratio=info.default_merge_ratio),
         }
         asked = track(questions, f"{dtype} {quantize}", console=console)
         answers = list(InProcess(model).answers(asked, [settings["trimmed"]]))
@@ -108,7 +108,7 @@ def _figures(
     }
 
 
-def _first_tokens(model: Mllama, questions: Sequence[Question], trim: TrimPlan) -> Iterator[Floats]:
+def _first_tokens(model: Mllama, questions: Sequence[Question], trim: TrimRequest) -> Iterator[Floats]:
     """Logarithms of the first answered token's probabilities, [vocab_size], of each question."""
     info = model.info
     pool = OwnPages(info, info.max_model_len * (info.self_kv_bytes_per_token + info.cross_kv_bytes_per_feature))
@@ -117,7 +117,7 @@ def _first_tokens(model: Mllama, questions: Sequence[Question], trim: TrimPlan) 
         prompt = model.prepare(ChatPrompt((Message("user", parts),)))
         images = [run_through(model.encode_image(image)) for image in prompt.images]
         kv = pool.key_values(len(prompt.token_ids), sum(image.num_features for image in images))
-        logits = run_through(model.prefill(prompt, images, trim, kv)).logits
+        logits = run_through(model.prefill(prompt, images, TrimPlan.of(trim), kv)).logits
         kv.release()
         yield logits.double().log_softmax(dim=-1).numpy()
 

@@ -16,9 +16,10 @@ from transformers import MllamaConfig, MllamaForConditionalGeneration
 
 from tests.model.random_checkpoint import Geometry, save_random_checkpoint
 from trimserve import ops
+from trimserve.api.prompt import RawPrompt
 from trimserve.config import EngineConfig, ModelConfig
 from trimserve.errors import CheckpointError
-from trimserve.model.loading import describe_model, load_model
+from trimserve.model.loading import describe_model, load_model, load_processor
 from trimserve.model.mllama import Mllama
 from trimserve.model.weights import fused_weight, load_weights
 
@@ -250,6 +251,14 @@ def test_unset_sampling_follows_generation_config(checkpoint: Path) -> None:
     )
     sampled = load(checkpoint).info.generation_defaults
     assert (sampled.temperature, sampled.top_p, sampled.max_new_tokens) == (0.6, 0.9, 7)
+
+
+def test_prompts_are_prepared_without_weights_as_beside_the_model(checkpoint: Path) -> None:
+    prompt = RawPrompt("a few words")
+    expected = load(checkpoint).processor.prepare(prompt)
+    for file in checkpoint.glob("*.safetensors"):
+        file.unlink()
+    assert load_processor(ModelConfig(model=str(checkpoint)), EngineConfig()).prepare(prompt) == expected
 
 
 def test_the_recommended_trimming_comes_from_the_knobs_then_the_checkpoint_then_the_paper(checkpoint: Path) -> None:

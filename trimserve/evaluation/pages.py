@@ -7,6 +7,7 @@ from trimserve.model.key_values import KeyValues
 
 __all__ = ["OwnKeyValues", "OwnPages"]
 
+
 class OwnKeyValues(KeyValues):
     """Keys and values that give their own pages back."""
 

@@ -31,8 +31,8 @@ class DecodeBatch:
         self._index = None if is_ordered else torch.tensor(self._order, device=device)
         ordered = [kvs[row] for row in self._order]
         num_seeing = len(kvs) - num_layers.count(0)
-        self._host_tables = together([kv.self_tables for kv in ordered], max(kv.self_tables.shape[1] for kv in kvs))
-        self._tables = torch.from_numpy(self._host_tables).to(device)
+        self._known_tables = together([kv.self_tables for kv in ordered], max(kv.self_tables.shape[1] for kv in kvs))
+        self._tables = torch.from_numpy(self._known_tables).to(device)
         self.features = FeatureTables.of(ordered[:num_seeing]) if num_seeing else None
         """Of the rows that see visual features."""
 
@@ -53,7 +53,7 @@ class DecodeBatch:
         """
         known = np.array(positions, dtype=np.int64)
         lengths = torch.from_numpy((known + 1).astype(np.int32)).to(pages.device)
-        slots = torch.from_numpy(slots_at(self._host_tables, known)).to(pages.device)
+        slots = torch.from_numpy(slots_at(self._known_tables, known)).to(pages.device)
         return BatchTables(pages, self._tables, lengths, slots)
 
     def ordered(self, rows: Tensor) -> Tensor:

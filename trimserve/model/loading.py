@@ -23,7 +23,14 @@ from trimserve.model.vision import vision_scratch_bytes
 from trimserve.model.weights import empty_model, load_weights, weight_bytes
 from trimserve.trimming.policies.table import POLICIES
 
-__all__ = ["EMBEDDED_MODEL", "describe_checkpoint", "describe_model", "embedded_model_folder", "load_model"]
+__all__ = [
+    "EMBEDDED_MODEL",
+    "describe_checkpoint",
+    "describe_model",
+    "embedded_model_folder",
+    "load_model",
+    "load_processor",
+]
 
 
 def describe_model(config: ModelConfig, limits: EngineConfig) -> ModelInfo:
@@ -55,9 +62,7 @@ def load_model(config: ModelConfig, limits: EngineConfig) -> Mllama:
     """
     checkpoint = open_checkpoint(config.model, config.revision, with_weights=True)
     info = describe_checkpoint(checkpoint, config, limits)
-    processor = Processor.from_pretrained(
-        checkpoint.folder, info, template_date=config.template_date, max_image_pixels=limits.max_image_pixels
-    )
+    processor = _processor(checkpoint, info, config, limits)
     prototypes = guide = None
     if config.codebook is not None:
         prototypes = load_codebook(config.codebook, info, config.intermediate_features)
@@ -71,6 +76,25 @@ def load_model(config: ModelConfig, limits: EngineConfig) -> Mllama:
         torch.backends.cudnn.allow_tf32 = False  # in convolutions too
     model = load_weights(checkpoint.folder, checkpoint.config, dtype, device, config.quantize)
     return Mllama(model, processor, info, config.intermediate_features, prototypes, guide)
+
+
+def load_processor(config: ModelConfig, limits: EngineConfig) -> Processor:
+    """Load what prepares prompts and images, without weights, for a process that does not compute.
+
+    Args:
+        config: which checkpoint, and how it would be read.
+        limits: bounds of a request's images and tokens.
+    Raises:
+        CheckpointError: see `describe_model`.
+    """
+    checkpoint = open_checkpoint(config.model, config.revision, with_weights=False)
+    return _processor(checkpoint, describe_checkpoint(checkpoint, config, limits), config, limits)
+
+
+def _processor(checkpoint: Checkpoint, info: ModelInfo, config: ModelConfig, limits: EngineConfig) -> Processor:
+    return Processor.from_pretrained(
+        checkpoint.folder, info, template_date=config.template_date, max_image_pixels=limits.max_image_pixels
+    )
 
 
 def _guide_config(config: ModelConfig) -> ModelConfig:

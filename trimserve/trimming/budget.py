@@ -32,13 +32,13 @@ def budget(ratio: float, num_features: int) -> int:
 
 
 def cap(fraction: float | None, num_features: int) -> int:
-    """Most features that an image keeps: floor(fraction * num_features + 1e-9), at least 1; None: all of them."""
+    """Most features that an image keeps: floor(fraction * num_features + 1e-9), at least 1; all if there is no cap."""
     return num_features if fraction is None else max(1, math.floor(fraction * num_features + _ROUNDING))
 
 
 @dataclass(frozen=True, slots=True)
 class HeadRatio:
-    """Each head's share of an image: what `trimmed` takes, whose union is larger. No other policy gets it."""
+    """Each head's share of an image; the union over heads is larger. Only for policies that take a head ratio."""
 
     ratio: float
     """`k_ratio`, in (0, 1]."""
@@ -50,7 +50,7 @@ class Allowance:
 
     budget: Budget | HeadRatio
     max_fraction: float | None = None
-    """Cap, in (0, 1]; None: none."""
+    """Cap, in (0, 1]; None if there is none."""
 
     def count(self, scores: Tensor) -> int:
         """How many features may stay, in [1, N]; scores are float [N]."""

@@ -37,11 +37,10 @@ class Choice:
     kept: Tensor
     """int64 [M], ascending; stay as they are."""
     picks: Tensor | None = None
-    """int64 [H, K], what each query head picked, -1 where it picked fewer; None where no head was asked or nobody wants
-    to know."""
+    """int64 [H, K], what each query head picked, -1 where it picked fewer; None if no head was asked or nobody wants to
+    know."""
     groups: Groups | None = None
-    """What is replaced by the mean of its group; None: whatever is not kept may be dropped or merged as the request
-    wishes."""
+    """What is replaced by the mean of its group; None if the request decides whether the rest is dropped or merged."""
 
 
 @dataclass(slots=True)
@@ -60,7 +59,7 @@ class EncodedImage:
     max_choices: int = MAX_CHOICES
     """How many it remembers."""
     guide: "EncodedImage | None" = None
-    """The same image as the model's guide sees it; None until that is asked."""
+    """The same image as the model's guide sees it; None until the guide is asked."""
     guide_bytes: int = 0
     """Set aside for it."""
     _choices: OrderedDict[Hashable, Choice] = field(default_factory=OrderedDict, init=False)

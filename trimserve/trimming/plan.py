@@ -165,7 +165,7 @@ def scratch_bytes(num_tiles: int, features_per_tile: int, hidden_size: int) -> i
 def bitmap(indices: Tensor, num_features: int) -> bytes:
     """Pack indices in [0, num_features) into bits, least significant first.
 
-    >>> bitmap(torch.tensor([0, 9]), 10).hex()
+    >>> bitmap(Tensor([0, 9]).long(), 10).hex()
     '0102'
     """
     bits = np.zeros(num_features, dtype=bool)

@@ -35,7 +35,7 @@ def test_parameters_of_the_policy_arrive_and_the_others_have_its_defaults() -> N
     request.trim.policy = "gprune"
     request.trim.parameters.hops = 3
     assert converted(request).trim.parameters == {"hops": 3}
-    assert TrimPlan.of(converted(request).trim).make_policy() == GPrune(hops=3)
+    assert TrimPlan.of(converted(request).trim).policy == GPrune(hops=3)
 
 
 def test_the_protos_tell_every_parameter_of_every_policy(said: dict[str, Field]) -> None:

@@ -34,7 +34,7 @@ def likeness(features: Tensor, features_per_tile: int, others: Tensor | None = N
     Args:
         features: [N, D], tile after tile.
         features_per_tile: F.
-        others: [N, D], what each is compared with; None: the features themselves.
+        others: [N, D], what each is compared with; None compares the features with each other.
     Returns:
         float32 [N / F, F, F], the caller's own; 0 where a feature is not finite.
     """
