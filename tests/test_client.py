@@ -10,7 +10,7 @@ import pytest
 from tests.server.fakes import CHUNKS, CONFIG, FakeRunner, Script, ScriptItem
 from tests.server.test_access import entry
 from tests.server.test_tls import Files, server_config
-from trimserve.api.prompt import ChatPrompt, Image, Message, Text
+from trimserve.api.prompt import ChatPrompt, ImageFile, Message, Text
 from trimserve.client import SERVICE_CONFIG, Client, Tls, make_request
 from trimserve.config import EngineConfig
 from trimserve.errors import EngineBusy, EngineStopped, RequestFailed
@@ -40,7 +40,7 @@ def test_a_question_about_image_files_arrives_as_one_user_message(
     answer = client.generate("What?", [path, str(path), b"bytes"], system="Be brief.", sampling=options)
     assert answer.text == "Hello ☃!"
     (request,) = runner.requests
-    images = (Image(b"file"), Image(b"file"), Image(b"bytes"))
+    images = (ImageFile(b"file"), ImageFile(b"file"), ImageFile(b"bytes"))
     assert request.prompt == ChatPrompt(
         (Message("system", (Text("Be brief."),)), Message("user", (*images, Text("What?"))))
     )

@@ -20,10 +20,10 @@ from trimserve.api.chunks import Finished, Started
 from trimserve.api.request import GenerationRequest
 from trimserve.api.sampling import SamplingParams
 from trimserve.model.loading import embedded_model_folder, load_model
-from trimserve.api.prompt import ChatPrompt, Image, Message, Text
+from trimserve.api.prompt import ChatPrompt, ImageFile, Message, Text
 from trimserve.api.trim import TrimRequest
 
-image = Image((embedded_model_folder().parent / "samples/scene.png").read_bytes())
+image = ImageFile((embedded_model_folder().parent / "samples/scene.png").read_bytes())
 prompt = ChatPrompt((Message("user", (image, Text("What colour is the star?"))),))
 request = GenerationRequest("lean", prompt, SamplingParams(max_new_tokens=3, ignore_eos=True), TrimRequest(k_ratio=0.1))
 engine = Engine(load_model(ModelConfig(), EngineConfig()), max_batch=1)

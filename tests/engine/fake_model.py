@@ -17,7 +17,7 @@ from tokenizers.models import BPE
 from torch import Tensor
 
 from trimserve.api.info import GenerationDefaults, ModelInfo
-from trimserve.api.prompt import Image, Prompt, RawPrompt, TokenPrompt
+from trimserve.api.prompt import ImageFile, Prompt, RawPrompt, TokenPrompt
 from trimserve.api.request import GenerationRequest
 from trimserve.api.sampling import SamplingParams
 from trimserve.api.trim import TrimRequest
@@ -26,8 +26,9 @@ from trimserve.engine.model import Prefilled
 from trimserve.errors import InvalidRequest
 from trimserve.model.images import PreparedImage
 from trimserve.model.interruptible import Interruptible
-from trimserve.model.prepared import NamedImage, PreparedPrompt, TokenizedPrompt
+from trimserve.model.prepared import PreparedPrompt, TokenizedPrompt
 from trimserve.trimming.encoded_image import EncodedImage, Observation
+from trimserve.trimming.plan import TrimPlan
 from trimserve.trimming.policies.table import POLICIES
 
 __all__ = [
@@ -133,13 +134,13 @@ class FakeModel:
                 pass
             case _:
                 raise TypeError(f"the fake has no chat template for {prompt!r}")
-        return TokenizedPrompt(token_ids, tuple(NamedImage(image.mime_type, image) for image in images))
+        return TokenizedPrompt(token_ids, images)
 
-    def prepare_image(self, image: NamedImage) -> PreparedImage:
+    def prepare_image(self, image: ImageFile) -> PreparedImage:
         self.images.append(image.field)
         self.before_image()
-        num_tiles = _num_tiles(image.image)
-        return PreparedImage(torch.zeros(4, 3, 8, 8), 1, 1, num_tiles, 8, 8 * num_tiles, image.image.data)
+        num_tiles = _num_tiles(image)
+        return PreparedImage(torch.zeros(4, 3, 8, 8), 1, 1, num_tiles, 8, 8 * num_tiles, image.data)
 
     def encode_image(
         self, image: PreparedImage, needs: frozenset[Observation] = frozenset()
@@ -152,12 +153,13 @@ class FakeModel:
         return EncodedImage(torch.ones(num_features, 2), FEATURES_PER_TILE, 1, observed)
 
     def prefill(
-        self, prompt: PreparedPrompt, images: Sequence[EncodedImage], trim: TrimRequest, kv: SequenceKV
+        self, prompt: PreparedPrompt, images: Sequence[EncodedImage], plan: TrimPlan, kv: SequenceKV
     ) -> Interruptible[Prefilled]:
         self.before_prefill()
         self.threads.add(threading.current_thread().name)
         if _text(prompt.token_ids) == BREAKS_PREFILL.text:
             raise RuntimeError("prefill broke")
+        trim = plan.request
         num_valid = tuple(image.num_features for image in images)
         num_kept = tuple(math.ceil(trim.k_ratio * valid) if trim.enabled else valid for valid in num_valid)
         num_merged = tuple(
@@ -250,7 +252,7 @@ def _text(token_ids: Sequence[int]) -> str:
     return bytes(token_id for token_id in token_ids if token_id < 256).decode(errors="replace")
 
 
-def _num_tiles(image: Image) -> int:
+def _num_tiles(image: ImageFile) -> int:
     if image.data.isdigit():
         return int(image.data)
     with PILImage.open(io.BytesIO(image.data)) as opened:

@@ -7,11 +7,11 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from trimserve.api.info import ModelInfo
-from trimserve.api.prompt import Prompt
+from trimserve.api.prompt import ImageFile, Prompt
 from trimserve.engine.kv_pool import SequenceKV
 from trimserve.model.interruptible import Interruptible
 from trimserve.model.prefilled import Prefilled
-from trimserve.model.prepared import NamedImage, PreparedPrompt, TokenizedPrompt
+from trimserve.model.prepared import PreparedPrompt, TokenizedPrompt
 from trimserve.trimming.encoded_image import EncodedImage, Observation
 from trimserve.trimming.plan import TrimPlan
 
@@ -39,7 +39,7 @@ class Model(Protocol):
             InvalidRequest: image count or size, empty or too long prompt.
         """
 
-    def prepare_image(self, image: NamedImage) -> "PreparedImage":
+    def prepare_image(self, image: ImageFile) -> "PreparedImage":
         """Decode one image; slow, pure and thread-safe, called in worker threads.
 
         Raises:

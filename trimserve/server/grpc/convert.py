@@ -13,7 +13,7 @@ from typing import Any
 from google.protobuf.message import Message as ProtoMessage
 
 from trimserve.api.info import ModelInfo, PolicyInfo
-from trimserve.api.prompt import ChatPrompt, Image, Message, Part, Prompt, RawPrompt, Text, TokenPrompt
+from trimserve.api.prompt import ChatPrompt, ImageFile, Message, Part, Prompt, RawPrompt, Text, TokenPrompt
 from trimserve.api.request import GenerationRequest
 from trimserve.api.sampling import SamplingParams
 from trimserve.api.trim import Budget, FixedCount, FixedRatio, Knee, TopP, TrimRequest
@@ -179,7 +179,7 @@ def _chat(chat: pb.Chat, info: ModelInfo, config: EngineConfig) -> ChatPrompt:
     messages = tuple(
         _message(message, f"chat.messages[{index}]", config) for index, message in enumerate(chat.messages)
     )
-    num_images = sum(isinstance(part, Image) for message in messages for part in message.parts)
+    num_images = sum(isinstance(part, ImageFile) for message in messages for part in message.parts)
     _check_count("chat.messages", num_images, "images in all", most=info.max_images)
     return ChatPrompt(messages)
 
@@ -206,9 +206,9 @@ def _part(part: pb.Part, path: str, config: EngineConfig) -> Part:
             raise InvalidRequest(path, "must be one of text and image, got neither")
 
 
-def _image(image: pb.Image, path: str, max_bytes: int) -> Image:
+def _image(image: pb.Image, path: str, max_bytes: int) -> ImageFile:
     _check_count(f"{path}.data", len(image.data), "bytes", least=1, most=max_bytes)
-    return Image(image.data, image.mime_type)
+    return ImageFile(image.data, path)
 
 
 def _sampling(sampling: pb.SamplingParams, info: ModelInfo) -> SamplingParams:
