@@ -49,7 +49,7 @@ _SHEET_KEEP = 0.2
 _INTERRUPTED = 130
 """Exit status after Ctrl-C."""
 
-Prompt = Annotated[str, typer.Option(help="What to ask.")]
+PromptOption = Annotated[str, typer.Option(help="What to ask.")]
 System = Annotated[str | None, typer.Option(help="A system message.")]
 Policy = Annotated[str | None, typer.Option(help="What chooses visual features; default: the model's first.")]
 Keep = Annotated[
@@ -141,7 +141,7 @@ def serve(*, config: Config) -> None:
 @app.command()
 @with_knobs("model")
 def generate(
-    prompt: Prompt,
+    prompt: PromptOption,
     image: Annotated[list[Path] | None, typer.Option(help="Image file; may be given again.")] = None,
     system: System = None,
     stream: Annotated[bool, typer.Option("--stream", help="Print text as it comes.")] = False,
@@ -184,7 +184,7 @@ def generate(
 @with_knobs("model")
 def explain(
     image: Annotated[Path, typer.Option(help="Image file.")],
-    prompt: Prompt,
+    prompt: PromptOption,
     out: Annotated[Path, typer.Option(dir_okay=False, help="File to write; it is a PNG.")] = Path("explain.png"),
     system: System = None,
     policy: Policy = None,

@@ -20,9 +20,9 @@ from trimserve.v1 import generation_pb2, generation_pb2_grpc, model_pb2, model_p
 __all__ = [
     "MAX_MESSAGE_BYTES",
     "SERVICE_CONFIG",
+    "ChatInput",
     "Client",
     "ImageSource",
-    "Prompt",
     "RequestOptions",
     "Tls",
     "channel_options",
@@ -39,7 +39,7 @@ SERVICE_CONFIG = Path(__file__).with_name("service_config.json")
 ImageSource = bytes | str | Path
 """Content of an image file, or where it is."""
 
-Prompt = str | Sequence[generation_pb2.Message]
+ChatInput = str | Sequence[generation_pb2.Message]
 """What the user asks, or a whole conversation."""
 
 
@@ -113,7 +113,7 @@ class RequestOptions(TypedDict, total=False):
 
 
 def make_request(
-    prompt: Prompt, images: Sequence[ImageSource] = (), **options: Unpack[RequestOptions]
+    prompt: ChatInput, images: Sequence[ImageSource] = (), **options: Unpack[RequestOptions]
 ) -> generation_pb2.GenerateRequest:
     """A chat request.
 
@@ -189,7 +189,7 @@ class Client:
 
     def generate(
         self,
-        prompt: Prompt | generation_pb2.GenerateRequest,
+        prompt: ChatInput | generation_pb2.GenerateRequest,
         images: Sequence[ImageSource] = (),
         *,
         timeout_seconds: float | None = None,
@@ -211,7 +211,7 @@ class Client:
 
     def stream(
         self,
-        prompt: Prompt | generation_pb2.GenerateRequest,
+        prompt: ChatInput | generation_pb2.GenerateRequest,
         images: Sequence[ImageSource] = (),
         *,
         timeout_seconds: float | None = None,
@@ -258,7 +258,7 @@ class Client:
 
 
 def _request(
-    prompt: Prompt | generation_pb2.GenerateRequest, images: Sequence[ImageSource], options: RequestOptions
+    prompt: ChatInput | generation_pb2.GenerateRequest, images: Sequence[ImageSource], options: RequestOptions
 ) -> generation_pb2.GenerateRequest:
     if not isinstance(prompt, generation_pb2.GenerateRequest):
         return make_request(prompt, images, **options)
