@@ -38,7 +38,7 @@ from trimserve.v1.model_pb2 import GetModelResponse
 
 if TYPE_CHECKING:
     from trimserve.api.chunks import ImageSelection
-    from trimserve.server.app import Server
+    from trimserve.server.lifecycle import Server
 
 __all__ = ["about", "app", "explain", "generate", "info", "main", "serve"]
 
@@ -126,8 +126,8 @@ def about(
 def serve(*, config: Config) -> None:
     """Serve a model over gRPC until SIGTERM or SIGINT."""
     from trimserve.model.loading import describe_model
-    from trimserve.serve import make_runner
-    from trimserve.server import app as server
+    from trimserve.serve import make_runner, make_server
+    from trimserve.server import running
 
     describe_model(config.model, config.engine)  # refuses what it can before anything listens
 
@@ -135,7 +135,8 @@ def serve(*, config: Config) -> None:
         metrics = f"metrics on {serving.metrics_address}" if serving.metrics_address else "no metrics"
         print(f"trimserve {__version__}: gRPC on {serving.address}, {metrics}", flush=True)
 
-    asyncio.run(server.serve(make_runner(config), config, on_serving=announce))
+    server = make_server(make_runner(config), config)
+    asyncio.run(running.serve(server, on_serving=announce))
 
 
 @app.command()

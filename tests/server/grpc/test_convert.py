@@ -12,11 +12,7 @@ from hypothesis import strategies as st
 
 from tests.server.conftest import Field, Loopback, rich_status
 from tests.server.fakes import DEFAULTS, chat_request, converted
-from trimserve.api.prompt import ChatPrompt, ImageFile, Message, RawPrompt, Text, TokenPrompt
-from trimserve.api.sampling import SamplingParams
-from trimserve.api.trim import TrimRequest
-from trimserve.errors import InvalidRequest
-from trimserve.server.grpc.convert import (
+from trimserve.api.bounds import (
     BOUNDS,
     MAX_LOGIT_BIASES,
     MAX_REQUEST_ID_CHARS,
@@ -24,6 +20,10 @@ from trimserve.server.grpc.convert import (
     MAX_STOP_STRINGS,
     MAX_STOP_TOKENS,
 )
+from trimserve.api.prompt import ChatPrompt, ImageFile, Message, RawPrompt, Text, TokenPrompt
+from trimserve.api.sampling import SamplingParams
+from trimserve.api.trim import TrimRequest
+from trimserve.errors import InvalidRequest
 from trimserve.trimming.policies.table import POLICIES
 from trimserve.v1 import generation_pb2 as pb
 

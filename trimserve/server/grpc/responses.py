@@ -1,4 +1,4 @@
-"""From the engine's plain data to messages; the unary response is a fold over the messages of a stream."""
+"""From the api's chunks to protobuf messages; the unary response is a fold over the messages of a stream."""
 
 from collections.abc import AsyncIterable
 from typing import Any, TypeVar
