@@ -20,7 +20,7 @@ import torch
 from benchmarks.policy_tables import later_layers
 from benchmarks.serve.report import about, write_json
 from training.heldout import write_held_out
-from trimserve.api.prompt import ChatPrompt, Image, Message, Text
+from trimserve.api.prompt import ChatPrompt, ImageFile, Message, Text
 from trimserve.api.trim import FixedRatio, TrimRequest
 from trimserve.config import EngineConfig, ModelConfig
 from trimserve.evaluation.dataset import Question, load_questions
@@ -73,7 +73,7 @@ def _settings() -> list[TrimRequest]:
 
 
 def _prepare(model: Mllama, question: Question) -> PreparedPrompt:
-    parts = (Image(question.image.read_bytes()), Text(question.text))
+    parts = (ImageFile(question.image.read_bytes()), Text(question.text))
     return model.prepare(ChatPrompt((Message("user", parts),)))
 
 

@@ -20,8 +20,10 @@ from trimserve.api.prompt import RawPrompt
 from trimserve.api.request import GenerationRequest
 from trimserve.api.sampling import SamplingParams
 from trimserve.api.trim import TrimRequest
-from trimserve.server.metrics import RPCS, Metrics
+from trimserve.server.grpc.services import RPCS
+from trimserve.server.metrics import Metrics
 from trimserve.server.observer import RequestObserver
+from trimserve.trimming.policies.table import POLICIES
 
 BUDGET_MICROSECONDS = 20.0
 """Of a step of 16 streams, by the tenth percentile: what disturbs a step is not the metrics."""
@@ -69,7 +71,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="also write the JSON document to this file")
     arguments = parser.parse_args()
 
-    metrics = Metrics()
+    metrics = Metrics(POLICIES, RPCS)
     step = make_step(metrics, arguments.batch)
     time_microseconds(step, arguments.runs)  # warm
     document = {

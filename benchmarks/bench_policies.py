@@ -28,7 +28,7 @@ from benchmarks.ops.measure import peak_extra_bytes
 from benchmarks.policy_tables import RECOMMENDED
 from benchmarks.serve.report import about, write_json
 from benchmarks.serve.workload import draw_picture
-from trimserve.api.prompt import ChatPrompt, Image, Message, Text
+from trimserve.api.prompt import ChatPrompt, ImageFile, Message, Text
 from trimserve.api.trim import FixedRatio, TrimRequest
 from trimserve.config import EngineConfig, ModelConfig
 from trimserve.evaluation.pages import OwnPages
@@ -192,7 +192,7 @@ class _Bench:
 def _prompts(model: Mllama, number: int) -> Iterator[PreparedPrompt]:
     """The question about one new image of four tiles after another."""
     for seed in range(number):
-        image = Image(draw_picture(Random(seed), 2 * model.info.tile_size))
+        image = ImageFile(draw_picture(Random(seed), 2 * model.info.tile_size))
         yield model.prepare(ChatPrompt((Message("user", (image, Text(_QUESTION))),)))
 
 

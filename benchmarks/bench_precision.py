@@ -25,7 +25,7 @@ from rich.progress import track
 
 from benchmarks.serve.report import about, write_json
 from training.heldout import write_held_out
-from trimserve.api.prompt import ChatPrompt, Image, Message, Text
+from trimserve.api.prompt import ChatPrompt, ImageFile, Message, Text
 from trimserve.api.trim import TrimRequest
 from trimserve.config import Dtype, EngineConfig, ModelConfig, Quantize
 from trimserve.evaluation.answers import UNTRIMMED
@@ -113,7 +113,7 @@ def _first_tokens(model: Mllama, questions: Sequence[Question], trim: TrimReques
     info = model.info
     pool = OwnPages(info, info.max_model_len * (info.self_kv_bytes_per_token + info.cross_kv_bytes_per_feature))
     for question in questions:
-        parts = (Image(question.image.read_bytes()), Text(question.text))
+        parts = (ImageFile(question.image.read_bytes()), Text(question.text))
         prompt = model.prepare(ChatPrompt((Message("user", parts),)))
         images = [run_through(model.encode_image(image)) for image in prompt.images]
         kv = pool.key_values(len(prompt.token_ids), sum(image.num_features for image in images))

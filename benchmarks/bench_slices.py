@@ -34,7 +34,7 @@ from benchmarks.bench_model import BENCH_MODEL, max_kept_fraction, write_bench_m
 from benchmarks.serve.report import about, write_json
 from benchmarks.serve.workload import draw_picture
 from trimserve.api.chunks import GenerationChunk, TokenDelta
-from trimserve.api.prompt import ChatPrompt, Image, Message, Text
+from trimserve.api.prompt import ChatPrompt, ImageFile, Message, Text
 from trimserve.api.request import GenerationRequest
 from trimserve.api.sampling import SamplingParams
 from trimserve.api.trim import TrimRequest
@@ -128,7 +128,7 @@ class _Traffic:
 
     def _begin(self, engine: Engine, num_tokens: int, image: bytes | None = None) -> _Output:
         """Hand a prepared request to the engine: in a server, other threads prepare it."""
-        shown = () if image is None else (Image(image),)
+        shown = () if image is None else (ImageFile(image),)
         request = GenerationRequest(
             request_id="slices",
             prompt=ChatPrompt((Message("user", (*shown, Text(_QUESTION))),)),

@@ -45,7 +45,9 @@ from benchmarks.tables import (  # noqa: E402 as above
 from training.readme import accuracy_table  # noqa: E402 as above
 from trimserve.config import Config  # noqa: E402 as above
 from trimserve.evaluation.report import Report  # noqa: E402 as above
+from trimserve.server.grpc.services import RPCS  # noqa: E402 as above
 from trimserve.server.metrics import Declared, Metrics  # noqa: E402 as above
+from trimserve.trimming.policies.table import POLICIES  # noqa: E402 as above
 
 SCALARS = {value: name.removeprefix("TYPE_").lower() for name, value in FieldDescriptorProto.Type.items()}
 
@@ -85,7 +87,7 @@ def _type_and_range(field: dict[str, Any]) -> tuple[str, str]:
 def metrics() -> str:
     """Every metric of `trimserve/server/metrics.py`."""
     lines = ["| name | type | labels | meaning |", "| --- | --- | --- | --- |"]
-    declared = Metrics().declared
+    declared = Metrics(POLICIES, RPCS).declared
     for metric in declared:
         labels = "<br>".join(_label(name, values) for name, values in metric.labels.items())
         lines.append(f"| `{metric.name}` | {metric.kind} | {labels} | {metric.help} |")

@@ -18,8 +18,8 @@ from pathlib import Path
 import trustme
 
 from trimserve.config import Config, ServerConfig
-from trimserve.serve import in_process_server, make_runner
-from trimserve.server.app import InProcessServer
+from trimserve.serve import in_process_server, make_runner, make_server
+from trimserve.server.running import InProcessServer
 
 ROOT = Path(__file__).resolve().parent.parent
 LANGUAGES = ("cpp", "go", "node")
@@ -96,7 +96,7 @@ def verify_access(folder: Path) -> None:
     files = {"tls_cert": "server.pem", "tls_key": "server.key", "tls_client_ca": "ca.pem", "auth_file": "clients.toml"}
     knobs = {knob: folder / name for knob, name in files.items()}
     config = Config(server=ServerConfig.model_validate({"port": 0, "metrics": False, **knobs}))
-    with InProcessServer(make_runner(config), config) as server:
+    with InProcessServer(make_server(make_runner(config), config)) as server:
         ask = README_ASK.search((ROOT / "examples/node/README.md").read_text())
         assert ask is not None
         command = ask[1].replace(DOCUMENTED, server.address.replace("127.0.0.1", "localhost"))

@@ -30,8 +30,8 @@ from trimserve.client import Client, make_request
 from trimserve.config import Config, EngineConfig, ServerConfig
 from trimserve.model.loading import embedded_model_folder
 from trimserve.process import read_page
-from trimserve.serve import make_runner
-from trimserve.server.app import InProcessServer
+from trimserve.serve import make_runner, make_server
+from trimserve.server.running import InProcessServer
 from trimserve.v1 import generation_pb2 as pb
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -53,7 +53,7 @@ def main() -> None:
     # A small queue, so that some requests are refused; a small cache, so that images make room for others.
     engine = EngineConfig(max_batch=4, max_queue=4, image_cache_bytes=ByteSize(200_000), num_threads=1)
     config = Config(engine=engine, server=ServerConfig(port=0, metrics_port=0))
-    with InProcessServer(make_runner(config), config) as server, load(server.address):
+    with InProcessServer(make_server(make_runner(config), config)) as server, load(server.address):
         assert server.metrics_address is not None
         with prometheus(server.metrics_address) as url:
             asked = ask_everything(url)

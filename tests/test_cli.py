@@ -24,9 +24,10 @@ from trimserve.api.chunks import TokenDelta
 from trimserve.cli import app, main
 from trimserve.config import Config, EngineConfig
 from trimserve.model.loading import embedded_model_folder
-from trimserve.serve import in_process_server
-from trimserve.server import app as server
-from trimserve.server.app import InProcessServer
+from trimserve.serve import in_process_server, make_server
+from trimserve.server import running
+from trimserve.server.lifecycle import Server
+from trimserve.server.running import InProcessServer
 from trimserve.trimming.policies.table import POLICIES
 
 SAMPLES = sorted((embedded_model_folder().parent / "samples").glob("*.png"))
@@ -106,7 +107,7 @@ def test_a_picture_is_a_png_whatever_its_name(address: str, tmp_path: Path) -> N
 def test_an_answer_of_any_text_is_printed_as_it_is(tmp_path: Path) -> None:
     answer = "[/INST] [bold]" + "x" * 200
     config = CONFIG.model_copy(update={"engine": EngineConfig()})
-    with InProcessServer(FakeRunner((STARTED, TokenDelta(answer, (1,)), FINISHED)), config) as fake:
+    with InProcessServer(make_server(FakeRunner((STARTED, TokenDelta(answer, (1,)), FINISHED)), config)) as fake:
         question = ("--image", SAMPLES[0], "--prompt", "[/x]", "--address", fake.address)
         for command in (("explain", "--out", tmp_path / "explain.png"), ("generate",), ("generate", "--stream")):
             assert run(*command, *question).stdout == f"{answer}\n"
@@ -122,7 +123,7 @@ def test_generate_speaks_tls_and_sends_a_token(tmp_path: Path, monkeypatch: pyte
     clients.write_text(entry("us", "secret"))
     config = server_config(files)
     guarded = config.model_copy(update={"server": config.server.model_copy(update={"auth_file": clients})})
-    with InProcessServer(FakeRunner(), guarded) as fake:
+    with InProcessServer(make_server(FakeRunner(), guarded)) as fake:
         question = ("generate", "--prompt", "Hi", "--address", fake.address, "--ca", files.path("clients.pem"))
         monkeypatch.setenv("TRIMSERVE_TOKEN", "secret")
         assert run(*question).stdout == "Hello ☃!\n"
@@ -193,10 +194,10 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[Config]:
     """The configs of servers that `serve` would have run."""
     configs: list[Config] = []
 
-    async def remember(_runner: object, config: Config, **_: object) -> None:
-        configs.append(config)
+    async def remember(server: Server, **_: object) -> None:
+        configs.append(server.config)
 
-    monkeypatch.setattr(server, "serve", remember)
+    monkeypatch.setattr(running, "serve", remember)
     return configs
 
 
@@ -299,13 +300,13 @@ def test_an_address_that_is_taken_is_one_line() -> None:
 
 LOADING = """
 import sys, time
-from trimserve import cli, local
+from trimserve import cli, serve
 
 def load_model(*_):
     print("loading", flush=True)
     time.sleep(1000)
 
-local.load_model = load_model
+serve.load_model = load_model
 sys.argv = ["trimserve", "generate", "--prompt", "x"]
 cli.main()
 """

@@ -10,12 +10,13 @@ import pytest
 from tests.server.fakes import CHUNKS, CONFIG, FakeRunner, Script, ScriptItem
 from tests.server.test_access import entry
 from tests.server.test_tls import Files, server_config
-from trimserve.api.prompt import ChatPrompt, Image, Message, Text
+from trimserve.api.prompt import ChatPrompt, ImageFile, Message, Text
 from trimserve.client import SERVICE_CONFIG, Client, Tls, make_request
 from trimserve.config import EngineConfig
 from trimserve.errors import EngineBusy, EngineStopped, RequestFailed
-from trimserve.server.app import InProcessServer
-from trimserve.server.grpc.service import SERVICES
+from trimserve.serve import make_server
+from trimserve.server.grpc.services import SERVICES
+from trimserve.server.running import InProcessServer
 from trimserve.v1 import generation_pb2 as pb
 
 
@@ -27,7 +28,7 @@ def runner() -> FakeRunner:
 @pytest.fixture
 def client(runner: FakeRunner) -> Iterator[Client]:
     config = CONFIG.model_copy(update={"engine": EngineConfig()})
-    with InProcessServer(runner, config) as server, Client(server.address) as client:
+    with InProcessServer(make_server(runner, config)) as server, Client(server.address) as client:
         yield client
 
 
@@ -40,7 +41,7 @@ def test_a_question_about_image_files_arrives_as_one_user_message(
     answer = client.generate("What?", [path, str(path), b"bytes"], system="Be brief.", sampling=options)
     assert answer.text == "Hello ☃!"
     (request,) = runner.requests
-    images = (Image(b"file"), Image(b"file"), Image(b"bytes"))
+    images = (ImageFile(b"file"), ImageFile(b"file"), ImageFile(b"bytes"))
     assert request.prompt == ChatPrompt(
         (Message("system", (Text("Be brief."),)), Message("user", (*images, Text("What?"))))
     )
@@ -146,8 +147,8 @@ def test_nothing_else_is_tried_again(client: Client, runner: FakeRunner, error: 
 def test_calls_go_to_every_server_of_a_name_that_is_healthy() -> None:
     runners = FakeRunner(), FakeRunner()
     with (
-        InProcessServer(runners[0], CONFIG) as first,
-        InProcessServer(runners[1], CONFIG) as second,
+        InProcessServer(make_server(runners[0], CONFIG)) as first,
+        InProcessServer(make_server(runners[1], CONFIG)) as second,
         Client(f"ipv4:{first.address},{second.address}") as client,
     ):
         while not all(runner.requests for runner in runners):
@@ -167,7 +168,7 @@ def test_a_client_shows_its_certificate_and_its_token(runner: FakeRunner, tmp_pa
     config = server_config(files, is_mutual=True)
     server = config.server.model_copy(update={"auth_file": clients})
     tls = Tls(ca=files.path("clients.pem"), certificate=chain, key=key)
-    with InProcessServer(runner, config.model_copy(update={"server": server})) as running:
+    with InProcessServer(make_server(runner, config.model_copy(update={"server": server}))) as running:
         with Client(running.address, tls=tls, token="secret") as client:
             assert client.generate("Hello").text
             assert list(client.stream("Hello"))

@@ -12,7 +12,8 @@ from pydantic import ValidationError
 from tests.server.fakes import CONFIG, FakeRunner
 from tests.test_repository import ROOT
 from trimserve.config import ServerConfig
-from trimserve.server.app import InProcessServer
+from trimserve.serve import make_server
+from trimserve.server.running import InProcessServer
 
 DOCKERFILE = (ROOT / "docker/Dockerfile").read_text()
 VARIABLES = {name.lower(): value for name, value in re.findall(r"TRIMSERVE__SERVER__(\w+)=(\S+)", DOCKERFILE)}
@@ -22,7 +23,7 @@ VARIABLES = {name.lower(): value for name, value in re.findall(r"TRIMSERVE__SERV
 @pytest.fixture
 def metrics_port() -> Iterator[str]:
     """Of a server that takes requests, until the test is over."""
-    with InProcessServer(FakeRunner(), CONFIG) as server:
+    with InProcessServer(make_server(FakeRunner(), CONFIG)) as server:
         assert server.metrics_address is not None
         yield server.metrics_address.rpartition(":")[2]
 

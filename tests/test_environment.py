@@ -25,8 +25,10 @@ except SystemExit:
     pass
 import torch
 from prometheus_client import generate_latest
+from trimserve.server.grpc.services import RPCS
 from trimserve.server.metrics import Metrics
-metrics = Metrics()
+from trimserve.trimming.policies.table import POLICIES
+metrics = Metrics(POLICIES, RPCS)
 metrics.saw_step(3, 0.5)
 getenv = ctypes.CDLL(None).getenv
 getenv.restype = ctypes.c_char_p

@@ -1,27 +1,76 @@
-"""Imports go one way: server -> engine -> executor -> model -> trimming -> ops; each library stays in its layer."""
+"""Each part of the package imports only what its place allows; tests/test_lean_import.py checks it by execution.
+
+The arrow: server -> engine -> executor -> model -> trimming -> ops. The server knows the engine by a protocol only, and
+`serve.py` puts the two together.
+"""
 
 import ast
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent / "trimserve"
-LAYERS = ["ops", "trimming", "model", "executor", "engine", "server"]  # from below; a layer may use those before it
-SHARED = {"api", "config", "errors", "loopback", "__init__"}
-# Libraries that only these parts may import.
+MODULES = sorted(ROOT.rglob("*.py"))
+
+PLAIN = {"api", "config", "errors", "loopback"}
+"""What everyone may import."""
+
+ARROW = ["ops", "trimming", "model", "executor", "engine"]
+"""From below; each may import those before it."""
+
+MAY_IMPORT = {
+    # plain values, and helpers of one file
+    "__init__": set(),
+    "api": set(),
+    "errors": set(),
+    "loopback": set(),
+    "environment": set(),
+    "process": set(),
+    "v1": set(),
+    "config": {"loopback"},
+    # the arrow
+    **{part: {*PLAIN, *ARROW[:place]} for place, part in enumerate(ARROW)},
+    # the server, which the arrow reaches only through its protocol of an engine
+    "server": PLAIN,
+    "server/grpc": {*PLAIN, "server", "v1"},
+    # outside the arrow
+    "serve": {*PLAIN, *ARROW, "server", "server/grpc"},
+    "client": {"loopback", "v1"},
+    "connection": {"client"},
+    "knobs": {"config"},
+    "explain": {"api"},
+    "evaluation": {*PLAIN, *ARROW, "client", "connection", "knobs", "v1"},
+    "cli": {
+        *PLAIN,
+        *("ops", "model", "engine", "server", "serve"),
+        *("client", "connection", "environment", "evaluation", "explain", "knobs", "v1"),
+    },
+    "__main__": {"cli"},
+}
+"""Parts of the package by the part that may import them."""
+
+STANDARD_LIBRARY_ONLY = {"__init__", "__main__", "api", "errors", "loopback", "environment", "process"}
+
 HOMES = {
-    "grpc": {"server", "client", "connection", "cli", "v1"},
-    "grpc_health": {"server"},
-    "grpc_reflection": {"server"},
-    "grpc_status": {"server"},
-    "google": {"server", "client", "cli", "v1"},
+    "grpc": {"server/grpc", "client", "connection", "cli", "v1"},
+    "grpc_health": {"server/grpc"},
+    "grpc_reflection": {"server/grpc"},
+    "grpc_status": {"server/grpc"},
+    "google": {"server/grpc", "cli", "v1"},
     "prometheus_client": {"server"},
     "opentelemetry": {"server"},
+    "structlog": {"server"},
+    "torch": {*ARROW, "serve", "evaluation", "cli"},
     "transformers": {"model"},
     "huggingface_hub": {"model"},
+    "tokenizers": {"model", "engine"},
+    "typer": {"cli", "connection", "evaluation", "knobs"},
     "matplotlib": {"evaluation"},
 }
+"""Libraries by the parts that may import them."""
+
 SEAM = ROOT / "model/transformers_mllama.py"
 # What the other files may import of transformers, and what they may not reach into.
 NO_MODEL_CODE = (
@@ -33,50 +82,56 @@ NO_MODEL_CODE = (
     "transformers.models.mllama.image_processing_pil_mllama.",
 )
 MODULES_OF_MLLAMA = {"language_model", "vision_model", "multi_modal_projector", "self_attn", "cross_attn"}
-MODULES = sorted(path for path in ROOT.rglob("*.py"))
 
 
-def part(path: Path) -> str:
-    """The layer, or the top-level module, that a file belongs to."""
-    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+def part(*names: str) -> str:
+    """The part that a module belongs to, by its dotted name below `trimserve`."""
+    return "server/grpc" if names[:2] == ("server", "grpc") else names[0]
 
 
-def imports(path: Path) -> Iterator[str]:
+def home(path: Path) -> str:
+    """The part that a file belongs to."""
+    return part(*path.relative_to(ROOT).with_suffix("").parts)
+
+
+def imports(path: Path) -> Iterator[tuple[str, ...]]:
     """Dotted names that a file imports, anywhere in it."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            yield from (tuple(alias.name.split(".")) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
             assert node.module is not None
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            yield from ((*node.module.split("."), alias.name) for alias in node.names)
+
+
+def test_every_part_has_its_place() -> None:
+    assert {home(path) for path in MODULES} == MAY_IMPORT.keys()
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_a_file_imports_only_what_its_layer_may(path: Path) -> None:
-    home = part(path)
-    for name in imports(path):
-        first, *rest = name.split(".")
-        if first in HOMES:
-            assert home in HOMES[first], f"{path} imports {name}"
-        if first == "trimserve" and rest and home in LAYERS:
-            target = rest[0]
-            allowed = {*SHARED, *LAYERS[: LAYERS.index(home) + 1], *({"v1"} if home == "server" else set())}
-            assert target in allowed or not (ROOT / target).exists(), f"{path} imports {name}"
-        if first == "trimserve" and rest and home in SHARED:
-            assert rest[0] in SHARED, f"{path} imports {name}"
+def test_a_file_imports_only_what_its_place_allows(path: Path) -> None:
+    own = home(path)
+    for package, *rest in imports(path):
+        name = ".".join([package, *rest])
+        if package in HOMES:
+            assert own in HOMES[package], f"{path} imports {name}"
+        if own in STANDARD_LIBRARY_ONLY and package != "trimserve":
+            assert package in sys.stdlib_module_names, f"{path} imports {name}"
+        if package == "trimserve" and rest and (target := part(*rest)) in MAY_IMPORT:
+            assert target == own or target in MAY_IMPORT[own], f"{path} imports {name}"
 
 
 @pytest.mark.parametrize("path", [path for path in MODULES if path != SEAM], ids=lambda path: path.stem)
 def test_only_one_file_borrows_transformers_model_code(path: Path) -> None:
-    for name in imports(path):
+    for name in map(".".join, imports(path)):
         assert not f"{name}.".startswith("transformers.") or name.startswith(NO_MODEL_CODE), f"{path} imports {name}"
     reached = {node.attr for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)}
     assert not reached & MODULES_OF_MLLAMA, path
 
 
 def test_the_compiled_modules_are_loaded_only_in_ops() -> None:
-    loaders = {part(path) for path in MODULES if "load_library(" in path.read_text() or "_host" in path.read_text()}
+    loaders = {home(path) for path in MODULES if "load_library(" in path.read_text() or "_host" in path.read_text()}
     assert loaders <= {"ops"}
 
 

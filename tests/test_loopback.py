@@ -11,7 +11,8 @@ from tests.server.fakes import CONFIG, FakeRunner
 from trimserve.client import Client, channel_options
 from trimserve.loopback import is_loopback, proxy_options
 from trimserve.process import read_page
-from trimserve.server.app import InProcessServer
+from trimserve.serve import make_server
+from trimserve.server.running import InProcessServer
 
 PROXY_VARIABLES = ("grpc_proxy", "https_proxy", "http_proxy", "all_proxy")
 DIRECT = [("grpc.enable_http_proxy", 0)]
@@ -81,7 +82,7 @@ def proxy(monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.socket]:
 
 @pytest.mark.usefixtures("proxy")
 def test_a_server_on_loopback_answers_beside_a_proxy() -> None:
-    with InProcessServer(FakeRunner(), CONFIG) as server:
+    with InProcessServer(make_server(FakeRunner(), CONFIG)) as server:
         port = server.address.rsplit(":", 1)[1]
         for address in (server.address, f"localhost:{port}", f"ipv4:127.0.0.1:{port}"):
             with Client(address) as client:

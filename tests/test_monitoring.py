@@ -7,7 +7,9 @@ from collections.abc import Iterator
 import yaml
 
 from tests.test_repository import ROOT
+from trimserve.server.grpc.services import RPCS
 from trimserve.server.metrics import Metrics
+from trimserve.trimming.policies.table import POLICIES
 
 DASHBOARD = json.loads((ROOT / "docker/grafana/trimserve.json").read_text())
 RULES = [
@@ -32,11 +34,11 @@ def named(expressions: Iterator[str]) -> set[str]:
 
 
 def test_the_dashboard_shows_every_metric_and_no_other() -> None:
-    assert named(shown()) == {metric.name for metric in Metrics().declared}
+    assert named(shown()) == {metric.name for metric in Metrics(POLICIES, RPCS).declared}
 
 
 def test_rules_and_alerts_use_only_metrics_that_there_are() -> None:
-    assert named(rule["expr"] for rule in RULES) <= {metric.name for metric in Metrics().declared}
+    assert named(rule["expr"] for rule in RULES) <= {metric.name for metric in Metrics(POLICIES, RPCS).declared}
 
 
 def test_alerts_use_only_rules_that_there_are() -> None:

@@ -1,8 +1,8 @@
 """The command line: `trimserve serve | generate | explain | eval | codebook | info`.
 
-`generate` and `explain` talk gRPC also when no `--address` is given: they start a server of their own on a free port.
-The knobs of `config.py` are options and environment variables of the commands that take them. What is slow to import
-is imported by the command that needs it.
+Without `--address`, `generate` and `explain` start a server of their own on a free port and talk gRPC to it, too. The
+knobs of `config.py` are options and environment variables of the commands that use them. Slow imports are left to the
+command that needs them.
 """
 
 import asyncio
@@ -38,7 +38,7 @@ from trimserve.v1.model_pb2 import GetModelResponse
 
 if TYPE_CHECKING:
     from trimserve.api.chunks import ImageSelection
-    from trimserve.server.app import Server
+    from trimserve.server.lifecycle import Server
 
 __all__ = ["about", "app", "explain", "generate", "info", "main", "serve"]
 
@@ -49,7 +49,7 @@ _SHEET_KEEP = 0.2
 _INTERRUPTED = 130
 """Exit status after Ctrl-C."""
 
-Prompt = Annotated[str, typer.Option(help="What to ask.")]
+PromptOption = Annotated[str, typer.Option(help="What to ask.")]
 System = Annotated[str | None, typer.Option(help="A system message.")]
 Policy = Annotated[str | None, typer.Option(help="What chooses visual features; default: the model's first.")]
 Keep = Annotated[
@@ -71,7 +71,7 @@ Address = Annotated[
 
 
 def main() -> None:
-    """Entry point of `trimserve`; what a user can mend is one line on standard error and exit status 1, Ctrl-C 130."""
+    """Entry point of `trimserve`; errors that a user can fix are one line and exit status 1, Ctrl-C is 130."""
     shut_out()
     try:
         _run()
@@ -100,7 +100,7 @@ def _fail(message: str) -> NoReturn:
 
 
 def _leave(status: object) -> NoReturn:
-    """End now, because a model may be loading, or hang: a thread in compiled code aborts Python's normal end."""
+    """End at once: a thread that hangs or loads a model in compiled code would abort Python's normal exit."""
     with suppress(OSError):
         sys.stdout.flush()
     os._exit(status if isinstance(status, int) else 0)
@@ -126,22 +126,23 @@ def about(
 def serve(*, config: Config) -> None:
     """Serve a model over gRPC until SIGTERM or SIGINT."""
     from trimserve.model.loading import describe_model
-    from trimserve.serve import make_runner
-    from trimserve.server import app as server
+    from trimserve.serve import make_runner, make_server
+    from trimserve.server import running
 
-    describe_model(config.model, config.engine)  # refuses what it can before anything listens
+    describe_model(config.model, config.engine)  # refuses a bad checkpoint before anything listens
 
     def announce(serving: "Server") -> None:
         metrics = f"metrics on {serving.metrics_address}" if serving.metrics_address else "no metrics"
         print(f"trimserve {__version__}: gRPC on {serving.address}, {metrics}", flush=True)
 
-    asyncio.run(server.serve(make_runner(config), config, on_serving=announce))
+    server = make_server(make_runner(config), config)
+    asyncio.run(running.serve(server, on_serving=announce))
 
 
 @app.command()
 @with_knobs("model")
 def generate(
-    prompt: Prompt,
+    prompt: PromptOption,
     image: Annotated[list[Path] | None, typer.Option(help="Image file; may be given again.")] = None,
     system: System = None,
     stream: Annotated[bool, typer.Option("--stream", help="Print text as it comes.")] = False,
@@ -184,7 +185,7 @@ def generate(
 @with_knobs("model")
 def explain(
     image: Annotated[Path, typer.Option(help="Image file.")],
-    prompt: Prompt,
+    prompt: PromptOption,
     out: Annotated[Path, typer.Option(dir_okay=False, help="File to write; it is a PNG.")] = Path("explain.png"),
     system: System = None,
     policy: Policy = None,
@@ -271,7 +272,7 @@ app.add_typer(codebook, name="codebook")
 
 @contextmanager
 def _client(address: str | None, ca: Path | None, token: str | None, model: ModelConfig) -> Iterator[Client]:
-    """A client of the server at an address, or of one in this process on a free port."""
+    """A client of the server at an address, or of a new one in this process."""
     if address is None:
         from trimserve.serve import in_process_server
 
@@ -297,7 +298,7 @@ def _trim(
 def _trims_of(
     policies: str, model: GetModelResponse, keep: float, merge_ratio: float | None
 ) -> dict[str, pb.TrimOptions]:
-    """Each policy with the same budget, if it takes one."""
+    """Options for each policy, with the same budget if it takes one."""
     known = {policy.name: policy for policy in model.policy_details}
     available = [name for name, policy in known.items() if policy.is_available]
     names = available if policies == "all" else [name.strip() for name in policies.split(",")]

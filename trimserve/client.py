@@ -1,8 +1,8 @@
-"""A thin client: calls with the right limits, and requests made from strings and image files.
+"""A thin Python client: sets the right limits, and makes requests of strings and image files.
 
 Answers are the generated messages themselves, errors are gRPC's own `grpc.RpcError`. `service_config.json`, which
-clients in other languages can use as it is, says which calls are tried again, how long they may take and how they are
-spread over the addresses of a name. Programs with an event loop use `make_request` with the generated stubs, and
+clients in other languages can use unchanged, sets retries, timeouts and load balancing over the addresses of a name.
+Programs with an event loop use `make_request` with the generated stubs, and
 `channel_options`.
 """
 
@@ -20,9 +20,9 @@ from trimserve.v1 import generation_pb2, generation_pb2_grpc, model_pb2, model_p
 __all__ = [
     "MAX_MESSAGE_BYTES",
     "SERVICE_CONFIG",
+    "ChatInput",
     "Client",
     "ImageSource",
-    "Prompt",
     "RequestOptions",
     "Tls",
     "channel_options",
@@ -31,16 +31,16 @@ __all__ = [
 ]
 
 MAX_MESSAGE_BYTES = 64 * 2**20
-"""What servers take unless configured otherwise; gRPC's own limit of 4 MiB is too small for images."""
+"""The servers' default; gRPC's own limit of 4 MiB is too small for images."""
 
 SERVICE_CONFIG = Path(__file__).with_name("service_config.json")
-"""File that says how clients time out, try again, balance and heed health."""
+"""Timeouts, retries, load balancing and health checking of clients."""
 
 ImageSource = bytes | str | Path
-"""Content of an image file, or where it is."""
+"""Content of an image file, or its path."""
 
-Prompt = str | Sequence[generation_pb2.Message]
-"""What the user asks, or a whole conversation."""
+ChatInput = str | Sequence[generation_pb2.Message]
+"""The user's question, or a whole conversation."""
 
 
 def channel_options(
@@ -67,17 +67,17 @@ def channel_options(
 
 @dataclass(frozen=True, slots=True)
 class Tls:
-    """How a server proves itself to us, and we to it; PEM files."""
+    """PEM files that authenticate the server, and us to it."""
 
     ca: Path | None = None
-    """Authorities that may have signed the server's certificate; None is those that gRPC brings along."""
+    """Authorities for the server's certificate; None is gRPC's default roots."""
     certificate: Path | None = None
-    """Our own chain, for a server that asks for one."""
+    """Our certificate chain, for servers that require one."""
     key: Path | None = None
-    """Its key."""
+    """The key of `certificate`."""
 
     def credentials(self) -> grpc.ChannelCredentials:
-        """What a channel is made with.
+        """Credentials for a channel.
 
         Raises:
             OSError: a file cannot be read.
@@ -98,12 +98,12 @@ def make_image(source: ImageSource) -> generation_pb2.Image:
 
 
 class RequestOptions(TypedDict, total=False):
-    """What a request may say beside its prompt and images; None is the same as leaving it out."""
+    """Fields of a request besides its prompt and images; None is the same as leaving one out."""
 
     system: str | None
-    """Text of a system message to go first."""
+    """Text of a system message that goes first."""
     sampling: generation_pb2.SamplingParams | None
-    """Unset fields mean the checkpoint's defaults."""
+    """Unset fields have the checkpoint's defaults."""
     trim: generation_pb2.TrimOptions | None
     """Default: trimming on, with the checkpoint's budget."""
     request_id: str | None
@@ -113,17 +113,17 @@ class RequestOptions(TypedDict, total=False):
 
 
 def make_request(
-    prompt: Prompt, images: Sequence[ImageSource] = (), **options: Unpack[RequestOptions]
+    prompt: ChatInput, images: Sequence[ImageSource] = (), **options: Unpack[RequestOptions]
 ) -> generation_pb2.GenerateRequest:
     """A chat request.
 
     Args:
-        prompt: what the user asks, or whole messages, which hold their own images.
-        images: shown before a `prompt` that is a string.
+        prompt: the user's question, or whole messages, which contain their images.
+        images: placed before a `prompt` that is a string.
         **options: see `RequestOptions`.
     Raises:
         OSError: an image file cannot be read.
-        ValueError: `images` beside whole messages.
+        ValueError: both `images` and whole messages are given.
     """
     if isinstance(prompt, str):
         shown = [generation_pb2.Part(image=make_image(image)) for image in images]
@@ -155,14 +155,14 @@ class Client:
         token: str | None = None,
         max_message_bytes: int = MAX_MESSAGE_BYTES,
     ) -> None:
-        """Connect when first needed.
+        """Connect on first use.
 
         Args:
-            address: `HOST:PORT`; calls are spread over all addresses of a name. A proxy that the environment names
-                (`http_proxy`) is asked, but not for this machine.
+            address: `HOST:PORT`; calls are spread over all addresses of a name. The environment's proxy
+                (`http_proxy`) is used, except for this machine.
             tls: None is plaintext.
-            token: sent with every call, as it is: over plaintext, whoever listens can read it.
-            max_message_bytes: of one message, either way.
+            token: sent with every call; over plaintext, eavesdroppers can read it.
+            max_message_bytes: of one message, in either direction.
         Raises:
             OSError: a file of `tls` cannot be read.
         """
@@ -184,12 +184,12 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        """Disconnect; calls that run are cancelled."""
+        """Disconnect; open calls are cancelled."""
         self._channel.close()
 
     def generate(
         self,
-        prompt: Prompt | generation_pb2.GenerateRequest,
+        prompt: ChatInput | generation_pb2.GenerateRequest,
         images: Sequence[ImageSource] = (),
         *,
         timeout_seconds: float | None = None,
@@ -198,7 +198,7 @@ class Client:
         """The whole answer at once.
 
         Args:
-            prompt: as `make_request` takes it, or a whole request, with nothing beside it.
+            prompt: as `make_request` takes it, or a whole request, without other arguments.
             images: as `make_request` takes them.
             timeout_seconds: deadline of the call; None is that of `service_config.json`.
             **options: see `RequestOptions`.
@@ -211,16 +211,16 @@ class Client:
 
     def stream(
         self,
-        prompt: Prompt | generation_pb2.GenerateRequest,
+        prompt: ChatInput | generation_pb2.GenerateRequest,
         images: Sequence[ImageSource] = (),
         *,
         timeout_seconds: float | None = None,
         **options: Unpack[RequestOptions],
     ) -> Iterator[generation_pb2.GenerateStreamResponse]:
-        """The answer as it comes; closing the iterator cancels the request.
+        """The answer as it is generated; closing the iterator cancels the request.
 
         Args:
-            prompt: as `make_request` takes it, or a whole request, with nothing beside it.
+            prompt: as `make_request` takes it, or a whole request, without other arguments.
             images: as `make_request` takes them.
             timeout_seconds: deadline of the call; None is that of `service_config.json`.
             **options: see `RequestOptions`.
@@ -246,7 +246,7 @@ class Client:
         return self._model.GetModel(model_pb2.GetModelRequest(), timeout=timeout_seconds, metadata=self._metadata)
 
     def status(self, *, timeout_seconds: float | None = None) -> model_pb2.GetServerStatusResponse:
-        """The server now.
+        """The server's load and memory now.
 
         Args:
             timeout_seconds: deadline of the call; None is that of `service_config.json`.
@@ -258,7 +258,7 @@ class Client:
 
 
 def _request(
-    prompt: Prompt | generation_pb2.GenerateRequest, images: Sequence[ImageSource], options: RequestOptions
+    prompt: ChatInput | generation_pb2.GenerateRequest, images: Sequence[ImageSource], options: RequestOptions
 ) -> generation_pb2.GenerateRequest:
     if not isinstance(prompt, generation_pb2.GenerateRequest):
         return make_request(prompt, images, **options)

@@ -1,4 +1,4 @@
-"""How the commands reach a running server: the options that say how, and the connection that they make."""
+"""Command options for reaching a running server, and the connection that they make."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,13 +28,13 @@ def connected(address: str, ca: Path | None, token: str | None) -> Iterator[Clie
         token: None sends none.
     Raises:
         OSError: `ca` cannot be read.
-        ConnectionError: from within the block, what gRPC itself said of a server that cannot be reached.
+        ConnectionError: from within the block, with gRPC's own message, if the server cannot be reached.
     """
     with Client(address, tls=None if ca is None else Tls(ca), token=token) as client:
         try:
             yield client
         except grpc.RpcError as error:
             if error.code() is not grpc.StatusCode.UNAVAILABLE or error.trailing_metadata():
-                raise  # the server's own words
+                raise  # a status of the server itself
             why = f"{error.code().name}: {error.details()}"
             raise ConnectionError(f"cannot reach {address} (HOST:PORT expected): {why}") from None

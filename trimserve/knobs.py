@@ -1,4 +1,4 @@
-"""The knobs of `config.py` as options and environment variables of commands."""
+"""The knobs of `config.py` as command options and environment variables."""
 
 import difflib
 import functools
@@ -22,10 +22,10 @@ _PREFIX = "TRIMSERVE__"
 
 
 def with_knobs(*sections: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command the knobs of config sections as options; it gets them checked, as its argument `config`.
+    """Add the knobs of config sections to a command as options; it receives them, validated, as its argument `config`.
 
-    A knob that has the name of one of the command's own options is left out. A variable that looks like a knob's but is
-    none, of any section, is refused: it would set nothing.
+    A knob with the name of one of the command's own options is left out. An environment variable that looks like a
+    knob's but names none, of any section, is refused, because it would have no effect.
     """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
@@ -74,9 +74,9 @@ def _knobs(section: str) -> Iterator[inspect.Parameter]:
 
 
 def _plain(annotation: Any) -> Any:
-    """A field's type without its bounds, which pydantic checks: `Annotated[int, ...] | None` is `int | None`.
+    """A field's type without its bounds, which pydantic checks: `Annotated[int, ...] | None` becomes `int | None`.
 
-    A size is text, because pydantic reads `2GiB`.
+    A size becomes text, because pydantic parses `2GiB`.
     """
     if get_origin(annotation) is Annotated:
         return get_args(annotation)[0]

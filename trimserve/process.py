@@ -1,4 +1,4 @@
-"""A server in a process of its own, for programs that show, try or measure one."""
+"""A server in a process of its own, for demonstrations, tests and benchmarks."""
 
 import re
 import subprocess
@@ -14,12 +14,12 @@ __all__ = ["ServerFailed", "ServerProcess", "read_page", "server_process"]
 
 
 class ServerFailed(Exception):
-    """A server ended before it served, or not well; the message has the end of its log."""
+    """A server failed to start or to end cleanly; the message contains the end of its log."""
 
 
 @dataclass(frozen=True, slots=True)
 class ServerProcess:
-    """A server that takes requests."""
+    """A server that accepts requests."""
 
     address: str
     """`HOST:PORT` of gRPC."""
@@ -28,20 +28,20 @@ class ServerProcess:
     pid: int
 
     def metrics(self) -> dict[str, float]:
-        """What `/metrics` tells: value by series, labels included in the name."""
+        """The series of `/metrics`: value by name with labels."""
         lines = read_page(f"http://{self.metrics_address}/metrics").decode().splitlines()
         pairs = (line.rsplit(" ", 1) for line in lines if line and not line.startswith("#"))
         return {name: float(value) for name, value in pairs}
 
 
 def read_page(url: str, timeout_seconds: float | None = None) -> bytes:
-    """What a server on this machine answers over HTTP, whatever proxy the environment names.
+    """Fetch a page from a server on this machine, ignoring proxies of the environment.
 
     Args:
         url: of the page.
-        timeout_seconds: of every wait for it; None waits for ever.
+        timeout_seconds: of each network operation; None waits forever.
     Raises:
-        OSError: it cannot be had; an HTTP status of an error is an `urllib.error.HTTPError`.
+        OSError: it cannot be fetched; `urllib.error.HTTPError` for an HTTP error status.
     """
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     with direct.open(url, timeout=timeout_seconds) as page:
@@ -55,10 +55,10 @@ def server_process(*options: str, log: Path | None = None) -> Iterator[ServerPro
 
     Args:
         *options: of the command.
-        log: file that it logs to; None keeps the log no longer than it runs.
+        log: file that it logs to; None discards the log at the end.
     Raises:
         OSError: `log` cannot be written.
-        ServerFailed: it ended before it served, or at the end of the block with a status other than 0.
+        ServerFailed: it ended before it served, or with a status other than 0.
     """
     command = [sys.executable, "-m", "trimserve", "serve", "--port", "0", "--metrics-port", "0", *options]
     with (

@@ -1,4 +1,4 @@
-"""A server of a checkpoint in this process: what `config.py` says, put together."""
+"""Puts a server together: config -> model -> engine -> server. The one file that knows all of them."""
 
 import torch
 
@@ -7,16 +7,25 @@ from trimserve.engine.runner import Runner
 from trimserve.executor.local import LocalExecutor
 from trimserve.model.loading import load_model
 from trimserve.model.mllama import Mllama
-from trimserve.server.app import InProcessServer
+from trimserve.server.backend import Backend
+from trimserve.server.core import Core
+from trimserve.server.gate import Gate
+from trimserve.server.grpc.server import GrpcTransport
+from trimserve.server.grpc.services import RPCS, SERVICES
+from trimserve.server.lifecycle import Server
+from trimserve.server.metrics import Metrics
+from trimserve.server.running import InProcessServer
+from trimserve.server.tracing import Tracing
+from trimserve.trimming.policies.table import POLICIES
 
-__all__ = ["in_process_server", "make_runner"]
+__all__ = ["in_process_server", "make_runner", "make_server"]
 
 
 def make_runner(config: Config) -> Runner:
-    """An engine that is not started; its model is loaded when it starts.
+    """An engine that is not started; it loads its model when it starts.
 
     Args:
-        config: which checkpoint, and how much the engine takes on.
+        config: names the checkpoint and the engine's limits.
     """
 
     def load() -> tuple[Mllama, LocalExecutor]:
@@ -28,11 +37,31 @@ def make_runner(config: Config) -> Runner:
     return Runner(load, config.engine)
 
 
+def make_server(backend: Backend, config: Config) -> Server:
+    """A server that does not listen yet, with every transport.
+
+    Args:
+        backend: an engine that is not started, such as `make_runner` returns.
+        config: all knobs; port 0 is any free one.
+    Raises:
+        CredentialsError: the token file cannot be used.
+    """
+    endpoint = config.server.tracing_endpoint
+    core = Core(
+        backend=backend,
+        config=config,
+        metrics=Metrics(POLICIES, RPCS),
+        gate=Gate(config.server, SERVICES),
+        tracing=None if endpoint is None else Tracing(endpoint),
+    )
+    return Server(core, [GrpcTransport(core)])
+
+
 def in_process_server(model: ModelConfig | None = None) -> InProcessServer:
     """A server in a thread of this process, on a free port of loopback, without metrics; a context manager.
 
     Args:
-        model: which checkpoint, and how it is read; None is the embedded model.
+        model: names the checkpoint; None is the embedded model.
     """
     config = Config(model=model or ModelConfig(), server=ServerConfig(port=0, metrics=False))
-    return InProcessServer(make_runner(config), config)
+    return InProcessServer(make_server(make_runner(config), config))

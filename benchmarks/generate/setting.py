@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from benchmarks.serve.workload import draw_picture
 from trimserve.api.info import ModelInfo
-from trimserve.api.prompt import ChatPrompt, Image, Message, Text
+from trimserve.api.prompt import ChatPrompt, ImageFile, Message, Text
 from trimserve.api.trim import TrimRequest
 
 __all__ = ["QUESTION", "SETTINGS", "Setting", "make_prompt", "picture", "trim_params"]
@@ -33,7 +33,7 @@ def picture(setting: Setting, tile_size: int) -> bytes:
 
 def make_prompt(setting: Setting, tile_size: int) -> ChatPrompt:
     """The question about the image."""
-    return ChatPrompt((Message("user", (Image(picture(setting, tile_size)), Text(QUESTION))),))
+    return ChatPrompt((Message("user", (ImageFile(picture(setting, tile_size)), Text(QUESTION))),))
 
 
 def trim_params(setting: Setting, info: ModelInfo, max_kept_fraction: float | None) -> TrimRequest:

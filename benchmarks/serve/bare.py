@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.serve.workload import Item
-from trimserve.api.prompt import ChatPrompt, Image, Message, Text
+from trimserve.api.prompt import ChatPrompt, ImageFile, Message, Text
 from trimserve.api.trim import TrimRequest
 from trimserve.config import EngineConfig, ModelConfig
 from trimserve.evaluation.pages import OwnPages
@@ -69,7 +69,7 @@ def _step_seconds(item: Item, max_kept_fraction: float | None, num_steps: int) -
             k_ratio=info.default_k_ratio, merge_ratio=info.default_merge_ratio, max_kept_fraction=max_kept_fraction
         )
     )
-    images = [Image(image) for image in item.images]
+    images = [ImageFile(image) for image in item.images]
     prompt = _model.prepare(ChatPrompt((Message("user", (*images, Text(item.question))),)))
     features = [run_through(_model.encode_image(each)) for each in prompt.images]
     num_features = sum(each.num_features for each in features)

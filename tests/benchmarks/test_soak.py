@@ -10,7 +10,8 @@ from benchmarks.soak.clients import fault_of_stream
 from benchmarks.soak.memory import Sample, growth
 from benchmarks.soak.onlookers import asked
 from tests.server.fakes import CONFIG, FakeRunner
-from trimserve.server.app import running_server
+from trimserve.serve import make_server
+from trimserve.server.running import running_server
 from trimserve.v1 import generation_pb2 as pb
 
 MIB = 2**20
@@ -65,7 +66,7 @@ def test_all_requests_may_be_streams() -> None:
 
 
 async def test_onlookers_tell_how_long_each_answer_took() -> None:
-    async with running_server(FakeRunner(), CONFIG) as server:
+    async with running_server(make_server(FakeRunner(), CONFIG)) as server:
         assert server.metrics_address is not None
         async with asked(server.address, server.metrics_address) as seconds:
             pass

@@ -17,7 +17,7 @@ from tokenizers.models import BPE
 from torch import Tensor
 
 from trimserve.api.info import GenerationDefaults, ModelInfo
-from trimserve.api.prompt import Image, Prompt, RawPrompt, TokenPrompt
+from trimserve.api.prompt import ImageFile, Prompt, RawPrompt, TokenPrompt
 from trimserve.api.request import GenerationRequest
 from trimserve.api.sampling import SamplingParams
 from trimserve.api.trim import TrimRequest
@@ -26,7 +26,7 @@ from trimserve.model.images import PreparedImage
 from trimserve.model.interruptible import Interruptible
 from trimserve.model.key_values import KeyValues
 from trimserve.model.prefilled import Prefilled
-from trimserve.model.prepared import NamedImage, PreparedPrompt, TokenizedPrompt
+from trimserve.model.prepared import PreparedPrompt, TokenizedPrompt
 from trimserve.trimming.budget import HeadRatio
 from trimserve.trimming.encoded_image import EncodedImage, Observation
 from trimserve.trimming.plan import TrimPlan
@@ -135,13 +135,13 @@ class FakeModel:
                 pass
             case _:
                 raise TypeError(f"the fake has no chat template for {prompt!r}")
-        return TokenizedPrompt(token_ids, tuple(NamedImage(image.mime_type, image) for image in images))
+        return TokenizedPrompt(token_ids, images)
 
-    def prepare_image(self, image: NamedImage) -> PreparedImage:
+    def prepare_image(self, image: ImageFile) -> PreparedImage:
         self.images.append(image.field)
         self.before_image()
-        num_tiles = _num_tiles(image.image)
-        return PreparedImage(torch.zeros(4, 3, 8, 8), 1, 1, num_tiles, 8, 8 * num_tiles, image.image.data)
+        num_tiles = _num_tiles(image)
+        return PreparedImage(torch.zeros(4, 3, 8, 8), 1, 1, num_tiles, 8, 8 * num_tiles, image.data)
 
     def encode_image(
         self, image: PreparedImage, needs: frozenset[Observation] = frozenset()
@@ -260,7 +260,7 @@ def _text(token_ids: Sequence[int]) -> str:
     return bytes(token_id for token_id in token_ids if token_id < 256).decode(errors="replace")
 
 
-def _num_tiles(image: Image) -> int:
+def _num_tiles(image: ImageFile) -> int:
     if image.data.isdigit():
         return int(image.data)
     with PILImage.open(io.BytesIO(image.data)) as opened:

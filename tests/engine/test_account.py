@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tests.engine.fake_model import IMAGE, FakeModel, request
 from tests.engine.stepping import alone, finished, make_engine
 from trimserve.api.chunks import GenerationChunk, ImageUsage, Started
-from trimserve.api.prompt import Image, TokenPrompt
+from trimserve.api.prompt import ImageFile, TokenPrompt
 from trimserve.api.trim import TrimRequest
 from trimserve.engine.kv_pool import KVPool
 from trimserve.engine.sequence import account_cross_kv
@@ -43,7 +43,7 @@ def prefilled(
 def test_kv_is_held_in_whole_pages_while_running_and_released_before_the_last_chunk() -> None:
     engine = make_engine(FakeModel(), max_batch=1)
     held: list[tuple[int, int]] = []
-    prompt = TokenPrompt((IMAGE, 65, IMAGE, 66), (Image(b"4"), Image(b"4")))
+    prompt = TokenPrompt((IMAGE, 65, IMAGE, 66), (ImageFile(b"4"), ImageFile(b"4")))
 
     def note(_: GenerationChunk | TrimserveError) -> None:
         held.append((engine.pool.used_self_bytes, engine.pool.used_cross_bytes))
@@ -57,7 +57,7 @@ def test_kv_is_held_in_whole_pages_while_running_and_released_before_the_last_ch
 
 
 def test_usage_names_padding_valid_and_kept_features_of_each_image() -> None:
-    output = alone(FakeModel(), request(TokenPrompt((IMAGE, IMAGE, 66), (Image(b"1"), Image(b"3")))))
+    output = alone(FakeModel(), request(TokenPrompt((IMAGE, IMAGE, 66), (ImageFile(b"1"), ImageFile(b"3")))))
     assert isinstance(output[0], Started)
     assert output[0].images == (ImageUsage(15, 5, 3), ImageUsage(5, 15, 8))
     page = PAGE_POSITIONS * 3 * 8
@@ -72,7 +72,7 @@ def test_usage_names_padding_valid_and_kept_features_of_each_image() -> None:
 
 
 def test_merged_rows_are_held_and_counted_apart_from_kept_features() -> None:
-    asked = request(TokenPrompt((IMAGE, IMAGE, 66), (Image(b"1"), Image(b"4"))))
+    asked = request(TokenPrompt((IMAGE, IMAGE, 66), (ImageFile(b"1"), ImageFile(b"4"))))
     output = alone(FakeModel(), replace(asked, trim=TrimRequest(k_ratio=0.5, merge_ratio=0.7)))
     assert isinstance(output[0], Started)
     assert output[0].images == (ImageUsage(15, 5, 3, 2), ImageUsage(0, 20, 10, 7))

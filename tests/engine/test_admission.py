@@ -8,7 +8,7 @@ import pytest
 from tests.engine.fake_model import IMAGE, FakeModel, request
 from tests.engine.stepping import Output, alone, finished, make_engine, run, start, text
 from trimserve.api.chunks import Finished, Started
-from trimserve.api.prompt import Image, TokenPrompt
+from trimserve.api.prompt import ImageFile, TokenPrompt
 from trimserve.api.trim import TrimRequest
 from trimserve.engine.engine import Engine
 from trimserve.engine.memory import prefill_scratch_bytes
@@ -25,7 +25,7 @@ def engine_of(num_pages: int, max_batch: int = 4, model: FakeModel | None = None
 
 
 def images(*tiles: int) -> TokenPrompt:
-    return TokenPrompt((*(IMAGE,) * len(tiles), 65), tuple(Image(b"%d" % n) for n in tiles))
+    return TokenPrompt((*(IMAGE,) * len(tiles), 65), tuple(ImageFile(b"%d" % n) for n in tiles))
 
 
 def test_a_pool_without_a_page_is_refused_naming_what_it_takes() -> None:
@@ -112,7 +112,7 @@ def test_images_that_can_never_fit_are_refused_naming_bytes_and_what_would_help(
 
 
 def test_only_images_that_decoding_sees_need_room() -> None:
-    apart = TokenPrompt((IMAGE, 65, IMAGE, 66), (Image(b"4"), Image(b"1")))
+    apart = TokenPrompt((IMAGE, 65, IMAGE, 66), (ImageFile(b"4"), ImageFile(b"1")))
     assert finished(run(engine_of(num_pages=2 + 3), request(apart, max_new_tokens=5))[0])
 
 

@@ -21,7 +21,7 @@ from tests.engine.fake_model import (
 )
 from tests.engine.stepping import Output, alone, deltas, finished, make_engine, run, start, text
 from trimserve.api.chunks import Finished, FinishReason, GenerationChunk, Started
-from trimserve.api.prompt import Image, Prompt, RawPrompt, TokenPrompt
+from trimserve.api.prompt import ImageFile, Prompt, RawPrompt, TokenPrompt
 from trimserve.api.request import GenerationRequest
 from trimserve.engine.sequence import Sequence, SequenceState
 from trimserve.errors import EngineBusy, InvalidRequest, RequestFailed, TrimserveError
@@ -117,14 +117,16 @@ def test_more_new_tokens_than_can_come_are_refused() -> None:
 def test_room_is_checked_before_an_image_is_decoded() -> None:
     model = FakeModel()
     with pytest.raises(InvalidRequest, match="room for 126, got 127"):
-        alone(model, request(TokenPrompt((IMAGE, 65), (Image(b"1"),)), max_new_tokens=127))
+        alone(model, request(TokenPrompt((IMAGE, 65), (ImageFile(b"1"),)), max_new_tokens=127))
     assert not model.images
 
 
 MIXED: list[GenerationRequest] = [
     request("greedy"),
     request("sampled", temperature=1.0, seed=3, num_top_logprobs=2),
-    request(TokenPrompt((IMAGE, 65, IMAGE, 66), (Image(b"1"), Image(b"3"))), temperature=0.7, seed=4, top_p=0.9),
+    request(
+        TokenPrompt((IMAGE, 65, IMAGE, 66), (ImageFile(b"1"), ImageFile(b"3"))), temperature=0.7, seed=4, top_p=0.9
+    ),
     request("short", max_new_tokens=2),
     request("penalized", repetition_penalty=1.3, presence_penalty=0.5, temperature=0.5, seed=9),
     request("long", max_new_tokens=40, temperature=2.0, seed=2**64 - 1),
@@ -179,7 +181,7 @@ def test_running_requests_wait_for_one_layer_of_the_next_when_the_slice_is_zero(
     while "decode" not in log:
         engine.step()
     log.clear()
-    start(engine, request(TokenPrompt((IMAGE, IMAGE, 65), (Image(b"1"), Image(b"2")))))
+    start(engine, request(TokenPrompt((IMAGE, IMAGE, 65), (ImageFile(b"1"), ImageFile(b"2")))))
     for _ in range(6):
         engine.step()
     # Two layers that begin, one in each image; then the prefill's.
@@ -199,7 +201,7 @@ def test_a_slice_is_as_long_as_it_may_be() -> None:
     while "decode" not in log:
         engine.step()
     log.clear()
-    start(engine, request(TokenPrompt((IMAGE,) * 4 + (65,), tuple(Image(b"%d" % n) for n in range(1, 5)))))
+    start(engine, request(TokenPrompt((IMAGE,) * 4 + (65,), tuple(ImageFile(b"%d" % n) for n in range(1, 5)))))
     while log.count("layer") < 5:
         engine.step()
     most_between = max(len(run) for run in " ".join(log).replace("layer", "x").replace(" ", "").split("decode"))
@@ -224,7 +226,7 @@ def test_larger_priority_first_and_first_come_first_served_among_equals() -> Non
 @pytest.mark.parametrize("num_steps", [0, 1, 5])
 def test_cancelling_frees_everything_at_once_and_says_nothing(num_steps: int) -> None:
     engine = make_engine(FakeModel(), max_batch=2)
-    prompt = TokenPrompt((IMAGE, 65), (Image(b"2"),))
+    prompt = TokenPrompt((IMAGE, 65), (ImageFile(b"2"),))
     others = [start(engine, request("other", max_new_tokens=30)) for _ in range(2 if num_steps == 0 else 1)]
     sequence, output = start(engine, request(prompt, max_new_tokens=30))
     for _ in range(num_steps + 1):
@@ -246,7 +248,7 @@ def test_cancelling_frees_everything_at_once_and_says_nothing(num_steps: int) ->
 def test_a_request_cancelled_between_two_layers_holds_nothing_and_the_next_one_begins(num_layers: int) -> None:
     model = FakeModel()
     engine = make_engine(model, max_batch=2, image_cache_bytes=2**20, prefill_slice_seconds=0)
-    wanted = request(TokenPrompt((IMAGE, 65), (Image(b"2"),)), max_new_tokens=5)
+    wanted = request(TokenPrompt((IMAGE, 65), (ImageFile(b"2"),)), max_new_tokens=5)
     first, said = start(engine, wanted)
     _, output = start(engine, wanted)
     # A layer of the image; the rest of it and a layer of the prompt; the rest of that.
@@ -337,7 +339,7 @@ def test_every_step_tells_how_many_it_decoded_and_how_long_that_took() -> None:
 
 PROMPTS: st.SearchStrategy[Prompt] = st.one_of(
     st.text(st.sampled_from("abc"), min_size=1, max_size=5).map(RawPrompt),
-    st.just(TokenPrompt((IMAGE, 65), (Image(b"2"),))),
+    st.just(TokenPrompt((IMAGE, 65), (ImageFile(b"2"),))),
     st.sampled_from([BREAKS_PREFILL, BREAKS_DECODE, LOGITS_ARE_NAN]),
 )
 

@@ -11,19 +11,18 @@ import torch
 from tests.engine.driving import Gate, collect, running, text, until
 from tests.engine.fake_model import IMAGE, FakeModel, request
 from trimserve.api.chunks import Started, TokenDelta
-from trimserve.api.prompt import Image, TokenPrompt
+from trimserve.api.prompt import ImageFile, TokenPrompt
 from trimserve.errors import EngineBusy, EngineStopped
 from trimserve.model.images import PreparedImage
-from trimserve.model.prepared import NamedImage
 
 
-class _TrackedImage(Image):
+class _TrackedImage(ImageFile):
     """An image whose end can be seen."""
 
 
 def _album(num_images: int, name: str = "") -> TokenPrompt:
     """A prompt with images, whose names `FakeModel.images` notes."""
-    return TokenPrompt((IMAGE,) * num_images + (65,), (Image(b"1", name),) * num_images)
+    return TokenPrompt((IMAGE,) * num_images + (65,), (ImageFile(b"1", name),) * num_images)
 
 
 def _no_memory() -> None:
@@ -88,7 +87,7 @@ async def test_a_request_holds_no_image_file_while_it_generates_and_no_pixels_on
     pixels: list[weakref.ref[torch.Tensor]] = []
 
     class Watched(FakeModel):
-        def prepare_image(self, image: NamedImage) -> PreparedImage:
+        def prepare_image(self, image: ImageFile) -> PreparedImage:
             prepared = super().prepare_image(image)
             pixels.append(weakref.ref(prepared.pixel_values))
             return prepared

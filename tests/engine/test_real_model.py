@@ -12,7 +12,7 @@ from PIL import Image as PilImage
 from tests.engine.stepping import make_engine
 from tests.model.random_checkpoint import Geometry, save_random_checkpoint
 from trimserve.api.chunks import Finished, GenerationChunk, ImageSelection, Started, TokenDelta
-from trimserve.api.prompt import Image, RawPrompt
+from trimserve.api.prompt import ImageFile, RawPrompt
 from trimserve.api.request import GenerationRequest
 from trimserve.api.sampling import SamplingParams
 from trimserve.api.trim import FixedRatio, TrimRequest
@@ -37,12 +37,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Mllama:
     return load_model(ModelConfig(model=str(folder)), EngineConfig())
 
 
-def noise(high: int, wide: int, seed: int) -> Image:
+def noise(high: int, wide: int, seed: int) -> ImageFile:
     """An image file of so many tiles."""
     shape = (high * GEOMETRY.tile_size, wide * GEOMETRY.tile_size, 3)
     buffer = io.BytesIO()
     PilImage.fromarray(np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)).save(buffer, "PNG")
-    return Image(buffer.getvalue())
+    return ImageFile(buffer.getvalue())
 
 
 GREEDY = SamplingParams(max_new_tokens=NUM_NEW, ignore_eos=True)

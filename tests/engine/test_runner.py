@@ -16,7 +16,7 @@ from tests.engine.fake_model import (
     request,
 )
 from trimserve.api.chunks import Finished, Started, TokenDelta
-from trimserve.api.prompt import Image, RawPrompt, TokenPrompt
+from trimserve.api.prompt import ImageFile, RawPrompt, TokenPrompt
 from trimserve.errors import DeadlinePassed, EngineBusy, InvalidRequest, RequestFailed
 
 
@@ -240,5 +240,5 @@ async def test_tokens_that_nobody_waited_for_come_together() -> None:
     assert (first.text, late.text, len(late.token_ids)) == ("0", "123456789", 10)
 
 
-def _image(num_tiles: int) -> Image:
-    return Image(str(num_tiles).encode())
+def _image(num_tiles: int) -> ImageFile:
+    return ImageFile(str(num_tiles).encode())

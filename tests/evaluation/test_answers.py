@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from trimserve.api.prompt import ChatPrompt, Image, Message, Text
+from trimserve.api.prompt import ChatPrompt, ImageFile, Message, Text
 from trimserve.api.trim import TrimRequest
 from trimserve.client import Client
 from trimserve.config import ModelConfig
@@ -47,7 +47,7 @@ def rows(model: Mllama, questions: list[Question]) -> list[list[Answer]]:
 
 def prefilled(model: Mllama, question: Question, trim: TrimRequest) -> Prefilled:
     """What the model makes of one question alone."""
-    parts = (Image(question.image.read_bytes()), Text(question.text))
+    parts = (ImageFile(question.image.read_bytes()), Text(question.text))
     prompt = model.prepare(ChatPrompt((Message("user", parts),)))
     kv = OwnPages(model.info, 2**24).key_values(len(prompt.token_ids), 2**12)
     features = [run_through(model.encode_image(image)) for image in prompt.images]

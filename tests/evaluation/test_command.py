@@ -14,8 +14,8 @@ from tests.server.test_tls import Files, server_config
 from trimserve.cli import app
 from trimserve.config import Config, ModelConfig
 from trimserve.evaluation.report import Report
-from trimserve.serve import make_runner
-from trimserve.server.app import InProcessServer
+from trimserve.serve import make_runner, make_server
+from trimserve.server.running import InProcessServer
 from trimserve.trimming.policies.table import POLICIES
 
 AVAILABLE = [name for name, policy in POLICIES.items() if not policy.knob]
@@ -74,7 +74,7 @@ def test_the_server_that_is_asked_may_speak_tls_and_want_a_token(
     server_section = server_config(files).server.model_copy(update={"auth_file": clients})
     config = Config(model=ModelConfig(model=str(checkpoint)), server=server_section)
     options = ("--policies", "strided", "--k-ratios", "0.2", "--limit", 1, "--ca", files.path("clients.pem"))
-    with InProcessServer(make_runner(config), config) as server:
+    with InProcessServer(make_server(make_runner(config), config)) as server:
         asked = ("--data", data, "--out", tmp_path / "out", "--address", server.address, *options)
         refused = run(*asked)
         monkeypatch.setenv("TRIMSERVE_TOKEN", "secret")

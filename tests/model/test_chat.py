@@ -12,12 +12,12 @@ from tokenizers import AddedToken
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from tests.model.tiny_tokenizer import SPECIAL_TOKENS, TinyTokens, save_tiny_processor
-from trimserve.api.prompt import Image, Message, Text
+from trimserve.api.prompt import ImageFile, Message, Text
 from trimserve.errors import InvalidRequest
 from trimserve.model.chat import ChatEncoder
 
 DATE = "1 Feb 2025"
-PICTURE = Image(b"")
+PICTURE = ImageFile(b"")
 
 Chat = tuple[ChatEncoder, PreTrainedTokenizerBase, TinyTokens]
 

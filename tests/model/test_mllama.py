@@ -12,7 +12,7 @@ from tests.model.conftest import NO_TRIM, Pair
 from tests.model.peer import Peer
 from tests.model.random_checkpoint import Geometry, draw_geometry
 from tests.tolerances import LOGITS, LOGITS_BFLOAT16
-from trimserve.api.prompt import ChatPrompt, Image, Message, Prompt, RawPrompt, Text
+from trimserve.api.prompt import ChatPrompt, ImageFile, Message, Prompt, RawPrompt, Text
 from trimserve.api.trim import FixedCount, FixedRatio, TrimRequest
 from trimserve.config import EngineConfig, ModelConfig
 from trimserve.model.decoder import SequenceRows
@@ -33,11 +33,11 @@ def noise(tiles: tuple[int, int], tile_size: int, seed: int = 0) -> PilImage.Ima
     return PilImage.fromarray(np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8))
 
 
-def encoded(image: PilImage.Image) -> Image:
+def encoded(image: PilImage.Image) -> ImageFile:
     """The image as a client sends it."""
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
-    return Image(buffer.getvalue(), "image/png")
+    return ImageFile(buffer.getvalue())
 
 
 def raw(text: str, images: list[PilImage.Image]) -> RawPrompt:

@@ -16,7 +16,7 @@ from transformers.models.mllama.image_processing_pil_mllama import MllamaImagePr
 
 from tests.model.tiny_tokenizer import TinyTokens, save_tiny_processor
 from trimserve.api.info import GenerationDefaults, ModelInfo
-from trimserve.api.prompt import ChatPrompt, Image, Message, Prompt, RawPrompt, Text, TokenPrompt
+from trimserve.api.prompt import ChatPrompt, ImageFile, Message, Prompt, RawPrompt, Text, TokenPrompt
 from trimserve.errors import CheckpointError, InvalidRequest
 from trimserve.model.processor import Processor
 
@@ -77,10 +77,10 @@ def processor(folder: Path, info: ModelInfo) -> Processor:
     return load(folder, info)
 
 
-def picture(width: int = TILE, height: int = TILE, color: str = "red") -> Image:
+def picture(width: int = TILE, height: int = TILE, color: str = "red", field: str = "image") -> ImageFile:
     buffer = io.BytesIO()
     PilImage.new("RGB", (width, height), color).save(buffer, "PNG")
-    return Image(buffer.getvalue(), "image/png")
+    return ImageFile(buffer.getvalue(), field)
 
 
 RAW_TEXTS = [
@@ -191,12 +191,12 @@ BAD_PROMPTS: list[tuple[Prompt, str, str]] = [
         "all images together must have at most 20000 pixels, got 21000",
     ),
     (
-        RawPrompt("<|image|><|image|>", (picture(), Image(b""))),
+        RawPrompt("<|image|><|image|>", (picture(), ImageFile(b"", "images[1]"))),
         "images[1]",
         "must be an image file, got 0 bytes",
     ),
     (
-        ChatPrompt((Message("user", (Text("see"), picture(200, 100))),)),
+        ChatPrompt((Message("user", (Text("see"), picture(200, 100, field="chat.messages[0].parts[1].image"))),)),
         "chat.messages[0].parts[1].image",
         "must have at most 10000 pixels, got 200 x 100 = 20000",
     ),
@@ -213,7 +213,7 @@ def test_prompts_are_refused_by_field_value_and_bound_before_an_image_is_decoded
 
 
 def test_broken_pixels_are_refused_when_their_image_is_decoded(processor: Processor) -> None:
-    cut = Image(picture(90, 90).data[:-30])
+    cut = ImageFile(picture(90, 90).data[:-30], "images[1]")
     first, second = processor.tokenize(RawPrompt("<|image|><|image|>", (picture(), cut))).images
     assert processor.prepare_image(first).num_tiles == 1
     with pytest.raises(InvalidRequest, match="must be a complete, readable PNG image") as caught:

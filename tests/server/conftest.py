@@ -10,7 +10,9 @@ from google.rpc import status_pb2
 
 from scripts.generate_docs import comments, descriptors
 from tests.server.fakes import CONFIG, FakeRunner
-from trimserve.server.app import Server, running_server
+from trimserve.serve import make_server
+from trimserve.server.lifecycle import Server
+from trimserve.server.running import running_server
 from trimserve.v1 import generation_pb2_grpc, model_pb2_grpc
 
 
@@ -36,7 +38,7 @@ async def loopback() -> AsyncIterator[Loopback]:
     runner = FakeRunner()
     options = [("grpc.max_send_message_length", 128 * 2**20)]
     async with (
-        running_server(runner, CONFIG) as server,
+        running_server(make_server(runner, CONFIG)) as server,
         grpc.aio.insecure_channel(server.address, options) as channel,
     ):
         yield Loopback(runner, server, channel)

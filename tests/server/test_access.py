@@ -20,7 +20,8 @@ from tests.server.test_tls import YESTERDAY, Files, stub_of
 from tests.server.wire import Relay
 from trimserve.config import Config, ServerConfig
 from trimserve.errors import CredentialsError
-from trimserve.server.app import running_server
+from trimserve.serve import make_server
+from trimserve.server.running import running_server
 from trimserve.v1 import model_pb2
 
 GENERATION, MODEL = "trimserve.v1.GenerationService", "trimserve.v1.ModelService"
@@ -62,7 +63,7 @@ async def serving(**knobs: object) -> AsyncIterator[Loopback]:
     config = Config(engine=CONFIG.engine, server=ServerConfig.model_validate({"port": 0, "metrics": False, **knobs}))
     runner = FakeRunner()
     async with (
-        running_server(runner, config) as server,
+        running_server(make_server(runner, config)) as server,
         grpc.aio.insecure_channel(server.address) as channel,
     ):
         yield Loopback(runner, server, channel)

@@ -20,7 +20,8 @@ from tests.server.fakes import CHUNKS, CONFIG, DELTAS, FINISHED, STARTED, FakeRu
 from trimserve.client import Client
 from trimserve.config import Config, ServerConfig
 from trimserve.errors import CannotListen, EngineStopped
-from trimserve.server.app import InProcessServer, Server, running_server
+from trimserve.serve import make_server
+from trimserve.server.running import InProcessServer, running_server
 from trimserve.v1 import generation_pb2 as pb
 from trimserve.v1 import generation_pb2_grpc, model_pb2, model_pb2_grpc
 
@@ -43,7 +44,7 @@ async def states(channel: grpc.aio.Channel) -> set[int]:
 async def test_health_is_not_serving_and_calls_are_refused_until_warm() -> None:
     runner = FakeRunner()
     runner.start_gate = asyncio.Event()
-    server = Server(runner, CONFIG)
+    server = make_server(runner, CONFIG)
     await server.listen()
     warm_up = asyncio.ensure_future(server.warm_up())
     async with grpc.aio.insecure_channel(server.address) as channel:
@@ -104,7 +105,7 @@ async def test_reflection_lists_every_service(loopback: Loopback) -> None:
 async def test_reflection_can_be_off() -> None:
     config = Config(server=ServerConfig(port=0, metrics=False, reflection=False))
     async with (
-        running_server(FakeRunner(), config) as server,
+        running_server(make_server(FakeRunner(), config)) as server,
         grpc.aio.insecure_channel(server.address) as channel,
     ):
         with pytest.raises(grpc.aio.AioRpcError) as caught:
@@ -143,7 +144,7 @@ async def test_draining_cuts_requests_at_the_end_of_the_grace(loopback: Loopback
 
 async def test_a_failed_start_is_raised_and_closes_the_server() -> None:
     with pytest.raises(ValueError, match="no such model"):
-        async with running_server(FakeRunner(start_error=ValueError("no such model")), CONFIG):
+        async with running_server(make_server(FakeRunner(start_error=ValueError("no such model")), CONFIG)):
             pytest.fail("it must not serve")
 
 
@@ -163,14 +164,16 @@ async def test_a_port_that_is_taken_is_an_error_that_names_it(loopback: Loopback
         ),
     ):
         with pytest.raises(CannotListen, match=message):
-            async with running_server(FakeRunner(), Config(server=config)):
+            async with running_server(make_server(FakeRunner(), Config(server=config))):
                 pytest.fail("it must not serve")
 
 
 @pytest.mark.parametrize("host", ["no.such.host.invalid", "192.0.2.1", "::2"])
 async def test_a_host_that_is_not_ours_is_an_error(host: str) -> None:
     with pytest.raises(CannotListen, match=rf"^cannot listen on \S*{host}\S*:0 \(--host, --port\): [A-Z]"):
-        async with running_server(FakeRunner(), Config(server=ServerConfig(host=host, port=0, allow_plaintext=True))):
+        async with running_server(
+            make_server(FakeRunner(), Config(server=ServerConfig(host=host, port=0, allow_plaintext=True)))
+        ):
             pytest.fail("it must not serve")
 
 
@@ -189,7 +192,7 @@ async def test_the_servers_deadlines_hold_for_calls_with_none_or_a_longer_one(
 ) -> None:
     config = Config(server=ServerConfig.model_validate({"port": 0, "metrics": False, **knobs}))
     async with (
-        running_server(FakeRunner((STARTED, Pause.UNTIL_RELEASED)), config) as server,
+        running_server(make_server(FakeRunner((STARTED, Pause.UNTIL_RELEASED)), config)) as server,
         grpc.aio.insecure_channel(server.address) as channel,
     ):
         with pytest.raises(grpc.aio.AioRpcError) as caught:
@@ -199,7 +202,7 @@ async def test_the_servers_deadlines_hold_for_calls_with_none_or_a_longer_one(
 
 
 def test_a_server_in_a_thread_serves_a_program_without_an_event_loop() -> None:
-    with InProcessServer(FakeRunner(CHUNKS), CONFIG) as server, Client(server.address) as client:
+    with InProcessServer(make_server(FakeRunner(CHUNKS), CONFIG)) as server, Client(server.address) as client:
         assert client.generate("Hello").text == "Hello ☃!"
         assert server.metrics_address is not None
     with pytest.raises(grpc.RpcError), Client(server.address) as client:
@@ -207,7 +210,7 @@ def test_a_server_in_a_thread_serves_a_program_without_an_event_loop() -> None:
 
 
 def test_a_server_in_a_thread_raises_what_its_start_raised() -> None:
-    server = InProcessServer(FakeRunner(start_error=ValueError("no such model")), CONFIG)
+    server = InProcessServer(make_server(FakeRunner(start_error=ValueError("no such model")), CONFIG))
     with pytest.raises(ValueError, match="no such model"), server:
         pytest.fail("it must not serve")
 
@@ -226,7 +229,7 @@ def test_an_interrupt_while_a_server_in_a_thread_warms_up_ends_both() -> None:
     runner.start_gate = asyncio.Event()
     timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
     timer.start()
-    with pytest.raises(KeyboardInterrupt), InProcessServer(runner, CONFIG):
+    with pytest.raises(KeyboardInterrupt), InProcessServer(make_server(runner, CONFIG)):
         pytest.fail("it must not serve")
     for thread in threading.enumerate():
         if thread.name == "trimserve-server":
@@ -239,7 +242,8 @@ PROGRAM = """
 import asyncio, sys
 from tests.server.fakes import CHUNKS, STARTED, FINISHED, FakeRunner, Pause
 from trimserve.config import Config, ServerConfig
-from trimserve.server.app import serve
+from trimserve.server.running import serve
+from trimserve.serve import make_server
 
 runner = FakeRunner((STARTED, Pause.UNTIL_RELEASED, FINISHED))
 config = Config(server=ServerConfig(port=0, metrics_port=0, drain_grace_seconds={grace}, log_format="json"))
@@ -247,7 +251,7 @@ config = Config(server=ServerConfig(port=0, metrics_port=0, drain_grace_seconds=
 async def main():
     if {gated}:
         runner.start_gate = asyncio.Event()
-    await serve(runner, config, on_serving=lambda server: print(server.address, flush=True))
+    await serve(make_server(runner, config), on_serving=lambda server: print(server.address, flush=True))
 
 asyncio.run(main())
 """
@@ -291,11 +295,12 @@ import asyncio
 from tests.engine.fake_model import FakeModel
 from trimserve.config import Config, ServerConfig
 from trimserve.engine.runner import Runner
-from trimserve.server.app import serve
+from trimserve.server.running import serve
+from trimserve.serve import make_server
 
 runner = Runner(FakeModel, max_batch=4, max_queue=4, num_preprocess_workers=1)
 config = Config(server=ServerConfig(port=0, metrics=False))
-asyncio.run(serve(runner, config, on_serving=lambda server: print(server.address, flush=True)))
+asyncio.run(serve(make_server(runner, config), on_serving=lambda server: print(server.address, flush=True)))
 """
 
 
@@ -318,7 +323,7 @@ def test_a_server_in_a_thread_whose_engine_died_says_so_at_its_end() -> None:
     runner = FakeRunner([Pause.DEATH])
     with (
         pytest.raises(EngineStopped, match="the engine died: ZeroDivisionError"),
-        InProcessServer(runner, CONFIG) as server,
+        InProcessServer(make_server(runner, CONFIG)) as server,
         Client(server.address) as client,
         pytest.raises(grpc.RpcError),
     ):
@@ -329,14 +334,15 @@ SIGTERM_WHILE_LOADING = """
 import asyncio, os, signal, threading, time
 from trimserve.config import Config, ServerConfig
 from trimserve.engine.runner import Runner
-from trimserve.server.app import serve
+from trimserve.server.running import serve
+from trimserve.serve import make_server
 
 def load():
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(1000)
 
 runner = Runner(load, max_batch=1, max_queue=1, num_preprocess_workers=1)
-asyncio.run(serve(runner, Config(server=ServerConfig(port=0, metrics=False))))
+asyncio.run(serve(make_server(runner, Config(server=ServerConfig(port=0, metrics=False)))))
 """
 
 

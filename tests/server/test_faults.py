@@ -18,8 +18,8 @@ from trimserve.config import Config, EngineConfig, ServerConfig
 from trimserve.model import processor
 from trimserve.model.images import PreparedImage, prepare_image
 from trimserve.process import read_page
-from trimserve.serve import make_runner
-from trimserve.server.app import InProcessServer
+from trimserve.serve import make_runner, make_server
+from trimserve.server.running import InProcessServer
 from trimserve.trimming.plan import scratch_bytes
 from trimserve.v1 import generation_pb2 as pb
 from trimserve.v1 import generation_pb2_grpc
@@ -35,7 +35,7 @@ def serve(**engine: object) -> InProcessServer:
         engine=EngineConfig(max_batch=MAX_BATCH, num_preprocess_workers=1, **engine),  # type: ignore[arg-type]  # checked by pydantic
         server=ServerConfig(port=0, metrics_port=0),
     )
-    return InProcessServer(make_runner(config), config)
+    return InProcessServer(make_server(make_runner(config), config))
 
 
 @pytest.fixture(scope="module")

@@ -17,9 +17,12 @@ from trimserve.api.chunks import Started, TokenDelta
 from trimserve.api.status import EngineStatus
 from trimserve.config import Config, ServerConfig
 from trimserve.errors import DeadlinePassed, EngineBusy, EngineStopped, RequestFailed
-from trimserve.server import app
-from trimserve.server.app import Server, running_server
+from trimserve.serve import make_server
+from trimserve.server import lifecycle
+from trimserve.server.grpc.services import RPCS
 from trimserve.server.metrics import RPC_CODES, Metrics
+from trimserve.server.running import running_server
+from trimserve.trimming.policies.table import POLICIES
 from trimserve.v1 import generation_pb2 as pb
 
 TIMES = {
@@ -293,7 +296,7 @@ async def test_a_decode_step_shows_its_batch_and_its_seconds(loopback: Loopback)
 
 
 def test_every_known_label_value_starts_at_zero() -> None:
-    metrics = Metrics()
+    metrics = Metrics(POLICIES, RPCS)
     samples = {
         (sample.name, tuple(sorted(sample.labels.items())))
         for family in metrics.registry.collect()
@@ -316,14 +319,14 @@ def test_series_that_no_dashboard_reads_are_left_out_here_and_nowhere_else() -> 
     def names(registry: CollectorRegistry) -> list[str]:
         return [sample.name for family in registry.collect() for sample in family.samples]
 
-    assert not [name for name in names(Metrics().registry) if name.endswith("_created")]
+    assert not [name for name in names(Metrics(POLICIES, RPCS).registry) if name.endswith("_created")]
     other = CollectorRegistry()
     Counter("other", "Of a program that embeds the server.", registry=other)
     assert names(other) == ["other_total", "other_created"]
 
 
 def test_names_end_in_their_unit() -> None:
-    for declared in Metrics().declared:
+    for declared in Metrics(POLICIES, RPCS).declared:
         assert declared.name.startswith(("trimserve_", "grpc_server_"))
         assert declared.name.endswith("_total") == (declared.kind == "counter"), declared.name
         assert list(declared.buckets) == sorted(set(declared.buckets))
@@ -346,7 +349,7 @@ async def test_other_paths_do_not_exist(loopback: Loopback) -> None:
 
 
 async def test_an_event_loop_that_stalls_is_unavailable(loopback: Loopback, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(app, "STATUS_TIMEOUT_SECONDS", 0.1)
+    monkeypatch.setattr(lifecycle, "STATUS_TIMEOUT_SECONDS", 0.1)
     for path in ("/metrics", "/healthz", "/readyz"):
         asked = asyncio.get_running_loop().run_in_executor(None, get, loopback, path)
         time.sleep(0.5)  # noqa: ASYNC251 it is the stall
@@ -355,7 +358,7 @@ async def test_an_event_loop_that_stalls_is_unavailable(loopback: Loopback, monk
 
 def test_the_status_of_a_closed_event_loop_cannot_be_read() -> None:
     async def reader() -> Callable[[], EngineStatus]:
-        server = Server(FakeRunner(), CONFIG)
+        server = make_server(FakeRunner(), CONFIG)
         await server.stop(0)
         return server._status_reader()
 
@@ -370,5 +373,5 @@ async def test_openmetrics_is_served_to_who_asks(loopback: Loopback) -> None:
 
 async def test_metrics_can_be_off() -> None:
     config = Config(server=ServerConfig(port=0, metrics=False))
-    async with running_server(FakeRunner(CHUNKS), config) as server:
+    async with running_server(make_server(FakeRunner(CHUNKS), config)) as server:
         assert server.metrics_address is None

@@ -23,7 +23,8 @@ import asyncio, sys, time
 from tests.engine.fake_model import FakeModel
 from trimserve.config import Config, ServerConfig
 from trimserve.engine.runner import Runner
-from trimserve.server.app import serve
+from trimserve.server.running import serve
+from trimserve.serve import make_server
 
 def load():
     return FakeModel(before_decode=lambda: time.sleep(0.01))
@@ -31,7 +32,7 @@ def load():
 port, grace = int(sys.argv[1]), float(sys.argv[2])
 runner = Runner(load, max_batch=8, max_queue=64, num_preprocess_workers=1)
 config = Config(server=ServerConfig(port=port, metrics=False, drain_grace_seconds=grace))
-asyncio.run(serve(runner, config, on_serving=lambda server: print(server.address, flush=True)))
+asyncio.run(serve(make_server(runner, config), on_serving=lambda server: print(server.address, flush=True)))
 """
 
 NUM_STREAMS = 40
@@ -126,7 +127,8 @@ import asyncio, ctypes, sys, time
 from tests.engine.fake_model import FakeModel
 from trimserve.config import Config, EngineConfig, ServerConfig
 from trimserve.engine.runner import Runner
-from trimserve.server.app import serve
+from trimserve.server.running import serve
+from trimserve.serve import make_server
 
 def sleep_for_ever():
     time.sleep(1000)
@@ -143,7 +145,7 @@ config = Config(
     engine=EngineConfig(step_timeout_seconds=1.5),
     server=ServerConfig(port=0, metrics=False, log_format="json"),
 )
-asyncio.run(serve(runner, config, on_serving=lambda server: print(server.address, flush=True)))
+asyncio.run(serve(make_server(runner, config), on_serving=lambda server: print(server.address, flush=True)))
 """
 
 

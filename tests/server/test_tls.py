@@ -15,8 +15,9 @@ from pydantic import ValidationError
 from tests.server.fakes import CHUNKS, FakeRunner, Pause, chat_request
 from trimserve.config import Config, ServerConfig
 from trimserve.errors import CredentialsError
-from trimserve.server.app import running_server
+from trimserve.serve import make_server
 from trimserve.server.grpc.responses import fold
+from trimserve.server.running import running_server
 from trimserve.v1 import generation_pb2_grpc
 
 YESTERDAY = datetime.now(UTC) - timedelta(days=1)
@@ -87,7 +88,7 @@ async def ask(address: str, credentials: grpc.ChannelCredentials) -> grpc.Status
 
 
 async def test_only_who_trusts_the_server_and_speaks_tls_is_answered(files: Files) -> None:
-    async with running_server(FakeRunner(), server_config(files)) as server:
+    async with running_server(make_server(FakeRunner(), server_config(files))) as server:
         assert await ask(server.address, grpc.ssl_channel_credentials(files.ca)) is grpc.StatusCode.OK
         stranger = trustme.CA().cert_pem.bytes()
         assert await ask(server.address, grpc.ssl_channel_credentials(stranger)) is grpc.StatusCode.UNAVAILABLE
@@ -101,7 +102,7 @@ async def test_with_client_authorities_only_their_valid_certificates_are_answere
     files: Files, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "trimserve")
-    async with running_server(FakeRunner(), server_config(files, is_mutual=True)) as server:
+    async with running_server(make_server(FakeRunner(), server_config(files, is_mutual=True))) as server:
         for credentials, expected in (
             (files.client(), grpc.StatusCode.OK),
             (grpc.ssl_channel_credentials(files.ca), grpc.StatusCode.UNAVAILABLE),
@@ -114,7 +115,7 @@ async def test_with_client_authorities_only_their_valid_certificates_are_answere
 
 async def test_an_expired_server_certificate_is_refused_by_clients_until_it_is_renewed(files: Files) -> None:
     files.renew(not_after=YESTERDAY)
-    async with running_server(FakeRunner(), server_config(files)) as server:
+    async with running_server(make_server(FakeRunner(), server_config(files))) as server:
         credentials = grpc.ssl_channel_credentials(files.ca)
         assert await ask(server.address, credentials) is grpc.StatusCode.UNAVAILABLE
         files.renew(files.authority)
@@ -123,7 +124,7 @@ async def test_an_expired_server_certificate_is_refused_by_clients_until_it_is_r
 
 async def test_a_renewed_certificate_serves_new_connections_while_old_ones_go_on(files: Files) -> None:
     runner = FakeRunner((CHUNKS[0], Pause.UNTIL_RELEASED, *CHUNKS[1:]))
-    async with running_server(runner, server_config(files)) as server:
+    async with running_server(make_server(runner, server_config(files))) as server:
         old = grpc.ssl_channel_credentials(files.ca)
         async with stub_of(server.address, old) as stub:
             stream = stub.GenerateStream(chat_request())
@@ -136,7 +137,7 @@ async def test_a_renewed_certificate_serves_new_connections_while_old_ones_go_on
 
 
 async def test_a_half_written_renewal_changes_nothing(files: Files, caplog: pytest.LogCaptureFixture) -> None:
-    async with running_server(FakeRunner(), server_config(files)) as server:
+    async with running_server(make_server(FakeRunner(), server_config(files))) as server:
         credentials = grpc.ssl_channel_credentials(files.ca)
         files.path("server.pem").write_bytes(trustme.CA().issue_cert("localhost").cert_chain_pems[0].bytes())
         for _ in range(2):
@@ -159,7 +160,7 @@ async def test_certificates_renewed_under_load_fail_no_call(files: Files) -> Non
             codes.append(await ask(server.address, credentials))
         return codes
 
-    async with running_server(FakeRunner(), server_config(files)) as server:
+    async with running_server(make_server(FakeRunner(), server_config(files))) as server:
         clients = [asyncio.create_task(load()) for _ in range(4)]
         for _ in range(8):
             await asyncio.to_thread(files.renew, authority)
@@ -186,7 +187,7 @@ async def test_files_that_cannot_be_used_are_refused_at_start(
     if content is not None:
         files.path(name).write_bytes(content)
     with pytest.raises(CredentialsError, match=message):
-        async with running_server(FakeRunner(), server_config(files, is_mutual=True)):
+        async with running_server(make_server(FakeRunner(), server_config(files, is_mutual=True))):
             pytest.fail("it must not serve")
 
 
@@ -200,7 +201,7 @@ def test_plaintext_beyond_loopback_takes_a_flag(files: Files, host: str) -> None
 
 async def test_with_the_flag_plaintext_is_answered_beyond_loopback() -> None:
     config = Config(server=ServerConfig(host="0.0.0.0", port=0, metrics=False, allow_plaintext=True))
-    async with running_server(FakeRunner(), config) as server:
+    async with running_server(make_server(FakeRunner(), config)) as server:
         port = server.address.rpartition(":")[2]
         async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
             stub: generation_pb2_grpc.GenerationServiceAsyncStub = generation_pb2_grpc.GenerationServiceStub(channel)

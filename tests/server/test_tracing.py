@@ -24,9 +24,9 @@ from trimserve.config import Config, EngineConfig, ServerConfig
 from trimserve.errors import RequestFailed
 from trimserve.loopback import proxy_options
 from trimserve.model.loading import embedded_model_folder
-from trimserve.serve import make_runner
-from trimserve.server.app import running_server
+from trimserve.serve import make_runner, make_server
 from trimserve.server.logs import configure_logging
+from trimserve.server.running import running_server
 from trimserve.v1 import generation_pb2 as pb
 from trimserve.v1 import generation_pb2_grpc
 
@@ -88,7 +88,7 @@ async def call(
     runner = FakeRunner(script) if script else FakeRunner()  # type: ignore[arg-type]  # any script
     server_config = ServerConfig(port=0, metrics_port=0, tracing_endpoint=endpoint)
     async with (
-        running_server(runner, Config(server=server_config)) as server,
+        running_server(make_server(runner, Config(server=server_config))) as server,
         grpc.aio.insecure_channel(server.address, proxy_options(server.address)) as channel,
     ):
         loopback = Loopback(runner, server, channel)
@@ -168,7 +168,7 @@ async def test_every_stage_of_a_question_about_images_reaches_the_collector(coll
     )
     request = make_request("What do you see?", SAMPLES[:2], sampling=pb.SamplingParams(max_new_tokens=2))
     async with (
-        running_server(make_runner(own), own) as server,
+        running_server(make_server(make_runner(own), own)) as server,
         grpc.aio.insecure_channel(server.address) as channel,
     ):
         stub: generation_pb2_grpc.GenerationServiceAsyncStub = generation_pb2_grpc.GenerationServiceStub(channel)
@@ -258,5 +258,5 @@ def test_an_endpoint_without_the_extra_is_refused_with_what_to_install(monkeypat
 
 
 def test_a_server_without_tracing_does_not_load_opentelemetry() -> None:
-    program = "import sys, trimserve.server.app; sys.exit('opentelemetry' in sys.modules)"
+    program = "import sys, trimserve.serve; sys.exit('opentelemetry' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

@@ -1,1 +1,1 @@
-"""What goes in and what comes out, as plain frozen data that every other part may import; no torch, no protobuf."""
+"""What goes in and what comes out, as plain frozen data that every part may import. Needs the standard library only."""

@@ -1,4 +1,4 @@
-"""What a request answers, chunk by chunk; a unary answer is a fold over them."""
+"""The answer to a request, chunk by chunk; a unary answer is a fold over the chunks."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -22,7 +22,7 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class ImageSelection:
-    """What was kept of one image, for people and tools that want to see it.
+    """What was kept of one image, for inspection.
 
     Feature n of an image: tile n // features_per_tile (row-major on the tile grid), and within the tile 0 is the
     class token and 1 + row * patches_per_side + column a patch. A bitmap has bit n % 8 (least significant first)
@@ -33,14 +33,14 @@ class ImageSelection:
     tiles_wide: int
     features_per_tile: int
     content_height: int
-    """Pixels of the tile canvas that the resized image covers, from the top; the rest is padding."""
+    """Rows of the tile canvas, from the top, that the resized image covers; the rest is padding."""
     content_width: int
-    """The same from the left."""
+    """Columns, from the left."""
     kept: bytes
     """Bitmap of the kept features."""
     picks_by_head: tuple[bytes, ...]
-    """Bitmap of each query head's picks in the first cross-attention layer; empty when trimming is off and for the
-    policies that ask no head."""
+    """Bitmap of each query head's picks in the first cross-attention layer; empty if trimming is off or the policy does
+    not use heads."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,17 +50,17 @@ class ImageUsage:
     padding_features: int
     """Features of padding tiles: never projected, cached or attended to (lossless)."""
     valid_features: int
-    """Features of real tiles: what an untrimmed request holds."""
+    """Features of real tiles; an untrimmed request holds all of them."""
     kept_features: int
-    """Features chosen to stay as they are; equal to `valid_features` when trimming is off."""
+    """Features kept unchanged; equal to `valid_features` if trimming is off."""
     merged_features: int = 0
-    """Rows that the other features were merged into; 0 when they were dropped."""
+    """Rows that the other features were merged into; 0 if they were dropped."""
     layer_rows: tuple[int, ...] = ()
-    """Rows that stand for the image in each cross-attention layer; empty when that is `held_rows` in all of them."""
+    """Rows held for the image in each cross-attention layer; empty if it is `held_rows` in all of them."""
 
     @property
     def held_rows(self) -> int:
-        """Rows that stand for the image after the first selection; over `valid_features`, the kept fraction."""
+        """Rows held for the image after the first selection; divided by `valid_features`, the kept fraction."""
         return self.kept_features + self.merged_features
 
 
@@ -69,14 +69,14 @@ class TokenLogprob:
     """Log-probabilities at one generated position: the model's own, before penalties and filters."""
 
     logprob: float
-    """Of the drawn token, natural logarithm."""
+    """Natural logarithm of the drawn token's probability."""
     top: tuple[tuple[int, float], ...]
     """(token id, logprob) of the most likely tokens, best first."""
 
 
 @dataclass(frozen=True, slots=True)
 class StageSpan:
-    """From when until when a stage of one request lasted, as `time.monotonic()`; it may lie within another."""
+    """Begin and end of a stage of one request, as `time.monotonic()` values; stages may nest."""
 
     stage: str
     """queue, image_decode, vision_encode, prefill, trim_select or trim_gather."""
@@ -86,22 +86,22 @@ class StageSpan:
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """First chunk: prefill is done, the kept set is known."""
+    """First chunk: prefill is done and the kept set is known."""
 
     request_id: str
     num_prompt_tokens: int
     images: tuple[ImageUsage, ...]
     seed: int
-    """The seed in use, also when the server drew it: send it again to get the same tokens."""
+    """The seed in use, even if the server drew it: sending it again gives the same tokens."""
     selections: tuple[ImageSelection, ...] = ()
-    """One per image when the request asked for `return_selection`."""
+    """One per image if the request asked for `return_selection`."""
     spans: tuple[StageSpan, ...] = field(default=(), compare=False)
-    """Of every stage until now; the last is prefill."""
+    """All stages so far; the last is prefill."""
 
 
 @dataclass(frozen=True, slots=True)
 class TokenDelta:
-    """New text and the tokens it came from.
+    """New text and its tokens.
 
     `text` may be empty while a code point or a stop string is incomplete.
     """
@@ -109,11 +109,11 @@ class TokenDelta:
     text: str
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprob, ...] = ()
-    """One per token when the request asked for logprobs."""
+    """One per token if the request asked for logprobs."""
 
     @classmethod
     def joined(cls, deltas: Sequence["TokenDelta"]) -> "TokenDelta":
-        """Several that follow each other as one."""
+        """Join consecutive deltas."""
         return cls(
             "".join(delta.text for delta in deltas),
             tuple(chain.from_iterable(delta.token_ids for delta in deltas)),
@@ -127,7 +127,7 @@ class FinishReason(Enum):
     STOP = "stop"
     """An end token, a stop token or a stop string."""
     LENGTH = "length"
-    """`max_new_tokens` came first."""
+    """`max_new_tokens` was reached."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,9 +138,9 @@ class CrossKvBytes:
     """
 
     untrimmed: int
-    """What the valid features of every image would take."""
+    """Size with the valid features of every image."""
     held: int
-    """What the request holds while it decodes."""
+    """Held while the request decodes."""
     saved_by_padding: int
     """Lossless: padding tiles, which transformers projects and caches."""
     saved_by_trimming: int
@@ -151,24 +151,24 @@ class CrossKvBytes:
 
 @dataclass(frozen=True, slots=True)
 class Timings:
-    """Seconds that each stage of one request took."""
+    """Seconds spent in each stage of one request."""
 
     queue_seconds: float
     preprocess_seconds: float
-    """Tokenising, and `image_decode_seconds`."""
+    """Tokenising, plus `image_decode_seconds`."""
     vision_seconds: float
     prefill_seconds: float
     decode_seconds: float
     time_to_first_token_seconds: float
     total_seconds: float
     image_decode_seconds: float = 0.0
-    """Decoding and resizing; a part of `preprocess_seconds`."""
+    """Decoding and resizing images; part of `preprocess_seconds`."""
     trim_select_seconds: float = 0.0
-    """Scoring features and choosing among them; a part of `prefill_seconds`."""
+    """Scoring and selecting features; part of `prefill_seconds`."""
     trim_gather_seconds: float = 0.0
-    """Gathering and merging what was chosen; a part of `prefill_seconds`."""
+    """Gathering and merging features; part of `prefill_seconds`."""
     detokenize_seconds: float = 0.0
-    """From tokens to text; a part of `decode_seconds`."""
+    """From tokens to text; part of `decode_seconds`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +177,7 @@ class Finished:
 
     reason: FinishReason
     matched_stop: str | int | None
-    """The stop string or the token id that ended generation; None when the reason is LENGTH."""
+    """The stop string or token id that ended generation; None if the reason is LENGTH."""
     num_prompt_tokens: int
     num_generated_tokens: int
     cross_kv: CrossKvBytes

@@ -1,7 +1,4 @@
-"""What a loaded model is, in plain numbers: geometry, limits and defaults.
-
-Made once by `loading.py`, read by every layer above. It knows no tensor.
-"""
+"""A loaded model in plain numbers: geometry, limits and defaults. Made once by `model/loading.py`."""
 
 from dataclasses import dataclass
 
@@ -10,7 +7,7 @@ __all__ = ["GenerationDefaults", "ModelInfo", "ParameterInfo", "PolicyInfo"]
 
 @dataclass(frozen=True, slots=True)
 class GenerationDefaults:
-    """What unset sampling fields of a request mean: the checkpoint's `generation_config.json`."""
+    """Values of sampling fields that a request leaves unset, from the checkpoint's `generation_config.json`."""
 
     temperature: float
     """0 is greedy."""
@@ -23,46 +20,46 @@ class GenerationDefaults:
     repetition_penalty: float
     """1 is off."""
     max_new_tokens: int
-    """Tokens; further bounded by the room that the prompt leaves in the context."""
+    """Also bounded by the room that the prompt leaves in the context."""
     eos_token_ids: tuple[int, ...]
     """Tokens that end generation."""
 
 
 @dataclass(frozen=True, slots=True)
 class ParameterInfo:
-    """A number that a request may set for a policy."""
+    """A numeric parameter of a policy."""
 
     name: str
     default: float
     """A whole number where it is an int."""
     description: str
     low: float
-    """The least value."""
+    """The smallest value."""
     high: float
     """The largest value."""
     is_low_open: bool
-    """Whether `low` itself is out of range."""
+    """Whether `low` itself is excluded."""
 
 
 @dataclass(frozen=True, slots=True)
 class PolicyInfo:
-    """One way of choosing visual features."""
+    """A policy that chooses visual features."""
 
     name: str
-    """What `trim.policy` calls it."""
+    """Value of `trim.policy`."""
     summary: str
     """What it does, in a sentence."""
     is_before_decoder: bool
-    """Whether it is asked before the decoder, from the image alone; otherwise after the first cross-attention layer."""
+    """Whether it chooses before the decoder, from the image alone, or after the first cross-attention layer."""
     needs: tuple[str, ...]
-    """What it looks at beside the features: `text`, or an `Observation` of the vision encoder."""
+    """Its inputs besides the features: `text`, or an `Observation` of the vision encoder."""
     budgets: tuple[str, ...]
-    """Kinds of budget that it takes."""
+    """Kinds of budget that it accepts."""
     parameters: tuple[ParameterInfo, ...]
     knob: str = ""
-    """Knob of the model that has to be set before it can be asked; empty: none."""
+    """Knob of the model that must be set for it to be available; empty if there is none."""
     is_available: bool = True
-    """Whether that is so."""
+    """Whether requests may choose it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,20 +70,20 @@ class ModelInfo:
     revision: str
     """Commit hash of a hub checkpoint, content hash of a folder."""
     dtype: str
-    """Of KV and of weights that are not quantized: `float32`, `bfloat16` or `float16`."""
+    """Of the KV cache and of weights that are not quantized: `float32`, `bfloat16` or `float16`."""
     quantization: str
-    """`none`, or `int8` where the decoder's linear layers are stored so."""
+    """`none`, or `int8` if the decoder's linear layers are stored as int8."""
     device: str
     num_parameters: int
     weight_bytes: int
-    """Of all parameters, as they are stored."""
+    """Of all parameters, as stored."""
     vocab_size: int
-    """Rows of the logits; the id of `<|image|>` lies past it."""
+    """Size of the logits; the id of `<|image|>` is past it."""
     image_token_id: int
     max_model_len: int
-    """Prompt and generated tokens together."""
+    """Most tokens of prompt and answer together."""
     max_images: int
-    """Images of one request."""
+    """Most images of one request."""
     num_self_attention_layers: int
     num_cross_attention_layers: int
     num_heads: int
@@ -94,26 +91,26 @@ class ModelInfo:
     head_dim: int
     hidden_size: int
     tile_size: int
-    """Pixels along the side of one tile."""
+    """Side of a tile, in pixels."""
     patch_size: int
-    """Pixels along the side of one patch."""
+    """Side of a patch, in pixels."""
     max_tiles: int
-    """Tiles of one image."""
+    """Most tiles of one image."""
     features_per_tile: int
-    """Patches of a tile and its class token."""
+    """Patches of a tile plus its class token."""
     kv_bytes_per_position: int
-    """Bytes of K and V that one position of one layer takes."""
+    """K and V of one position in one layer."""
     vision_scratch_bytes: int
-    """Most bytes that encoding one image takes for a while, beside its features."""
+    """Peak of temporary memory while one image is encoded, without its features."""
     default_k_ratio: float
-    """Budget per head of a request that names none, in (0, 1]."""
+    """Budget per head of requests that set none, in (0, 1]."""
     default_merge_ratio: float
-    """`TrimRequest.merge_ratio` of a request that names none, in [0, 1]."""
+    """`TrimRequest.merge_ratio` of requests that set none, in [0, 1]."""
     policy_details: tuple[PolicyInfo, ...]
-    """What `trim.policy` takes; the first is the default."""
+    """All policies; the first is the default."""
     generation_defaults: GenerationDefaults
     guide: "ModelInfo | None" = None
-    """The model that chooses visual features for this one; None: there is none."""
+    """The model that chooses visual features for this one; None if there is none."""
 
     @property
     def policies(self) -> tuple[str, ...]:
@@ -122,10 +119,10 @@ class ModelInfo:
 
     @property
     def cross_kv_bytes_per_feature(self) -> int:
-        """Bytes of K and V that one visual feature takes over all cross-attention layers."""
+        """K and V of one visual feature in all cross-attention layers."""
         return self.kv_bytes_per_position * self.num_cross_attention_layers
 
     @property
     def self_kv_bytes_per_token(self) -> int:
-        """Bytes of K and V that one text token takes over all self-attention layers."""
+        """K and V of one text token in all self-attention layers."""
         return self.kv_bytes_per_position * self.num_self_attention_layers

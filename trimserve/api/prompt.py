@@ -1,29 +1,31 @@
-"""What a client may send as a prompt: chat messages, a raw prompt, or token ids; images travel as bytes.
+"""What a client may send as a prompt: chat messages, a raw prompt, or token ids; images travel as files.
 
-Plain frozen data, made by `server/grpc/convert.py`, read by `processor.py`.
+Made by a transport, such as `server/grpc/convert.py`; read by `model/processor.py`.
 """
 
+import dataclasses
 from dataclasses import dataclass
 
-__all__ = ["ChatPrompt", "Image", "Message", "Part", "Prompt", "RawPrompt", "Text", "TokenPrompt"]
+__all__ = ["ChatPrompt", "ImageFile", "Message", "Part", "Prompt", "RawPrompt", "Text", "TokenPrompt"]
 
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """Text of a message. It is text only: special tokens typed into it have no power."""
+    """Text of a message. Special tokens typed into it have no power."""
 
     text: str
 
 
 @dataclass(frozen=True, slots=True)
-class Image:
-    """An encoded image file (PNG, JPEG, WebP, ...), sniffed by content."""
+class ImageFile:
+    """An encoded image (PNG, JPEG, WebP, ...); the format is recognised by content."""
 
     data: bytes
-    mime_type: str = ""
+    field: str = dataclasses.field(default="image", compare=False)
+    """Path of the request's field that holds it, such as `images[0]`; errors name it."""
 
 
-Part = Text | Image
+Part = Text | ImageFile
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,15 +49,15 @@ class RawPrompt:
     """Text that may contain special tokens; one `<|image|>` for each image, in order."""
 
     text: str
-    images: tuple[Image, ...] = ()
+    images: tuple[ImageFile, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class TokenPrompt:
-    """Token ids as the model reads them; one image token for each image, in order. Nothing is added."""
+    """Token ids, used as they are; one image token for each image, in order."""
 
     token_ids: tuple[int, ...]
-    images: tuple[Image, ...] = ()
+    images: tuple[ImageFile, ...] = ()
 
 
 Prompt = ChatPrompt | RawPrompt | TokenPrompt

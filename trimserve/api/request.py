@@ -1,4 +1,4 @@
-"""One request, as every transport hands it to the engine."""
+"""A request as every transport hands it to the engine."""
 
 from dataclasses import dataclass
 
@@ -11,11 +11,11 @@ __all__ = ["GenerationRequest"]
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
-    """One request, validated as far as that is possible without the tokenizer and the images' pixels."""
+    """A request, validated except for what needs the tokenizer or the images' pixels."""
 
     request_id: str
     prompt: Prompt
     sampling: SamplingParams
     trim: TrimRequest
     priority: int = 0
-    """Larger is served earlier; first come first served among equals."""
+    """Higher goes first; equal priorities are served in order of arrival."""

@@ -1,4 +1,4 @@
-"""How the tokens of an answer are drawn."""
+"""Sampling parameters of a request."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -8,10 +8,10 @@ __all__ = ["SamplingParams"]
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How tokens are drawn; every default of the checkpoint is already filled in."""
+    """How tokens are drawn; the checkpoint's defaults are already filled in."""
 
     max_new_tokens: int | None = None
-    """None: `GenerationDefaults.max_new_tokens` or the room left in the context, whichever is smaller."""
+    """None means the smaller of `GenerationDefaults.max_new_tokens` and the room left in the context."""
     min_new_tokens: int = 0
     """End tokens and stop strings have no effect before this many tokens."""
     ignore_eos: bool = False
@@ -28,8 +28,8 @@ class SamplingParams:
     """Over generated tokens."""
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     seed: int = 0
-    """Unsigned 64 bits; the server draws one when the client sent none."""
+    """Unsigned 64 bits; drawn by the server if the client sent none."""
     stop_strings: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     num_top_logprobs: int | None = None
-    """None: no logprobs at all; 0: of the drawn token only."""
+    """None for no logprobs, 0 for the drawn token's only."""

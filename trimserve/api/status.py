@@ -1,4 +1,4 @@
-"""What the engine is doing: at one moment, for the server's status and gauges, and with every step."""
+"""The engine's state at one moment, and the callback that reports each step."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -6,19 +6,19 @@ from dataclasses import dataclass, field
 __all__ = ["EngineStatus", "StepListener"]
 
 StepListener = Callable[[int, float], None]
-"""Hears of every decode step: how many sequences it had, and the seconds of model and sampling. Must not raise."""
+"""Called after every decode step with its number of sequences and its seconds of model and sampling. Must not raise."""
 
 
 @dataclass(frozen=True, slots=True)
 class EngineStatus:
-    """What the engine is doing at this moment."""
+    """The engine's state at one moment."""
 
     is_ready: bool
-    """Whether requests are taken: false before warm-up is done, while draining and after a crash."""
+    """Whether requests are accepted: false before warm-up is done, while draining and after a crash."""
     is_alive: bool
-    """Whether it can be ready, now or later: false once the engine has died."""
+    """False once the engine has died."""
     num_running: int
-    """Requests with a place in the batch."""
+    """Requests in the batch."""
     num_waiting: int
     """Requests being prepared or in the queue."""
     max_batch: int
@@ -26,24 +26,24 @@ class EngineStatus:
     max_queue: int
     """Most requests in the queue."""
     kv_capacity_bytes: int
-    """All pages of the pool that self- and cross-attention KV share."""
+    """Size of the page pool that self- and cross-attention KV share."""
     self_kv_bytes: int
-    """Self-attention KV held now, whole pages."""
+    """Self-attention KV in use, in whole pages."""
     cross_kv_bytes: int
-    """Cross-attention KV held now, whole pages."""
+    """Cross-attention KV in use, in whole pages."""
     cross_kv_untrimmed_bytes: int
-    """What the requests that hold `cross_kv_bytes` would hold untrimmed."""
+    """What the running requests would hold instead of `cross_kv_bytes` if they were untrimmed."""
     image_cache_capacity_bytes: int
-    """Most bytes of visual features that are kept for another question."""
+    """Most bytes of visual features that are cached."""
     image_cache_bytes: int
-    """Bytes of visual features kept now."""
+    """Bytes of visual features cached now."""
     image_cache_hits: int
     """Images found in the cache since the start."""
     image_cache_misses: int
     """Images that had to be encoded since the start."""
     image_cache_evictions: int
-    """Images that made room for others since the start."""
+    """Images evicted since the start."""
     uptime_seconds: float
-    """Since the engine became ready; 0 before."""
+    """Since the engine became ready; 0 until then."""
     memory_bytes: Mapping[str, int] = field(default_factory=dict)
-    """Of the model's device, by kind, see `memory.memory_by_kind`; empty before the model is loaded."""
+    """Memory of the model's device by kind, as in `trimserve_device_memory_bytes`; empty before the model is loaded."""

@@ -1,4 +1,4 @@
-"""How a request wants its visual features trimmed; what that comes to is resolved in `trimming/plan.py`."""
+"""How a request wants its visual features trimmed; `trimming/plan.py` resolves it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -8,7 +8,7 @@ __all__ = ["Budget", "FixedCount", "FixedRatio", "Knee", "TopP", "TrimRequest"]
 
 @dataclass(frozen=True, slots=True)
 class FixedRatio:
-    """The same share of every image."""
+    """Keep the same share of every image."""
 
     ratio: float
     """In (0, 1]."""
@@ -16,15 +16,15 @@ class FixedRatio:
 
 @dataclass(frozen=True, slots=True)
 class FixedCount:
-    """The same number of every image."""
+    """Keep the same number of features of every image."""
 
     count: int
-    """At least 1; an image that has fewer keeps them all."""
+    """At least 1; an image with fewer features keeps them all."""
 
 
 @dataclass(frozen=True, slots=True)
 class TopP:
-    """The smallest set that covers a share of the scores' sum."""
+    """Keep the smallest set that covers a share of the scores' sum."""
 
     share: float
     """In (0, 1]; 1 keeps everything."""
@@ -32,7 +32,7 @@ class TopP:
 
 @dataclass(frozen=True, slots=True)
 class Knee:
-    """What lies before the bend of the sorted scores."""
+    """Keep what lies before the knee of the sorted scores."""
 
 
 Budget = FixedRatio | FixedCount | TopP | Knee
@@ -47,18 +47,18 @@ class TrimRequest:
     policy: str = "trimmed"
     """One of `ModelInfo.policies`."""
     k_ratio: float = 1.0
-    """Budget per head in (0, 1]: each head picks ceil(k_ratio * N) of an image's N valid features. Where `budget` is
-    None, every other policy that chooses after the first cross-attention layer keeps as many features as those picks
-    come to."""
+    """Budget per head in (0, 1]: each head picks ceil(k_ratio * N) of an image's N valid features. If `budget` is None,
+    other policies that choose after the first cross-attention layer keep as many features as the union of those
+    picks."""
     max_kept_fraction: float | None = None
-    """Cap of what is kept, in (0, 1], per image; None: no cap."""
+    """Most of an image that is kept, in (0, 1]; None for no cap."""
     merge_ratio: float = 0.0
-    """Rows in [0, 1] that the features of a tile that are not kept are merged into, as a share of its features
-    (`trimming/merging.py`); 0: they are dropped."""
+    """Features of a tile that are not kept are merged into this many rows, as a share in [0, 1] of the tile's features
+    (`trimming/merging.py`); 0 drops them."""
     return_selection: bool = False
-    """Whether the answer tells which features were kept."""
+    """Whether the answer says which features were kept."""
     budget: Budget | None = None
-    """How many features of each image stay; None: half of them where the policy chooses before the decoder,
-    otherwise see `k_ratio`."""
+    """How many features of each image stay; None is half of them for policies that choose before the decoder, and
+    `k_ratio` for the others."""
     parameters: Mapping[str, float] = field(default_factory=dict)
-    """Of the policy; those that are not there have its defaults."""
+    """Parameters of the policy; missing ones have its defaults."""

@@ -10,12 +10,12 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from trimserve.api.chunks import StageSpan
-from trimserve.api.prompt import Prompt
+from trimserve.api.prompt import ImageFile, Prompt
 from trimserve.engine.processor import Processor
 from trimserve.engine.sequence import Sequence
 from trimserve.errors import InvalidRequest, OutOfMemory, RequestFailed, TrimserveError
 from trimserve.executor.out_of_memory import is_out_of_memory
-from trimserve.model.prepared import NamedImage, PreparedPrompt
+from trimserve.model.prepared import PreparedPrompt
 
 if TYPE_CHECKING:  # loads transformers, which the engine does without
     from trimserve.model.images import PreparedImage
@@ -47,7 +47,7 @@ class Preparation:
         self._todo: tuple[Prompt, Callable[[tuple[int, ...]], Sequence]] | None = prompt, make
         self._check = check
         self._sequence: Sequence | None = None
-        self._files: deque[NamedImage] = deque()
+        self._files: deque[ImageFile] = deque()
         self._images: list[PreparedImage] = []
         self._image_spans: list[StageSpan] = []
         self._seconds = 0.0

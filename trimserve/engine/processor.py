@@ -4,8 +4,8 @@ from typing import TYPE_CHECKING, Protocol
 
 from tokenizers import Tokenizer
 
-from trimserve.api.prompt import Prompt
-from trimserve.model.prepared import NamedImage, TokenizedPrompt
+from trimserve.api.prompt import ImageFile, Prompt
+from trimserve.model.prepared import TokenizedPrompt
 
 if TYPE_CHECKING:  # loads transformers, which the engine does without
     from trimserve.model.images import PreparedImage
@@ -27,7 +27,7 @@ class Processor(Protocol):
             InvalidRequest: image count or size, empty or too long prompt.
         """
 
-    def prepare_image(self, image: NamedImage) -> "PreparedImage":
+    def prepare_image(self, image: ImageFile) -> "PreparedImage":
         """Decode one image; slow, pure and thread-safe, called in worker threads.
 
         Raises:

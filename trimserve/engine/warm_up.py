@@ -4,7 +4,7 @@ import time
 
 from trimserve.api.chunks import GenerationChunk
 from trimserve.api.info import ModelInfo
-from trimserve.api.prompt import Image, TokenPrompt
+from trimserve.api.prompt import ImageFile, TokenPrompt
 from trimserve.api.request import GenerationRequest
 from trimserve.api.sampling import SamplingParams
 from trimserve.api.trim import TrimRequest
@@ -47,7 +47,7 @@ def _request(info: ModelInfo) -> GenerationRequest:
         raise CheckpointError(f"max_model_len must be at least 2, an image and an answer, got {info.max_model_len}")
     return GenerationRequest(
         request_id="warm-up",
-        prompt=TokenPrompt((info.image_token_id,), (Image(_ONE_PIXEL_PNG, "image/png"),)),
+        prompt=TokenPrompt((info.image_token_id,), (ImageFile(_ONE_PIXEL_PNG),)),
         sampling=SamplingParams(max_new_tokens=min(2, room), ignore_eos=True),
         trim=TrimRequest(k_ratio=info.default_k_ratio, merge_ratio=info.default_merge_ratio),
     )

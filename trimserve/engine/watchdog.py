@@ -1,18 +1,13 @@
-"""Watches what may hang: a step of the engine, and the event loop that watches it.
-
-It knows nothing of requests: who awaits `hang` decides what becomes of them.
-"""
+"""Detects a step of the engine that hangs. It knows nothing of requests: the caller of `hang` decides what follows."""
 
 import asyncio
-import faulthandler
 import logging
 import sys
 import threading
 import traceback
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 
-__all__ = ["hang", "loop_watched"]
+__all__ = ["hang"]
 
 log = logging.getLogger(__name__)
 
@@ -41,29 +36,6 @@ async def hang(
         num_naps = 0 if step is None or step != before else num_naps + 1
     log.critical("the engine thread hangs", extra={"stack": _stack(thread)})
     return TimeoutError(f"a step has not returned for {timeout_seconds:g} s (step_timeout_seconds)")
-
-
-@asynccontextmanager
-async def loop_watched(timeout_seconds: float) -> AsyncIterator[None]:
-    """End this process, with all stacks on standard error and status 1, when its event loop stands still in the block.
-
-    For what `hang` cannot see: compiled code that holds Python's lock stops every other thread of Python, too.
-
-    Args:
-        timeout_seconds: for the loop to come round, above 0.
-    """
-
-    async def come_round() -> None:
-        while True:
-            faulthandler.dump_traceback_later(timeout_seconds, exit=True)
-            await asyncio.sleep(timeout_seconds / _NUM_NAPS)
-
-    task = asyncio.create_task(come_round())
-    try:
-        yield
-    finally:
-        task.cancel()
-        faulthandler.cancel_dump_traceback_later()
 
 
 def _stack(thread: threading.Thread) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trimserve.api.prompt import ChatPrompt, Image, Message, Text
+from trimserve.api.prompt import ChatPrompt, ImageFile, Message, Text
 from trimserve.api.trim import TrimRequest
 from trimserve.engine.memory import available_bytes
 from trimserve.errors import InvalidRequest, RequestFailed
@@ -163,7 +163,7 @@ def prepare_question(model: Mllama, question: Question) -> PreparedPrompt:
     Raises:
         DatasetError: the model refuses its image or text.
     """
-    parts = (Image(question.image.read_bytes()), Text(question.text))
+    parts = (ImageFile(question.image.read_bytes()), Text(question.text))
     try:
         return model.prepare(ChatPrompt((Message("user", parts),)))
     except InvalidRequest as error:

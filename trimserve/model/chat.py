@@ -15,7 +15,7 @@ from jinja2 import TemplateError
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from trimserve.api.prompt import Image, Message, Part
+from trimserve.api.prompt import ImageFile, Message, Part
 from trimserve.errors import InvalidRequest
 
 __all__ = ["ROLES", "ChatEncoder"]
@@ -114,7 +114,7 @@ def _to_template(index: int, message: Message, texts: list[str]) -> dict[str, An
 
 
 def _part_to_template(part: Part, texts: list[str]) -> dict[str, str]:
-    if isinstance(part, Image):
+    if isinstance(part, ImageFile):
         return {"type": "image"}
     return {"type": "text", "text": _set_aside(part.text, texts)}
 

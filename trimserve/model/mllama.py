@@ -13,7 +13,7 @@ from torch import Tensor
 
 from trimserve.api.chunks import ImageSelection
 from trimserve.api.info import ModelInfo
-from trimserve.api.prompt import Prompt
+from trimserve.api.prompt import ImageFile, Prompt
 from trimserve.model.bucketed_decode import BucketedDecode, Capture, CudaGraphs
 from trimserve.model.decode_rows import NewRows
 from trimserve.model.decoder import RaggedDecoder, SequenceRows
@@ -21,7 +21,7 @@ from trimserve.model.images import PreparedImage
 from trimserve.model.interruptible import Interruptible, run_through
 from trimserve.model.key_values import KeyValues
 from trimserve.model.prefilled import Prefilled, TrimTimes
-from trimserve.model.prepared import NamedImage, PreparedPrompt, TokenizedPrompt
+from trimserve.model.prepared import PreparedPrompt, TokenizedPrompt
 from trimserve.model.processor import Processor
 from trimserve.model.step_buffers import StepBuffers
 from trimserve.model.transformers_mllama import MllamaForConditionalGeneration
@@ -85,7 +85,7 @@ class Mllama:
         """See `Processor.tokenize`; pure and thread-safe."""
         return self._processor.tokenize(prompt)
 
-    def prepare_image(self, image: NamedImage) -> PreparedImage:
+    def prepare_image(self, image: ImageFile) -> PreparedImage:
         """See `Processor.prepare_image`; pure and thread-safe."""
         return self._processor.prepare_image(image)
 

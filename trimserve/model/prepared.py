@@ -6,21 +6,12 @@ Plain frozen data, made by `processor.py` and by the engine, read by `mllama.py`
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from trimserve.api.prompt import Image
+from trimserve.api.prompt import ImageFile
 
 if TYPE_CHECKING:  # loads transformers, which the engine does without
     from trimserve.model.images import PreparedImage
 
-__all__ = ["NamedImage", "PreparedPrompt", "TokenizedPrompt"]
-
-
-@dataclass(frozen=True, slots=True)
-class NamedImage:
-    """An image file and where it came from."""
-
-    field: str
-    """Path of the request's field that holds it, for errors."""
-    image: Image
+__all__ = ["PreparedPrompt", "TokenizedPrompt"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +20,7 @@ class TokenizedPrompt:
 
     token_ids: tuple[int, ...]
     """At least one id, each below the vocabulary's size or the image token's."""
-    images: tuple[NamedImage, ...]
+    images: tuple[ImageFile, ...]
     """As many as `token_ids` has image tokens, in their order."""
 
 

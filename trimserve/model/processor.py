@@ -13,11 +13,11 @@ from transformers import AutoTokenizer, MllamaProcessor, PreTrainedTokenizerBase
 from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
 
 from trimserve.api.info import ModelInfo
-from trimserve.api.prompt import ChatPrompt, Image, Prompt, RawPrompt, Text
+from trimserve.api.prompt import ChatPrompt, ImageFile, Prompt, RawPrompt, Text
 from trimserve.errors import CheckpointError, InvalidRequest
 from trimserve.model.chat import ChatEncoder
 from trimserve.model.images import PreparedImage, count_pixels, decode_image, prepare_image
-from trimserve.model.prepared import NamedImage, PreparedPrompt, TokenizedPrompt
+from trimserve.model.prepared import PreparedPrompt, TokenizedPrompt
 
 __all__ = ["REQUEST_PIXELS", "PreparedPrompt", "Processor"]
 
@@ -117,13 +117,13 @@ class Processor:
         self._check_pixels(images_field, images)
         return TokenizedPrompt(tuple(token_ids), tuple(images))
 
-    def prepare_image(self, image: NamedImage) -> PreparedImage:
+    def prepare_image(self, image: ImageFile) -> PreparedImage:
         """Decode an image and cut it into tiles.
 
         Raises:
             InvalidRequest: `decode_image` refuses it.
         """
-        decoded = decode_image(image.image.data, image.field, self._max_image_pixels)
+        decoded = decode_image(image.data, image.field, self._max_image_pixels)
         return prepare_image(decoded, self._image_processor)
 
     def _token_ids(self, field: str, prompt: Prompt) -> Sequence[int]:
@@ -150,8 +150,8 @@ class Processor:
             bound = f"the context of {self._info.max_model_len} tokens"
             raise InvalidRequest(field, f"must leave room for a new token in {bound}, got {num_characters} characters")
 
-    def _check_pixels(self, field: str, images: Sequence[NamedImage]) -> None:
-        num_pixels = sum(count_pixels(image.image.data, image.field, self._max_image_pixels) for image in images)
+    def _check_pixels(self, field: str, images: Sequence[ImageFile]) -> None:
+        num_pixels = sum(count_pixels(image.data, image.field, self._max_image_pixels) for image in images)
         bound = REQUEST_PIXELS * self._max_image_pixels
         if num_pixels > bound:
             raise InvalidRequest(field, f"all images together must have at most {bound} pixels, got {num_pixels}")
@@ -182,15 +182,10 @@ def _mismatch(prompt: Prompt, num_image_tokens: int, num_images: int) -> str:
     return f"must be as many as the prompt's image tokens, {num_image_tokens}, got {num_images}"
 
 
-def _images_of(prompt: Prompt) -> list[NamedImage]:
+def _images_of(prompt: Prompt) -> list[ImageFile]:
     if not isinstance(prompt, ChatPrompt):
-        return [NamedImage(f"images[{index}]", image) for index, image in enumerate(prompt.images)]
-    return [
-        NamedImage(f"chat.messages[{turn}].parts[{index}].image", part)
-        for turn, message in enumerate(prompt.messages)
-        for index, part in enumerate(message.parts)
-        if isinstance(part, Image)
-    ]
+        return list(prompt.images)
+    return [part for message in prompt.messages for part in message.parts if isinstance(part, ImageFile)]
 
 
 def _load_tokenizer(folder: Path, info: ModelInfo) -> PreTrainedTokenizerBase:

@@ -1,1 +1,1 @@
-"""The gRPC server: protocol buffers, statuses and metrics live here and nowhere below."""
+"""What any transport needs to serve an engine; `grpc/` is the one transport so far. No torch, and gRPC only there."""

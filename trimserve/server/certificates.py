@@ -1,24 +1,30 @@
-"""TLS: the server's certificate and the authorities of its clients, renewed without a restart."""
+"""TLS files: the server's certificate and key and its clients' authorities, renewed without a restart."""
 
 import ssl
+from dataclasses import dataclass
 from pathlib import Path
-
-import grpc
 
 from trimserve.config import ServerConfig
 from trimserve.errors import CredentialsError
 from trimserve.server.reloaded import Reloaded
 
-__all__ = ["server_credentials"]
-
-Pem = grpc.ServerCertificateConfiguration
+__all__ = ["Certificates", "read_certificates"]
 
 
-def server_credentials(config: ServerConfig) -> grpc.ServerCredentials | None:
-    """What the gRPC port proves itself with; None without TLS.
+@dataclass(frozen=True, slots=True)
+class Certificates:
+    """Contents of PEM files that OpenSSL accepts."""
 
-    Connections that are open keep the certificate that they began with. Files that cannot be used, such as a
-    certificate that is newer than its key, change nothing until they can.
+    chain: bytes
+    """The server's certificate chain."""
+    key: bytes
+    """Its unencrypted private key."""
+    client_authorities: bytes | None
+    """Authorities of client certificates, which are then required; None if clients need none."""
+
+
+def read_certificates(config: ServerConfig) -> Reloaded[Certificates] | None:
+    """The configured files, read again when they change; None without TLS.
 
     Args:
         config: names the files.
@@ -28,24 +34,12 @@ def server_credentials(config: ServerConfig) -> grpc.ServerCredentials | None:
     certificate, key, client_ca = config.tls_cert, config.tls_key, config.tls_client_ca
     if certificate is None or key is None:
         return None
-    files = Reloaded(
-        [path for path in (certificate, key, client_ca) if path], lambda: _read(certificate, key, client_ca)
-    )
-    sent = files.get()
-
-    def fetch() -> Pem:
-        """What the next handshake takes; None when it is what the last one took."""
-        nonlocal sent
-        if (pem := files.get()) is sent:
-            return None  # type: ignore[return-value]  # as gRPC documents it
-        sent = pem
-        return pem
-
-    return grpc.dynamic_ssl_server_credentials(sent, fetch, require_client_authentication=client_ca is not None)
+    paths = [path for path in (certificate, key, client_ca) if path]
+    return Reloaded(paths, lambda: _read(certificate, key, client_ca))
 
 
-def _read(certificate: Path, key: Path, client_ca: Path | None) -> Pem:
-    # gRPC takes anything and fails at the handshakes; OpenSSL tells what is wrong.
+def _read(certificate: Path, key: Path, client_ca: Path | None) -> Certificates:
+    # Transports accept anything and fail at the handshake; OpenSSL says what is wrong.
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     try:
         context.load_cert_chain(certificate, key, password="")
@@ -57,6 +51,6 @@ def _read(certificate: Path, key: Path, client_ca: Path | None) -> Pem:
         if client_ca is not None:
             context.load_verify_locations(client_ca)
             authorities = client_ca.read_bytes()
-        return grpc.ssl_server_certificate_configuration([(key.read_bytes(), certificate.read_bytes())], authorities)
+        return Certificates(certificate.read_bytes(), key.read_bytes(), authorities)
     except OSError as error:
         raise CredentialsError(f"{client_ca} (--tls-client-ca) must be PEM certificates: {error}") from error

@@ -1,11 +1,8 @@
-"""Before a call is read: who calls, whether they may, and whether there is room for one more of theirs."""
+"""Admission of calls before they are read: who calls, whether they may, and whether there is room for one more."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
-
-from grpc.aio import ServicerContext
 
 from trimserve.config import ServerConfig
 from trimserve.errors import TooManyCalls
@@ -13,51 +10,51 @@ from trimserve.server.tokens import Tokens
 
 __all__ = ["Gate"]
 
-Context = ServicerContext[Any, Any]
-
 
 class Gate:
-    """Lets calls in and counts those that are; belongs to the event loop."""
+    """Admits calls and counts the open ones; belongs to the event loop's thread."""
 
-    def __init__(self, config: ServerConfig) -> None:
+    def __init__(self, config: ServerConfig, services: Collection[str]) -> None:
         """Read who may call.
 
         Args:
-            config: file of tokens, limits.
+            config: token file and limits.
+            services: full names of the services that the token file may grant.
         Raises:
             CredentialsError: the file cannot be used.
         """
-        self._tokens = None if config.auth_file is None else Tokens(config.auth_file)
+        self._tokens = None if config.auth_file is None else Tokens(config.auth_file, services)
         self._max_rpcs = config.max_concurrent_rpcs
         self._max_rpcs_per_client = config.max_concurrent_rpcs_per_client
         self._open: Counter[str] = Counter()
 
     def identify(self, metadata: Mapping[str, str | bytes]) -> None:
-        """Check that a call comes from a client, whatever it calls.
+        """Check that a call comes from a known client, whatever it calls.
 
         Args:
-            metadata: of the call.
+            metadata: of the call, with lower-case keys.
         Raises:
-            Unauthenticated: it has no token, or nobody's.
+            Unauthenticated: it has no token, or an unknown one.
         """
         if self._tokens is not None:
             self._tokens.caller(metadata)
 
     @contextmanager
-    def admit(self, service: str, context: Context) -> Iterator[str]:
+    def admit(self, service: str, metadata: Mapping[str, str | bytes], peer: str) -> Iterator[str]:
         """Hold a place for a call.
 
         Args:
-            service: full name of what is called.
-            context: of the call.
+            service: full name of the called service.
+            metadata: of the call, with lower-case keys.
+            peer: what the transport calls the client: the name in its certificate, else its address.
         Yields:
-            Who calls: the name of its token, else the name in its certificate, else its address.
+            The client's name: that of its token, or `peer` if no tokens are configured.
         Raises:
-            Unauthenticated: it has no token, or nobody's.
+            Unauthenticated: it has no token, or an unknown one.
             PermissionDenied: the client may not use the service.
-            TooManyCalls: the server, or this client, has as many calls open as it may.
+            TooManyCalls: the server, or this client, has as many open calls as it may.
         """
-        client = self._client(service, context)
+        client = self._client(service, metadata, peer)
         if self._open.total() >= self._max_rpcs:
             raise TooManyCalls("server", "max_concurrent_rpcs", self._max_rpcs)
         if self._max_rpcs_per_client is not None and self._open[client] >= self._max_rpcs_per_client:
@@ -70,11 +67,9 @@ class Gate:
             if not self._open[client]:
                 del self._open[client]
 
-    def _client(self, service: str, context: Context) -> str:
-        if self._tokens is not None:
-            caller = self._tokens.caller(dict(context.invocation_metadata() or ()))
-            caller.check(service)
-            return caller.name
-        if identities := context.peer_identities():
-            return min(identities).decode(errors="replace")
-        return context.peer().rpartition(":")[0]
+    def _client(self, service: str, metadata: Mapping[str, str | bytes], peer: str) -> str:
+        if self._tokens is None:
+            return peer
+        caller = self._tokens.caller(metadata)
+        caller.check(service)
+        return caller.name

@@ -1,7 +1,7 @@
-"""How log records look: lines for people or JSON for machines, on standard error.
+"""Log format: lines for people or JSON for machines, on standard error.
 
-Modules log through the standard library with `extra=` fields, so that a program that embeds the server keeps
-its own logging; only `serve` calls `configure_logging`.
+Modules log through the standard library with `extra=` fields, so a program that embeds the server keeps its own
+logging; only `serve` calls `configure_logging`.
 """
 
 import logging
@@ -16,13 +16,13 @@ __all__ = ["configure_logging"]
 
 
 def configure_logging(level: str, log_format: Literal["console", "json"]) -> None:
-    """Send the log of this process to standard error.
+    """Log to standard error.
 
     Args:
-        level: least severity of trimserve's own records; others' are logged from `warning` on.
+        level: lowest severity of trimserve's own records; those of other packages are logged from `warning` on.
         log_format: as `ServerConfig.log_format`.
     """
-    # Plain tracebacks: others show local variables, and those hold prompts and images.
+    # Plain tracebacks: rich ones show local variables, which hold prompts and images.
     renderers: dict[str, list[structlog.types.Processor]] = {
         "json": [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()],
         "console": [
@@ -52,7 +52,7 @@ def configure_logging(level: str, log_format: Literal["console", "json"]) -> Non
 
 
 def _add_trace_id(_logger: object, _method: str, event: structlog.types.EventDict) -> structlog.types.EventDict:
-    """Leads from a line about an RPC to its trace."""
+    """Link a line about a call to its trace."""
     trace = current_trace()
     if trace is not None and trace.trace_id is not None:
         event["trace_id"] = trace.trace_id

@@ -1,12 +1,12 @@
 """Every metric, declared once: name, meaning, labels with their known values, buckets.
 
-`docs/metrics.md` is generated from this file. Known label values start at 0, so that rates work from the
-first event. One process serves one model, so no metric but `trimserve_model_info` names it. `observer.py` and
-`interceptors.py` feed what is declared here.
+`docs/metrics.md` is generated from this file. Series of known label values start at 0, so that rates work from the
+first event. One process serves one model, so only `trimserve_model_info` names it. `observer.py` and the transports
+update what is declared here; the names of policies and RPCs are handed in.
 """
 
 import platform
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import product
@@ -20,10 +20,8 @@ from trimserve import __version__
 from trimserve.api.info import ModelInfo
 from trimserve.api.status import EngineStatus
 from trimserve.server.tally import Counts, Tallies
-from trimserve.trimming.policies.table import POLICIES
-from trimserve.v1 import generation_pb2, model_pb2
 
-__all__ = ["NO_POLICY", "RPCS", "RPC_CODES", "STAGES", "Declared", "Metrics"]
+__all__ = ["NO_POLICY", "RPC_CODES", "STAGES", "Declared", "Metrics"]
 
 Labels = Mapping[str, tuple[str, ...]]
 M = TypeVar("M", Counter, Gauge, Histogram)
@@ -41,15 +39,7 @@ STAGES = {
     "decode": "decode_seconds",
     "detokenize": "detokenize_seconds",
 }
-"""Stages of one request, and where `engine.request.Timings` has them."""
-
-RPCS = tuple(
-    ("server_stream" if method.server_streaming else "unary", service.full_name, method.name)
-    for file in (generation_pb2.DESCRIPTOR, model_pb2.DESCRIPTOR)
-    for service in file.services_by_name.values()
-    for method in service.methods
-)
-"""(grpc_type, grpc_service, grpc_method) of every RPC."""
+"""Stages of one request, and the fields of `Timings` that hold them."""
 
 RPC_CODES = (
     "OK",
@@ -63,7 +53,7 @@ RPC_CODES = (
     "UNAUTHENTICATED",
     "PERMISSION_DENIED",
 )
-"""Codes that the interceptor can answer with."""
+"""Codes that RPCs can end with."""
 
 # Seconds. Handling covers whole answers, so it ends later than the ecosystem's usual 10 s.
 HANDLING = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 60, 120, 300)
@@ -86,22 +76,29 @@ CROSS_KV = (
 
 @dataclass(frozen=True, slots=True)
 class Declared:
-    """What documentation says about one metric."""
+    """One metric, for the documentation."""
 
     name: str
-    """As it is scraped, without the suffixes of a histogram."""
+    """In the exposition, without the suffixes of a histogram."""
     kind: Literal["counter", "gauge", "histogram"]
     help: str
     labels: Labels
-    """Label names and their known values; no values where they are only known at run time."""
+    """Label names and their known values; no values if they are known only at run time."""
     buckets: tuple[float, ...] = ()
 
 
 class Metrics:
     """All metrics of one server, on a registry of its own."""
 
-    def __init__(self) -> None:
-        """Declare everything."""
+    def __init__(self, policies: Collection[str], rpcs: Sequence[tuple[str, str, str]]) -> None:
+        """Declare everything.
+
+        Args:
+            policies: names of all trimming policies.
+            rpcs: (grpc_type, grpc_service, grpc_method) of every RPC.
+        """
+        self._policies = tuple(policies)
+        self._rpcs = rpcs
         self.registry = _Registry(auto_describe=True)
         self.declared: list[Declared] = []
         """In the order of declaration."""
@@ -138,7 +135,7 @@ class Metrics:
             self._raise_to("evictions", self.image_cache_evictions, status.image_cache_evictions)
 
     def _raise_to(self, name: str, counter: Counter, total: int) -> None:
-        """Let a counter follow one that the engine keeps."""
+        """Raise a counter to a total that the engine keeps."""
         counter.inc(max(0, total - self._totals.get(name, 0)))
         self._totals[name] = max(total, self._totals.get(name, 0))
 
@@ -156,12 +153,12 @@ class Metrics:
         )
         self.rpc_messages_received = self._counter("grpc_server_msg_received_total", "Messages that clients sent.", rpc)
         self.rpc_messages_sent = self._counts(
-            "grpc_server_msg_sent_total", "Messages that were sent to clients.", tuple(rpc), RPCS
+            "grpc_server_msg_sent_total", "Messages that were sent to clients.", tuple(rpc), self._rpcs
         )
         self.rpc_handling_seconds = self._histogram(
             "grpc_server_handling_seconds", "From an RPC's begin until its end.", HANDLING, rpc
         )
-        for labels in RPCS:
+        for labels in self._rpcs:
             for counter in (self.rpcs_started, self.rpc_messages_received):
                 counter.labels(*labels)
             self.rpc_handling_seconds.labels(*labels)
@@ -198,7 +195,7 @@ class Metrics:
             "Requests that were prefilled, by what trimming did: dropped or merged features, was off, had no image, "
             "or kept every feature. The policy is none where none was asked.",
             {
-                "policy": (NO_POLICY, *POLICIES),
+                "policy": (NO_POLICY, *self._policies),
                 "outcome": ("trimmed", "disabled", "bypassed_text_only", "bypassed_no_gain"),
             },
         )
@@ -269,14 +266,14 @@ class Metrics:
             "Rows held, kept features and merged ones, over valid features of one request with images and trimming "
             "on: measured, not k_ratio.",
             FRACTION,
-            {"policy": tuple(POLICIES)},
+            {"policy": self._policies},
         )
         self.trim_select_seconds = self._histogram(
             "trimserve_trim_select_seconds",
             "The stage trim_select of one finished request with images and trimming on: next to nothing where an image "
             "remembered what a policy chose of it.",
             STAGE,
-            {"policy": tuple(POLICIES)},
+            {"policy": self._policies},
         )
         self.request_cross_kv_bytes = self._histogram(
             "trimserve_request_cross_kv_bytes",
@@ -378,9 +375,9 @@ class Metrics:
 
 
 class _Registry(CollectorRegistry):
-    """Leaves out `_created`, a second series beside every counter and histogram that no dashboard reads.
+    """Omits `_created`, a second series for every counter and histogram that no dashboard reads.
 
-    prometheus_client can switch it off for the whole process only, which may not be ours.
+    prometheus_client can disable it only for the whole process, which may belong to another program.
     """
 
     def collect(self) -> Iterable[Metric]:
@@ -390,7 +387,7 @@ class _Registry(CollectorRegistry):
 
 
 def _at_zero(metric: M, labels: Labels | None) -> M:
-    """Make the series of every combination of known label values."""
+    """Create the series of every combination of known label values."""
     for values in product(*labels.values()) if labels else ():
         metric.labels(*values)
     return metric

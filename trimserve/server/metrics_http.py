@@ -1,9 +1,9 @@
-"""`/metrics`, `/healthz` and `/readyz` over HTTP, on threads of their own.
+"""Serves `/metrics`, `/healthz` and `/readyz` over HTTP, on threads of its own.
 
-`/healthz` is liveness: the event loop answers and the engine has not died. `/readyz` is readiness: requests are taken.
+`/healthz` is liveness: the event loop answers and the engine has not died. `/readyz` is readiness: requests are
+accepted.
 """
 
-import socket
 import threading
 from collections.abc import Callable
 from http import HTTPStatus
@@ -14,14 +14,10 @@ from prometheus_client import MetricsHandler
 
 from trimserve.api.status import EngineStatus
 from trimserve.errors import EngineStopped
+from trimserve.server.listening import socket_family
 from trimserve.server.metrics import Metrics
 
-__all__ = ["MetricsServer", "socket_family"]
-
-
-def socket_family(host: str) -> socket.AddressFamily:
-    """Which kind of address a host is; names are IPv4."""
-    return socket.AF_INET6 if ":" in host else socket.AF_INET
+__all__ = ["MetricsServer"]
 
 
 class MetricsServer:
@@ -57,7 +53,7 @@ class MetricsServer:
         return self._http.server_port
 
     def close(self) -> None:
-        """Stop listening; blocks for some hundredths of a second."""
+        """Stop listening; blocks for less than 0.1 seconds."""
         self._http.shutdown()
         self._thread.join()
         self._http.server_close()

@@ -1,4 +1,4 @@
-"""What one generation request adds to the metrics and to its trace, fed from its chunks and its end."""
+"""Updates the metrics and the trace of one generation request from its chunks and its end."""
 
 import asyncio
 import time
@@ -13,13 +13,13 @@ __all__ = ["RequestObserver"]
 
 
 class RequestObserver:
-    """Follows one request from its arrival to its last message, or to the exception that ended it."""
+    """Follows one request from its arrival to its last chunk, or to the exception that ended it."""
 
     def __init__(self, metrics: Metrics, method: str) -> None:
         """Start the clock.
 
         Args:
-            metrics: to add to.
+            metrics: to update.
             method: `Generate` or `GenerateStream`.
         """
         self._metrics = metrics
@@ -42,7 +42,7 @@ class RequestObserver:
     def saw(self, chunk: GenerationChunk) -> None:
         """A chunk is about to be sent."""
         match chunk:
-            case TokenDelta():  # first: it is nearly always one
+            case TokenDelta():  # first, because it is by far the most frequent
                 self._saw_tokens(len(chunk.token_ids))
             case Started():
                 self._saw_started(chunk)
@@ -53,8 +53,8 @@ class RequestObserver:
         """The request ended without its last chunk.
 
         Args:
-            error: what ended it; CancelledError and GeneratorExit are a client that went away.
-            is_past_deadline: whether the RPC's deadline has passed, which also arrives as CancelledError.
+            error: what ended it; CancelledError and GeneratorExit mean that the client went away.
+            is_past_deadline: whether the call's deadline has passed, which also arrives as CancelledError.
         """
         self._trace_decode()
         match error:
@@ -162,12 +162,12 @@ class RequestObserver:
 
     @property
     def _exemplar(self) -> dict[str, str] | None:
-        """Leads from a bucket to one trace of those that it counts."""
+        """Links a bucket to the trace of one request that it counts."""
         trace_id = None if self._trace is None else self._trace.trace_id
         return None if trace_id is None else {"trace_id": trace_id}
 
     def _trace_decode(self) -> None:
-        """The last stage, which ends now; nothing when it did not begin."""
+        """End the last stage, if it has begun."""
         if self._trace is not None and self._started is not None and self._started.spans:
             self._trace.add_stage(StageSpan("decode", self._started.spans[-1].end, time.monotonic()))
 

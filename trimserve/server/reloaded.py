@@ -1,4 +1,4 @@
-"""Files that are read again when they change: certificates and tokens are renewed while the server runs."""
+"""Files that are read again when they change, so that certificates and tokens are renewed while the server runs."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -18,13 +18,13 @@ Stamp = tuple[tuple[int, int, int] | None, ...]
 
 
 class Reloaded(Generic[T]):
-    """What some files say. Looking costs a few microseconds; from any thread."""
+    """The parsed content of some files. Checking for changes takes microseconds; thread-safe."""
 
     def __init__(self, paths: Sequence[Path], read: Callable[[], T]) -> None:
         """Read the files.
 
         Args:
-            paths: files whose change (time, size or identity) means reading again.
+            paths: files to watch; a new time, size or inode means a change.
             read: reads and checks all of them; raises CredentialsError.
         Raises:
             CredentialsError: they cannot be used.
@@ -36,7 +36,7 @@ class Reloaded(Generic[T]):
         self._value = read()
 
     def get(self) -> T:
-        """What the files say now, or said when they could last be used; the same object while nothing changes."""
+        """The newest usable content; the same object while nothing changes."""
         with self._lock:
             stamp = self._look()
             if stamp != self._stamp:
@@ -50,7 +50,7 @@ class Reloaded(Generic[T]):
         except CredentialsError as error:
             log.error("credentials not reloaded", extra={"files": names, "why": str(error)})
         else:
-            if self._look() != stamp:  # they changed meanwhile: what was read may be half old, half new
+            if self._look() != stamp:  # changed while being read: may mix old and new
                 return
             self._value = value
             log.info("credentials reloaded", extra={"files": names})

@@ -1,7 +1,7 @@
-"""Counters and histograms of what happens with every token, in plain Python: no lock, no label lookup, one bisection.
+"""Counters and histograms that are updated for every token: plain Python without locks or label look-ups.
 
-prometheus_client's own take a microsecond and more each, which every token of a batch would pay. The price: each series
-has one writer, and a scrape may come between two values of it.
+prometheus_client's own take more than a microsecond per update, for every token of a batch. The price: each series must
+have a single writer, and a scrape may see a histogram between two of its values.
 """
 
 from bisect import bisect_left
@@ -15,14 +15,14 @@ __all__ = ["Count", "Counts", "Tallies", "Tally"]
 
 
 class Count:
-    """One series of a counter; only one thread adds."""
+    """One series of a counter; a single thread may add to it."""
 
     __slots__ = ("value",)
 
     def __init__(self) -> None:
         """Start at 0."""
         self.value = 0
-        """What was counted."""
+        """The count."""
 
     def inc(self, amount: int = 1) -> None:
         """Add an amount, at least 0."""
@@ -30,7 +30,7 @@ class Count:
 
 
 class Counts(Collector):
-    """A counter, a `Count` for each combination of label values; all are there from the start."""
+    """A counter with a `Count` for each combination of label values; all exist from the start."""
 
     def __init__(
         self, name: str, text: str, label_names: Sequence[str], label_values: Iterable[tuple[str, ...]]
@@ -38,7 +38,7 @@ class Counts(Collector):
         """Declare it.
 
         Args:
-            name: as it is scraped.
+            name: in the exposition.
             text: its meaning.
             label_names: of every series.
             label_values: of each series.
@@ -49,11 +49,11 @@ class Counts(Collector):
         self._counts = {values: Count() for values in label_values}
 
     def labels(self, *values: str) -> Count:
-        """The series of these label values, which are declared ones."""
+        """The series of these label values, which must be declared ones."""
         return self._counts[values]
 
     def collect(self) -> Iterable[Metric]:
-        """What a scrape shows."""
+        """The samples of a scrape."""
         family = CounterMetricFamily(self._name, self._text, labels=self._label_names)
         for values, count in self._counts.items():
             family.add_metric(values, count.value)
@@ -61,7 +61,7 @@ class Counts(Collector):
 
 
 class Tally:
-    """One series of a histogram; only one thread observes."""
+    """One series of a histogram; a single thread may observe."""
 
     __slots__ = ("_bounds", "_counts", "_sum")
 
@@ -79,19 +79,19 @@ class Tally:
         """Count a value.
 
         Args:
-            value: what was measured.
-            times: how often it was, at least 0.
+            value: the measurement.
+            times: how often it occurred, at least 0.
         """
         self._counts[bisect_left(self._bounds, value)] += times
         self._sum += value * times
 
     def read(self) -> tuple[list[int], float]:
-        """How many values each bucket and all before it have, and the sum of all values; from any thread."""
+        """Cumulative counts of the buckets, and the sum of all values; from any thread."""
         return list(accumulate(self._counts)), self._sum
 
 
 class Tallies(Collector):
-    """A histogram, a `Tally` for each combination of label values; all are there from the start."""
+    """A histogram with a `Tally` for each combination of label values; all exist from the start."""
 
     def __init__(
         self,
@@ -104,7 +104,7 @@ class Tallies(Collector):
         """Declare it.
 
         Args:
-            name: as it is scraped, without suffixes.
+            name: in the exposition, without suffixes.
             text: its meaning.
             bounds: see `Tally`.
             label_names: of every series.
@@ -117,11 +117,11 @@ class Tallies(Collector):
         self._tallies = {values: Tally(bounds) for values in label_values}
 
     def labels(self, *values: str) -> Tally:
-        """The series of these label values, which are declared ones."""
+        """The series of these label values, which must be declared ones."""
         return self._tallies[values]
 
     def collect(self) -> Iterable[Metric]:
-        """What a scrape shows."""
+        """The samples of a scrape."""
         family = HistogramMetricFamily(self._name, self._text, labels=self._label_names)
         for values, tally in self._tallies.items():
             counts, total = tally.read()

@@ -1,25 +1,24 @@
-"""Who may call what: clients by their tokens, from a file that is read again when it changes.
+"""Clients, their tokens and what they may use, from a file that is read again when it changes.
 
     [clients.shop]                                   # a name for logs, limits and errors
     token_sha256 = ["9f86d0..."]                     # of its tokens; two while one replaces the other
     services = ["trimserve.v1.GenerationService"]    # default: all
 
-The file holds digests only, so who reads it can call nothing. Tokens must be long and random: a digest of a
-guessable one can be guessed, too.
+The file holds digests only, so reading it grants no access. Tokens must be long and random: a guessable token can be
+found from its digest.
 """
 
 import hashlib
 import hmac
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from trimserve.errors import CredentialsError, PermissionDenied, Unauthenticated
-from trimserve.server.grpc.service import SERVICES
 from trimserve.server.reloaded import Reloaded
 
 __all__ = ["Caller", "Tokens"]
@@ -36,13 +35,14 @@ class _Entry(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     token_sha256: list[Digest] = Field(min_length=1)
-    services: frozenset[str] = frozenset(SERVICES)
+    services: frozenset[str] | None = None
 
     @field_validator("services")
     @classmethod
-    def _exist(cls, services: frozenset[str]) -> frozenset[str]:
-        if unknown := services - set(SERVICES):
-            raise ValueError(f"must be among {', '.join(SERVICES)}, got {', '.join(sorted(unknown))}")
+    def _exist(cls, services: frozenset[str] | None, info: ValidationInfo) -> frozenset[str] | None:
+        known: Collection[str] = info.context or ()
+        if unknown := (services or frozenset()) - set(known):
+            raise ValueError(f"must be among {', '.join(known)}, got {', '.join(sorted(unknown))}")
         return services
 
 
@@ -56,14 +56,14 @@ class _Clients(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """A client that has shown its token."""
+    """A client, identified by its token."""
 
     name: str
     services: frozenset[str]
-    """Full names of what it may use."""
+    """Full names of those it may use."""
 
     def check(self, service: str) -> None:
-        """See whether it may use a service.
+        """Check that it may use a service.
 
         Raises:
             PermissionDenied: it may not.
@@ -75,27 +75,28 @@ class Caller:
 class Tokens:
     """The clients of a file."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, services: Collection[str]) -> None:
         """Read the file.
 
         Args:
             path: TOML, as described above.
+            services: full names of all services.
         Raises:
-            CredentialsError: it cannot be read, or says something else than clients.
+            CredentialsError: it cannot be read, or is not a valid list of clients.
         """
-        self._callers = Reloaded([path], lambda: _read(path))
+        self._callers = Reloaded([path], lambda: _read(path, services))
 
     def caller(self, metadata: Mapping[str, str | bytes]) -> Caller:
-        """Who sends a token, as `authorization: Bearer TOKEN` or `x-api-key: TOKEN`.
+        """The client whose token a call carries, as `authorization: Bearer TOKEN` or `x-api-key: TOKEN`.
 
         Args:
-            metadata: of the call.
+            metadata: of the call, with lower-case keys.
         Raises:
-            Unauthenticated: there is no token, or nobody's.
+            Unauthenticated: there is no token, or an unknown one.
         """
         digest = hashlib.sha256(_token(metadata).encode()).digest()
         found = None
-        # Every digest is compared, in constant time: how long it takes tells nothing about them.
+        # Every digest is compared, each in constant time, so that timing reveals nothing about them.
         for known, caller in self._callers.get():
             if hmac.compare_digest(digest, known):
                 found = caller
@@ -114,9 +115,10 @@ def _token(metadata: Mapping[str, str | bytes]) -> str:
     raise Unauthenticated("a token must be sent as metadata, authorization: Bearer TOKEN or x-api-key: TOKEN, got none")
 
 
-def _read(path: Path) -> tuple[tuple[bytes, Caller], ...]:
+def _read(path: Path, services: Collection[str]) -> tuple[tuple[bytes, Caller], ...]:
     try:
-        entries = _Clients.model_validate(tomllib.loads(path.read_text(encoding="utf-8"))).clients
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
+        entries = _Clients.model_validate(document, context=services).clients
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
@@ -124,7 +126,7 @@ def _read(path: Path) -> tuple[tuple[bytes, Caller], ...]:
     except (OSError, ValueError) as error:
         raise CredentialsError(f"{path} (--auth-file) must be TOML with clients: {error}") from error
     return tuple(
-        (bytes.fromhex(digest), Caller(name, entry.services))
+        (bytes.fromhex(digest), Caller(name, frozenset(services) if entry.services is None else entry.services))
         for name, entry in entries.items()
         for digest in entry.token_sha256
     )

@@ -1,73 +1,61 @@
-"""Traces: a span for each RPC, which continues its caller's W3C trace context, and one within it for each stage.
+"""Traces: a span for each call, continuing its caller's W3C trace context, and a span within it for each stage.
 
-OpenTelemetry is optional (`trimserve[tracing]`) and is imported only when traces are asked for. Where they go, how many
-are kept and what the service is called is also set by OpenTelemetry's own variables, such as `OTEL_TRACES_SAMPLER`.
+OpenTelemetry is optional (`trimserve[tracing]`) and is imported only if traces are exported. Its own variables, such as
+`OTEL_TRACES_SAMPLER`, set everything but the endpoint.
 """
 
-import asyncio
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-import grpc
-from grpc.aio import ServicerContext
-
 from trimserve import __version__
 from trimserve.api.chunks import StageSpan
 from trimserve.loopback import proxy_options
-from trimserve.server.grpc.deadline import Deadline
 
 if TYPE_CHECKING:
     from opentelemetry.trace import Span, Tracer
 
 __all__ = ["Trace", "Tracing", "current_trace"]
 
-OWN_METHODS = "/trimserve."
-
-SERVER_FAULTS = {
-    grpc.StatusCode.UNKNOWN,
-    grpc.StatusCode.DEADLINE_EXCEEDED,
-    grpc.StatusCode.UNIMPLEMENTED,
-    grpc.StatusCode.INTERNAL,
-    grpc.StatusCode.UNAVAILABLE,
-    grpc.StatusCode.DATA_LOSS,
-}
-"""Codes that make a server's span an error, by OpenTelemetry's conventions for gRPC."""
-
-Context = ServicerContext[Any, Any]
-Attributes = dict[str, str | int | float | bool | list[str]]
+Attributes = Mapping[str, str | int | float | bool | list[str]]
 
 
 class Trace:
-    """The span of the RPC that is being answered."""
+    """The span of the call that is being answered."""
 
     def __init__(self, tracer: "Tracer", span: "Span") -> None:
-        """Wrap what OpenTelemetry gave.
+        """Wrap OpenTelemetry's objects.
 
         Args:
-            tracer: makes the spans within.
-            span: of the RPC.
+            tracer: makes the spans of stages.
+            span: of the call.
         """
         self._tracer = tracer
         self._span = span
-        # Once, so that stages lie as they did, whatever happens to the clock.
+        # Read once, so that stages keep their distances when the wall clock is set.
         self._clock_began_ns = time.time_ns() - time.monotonic_ns()
 
     @property
     def trace_id(self) -> str | None:
-        """32 hexadecimal digits, in logs and exemplars; None when the trace is not kept."""
+        """32 hexadecimal digits, for logs and exemplars; None if the trace is not kept."""
         context = self._span.get_span_context()
         return f"{context.trace_id:032x}" if context.trace_flags.sampled else None
 
     def describe(self, attributes: Attributes) -> None:
-        """Say more about the RPC."""
+        """Add attributes to the call's span."""
         self._span.set_attributes(attributes)
 
+    def fail(self) -> None:
+        """Mark the call as failed through the server's fault."""
+        from opentelemetry.trace import Status, StatusCode
+
+        self._span.set_status(Status(StatusCode.ERROR))
+
     def add_stage(self, stage: StageSpan) -> None:
-        """Add a span within the RPC's, after the fact."""
+        """Add a span within the call's for a stage that is over."""
         from opentelemetry.trace import set_span_in_context
 
         begin, end = (self._clock_began_ns + round(at * 1e9) for at in (stage.begin, stage.end))
@@ -78,15 +66,15 @@ _current: ContextVar[Trace | None] = ContextVar("trace", default=None)
 
 
 def current_trace() -> Trace | None:
-    """Of the RPC in whose context this is called; None without tracing and outside of RPCs."""
+    """The trace of the call in whose context this runs; None without tracing and outside of calls."""
     return _current.get()
 
 
-class Tracing(grpc.aio.ServerInterceptor):
-    """Traces every RPC of trimserve's services; to be the first interceptor."""
+class Tracing:
+    """Exports traces to one collector."""
 
     def __init__(self, endpoint: str) -> None:
-        """Export in a thread of its own; nothing is sent before there is a span.
+        """Export on a thread of its own; nothing is sent before there is a span.
 
         Args:
             endpoint: of a collector that takes OTLP over gRPC, such as `http://localhost:4317`; `http` is plaintext.
@@ -101,63 +89,40 @@ class Tracing(grpc.aio.ServerInterceptor):
         own = Resource.create({"service.name": "trimserve", "service.version": __version__})
         self._provider = TracerProvider(resource=own.merge(OTELResourceDetector().detect()))
         options: Any = tuple(proxy_options(urlsplit(endpoint).netloc))  # declared to be one pair of strings
-        # The scheme decides: else OTEL_EXPORTER_OTLP_INSECURE could.
+        # Set from the scheme, because otherwise OTEL_EXPORTER_OTLP_INSECURE could override it.
         exporter = OTLPSpanExporter(endpoint, insecure=endpoint.startswith("http://"), channel_options=options)
         self._provider.add_span_processor(BatchSpanProcessor(exporter))
         self._tracer = self._provider.get_tracer("trimserve", __version__)
 
     def close(self) -> None:
-        """Send what is left; blocks for seconds when the collector does not answer."""
+        """Send what is left; blocks for seconds if the collector does not answer."""
         self._provider.shutdown()
 
-    async def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> Any:
-        """Give gRPC the traced handler of a call."""
-        handler, method = await continuation(handler_call_details), handler_call_details.method
-        if handler is None or not method.startswith(OWN_METHODS):
-            return handler
-        sides = (handler.request_streaming, handler.response_streaming)
-        kind = "_".join("stream" if is_stream else "unary" for is_stream in sides)
-        behaviour = getattr(handler, kind)
-
-        async def handle(request: Any, context: Context) -> Any:
-            with self._span(method, context):
-                return await behaviour(request, context)
-
-        return handler._replace(**{kind: handle})
-
     @contextmanager
-    def _span(self, method: str, context: Context) -> Iterator[None]:
-        from opentelemetry.trace import SpanKind, Status, StatusCode
+    def call(self, name: str, metadata: Mapping[str, str], attributes: Attributes) -> Iterator[Trace]:
+        """A span around the block, which answers one call; `current_trace` returns it there.
+
+        Args:
+            name: of the span.
+            metadata: of the call, with lower-case keys; holds the caller's trace context if there is one.
+            attributes: known from the start.
+        Yields:
+            The call's trace.
+        """
+        from opentelemetry.trace import SpanKind
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-        metadata = {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
-        _, service, name = method.split("/")
-        deadline = Deadline(context)
         with self._tracer.start_as_current_span(
-            f"{service}/{name}",
+            name,
             TraceContextTextMapPropagator().extract(metadata),
             SpanKind.SERVER,
-            {"rpc.system": "grpc", "rpc.service": service, "rpc.method": name},
+            attributes,
             record_exception=False,  # messages quote requests
             set_status_on_exception=False,
         ) as span:
             trace = Trace(self._tracer, span)
             token = _current.set(trace)
-            code = grpc.StatusCode.OK
             try:
-                yield
-            except asyncio.CancelledError:
-                code = grpc.StatusCode.DEADLINE_EXCEEDED if deadline.has_passed() else grpc.StatusCode.CANCELLED
-                raise
-            except BaseException:
-                code = context.code()
-                raise
+                yield trace
             finally:
                 _current.reset(token)
-                trace.describe({"rpc.grpc.status_code": code.value[0]})
-                if code in SERVER_FAULTS:
-                    span.set_status(Status(StatusCode.ERROR))

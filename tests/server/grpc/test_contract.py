@@ -14,9 +14,9 @@ from tests.server.conftest import Loopback
 from tests.server.fakes import CONFIG
 from trimserve.client import Client, make_request
 from trimserve.engine.runner import Runner
-from trimserve.serve import in_process_server
-from trimserve.server.app import InProcessServer
-from trimserve.server.grpc.service import SERVICES
+from trimserve.serve import in_process_server, make_server
+from trimserve.server.grpc.services import SERVICES
+from trimserve.server.running import InProcessServer
 from trimserve.v1 import generation_pb2 as pb
 
 HAS_A_MEANING_AT_ZERO = {
@@ -65,7 +65,7 @@ def test_a_character_is_never_cut_between_two_messages() -> None:
     reply = "snow ☃ and 😀"  # the fake model's tokens are single bytes
     model = FakeModel({"hi": reply}, before_decode=lambda: time.sleep(0.01))  # or they all go at once
     runner = Runner(lambda: model, max_batch=1, max_queue=1, num_preprocess_workers=1)
-    with InProcessServer(runner, CONFIG) as server, Client(server.address) as client:
+    with InProcessServer(make_server(runner, CONFIG)) as server, Client(server.address) as client:
         request = pb.GenerateRequest(raw_prompt="hi", sampling=pb.SamplingParams(temperature=0))
         texts = [event.delta.text for event in client.stream(request) if event.WhichOneof("event") == "delta"]
         assert "".join(texts) == client.generate(request).text == reply

@@ -12,11 +12,7 @@ from hypothesis import strategies as st
 
 from tests.server.conftest import Field, Loopback, rich_status
 from tests.server.fakes import DEFAULTS, chat_request, converted
-from trimserve.api.prompt import ChatPrompt, Image, Message, RawPrompt, Text, TokenPrompt
-from trimserve.api.sampling import SamplingParams
-from trimserve.api.trim import TrimRequest
-from trimserve.errors import InvalidRequest
-from trimserve.server.grpc.convert import (
+from trimserve.api.bounds import (
     BOUNDS,
     MAX_LOGIT_BIASES,
     MAX_REQUEST_ID_CHARS,
@@ -24,6 +20,10 @@ from trimserve.server.grpc.convert import (
     MAX_STOP_STRINGS,
     MAX_STOP_TOKENS,
 )
+from trimserve.api.prompt import ChatPrompt, ImageFile, Message, RawPrompt, Text, TokenPrompt
+from trimserve.api.sampling import SamplingParams
+from trimserve.api.trim import TrimRequest
+from trimserve.errors import InvalidRequest
 from trimserve.trimming.policies.table import POLICIES
 from trimserve.v1 import generation_pb2 as pb
 
@@ -274,13 +274,16 @@ def test_chat_keeps_roles_and_the_order_of_parts() -> None:
         parts(image(3), pb.Part(text=""), image(5)),
         pb.Message(role=pb.ROLE_ASSISTANT, parts=[TEXT]),
     ]
-    assert converted(pb.GenerateRequest(chat=pb.Chat(messages=messages))).prompt == ChatPrompt(
+    prompt = converted(pb.GenerateRequest(chat=pb.Chat(messages=messages))).prompt
+    assert prompt == ChatPrompt(
         (
             Message("system", (Text("be kind"),)),
-            Message("user", (Image(b"xxx"), Text(""), Image(b"xxxxx"))),
+            Message("user", (ImageFile(b"xxx"), Text(""), ImageFile(b"xxxxx"))),
             Message("assistant", (Text("a"),)),
         )
     )
+    files = [part for message in prompt.messages for part in message.parts if isinstance(part, ImageFile)]
+    assert [file.field for file in files] == ["chat.messages[1].parts[0].image", "chat.messages[1].parts[2].image"]
 
 
 @pytest.mark.parametrize(
@@ -295,11 +298,14 @@ def test_chat_keeps_roles_and_the_order_of_parts() -> None:
     ids=["raw", "token ids"],
 )
 def test_raw_and_token_prompts_take_their_images_from_the_request(
-    fields: dict[str, object], prompt: Callable[[tuple[Image, ...]], object]
+    fields: dict[str, object], prompt: Callable[[tuple[ImageFile, ...]], RawPrompt | TokenPrompt]
 ) -> None:
     images = [pb.Image(data=b"x", mime_type="image/png")]
     request = pb.GenerateRequest(images=images, **fields)  # type: ignore[arg-type]
-    assert converted(request).prompt == prompt((Image(b"x", "image/png"),))
+    wanted = prompt((ImageFile(b"x"),))
+    got = converted(request).prompt
+    assert got == wanted
+    assert [image.field for image in got.images] == ["images[0]"]
 
 
 SPELLED = {"sampling.logit_bias", "trim.budget.count"}

@@ -7,9 +7,10 @@ from google.protobuf.descriptor_pb2 import FieldDescriptorProto
 
 from tests.server.conftest import Field
 from tests.server.fakes import CONFIG, INFO, chat_request, converted
+from trimserve.api.bounds import Interval
 from trimserve.api.trim import Budget, FixedCount, FixedRatio, Knee, TopP
 from trimserve.errors import InvalidRequest
-from trimserve.server.grpc.convert import Interval, to_generation_request
+from trimserve.server.grpc.convert import to_generation_request
 from trimserve.trimming.plan import TrimPlan
 from trimserve.trimming.policies.gprune import GPrune
 from trimserve.v1 import generation_pb2 as pb

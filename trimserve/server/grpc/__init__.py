@@ -1,1 +1,1 @@
-"""The gRPC transport: protocol buffers, statuses and channels are known here and nowhere below."""
+"""The gRPC transport: the only folder of the server that knows protocol buffers and statuses."""

@@ -1,7 +1,7 @@
-"""From the bytes of one message to its type, with a bound on what they unpack to.
+"""From the bytes of a message to its type, with a bound on what a compressed one inflates to.
 
 gRPC inflates a compressed message before it looks at its size, so a few megabytes can take all memory: the
-server has gRPC leave messages as they came (`app.py`) and inflates them here, up to the bound.
+server has gRPC leave messages compressed (`transport.py`) and inflates them here, up to the bound.
 """
 
 import zlib
@@ -14,7 +14,7 @@ from trimserve.errors import InvalidRequest, MessageTooLarge
 __all__ = ["bounded"]
 
 GZIP_MAGIC = b"\x1f\x8b"
-"""No protobuf message begins so: the first byte would be a tag of wire type 7, which does not exist."""
+"""No protobuf message begins like this: its first byte would be a tag of wire type 7, which does not exist."""
 
 GZIP_WINDOW_BITS = 31
 

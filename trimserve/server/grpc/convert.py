@@ -1,19 +1,28 @@
-"""From `GenerateRequest` to `GenerationRequest`: defaults, and bounds that need no tokenizer and no pixels.
+"""From `GenerateRequest` to `GenerationRequest`: fills in defaults and checks bounds.
 
-The others (image content, image count against the prompt, prompt length) are checked by `model/`.
+What needs the tokenizer or the pixels (image content, image count against the prompt, prompt length) is checked by
+`model/processor.py`.
 """
 
-import re
 import secrets
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from google.protobuf.message import Message as ProtoMessage
 
+from trimserve.api.bounds import (
+    BOUNDS,
+    MAX_LOGIT_BIASES,
+    MAX_REQUEST_ID_CHARS,
+    MAX_STOP_CHARS,
+    MAX_STOP_STRINGS,
+    MAX_STOP_TOKENS,
+    REQUEST_ID,
+    Interval,
+)
 from trimserve.api.info import ModelInfo, PolicyInfo
-from trimserve.api.prompt import ChatPrompt, Image, Message, Part, Prompt, RawPrompt, Text, TokenPrompt
+from trimserve.api.prompt import ChatPrompt, ImageFile, Message, Part, Prompt, RawPrompt, Text, TokenPrompt
 from trimserve.api.request import GenerationRequest
 from trimserve.api.sampling import SamplingParams
 from trimserve.api.trim import Budget, FixedCount, FixedRatio, Knee, TopP, TrimRequest
@@ -21,75 +30,21 @@ from trimserve.config import EngineConfig
 from trimserve.errors import InvalidRequest
 from trimserve.v1 import generation_pb2 as pb
 
-__all__ = [
-    "BOUNDS",
-    "MAX_LOGIT_BIASES",
-    "MAX_REQUEST_ID_CHARS",
-    "MAX_STOP_CHARS",
-    "MAX_STOP_STRINGS",
-    "MAX_STOP_TOKENS",
-    "Interval",
-    "adopt_request_id",
-    "to_generation_request",
-]
-
-MAX_REQUEST_ID_CHARS = 128
-MAX_STOP_STRINGS = 16
-MAX_STOP_CHARS = 256
-MAX_STOP_TOKENS = 64
-MAX_LOGIT_BIASES = 1024
-
-REQUEST_ID = re.compile(rf"[A-Za-z0-9._:-]{{1,{MAX_REQUEST_ID_CHARS}}}")
+__all__ = ["adopt_request_id", "to_generation_request"]
 
 ROLES = {pb.ROLE_SYSTEM: "system", pb.ROLE_USER: "user", pb.ROLE_ASSISTANT: "assistant"}
 
 TRIM_MODES = {pb.TRIM_MODE_UNSPECIFIED: True, pb.TRIM_MODE_ON: True, pb.TRIM_MODE_OFF: False}
 
 
-@dataclass(frozen=True, slots=True)
-class Interval:
-    """Numbers between two ends; NaN is in none."""
-
-    low: float
-    high: float
-    is_low_open: bool = False
-
-    def __contains__(self, value: float) -> bool:
-        is_above = value > self.low if self.is_low_open else value >= self.low
-        return is_above and value <= self.high
-
-    def __str__(self) -> str:
-        return f"{'(' if self.is_low_open else '['}{self.low}, {self.high}]"
-
-
-BOUNDS = {
-    "priority": Interval(-1000, 1000),
-    "sampling.temperature": Interval(0, 100),
-    "sampling.top_p": Interval(0, 1, is_low_open=True),
-    "sampling.min_p": Interval(0, 1),
-    "sampling.repetition_penalty": Interval(0.01, 100),
-    "sampling.presence_penalty": Interval(-2, 2),
-    "sampling.frequency_penalty": Interval(-2, 2),
-    "sampling.logit_bias": Interval(-100, 100),
-    "sampling.num_top_logprobs": Interval(0, 20),
-    "trim.k_ratio": Interval(0, 1, is_low_open=True),
-    "trim.max_kept_fraction": Interval(0, 1, is_low_open=True),
-    "trim.merge_ratio": Interval(0, 1),
-    "trim.budget.ratio": Interval(0, 1, is_low_open=True),
-    "trim.budget.count": Interval(1, 2**32 - 1),
-    "trim.budget.top_p": Interval(0, 1, is_low_open=True),
-}
-"""Bounds that do not depend on the model, by field path; the protos' comments say the same."""
-
-
 def adopt_request_id(request: ProtoMessage | None, fallback: str = "") -> str:
     """The id under which a call is logged and answered; an empty `request_id` is filled in.
 
-    An id that `to_generation_request` will refuse is not repeated in logs: the call goes by another one.
+    An id that `to_generation_request` will refuse is not repeated in logs; the call gets another one.
 
     Args:
-        request: of any RPC; only `GenerateRequest` can name itself. None while it has not been read.
-        fallback: id of a call whose request does not name itself; one that is not valid counts for nothing.
+        request: of any RPC, of which only `GenerateRequest` has an id; None while it has not been read.
+        fallback: id of a call whose request has none; ignored if it is not valid.
     """
     wanted = request.request_id if isinstance(request, pb.GenerateRequest) else ""
     if REQUEST_ID.fullmatch(wanted):
@@ -104,7 +59,7 @@ def to_generation_request(request: pb.GenerateRequest, info: ModelInfo, config: 
     """Check a request and fill in its defaults.
 
     Args:
-        request: as it came.
+        request: as received.
         info: limits and defaults of the model.
         config: limits of the engine.
     Raises:
@@ -133,7 +88,7 @@ def _number(message: ProtoMessage, name: str, path: str) -> Any:
 
 
 def _optional(message: ProtoMessage, name: str, path: str, default: Any) -> Any:
-    """The same of an `optional` scalar; `default`, unchecked, when it is not set."""
+    """The same for an `optional` scalar; `default`, unchecked, if it is not set."""
     return _number(message, name, path) if message.HasField(name) else default
 
 
@@ -179,7 +134,7 @@ def _chat(chat: pb.Chat, info: ModelInfo, config: EngineConfig) -> ChatPrompt:
     messages = tuple(
         _message(message, f"chat.messages[{index}]", config) for index, message in enumerate(chat.messages)
     )
-    num_images = sum(isinstance(part, Image) for message in messages for part in message.parts)
+    num_images = sum(isinstance(part, ImageFile) for message in messages for part in message.parts)
     _check_count("chat.messages", num_images, "images in all", most=info.max_images)
     return ChatPrompt(messages)
 
@@ -206,9 +161,9 @@ def _part(part: pb.Part, path: str, config: EngineConfig) -> Part:
             raise InvalidRequest(path, "must be one of text and image, got neither")
 
 
-def _image(image: pb.Image, path: str, max_bytes: int) -> Image:
+def _image(image: pb.Image, path: str, max_bytes: int) -> ImageFile:
     _check_count(f"{path}.data", len(image.data), "bytes", least=1, most=max_bytes)
-    return Image(image.data, image.mime_type)
+    return ImageFile(image.data, path)
 
 
 def _sampling(sampling: pb.SamplingParams, info: ModelInfo) -> SamplingParams:

@@ -1,7 +1,7 @@
 """`grpc.health.v1.Health`: one state for the whole server and for each of its services.
 
-grpc_health's own asyncio servicer forgets the other watchers of a service when one of them leaves, and keeps
-watches open while the server stops; here every watcher hears of every change, and `close` ends all watches.
+grpc_health's own asyncio servicer forgets a service's other watchers when one of them leaves, and keeps watches open
+while the server stops; here every watcher gets every change, and `close` ends all watches.
 """
 
 import asyncio
@@ -21,10 +21,10 @@ class Health(health_pb2_grpc.HealthServicer):
     """Answers health checks and streams changes; NOT_SERVING at first."""
 
     def __init__(self, services: Iterable[str]) -> None:
-        """Know what is served.
+        """Start as NOT_SERVING.
 
         Args:
-            services: full names, beside `""`, which is the server as a whole.
+            services: full names; `""`, the server as a whole, is added.
         """
         self._services = {"", *services}
         self._is_serving = False
@@ -32,13 +32,13 @@ class Health(health_pb2_grpc.HealthServicer):
         self._changed = asyncio.Event()
 
     def set_serving(self, is_serving: bool) -> None:
-        """Change the state; watchers hear of it."""
+        """Change the state and notify watchers."""
         if is_serving != self._is_serving:
             self._is_serving = is_serving
             self._wake()
 
     def close(self) -> None:
-        """Tell NOT_SERVING and end all watches, so that the server can stop."""
+        """Report NOT_SERVING and end all watches, so that the server can stop."""
         self._is_serving = False
         self._is_closed = True
         self._wake()
@@ -54,7 +54,7 @@ class Health(health_pb2_grpc.HealthServicer):
     async def Watch(  # noqa: N802 the RPC's name
         self, request: health_pb2.HealthCheckRequest, context: Context
     ) -> None:
-        """The state now and after every change; SERVICE_UNKNOWN, for ever, for an unknown service."""
+        """The state now and after every change; SERVICE_UNKNOWN for an unknown service."""
         told = None
         while not self._is_closed:
             changed = self._changed

@@ -1,8 +1,8 @@
-"""What every RPC has in common: exceptions become statuses with details, RPCs are counted, timed and logged.
+"""What every RPC has in common: admission, counting, timing, logging, and statuses with details for exceptions.
 
-Handlers of trimserve's own services are turned into ones that read their message themselves: of a call that is
-not let in nothing is read, and bytes that are no message get a status of ours. Health checks and reflection
-pass by, but for the bound on what a compressed message unpacks to, and a token for reflection.
+Handlers of trimserve's own services are wrapped so that they read their message themselves: nothing is read of a call
+that is not admitted, and bytes that do not parse get a status of ours. Health checks and reflection only get the bound
+on what a compressed message inflates to, and reflection needs a token.
 """
 
 import asyncio
@@ -34,9 +34,10 @@ log = logging.getLogger(__name__)
 OWN_METHODS = "/trimserve."
 
 OPEN_METHODS = f"/{health.SERVICE_NAME}/"
-"""Kubernetes' probes cannot send a token."""
+"""Open to all, because Kubernetes' probes cannot send a token."""
+
 MAX_USER_AGENT_CHARS = 128
-"""Of a client's name in the log."""
+"""Of a user agent in the log."""
 
 Context = ServicerContext[Any, Any]
 RpcHandler: TypeAlias = Any  # gRPC has types for handlers of its synchronous API only
@@ -50,7 +51,7 @@ class RpcInterceptor(grpc.aio.ServerInterceptor):
 
         Args:
             metrics: gets the `grpc_server_*` series.
-            gate: lets calls in.
+            gate: admits calls.
             config: limits on messages.
         """
         self._metrics = metrics
@@ -63,11 +64,11 @@ class RpcInterceptor(grpc.aio.ServerInterceptor):
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[RpcHandler]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> RpcHandler:
-        """Give gRPC the wrapped handler of a call."""
+        """The wrapped handler of a call."""
         handler = await continuation(handler_call_details)
         method = handler_call_details.method
         if handler is None:
-            if method.startswith(OWN_METHODS):  # uncounted, because clients make such names up
+            if method.startswith(OWN_METHODS):  # not counted: clients could make up any number of labels
                 return _refusal(UnknownMethod(f"there is no {method[:128]}; the server may be older than the client"))
             return None
         parse = bounded(handler.request_deserializer, self._max_message_bytes)
@@ -88,7 +89,7 @@ class RpcInterceptor(grpc.aio.ServerInterceptor):
         async def handle(requests: AsyncIterator[Message], context: Context) -> None:
             rpc = _Rpc(self._metrics, (kind, service, name), context)
             async with self._answered(rpc):
-                with self._gate.admit(service, context) as rpc.client:
+                with self._gate.admit(service, rpc.metadata, _peer_of(context)) as rpc.client:
                     request = await rpc.receive(requests, self._receive_seconds)
                     if handler.response_streaming:
                         async with aclosing(handler.unary_stream(request, context)) as responses:
@@ -101,8 +102,8 @@ class RpcInterceptor(grpc.aio.ServerInterceptor):
 
     @asynccontextmanager
     async def _answered(self, rpc: "_Rpc") -> AsyncIterator[None]:
-        """Around one RPC, which ends with a status for any exception."""
-        metrics, begin, deadline = self._metrics, time.monotonic(), Deadline(rpc.context)
+        """Around one RPC; turns any exception into its status."""
+        metrics, begin, deadline = self._metrics, time.monotonic(), Deadline(rpc.context.time_remaining())
         metrics.rpcs_started.labels(*rpc.labels).inc()
         code = grpc.StatusCode.OK
         try:
@@ -127,21 +128,21 @@ class RpcInterceptor(grpc.aio.ServerInterceptor):
 
 
 class _Rpc:
-    """One call: whose it is, its id, and its messages, counted."""
+    """One call: its client, its id, and its messages, counted."""
 
     def __init__(self, metrics: Metrics, labels: tuple[str, str, str], context: Context) -> None:
         self.labels = labels
         self.context = context
         self.client = ""
-        """Empty until it is let in."""
-        self._metadata = dict(context.invocation_metadata() or ())
-        self.request_id = adopt_request_id(None, str(self._metadata.get(REQUEST_ID_KEY, "")))
+        """Empty until it is admitted."""
+        self.metadata = dict(context.invocation_metadata() or ())
+        self.request_id = adopt_request_id(None, str(self.metadata.get(REQUEST_ID_KEY, "")))
         self._metrics = metrics
         self._request_bytes = self._num_sent = 0
         self._sent = metrics.rpc_messages_sent.labels(*labels)
 
     async def receive(self, requests: AsyncIterator[Message], timeout_seconds: float) -> Message:
-        """The one message of the client."""
+        """The client's one message."""
         try:
             async with asyncio.timeout(timeout_seconds):
                 request = await anext(requests)
@@ -165,7 +166,7 @@ class _Rpc:
         self._num_sent += 1
 
     def account(self) -> dict[str, str | int]:
-        """What the log says of it: who called what, and how much came and went; nothing of what was said."""
+        """Its fields in the log: who called what, and how much was sent each way; no content."""
         _, service, method = self.labels
         return {
             "service": service,
@@ -173,10 +174,17 @@ class _Rpc:
             "request_id": self.request_id,
             "client": self.client,
             "peer": self.context.peer(),
-            "user_agent": str(self._metadata.get("user-agent", ""))[:MAX_USER_AGENT_CHARS],
+            "user_agent": str(self.metadata.get("user-agent", ""))[:MAX_USER_AGENT_CHARS],
             "request_bytes": self._request_bytes,
             "messages_sent": self._num_sent,
         }
+
+
+def _peer_of(context: Context) -> str:
+    """The name in the client's certificate, else its address."""
+    if identities := context.peer_identities():
+        return min(identities).decode(errors="replace")
+    return context.peer().rpartition(":")[0]
 
 
 def _tell_trace(request_id: str) -> None:
@@ -186,7 +194,7 @@ def _tell_trace(request_id: str) -> None:
 
 
 def _refusal(error: TrimserveError) -> RpcHandler:
-    """Answers with an error, whatever is sent, and reads nothing of it."""
+    """Answers with an error and reads nothing."""
 
     async def refuse(_requests: AsyncIterator[bytes], context: Context) -> None:
         request_id = adopt_request_id(None)

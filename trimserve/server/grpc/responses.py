@@ -1,4 +1,4 @@
-"""From the engine's plain data to messages; the unary response is a fold over the messages of a stream."""
+"""From the api's chunks to protobuf messages; the unary response is a fold over the messages of a stream."""
 
 from collections.abc import AsyncIterable
 from typing import Any, TypeVar
@@ -78,7 +78,7 @@ class EventWriter:
 async def fold(
     events: AsyncIterable[generation_pb2.GenerateStreamResponse],
 ) -> generation_pb2.GenerateResponse:
-    """Put all messages of a stream together.
+    """Fold the messages of a stream into one response.
 
     Args:
         events: one `started`, any number of `delta`s, one `finished`.
@@ -100,7 +100,7 @@ async def fold(
 
 
 def model_response(info: ModelInfo, config: EngineConfig) -> model_pb2.GetModelResponse:
-    """What `GetModel` says.
+    """The answer of `GetModel`.
 
     Args:
         info: the served model.
@@ -118,7 +118,7 @@ def model_response(info: ModelInfo, config: EngineConfig) -> model_pb2.GetModelR
 
 
 def status_response(status: EngineStatus) -> model_pb2.GetServerStatusResponse:
-    """What `GetServerStatus` says."""
+    """The answer of `GetServerStatus`."""
     return _mirror(model_pb2.GetServerStatusResponse, status, version=__version__)
 
 
@@ -162,6 +162,6 @@ def _logprob(entry: TokenLogprob) -> generation_pb2.TokenLogprob:
 
 
 def _mirror(message_type: type[M], source: object, **others: Any) -> M:
-    """The message whose fields bear the names of the source's attributes; `others` are those that do not."""
+    """A message filled from the source's attributes of the same names, and from `others`."""
     names = {field.name for field in message_type.DESCRIPTOR.fields} - others.keys()
     return message_type(**{name: getattr(source, name) for name in names}, **others)

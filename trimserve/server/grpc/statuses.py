@@ -1,4 +1,4 @@
-"""Exceptions become statuses with details: `STATUS` is the one table from errors to gRPC codes."""
+"""From exceptions to statuses with details; `STATUS` is the one table from errors to gRPC codes."""
 
 from collections.abc import Mapping
 
@@ -44,16 +44,16 @@ STATUS: Mapping[type[TrimserveError], grpc.StatusCode] = {
     CredentialsError: grpc.StatusCode.FAILED_PRECONDITION,  # the same
     CannotListen: grpc.StatusCode.FAILED_PRECONDITION,  # the same
 }
-"""Anything else is INTERNAL, with the request id only; its stack is in the log."""
+"""Any other exception is INTERNAL and tells only the request id; its stack is logged."""
 
 DOMAIN = "trimserve"
 """`ErrorInfo.domain` of every error."""
 
 REQUEST_ID_KEY = "x-request-id"
-"""Metadata that names a request, either way."""
+"""Metadata that names a request, in both directions."""
 
 MAX_MESSAGE_BYTES = 512
-"""Of a status message. It travels three times in the trailers, of which clients take 8 KiB."""
+"""Of a status message. The trailers contain it three times, and clients accept 8 KiB of trailers."""
 
 
 def code_of(error: Exception) -> grpc.StatusCode:
@@ -65,8 +65,8 @@ def status_of(error: Exception, request_id: str) -> status_pb2.Status:
     """The status, with details, that a client gets for an exception.
 
     Args:
-        error: a TrimserveError, or anything else, of which nothing is told.
-        request_id: told in `ErrorInfo.metadata`.
+        error: a TrimserveError, or any other, whose text is kept from the client.
+        request_id: put into `ErrorInfo.metadata`.
     """
     if isinstance(error, TrimserveError):
         reason, message = error.reason, str(error)
@@ -84,7 +84,7 @@ def trailer(error: Exception, request_id: str) -> tuple[str, tuple[tuple[str, st
 
     Args:
         error: as `status_of` takes it.
-        request_id: told in `ErrorInfo.metadata` and as `x-request-id`.
+        request_id: put into `ErrorInfo.metadata` and `x-request-id`.
     """
     status = rpc_status.to_status(status_of(error, request_id))
     metadata: tuple[tuple[str, str | bytes], ...] = (*status.trailing_metadata, (REQUEST_ID_KEY, request_id))

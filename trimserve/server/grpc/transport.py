@@ -1,4 +1,4 @@
-"""What gRPC's transport is told: sizes, compression, pings, the age of connections."""
+"""Options of the gRPC server: sizes, compression, pings, the age of connections."""
 
 import grpc
 
@@ -7,24 +7,23 @@ from trimserve.config import ServerConfig
 __all__ = ["OTHER_RPCS", "server_options"]
 
 ACCEPTED_COMPRESSIONS = sum(1 << int(each) for each in (grpc.Compression.NoCompression, grpc.Compression.Gzip))
-"""What messages from clients may have. Answers have none: a few tokens do not shrink."""
-
+"""Of messages from clients. Answers are not compressed: a few tokens do not shrink."""
 
 HANDSHAKE_SECONDS = 20.0
-"""For a new connection to say that it speaks HTTP/2; gRPC waits two minutes."""
+"""For the HTTP/2 handshake of a new connection; gRPC's default is two minutes."""
 
 PING_TIMEOUT_SECONDS = 20.0
-"""For the answer to a ping; without one the connection is taken for dead."""
+"""For the answer to a ping; without one, the connection counts as dead."""
 
 LEAST_CLIENT_PING_SECONDS = 10.0
-"""Clients that ping more often are cut off."""
+"""Clients that ping more often are disconnected."""
 
 OTHER_RPCS = 1024
-"""Calls that may be open beside those that are let in: health checks, reflection, and what is being refused."""
+"""Calls that may be open beside the admitted ones: health checks, reflection, and calls being refused."""
 
 
 def server_options(config: ServerConfig) -> list[tuple[str, int]]:
-    """The arguments of a server.
+    """Arguments of `grpc.aio.server`.
 
     Args:
         config: limits of messages and connections.

@@ -1,4 +1,4 @@
-"""What the server needs of the engine: the seam that `engine/runner.py` fills, and tests with a fake."""
+"""What the server needs of an engine: the protocol that `engine/runner.py` satisfies, and a fake in tests."""
 
 from collections.abc import AsyncGenerator
 from typing import Protocol
@@ -8,11 +8,11 @@ from trimserve.api.info import ModelInfo
 from trimserve.api.request import GenerationRequest
 from trimserve.api.status import EngineStatus, StepListener
 
-__all__ = ["Runner"]
+__all__ = ["Backend"]
 
 
-class Runner(Protocol):
-    """An engine with an asyncio face; everything is called in the event loop's thread."""
+class Backend(Protocol):
+    """An engine with an asyncio interface; every method is called on the event loop's thread."""
 
     @property
     def info(self) -> ModelInfo:
@@ -23,10 +23,10 @@ class Runner(Protocol):
         """
 
     def watch_steps(self, listener: StepListener) -> None:
-        """Tell a listener of every decode step, in a thread of the engine; to be called before `start`."""
+        """Report every decode step to a listener, on a thread of the engine; to be called before `start`."""
 
     async def start(self) -> None:
-        """Load and warm up the model, then take requests.
+        """Load and warm up the model, then accept requests.
 
         Raises:
             Exception: whatever loading or warm-up raised.
@@ -45,10 +45,10 @@ class Runner(Protocol):
         """
 
     def status(self) -> EngineStatus:
-        """A consistent snapshot; also before `start`."""
+        """A consistent snapshot; also available before `start`."""
 
     async def death(self) -> BaseException:
-        """Wait, for ever in the good case, until the engine of a started runner dies or hangs; the cause."""
+        """Wait until a started engine dies or hangs, and return the cause; a healthy engine never returns."""
 
     async def stop(self, grace_seconds: float) -> None:
         """Refuse new requests, let running ones finish, end the rest with EngineStopped.

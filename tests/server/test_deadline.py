@@ -1,0 +1,39 @@
+"""Deadlines as plain seconds, as any transport has them."""
+
+import time
+
+import pytest
+from trimserve.server.grpc.deadline import Deadline
+
+from trimserve.config import ServerConfig
+
+
+@pytest.mark.parametrize(
+    ("client", "default", "longest", "bound"),
+    [
+        (None, None, None, None),
+        (100, None, None, 100),
+        (None, 200, None, 200),
+        (100, 200, None, 100),
+        (None, None, 300, 300),
+        (400, None, 300, 300),
+        (100, 200, 300, 100),
+        (None, 400, 300, 300),
+    ],
+)
+def test_the_engine_gets_the_clients_deadline_else_the_default_but_no_later_than_the_longest(
+    client: float | None, default: float | None, longest: float | None, bound: float | None
+) -> None:
+    config = ServerConfig(default_deadline_seconds=default, max_deadline_seconds=longest)
+    now = time.monotonic()
+    got = Deadline(client).bounded(config)
+    assert got == (None if bound is None else pytest.approx(now + bound, abs=10))
+
+
+def test_a_call_without_a_deadline_never_passes_it() -> None:
+    assert not Deadline(None).has_passed()
+
+
+def test_a_cancellation_a_moment_before_the_deadline_counts_as_the_deadline() -> None:
+    assert Deadline(0.01).has_passed()
+    assert not Deadline(1000).has_passed()
