@@ -3,9 +3,9 @@
 import time
 
 import pytest
-from trimserve.server.grpc.deadline import Deadline
 
 from trimserve.config import ServerConfig
+from trimserve.server.deadline import Deadline
 
 
 @pytest.mark.parametrize(

@@ -15,9 +15,9 @@ from trimserve.api.status import EngineStatus
 from trimserve.config import Config
 from trimserve.errors import EngineStopped
 from trimserve.server.core import Core
-from trimserve.server.grpc.transport import Transport
 from trimserve.server.listening import address_of, listening
 from trimserve.server.metrics_http import MetricsServer
+from trimserve.server.transport import Transport
 
 __all__ = ["Server"]
 

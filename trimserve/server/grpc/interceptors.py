@@ -19,10 +19,10 @@ from grpc_health.v1 import health
 
 from trimserve.config import ServerConfig
 from trimserve.errors import DeadlinePassed, InvalidRequest, TrimserveError, Unauthenticated, UnknownMethod
+from trimserve.server.deadline import Deadline
 from trimserve.server.gate import Gate
 from trimserve.server.grpc.codec import bounded
 from trimserve.server.grpc.convert import adopt_request_id
-from trimserve.server.grpc.deadline import Deadline
 from trimserve.server.grpc.statuses import REQUEST_ID_KEY, code_of, trailer
 from trimserve.server.metrics import Metrics
 from trimserve.server.tracing import current_trace

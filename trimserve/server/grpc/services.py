@@ -7,8 +7,8 @@ from typing import Any
 from grpc.aio import ServicerContext
 
 from trimserve.server.core import Core
+from trimserve.server.deadline import Deadline
 from trimserve.server.grpc import convert, responses
-from trimserve.server.grpc.deadline import Deadline
 from trimserve.server.observer import RequestObserver
 from trimserve.v1 import generation_pb2, generation_pb2_grpc, model_pb2, model_pb2_grpc
 

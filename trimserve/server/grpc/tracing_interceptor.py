@@ -8,7 +8,7 @@ from typing import Any
 import grpc
 from grpc.aio import ServicerContext
 
-from trimserve.server.grpc.deadline import Deadline
+from trimserve.server.deadline import Deadline
 from trimserve.server.tracing import Tracing
 
 __all__ = ["TracingInterceptor"]
