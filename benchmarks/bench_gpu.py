@@ -174,7 +174,7 @@ def _ours(both: _Both, plan: Plan, per_second: float) -> Iterator[Row]:
         prompt = both.prompt(side)
         [image] = prompt.images
         _, kv = _prefilled(both, prompt, trim)
-        row = {"engine": "trimserve", "setting": name, "cross_rows": kv.cross_length}
+        row = {"engine": "trimserve", "setting": name, "cross_rows": kv.cross_lengths[0]}
         taken = _timed(plan, partial(_encode, both, image))
         yield row | {"phase": "vision", "batch": 1, "ms": taken}
         encoded = [_encode(both, image)]
@@ -187,7 +187,7 @@ def _ours(both: _Both, plan: Plan, per_second: float) -> Iterator[Row]:
         yield row | {"phase": "prefill", "batch": 1, "ms": _timed(plan, prefill)}
         kvs = [kv]
         of_one = (_PROMPT_TOKENS + 1) * info.self_kv_bytes_per_token
-        of_one += kv.cross_length * info.cross_kv_bytes_per_feature
+        of_one += kv.cross_lengths[0] * info.cross_kv_bytes_per_feature
         for batch in plan.batches:
             kvs += [copied(both.pool, kv, _PROMPT_TOKENS + 1) for _ in range(batch - len(kvs))]
             taken = _timed(plan, _step(both, kvs))

@@ -41,6 +41,7 @@ from trimserve.api.trim import TrimRequest
 from trimserve.config import EngineConfig, ModelConfig
 from trimserve.engine.engine import Engine
 from trimserve.errors import TrimserveError
+from trimserve.executor.local import LocalExecutor
 from trimserve.model.loading import load_model
 from trimserve.model.mllama import Mllama
 
@@ -94,7 +95,8 @@ class _Traffic:
     def measure(self, slice_seconds: float) -> dict[str, Any]:
         """Figures of one slice."""
         plan = self._plan
-        engine = Engine(self._model, max_batch=plan.num_running + 1, prefill_slice_seconds=slice_seconds)
+        config = EngineConfig(max_batch=plan.num_running + 1, prefill_slice_seconds=slice_seconds)
+        engine = Engine(self._model, LocalExecutor(self._model), config)
         running = [self._begin(engine, _MAX_NEW_TOKENS) for _ in range(plan.num_running)]
         while not running[-1].arrivals:  # their own prefill is not what is measured
             engine.step()

@@ -20,6 +20,7 @@ ENGINE = tuple(f"trimserve.{part}" for part in ARROW)
 ANSWER_A_REQUEST = """
 from trimserve.config import EngineConfig, ModelConfig
 from trimserve.engine.engine import Engine
+from trimserve.executor.local import LocalExecutor
 from trimserve.api.chunks import Finished, Started
 from trimserve.api.request import GenerationRequest
 from trimserve.api.sampling import SamplingParams
@@ -30,7 +31,8 @@ from trimserve.api.trim import TrimRequest
 image = ImageFile((embedded_model_folder().parent / "samples/scene.png").read_bytes())
 prompt = ChatPrompt((Message("user", (image, Text("What colour is the star?"))),))
 request = GenerationRequest("lean", prompt, SamplingParams(max_new_tokens=3, ignore_eos=True), TrimRequest(k_ratio=0.1))
-engine = Engine(load_model(ModelConfig(), EngineConfig()), max_batch=1)
+model = load_model(ModelConfig(), EngineConfig())
+engine = Engine(model, LocalExecutor(model), EngineConfig(max_batch=1))
 chunks = []
 engine.add(engine.prepare(request, chunks.append, 0.0))
 while engine.has_work:

@@ -89,11 +89,11 @@ class Asked:
         """Keys and values that a step of a batch attends to."""
         info, kv = self._model.info, self._kvs[0]
         of_text = (len(self.prompt.token_ids) + 1) * info.self_kv_bytes_per_token
-        return batch * (of_text + kv.cross_length * info.cross_kv_bytes_per_feature)
+        return batch * (of_text + kv.cross_lengths[0] * info.cross_kv_bytes_per_feature)
 
     def describe(self) -> dict[str, Any]:
         """Numbers of rows."""
-        return {"prompt_tokens": len(self.prompt.token_ids), "cross_rows": self._kvs[0].cross_length}
+        return {"prompt_tokens": len(self.prompt.token_ids), "cross_rows": self._kvs[0].cross_lengths[0]}
 
     def release(self) -> None:
         """Give all pages back."""
@@ -120,7 +120,7 @@ def copied(pool: OwnPages, kv: OwnKeyValues, num_positions: int) -> OwnKeyValues
         kv: after its prefill.
         num_positions: text positions that `kv` has pages for.
     """
-    other = pool.key_values(num_positions, kv.cross_length)
+    other = pool.key_values(num_positions, kv.cross_lengths[0])
     other.length, other.cross_lengths, other.cross_biases = kv.length, [*kv.cross_lengths], [*kv.cross_biases]
     for to, source in ((other.self_tables, kv.self_tables), (other.cross_tables, kv.cross_tables)):
         tables = (to, source[:, : to.shape[1]])

@@ -37,7 +37,7 @@ class Gate:
         assert self._is_open.wait(20)
 
 
-def make_runner(load: Callable[[], FakeModel], **config: int) -> Runner:
+def make_runner(load: Callable[[], FakeModel], **config: float) -> Runner:
     """A runner that is not started, without an image cache."""
 
     def load_both() -> tuple[FakeModel, LocalExecutor]:

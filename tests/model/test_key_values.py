@@ -12,7 +12,7 @@ from trimserve.model.key_values import FeatureTables, KeyValues, write_rows
 def key_values(pages: Tensor, first: int, num_pages: int) -> KeyValues:
     """Of 4 self- and 2 cross-attention layers, 2 to a page; pages from `first` on, in no order."""
     ids = np.arange(first, first + 3 * num_pages, dtype=np.int32)[::-1]
-    return KeyValues.empty(pages, ids[num_pages:].reshape(2, -1), ids[:num_pages].reshape(1, -1), 2, (first, 0))
+    return KeyValues.empty(pages, ids[num_pages:].reshape(2, -1), ids[:num_pages].reshape(1, -1), 2)
 
 
 def test_rows_come_back_from_the_pages_that_they_were_written_to() -> None:
@@ -26,8 +26,8 @@ def test_rows_come_back_from_the_pages_that_they_were_written_to() -> None:
             write_rows(kv.pages, kv.self_tables, layer, keys[layer], values[layer])
         kv.length = rows - 1  # the last row is taken for the new one
         written.append((keys, values))
-    rows = NewRows.of(kvs)
-    tables = DecodeBatch(rows).text(pages, [*rows.positions])
+    new = NewRows.of(kvs)
+    tables = DecodeBatch(new).text(pages, [*new.positions])
     for layer in range(4):
         queries = torch.randn(2, 2, 3)
         attended = tables.attend(layer, queries, 0.5)

@@ -165,7 +165,7 @@ def test_decoded_rows_see_what_the_last_prompt_row_sees(
     prompt = raw(TWO_APART, images)
     token_ids = list(pair.ours.prepare(prompt).token_ids)
     _, kv = pair.logits(prompt)
-    assert kv.cross_length == 2 * pair.ours.info.features_per_tile  # the first image is out of sight
+    assert kv.cross_lengths[0] == 2 * pair.ours.info.features_per_tile  # the first image is out of sight
     continuation = [5, 17, 9]
     expected = pair.peer.logits(token_ids + continuation, images)[len(token_ids) :]
     blind = pair.peer.inputs(token_ids + continuation, images)
@@ -189,7 +189,7 @@ def test_dropped_features_that_are_each_merged_alone_are_as_good_as_kept(pair: P
     prompt = raw(TWO_APART, [noise(grid, pair.ours.info.tile_size, seed) for seed, grid in enumerate([(2, 2), (1, 2)])])
     logits, kv = pair.logits(prompt, TrimPlan.of(TrimRequest(k_ratio=0.05, merge_ratio=1.0)))
     untrimmed, whole = pair.logits(prompt)
-    assert kv.cross_length == whole.cross_length
+    assert kv.cross_lengths[0] == whole.cross_lengths[0]
     torch.testing.assert_close(logits, untrimmed, atol=LOGITS, rtol=0)
     decoded = [pair.ours.decode([7], [held]) for held in (kv, whole)]
     torch.testing.assert_close(*decoded, atol=LOGITS, rtol=0)
@@ -201,7 +201,7 @@ def test_where_nothing_is_dropped_nothing_is_merged(pair: Pair) -> None:
         prompt, TrimPlan.of(TrimRequest(k_ratio=0.99, merge_ratio=0.5))
     )  # 0.99 of 40 features, rounded up
     untrimmed, whole = pair.logits(prompt)
-    assert kv.cross_length == whole.cross_length
+    assert kv.cross_lengths[0] == whole.cross_lengths[0]
     torch.testing.assert_close(logits, untrimmed, atol=LOGITS, rtol=0)
 
 
@@ -313,7 +313,7 @@ def kept(rows: SequenceRows) -> list[int] | None:
 
 def test_padding_tiles_are_neither_projected_nor_cached(pair: Pair) -> None:
     _, kv = pair.logits(raw(ONE, [noise((1, 1), pair.ours.info.tile_size)]))
-    assert kv.cross_length == pair.ours.info.features_per_tile
+    assert kv.cross_lengths[0] == pair.ours.info.features_per_tile
 
 
 def test_the_cap_bounds_what_is_kept_of_each_image(pair: Pair) -> None:
@@ -324,7 +324,7 @@ def test_the_cap_bounds_what_is_kept_of_each_image(pair: Pair) -> None:
     trim = TrimPlan.of(TrimRequest(k_ratio=0.9, max_kept_fraction=0.25, return_selection=True))
     prefilled = run_through(pair.ours.prefill(prepared, encoded_images, trim, kv))
     assert prefilled.num_kept == (10, 2)  # floor of a quarter of 40 and of 10
-    assert kv.cross_length == 12
+    assert kv.cross_lengths[0] == 12
     for selection, kept in zip(prefilled.selections, prefilled.num_kept, strict=True):
         assert sum(byte.bit_count() for byte in selection.kept) == kept
         assert len(selection.picks_by_head) == pair.ours.info.num_heads

@@ -294,11 +294,11 @@ KILLED_ENGINE = """
 import asyncio
 from tests.engine.fake_model import FakeModel
 from trimserve.config import Config, ServerConfig
-from trimserve.engine.runner import Runner
+from tests.engine.driving import make_runner
 from trimserve.server.running import serve
 from trimserve.serve import make_server
 
-runner = Runner(FakeModel, max_batch=4, max_queue=4, num_preprocess_workers=1)
+runner = make_runner(FakeModel, max_batch=4, max_queue=4, num_preprocess_workers=1)
 config = Config(server=ServerConfig(port=0, metrics=False))
 asyncio.run(serve(make_server(runner, config), on_serving=lambda server: print(server.address, flush=True)))
 """
@@ -333,7 +333,7 @@ def test_a_server_in_a_thread_whose_engine_died_says_so_at_its_end() -> None:
 SIGTERM_WHILE_LOADING = """
 import asyncio, os, signal, threading, time
 from trimserve.config import Config, ServerConfig
-from trimserve.engine.runner import Runner
+from tests.engine.driving import make_runner
 from trimserve.server.running import serve
 from trimserve.serve import make_server
 
@@ -341,7 +341,7 @@ def load():
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(1000)
 
-runner = Runner(load, max_batch=1, max_queue=1, num_preprocess_workers=1)
+runner = make_runner(load, max_batch=1, max_queue=1, num_preprocess_workers=1)
 asyncio.run(serve(make_server(runner, Config(server=ServerConfig(port=0, metrics=False)))))
 """
 

@@ -22,7 +22,7 @@ PROGRAM = """
 import asyncio, sys, time
 from tests.engine.fake_model import FakeModel
 from trimserve.config import Config, ServerConfig
-from trimserve.engine.runner import Runner
+from tests.engine.driving import make_runner
 from trimserve.server.running import serve
 from trimserve.serve import make_server
 
@@ -30,7 +30,7 @@ def load():
     return FakeModel(before_decode=lambda: time.sleep(0.01))
 
 port, grace = int(sys.argv[1]), float(sys.argv[2])
-runner = Runner(load, max_batch=8, max_queue=64, num_preprocess_workers=1)
+runner = make_runner(load, max_batch=8, max_queue=64, num_preprocess_workers=1)
 config = Config(server=ServerConfig(port=port, metrics=False, drain_grace_seconds=grace))
 asyncio.run(serve(make_server(runner, config), on_serving=lambda server: print(server.address, flush=True)))
 """
@@ -126,7 +126,7 @@ HANGING = """
 import asyncio, ctypes, sys, time
 from tests.engine.fake_model import FakeModel
 from trimserve.config import Config, EngineConfig, ServerConfig
-from trimserve.engine.runner import Runner
+from tests.engine.driving import make_runner
 from trimserve.server.running import serve
 from trimserve.serve import make_server
 
@@ -137,7 +137,7 @@ def sleep_with_the_lock_of_python():
     ctypes.PyDLL(None).sleep(1000)
 
 hang, good_steps = globals()[sys.argv[1]], iter(range(int(sys.argv[2])))
-runner = Runner(
+runner = make_runner(
     lambda: FakeModel(before_decode=lambda: next(good_steps, None) is not None or hang()),
     max_batch=1, max_queue=4, num_preprocess_workers=1, step_timeout_seconds=1.5,
 )

@@ -288,8 +288,9 @@ class Engine:
         except Exception as error:
             log.exception("request failed", extra={"request_id": sequence.request_id})
             self.cancel(sequence)
-            is_own = isinstance(error, TrimserveError)
-            sequence.sink(error if is_own else RequestFailed(f"the engine failed on request {sequence.request_id}"))
+            if not isinstance(error, TrimserveError):
+                error = RequestFailed(f"the engine failed on request {sequence.request_id}")
+            sequence.sink(error)
 
     # ---- bounds ----
 
