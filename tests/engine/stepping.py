@@ -16,7 +16,7 @@ from trimserve.errors import TrimserveError
 from trimserve.executor.local import LocalExecutor
 from trimserve.executor.model import Model
 
-__all__ = ["Output", "alone", "deltas", "finished", "make_engine", "run", "start", "text"]
+__all__ = ["Clock", "Output", "alone", "deltas", "finished", "make_engine", "run", "start", "text"]
 
 
 class ProcessorAndModel(Processor, Model, Protocol):
@@ -36,6 +36,25 @@ def make_engine(
     """An engine over a model of this process, without an image cache unless one is asked for."""
     knobs = EngineConfig(**{"image_cache_bytes": 0, **config})
     return Engine(model, LocalExecutor(model, knobs.image_cache_bytes, clock), knobs, on_step, clock)
+
+
+class Clock:
+    """A clock that stands still while nothing works."""
+
+    def __init__(self) -> None:
+        """At some time."""
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def work(self, seconds: float) -> Callable[[], None]:
+        """A hook that takes so long."""
+
+        def work() -> None:
+            self.now += seconds
+
+        return work
 
 
 def start(engine: Engine, wanted: GenerationRequest) -> tuple[Sequence, Output]:

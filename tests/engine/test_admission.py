@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from tests.engine.fake_model import IMAGE, FakeModel, request
-from tests.engine.stepping import Output, alone, finished, make_engine, run, start, text
+from tests.engine.stepping import Clock, Output, alone, finished, make_engine, run, start, text
 from trimserve.api.chunks import Finished, Started
 from trimserve.api.prompt import ImageFile, TokenPrompt
 from trimserve.api.trim import TrimRequest
@@ -117,17 +117,17 @@ def test_only_images_that_decoding_sees_need_room() -> None:
 
 
 def test_a_deadline_that_cannot_be_met_is_refused_before_any_work() -> None:
-    model = FakeModel(before_decode=lambda: time.sleep(0.01))  # a hundred tokens take a second
-    engine = make_engine(model, max_batch=1)
+    clock = Clock()
+    model = FakeModel(before_decode=clock.work(0.01))  # a hundred tokens take a second
+    engine = make_engine(model, max_batch=1, clock=clock)
     run(engine, request("measure", max_new_tokens=5))
-    now = time.monotonic()
     output: Output = []
     wanted = request("late", max_new_tokens=101, ignore_eos=True)
-    engine.add(engine.prepare(wanted, output.append, now, now + 0.5))
+    engine.add(engine.prepare(wanted, output.append, clock.now, clock.now + 0.5))
     model.batch_sizes.clear()
     engine.step()
     assert isinstance(output[-1], DeadlinePassed)
-    assert "cannot be met: 0.4" in str(output[-1]) or "cannot be met: 0.5" in str(output[-1])
+    assert "cannot be met: 0.500 s are left and 1.000 s are needed at least" in str(output[-1])
     assert not model.batch_sizes
     assert not engine.has_work
 

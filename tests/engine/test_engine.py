@@ -19,7 +19,7 @@ from tests.engine.fake_model import (
     FakeModel,
     request,
 )
-from tests.engine.stepping import Output, alone, deltas, finished, make_engine, run, start, text
+from tests.engine.stepping import Clock, Output, alone, deltas, finished, make_engine, run, start, text
 from trimserve.api.chunks import Finished, FinishReason, GenerationChunk, Started
 from trimserve.api.prompt import ImageFile, Prompt, RawPrompt, TokenPrompt
 from trimserve.api.request import GenerationRequest
@@ -190,13 +190,14 @@ def test_running_requests_wait_for_one_layer_of_the_next_when_the_slice_is_zero(
 
 def test_a_slice_is_as_long_as_it_may_be() -> None:
     log: list[str] = []
+    clock = Clock()
 
     def layer() -> None:
         log.append("layer")
-        time.sleep(0.02)  # two of them are more than a slice, one is less
+        clock.now += 0.02  # two of them are more than a slice, one is less
 
     model = FakeModel(before_layer=layer, before_decode=lambda: log.append("decode"))
-    engine = make_engine(model, max_batch=2, prefill_slice_seconds=0.03)
+    engine = make_engine(model, max_batch=2, prefill_slice_seconds=0.03, clock=clock)
     start(engine, request("a", max_new_tokens=20))
     while "decode" not in log:
         engine.step()
@@ -330,11 +331,12 @@ def test_stages_add_up_to_the_total() -> None:
 
 def test_every_step_tells_how_many_it_decoded_and_how_long_that_took() -> None:
     steps: list[tuple[int, float]] = []
-    model = FakeModel(before_decode=_sleep(0.002))
-    engine = make_engine(model, max_batch=2, on_step=lambda *step: steps.append(step))
+    clock = Clock()
+    model = FakeModel(before_decode=clock.work(0.002))
+    engine = make_engine(model, max_batch=2, on_step=lambda *step: steps.append(step), clock=clock)
     run(engine, *(request(prompt, max_new_tokens=4, ignore_eos=True) for prompt in "abc"))
     assert [size for size, _ in steps] == model.batch_sizes
-    assert all(0.002 <= seconds < 1 for _, seconds in steps)
+    assert [seconds for _, seconds in steps] == pytest.approx([0.002] * len(steps))
 
 
 PROMPTS: st.SearchStrategy[Prompt] = st.one_of(
