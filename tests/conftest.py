@@ -16,6 +16,7 @@ for name in [*os.environ]:
 
 # One thread: with more, a busy neighbour stalls every op at the thread pool's barrier.
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # of the programs that tests start, too
 
 # No deadline: the first example pays for compilation and caches. CI draws the same examples on every run, so
 # that its failures can be replayed.

@@ -41,6 +41,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def equipped(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Mllama:
+    """The checkpoint on the CPU, with all that policies need."""
+    codebook = tmp_path_factory.mktemp("codebook") / "codebook.safetensors"
+    return load_model(equip(ModelConfig(model=str(folder), device="cpu"), codebook), EngineConfig())
+
+
 def load(folder: Path, device: Device) -> Mllama:
     """Load it."""
     return load_model(ModelConfig(model=str(folder), device=device), EngineConfig())
@@ -92,11 +99,10 @@ def test_a_mix_of_requests_gets_the_tokens_that_the_cpu_gives(folder: Path, devi
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_every_tensor_is_made_on_a_device_that_is_named(folder: Path, tmp_path: Path, policy: str) -> None:
+def test_every_tensor_is_made_on_a_device_that_is_named(equipped: Mllama, policy: str) -> None:
     # On meta, tensors have no values: whatever is made there by default breaks what it meets.
-    model = load_model(equip(ModelConfig(model=str(folder), device="cpu"), tmp_path / "codebook"), EngineConfig())
     parameters = PARAMETERS.get(policy, {})
     trim = TrimRequest(policy=policy, k_ratio=0.1, merge_ratio=0.2, return_selection=True, parameters=parameters)
     requests = [GenerationRequest("a", TWO, SAMPLED, trim), MIX[0]]
-    expected = generate(make_engine(model, max_batch=2), *requests)
-    assert generate(make_engine(model, max_batch=2), *requests, default_device="meta") == expected
+    expected = generate(make_engine(equipped, max_batch=2), *requests)
+    assert generate(make_engine(equipped, max_batch=2), *requests, default_device="meta") == expected

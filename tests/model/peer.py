@@ -177,18 +177,16 @@ def literal_groups(keys: Tensor, dropped: list[int], most: int) -> list[list[int
     """Group some rows of keys [N, D] around anchors that are far apart."""
     if not dropped:
         return []
-    unit = {n: keys[n].double() / keys[n].double().norm() for n in dropped}
-    mean = torch.stack(list(unit.values())).mean(dim=0)
-
-    def likeness(n: int, anchors: list[int]) -> float:
-        return max(float(unit[n] @ unit[anchor]) for anchor in anchors)
-
-    anchors = [min(dropped, key=lambda n: float(unit[n] @ mean))]
+    unit = torch.nn.functional.normalize(keys.double(), dim=1)
+    likeness = (unit @ unit.T).tolist()
+    to_mean = (unit @ unit[dropped].mean(dim=0)).tolist()
+    anchors = [min(dropped, key=to_mean.__getitem__)]
     while len(anchors) < min(most, len(dropped)):
-        anchors.append(min((n for n in dropped if n not in anchors), key=lambda n: likeness(n, anchors)))
+        others = (n for n in dropped if n not in anchors)
+        anchors.append(min(others, key=lambda n: max(likeness[n][anchor] for anchor in anchors)))
     groups: dict[int, list[int]] = {anchor: [] for anchor in anchors}
     for n in dropped:
-        groups[n if n in groups else max(anchors, key=lambda anchor: likeness(n, [anchor]))].append(n)
+        groups[n if n in groups else max(anchors, key=likeness[n].__getitem__)].append(n)
     return list(groups.values())
 
 

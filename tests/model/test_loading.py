@@ -1,7 +1,6 @@
 """What loading accepts, what it refuses by name, and what it costs."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -9,12 +8,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import MllamaConfig, MllamaForConditionalGeneration
+from trimserve.model.fused import fused_weight
 
 from tests.model.random_checkpoint import Geometry, save_random_checkpoint
+from tests.models.conftest import Pair
+from tests.models.random_checkpoint import Geometry, save_random_checkpoint
 from trimserve import ops
 from trimserve.api.prompt import RawPrompt
 from trimserve.config import EngineConfig, ModelConfig
@@ -25,9 +28,9 @@ from trimserve.model.weights import fused_weight, load_weights
 
 
 @pytest.fixture
-def checkpoint(tmp_path: Path) -> Path:
+def checkpoint(pair: Pair, tmp_path: Path) -> Path:
     """A folder that loads; tests break it."""
-    save_random_checkpoint(tmp_path, Geometry())
+    shutil.copytree(pair.folder, tmp_path, dirs_exist_ok=True)
     return tmp_path
 
 
@@ -209,22 +212,18 @@ def test_a_folder_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) ->
         load("no/such-model")
 
 
-def test_a_hub_id_loads_from_the_cache_at_its_revision(checkpoint: Path, tmp_path: Path) -> None:
+def test_a_hub_id_loads_from_the_cache_at_its_revision(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     commit = "0123456789abcdef0123456789abcdef01234567"
     repository = tmp_path / "cache/hub/models--someone--a-model"
     (repository / "refs").mkdir(parents=True)
     (repository / "refs/main").write_text(commit)
     shutil.copytree(checkpoint, repository / "snapshots" / commit, ignore=shutil.ignore_patterns("cache"))
-    program = (
-        "from trimserve.config import EngineConfig, ModelConfig\n"
-        "from trimserve.model.loading import describe_model, load_model\n"
-        "info = load_model(ModelConfig(model='someone/a-model'), EngineConfig()).info\n"
-        "print(info.model_id, info.revision)"
-    )
-    environment = os.environ | {"HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-c", program]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
-    assert done.stdout.split() == ["someone/a-model", commit]
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache/hub"))  # HF_HOME's
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    info = load("someone/a-model").info
+    assert (info.model_id, info.revision) == ("someone/a-model", commit)
 
 
 def test_a_context_past_the_checkpoints_is_refused(checkpoint: Path) -> None:

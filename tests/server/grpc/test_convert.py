@@ -2,12 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import inf, nextafter
 
 import grpc
 import pytest
 from google.protobuf.descriptor_pb2 import FieldDescriptorProto
 from google.rpc import error_details_pb2
-from hypothesis import assume, given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.server.conftest import Field, Loopback, rich_status
@@ -336,13 +337,16 @@ def test_every_value_of_a_request_tells_its_range(said: dict[str, Field]) -> Non
         assert "Range: " in comment, path
 
 
-@pytest.mark.parametrize("path", [path for path in BOUNDS if path.count(".") == 1 and path != "sampling.logit_bias"])
-@given(value=st.floats() | st.integers(0, 30).map(float))
-def test_a_number_is_taken_exactly_when_it_is_within_its_bounds(path: str, value: float) -> None:
+NUMBERS = [path for path in BOUNDS if path.count(".") == 1 and path != "sampling.logit_bias"]
+
+
+def assert_taken_when_within(path: str, value: float) -> None:
+    """Ask with a value of a field, where its type can hold it."""
     section, _, field = path.partition(".")
     request = chat_request()
     if field == "num_top_logprobs":
-        assume(value.is_integer() and 0 <= value < 2**32)
+        if not (value.is_integer() and 0 <= value < 2**32):
+            return
         value = int(value)
     setattr(getattr(request, section), field, value)
     interval = BOUNDS[path]
@@ -352,3 +356,16 @@ def test_a_number_is_taken_exactly_when_it_is_within_its_bounds(path: str, value
     else:
         with pytest.raises(InvalidRequest, match=f"^{path}: must be in"):
             converted(request)
+
+
+@pytest.mark.parametrize("path", NUMBERS)
+def test_a_number_is_taken_exactly_when_it_is_within_its_bounds(path: str) -> None:
+    for bound in map(float, (BOUNDS[path].low, BOUNDS[path].high)):
+        for value in (bound, nextafter(bound, -inf), nextafter(bound, inf), bound - 1, bound + 1):
+            assert_taken_when_within(path, value)
+
+
+@settings(max_examples=300)
+@given(path=st.sampled_from(NUMBERS), value=st.floats() | st.integers(0, 30).map(float))
+def test_any_number_is_taken_or_refused_by_its_bounds(path: str, value: float) -> None:
+    assert_taken_when_within(path, value)
