@@ -318,7 +318,7 @@ def test_an_interrupt_while_the_model_is_loaded_ends_the_command() -> None:
         assert process.stdout is not None
         assert process.stdout.readline() == "loading\n"
         process.send_signal(signal.SIGINT)
-        _, error = process.communicate(timeout=20)
+        _, error = process.communicate(timeout=60)
     assert process.returncode == 130
     assert error == "interrupted\n"
 

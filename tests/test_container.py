@@ -32,7 +32,7 @@ def health(port: str) -> subprocess.CompletedProcess[str]:
     """Run the image's health check."""
     environment = {"TRIMSERVE__SERVER__METRICS_PORT": port, "http_proxy": "http://127.0.0.1:1"}
     command: list[str | Path] = [sys.executable, ROOT / "docker/healthcheck.py"]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=30)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
 
 
 def test_a_serving_server_is_healthy_whatever_the_proxy(metrics_port: str) -> None:

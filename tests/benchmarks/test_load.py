@@ -43,7 +43,7 @@ async def test_a_client_goes_on_after_an_error(make: Maker) -> None:
 
 
 async def test_an_open_loop_sends_on_time_whatever_became_of_those_before(make: Maker) -> None:
-    target = Target(0.05)
+    target = Target(0.5)
     exchanges = await open_loop(target.ask, [make.item(index) for index in range(4)], [0.0, 0.005, 0.01, 0.015])
     assert target.most_asking == 4
     gaps = [exchange.sent - exchanges[0].sent for exchange in exchanges]

@@ -71,5 +71,5 @@ async def test_onlookers_tell_how_long_each_answer_took() -> None:
         async with asked(server.address, server.metrics_address) as seconds:
             pass
     assert set(seconds) == {"health", "metrics", "reflection"}
-    assert all(0 < each < 10 for answers in seconds.values() for each in answers)
+    assert all(each > 0 for answers in seconds.values() for each in answers)
     assert all(seconds.values())  # at least once

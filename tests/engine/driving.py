@@ -1,8 +1,7 @@
 """What tests of the runner have in common: a started runner, gates in its model, a request's whole output."""
 
-import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from pydantic import ByteSize
@@ -15,6 +14,7 @@ from trimserve.engine.runner import Runner
 from trimserve.executor.local import LocalExecutor
 
 __all__ = ["LONG", "Gate", "collect", "held_bytes", "make_runner", "running", "text", "tokens", "until"]
+from tests.patience import PATIENCE_SECONDS
 
 LONG = request("long", ignore_eos=True, max_new_tokens=120)
 
@@ -26,15 +26,19 @@ class Gate:
         """Open."""
         self._is_open = threading.Event()
         self._is_open.set()
+        self.is_reached = threading.Event()
+        """Set by the first thread that comes by after `close`."""
 
     def close(self) -> None:
+        self.is_reached.clear()
         self._is_open.clear()
 
     def open(self) -> None:
         self._is_open.set()
 
     def __call__(self) -> None:
-        assert self._is_open.wait(20)
+        self.is_reached.set()
+        assert self._is_open.wait(PATIENCE_SECONDS)
 
 
 def make_runner(load: Callable[[], FakeModel], **config: float) -> Runner:
@@ -72,13 +76,6 @@ async def collect(runner: Runner, wanted: GenerationRequest, deadline: float | N
 def held_bytes(runner: Runner) -> int:
     status = runner.status()
     return status.self_kv_bytes + status.cross_kv_bytes + status.cross_kv_untrimmed_bytes
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    """Wait until something is so; fail when that takes longer than a test would."""
-    async with asyncio.timeout(20):
-        while not condition():  # noqa: ASYNC110  # what is waited for happens on another thread
-            await asyncio.sleep(0.001)
 
 
 def text(chunks: list[GenerationChunk]) -> str:

@@ -8,6 +8,7 @@ import pytest
 
 from tests.engine.driving import LONG, Gate, collect, held_bytes, make_runner, running, text, until
 from tests.engine.fake_model import KILLS_THE_ENGINE, FakeModel, request
+from tests.patience import PATIENCE_SECONDS, until
 from trimserve.api.chunks import Finished, TokenDelta
 from trimserve.errors import CheckpointError, EngineStopped, RequestFailed
 
@@ -78,7 +79,7 @@ async def test_a_runner_stopped_while_it_warms_up_never_becomes_ready() -> None:
     runner = make_runner(lambda: FakeModel(before_prefill=gate), max_batch=1, max_queue=1, num_preprocess_workers=1)
     starting = asyncio.create_task(runner.start())
     await until(lambda: bool(_engine_threads()))
-    stopping = asyncio.create_task(runner.stop(20.0))
+    stopping = asyncio.create_task(runner.stop(PATIENCE_SECONDS))
     await asyncio.sleep(0)
     gate.open()
     with pytest.raises(EngineStopped, match="while it warmed up"):
@@ -89,15 +90,17 @@ async def test_a_runner_stopped_while_it_warms_up_never_becomes_ready() -> None:
 
 
 async def test_stop_lets_accepted_requests_finish_and_refuses_new_ones() -> None:
-    model = FakeModel(before_decode=lambda: time.sleep(0.002))  # still runs when it is told to stop
-    async with running(model, max_batch=1) as runner:
+    gate = Gate()
+    async with running(FakeModel(before_decode=gate), max_batch=1) as runner:
+        gate.close()  # still runs when it is told to stop
         tasks = [asyncio.create_task(collect(runner, request("hi", max_new_tokens=10))) for _ in range(3)]
         await until(lambda: runner.status().num_running == 1)
-        stopping = asyncio.create_task(runner.stop(20.0))
+        stopping = asyncio.create_task(runner.stop(PATIENCE_SECONDS))
         await asyncio.sleep(0)
         with pytest.raises(EngineStopped, match="is stopping"):
             await collect(runner, request("late"))
         assert not runner.status().is_ready
+        gate.open()
         assert all(isinstance(chunks[-1], Finished) for chunks in await asyncio.gather(*tasks))
         await stopping
         assert not _engine_threads()
@@ -106,9 +109,9 @@ async def test_stop_lets_accepted_requests_finish_and_refuses_new_ones() -> None
 
 
 async def test_stop_ends_what_is_left_after_the_grace() -> None:
-    gate = Gate()
-    model = FakeModel(before_decode=lambda: time.sleep(0.01), before_tokenize=gate)
-    async with running(model, max_batch=1) as runner:
+    decoding, gate = Gate(), Gate()
+    async with running(FakeModel(before_decode=decoding, before_tokenize=gate), max_batch=1) as runner:
+        decoding.close()
         tasks = [asyncio.create_task(collect(runner, LONG)) for _ in range(2)]
         await until(lambda: runner.status().num_running == 1)
         gate.close()
@@ -118,6 +121,7 @@ async def test_stop_ends_what_is_left_after_the_grace() -> None:
         results = await asyncio.gather(*tasks, return_exceptions=True)
         assert [type(result) for result in results] == [EngineStopped] * 3
         gate.open()
+        decoding.open()
         await stopping
         assert held_bytes(runner) == 0
         assert not _engine_threads()

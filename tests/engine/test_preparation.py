@@ -8,12 +8,15 @@ from contextlib import suppress
 import pytest
 import torch
 
-from tests.engine.driving import Gate, collect, running, text, until
+from tests.engine.driving import Gate, collect, running, text
 from tests.engine.fake_model import IMAGE, FakeModel, request
+from tests.patience import soon, until
 from trimserve.api.chunks import Started, TokenDelta
 from trimserve.api.prompt import ImageFile, TokenPrompt
+from trimserve.engine.runner import Runner
 from trimserve.errors import EngineBusy, EngineStopped
 from trimserve.model.images import PreparedImage
+from trimserve.model.prepared import PreparedImage
 
 
 class _TrackedImage(ImageFile):
@@ -23,6 +26,12 @@ class _TrackedImage(ImageFile):
 def _album(num_images: int, name: str = "") -> TokenPrompt:
     """A prompt with images, whose names `FakeModel.images` notes."""
     return TokenPrompt((IMAGE,) * num_images + (65,), (ImageFile(b"1", name),) * num_images)
+
+
+def _num_tokenised(runner: Runner) -> int:
+    """Requests whose images are decoded, or will be."""
+    with runner._wake:
+        return sum(stream.ticket is not None for stream in runner._streams)
 
 
 def _no_memory() -> None:
@@ -53,7 +62,7 @@ async def test_an_urgent_request_comes_between_two_images() -> None:
         await until(lambda: bool(model.images))
         for name, priority in [("second", 0), ("urgent", 1)]:
             tasks.append(asyncio.create_task(collect(runner, request(_album(2, name), priority=priority))))
-            await asyncio.sleep(0.02)
+            await until(lambda: _num_tokenised(runner) == len(tasks))
         gate.open()
         await asyncio.gather(*tasks)
     assert model.images == ["first", "urgent", "urgent", "first", "second", "second"]
@@ -66,19 +75,18 @@ async def test_a_cancelled_request_lets_go_of_its_images_while_the_workers_are_b
     async with running(model, num_preprocess_workers=1) as runner:
         gate.close()
         busy = asyncio.create_task(collect(runner, request(_album(1))))
-        await asyncio.sleep(0.02)
+        await until(gate.is_reached.is_set)
         image = _TrackedImage(b"1")
         alive = weakref.ref(image)
         task = asyncio.create_task(collect(runner, request(TokenPrompt((IMAGE, 65), (image,)))))
         del image
-        await asyncio.sleep(0.02)
+        await until(lambda: runner.status().num_waiting == 2 if stage == "text" else _num_tokenised(runner) == 2)
         assert alive() is not None
         task.cancel()
         with suppress(asyncio.CancelledError):
             await task
         del task
-        await asyncio.sleep(0)  # the loop itself lets go of the task
-        assert alive() is None
+        await until(lambda: alive() is None)
         gate.open()
         await busy
 
@@ -117,7 +125,7 @@ async def test_stop_does_not_wait_for_images() -> None:
         gate.close()
         tasks = [asyncio.create_task(collect(runner, request(_album(4)))) for _ in range(3)]
         await until(lambda: len(model.images) == 2)
-        await asyncio.wait_for(runner.stop(0.0), 5)
+        await soon(runner.stop(0.0))
         assert [type(error) for error in await asyncio.gather(*tasks, return_exceptions=True)] == [EngineStopped] * 3
         gate.open()
         await until(lambda: not any(thread.name.startswith("trimserve-image") for thread in threading.enumerate()))

@@ -6,7 +6,7 @@ from contextlib import aclosing
 
 import pytest
 
-from tests.engine.driving import LONG, Gate, collect, held_bytes, running, text, tokens, until
+from tests.engine.driving import LONG, Gate, collect, held_bytes, running, text, tokens
 from tests.engine.fake_model import (
     BREAKS_DECODE,
     BREAKS_PREFILL,
@@ -15,6 +15,7 @@ from tests.engine.fake_model import (
     FakeModel,
     request,
 )
+from tests.patience import until
 from trimserve.api.chunks import Finished, Started, TokenDelta
 from trimserve.api.prompt import ImageFile, RawPrompt, TokenPrompt
 from trimserve.errors import DeadlinePassed, EngineBusy, InvalidRequest, RequestFailed
@@ -172,30 +173,42 @@ async def test_a_request_that_nobody_waits_for_ends_within_a_step(place: str, ho
 
 
 async def test_closing_the_stream_frees_the_request_while_it_runs() -> None:
-    model = FakeModel(before_decode=lambda: time.sleep(0.002))
+    gate = Gate()
+    model = FakeModel(before_decode=gate)
     async with running(model) as runner:
+        model.batch_sizes.clear()
+        gate.close()
         async with aclosing(runner.submit(LONG)) as chunks:
             async for chunk in chunks:
                 if isinstance(chunk, TokenDelta):
                     break
+        gate.open()
         await until(lambda: held_bytes(runner) == 0)
-        assert len(model.batch_sizes) < 60
+        assert len(model.batch_sizes) <= 1
 
 
 async def test_a_deadline_says_where_the_request_was() -> None:
-    async with running(FakeModel(before_decode=lambda: time.sleep(0.02)), max_batch=1) as runner:
-        task = asyncio.create_task(collect(runner, LONG))
+    gate = Gate()
+    async with running(FakeModel(before_decode=gate), max_batch=1) as runner:
+        gate.close()
+        tasks: list[asyncio.Task[list[GenerationChunk]]] = []
+        for prompt in ("runs", "waits"):
+            tasks.append(asyncio.create_task(collect(runner, request(prompt, max_new_tokens=120))))
+            await until(lambda: len([stream for stream in runner._streams if stream.sequence]) == len(tasks))
         await until(lambda: runner.status().num_running == 1)
-        with pytest.raises(DeadlinePassed, match="while the request was waiting"):
-            await collect(runner, LONG, time.monotonic() + 0.3)
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
-        # It might have ended at any token: nothing says beforehand that it comes too late.
-        with pytest.raises(DeadlinePassed, match="while the request was running"):
-            await collect(runner, request("long", max_new_tokens=120), time.monotonic() + 0.3)
+        for stream in tuple(runner._streams):
+            runner._expire(stream)
+        for task, doing in zip(tasks, ("running", "waiting"), strict=True):
+            with pytest.raises(DeadlinePassed, match=f"while the request was {doing}"):
+                await task
+        gate.open()
+
+
+async def test_a_deadline_that_comes_too_soon_is_refused_at_once() -> None:
+    async with running(FakeModel(before_decode=lambda: time.sleep(0.02)), max_batch=1) as runner:
+        assert await collect(runner, request("measure", max_new_tokens=2, ignore_eos=True))
         with pytest.raises(DeadlinePassed, match="cannot be met"):
-            await collect(runner, LONG, time.monotonic() + 0.3)
+            await collect(runner, LONG, time.monotonic() + 2)  # it takes 119 steps
         with pytest.raises(DeadlinePassed):
             await collect(runner, LONG, time.monotonic() - 1)
         assert await collect(runner, request("hi"), time.monotonic() + 60)
@@ -204,16 +217,22 @@ async def test_a_deadline_says_where_the_request_was() -> None:
 async def test_a_slow_warm_up_makes_no_deadline_too_near() -> None:
     slow = iter([0.5])  # what is made ready on first use
     async with running(FakeModel(before_decode=lambda: time.sleep(next(slow, 0.0)))) as runner:
-        wanted = request("hi", ignore_eos=True, max_new_tokens=20)
-        assert await collect(runner, wanted, time.monotonic() + 5)
+        assert await collect(runner, LONG, time.monotonic() + 50)  # 119 steps as slow would take longer
 
 
-async def test_an_idle_engine_sleeps() -> None:
+async def test_an_idle_engine_sleeps(monkeypatch: pytest.MonkeyPatch) -> None:
     async with running(FakeModel()) as runner:
         await collect(runner, request("hi"))
-        before = time.process_time()
-        await asyncio.sleep(0.2)
-        assert time.process_time() - before < 0.05
+        await until(lambda: not runner._loaded.has_work)
+        num_steps = 0
+
+        def step() -> None:
+            nonlocal num_steps
+            num_steps += 1
+
+        monkeypatch.setattr(runner._loaded, "step", step)
+        await asyncio.sleep(0.1)
+        assert num_steps <= 1  # what it was told last
 
 
 async def test_equal_request_ids_do_not_meet() -> None:

@@ -12,6 +12,7 @@ import pytest
 from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2
 
+from tests.patience import soon, until
 from tests.server.conftest import Loopback
 from tests.server.fakes import CONFIG, FINISHED, STARTED, FakeRunner, Pause, chat_request
 from tests.server.grpc.test_interceptors import details, failed
@@ -192,8 +193,7 @@ async def test_a_client_has_as_many_calls_open_as_it_may_and_others_still_get_in
             return loopback.generation.Generate(chat_request(), metadata=bearer(token))
 
         running = [asyncio.ensure_future(ask(token)) for token in ("old", "new", "ask")]
-        while loopback.runner.num_running < 3:  # noqa: ASYNC110  # the fake has no event for it
-            await asyncio.sleep(0.01)
+        await until(lambda: loopback.runner.num_running == 3)
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await ask("new")
         assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
@@ -214,7 +214,7 @@ async def test_without_tokens_a_client_is_its_address(caplog: pytest.LogCaptureF
     async with serving(max_concurrent_rpcs_per_client=1) as loopback:
         loopback.runner.script = (STARTED, Pause.UNTIL_RELEASED, FINISHED)
         first = asyncio.ensure_future(loopback.generation.Generate(chat_request()))
-        await asyncio.wait_for(loopback.runner.paused.wait(), 5)
+        await soon(loopback.runner.paused.wait())
         options = [("grpc.use_local_subchannel_pool", 1)]
         async with grpc.aio.insecure_channel(loopback.server.address, options) as other:
             stub = Loopback(loopback.runner, loopback.server, other).generation
@@ -229,7 +229,7 @@ async def test_a_full_server_still_answers_health_checks() -> None:
     async with serving(max_concurrent_rpcs=1) as loopback:
         loopback.runner.script = (STARTED, Pause.UNTIL_RELEASED, FINISHED)
         first = asyncio.ensure_future(loopback.generation.Generate(chat_request()))
-        await asyncio.wait_for(loopback.runner.paused.wait(), 5)
+        await soon(loopback.runner.paused.wait())
         code, info = await failed(loopback.generation.Generate(chat_request()))
         assert (code, info.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "TOO_MANY_CALLS")
         assert (await health(loopback.channel).Check(health_pb2.HealthCheckRequest())).status
@@ -238,7 +238,7 @@ async def test_a_full_server_still_answers_health_checks() -> None:
 
 
 async def test_a_message_that_does_not_arrive_in_time_ends_its_call() -> None:
-    async with serving(receive_timeout_seconds=0.2) as loopback:
+    async with serving(receive_timeout_seconds=2) as loopback:
         stub: grpc.aio.StreamUnaryMultiCallable[bytes, bytes]
         stub = loopback.channel.stream_unary("/trimserve.v1.GenerationService/Generate")
         call = stub()

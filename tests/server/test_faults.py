@@ -12,11 +12,13 @@ import grpc
 import pytest
 from PIL import Image as PilImage
 from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
+from trimserve.server.app import InProcessServer
 
 from trimserve.client import Client, make_request
 from trimserve.config import Config, EngineConfig, ServerConfig
 from trimserve.model import processor
 from trimserve.model.images import PreparedImage, prepare_image
+from trimserve.model.prepared import PreparedImage
 from trimserve.process import read_page
 from trimserve.serve import make_runner, make_server
 from trimserve.server.running import InProcessServer
@@ -63,7 +65,7 @@ def question(num_tokens: int, images: Sequence[bytes] = (), **sampling: object) 
     return make_request("What is this?", images, sampling=params)
 
 
-def until(condition: Callable[[], bool], seconds: float = 20) -> None:
+def until(condition: Callable[[], bool], seconds: float = 60) -> None:
     """Wait until something is so; fail when that takes longer than a test would."""
     end = time.monotonic() + seconds
     while not condition():
@@ -113,9 +115,8 @@ def test_a_client_that_is_killed_frees_its_pages_and_harms_nobody(server: InProc
         until(lambda: client.status().num_running == 2)
         process.send_signal(signal.SIGKILL)
         assert answer.result().token_ids == expected
-    # Both took a token in each step, and the killed one had most of its tokens before it.
-    assert is_idle(client)
-    assert num_cancelled(server) == cancelled_before + 1
+    until(lambda: is_idle(client))
+    until(lambda: num_cancelled(server) == cancelled_before + 1)
 
 
 SMALL_WINDOW = [("grpc.http2.lookahead_bytes", 8192), ("grpc.http2.bdp_probe", 0)]
@@ -158,7 +159,7 @@ def test_a_crash_in_the_image_worker_ends_its_request_alone(
     monkeypatch.setattr(processor, "prepare_image", crash_or_prepare)
     for _ in range(3):  # more than there are workers, and places for decoded images
         with pytest.raises(grpc.RpcError) as caught:
-            client.generate(question(1, [picture(colour="red")]), timeout_seconds=30)
+            client.generate(question(1, [picture(colour="red")]), timeout_seconds=60)
         assert caught.value.code() is grpc.StatusCode.INTERNAL
         assert "preparing request" in str(caught.value.details())
     assert client.generate(question(1, [picture(colour="green")])).token_ids

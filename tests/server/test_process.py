@@ -59,7 +59,7 @@ def long_request(num_tokens: int) -> pb.GenerateRequest:
     )
 
 
-def until_answered(client: Client, seconds: float = 30) -> pb.GenerateResponse:
+def until_answered(client: Client, seconds: float = 60) -> pb.GenerateResponse:
     """An answer, once the client has found the server."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
@@ -139,10 +139,10 @@ def sleep_with_the_lock_of_python():
 hang, good_steps = globals()[sys.argv[1]], iter(range(int(sys.argv[2])))
 runner = make_runner(
     lambda: FakeModel(before_decode=lambda: next(good_steps, None) is not None or hang()),
-    max_batch=1, max_queue=4, num_preprocess_workers=1, step_timeout_seconds=1.5,
+    max_batch=1, max_queue=4, num_preprocess_workers=1, step_timeout_seconds=4,
 )
 config = Config(
-    engine=EngineConfig(step_timeout_seconds=1.5),
+    engine=EngineConfig(step_timeout_seconds=4),
     server=ServerConfig(port=0, metrics=False, log_format="json"),
 )
 asyncio.run(serve(make_server(runner, config), on_serving=lambda server: print(server.address, flush=True)))
@@ -176,7 +176,7 @@ def test_an_engine_that_hangs_is_no_longer_served_and_ends_the_process_with_the_
             assert next(watch).status == health_pb2.HealthCheckResponse.NOT_SERVING
         _, log = process.communicate(timeout=60)
     assert process.returncode == 1
-    cause = "a step has not returned for 1.5 s (step_timeout_seconds)"
+    cause = "a step has not returned for 4 s (step_timeout_seconds)"
     assert log.splitlines()[-1] == f"trimserve.errors.EngineStopped: the engine died: TimeoutError('{cause}')"
     [line] = (line for line in log.splitlines() if "the engine thread hangs" in line)
     assert "in sleep_for_ever" in json.loads(line)["stack"]
@@ -186,7 +186,7 @@ def test_an_engine_that_hangs_while_it_warms_up_ends_the_process_with_the_cause(
     with hanging_server("sleep_for_ever", num_good_steps=0) as process:
         _, log = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert log.splitlines()[-1] == "TimeoutError: a step has not returned for 1.5 s (step_timeout_seconds)"
+    assert log.splitlines()[-1] == "TimeoutError: a step has not returned for 4 s (step_timeout_seconds)"
 
 
 def test_an_engine_that_hangs_with_the_lock_of_python_ends_the_process_with_all_stacks() -> None:

@@ -15,6 +15,7 @@ from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_serv
 from opentelemetry.proto.common.v1.common_pb2 import AnyValue
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 
+from tests.patience import soon
 from tests.server.conftest import Loopback
 from tests.server.fakes import STARTED, FakeRunner, Pause, chat_request
 from tests.server.test_metrics import get
@@ -94,9 +95,9 @@ async def call(
         loopback = Loopback(runner, server, channel)
         stream = loopback.generation.GenerateStream(request, metadata=metadata)
         if cancel:
-            await asyncio.wait_for(runner.paused.wait(), 5)
+            await soon(runner.paused.wait())
             stream.cancel()
-            await asyncio.wait_for(runner.cancelled.wait(), 5)
+            await soon(runner.cancelled.wait())
         else:
             try:
                 async for _ in stream:

@@ -7,6 +7,7 @@ from dataclasses import replace
 import grpc
 import pytest
 
+from tests.patience import soon, until
 from tests.server.conftest import Loopback
 from tests.server.fakes import CHUNKS, CONFIG, DELTAS, FINISHED, INFO, SELECTION, STARTED, Pause, chat_request
 from trimserve import __version__
@@ -69,15 +70,15 @@ async def test_a_client_that_cancels_a_stream_reaches_the_runner(loopback: Loopb
     call = loopback.generation.GenerateStream(chat_request())
     await call.read()
     call.cancel()
-    await asyncio.wait_for(loopback.runner.cancelled.wait(), 5)
+    await soon(loopback.runner.cancelled.wait())
 
 
 async def test_a_client_that_cancels_a_unary_call_reaches_the_runner(loopback: Loopback) -> None:
     loopback.runner.script = (STARTED, Pause.UNTIL_RELEASED)
     call = loopback.generation.Generate(chat_request())
-    await asyncio.wait_for(loopback.runner.paused.wait(), 5)
+    await soon(loopback.runner.paused.wait())
     call.cancel()
-    await asyncio.wait_for(loopback.runner.cancelled.wait(), 5)
+    await soon(loopback.runner.cancelled.wait())
 
 
 async def test_a_client_that_disconnects_from_a_full_stream_reaches_the_runner(loopback: Loopback) -> None:
@@ -93,7 +94,7 @@ async def test_a_client_that_disconnects_from_a_full_stream_reaches_the_runner(l
             client.close()
 
     await asyncio.to_thread(read_one_and_disconnect)
-    await asyncio.wait_for(loopback.runner.cancelled.wait(), 5)
+    await soon(loopback.runner.cancelled.wait())
 
 
 async def test_a_deadline_reaches_the_runner(loopback: Loopback) -> None:
@@ -114,18 +115,14 @@ async def test_a_passed_deadline_ends_the_call_and_the_request(loopback: Loopbac
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await loopback.generation.Generate(chat_request(), timeout=0.2)
     assert caught.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
-    for _ in range(100):
-        await asyncio.sleep(0.02)
-        if not loopback.runner.num_running:
-            break
-    assert loopback.runner.num_running == 0
+    await until(lambda: not loopback.runner.num_running)
 
 
 async def test_no_metadata_comes_before_the_first_message(loopback: Loopback) -> None:
     loopback.runner.script = (Pause.UNTIL_RELEASED, *CHUNKS)
     call = loopback.generation.GenerateStream(chat_request())
     metadata = asyncio.ensure_future(call.initial_metadata())
-    await asyncio.wait_for(loopback.runner.paused.wait(), 5)
+    await soon(loopback.runner.paused.wait())
     await asyncio.sleep(0.1)
     assert not metadata.done()
     loopback.runner.released.set()

@@ -8,6 +8,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2
 
+from tests.patience import soon
 from tests.server.conftest import Loopback
 from tests.server.fakes import CHUNKS, STARTED, Pause, chat_request
 from tests.server.test_access import serving
@@ -37,7 +38,7 @@ async def test_a_client_that_vanishes_without_a_word_frees_its_place(monkeypatch
         stream = stub.GenerateStream(chat_request())
         await stream.read()
         relay.freeze()
-        await asyncio.wait_for(loopback.runner.cancelled.wait(), 20)
+        await soon(loopback.runner.cancelled.wait())
 
 
 async def test_connections_that_never_begin_are_closed_and_hold_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -49,9 +50,9 @@ async def test_connections_that_never_begin_are_closed_and_hold_nobody_up(monkey
             reader, writer = await asyncio.open_connection(host, port)
             stack.callback(writer.close)
             readers.append(reader)
-        assert (await health(loopback.channel).Check(health_pb2.HealthCheckRequest(), timeout=5)).status
-        assert (await loopback.generation.Generate(chat_request(), timeout=5)).text
-        async with asyncio.timeout(30):
+        assert (await health(loopback.channel).Check(health_pb2.HealthCheckRequest(), timeout=60)).status
+        assert (await loopback.generation.Generate(chat_request(), timeout=60)).text
+        async with asyncio.timeout(60):
             await asyncio.gather(*(reader.read() for reader in readers))
 
 
@@ -67,7 +68,7 @@ async def test_malformed_frames_end_their_connection_only(loopback: Loopback) ->
     host, _, port = loopback.server.address.rpartition(":")
     loopback.runner.script = (STARTED, Pause.UNTIL_RELEASED, *CHUNKS[1:])
     answer = asyncio.ensure_future(fold(loopback.generation.GenerateStream(chat_request())))
-    await asyncio.wait_for(loopback.runner.paused.wait(), 5)
+    await soon(loopback.runner.paused.wait())
     num_sent = 0
     while num_sent < NUM_MALFORMED:
         _, writer = await asyncio.open_connection(host, port)
@@ -75,7 +76,7 @@ async def test_malformed_frames_end_their_connection_only(loopback: Loopback) ->
         writer.write(rng.choice((b"", PREFACE, PREFACE + SETTINGS)) + b"".join(frames))
         num_sent += len(frames)
         writer.close()
-    assert (await health(loopback.channel).Check(health_pb2.HealthCheckRequest(), timeout=10)).status
+    assert (await health(loopback.channel).Check(health_pb2.HealthCheckRequest(), timeout=60)).status
     loopback.runner.released.set()
     assert (await answer).text == "Hello ☃!"
 
@@ -90,8 +91,8 @@ async def test_an_old_connection_is_renewed_without_a_lost_call() -> None:
         generation: generation_pb2_grpc.GenerationServiceAsyncStub = generation_pb2_grpc.GenerationServiceStub(channel)
         model: model_pb2_grpc.ModelServiceAsyncStub = model_pb2_grpc.ModelServiceStub(channel)
         answer = asyncio.ensure_future(fold(generation.GenerateStream(chat_request())))
-        await asyncio.wait_for(loopback.runner.paused.wait(), 5)
-        async with asyncio.timeout(20):
+        await soon(loopback.runner.paused.wait())
+        async with asyncio.timeout(60):
             while relay.num_connections < 3:
                 assert await model.GetModel(model_pb2.GetModelRequest())
                 await asyncio.sleep(0.02)
