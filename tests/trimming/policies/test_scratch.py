@@ -1,5 +1,7 @@
 """What choosing takes for a while is what the engine sets aside for it."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -49,20 +51,24 @@ def test_a_policy_takes_no_more_than_is_set_aside(policy: Policy) -> None:
     allowance = Allowance(FixedRatio(0.1))
     if isinstance(policy, BeforeDecoder):
         image = encoded()
-        taken = peak_extra_bytes(lambda: policy.choose(image, allowance).kept)
+        assert_set_aside(lambda: policy.choose(image, allowance).kept)
     else:
         assert isinstance(policy, AfterFirstLayer)
         [seen] = layer().images()
-        taken = peak_extra_bytes(lambda: policy.choose(seen, allowance).kept)
-    assert_set_aside(taken)
+        assert_set_aside(lambda: policy.choose(seen, allowance).kept)
 
 
 def test_merging_takes_no_more_than_is_set_aside() -> None:
     rows, kept = features(), torch.arange(0, TILES * SIZE, 10)
-    assert_set_aside(peak_extra_bytes(lambda: group_dropped(rows[:, None], kept, (TILES * SIZE,), SIZE, 0.1).members))
+    assert_set_aside(lambda: group_dropped(rows[:, None], kept, (TILES * SIZE,), SIZE, 0.1).members)
 
 
-def assert_set_aside(taken: int | None) -> None:
-    if taken is None:
-        pytest.skip("this system does not tell peak memory")
-    assert taken <= scratch_bytes(TILES, SIZE, WIDTH) + NOISE
+def assert_set_aside(call: Callable[[], Tensor]) -> None:
+    is_set_aside = scratch_bytes(TILES, SIZE, WIDTH) + NOISE
+    for _ in range(3):  # pages that a busy system took away may come back during a call, and are counted
+        taken = peak_extra_bytes(call)
+        if taken is None:
+            pytest.skip("this system does not tell peak memory")
+        if taken <= is_set_aside:
+            return
+    pytest.fail(f"{taken} bytes are taken, {is_set_aside} set aside")
