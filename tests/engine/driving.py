@@ -1,20 +1,20 @@
 """What tests of the runner have in common: a started runner, gates in its model, a request's whole output."""
 
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 from pydantic import ByteSize
 
 from tests.engine.fake_model import FakeModel, request
+from tests.patience import PATIENCE_SECONDS
 from trimserve.api.chunks import GenerationChunk, TokenDelta
 from trimserve.api.request import GenerationRequest
 from trimserve.config import EngineConfig
 from trimserve.engine.runner import Runner
 from trimserve.executor.local import LocalExecutor
 
-__all__ = ["LONG", "Gate", "collect", "held_bytes", "make_runner", "running", "text", "tokens", "until"]
-from tests.patience import PATIENCE_SECONDS
+__all__ = ["LONG", "Gate", "collect", "held_bytes", "make_runner", "running", "text", "tokens"]
 
 LONG = request("long", ignore_eos=True, max_new_tokens=120)
 

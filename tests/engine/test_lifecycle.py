@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from tests.engine.driving import LONG, Gate, collect, held_bytes, make_runner, running, text, until
+from tests.engine.driving import LONG, Gate, collect, held_bytes, make_runner, running, text
 from tests.engine.fake_model import KILLS_THE_ENGINE, FakeModel, request
 from tests.patience import PATIENCE_SECONDS, until
 from trimserve.api.chunks import Finished, TokenDelta

@@ -16,7 +16,7 @@ from tests.engine.fake_model import (
     request,
 )
 from tests.patience import until
-from trimserve.api.chunks import Finished, Started, TokenDelta
+from trimserve.api.chunks import Finished, GenerationChunk, Started, TokenDelta
 from trimserve.api.prompt import ImageFile, RawPrompt, TokenPrompt
 from trimserve.errors import DeadlinePassed, EngineBusy, InvalidRequest, RequestFailed
 

@@ -13,11 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import MllamaConfig, MllamaForConditionalGeneration
-from trimserve.model.fused import fused_weight
 
+from tests.model.conftest import Pair
 from tests.model.random_checkpoint import Geometry, save_random_checkpoint
-from tests.models.conftest import Pair
-from tests.models.random_checkpoint import Geometry, save_random_checkpoint
 from trimserve import ops
 from trimserve.api.prompt import RawPrompt
 from trimserve.config import EngineConfig, ModelConfig

@@ -234,7 +234,7 @@ def interruptible() -> Iterator[None]:
 def test_an_interrupt_while_a_server_in_a_thread_warms_up_ends_both() -> None:
     runner = FakeRunner()
     runner.start_gate = InterruptingGate()
-    with pytest.raises(KeyboardInterrupt), InProcessServer(runner, CONFIG):
+    with pytest.raises(KeyboardInterrupt), InProcessServer(make_server(runner, CONFIG)):
         pytest.fail("it must not serve")
     for thread in threading.enumerate():
         if thread.name == "trimserve-server":

@@ -12,13 +12,11 @@ import grpc
 import pytest
 from PIL import Image as PilImage
 from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
-from trimserve.server.app import InProcessServer
 
 from trimserve.client import Client, make_request
 from trimserve.config import Config, EngineConfig, ServerConfig
 from trimserve.model import processor
 from trimserve.model.images import PreparedImage, prepare_image
-from trimserve.model.prepared import PreparedImage
 from trimserve.process import read_page
 from trimserve.serve import make_runner, make_server
 from trimserve.server.running import InProcessServer

@@ -9,11 +9,12 @@ import pytest
 from google.protobuf import descriptor_pb2
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
+from tests.engine.driving import make_runner
 from tests.engine.fake_model import FakeModel
 from tests.server.conftest import Loopback
 from tests.server.fakes import CONFIG
 from trimserve.client import Client, make_request
-from trimserve.serve import in_process_server
+from trimserve.serve import in_process_server, make_server
 from trimserve.server.grpc.services import SERVICES
 from trimserve.server.running import InProcessServer
 from trimserve.v1 import generation_pb2 as pb
@@ -63,8 +64,8 @@ async def test_enums_begin_unspecified_and_scalars_whose_zero_means_something_ar
 def test_a_character_is_never_cut_between_two_messages() -> None:
     reply = "snow ☃ and 😀"  # the fake model's tokens are single bytes
     model = FakeModel({"hi": reply}, before_decode=lambda: time.sleep(0.03))  # or they all go at once
-    runner = Runner(lambda: model, max_batch=1, max_queue=1, num_preprocess_workers=1)
-    with InProcessServer(runner, CONFIG) as server, Client(server.address) as client:
+    runner = make_runner(lambda: model, max_batch=1, max_queue=1, num_preprocess_workers=1)
+    with InProcessServer(make_server(runner, CONFIG)) as server, Client(server.address) as client:
         request = pb.GenerateRequest(raw_prompt="hi", sampling=pb.SamplingParams(temperature=0))
         texts = [event.delta.text for event in client.stream(request) if event.WhichOneof("event") == "delta"]
         assert "".join(texts) == client.generate(request).text == reply
