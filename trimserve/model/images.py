@@ -159,6 +159,9 @@ def _read_header(data: bytes, field: str, max_pixels: int) -> tuple[str, ImageFi
         raise InvalidRequest(field, "must be an image file, got 0 bytes")
     # Not `PIL.Image.open`: it compares the size with a bound that only the process as a whole can set.
     for name, image_class in _FORMATS.items():
+        _, accepts = PilImage.OPEN[str(image_class.format)]
+        if accepts is not None and not accepts(data[:16]):  # some releases leave that to the decoder's own errors
+            continue
         try:
             image = image_class(io.BytesIO(data))
         except SyntaxError:  # Pillow's way of saying: not this format
