@@ -108,7 +108,9 @@ def test_a_sequence_that_was_dropped_is_computed_again_with_its_tokens_and_kept_
     again = [each for each in executor.new if each.generated_token_ids]
     assert {each.request_id for each in again} == {each.request_id for each in REQUESTS}
     assert all(len(each.generated_token_ids) >= after for each in again)
-    assert all((each.stored is not None) == bool(each.prompt.images) for each in again)
+    for each in again:
+        assert each.stored is not None
+        assert bool(each.stored.sets) == bool(each.prompt.images and each.trim.policy)
     assert engine.pool.num_free_pages == engine.pool.num_pages
 
 
