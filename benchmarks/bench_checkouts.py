@@ -27,8 +27,10 @@ from benchmarks.serve.report import about, write_json
 __all__ = ["interval", "main"]
 
 ROOT: Final = Path(__file__).parents[1]
-PHASES: Final = (("decode", 1, 12), ("decode", 8, 6), ("decode", 32, 3), ("prefill", 1, 2))
-"""Phase, batch, and calls for one figure."""
+PHASES: Final = (("decode", 1), ("decode", 8), ("decode", 32), ("prefill", 1))
+"""Phase and batch."""
+SECONDS: Final = 0.7
+"""Of calls for one figure; at least one is made."""
 
 
 def interval(ratios: Sequence[float]) -> tuple[float, float]:
@@ -40,17 +42,16 @@ def interval(ratios: Sequence[float]) -> tuple[float, float]:
 
 @torch.inference_mode()
 def _measure(folder: Path, dtype: Any) -> None:
-    """Answer `phase batch calls` lines of standard input with the median of as many calls, in milliseconds."""
+    """Answer `phase batch` lines of standard input with the median of some calls, in milliseconds."""
     torch.set_num_threads(1)
     ours = Ours(folder, dtype, "none", max_kept_fraction=max_kept_fraction(), most=32)
     asked = ours.ask(next(setting for setting in SETTINGS if setting.name == "default"))
     print("ready", flush=True)
     for line in sys.stdin:
-        phase, batch, num_calls = line.split()
+        phase, batch = line.split()
         call = asked.step(int(batch)) if phase == "decode" else asked.prefill
-        call()
-        seconds = []
-        for _ in range(int(num_calls)):
+        seconds: list[float] = []
+        while sum(seconds) < SECONDS:
             start = time.perf_counter()
             call()
             seconds.append(time.perf_counter() - start)
@@ -67,9 +68,9 @@ class _Checkout:
         )
         self._read()
 
-    def ask(self, phase: str, batch: int, num_calls: int) -> float:
+    def ask(self, phase: str, batch: int) -> float:
         assert self._process.stdin is not None
-        self._process.stdin.write(f"{phase} {batch} {num_calls}\n")
+        self._process.stdin.write(f"{phase} {batch}\n")
         self._process.stdin.flush()
         return float(self._read())
 
@@ -85,11 +86,13 @@ class _Checkout:
 
 def _compare(checkouts: Sequence[_Checkout], dtype: str, num_pairs: int) -> list[dict[str, Any]]:
     rows = []
-    for phase, batch, num_calls in PHASES:
+    for phase, batch in PHASES:
+        for checkout in checkouts:
+            checkout.ask(phase, batch)
         pairs = []
         for number in range(num_pairs):
             order = (0, 1) if number % 2 else (1, 0)
-            found = {which: checkouts[which].ask(phase, batch, num_calls) for which in order}
+            found = {which: checkouts[which].ask(phase, batch) for which in order}
             pairs.append((found[0], found[1]))
         ratios = [ours / theirs for theirs, ours in pairs]
         row = {
