@@ -45,11 +45,10 @@ from trimserve.model.checkpoint import (
     text_config,
     vision_config,
 )
-from trimserve.model.images import PreparedImage
 from trimserve.model.interruptible import run_through
 from trimserve.model.loading import describe_checkpoint, describe_model
 from trimserve.model.mllama import Mllama
-from trimserve.model.prepared import PreparedPrompt
+from trimserve.model.prepared import PreparedImage, PreparedPrompt
 from trimserve.model.processor import Processor
 from trimserve.model.weights import allocated_model
 from trimserve.trimming.encoded_image import EncodedImage

@@ -22,11 +22,10 @@ from trimserve.api.request import GenerationRequest
 from trimserve.api.sampling import SamplingParams
 from trimserve.api.trim import TrimRequest
 from trimserve.errors import InvalidRequest
-from trimserve.model.images import PreparedImage
 from trimserve.model.interruptible import Interruptible
 from trimserve.model.key_values import KeyValues
 from trimserve.model.prefilled import Prefilled
-from trimserve.model.prepared import PreparedPrompt, TokenizedPrompt
+from trimserve.model.prepared import PreparedImage, PreparedPrompt, TokenizedPrompt
 from trimserve.trimming.budget import HeadRatio
 from trimserve.trimming.encoded_image import EncodedImage, Observation
 from trimserve.trimming.plan import TrimPlan

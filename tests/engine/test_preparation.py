@@ -15,7 +15,7 @@ from trimserve.api.chunks import Started, TokenDelta
 from trimserve.api.prompt import ImageFile, TokenPrompt
 from trimserve.engine.runner import Runner
 from trimserve.errors import EngineBusy, EngineStopped
-from trimserve.model.images import PreparedImage
+from trimserve.model.prepared import PreparedImage
 
 
 class _TrackedImage(ImageFile):

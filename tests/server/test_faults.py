@@ -16,7 +16,8 @@ from transformers.models.mllama.image_processing_pil_mllama import MllamaImagePr
 from trimserve.client import Client, make_request
 from trimserve.config import Config, EngineConfig, ServerConfig
 from trimserve.model import processor
-from trimserve.model.images import PreparedImage, prepare_image
+from trimserve.model.images import prepare_image
+from trimserve.model.prepared import PreparedImage
 from trimserve.process import read_page
 from trimserve.serve import make_runner, make_server
 from trimserve.server.running import InProcessServer

@@ -13,6 +13,7 @@ from training.export import export
 from training.mended import mend
 from training.model import make_config
 from training.train import Settings, Trainer, main, open_log
+from trimserve.model.checkpoint import text_config, vision_config
 
 CPU = torch.device("cpu")
 SETTINGS = Settings(steps=4, rows=2, two_image_every=2)
@@ -21,7 +22,7 @@ SETTINGS = Settings(steps=4, rows=2, two_image_every=2)
 def shallow() -> MllamaConfig:
     """The geometry with fewer layers: how a run goes does not depend on how many there are."""
     config = make_config()
-    text, vision = config.text_config, config.vision_config
+    text, vision = text_config(config), vision_config(config)
     text.num_hidden_layers, text.cross_attention_layers = 2, [1]
     vision.num_hidden_layers = vision.num_global_layers = 1
     vision.intermediate_layers_indices, vision.vision_output_dim = [0], 2 * vision.hidden_size

@@ -7,7 +7,6 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from trimserve.api.chunks import StageSpan
 from trimserve.api.prompt import ImageFile, Prompt
@@ -15,10 +14,7 @@ from trimserve.engine.processor import Processor
 from trimserve.engine.sequence import Sequence
 from trimserve.errors import InvalidRequest, OutOfMemory, RequestFailed, TrimserveError
 from trimserve.executor.out_of_memory import is_out_of_memory
-from trimserve.model.prepared import PreparedPrompt
-
-if TYPE_CHECKING:  # loads transformers, which the engine does without
-    from trimserve.model.images import PreparedImage
+from trimserve.model.prepared import PreparedImage, PreparedPrompt
 
 __all__ = ["Preparation", "why_not_prepared"]
 

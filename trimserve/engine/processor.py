@@ -1,14 +1,11 @@
 """What the engine needs to prepare requests: the seam that the checkpoint's processor fills, and a fake in tests."""
 
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from tokenizers import Tokenizer
 
 from trimserve.api.prompt import ImageFile, Prompt
-from trimserve.model.prepared import TokenizedPrompt
-
-if TYPE_CHECKING:  # loads transformers, which the engine does without
-    from trimserve.model.images import PreparedImage
+from trimserve.model.prepared import PreparedImage, TokenizedPrompt
 
 __all__ = ["Processor"]
 
@@ -27,7 +24,7 @@ class Processor(Protocol):
             InvalidRequest: image count or size, empty or too long prompt.
         """
 
-    def prepare_image(self, image: ImageFile) -> "PreparedImage":
+    def prepare_image(self, image: ImageFile) -> PreparedImage:
         """Decode one image; slow, pure and thread-safe, called in worker threads.
 
         Raises:

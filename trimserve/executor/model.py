@@ -1,7 +1,7 @@
 """What a local executor needs of a model: the seam that `model/mllama.py` fills, and a fake in tests."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from torch import Tensor
 
@@ -9,13 +9,10 @@ from trimserve.api.info import ModelInfo
 from trimserve.model.interruptible import Interruptible
 from trimserve.model.key_values import KeyValues
 from trimserve.model.prefilled import Prefilled
-from trimserve.model.prepared import PreparedPrompt
+from trimserve.model.prepared import PreparedImage, PreparedPrompt
 from trimserve.trimming.encoded_image import EncodedImage, Observation
 from trimserve.trimming.plan import TrimPlan
 from trimserve.trimming.selection import KeptSets
-
-if TYPE_CHECKING:  # loads transformers, which the executor does without
-    from trimserve.model.images import PreparedImage
 
 __all__ = ["Model"]
 
@@ -28,7 +25,7 @@ class Model(Protocol):
         """Geometry, limits and defaults."""
 
     def encode_image(
-        self, image: "PreparedImage", needs: frozenset[Observation] = frozenset()
+        self, image: PreparedImage, needs: frozenset[Observation] = frozenset()
     ) -> Interruptible[EncodedImage]:
         """Visual features of an image, and what else is needed."""
 

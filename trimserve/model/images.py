@@ -7,7 +7,6 @@ by torchvision's, which resamples differently. It knows nothing about prompts.
 import hashlib
 import io
 import warnings
-from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
@@ -31,8 +30,9 @@ from transformers.models.mllama.image_processing_pil_mllama import (
 )
 
 from trimserve.errors import InvalidRequest
+from trimserve.model.prepared import PreparedImage
 
-__all__ = ["PreparedImage", "count_pixels", "decode_image", "prepare_image"]
+__all__ = ["count_pixels", "decode_image", "prepare_image"]
 
 _FORMATS: Final[dict[str, type[ImageFile]]] = {
     "PNG": PngImagePlugin.PngImageFile,
@@ -57,29 +57,6 @@ _TURNS: Final = {
 # Pillow warns about odd metadata in a client's file, for which an operator can do nothing. Once for the
 # process: `warnings.catch_warnings` is not thread-safe.
 warnings.filterwarnings("ignore", module=r"PIL\.")
-
-
-@dataclass(frozen=True, slots=True)
-class PreparedImage:
-    """An image as the vision encoder takes it."""
-
-    pixel_values: Tensor
-    """float32 [max_tiles, 3, tile_size, tile_size], normalised; tiles past `num_tiles` are zero."""
-    aspect_ratio_id: int
-    """Position of the tile grid in the model's list of supported grids, counted from 1."""
-    tiles_high: int
-    tiles_wide: int
-    content_height: int
-    """Pixels of the tile canvas that the resized image covers, from the top; the rest is padding."""
-    content_width: int
-    """The same from the left."""
-    key: bytes
-    """Hash of what the vision encoder sees: images with equal keys have equal features."""
-
-    @property
-    def num_tiles(self) -> int:
-        """Tiles that hold a part of the image, row-major on the grid."""
-        return self.tiles_high * self.tiles_wide
 
 
 def count_pixels(data: bytes, field: str, max_pixels: int) -> int:

@@ -17,11 +17,10 @@ from trimserve.api.prompt import ImageFile, Prompt
 from trimserve.model.bucketed_decode import BucketedDecode, Capture, CudaGraphs
 from trimserve.model.decode_rows import NewRows
 from trimserve.model.decoder import RaggedDecoder, SequenceRows
-from trimserve.model.images import PreparedImage
 from trimserve.model.interruptible import Interruptible, run_through
 from trimserve.model.key_values import KeyValues
 from trimserve.model.prefilled import Prefilled, TrimTimes
-from trimserve.model.prepared import PreparedPrompt, TokenizedPrompt
+from trimserve.model.prepared import PreparedImage, PreparedPrompt, TokenizedPrompt
 from trimserve.model.processor import Processor
 from trimserve.model.step_buffers import StepBuffers
 from trimserve.model.transformers_mllama import MllamaForConditionalGeneration

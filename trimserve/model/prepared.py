@@ -4,14 +4,35 @@ Plain frozen data, made by `processor.py` and by the engine, read by `mllama.py`
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+
+from torch import Tensor
 
 from trimserve.api.prompt import ImageFile
 
-if TYPE_CHECKING:  # loads transformers, which the engine does without
-    from trimserve.model.images import PreparedImage
+__all__ = ["PreparedImage", "PreparedPrompt", "TokenizedPrompt"]
 
-__all__ = ["PreparedPrompt", "TokenizedPrompt"]
+
+@dataclass(frozen=True, slots=True)
+class PreparedImage:
+    """An image as the vision encoder takes it."""
+
+    pixel_values: Tensor
+    """float32 [max_tiles, 3, tile_size, tile_size], normalised; tiles past `num_tiles` are zero."""
+    aspect_ratio_id: int
+    """Position of the tile grid in the model's list of supported grids, counted from 1."""
+    tiles_high: int
+    tiles_wide: int
+    content_height: int
+    """Pixels of the tile canvas that the resized image covers, from the top; the rest is padding."""
+    content_width: int
+    """The same from the left."""
+    key: bytes
+    """Hash of what the vision encoder sees: images with equal keys have equal features."""
+
+    @property
+    def num_tiles(self) -> int:
+        """Tiles that hold a part of the image, row-major on the grid."""
+        return self.tiles_high * self.tiles_wide
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,5 +51,5 @@ class PreparedPrompt:
 
     token_ids: tuple[int, ...]
     """At least one id, each below the vocabulary's size or the image token's."""
-    images: "tuple[PreparedImage, ...]"
+    images: tuple[PreparedImage, ...]
     """As many as `token_ids` has image tokens, in their order."""

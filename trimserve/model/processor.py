@@ -16,8 +16,8 @@ from trimserve.api.info import ModelInfo
 from trimserve.api.prompt import ChatPrompt, ImageFile, Prompt, RawPrompt, Text
 from trimserve.errors import CheckpointError, InvalidRequest
 from trimserve.model.chat import ChatEncoder
-from trimserve.model.images import PreparedImage, count_pixels, decode_image, prepare_image
-from trimserve.model.prepared import PreparedPrompt, TokenizedPrompt
+from trimserve.model.images import count_pixels, decode_image, prepare_image
+from trimserve.model.prepared import PreparedImage, PreparedPrompt, TokenizedPrompt
 
 __all__ = ["REQUEST_PIXELS", "PreparedPrompt", "Processor"]
 

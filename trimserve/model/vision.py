@@ -17,8 +17,8 @@ from torch.nn import functional as F
 from transformers.models.mllama.configuration_mllama import MllamaVisionConfig
 
 from trimserve.model.checkpoint import vision_config
-from trimserve.model.images import PreparedImage
 from trimserve.model.interruptible import Interruptible
+from trimserve.model.prepared import PreparedImage
 from trimserve.model.projection import projection_of
 from trimserve.model.transformers_mllama import MllamaForConditionalGeneration, VisionLayerParts, vision_parts
 from trimserve.model.vision_observer import VisionObserver
