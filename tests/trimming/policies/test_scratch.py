@@ -19,7 +19,7 @@ from trimserve.trimming.policies.table import POLICIES
 TILES, SIZE, WIDTH = 4, 785, 512
 """A tile of 28 x 28 patches."""
 
-NOISE = 5 * 2**20
+NOISE = 6 * 2**20
 """Of resident memory, which moves in pages and by what the allocator holds back."""
 
 
