@@ -78,7 +78,8 @@ class Recording:
     def __init__(self, executor: Executor) -> None:
         """Of another one."""
         self._executor = executor
-        self.info, self.allocate, self.warm_up = executor.info, executor.allocate, executor.warm_up
+        self.info, self.allocate = executor.info, executor.allocate
+        self.free_pages, self.warm_up = executor.free_pages, executor.warm_up
         self.new: list[NewSequence] = []
 
     def run(self, plan: StepPlan) -> StepResult:

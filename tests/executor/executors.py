@@ -26,6 +26,9 @@ class PicklingExecutor:
     def allocate(self, num_pages: int, layers_per_page: int) -> None:
         self._executor.allocate(num_pages, layers_per_page)
 
+    def free_pages(self) -> None:
+        self._executor.free_pages()
+
     def warm_up(self, max_batch: int) -> None:
         self._executor.warm_up(max_batch)
 
@@ -51,6 +54,9 @@ class ProcessExecutor:
 
     def allocate(self, num_pages: int, layers_per_page: int) -> None:
         self._call("allocate", num_pages, layers_per_page)
+
+    def free_pages(self) -> None:
+        self._call("free_pages")
 
     def warm_up(self, max_batch: int) -> None:
         self._call("warm_up", max_batch)

@@ -94,6 +94,7 @@ class Engine:
             CheckpointError: see `Engine`.
         """
         self._pace = Pace()
+        self._executor.free_pages()  # or what they hold would count as taken
         self._make_pool()
         self._executor.warm_up(self._config.max_batch)
 
@@ -245,8 +246,8 @@ class Engine:
         self._prefill = None
         with self._alone(sequence):
             if (started := sequence.prefilled(report, self.pool)) is not None:
+                self._pace.saw_prefill(sequence.num_prompt_rows, report.seconds)
                 sequence.sink(started)
-        self._pace.saw_prefill(sequence.num_prompt_rows, report.seconds)
 
     def _take_drawn(self, drawn: Drawn) -> None:
         sequence = self._sequences.get(drawn.sequence)
@@ -318,7 +319,7 @@ class Engine:
 
     def _lateness(self, sequence: Sequence) -> DeadlinePassed | None:
         """Why there is no point in beginning: the deadline comes before the fastest possible end."""
-        if sequence.deadline is None:
+        if sequence.deadline is None or sequence.has_started:  # a stream that has begun goes on
             return None
         left = sequence.deadline - self._clock()
         least = self._pace.least_seconds(sequence.num_prompt_rows, sequence.least_new_tokens)

@@ -105,7 +105,8 @@ class Sequence:
         self._prompt: PreparedPrompt | None = None
         self._stored: KeptSets | None = None
         self._number = -1
-        self._has_started = False
+        self.has_started = False
+        """Whether its prompt was read once, and its first chunk said."""
         self._pages: SequencePages | None = None
         self._matched_stop: str | int | None = None
         self._detokenizer = Detokenizer(tokenizer, params.stop_strings)
@@ -202,7 +203,7 @@ class Sequence:
             What the executor needs to compute it, from the beginning or again.
         """
         assert self._prompt is not None, "a sequence is prepared before it is admitted"
-        if not self._has_started:
+        if not self.has_started:
             self._admitted_at = time.monotonic()
         self._number = number
         self._pages = pool.allocate(self.max_positions, self.max_cross_rows)
@@ -235,9 +236,9 @@ class Sequence:
             The first chunk; None if the sequence was computed again.
         """
         self.pages.keep_cross(report.held_rows)
-        if self._has_started:
+        if self.has_started:
             return None
-        self._has_started = True
+        self.has_started = True
         self._stored = report.stored
         self._encoded_at, self._prefilled_at = report.times.encoded_at, report.times.prefilled_at
         self.cross_kv = account_cross_kv(report, self.pages.cross_bytes, pool)

@@ -25,6 +25,9 @@ class Executor(Protocol):
             MemoryError, RuntimeError, torch.OutOfMemoryError: there is not as much memory.
         """
 
+    def free_pages(self) -> None:
+        """Give back the memory of the pages, so that what is left can be measured; no sequence may be known."""
+
     def warm_up(self, max_batch: int) -> None:
         """Make steps ready for up to `max_batch` sequences, once the pages are allocated for good."""
 

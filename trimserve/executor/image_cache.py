@@ -13,7 +13,7 @@ __all__ = ["ImageCache"]
 
 
 class ImageCache:
-    """Least recently used first out. Belongs to the engine's thread; counters may be read from any."""
+    """Least recently used first out. Belongs to the executor."""
 
     def __init__(self, capacity_bytes: int) -> None:
         """Start empty.

@@ -33,6 +33,7 @@ from trimserve.executor.sampling import SamplingState, sample
 from trimserve.model.interruptible import Interruptible
 from trimserve.model.key_values import KeyValues
 from trimserve.model.prefilled import Prefilled
+from trimserve.model.prepared import PreparedPrompt
 
 __all__ = ["LocalExecutor"]
 
@@ -90,9 +91,13 @@ class LocalExecutor:
 
     def allocate(self, num_pages: int, layers_per_page: int) -> None:
         """See `Executor.allocate`; on a CPU memory is only taken once a page is written."""
-        self.pages = None  # the old pages and the new ones may not fit together
-        self._sequences.clear()
+        self.free_pages()  # the old pages and the new ones may not fit together
         self.pages = page_memory(self.info, num_pages, layers_per_page)
+
+    def free_pages(self) -> None:
+        """See `Executor.free_pages`."""
+        assert not self._sequences, "pages are made anew only while no sequence is known"
+        self.pages = None
 
     def warm_up(self, max_batch: int) -> None:
         """See `Executor.warm_up`."""
@@ -103,7 +108,7 @@ class LocalExecutor:
     def run(self, plan: StepPlan) -> StepResult:
         """See `Executor.run`."""
         for number in plan.ended:
-            self._sequences.pop(number, None)
+            self._forget(number)
         for new in plan.new:
             generated = list(new.generated_token_ids)
             state = SamplingState(new.sampling, new.prompt.token_ids, new.end_token_ids, generated)
@@ -118,6 +123,12 @@ class LocalExecutor:
         images = self._images
         counts = ImageCacheCounts(images.used_bytes, images.num_hits, images.num_misses, images.num_evictions)
         return StepResult(step.prefilled, tuple(step.drawn), tuple(step.failed), step.rows_seconds, counts)
+
+    def _forget(self, number: int) -> None:
+        held = self._sequences.pop(number, None)
+        if held is not None and held.prefill is not None:
+            held.prefill.close()  # its frame holds features and keys, and `held` itself
+            held.prefill = None
 
     def _grant(self, grant: PageGrant) -> None:
         assert self.pages is not None, "pages are allocated first"
@@ -147,6 +158,8 @@ class LocalExecutor:
                 held.prefill_seconds += self._clock() - started_at
                 if is_done:
                     held.prefill = None
+                    # Nobody here needs the pixels any more.
+                    held.new = replace(held.new, prompt=PreparedPrompt(held.new.prompt.token_ids, ()))
                     step.prefilled = replace(report, seconds=held.prefill_seconds)
                     if not held.sampling.generated_token_ids:
                         self._draw(logits[None], [held], step)
@@ -188,14 +201,12 @@ class LocalExecutor:
     def _run_rows(self, rows: Sequence[Rows], step: _Step) -> None:
         started_at = self._clock()
         batch = [self._sequences[each.sequence] for each in rows]
-        lengths = [_pages_of(held).length for held in batch]
         try:
             logits = self._logits(rows, batch)
         except Exception:
             log.exception("decoding a batch of %d failed; each is tried alone", len(batch))
-            for each, held, length in zip(rows, batch, lengths, strict=True):
+            for each, held in zip(rows, batch, strict=True):
                 with _alone(held.new, step):
-                    _pages_of(held).length = length
                     self._draw(self._logits([each], [held]), [held], step)
             return
         self._draw(logits, batch, step)
@@ -206,9 +217,11 @@ class LocalExecutor:
         token_ids: list[int] = []
         kvs, counts = [], []
         for each, held in zip(rows, batch, strict=True):
-            new = each.token_ids or held.sampling.generated_token_ids[-1:]
+            new = held.sampling.generated_token_ids[-1:] if each.token_ids is None else each.token_ids
             token_ids += new
-            kvs.append(_pages_of(held))
+            kv = _pages_of(held)
+            kv.length = each.position  # also of rows that are tried again
+            kvs.append(kv)
             counts.append(len(new))
         logits = self._model.decode(token_ids, kvs, counts)
         if len(token_ids) == len(counts):

@@ -8,11 +8,9 @@ prefill holds.
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-import numpy as np
-from numpy.typing import NDArray
-
 from trimserve.api.chunks import ImageSelection, TokenLogprob
 from trimserve.api.sampling import SamplingParams
+from trimserve.model.key_values import Tables
 from trimserve.model.prefilled import TrimTimes
 from trimserve.model.prepared import PreparedPrompt
 from trimserve.trimming.plan import TrimPlan
@@ -31,9 +29,6 @@ __all__ = [
     "StepPlan",
     "StepResult",
 ]
-
-Tables = NDArray[np.int32]
-"""[groups of layers, pages of each], numbers of pages in the order of their positions."""
 
 
 @dataclass(frozen=True, slots=True)
