@@ -82,7 +82,10 @@ def _groups(version: _Version, folder: Path, path: str) -> Iterator[Path]:
 
 def _only_limited_group(version: _Version, folder: Path) -> Path:
     """The innermost group with a limit where a sandbox shows just a part of the tree, and no group as its root."""
-    found = {file.parent for name in version.limits for file in folder.rglob(name)}
+    try:
+        found = {file.parent for name in version.limits for file in folder.rglob(name)}
+    except OSError:  # a group ended while it was looked at
+        return folder
     limited = sorted((group for group in found if _limit(version, group) is not None), key=lambda each: len(each.parts))
     if not limited:
         return folder
