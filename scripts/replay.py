@@ -6,7 +6,7 @@ Answers are the wire's own bytes as text, without what changes from run to run: 
 """
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import grpc
@@ -19,10 +19,8 @@ from trimserve.v1 import generation_pb2 as pb
 __all__ = ["main"]
 
 SAMPLES = Path(__file__).parents[1] / "trimserve/assets/samples"
-POLICIES = (
-    *("trimmed", "mean", "fastv", "sparsevlm", "mmr", "cdpruner", "strided"),
-    *("cls", "vispruner", "visiondrop", "divprune", "todre", "vflowopt", "topv", "pool"),
-)
+LATER_LAYERS = {"sparsevlm": {"cascade_ratio": 0.7, "recycle_ratio": 0.3}, "todre": {"late_exit_threshold": 0.5}}
+"""Parameters with which later cross-attention layers hold less."""
 
 
 def _chat(text: str, *images: str) -> pb.GenerateRequest:
@@ -31,16 +29,21 @@ def _chat(text: str, *images: str) -> pb.GenerateRequest:
     return pb.GenerateRequest(chat=pb.Chat(messages=[message]), sampling=pb.SamplingParams(seed=7))
 
 
-def requests() -> Iterator[pb.GenerateRequest]:
+def requests(policies: Iterable[str]) -> Iterator[pb.GenerateRequest]:
     """The questions: text and images, every policy, sampling of every kind, and what is refused."""
     yield _chat("Hello")
     yield _chat("What do you see?", "scene.png")
     yield _chat("What do you see?", "wide.png", "digits.png")
-    for policy in POLICIES:
+    for policy in policies:
         for merge_ratio in (0.0, 0.1):
             asked = _chat("What colour is the star?", "mixed.png")
             asked.trim.policy, asked.trim.merge_ratio, asked.trim.return_selection = policy, merge_ratio, True
             yield asked
+    for policy, parameters in LATER_LAYERS.items():
+        asked = _chat("What colour is the star?", "mixed.png")
+        asked.trim.policy = policy
+        asked.trim.parameters.MergeFrom(pb.PolicyParameters(**parameters))
+        yield asked
     for fields in (
         {"temperature": 1.0, "top_p": 0.9, "top_k": 20, "num_top_logprobs": 3},
         {"temperature": 0.7, "min_p": 0.05, "repetition_penalty": 1.2, "presence_penalty": 0.5},
@@ -68,7 +71,8 @@ def _lines(message: pb.GenerateResponse | pb.GenerateStreamResponse) -> str:
 
 def answers(client: Client) -> Iterator[str]:
     """Of each request the unary answer, and the stream's text and last message."""
-    for number, request in enumerate(requests()):
+    available = [policy.name for policy in client.model().policy_details if policy.is_available]
+    for number, request in enumerate(requests(available)):
         yield f"# {number}\n"
         try:
             yield _lines(client.generate(request))

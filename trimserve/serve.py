@@ -6,7 +6,7 @@ from trimserve.config import Config, ModelConfig, ServerConfig
 from trimserve.engine.runner import Runner
 from trimserve.executor.local import LocalExecutor
 from trimserve.model.loading import load_model
-from trimserve.model.mllama import Mllama
+from trimserve.model.processor import Processor
 from trimserve.server.backend import Backend
 from trimserve.server.core import Core
 from trimserve.server.gate import Gate
@@ -28,11 +28,11 @@ def make_runner(config: Config) -> Runner:
         config: names the checkpoint and the engine's limits.
     """
 
-    def load() -> tuple[Mllama, LocalExecutor]:
+    def load() -> tuple[Processor, LocalExecutor]:
         if config.engine.num_threads is not None:
             torch.set_num_threads(config.engine.num_threads)
         model = load_model(config.model, config.engine)
-        return model, LocalExecutor(model, config.engine.image_cache_bytes)
+        return model.processor, LocalExecutor(model, config.engine.image_cache_bytes)
 
     return Runner(load, config.engine)
 

@@ -1,7 +1,7 @@
 """The text decoder over a ragged batch: flat rows of several sequences, no padding, semantics of Meta's model code.
 
 One loop over the layers serves prefill, decode steps and a guide's look. What differs between them is how rows attend
-and which rows see an image; an object of the user's (`Rows`) does that. A row that sees no image passes a
+and which rows see an image; each user hands in a `Pass` that does it. A row that sees no image passes a
 cross-attention layer unchanged (both of its branches are zero there). In a prefill the trimming policy is asked after
 a cross-attention layer, whose attention used all that was held before; later layers project, cache and attend to what
 it keeps (ADR-0008). A pass can be interrupted after every layer.
@@ -27,10 +27,10 @@ from trimserve.model.step_buffers import StepBuffers, StepInputs
 from trimserve.model.transformers_mllama import CrossLayerParts, MllamaForConditionalGeneration, decoder_parts
 from trimserve.trimming.policies.policy import CrossAttentionView
 
-__all__ = ["RaggedDecoder", "Rows", "SequenceRows"]
+__all__ = ["Pass", "RaggedDecoder", "SequenceRows"]
 
 
-class Rows(Protocol):
+class Pass(Protocol):
     """What one pass does between the parts of its layers; `PromptRows` documents each step."""
 
     @property
@@ -143,7 +143,7 @@ class RaggedDecoder:
         rows = BucketRows(self._angles.of(inputs.positions), inputs.text, inputs.features, inputs.sees)
         return self._logits(run_through(self._run(self._embed(inputs.token_ids), rows)))
 
-    def _run(self, hidden: Tensor, rows: Rows) -> Interruptible[Tensor]:
+    def _run(self, hidden: Tensor, rows: Pass) -> Interruptible[Tensor]:
         """The loop over layers, [R, D] -> [R, D]; yields after each."""
         for layer in self._layers:
             if isinstance(layer, SelfLayer):

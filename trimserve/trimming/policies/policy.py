@@ -1,10 +1,10 @@
 """What a policy is: where it is asked, what it sees, what it answers.
 
-A policy is a frozen dataclass; its fields are the parameters that a request may set. It is asked in one of three
+A policy is a frozen dataclass; its fields are the parameters that a request may set. It chooses first in one of three
 places (`Place`): *before the decoder*, from each image alone, so that the first cross-attention layer shrinks too and
 the answer serves every question on the image; *after cross-attention layers*, when the text has looked, mostly after
-the first one only; or *in a guide*, after the first cross-attention layer of a smaller model. A policy sees one image
-at a time, and real tiles only.
+the first one only; or *in a guide*, after the first cross-attention layer of a smaller model. It may be asked again
+after later layers. A policy sees one image at a time, and real tiles only.
 """
 
 from abc import ABC, abstractmethod
