@@ -19,7 +19,10 @@ from trimserve.v1 import generation_pb2 as pb
 __all__ = ["main"]
 
 SAMPLES = Path(__file__).parents[1] / "trimserve/assets/samples"
-LATER_LAYERS = {"sparsevlm": {"cascade_ratio": 0.7, "recycle_ratio": 0.3}, "todre": {"late_exit_threshold": 0.5}}
+LATER_LAYERS = {
+    "sparsevlm": pb.PolicyParameters(cascade_ratio=0.7, recycle_ratio=0.3),
+    "todre": pb.PolicyParameters(late_exit_threshold=0.5),
+}
 """Parameters with which later cross-attention layers hold less."""
 
 
@@ -42,7 +45,7 @@ def requests(policies: Iterable[str]) -> Iterator[pb.GenerateRequest]:
     for policy, parameters in LATER_LAYERS.items():
         asked = _chat("What colour is the star?", "mixed.png")
         asked.trim.policy = policy
-        asked.trim.parameters.MergeFrom(pb.PolicyParameters(**parameters))
+        asked.trim.parameters.CopyFrom(parameters)
         yield asked
     for fields in (
         {"temperature": 1.0, "top_p": 0.9, "top_k": 20, "num_top_logprobs": 3},

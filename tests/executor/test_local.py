@@ -14,6 +14,9 @@ from trimserve.engine import engine as module
 from trimserve.engine.engine import Engine
 from trimserve.engine.warm_up import warm_up
 from trimserve.executor.local import LocalExecutor
+from trimserve.model.interruptible import Interruptible
+from trimserve.model.prepared import PreparedImage
+from trimserve.trimming.encoded_image import EncodedImage, Observation
 
 
 def test_memory_is_measured_while_no_pages_are_held(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -35,8 +38,10 @@ def test_a_prompt_that_is_cancelled_while_it_is_read_leaves_nothing_to_the_garba
     features: list[weakref.ref[Tensor]] = []
 
     class Watched(FakeModel):
-        def encode_image(self, *arguments: object) -> object:  # type: ignore[override]
-            encoded = yield from super().encode_image(*arguments)  # type: ignore[arg-type]
+        def encode_image(
+            self, image: PreparedImage, needs: frozenset[Observation] = frozenset()
+        ) -> Interruptible[EncodedImage]:
+            encoded = yield from super().encode_image(image, needs)
             features.append(weakref.ref(encoded.features))
             return encoded
 
