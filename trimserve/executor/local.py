@@ -223,9 +223,9 @@ class LocalExecutor:
             kv.length = each.position  # also of rows that are tried again
             kvs.append(kv)
             counts.append(len(new))
+        if len(token_ids) == len(kvs):
+            return self._model.decode(token_ids, kvs)
         logits = self._model.decode(token_ids, kvs, counts)
-        if len(token_ids) == len(counts):
-            return logits
         return logits[[end - 1 for end in accumulate(counts)]]
 
     def _draw(self, logits: Tensor, batch: Sequence[_Sequence], step: _Step) -> None:
