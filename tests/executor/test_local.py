@@ -3,20 +3,25 @@
 import gc
 import weakref
 
+import numpy as np
 import pytest
 from torch import Tensor
 
-from tests.engine.fake_model import IMAGE, FakeModel, request
+from tests.engine.fake_model import END, IMAGE, FakeModel, request
 from tests.engine.stepping import start
 from trimserve.api.prompt import ImageFile, TokenPrompt
+from trimserve.api.sampling import SamplingParams
+from trimserve.api.trim import TrimRequest
 from trimserve.config import EngineConfig
 from trimserve.engine import engine as module
 from trimserve.engine.engine import Engine
 from trimserve.engine.warm_up import warm_up
 from trimserve.executor.local import LocalExecutor
+from trimserve.executor.plan import NewSequence, PageGrant, PrefillSlice, Rows, StepPlan
 from trimserve.model.interruptible import Interruptible
-from trimserve.model.prepared import PreparedImage
+from trimserve.model.prepared import PreparedImage, PreparedPrompt
 from trimserve.trimming.encoded_image import EncodedImage, Observation
+from trimserve.trimming.plan import TrimPlan
 
 
 def test_memory_is_measured_while_no_pages_are_held(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,3 +78,15 @@ def test_rows_that_are_tried_alone_do_not_count_twice() -> None:
         engine.step()
     texts = ["".join(getattr(chunk, "text", "") for chunk in output) for output in outputs]
     assert texts == ["yes", "no!"]
+
+
+def test_rows_may_name_several_tokens_in_place_of_the_one_that_was_drawn_last() -> None:
+    executor = LocalExecutor(FakeModel({"hi": "yes!"}))
+    executor.allocate(num_pages=8, layers_per_page=1)
+    prompt = PreparedPrompt(tuple(b"hi"), ())
+    new = NewSequence(0, "r", prompt, TrimPlan.of(TrimRequest()), SamplingParams(), frozenset({END}))
+    pages = PageGrant(0, np.array([[0], [1]], dtype=np.int32), np.empty((3, 0), dtype=np.int32))
+    first = executor.run(StepPlan(new=(new,), pages=(pages,), prefill=PrefillSlice(0, seconds=1e9)))
+    assert [drawn.token_id for drawn in first.drawn] == [ord("y")]
+    second = executor.run(StepPlan(rows=(Rows(0, position=2, token_ids=tuple(b"yes")),)))
+    assert [drawn.token_id for drawn in second.drawn] == [ord("!")]
