@@ -27,11 +27,12 @@ from trimserve.server.grpc.statuses import REQUEST_ID_KEY, code_of, trailer
 from trimserve.server.metrics import Metrics
 from trimserve.server.tracing import current_trace
 
-__all__ = ["RpcInterceptor"]
+__all__ = ["OWN_METHODS", "RpcInterceptor"]
 
 log = logging.getLogger(__name__)
 
 OWN_METHODS = "/trimserve."
+"""How the names of our own methods begin."""
 
 OPEN_METHODS = f"/{health.SERVICE_NAME}/"
 """Open to all, because Kubernetes' probes cannot send a token."""

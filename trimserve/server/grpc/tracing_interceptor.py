@@ -9,11 +9,10 @@ import grpc
 from grpc.aio import ServicerContext
 
 from trimserve.server.deadline import Deadline
+from trimserve.server.grpc.interceptors import OWN_METHODS
 from trimserve.server.tracing import Tracing
 
 __all__ = ["TracingInterceptor"]
-
-OWN_METHODS = "/trimserve."
 
 SERVER_FAULTS = {
     grpc.StatusCode.UNKNOWN,

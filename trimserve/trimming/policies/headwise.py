@@ -25,7 +25,7 @@ def choose_headwise(image: SeenImage, allowance: Allowance) -> Choice:
         picks = _top(scores, _smallest_k(scores, most))
     elif isinstance(asked, HeadRatio):
         k = counts(asked, scores)[0]
-        if most == num_features and not image.layer.wants_picks:
+        if most == num_features and not image.view.wants_picks:
             padded, num_kept = ops.select_features(scores, [num_features], [k])
             return Choice(padded[: int(num_kept)])
         picks = _top(scores, k)

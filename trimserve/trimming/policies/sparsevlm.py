@@ -93,11 +93,11 @@ class SparseVLM(AfterFirstLayer):
 def _raters(image: SeenImage) -> Tensor:
     """int64 [R], the rows that see the image and have at least average relevance for it; all if none has any."""
     rows = image.rows
-    queries, keys = image.layer.queries[rows].float(), image.keys.float()
+    queries, keys = image.view.queries[rows].float(), image.keys.float()
     heads_per_key = queries.shape[1] // keys.shape[1]
     relevance = torch.zeros(len(rows), device=rows.device)
     for head in range(queries.shape[1]):  # one after the other: [H, T, N] is never in memory
-        logits = queries[:, head] @ keys[:, head // heads_per_key].T * image.layer.scale
+        logits = queries[:, head] @ keys[:, head // heads_per_key].T * image.view.scale
         relevance += logits.softmax(dim=0).mean(dim=1)
     is_rater = relevance >= (1 - _ROUNDING) * relevance.mean()
     return rows[is_rater] if is_rater.any() else rows

@@ -59,7 +59,7 @@ class CrossAttentionView:
 class SeenImage:
     """One image of a `CrossAttentionView`."""
 
-    layer: CrossAttentionView
+    view: CrossAttentionView
     index: int
     """Position among the request's images."""
     start: int
@@ -70,32 +70,32 @@ class SeenImage:
     @property
     def features_per_tile(self) -> int:
         """Features of one tile, its class token first."""
-        return self.layer.features_per_tile
+        return self.view.features_per_tile
 
     @property
     def scores(self) -> Tensor:
         """float32 [H, n], attention of each query head, averaged over the rows that see the image."""
-        return self.layer.scores[:, self._own]
+        return self.view.scores[:, self._own]
 
     @property
     def features(self) -> Tensor:
         """[n, D]."""
-        return self.layer.features[self._own]
+        return self.view.features[self._own]
 
     @property
     def keys(self) -> Tensor:
         """[n, Hkv, Dh]."""
-        return self.layer.keys[self._own]
+        return self.view.keys[self._own]
 
     @property
     def rows(self) -> Tensor:
         """int64 [R], ascending, the rows that see the image."""
-        first, end = self.layer.visibility.unbind(dim=1)
-        return ((first <= self.start) & (self.start < end)).nonzero()[:, 0].to(self.layer.queries.device)
+        first, end = self.view.visibility.unbind(dim=1)
+        return ((first <= self.start) & (self.start < end)).nonzero()[:, 0].to(self.view.queries.device)
 
     def scores_of(self, rows: Tensor) -> Tensor:
         """float32 [H, n], averaged over the given rows, int64 [R], which all see the image."""
-        return self.layer.scores_of(rows)[:, self._own]
+        return self.view.scores_of(rows)[:, self._own]
 
     @property
     def _own(self) -> slice:
