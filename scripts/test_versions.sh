@@ -28,6 +28,5 @@ python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir "$work" .
 mkdir "$work/tree"
 git ls-files -z | grep -zv '^trimserve/' | tar --create --null --files-from - | tar --extract --directory "$work/tree"
 ln -s "$("$work/venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/trimserve" "$work/tree"
-ln -s venv "$work/.venv"
 cd "$work/tree"
 "$work/venv/bin/python" -m pytest -p no:cacheprovider "$@"

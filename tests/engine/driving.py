@@ -48,7 +48,7 @@ def make_runner(load: Callable[[], FakeModel], **config: float) -> Runner:
         model = load()
         return model, LocalExecutor(model)
 
-    return Runner(load_both, EngineConfig(image_cache_bytes=ByteSize(0), **config))  # type: ignore[arg-type]
+    return Runner(load_both, EngineConfig(image_cache_bytes=ByteSize(0), **config))  # type: ignore[arg-type]  # knobs of every type
 
 
 @asynccontextmanager

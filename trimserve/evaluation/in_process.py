@@ -24,7 +24,7 @@ from trimserve.evaluation.pages import OwnKeyValues, OwnPages
 from trimserve.model.decoder import SequenceRows
 from trimserve.model.interruptible import run_through
 from trimserve.model.mllama import Mllama
-from trimserve.model.processor import PreparedPrompt
+from trimserve.model.prepared import PreparedPrompt
 from trimserve.trimming.encoded_image import EncodedImage, Observation
 from trimserve.trimming.plan import TrimPlan, max_rows
 
