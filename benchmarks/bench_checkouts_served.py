@@ -9,6 +9,7 @@ import argparse
 import asyncio
 import json
 import os
+import re
 import statistics
 import subprocess
 import time
@@ -39,7 +40,10 @@ def _server(root: Path, model: UnderTest, dtype: str) -> Iterator[str]:
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=root, env=environment) as process:
         assert process.stdout is not None
         try:
-            yield process.stdout.readline().split()[-1]
+            found = re.search(r"gRPC on ([^\s,]+)", process.stdout.readline())
+            if found is None:
+                raise SystemExit(f"{root} did not start")
+            yield found[1]
         finally:
             process.terminate()
 
