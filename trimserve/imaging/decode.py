@@ -6,7 +6,7 @@ that decodes it (`worker.py`); called directly, it is for files that are trusted
 
 import io
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Final
 
 import numpy as np
@@ -27,10 +27,13 @@ from PIL.ImageFile import ImageFile
 from trimserve.errors import InvalidRequest
 from trimserve.imaging.png import SIGNATURE, without_metadata
 
-__all__ = ["ImageReader", "Pixels", "decode_image", "decode_pixels"]
+__all__ = ["Decode", "ImageReader", "Pixels", "decode_image", "decode_pixels"]
 
 Pixels = NDArray[np.uint8]
 """[height, width, 3], upright RGB."""
+
+Decode = Callable[[bytes, str], Pixels]
+"""Decodes a file that a field of the request holds; InvalidRequest if it cannot be decoded."""
 
 _FORMATS: Final[dict[str, type[ImageFile]]] = {
     "PNG": PngImagePlugin.PngImageFile,

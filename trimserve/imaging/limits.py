@@ -20,7 +20,7 @@ class Limits:
     """Several times what the slowest formats need; above 0."""
     memory_bytes: int = 64 * 2**20
     """Address space for a file of no pixels."""
-    bytes_per_pixel: int = 24
+    bytes_per_pixel: int = 20
     """Address space: coefficients or canvases of the decoder, the stored pixels, and the result."""
     copies: int = 4
     """Of the file itself, in memory."""
