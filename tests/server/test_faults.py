@@ -15,6 +15,7 @@ from transformers.models.mllama.image_processing_pil_mllama import MllamaImagePr
 
 from trimserve.client import Client, make_request
 from trimserve.config import Config, EngineConfig, ServerConfig
+from trimserve.imaging.decode import Pixels
 from trimserve.model import processor
 from trimserve.model.images import prepare_image
 from trimserve.model.prepared import PreparedImage
@@ -150,10 +151,10 @@ class Crash(BaseException):
 def test_a_crash_in_the_image_worker_ends_its_request_alone(
     client: Client, error: BaseException, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def crash_or_prepare(image: PilImage.Image, image_processor: MllamaImageProcessorPil) -> PreparedImage:
-        if image.getpixel((0, 0)) == (255, 0, 0):
+    def crash_or_prepare(pixels: Pixels, image_processor: MllamaImageProcessorPil) -> PreparedImage:
+        if tuple(pixels[0, 0]) == (255, 0, 0):
             raise error
-        return prepare_image(image, image_processor)
+        return prepare_image(pixels, image_processor)
 
     monkeypatch.setattr(processor, "prepare_image", crash_or_prepare)
     for _ in range(3):  # more than there are workers, and places for decoded images

@@ -3,22 +3,10 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-__all__ = ["EngineStatus", "StepListener", "WorkerStatus"]
+__all__ = ["EngineStatus", "StepListener"]
 
 StepListener = Callable[[int, float], None]
 """Called after every decode step with its number of sequences and its seconds of model and sampling. Must not raise."""
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerStatus:
-    """Workers of one kind at one moment."""
-
-    num_workers: int
-    """Most jobs that run at once."""
-    num_busy: int
-    """Jobs that run now."""
-    oldest_seconds: float
-    """For how long the oldest of them has been running; 0 if none runs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,8 +14,8 @@ class EngineStatus:
     """The engine's state at one moment."""
 
     is_ready: bool
-    """Whether requests are accepted and prepared: false before warm-up is done, while draining, after a crash, while a
-    worker is stuck, and while images cannot be decoded."""
+    """Whether requests are accepted: false before warm-up is done, while draining, after a crash, and while no process
+    that decodes images can be started."""
     is_alive: bool
     """False once the engine has died."""
     num_running: int
@@ -60,7 +48,5 @@ class EngineStatus:
     """Since the engine became ready; 0 until then."""
     memory_bytes: Mapping[str, int] = field(default_factory=dict)
     """Memory of the model's device by kind, as in `trimserve_device_memory_bytes`; empty before the model is loaded."""
-    workers: Mapping[str, WorkerStatus] = field(default_factory=dict)
-    """Those that prepare requests, by kind: `text` and `image`."""
     decoder_deaths: Mapping[str, int] = field(default_factory=dict)
     """Processes that ended with an image file in hand since the start, by cause."""

@@ -2,8 +2,8 @@
 
     event loop      submit() -> queue bound, deadline -> chunks of one request, in order
     text workers    Processor.tokenize: the first step of a Preparation, quick
-    image workers   Processor.prepare_images: the other steps, one image at a time, so that urgent requests come between;
-                    a process of the DecoderPool opens the file
+    image workers   Processor.prepare_images: the other steps, one image at a time, so that urgent requests come
+                    between; a process of the DecoderPool opens the file
     engine thread   Engine.step, which alone tells the executor what to run
 
 Loop and workers send commands (add, cancel) to the engine thread, which takes them between steps; chunks come
@@ -14,14 +14,14 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Collection, Iterable
+from collections.abc import AsyncGenerator, Callable, Collection
 from contextlib import aclosing, suppress
 from functools import partial
 
 from trimserve.api.chunks import Finished, GenerationChunk
 from trimserve.api.info import ModelInfo
 from trimserve.api.request import GenerationRequest
-from trimserve.api.status import EngineStatus, StepListener, WorkerStatus
+from trimserve.api.status import EngineStatus, StepListener
 from trimserve.config import EngineConfig
 from trimserve.engine.engine import Engine
 from trimserve.engine.lookahead import Lookahead, Ticket
@@ -168,9 +168,8 @@ class Runner:
         running = [stream.sequence for stream in self._streams if stream.state is SequenceState.RUNNING]
         pool = None if self._engine is None else self._engine.pool
         images = None if self._engine is None else self._engine.image_cache
-        workers = {"text": self._text_workers.status(), "image": self._image_workers.status()}
         return EngineStatus(
-            is_ready=self._refusal is None and self._is_preparing(workers.values()),
+            is_ready=self._refusal is None and (self._decoders is None or self._decoders.is_able),
             is_alive=self._is_alive,
             num_running=len(running),
             num_waiting=states.count(SequenceState.WAITING),
@@ -187,7 +186,6 @@ class Runner:
             image_cache_evictions=images.num_evictions if images else 0,
             uptime_seconds=0.0 if self._ready_at is None else time.monotonic() - self._ready_at,
             memory_bytes=memory_by_kind(self.info, pool.capacity_bytes) if pool else {},
-            workers=workers,
             decoder_deaths={} if self._decoders is None else dict(self._decoders.deaths),
         )
 
@@ -215,11 +213,6 @@ class Runner:
         self._refusal = "the engine has stopped"
 
     # ---- event loop ----
-
-    def _is_preparing(self, workers: Iterable[WorkerStatus]) -> bool:
-        """Whether requests can be prepared: no worker is stuck, and there are processes for images."""
-        is_stuck = any(each.oldest_seconds > self._config.step_timeout_seconds for each in workers)
-        return not is_stuck and (self._decoders is None or self._decoders.is_able)
 
     async def _generate(
         self, request: GenerationRequest, deadline: float | None

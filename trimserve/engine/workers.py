@@ -2,7 +2,6 @@
 
 import asyncio
 import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -10,8 +9,6 @@ from functools import partial
 from itertools import count
 from queue import PriorityQueue
 from typing import TypeVar
-
-from trimserve.api.status import WorkerStatus
 
 __all__ = ["Workers", "in_daemon_thread", "is_any_left_behind", "leave_behind"]
 
@@ -65,18 +62,13 @@ def is_any_left_behind() -> bool:
 class Workers:
     """A thread pool whose queue is ordered by key; first come first served among equals."""
 
-    def __init__(self, num_threads: int, name: str, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, num_threads: int, name: str) -> None:
         """Start no thread before there is a job.
 
         Args:
             num_threads: at least 1.
             name: the threads' names begin with it.
-            clock: tells how long jobs run.
         """
-        self._num_threads = num_threads
-        self._clock = clock
-        self._begun: dict[int, float] = {}
-        """When the running jobs began, by their number."""
         self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix=name)
         self._jobs: PriorityQueue[tuple[tuple[float, ...], int, Job]] = PriorityQueue()
         self._arrivals = count()
@@ -93,20 +85,10 @@ class Workers:
         self._jobs.put((key, next(self._arrivals), job))
         self._threads.submit(self._run_next)
 
-    def status(self) -> WorkerStatus:
-        """How many jobs run, and for how long."""
-        begun = list(self._begun.values())
-        oldest = self._clock() - min(begun) if begun else 0.0
-        return WorkerStatus(self._num_threads, len(begun), oldest)
-
     def stop(self) -> None:
         """Begin no more jobs; those that run are not waited for."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     def _run_next(self) -> None:
-        _, number, job = self._jobs.get_nowait()
-        self._begun[number] = self._clock()
-        try:
-            job()
-        finally:
-            del self._begun[number]
+        *_, job = self._jobs.get_nowait()
+        job()

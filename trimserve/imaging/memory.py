@@ -43,7 +43,7 @@ def received_pixels(memory: int, shape: tuple[int, int, int]) -> Pixels:
         ValueError: the file is not of this size, or its size could still change.
     """
     try:
-        if fcntl.fcntl(memory, fcntl.F_GET_SEALS) & _OF_FIXED_SIZE != _OF_FIXED_SIZE:
+        if not _is_of_fixed_size(memory):
             raise ValueError("memory of pixels must be sealed")
         num_bytes = os.fstat(memory).st_size
         if min(shape) < 1 or num_bytes != int(np.prod(shape)):
@@ -52,3 +52,10 @@ def received_pixels(memory: int, shape: tuple[int, int, int]) -> Pixels:
     finally:
         os.close(memory)
     return np.frombuffer(mapped, np.uint8).reshape(shape)
+
+
+def _is_of_fixed_size(memory: int) -> bool:
+    try:
+        return fcntl.fcntl(memory, fcntl.F_GET_SEALS) & _OF_FIXED_SIZE == _OF_FIXED_SIZE
+    except OSError:  # no memory file at all
+        return False

@@ -30,9 +30,7 @@ _RETRY_SECONDS: Final = 1.0
 class DecoderPool:
     """Keeps a number of processes running. Thread-safe."""
 
-    def __init__(
-        self, size: int, limits: Limits, start: Callable[[Limits], DecoderProcess] = DecoderProcess
-    ) -> None:
+    def __init__(self, size: int, limits: Limits, start: Callable[[Limits], DecoderProcess] = DecoderProcess) -> None:
         """Start nothing yet.
 
         Args:
@@ -88,8 +86,12 @@ class DecoderPool:
                 if ended.cause == "wall_clock":
                     waited = f"{self._limits.wall_seconds:g} s"
                     raise EngineBusy(f"an image was not decoded within {waited}: the machine is busy") from None
-            except BaseException:
+            except InvalidRequest:
                 self._give_back(process)
+                raise
+            except BaseException:  # its answer may still come: it must not be taken for the next file's
+                process.close()
+                self._lose(process, "crash")
                 raise
             else:
                 self._give_back(process)

@@ -109,7 +109,7 @@ class DecoderProcess:
             if pixels is None or channels != 3 or height * width > self._limits.max_pixels:
                 raise ValueError("no pixels, or too many")
             return received_pixels(pixels, (height, width, channels))
-        except (KeyError, TypeError, ValueError):  # whatever a file made of it
+        except (KeyError, TypeError, ValueError, OverflowError):  # whatever a file made of it
             raise self._ended("crash") from None
 
     def kill(self) -> None:

@@ -16,8 +16,8 @@ from transformers.models.mllama.image_processing_pil_mllama import MllamaImagePr
 from trimserve.api.info import ModelInfo
 from trimserve.api.prompt import ChatPrompt, ImageFile, Prompt, RawPrompt, Text
 from trimserve.errors import CheckpointError, InvalidRequest
-from trimserve.model.chat import ChatEncoder
 from trimserve.imaging.decode import Decode, decode_pixels
+from trimserve.model.chat import ChatEncoder
 from trimserve.model.images import prepare_image
 from trimserve.model.prepared import PreparedImage, PreparedPrompt, TokenizedPrompt
 

@@ -109,7 +109,6 @@ class Metrics:
         self._declare_latencies()
         self._declare_tokens_and_features()
         self._declare_engine()
-        self._declare_workers()
         ProcessCollector(registry=self.registry)
 
     def saw_step(self, num_sequences: int, seconds: float) -> None:
@@ -130,10 +129,6 @@ class Metrics:
         self.image_cache_capacity_bytes.set(status.image_cache_capacity_bytes)
         for kind, num_bytes in status.memory_bytes.items():
             self.device_memory_bytes.labels(kind).set(num_bytes)
-        for kind, workers in status.workers.items():
-            self.workers.labels(kind).set(workers.num_workers)
-            self.workers_busy.labels(kind).set(workers.num_busy)
-            self.worker_oldest_job_seconds.labels(kind).set(workers.oldest_seconds)
         with self._lock:
             self._raise_to("hits", self.image_cache_hits, status.image_cache_hits)
             self._raise_to("misses", self.image_cache_misses, status.image_cache_misses)
@@ -315,6 +310,11 @@ class Metrics:
         self.image_cache_evictions = self._counter(
             "trimserve_image_cache_evictions_total", "Images whose visual features made room for others'."
         )
+        self.decoder_deaths = self._counter(
+            "trimserve_decoder_deaths_total",
+            "Processes that ended with an image file in hand: too much processor time, no answer in time, or a crash.",
+            {"cause": ("processor_time", "wall_clock", "crash")},
+        )
         self.image_cache_used_bytes = self._gauge(
             "trimserve_image_cache_used_bytes", "Bytes of the visual features that are kept for another question."
         )
@@ -344,25 +344,6 @@ class Metrics:
         )
         versions = (__version__, platform.python_version(), version("torch"), version("grpcio"))
         self.build_info.labels(*versions).set(1)
-
-    def _declare_workers(self) -> None:
-        kinds = {"kind": ("text", "image")}
-        self.workers = self._gauge(
-            "trimserve_workers", "Workers that prepare requests: tokenise text, or decode images.", kinds
-        )
-        self.workers_busy = self._gauge("trimserve_workers_busy", "Those that have a job.", kinds)
-        self.worker_oldest_job_seconds = self._gauge(
-            "trimserve_worker_oldest_job_seconds",
-            "For how long the oldest of these jobs has been running, 0 without one. Beyond `step_timeout_seconds` the "
-            "server is not ready.",
-            kinds,
-        )
-        self.decoder_deaths = self._counter(
-            "trimserve_decoder_deaths_total",
-            "Processes that ended with an image file in hand and were replaced: the file took too much processor time, "
-            "got no answer in time on the clock, or crashed the decoder.",
-            {"cause": ("processor_time", "wall_clock", "crash")},
-        )
 
     def _counter(self, name: str, text: str, labels: Labels | None = None) -> Counter:
         self.declared.append(Declared(name, "counter", text, labels or {}))
