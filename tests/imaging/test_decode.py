@@ -5,7 +5,7 @@ import struct
 import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -274,7 +274,7 @@ def test_the_orientation_is_found_in_xmp_of_any_size() -> None:
 @pytest.mark.parametrize("options", [{}, {"compression": "zlib"}, {"tile": (16, 16)}], ids=["raw", "packed", "tiles"])
 @pytest.mark.parametrize("kind", [np.uint8, np.uint16])
 def test_white_is_white_where_it_is_stored_as_zero(
-    kind: type[np.unsignedinteger[Any]], options: dict[str, Any], byteorder: str
+    kind: type[np.unsignedinteger[Any]], options: dict[str, Any], byteorder: Literal["<", ">"]
 ) -> None:
     most = np.iinfo(kind).max
     stored = np.linspace(0, most, 64 * 48).reshape(48, 64).round().astype(kind)

@@ -215,11 +215,13 @@ def _most_value(image: Image) -> int | None:
     if not image.mode.startswith("I"):
         return None
     if image.mode == "I":
-        least, most = image.getextrema()
+        values = np.asarray(image)
+        least, most = values.min(), values.max()
         if least < 0 or most > 65535:
             raise ValueError(f"integer pixels must be in [0, 65535], got {least} to {most}")
-    is_tiff = isinstance(image, TiffImagePlugin.TiffImageFile)
-    return 4095 if is_tiff and image.tag_v2.get(ExifTag.BitsPerSample) == (12,) else 65535
+    if isinstance(image, TiffImagePlugin.TiffImageFile) and image.tag_v2.get(ExifTag.BitsPerSample) == (12,):
+        return 4095
+    return 65535
 
 
 def _to_8_bits(image: Image, most: int, is_inverted: bool) -> Image:

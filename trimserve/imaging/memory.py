@@ -15,7 +15,7 @@ _OF_FIXED_SIZE = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 """Reading a mapped file that was cut short would end the process that reads."""
 
 
-def new_memory(contents: Iterable[bytes | Pixels]) -> int:
+def new_memory(contents: Iterable[bytes | memoryview]) -> int:
     """Descriptor of a memory file with the contents one after the other, to be closed by the caller.
 
     Its size cannot change any more.

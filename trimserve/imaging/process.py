@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
-from typing import Final
+from typing import Any, Final
 
 from trimserve.errors import InvalidRequest
 from trimserve.imaging.decode import Pixels
@@ -122,7 +122,7 @@ class DecoderProcess:
         self._process.wait()
         self._connection.close()
 
-    def _receive(self, seconds: float) -> tuple[dict[str, object], int | None]:
+    def _receive(self, seconds: float) -> tuple[dict[str, Any], int | None]:
         self._connection.settimeout(seconds)
         try:
             received = receive(self._connection)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from trimserve.errors import InvalidRequest
-from trimserve.imaging.decode import ImageReader, Pixels
+from trimserve.imaging.decode import ImageReader
 from trimserve.imaging.limits import Limits
 from trimserve.imaging.memory import new_memory
 from trimserve.imaging.messages import receive, send
@@ -87,7 +87,7 @@ class _Worker:
         self._lift_limits()
         send(self._connection, message, pixels)
 
-    def _bands(self, file: int, shape: list[int]) -> Iterator[Pixels]:
+    def _bands(self, file: int, shape: list[int]) -> Iterator[memoryview]:
         """Bands of the image in a file, under limits; their common shape is told as they come."""
         with open(file, "rb") as content:
             content.seek(0)
@@ -99,7 +99,7 @@ class _Worker:
         for band in reader.bands():
             shape[0] += band.shape[0]
             shape[1] = band.shape[1]
-            yield band
+            yield band.data
 
     def _limit(self, num_pixels: int, address_space: int) -> None:
         """Limit what comes next. A timer and not RLIMIT_CPU, which counts whole seconds of the whole process."""
