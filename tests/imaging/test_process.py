@@ -15,6 +15,7 @@ from PIL import Image
 
 from tests.imaging.files import empty_scans, huge_tile, tiny_chunks
 from tests.imaging.kinds import encode, kinds
+from tests.patience import PATIENCE_SECONDS
 from trimserve.errors import InvalidRequest
 from trimserve.imaging.decode import decode_pixels
 from trimserve.imaging.limits import Limits
@@ -169,7 +170,9 @@ def test_no_process_outlives_its_parent() -> None:
 import os, signal
 from trimserve.imaging.limits import Limits
 from trimserve.imaging.process import DecoderProcess
-print(DecoderProcess(Limits(1_000_000)).pid, flush=True)
+pid = DecoderProcess(Limits(1_000_000)).pid
+os.kill(pid, signal.SIGSTOP)  # as in the middle of a file: it does not look at its connection
+print(pid, flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
 """
     with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) as parent:
@@ -192,7 +195,7 @@ def _pidfd(pid: int) -> int | None:
 def _ends(descriptor: int) -> bool:
     poll = select.poll()
     poll.register(descriptor, select.POLLIN)
-    return bool(poll.poll(60_000))
+    return bool(poll.poll(1000 * PATIENCE_SECONDS))
 
 
 def _cpu_seconds(pid: int) -> float:
