@@ -109,6 +109,7 @@ bench-ops: build  ## measure the ops and a layer of the vision encoder, in four 
 bench: bench-ops  ## measure ops and metrics, and try the load generator and the byte count (docs/performance.md measures with them)
 	$(BIN)/python -m benchmarks.bench_policies
 	$(BIN)/python -m benchmarks.bench_metrics --out benchmarks/results/metrics.json
+	$(BIN)/python -m benchmarks.bench_images --quick --out out/bench/images.json
 	$(BIN)/python -m benchmarks.bench_generate --quick --out out/bench/generate
 	$(BIN)/python -m benchmarks.bench_serve --quick --models embedded --out out/bench
 	$(BIN)/python -m benchmarks.bench_bytes --models embedded --max-new-tokens 32 --out out/bench/bytes.json

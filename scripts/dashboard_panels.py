@@ -223,6 +223,12 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             },
             "Images that were not encoded again, and how full the cache is.",
         ),
+        Panel(
+            "Image decoders that ended",
+            "short",
+            {"{{cause}}": rate("trimserve_decoder_deaths_total", by="cause")},
+            "Per second. Each was replaced; processor_time and crash are bad files.",
+        ),
         Panel("Image cache: evictions", "short", {"": rate("trimserve_image_cache_evictions_total")}, "Per second."),
         Panel(
             "Choosing features, by policy",

@@ -30,13 +30,14 @@ MAY_IMPORT = {
     "process": set(),
     "v1": set(),
     "config": {"loopback"},
+    "imaging": {"errors"},
     # the arrow
-    **{part: {*PLAIN, *ARROW[:place]} for place, part in enumerate(ARROW)},
+    **{part: {*PLAIN, "imaging", *ARROW[:place]} for place, part in enumerate(ARROW)},
     # the server, which the arrow reaches only through its protocol of an engine
     "server": PLAIN,
     "server/grpc": {*PLAIN, "server", "v1"},
     # outside the arrow
-    "serve": {*PLAIN, *ARROW, "server", "server/grpc"},
+    "serve": {*PLAIN, *ARROW, "imaging", "server", "server/grpc"},
     "client": {"loopback", "v1"},
     "connection": {"client"},
     "knobs": {"config"},

@@ -279,6 +279,8 @@ async def test_gauges_show_the_engine_as_it_is(loopback: Loopback) -> None:
     assert series["trimserve_image_cache_capacity_bytes"] == 8888
     assert (series["trimserve_image_cache_hits_total"], series["trimserve_image_cache_misses_total"]) == (66, 55)
     assert series["trimserve_image_cache_evictions_total"] == 44
+    causes = ("processor_time", "wall_clock", "crash")
+    assert [series[f'trimserve_decoder_deaths_total{{cause="{cause}"}}'] for cause in causes] == [33, 2, 1]
     kinds = ("weights", "kv", "free", "allocated")
     assert [series[f'trimserve_device_memory_bytes{{kind="{kind}"}}'] for kind in kinds] == [492, 9999, 123456, 0]
     assert series["trimserve_model_ready"] == 1

@@ -14,7 +14,8 @@ class EngineStatus:
     """The engine's state at one moment."""
 
     is_ready: bool
-    """Whether requests are accepted: false before warm-up is done, while draining and after a crash."""
+    """Whether requests are accepted: false before warm-up is done, while draining, after a crash, and while no process
+    that decodes images can be started."""
     is_alive: bool
     """False once the engine has died."""
     num_running: int
@@ -47,3 +48,5 @@ class EngineStatus:
     """Since the engine became ready; 0 until then."""
     memory_bytes: Mapping[str, int] = field(default_factory=dict)
     """Memory of the model's device by kind, as in `trimserve_device_memory_bytes`; empty before the model is loaded."""
+    decoder_deaths: Mapping[str, int] = field(default_factory=dict)
+    """Processes that ended with an image file in hand since the start, by cause."""

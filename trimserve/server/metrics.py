@@ -133,6 +133,8 @@ class Metrics:
             self._raise_to("hits", self.image_cache_hits, status.image_cache_hits)
             self._raise_to("misses", self.image_cache_misses, status.image_cache_misses)
             self._raise_to("evictions", self.image_cache_evictions, status.image_cache_evictions)
+            for cause, total in status.decoder_deaths.items():
+                self._raise_to(cause, self.decoder_deaths.labels(cause), total)
 
     def _raise_to(self, name: str, counter: Counter, total: int) -> None:
         """Raise a counter to a total that the engine keeps."""
@@ -307,6 +309,11 @@ class Metrics:
         )
         self.image_cache_evictions = self._counter(
             "trimserve_image_cache_evictions_total", "Images whose visual features made room for others'."
+        )
+        self.decoder_deaths = self._counter(
+            "trimserve_decoder_deaths_total",
+            "Processes that ended with an image file in hand: too much processor time, no answer in time, or a crash.",
+            {"cause": ("processor_time", "wall_clock", "crash")},
         )
         self.image_cache_used_bytes = self._gauge(
             "trimserve_image_cache_used_bytes", "Bytes of the visual features that are kept for another question."
