@@ -8,32 +8,20 @@ from functools import partial
 from pathlib import Path
 from unittest import mock
 
+import llama_models.llama3
+import llama_models.llama3.multimodal.model as meta_model
 import torch
+from fairscale.nn.model_parallel.initialize import initialize_model_parallel
+from fairscale.nn.model_parallel.layers import ColumnParallelLinear
+from llama_models.llama3.args import ModelArgs
+from llama_models.llama3.chat_format import ChatFormat, LLMInput, create_vision_mask
+from llama_models.llama3.tokenizer import Tokenizer
+from PIL import Image
 from torch import Tensor
 
+from scripts.meta.checkpoint import INTERMEDIATE_LAYERS, MetaGeometry
 
-# PyPI's torchvision is built for CUDA and brings no operators to a torch for the CPU, without two of which it does not
-# load. Meta's image transform asks it for functions on Pillow images, which are Python.
-_OPERATORS = torch.library.Library("torchvision", "FRAGMENT")
-try:
-    import torchvision
-except RuntimeError:
-    for _name in ("nms", "qnms"):
-        _OPERATORS.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    import torchvision
-
-import llama_models.llama3  # noqa: E402 after the above
-import llama_models.llama3.multimodal.model as meta_model  # noqa: E402 as above
-from fairscale.nn.model_parallel.initialize import initialize_model_parallel  # noqa: E402 as above
-from fairscale.nn.model_parallel.layers import ColumnParallelLinear  # noqa: E402 as above
-from llama_models.llama3.args import ModelArgs  # noqa: E402 as above
-from llama_models.llama3.chat_format import ChatFormat, LLMInput, create_vision_mask  # noqa: E402 as above
-from llama_models.llama3.tokenizer import Tokenizer  # noqa: E402 as above
-from PIL import Image  # noqa: E402 as above
-
-from scripts.meta_checkpoint import INTERMEDIATE_LAYERS, MetaGeometry  # noqa: E402 as above
-
-__all__ = ["TOKENIZER_MODEL", "Judge", "begin", "chat_format", "seen_by_all"]
+__all__ = ["IMAGE_TOKEN_ID", "TOKENIZER_MODEL", "Judge", "begin", "chat_format", "seen_by_all"]
 
 TOKENIZER_MODEL = Path(llama_models.llama3.__file__).parent / "tokenizer.model"
 IMAGE_TOKEN_ID = 128256
@@ -103,9 +91,11 @@ class Judge:
             total_len=len(token_ids),
             device=tokens.device,
         )
-        passes = [range(len(prompt.tokens)), *([row] for row in range(len(prompt.tokens), len(token_ids)))]
+        length = len(prompt.tokens)
+        passes = [range(length), *([row] for row in range(length, len(token_ids)))]
+        text_only = vision is None
         logits = [
-            self.model.forward(torch.tensor([*rows]), tokens, masks, row_mask, caches, vision is None) for rows in passes
+            self.model.forward(torch.tensor([*rows]), tokens, masks, row_mask, caches, text_only) for rows in passes
         ]
         return torch.cat(logits, dim=1)[0]
 

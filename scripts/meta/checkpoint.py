@@ -80,7 +80,7 @@ _TILE_EMBEDDINGS = {
 
 @dataclass(frozen=True, slots=True)
 class MetaGeometry:
-    """Sizes of a model, under the names of Meta's `params.json`; the width of the vision encoder is a constant there."""
+    """Sizes of a model under the names of Meta's `params.json`, which does not have those of the vision encoder."""
 
     dim: int = 64
     n_layers: int = 8
@@ -141,9 +141,7 @@ def convert(state: Mapping[str, Tensor], geometry: MetaGeometry) -> dict[str, Te
     return {name: tensor.contiguous() for name, tensor in named.items()}
 
 
-def save_checkpoint(
-    folder: Path, state: Mapping[str, Tensor], geometry: MetaGeometry, tokenizer_model: Path
-) -> None:
+def save_checkpoint(folder: Path, state: Mapping[str, Tensor], geometry: MetaGeometry, tokenizer_model: Path) -> None:
     """Write a checkpoint folder from Meta's tensors and tokenizer.
 
     The chat template is the embedded model's, which has the rules of Llama 3.2 Vision's.
