@@ -108,9 +108,9 @@ def departures() -> Iterator[Departure]:
         _special_in_raw,
     )
     yield Departure(
-        "message text that begins with a line break, or with white space and one",
+        "message text that begins with a line break, or with white space that has one",
         "the header's `\\n\\n` and the text are tokenised apart",
-        "together, as in transformers: the line breaks merge into one token",
+        "together, as in transformers: line breaks may merge into one token",
         _line_breaks_merge,
     )
     yield Departure(
@@ -187,7 +187,7 @@ def _special_in_raw(trial: Trial) -> bool:
 
 
 def _line_breaks_merge(trial: Trial) -> bool:
-    for text in ("\nHello", " \r\n Hello", "\t\nHello"):
+    for text in ("\nHello", "\n\nHello"):
         turns = [("user", [text, trial.picture])]
         merged = trial.text_ids(f"\n\n{text}")
         apart = [*trial.text_ids("\n\n"), *trial.text_ids(text)]

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.models.mllama.image_processing_pil_mllama import get_all_supported_aspect_ratios
 
+from scripts.meta.checkpoint import MAX_TILES
 from scripts.meta.judge import Judge
 from scripts.meta.prompts import Turn, file_of, meta_chat, noise, our_chat
 from trimserve.api.prompt import ImageFile
@@ -48,16 +50,12 @@ def compare_pixels(ours: Mllama, judge: Judge, format_: Any, num_sizes: int) -> 
         ours: any model.
         judge: of the same tile size.
         format_: Meta's chat format, which opens files.
-        num_sizes: how many to draw.
+        num_sizes: how many.
     Returns:
         Images, those that differ, and the grids of tiles that were met.
     """
-    rng = random.Random(0)
     grids, unequal = set(), []
-    for seed in range(num_sizes):
-        width, height = (int(10 ** rng.uniform(0.5, 3.2)) for _ in range(2))
-        if max(width, height) > 100 * min(width, height):
-            height = width // 2  # thinner ones are a departure of its own
+    for seed, (width, height) in enumerate(_sizes(num_sizes, ours.info.tile_size)):
         is_equal, grid = pixels_equal(ours, judge, format_, file_of(noise(width, height, seed)))
         grids.add(grid)
         if not is_equal:
@@ -68,6 +66,20 @@ def compare_pixels(ours: Mllama, judge: Judge, format_: Any, num_sizes: int) -> 
         if not pixels_equal(ours, judge, format_, file_of(image.convert(mode), kind))[0]:
             unequal.append(f"{mode} as {kind}")
     return {"images": num_sizes + len(kinds), "unequal": unequal, "grids": sorted(map(list, grids))}
+
+
+def _sizes(number: int, side: int) -> Iterator[tuple[int, int]]:
+    """Widths and heights from 3 to 1600 pixels, each third close to a grid of tiles."""
+    rng = random.Random(0)
+    ratios = get_all_supported_aspect_ratios(MAX_TILES)
+    for index in range(number):
+        if index % 3 == 0:
+            high, wide = ratios[index // 3 % len(ratios)]
+            scale = side * rng.choice([0.25, 0.5, 0.9])
+            yield int(wide * scale) + rng.randint(-1, 1), int(high * scale) + rng.randint(-1, 1)
+            continue
+        width, height = (int(10 ** rng.uniform(0.5, 3.2)) for _ in range(2))
+        yield width, max(height, width // 100)  # thinner ones are a departure of its own
 
 
 def compare_tokens(ours: Mllama, format_: Any, num_texts: int) -> dict[str, Any]:
