@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import GenerationConfig, MllamaConfig, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter
-from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, PILImageResampling
+from transformers.image_utils import PILImageResampling
 from transformers.models.mllama.image_processing_pil_mllama import (
     MllamaImageProcessorPil,
     get_all_supported_aspect_ratios,
@@ -35,6 +35,8 @@ VISION_LAYERS = 32
 GLOBAL_LAYERS = 8
 INTERMEDIATE_LAYERS = (3, 7, 15, 23, 30)
 MAX_TILES = 4
+IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
+IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 """What Meta's code has fixed, as transformers names it."""
 
 _DECODER_LAYER = {
@@ -160,8 +162,8 @@ def save_checkpoint(folder: Path, state: Mapping[str, Tensor], geometry: MetaGeo
         size={"height": side, "width": side},
         max_image_tiles=MAX_TILES,
         resample=PILImageResampling.BILINEAR,
-        image_mean=OPENAI_CLIP_MEAN,
-        image_std=OPENAI_CLIP_STD,
+        image_mean=IMAGE_MEAN,
+        image_std=IMAGE_STD,
     ).save_pretrained(folder)
     tokenizer = _tokenizer(tokenizer_model)
     tokenizer.save_pretrained(folder)

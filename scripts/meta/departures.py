@@ -182,13 +182,13 @@ def _begins_behind_images(trial: Trial) -> bool:
 def _special_in_raw(trial: Trial) -> bool:
     typed, token = "<|eot_id|>", trial.format_.tokenizer.eot_id
     ours, meta = trial.ours.tokenize(our_raw(typed)).token_ids, trial.format_.encode_content(typed).tokens
-    chat = [("user", [trial.picture, typed])]
+    chat: list[Turn] = [("user", [trial.picture, typed])]
     return token in ours and token not in meta and trial.our_ids(chat) == trial.meta_ids(chat)
 
 
 def _line_breaks_merge(trial: Trial) -> bool:
     for text in ("\nHello", "\n\nHello"):
-        turns = [("user", [text, trial.picture])]
+        turns: list[Turn] = [("user", [text, trial.picture])]
         merged = trial.text_ids(f"\n\n{text}")
         apart = [*trial.text_ids("\n\n"), *trial.text_ids(text)]
         ours, meta = trial.our_ids(turns), trial.meta_ids(turns)
@@ -198,7 +198,8 @@ def _line_breaks_merge(trial: Trial) -> bool:
 
 
 def _long_white_space(trial: Trial) -> bool:
-    as_long, longer = ([("user", [trial.picture, " " * count])] for count in (MOST_ALIKE, MOST_ALIKE + 1))
+    as_long: list[Turn] = [("user", [trial.picture, " " * MOST_ALIKE])]
+    longer: list[Turn] = [("user", [trial.picture, " " * (MOST_ALIKE + 1)])]
     is_same = trial.our_ids(as_long) == trial.meta_ids(as_long)
     return is_same and trial.our_ids(longer) != trial.meta_ids(longer)
 
@@ -213,7 +214,7 @@ def _system_message(trial: Trial) -> bool:
 
 
 def _tool_role(trial: Trial) -> bool:
-    turns = [("user", ["Hi"]), ("tool", ["42"])]
+    turns: list[Turn] = [("user", ["Hi"]), ("tool", ["42"])]
     is_meta = trial.has(trial.meta_ids(turns), trial.text_ids("ipython"))
     return is_meta and "must be one of system, user, assistant" in trial.refusal(turns)
 

@@ -18,6 +18,10 @@ from llama_models.llama3.chat_format import ChatFormat, LLMInput, create_vision_
 from llama_models.llama3.tokenizer import Tokenizer
 from PIL import Image
 from torch import Tensor
+from torch.distributed import (
+    HashStore,  # type: ignore[attr-defined]  # it is there, but not in torch's __all__
+    init_process_group,
+)
 
 from scripts.meta.checkpoint import INTERMEDIATE_LAYERS, MetaGeometry
 
@@ -30,7 +34,7 @@ MAX_POSITIONS = 256
 
 def begin() -> None:
     """Set up the process group that Meta's layers ask for: one process, without a network."""
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
     initialize_model_parallel(1)
 
 
@@ -41,7 +45,8 @@ def chat_format() -> ChatFormat:
 
 def seen_by_all(prompt: LLMInput, num_decoded: int) -> list[list[int]]:
     """The mask that Meta's code makes where decoded tokens count as the prompt's: they see what its last row sees."""
-    return create_vision_mask([*prompt.tokens, *[0] * num_decoded], IMAGE_TOKEN_ID)
+    mask: list[list[int]] = create_vision_mask([*prompt.tokens, *[0] * num_decoded], IMAGE_TOKEN_ID)
+    return mask
 
 
 class Judge:

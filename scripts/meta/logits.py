@@ -37,7 +37,7 @@ TOLERANCE = 2e-5
 SWAP_FACTOR = 100
 """So many tolerances another image must move the logits by: else a model that ignores it would pass."""
 
-GRIDS: list[tuple[int, int]] = [tuple(ratio) for ratio in get_all_supported_aspect_ratios(MAX_TILES)]
+GRIDS = [(high, wide) for high, wide in get_all_supported_aspect_ratios(MAX_TILES)]
 META_MASK = "the same with Meta's mask, which hides all images"
 DECODED = (7, 3, 128009, 1917)
 
