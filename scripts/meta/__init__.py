@@ -9,7 +9,8 @@ import torch
 
 __all__ = ["load_torchvision"]
 
-_OPERATORS = torch.library.Library("torchvision", "FRAGMENT")  # what it declares is gone when it is
+_DECLARED: list[torch.library.Library] = []
+"""What a library declares is gone when it is."""
 
 
 def load_torchvision() -> None:
@@ -21,6 +22,8 @@ def load_torchvision() -> None:
     try:
         importlib.import_module("torchvision")
     except RuntimeError:
+        library = torch.library.Library("torchvision", "FRAGMENT")
+        _DECLARED.append(library)
         for name in ("nms", "qnms"):
-            _OPERATORS.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         importlib.import_module("torchvision")

@@ -28,7 +28,7 @@ from transformers.models.mllama.image_processing_pil_mllama import (
 
 from trimserve.model.checkpoint import embedded_model_folder
 
-__all__ = ["MetaGeometry", "convert", "save_checkpoint"]
+__all__ = ["MetaGeometry", "by_aspect_ratio", "convert", "halves_of_pairs", "save_checkpoint"]
 
 PATCH_SIZE = 14
 VISION_LAYERS = 32
