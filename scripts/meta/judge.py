@@ -114,7 +114,7 @@ def _draw(name: str, parameter: Tensor) -> None:
     elif "norm" in name or ".ln_" in name:
         parameter.uniform_(0.7, 1.3)
     elif name == "text_model.output.weight":
-        parameter.normal_(0, 3 * parameter.shape[1] ** -0.5)
+        parameter.normal_(0, 2 * parameter.shape[1] ** -0.5)  # the logits' standard deviation is about 2
     elif "embed" in name:
         parameter.normal_(0, 0.5)
     else:

@@ -33,7 +33,7 @@ __all__ = [
 ]
 
 TOLERANCE = 2e-5
-"""Of float32 logits with a standard deviation of 1 to 5: rounding of other kernels and other shapes of products."""
+"""Of float32 logits with a standard deviation of about 2: rounding of other kernels and other shapes of products."""
 SWAP_FACTOR = 100
 """So many tolerances another image must move the logits by: else a model that ignores it would pass."""
 
