@@ -18,10 +18,7 @@ from llama_models.llama3.chat_format import ChatFormat, LLMInput, create_vision_
 from llama_models.llama3.tokenizer import Tokenizer
 from PIL import Image
 from torch import Tensor
-from torch.distributed import (
-    HashStore,  # type: ignore[attr-defined]  # it is there, but not in torch's __all__
-    init_process_group,
-)
+from torch.distributed import HashStore, init_process_group  # type: ignore[attr-defined]  # the first is not exported
 
 from scripts.meta.checkpoint import INTERMEDIATE_LAYERS, MetaGeometry
 
