@@ -130,7 +130,7 @@ def convert(state: Mapping[str, Tensor], geometry: MetaGeometry) -> dict[str, Te
     Returns:
         Every parameter of `MllamaForConditionalGeneration`, no other.
     Raises:
-        KeyError: a tensor is missing, or has a name that is not known.
+        KeyError: a tensor outside the layers is missing, or a tensor has a name that is not known.
     """
     named = dict(_vision_tensors(state))
     named.update(_decoder_tensors(state, geometry))
