@@ -12,6 +12,7 @@ import threading
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from http import HTTPStatus
 
 import h11
@@ -96,7 +97,7 @@ class SmallHttpServer:
         """Connections whose request has not arrived yet, the oldest first."""
         self._answered: dict[asyncio.Task[None], None] = {}
         self._loop = asyncio.new_event_loop()
-        self._accepting = self._loop.create_task(self._accept())
+        self._living = self._loop.create_task(self._live())
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
@@ -110,19 +111,25 @@ class SmallHttpServer:
         return self._spares.lent()
 
     def close(self) -> None:
-        """Stop listening and drop what is open; blocks for a moment."""
-        self._loop.call_soon_threadsafe(self._accepting.cancel)
+        """Stop listening and drop what is open; blocks for a moment. A second call does nothing."""
+        with suppress(RuntimeError):  # the loop is closed
+            self._loop.call_soon_threadsafe(self._living.cancel)
         self._thread.join(STOP_SECONDS)
 
     def _run(self) -> None:
         with self._listener, suppress(asyncio.CancelledError):
-            self._loop.run_until_complete(self._accepting)
-        tasks = [*self._silent, *self._answered]
-        for task in tasks:
-            task.cancel()
-        self._loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+            self._loop.run_until_complete(self._living)
         self._spares.close()
         self._loop.close()
+
+    async def _live(self) -> None:
+        try:
+            await self._accept()
+        finally:
+            open_now = [*self._silent, *self._answered]
+            for task in open_now:
+                task.cancel()
+            await asyncio.gather(*open_now, return_exceptions=True)
 
     async def _accept(self) -> None:
         while True:
@@ -137,16 +144,18 @@ class SmallHttpServer:
                 self._make_room()
             task = self._loop.create_task(self._serve(connection))
             self._silent[task] = None
-            task.add_done_callback(self._forget)
+            task.add_done_callback(partial(self._ended, connection))
 
     def _make_room(self) -> None:
         """End the connection that has been silent for longest, else the one that takes longest to read its answer."""
-        for task in self._silent or self._answered:
+        connections = self._silent or self._answered
+        for task in connections:
             task.cancel()
-            self._forget(task)
+            del connections[task]
             return
 
-    def _forget(self, task: "asyncio.Task[None]") -> None:
+    def _ended(self, connection: socket.socket, task: "asyncio.Task[None]") -> None:
+        connection.close()  # here, because a task that is cancelled before its first step does nothing
         self._silent.pop(task, None)
         self._answered.pop(task, None)
         self._spares.refill()
@@ -154,7 +163,7 @@ class SmallHttpServer:
     async def _serve(self, connection: socket.socket) -> None:
         """One request and its answer; whatever the client does wrong ends its connection only."""
         http = h11.Connection(h11.SERVER, max_incomplete_event_size=MAX_HEADER_BYTES)
-        with connection, suppress(OSError, TimeoutError, h11.ProtocolError):
+        with suppress(OSError, TimeoutError, h11.ProtocolError):
             connection.setblocking(False)
             async with asyncio.timeout(CONNECTION_SECONDS):
                 has_content = True
