@@ -59,6 +59,7 @@ def _by(labels: str) -> str:
     return f" by ({labels})" if labels else ""
 
 
+CERTIFICATE_END = "trimserve_tls_certificate_expiry_timestamp_seconds"
 FIRST_TOKEN, GAP = "trimserve_time_to_first_token_seconds", "trimserve_inter_token_latency_seconds"
 HELD, UNTRIMMED = (
     total("trimserve_kv_cache_used_bytes", 'kind="cross"'),
@@ -337,17 +338,13 @@ ROWS: dict[str, tuple[Panel, ...]] = {
         Panel(
             "Workers: longest job",
             "s",
-            {
-                "{{pool}}": f"max by (pool) ({series('trimserve_preparation_oldest_job_seconds')})",
-            },
+            {"{{pool}}": f"max by (pool) ({series('trimserve_preparation_oldest_job_seconds')})"},
             "Beyond step_timeout_seconds the server is not ready.",
         ),
         Panel(
             "Certificates end",
             "dateTimeFromNow",
-            {
-                "{{certificate}}, {{instance}}": f"{series('trimserve_tls_certificate_expiry_timestamp_seconds')} * 1000",
-            },
+            {"{{certificate}}, {{instance}}": f"{series(CERTIFICATE_END)} * 1000"},
             "Those in use.",
         ),
         Panel(

@@ -65,14 +65,16 @@ def is_any_left_behind() -> bool:
 class Workers:
     """A thread pool whose queue is ordered by key; first come first served among equals."""
 
-    def __init__(self, num_threads: int, name: str) -> None:
+    def __init__(self, num_threads: int, name: str, clock: Callable[[], float] = time.monotonic) -> None:
         """Start no thread before there is a job.
 
         Args:
             num_threads: at least 1.
             name: the threads' names begin with it.
+            clock: in seconds.
         """
         self._num_threads = num_threads
+        self._clock = clock
         self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix=name)
         self._busy_since: dict[int, float] = {}
         """By thread; each thread changes its own entry."""
@@ -93,7 +95,7 @@ class Workers:
 
     def status(self) -> WorkersStatus:
         """What the threads are doing now; from any thread."""
-        since, now = list(self._busy_since.values()), time.monotonic()
+        since, now = list(self._busy_since.values()), self._clock()
         return WorkersStatus(self._num_threads, len(since), now - min(since, default=now))
 
     def stop(self) -> None:
@@ -103,7 +105,7 @@ class Workers:
     def _run_next(self) -> None:
         *_, job = self._jobs.get_nowait()
         thread = threading.get_ident()
-        self._busy_since[thread] = time.monotonic()
+        self._busy_since[thread] = self._clock()
         try:
             job()
         finally:
