@@ -11,6 +11,7 @@ from tests.engine.fake_model import (
     BREAKS_DECODE,
     BREAKS_PREFILL,
     BREAKS_PREPARE,
+    IMAGE,
     LOGITS_ARE_NAN,
     FakeModel,
     request,
@@ -272,7 +273,7 @@ async def test_a_worker_that_is_at_one_job_for_too_long_makes_the_engine_unready
         idle = WorkersStatus(num_workers=2, num_busy=0, oldest_job_seconds=0)
         await until(lambda: runner.status().workers == {"text": idle, "image": idle})
         gate.close()
-        task = asyncio.create_task(collect(runner, request("hi", images=1)))
+        task = asyncio.create_task(collect(runner, request(TokenPrompt((IMAGE, 65), (ImageFile(b"1"),)))))
         await until(gate.is_reached.is_set)
         assert runner.status().workers["image"].num_busy == 1
         assert runner.status().is_ready

@@ -147,16 +147,16 @@ async def test_with_client_authorities_only_their_valid_certificates_are_answere
 
 
 @pytest.mark.parametrize(
-    ("dates", "why"),
+    ("begin", "end", "why"),
     [
-        ({"not_after": YESTERDAY}, "certificate has expired"),
-        ({"not_before": TOMORROW, "not_after": TOMORROW + DAY}, "certificate is not yet valid"),
+        (None, YESTERDAY, "certificate has expired"),
+        (TOMORROW, TOMORROW + DAY, "certificate is not yet valid"),
     ],
 )
 async def test_a_certificate_that_is_not_valid_now_is_refused_at_start(
-    files: Files, dates: dict[str, datetime], why: str
+    files: Files, begin: datetime | None, end: datetime, why: str
 ) -> None:
-    files.renew(**dates)
+    files.renew(not_after=end, not_before=begin)
     with pytest.raises(CredentialsError, match=rf"server\.pem \(--tls-cert\) is refused by clients: {why}"):
         async with running_server(make_server(FakeRunner(), server_config(files))):
             pytest.fail("it must not serve")
