@@ -11,7 +11,7 @@ from trimserve.server.backend import Backend
 from trimserve.server.core import Core
 from trimserve.server.gate import Gate
 from trimserve.server.grpc.server import GrpcTransport
-from trimserve.server.grpc.services import RPCS, SERVICES
+from trimserve.server.grpc.services import GRANTED_BY_NAME, RPCS, SERVICES
 from trimserve.server.lifecycle import Server
 from trimserve.server.metrics import Metrics
 from trimserve.server.running import InProcessServer
@@ -34,7 +34,7 @@ def make_runner(config: Config) -> Runner:
         model = load_model(config.model, config.engine)
         return model.processor, LocalExecutor(model, config.engine.image_cache_bytes)
 
-    return Runner(load, config.engine)
+    return Runner(load, config.engine, config.model.adapters)
 
 
 def make_server(backend: Backend, config: Config) -> Server:
@@ -51,7 +51,7 @@ def make_server(backend: Backend, config: Config) -> Server:
         backend=backend,
         config=config,
         metrics=Metrics(POLICIES, RPCS),
-        gate=Gate(config.server, SERVICES),
+        gate=Gate(config.server, SERVICES, GRANTED_BY_NAME),
         tracing=None if endpoint is None else Tracing(endpoint),
     )
     return Server(core, [GrpcTransport(core)])

@@ -1,6 +1,5 @@
 """Requests with LoRA adapters against models into which PEFT itself merged them."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +10,6 @@ from torch import Tensor
 from tests.model.adapters import CONFIGS, edit_tensors, save_adapter, save_merged, spell_as_before
 from tests.model.conftest import NO_TRIM, Pair
 from tests.model.peer import Peer
-from tests.model.random_checkpoint import Geometry
 from tests.model.test_mllama import ONE, TWO_APART, noise, raw
 from tests.tolerances import LOGITS
 from trimserve.api.trim import TrimRequest
