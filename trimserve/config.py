@@ -64,8 +64,8 @@ class ModelConfig(_Knobs):
     )
     adapter: tuple[Annotated[str, Field(pattern=rf"^{ADAPTER_NAME.pattern}=.+$")], ...] = Field(
         default=(),
-        description="A LoRA adapter that requests may ask for, as `NAME=FOLDER`, may be given again (in the "
-        "environment with spaces between them); the folder is one that PEFT saved. NAME is " + ADAPTER_NAME_RULE + ".",
+        description="A LoRA adapter that requests may ask for, as `NAME=FOLDER`; in the environment "
+        "with spaces between several. The folder is one that PEFT saved, NAME " + ADAPTER_NAME_RULE + ".",
     )
     template_date: str = Field(
         default="26 Jul 2024",
