@@ -32,7 +32,11 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "rank_pattern": {"q_proj": 5, r"layers\.2\.mlp\.up_proj": 1},
         "alpha_pattern": {"v_proj": 3},
     },
-    "vocabulary": {"r": 2, "target_modules": ["k_proj"], "modules_to_save": ["lm_head", "embed_tokens"]},
+    "vocabulary": {
+        "r": 2,
+        "target_modules": _TEXT + r"\.(self|cross)_attn\.k_proj",
+        "modules_to_save": ["lm_head", "embed_tokens"],
+    },
     "tokens": {"r": 3, "target_modules": ["embed_tokens", "lm_head"]},
 }
 """Settings of `LoraConfig` by a name; every kind of layer is in one of them."""
