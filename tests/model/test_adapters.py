@@ -1,22 +1,26 @@
 """Requests with LoRA adapters against models into which PEFT itself merged them."""
 
+import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.model.adapters import CONFIGS, edit_tensors, save_adapter, save_merged, spell_as_before
 from tests.model.conftest import NO_TRIM, Pair
 from tests.model.peer import Peer
 from tests.model.test_mllama import ONE, TWO_APART, noise, raw
-from tests.tolerances import LOGITS
+from tests.tolerances import LOGITS, LOGITS_BFLOAT16
 from trimserve.api.trim import TrimRequest
 from trimserve.config import EngineConfig, ModelConfig
 from trimserve.evaluation.pages import OwnKeyValues, OwnPages
 from trimserve.model.adapters import Adapter
 from trimserve.model.bucketed_decode import Step
+from trimserve.model.int8 import to_int8
 from trimserve.model.interruptible import run_through
 from trimserve.model.loading import load_model
 from trimserve.model.mllama import Mllama
@@ -149,3 +153,37 @@ def test_names_of_before_transformers_4_52_mean_the_same(
     for module, change in adapter.changes.items():
         for part in ("down", "up", "weight", "added"):
             torch.testing.assert_close(getattr(read.changes[module], part), getattr(change, part), atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_adapters_of_an_int8_model_change_what_its_rounded_weights_give(
+    pair: Pair, adapted: dict[str, Adapted], tmp_path: Path, dtype: str
+) -> None:
+    quantized = load_model(ModelConfig(model=str(pair.folder), dtype=dtype, quantize="int8"), EngineConfig())
+    save_rounded(tmp_path / "rounded", pair.folder)
+    image = noise((1, 2), pair.ours.info.tile_size, 1)
+    prompt = quantized.prepare(raw(ONE, [image]))
+    for name in ("text", "cross", "vocabulary"):
+        merged = Peer(save_merged(tmp_path / name, tmp_path / "rounded", adapted[name].folder))
+        expected = merged.logits(list(prompt.token_ids), [image])
+        adapter = quantized.load_adapter(adapted[name].folder)
+        kv = OwnPages(quantized.info, 2**24).key_values(len(prompt.token_ids) + 4, 2 * quantized.info.features_per_tile)
+        kv.adapter = adapter
+        rows = quantized.prompt_rows(prompt, encoded(quantized, prompt, NO_TRIM, adapter), NO_TRIM, kv)
+        logits = quantized.logits([rows], prompt.token_ids)
+        if dtype == "float32":
+            torch.testing.assert_close(logits, expected, atol=LOGITS, rtol=0)
+        else:
+            assert (logits - expected).std() < LOGITS_BFLOAT16 * expected.std()
+
+
+def save_rounded(folder: Path, checkpoint: Path) -> None:
+    """A checkpoint of the weights that int8 stands for."""
+    shutil.copytree(checkpoint, folder)
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    for name, tensor in tensors.items():
+        if re.search(r"language_model\.layers.*_proj\.weight|lm_head", name):
+            weights, scales = to_int8(tensor)
+            tensors[name] = weights * scales[:, None]
+    save_file(tensors, file, {"format": "pt"})
