@@ -78,6 +78,7 @@ class RowAdapters:
         self._device = device
         self._groups: list[tuple[Adapter, Tensor | None]] = []
         """Each adapter with the indices of its rows, int64 ascending; None if all rows are its own."""
+        self._first: dict[int, RowAdapters | None] = {}
         for adapter in dict.fromkeys(adapters):
             if adapter is not None:
                 rows = [row for row, each in enumerate(adapters) if each is adapter]
@@ -102,8 +103,10 @@ class RowAdapters:
         return None if adapter is None else cls([adapter], torch.device("cpu"))
 
     def first(self, num_rows: int) -> "RowAdapters | None":
-        """Of the first rows only."""
-        return RowAdapters.of(self._adapters[:num_rows], self._device)
+        """Of the first rows only; made once, since every step of a batch asks for the same."""
+        if num_rows not in self._first:
+            self._first[num_rows] = RowAdapters.of(self._adapters[:num_rows], self._device)
+        return self._first[num_rows]
 
     def change(self, outputs: Tensor, rows: Tensor, linears: Sequence[nn.Linear]) -> None:
         """Change what linear layers made of the rows, in place.
