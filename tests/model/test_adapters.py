@@ -183,7 +183,7 @@ def save_rounded(folder: Path, checkpoint: Path) -> None:
     file = folder / "model.safetensors"
     tensors = load_file(file)
     for name, tensor in tensors.items():
-        if re.search(r"language_model\.layers.*_proj\.weight|lm_head", name):
+        if re.search(r"language_model.*layers.*_proj\.weight|lm_head", name):
             weights, scales = to_int8(tensor)
             tensors[name] = weights * scales[:, None]
     save_file(tensors, file, {"format": "pt"})
