@@ -47,6 +47,7 @@ class Server:
         self._backend = core.backend
         self._transports = transports
         self._backend.watch_steps(core.metrics.saw_step)
+        core.metrics.follow(core.gate)
         self._metrics_server: MetricsServer | None = None
         self._follower: asyncio.Task[None] | None = None
 
@@ -124,6 +125,7 @@ class Server:
         await self._backend.stop(grace)
         remaining = max(LAST_WORDS_SECONDS, end - time.monotonic())
         await asyncio.gather(*(transport.close(remaining) for transport in self._transports))
+        self._core.offload.close()
         if self._metrics_server is not None:
             await asyncio.to_thread(self._metrics_server.close)
         if self._core.tracing is not None:

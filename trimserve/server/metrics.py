@@ -19,6 +19,7 @@ from prometheus_client.core import Metric
 from trimserve import __version__
 from trimserve.api.info import ModelInfo
 from trimserve.api.status import EngineStatus
+from trimserve.server.gate import Gate
 from trimserve.server.tally import Counts, Tallies
 
 __all__ = ["NO_POLICY", "RPC_CODES", "STAGES", "Declared", "Metrics"]
@@ -54,6 +55,20 @@ RPC_CODES = (
     "PERMISSION_DENIED",
 )
 """Codes that RPCs can end with."""
+
+REFUSALS = (
+    "unauthenticated",
+    "permission_denied",
+    "unknown_method",
+    "too_many_calls",
+    "too_many_bytes",
+    "too_fast",
+    "message_too_large",
+    "invalid_request",
+    "deadline_passed",
+    "engine_stopped",
+)
+"""Why a call can end before its message was read."""
 
 # Seconds. Handling covers whole answers, so it ends later than the ecosystem's usual 10 s.
 HANDLING = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 60, 120, 300)
@@ -105,11 +120,17 @@ class Metrics:
         self._lock = Lock()
         self._totals: dict[str, int] = {}
         self._declare_rpcs()
+        self._declare_callers()
         self._declare_requests()
         self._declare_latencies()
         self._declare_tokens_and_features()
         self._declare_engine()
         ProcessCollector(registry=self.registry)
+
+    def follow(self, gate: Gate) -> None:
+        """Show what callers hold of a gate, at every scrape."""
+        self.health_watches.set_function(lambda: gate.num_watches)
+        self.message_bytes_in_flight.set_function(lambda: gate.message_bytes.in_flight)
 
     def saw_step(self, num_sequences: int, seconds: float) -> None:
         """Count a decode step; the `StepListener` of the engine."""
@@ -164,6 +185,19 @@ class Metrics:
             self.rpc_handling_seconds.labels(*labels)
             for code in RPC_CODES:
                 self.rpcs_handled.labels(*labels, code)
+
+    def _declare_callers(self) -> None:
+        self.refused_calls = self._counter(
+            "trimserve_refused_calls_total",
+            "Calls that ended before their message was read, health checks and methods that do not exist among them: "
+            "no token, more than the client or the server has room for, or a message that is late, too large or none.",
+            {"reason": REFUSALS},
+        )
+        self.health_watches = self._gauge("trimserve_health_watches", "Health watches that are open now.")
+        self.message_bytes_in_flight = self._gauge(
+            "trimserve_message_bytes_in_flight",
+            "Bytes of requests that are held now, and room set aside for those that are arriving.",
+        )
 
     def _declare_requests(self) -> None:
         self.requests = self._counter(
