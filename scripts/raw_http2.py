@@ -15,7 +15,7 @@ from types import TracebackType
 __all__ = ["RawConnection", "framed"]
 
 _PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
-_DATA, _HEADERS, _RST_STREAM, _SETTINGS, _PING, _GOAWAY, _WINDOW_UPDATE = 0, 1, 3, 4, 6, 7, 8
+_DATA, _HEADERS, _SETTINGS, _PING = 0, 1, 4, 6
 _END_STREAM, _ACK, _END_HEADERS = 0x1, 0x1, 0x4
 _INITIAL_WINDOW_SIZE = 4
 _INITIAL_WINDOW_BYTES = 65535
@@ -60,8 +60,10 @@ class RawConnection:
         self._changed = asyncio.Event()
         self._answers: defaultdict[int, bytes] = defaultdict(bytes)
         self._ended: set[int] = set()
+        self.num_sent = 0
+        """Bytes of data, of all calls."""
         self.is_closed = False
-        """Whether the server closed it, or told it to go away."""
+        """Whether the server closed it."""
 
     async def __aenter__(self) -> "RawConnection":
         self._reader, self._writer = await asyncio.open_connection(self._host, self._port)
@@ -100,12 +102,13 @@ class RawConnection:
         """
         sent = 0
         while sent < len(data) and stream not in self._ended and not self.is_closed:
-            room = min(self._windows[0], self._windows[stream], _FRAME_BYTES)
+            room = min(self.room(stream), _FRAME_BYTES)
             if room <= 0:
                 await self._change()
                 continue
             piece = data[sent : sent + room]
             sent += len(piece)
+            self.num_sent += len(piece)
             self._windows[0] -= len(piece)
             self._windows[stream] -= len(piece)
             self._writer.write(_frame(_DATA, _END_STREAM if is_last and sent == len(data) else 0, stream, piece))
@@ -114,6 +117,10 @@ class RawConnection:
         if is_last and not data:
             self._writer.write(_frame(_DATA, _END_STREAM, stream))
         return sent
+
+    def room(self, stream: int) -> int:
+        """Bytes that the server would take now."""
+        return max(0, min(self._windows[0], self._windows[stream]))
 
     async def status(self, stream: int) -> int | None:
         """Wait for the end of a call; its gRPC status, or None if it was cut off."""
@@ -153,8 +160,6 @@ class RawConnection:
                     self._ended.add(stream)
             case 3:
                 self._ended.add(stream)
-            case 7:
-                self.is_closed = True
 
     def _resize(self, initial: int) -> None:
         for stream in self._windows.keys() - {0}:

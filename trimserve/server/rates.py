@@ -1,8 +1,8 @@
 """How fast a client may go: allowances that fill up by the minute and may be overdrawn once.
 
 What a call will take is known only afterwards (tokens are drawn one by one, bytes are counted when the message is
-there), so a call is let in while the allowance is above zero, and pays what it took: the next one waits until the debt
-is paid.
+there), so a call is let in while something of the allowance is left, and pays what it took: the next one waits until
+the debt is paid.
 """
 
 import time
@@ -27,7 +27,7 @@ class _Allowance:
     def missing_seconds(self, now: float) -> float:
         """Until there is something to spend; 0 if there is."""
         self._grow(now)
-        return 0.0 if self._balance > 0 else (1 - self._balance) * _MINUTE / self.per_minute
+        return 0.0 if self._balance >= 1 else (1 - self._balance) * _MINUTE / self.per_minute
 
     def spend(self, amount: int, now: float) -> None:
         self._grow(now)
