@@ -14,7 +14,7 @@ from grpc_health.v1 import health_pb2
 from scripts.raw_http2 import RawConnection, framed
 from tests.patience import soon, until
 from tests.server.conftest import Loopback
-from tests.server.fakes import FINISHED, STARTED, Pause, chat_request
+from tests.server.fakes import FINISHED, STARTED, Pause, Script, chat_request
 from tests.server.grpc.test_interceptors import details, failed
 from tests.server.grpc.test_messages import GENERATE, raw
 from tests.server.test_access import bearer, entry, file, serving, write
@@ -22,6 +22,7 @@ from tests.server.test_app import health
 from trimserve.errors import EngineStopped
 from trimserve.server import gate
 from trimserve.server.grpc import inbox, services
+from trimserve.server.grpc.census import MAX_FIELDS
 from trimserve.server.grpc.transport import MAX_METADATA_BYTES, UNREAD_BYTES
 from trimserve.v1 import generation_pb2 as pb
 from trimserve.v1 import model_pb2
@@ -204,8 +205,9 @@ async def test_a_message_of_two_million_parts_is_refused_before_it_is_parsed(loo
     message = pb.Message(role=pb.ROLE_USER).SerializeToString() + parts
     for level in (1, 2):  # of Chat.messages, of GenerateRequest.chat
         message = bytes([level << 3 | 2]) + varint(len(message)) + message
-    code, info = await soon(failed(raw(loopback.channel, GENERATE)(message)))
-    assert (code.name, info.reason) == ("INVALID_ARGUMENT", "INVALID_REQUEST")
+    with pytest.raises(grpc.aio.AioRpcError, match=f"at most {MAX_FIELDS} fields in all") as caught:
+        await soon(raw(loopback.channel, GENERATE)(message))
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
     assert not loopback.runner.requests
 
 
@@ -217,18 +219,22 @@ def varint(number: int) -> bytes:
     return data + bytes([number])
 
 
-async def test_bytes_of_a_message_are_counted_until_its_images_are_with_the_engine(loopback: Loopback) -> None:
-    in_flight = "trimserve_message_bytes_in_flight"
-    loopback.runner.script = (Pause.UNTIL_RELEASED, STARTED, Pause.UNTIL_RELEASED, FINISHED)
+@pytest.mark.parametrize(
+    ("script", "are_held"),
+    [((Pause.UNTIL_RELEASED, STARTED), True), ((STARTED, Pause.UNTIL_RELEASED), False)],
+    ids=["waiting", "started"],
+)
+async def test_bytes_of_a_message_are_counted_until_its_images_are_with_the_engine(
+    loopback: Loopback, script: Script, are_held: bool
+) -> None:
+    loopback.runner.script = (*script, FINISHED)
     request = pb.GenerateRequest(raw_prompt="x" * 100_000)
-    stream = loopback.generation.GenerateStream(request)
+    answer = asyncio.ensure_future(loopback.generation.Generate(request))
     await soon(loopback.runner.paused.wait())
-    assert metric(loopback, in_flight) == request.ByteSize()
-    loopback.runner.paused.clear()
+    assert metric(loopback, "trimserve_message_bytes_in_flight") == (request.ByteSize() if are_held else 0)
     loopback.runner.released.set()
-    await stream.read()
-    assert metric(loopback, in_flight) == 0
-    assert (await stream.read()) != grpc.aio.EOF
+    await soon(answer)
+    assert metric(loopback, "trimserve_message_bytes_in_flight") == 0
 
 
 async def test_calls_wait_for_room_and_are_told_when_there_is_none() -> None:
