@@ -31,7 +31,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from threading import Event
+from threading import Barrier, Event
 from typing import Any
 
 import grpc
@@ -40,9 +40,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.serve.figures import percentiles  # noqa: E402 the root must be on the path first
-from benchmarks.serve.report import about, write_json  # noqa: E402 as above
-from scripts.attacks import ATTACKS, Target, attack  # noqa: E402 as above
+from scripts.attacks import ATTACKS, Target, attack  # noqa: E402 the root must be on the path first
 from scripts.control_group import ControlGroup, control_group  # noqa: E402 as above
 from trimserve.client import Client, make_request  # noqa: E402 as above
 from trimserve.loopback import proxy_options  # noqa: E402 as above
@@ -82,6 +80,10 @@ class Seen:
 
 def main() -> None:
     """Command line; the last line of standard output is the report as one JSON document."""
+    # Here, because every process of a witness imports this file, and these import torch.
+    from benchmarks.serve.figures import percentiles
+    from benchmarks.serve.report import about, write_json
+
     arguments = _arguments()
     names = [name for name in arguments.only or [*ATTACKS, UNREAD_LOG] if name not in arguments.skip]
     begin = time.monotonic()
@@ -129,10 +131,11 @@ def _watch(
     spawn = multiprocessing.get_context("spawn")  # gRPC does not survive a fork
     samples = [group.held_bytes(process.pid)]
     with spawn.Manager() as manager, ProcessPoolExecutor(3, spawn) as pool:
-        is_over, is_ended = manager.Event(), manager.Event()
-        asking = pool.submit(_ask_health, target.address, is_over)
-        streaming = pool.submit(_stream, target.address, expected, is_over)
-        attacking = pool.submit(_attack, target, [name for name in names if name in ATTACKS], is_ended)
+        is_over, is_ended, begin = manager.Event(), manager.Event(), manager.Barrier(4)
+        asking = pool.submit(_ask_health, target.address, begin, is_over)
+        streaming = pool.submit(_stream, target.address, expected, begin, is_over)
+        attacking = pool.submit(_attack, target, [name for name in names if name in ATTACKS], begin, is_ended)
+        begin.wait()
         end = time.monotonic() + seconds
         while time.monotonic() < end and process.poll() is None:
             samples.append(group.held_bytes(process.pid))
@@ -195,36 +198,37 @@ def _entry(token: str) -> str:
     return f'[clients.{token}]\ntoken_sha256 = ["{hashlib.sha256(token.encode()).hexdigest()}"]\n'
 
 
-def _ask_health(address: str, is_over: Event) -> list[float]:
-    """Seconds of each check, counted from when it was due."""
+def _ask_health(address: str, begin: Barrier, is_over: Event) -> list[float]:
+    """Seconds of each check; they are asked in time, whether the earlier ones are answered or not."""
+    begin.wait()
     return asyncio.run(_asked(address, is_over))
 
 
 async def _asked(address: str, is_over: Event) -> list[float]:
     seconds: list[float] = []
 
-    async def check(stub: Any, due: float) -> None:
+    async def check(stub: Any) -> None:
+        asked_at = time.monotonic()
         try:
             await stub.Check(health_pb2.HealthCheckRequest(), timeout=HEALTH_TIMEOUT_SECONDS)
         except grpc.aio.AioRpcError as error:
             print(f"health: {error.code().name}: {error.details()}", file=sys.stderr)
             seconds.append(HEALTH_TIMEOUT_SECONDS)
         else:
-            seconds.append(time.monotonic() - due)
+            seconds.append(time.monotonic() - asked_at)
 
     async with grpc.aio.insecure_channel(address, proxy_options(address)) as channel, asyncio.TaskGroup() as checks:
         stub = health_pb2_grpc.HealthStub(channel)
-        due = time.monotonic()
         while not await asyncio.to_thread(is_over.is_set):
-            checks.create_task(check(stub, time.monotonic()))
-            due += HEALTH_PAUSE_SECONDS
-            await asyncio.sleep(max(0.0, due - time.monotonic()))
+            checks.create_task(check(stub))
+            await asyncio.sleep(HEALTH_PAUSE_SECONDS)
     return seconds
 
 
-def _stream(address: str, expected: str, is_over: Event) -> Seen:
+def _stream(address: str, expected: str, begin: Barrier, is_over: Event) -> Seen:
     """One answer after the other."""
     seen = Seen()
+    begin.wait()
     with Client(address, token=CLIENT) as client:
         while not is_over.is_set():
             try:
@@ -245,9 +249,10 @@ def _stream(address: str, expected: str, is_over: Event) -> Seen:
     return seen
 
 
-def _attack(target: Target, names: Sequence[str], is_ended: Event) -> dict[str, int]:
+def _attack(target: Target, names: Sequence[str], begin: Barrier, is_ended: Event) -> dict[str, int]:
     """How often each attack was tried."""
     os.nice(NICE)
+    begin.wait()
 
     async def until_ended() -> None:
         attacking = asyncio.create_task(attack(target, names))

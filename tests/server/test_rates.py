@@ -33,9 +33,7 @@ def test_a_minute_may_be_used_at_once_and_comes_back_evenly(clock: Clock) -> Non
     for _ in range(6):
         rates.check(shop)
         rates.spend(shop, "requests_per_minute", 1)
-    with pytest.raises(
-        TooFast, match=r"shop has had .* a minute, 6 \(requests_per_minute\)"
-    ) as caught:
+    with pytest.raises(TooFast, match=r"shop has had .* a minute, 6 \(requests_per_minute\)") as caught:
         rates.check(shop)
     assert caught.value.retry_after_seconds == pytest.approx(10)
     clock.pass_(10)
