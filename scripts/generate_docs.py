@@ -45,8 +45,9 @@ from benchmarks.tables import (  # noqa: E402 as above
 from training.readme import accuracy_table  # noqa: E402 as above
 from trimserve.config import Config  # noqa: E402 as above
 from trimserve.evaluation.report import Report  # noqa: E402 as above
+from trimserve.server.declarations import Declared  # noqa: E402 as above
 from trimserve.server.grpc.services import RPCS  # noqa: E402 as above
-from trimserve.server.metrics import Declared, Metrics  # noqa: E402 as above
+from trimserve.server.metrics import Metrics  # noqa: E402 as above
 from trimserve.trimming.policies.table import POLICIES  # noqa: E402 as above
 
 SCALARS = {value: name.removeprefix("TYPE_").lower() for name, value in FieldDescriptorProto.Type.items()}

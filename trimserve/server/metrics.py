@@ -6,26 +6,19 @@ update what is declared here; the names of policies and RPCs are handed in.
 """
 
 import platform
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
 from importlib.metadata import version
-from itertools import product
 from threading import Lock
-from typing import Literal, TypeVar
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
-from prometheus_client.core import Metric
+from prometheus_client import Counter, ProcessCollector
 
 from trimserve import __version__
 from trimserve.api.info import ModelInfo
 from trimserve.api.status import EngineStatus
+from trimserve.server.declarations import Declarations
 from trimserve.server.gate import Gate
-from trimserve.server.tally import Counts, Tallies
 
-__all__ = ["NO_POLICY", "RPC_CODES", "STAGES", "Declared", "Metrics"]
-
-Labels = Mapping[str, tuple[str, ...]]
-M = TypeVar("M", Counter, Gauge, Histogram)
+__all__ = ["NO_POLICY", "RPC_CODES", "STAGES", "Metrics"]
 
 METHODS = ("Generate", "GenerateStream")
 TRIMMING = ("on", "off")
@@ -89,19 +82,6 @@ CROSS_KV = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Declared:
-    """One metric, for the documentation."""
-
-    name: str
-    """In the exposition, without the suffixes of a histogram."""
-    kind: Literal["counter", "gauge", "histogram"]
-    help: str
-    labels: Labels
-    """Label names and their known values; no values if they are known only at run time."""
-    buckets: tuple[float, ...] = ()
-
-
 class Metrics:
     """All metrics of one server, on a registry of its own."""
 
@@ -114,9 +94,10 @@ class Metrics:
         """
         self._policies = tuple(policies)
         self._rpcs = rpcs
-        self.registry = _Registry(auto_describe=True)
-        self.declared: list[Declared] = []
-        """In the order of declaration."""
+        declare = Declarations()
+        self.registry, self.declared = declare.registry, declare.declared
+        self._counter, self._gauge, self._histogram = declare.counter, declare.gauge, declare.histogram
+        self._counts, self._tallies = declare.counts, declare.tallies
         self._lock = Lock()
         self._totals: dict[str, int] = {}
         self._declare_rpcs()
@@ -371,57 +352,3 @@ class Metrics:
         )
         versions = (__version__, platform.python_version(), version("torch"), version("grpcio"))
         self.build_info.labels(*versions).set(1)
-
-    def _counter(self, name: str, text: str, labels: Labels | None = None) -> Counter:
-        self.declared.append(Declared(name, "counter", text, labels or {}))
-        return _at_zero(Counter(name, text, tuple(labels or ()), registry=self.registry), labels)
-
-    def _gauge(self, name: str, text: str, labels: Labels | None = None) -> Gauge:
-        self.declared.append(Declared(name, "gauge", text, labels or {}))
-        return _at_zero(Gauge(name, text, tuple(labels or ()), registry=self.registry), labels)
-
-    def _histogram(
-        self,
-        name: str,
-        text: str,
-        buckets: tuple[float, ...],
-        labels: Labels | None = None,
-    ) -> Histogram:
-        self.declared.append(Declared(name, "histogram", text, labels or {}, buckets))
-        histogram = Histogram(name, text, tuple(labels or ()), buckets=buckets, registry=self.registry)
-        return _at_zero(histogram, labels)
-
-    def _counts(
-        self, name: str, text: str, label_names: tuple[str, ...], label_values: Sequence[tuple[str, ...]]
-    ) -> Counts:
-        self.declared.append(Declared(name, "counter", text, dict.fromkeys(label_names, ())))
-        counts = Counts(name, text, label_names, label_values)
-        self.registry.register(counts)
-        return counts
-
-    def _tallies(
-        self, name: str, text: str, buckets: tuple[float, ...], labels: Mapping[str, tuple[str, ...]]
-    ) -> Tallies:
-        self.declared.append(Declared(name, "histogram", text, labels, buckets))
-        histogram = Tallies(name, text, buckets, tuple(labels), list(product(*labels.values())))
-        self.registry.register(histogram)
-        return histogram
-
-
-class _Registry(CollectorRegistry):
-    """Omits `_created`, a second series for every counter and histogram that no dashboard reads.
-
-    prometheus_client can disable it only for the whole process, which may belong to another program.
-    """
-
-    def collect(self) -> Iterable[Metric]:
-        for family in super().collect():
-            family.samples = [sample for sample in family.samples if not sample.name.endswith("_created")]
-            yield family
-
-
-def _at_zero(metric: M, labels: Labels | None) -> M:
-    """Create the series of every combination of known label values."""
-    for values in product(*labels.values()) if labels else ():
-        metric.labels(*values)
-    return metric
