@@ -132,7 +132,7 @@ async def large_messages(target: Target) -> None:
     images = [pb.Image(data=bytes(30 * _MIB))] * 2
     whole = pb.GenerateRequest(raw_prompt="<|image|>" * 2, images=images).SerializeToString()
     async with AsyncExitStack() as stack:
-        sending = [target.call(whole) for _ in range(10)]
+        sending: list[Awaitable[object]] = [target.call(whole) for _ in range(10)]
         for _ in range(10):
             connection = await stack.enter_async_context(RawConnection(target.address))
             call = connection.call(_GENERATE, target.authorised)

@@ -12,7 +12,7 @@ def granted(*waiters: "asyncio.Future[Hold]") -> list[bool]:
     return [waiter.done() for waiter in waiters]
 
 
-async def arrived(room: MessageBytes, *clients: str) -> list["asyncio.Future[Hold]"]:
+async def arrived(room: MessageBytes, *clients: str) -> list["asyncio.Task[Hold]"]:
     """One message of each client, in this order."""
     waiters = [asyncio.ensure_future(room.take(client)) for client in clients]
     await settled()

@@ -10,7 +10,7 @@ from trimserve.errors import InvalidRequest
 from trimserve.server.grpc.census import MAX_FIELDS, MAX_PACKED_BYTES, check_fields
 from trimserve.v1 import generation_pb2 as pb
 
-REQUEST = pb.GenerateRequest.DESCRIPTOR
+REQUEST = pb.GenerateRequest
 TEXT = pb.Part(text="a")
 START_OF_GROUP = 3
 

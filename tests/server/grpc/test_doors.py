@@ -9,6 +9,7 @@ from pathlib import Path
 
 import grpc
 import pytest
+from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2
 
 from scripts.raw_http2 import RawConnection, framed
@@ -23,6 +24,7 @@ from trimserve.errors import EngineStopped
 from trimserve.server import gate
 from trimserve.server.grpc import inbox, services
 from trimserve.server.grpc.census import MAX_FIELDS
+from trimserve.server.grpc.convert import to_generation_request
 from trimserve.server.grpc.transport import MAX_METADATA_BYTES, UNREAD_BYTES
 from trimserve.v1 import generation_pb2 as pb
 from trimserve.v1 import model_pb2
@@ -266,9 +268,8 @@ async def test_large_messages_are_converted_beside_the_event_loop(
             seen.append(True)
         else:
             seen.append(False)
-        return convert(*arguments)  # type: ignore[arg-type]
+        return to_generation_request(*arguments)  # type: ignore[arg-type]
 
-    convert = services.to_generation_request
     monkeypatch.setattr(services, "to_generation_request", spy)
     assert (await loopback.generation.Generate(pb.GenerateRequest(raw_prompt="x" * size))).text
     assert seen == [is_beside]
@@ -296,6 +297,7 @@ async def test_a_client_that_has_used_up_an_allowance_is_told_when_to_come_again
             await loopback.generation.Generate(chat_request(), metadata=bearer("slow"))
         _, (info, retry, quota) = details(caught.value)
         assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert isinstance(retry, error_details_pb2.RetryInfo)
         assert getattr(info, "reason", "") == "TOO_FAST"
         assert retry.retry_delay.seconds >= 59
         assert allowance in str(quota)

@@ -6,8 +6,10 @@ numbers) is stepped over.
 """
 
 from functools import cache
+from typing import Any
 
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
+from google.protobuf.message import Message
 
 from trimserve.errors import InvalidRequest
 
@@ -25,7 +27,7 @@ _Table = dict[int, Descriptor | None]
 """Of a message's fields that come as bytes: the type of a message, None for packed numbers."""
 
 
-def check_fields(data: bytes, kind: Descriptor) -> None:
+def check_fields(data: bytes, kind: type[Message]) -> None:
     """Check that a message is small enough, in number, to be parsed.
 
     Args:
@@ -35,7 +37,8 @@ def check_fields(data: bytes, kind: Descriptor) -> None:
         InvalidRequest: it has too many fields or numbers, or is no message.
     """
     try:
-        _Census().count(data, 0, len(data), kind)
+        descriptor: Any = kind.DESCRIPTOR  # of upb, whose type is another one
+        _Census().count(data, 0, len(data), descriptor)
     except IndexError:
         raise _malformed() from None
 

@@ -52,7 +52,7 @@ class Codec(Generic[M]):
         plain = self._inflated(data) if data.startswith(GZIP_MAGIC) else data
         if len(plain) > self._max_bytes:
             raise MessageTooLarge(f"the message has {len(plain)} bytes, {self._max_bytes} are allowed ({self._bound})")
-        check_fields(plain, self._kind.DESCRIPTOR)
+        check_fields(plain, self._kind)
         try:
             return self._kind.FromString(plain)
         except DecodeError:  # its own text repeats what the client sent
