@@ -21,7 +21,7 @@ export PYTHONUNBUFFERED := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test check verify check-sanitize verify-meta cuda-check test-gpu bench-gpu lock update test-floor \
+.PHONY: help build demo test check verify verify-attack check-sanitize verify-meta cuda-check test-gpu bench-gpu lock update test-floor \
 	test-newest fmt protos docs bench bench-ops clean
 
 help:  ## list the commands
@@ -55,13 +55,16 @@ verify: check test  ## what takes longer: Meta's code, committed accuracies, ran
 	$(PIP) $(LOCKED) requirements/fuzz.txt && $(BIN)/python scripts/fuzz_convert.py -max_total_time=300
 	$(MAKE) test-floor test-newest
 	PATH="$(abspath $(BIN)):$$PATH" scripts/verify_wheel.sh
-	$(MAKE) check-sanitize verify-meta
+	$(MAKE) check-sanitize verify-meta verify-attack
 	scripts/verify_deployment.sh
 	$(BIN)/python scripts/verify_walkthrough.py
 	$(BIN)/python scripts/verify_clients.py  # these as root, on Debian
 	$(BIN)/python scripts/verify_monitoring.py
 	scripts/verify_image.sh
 	$(MAKE) bench
+
+verify-attack: build  ## attack a server in 4 GiB with all that callers can do, for ten minutes; ATTACK="--seconds 60" for less
+	$(BIN)/python scripts/verify_attack.py $(ATTACK)
 
 check-sanitize: build  ## run the tests of the ops under AddressSanitizer and UndefinedBehaviorSanitizer
 	PATH="$(abspath $(BIN)):$$PATH" scripts/check_sanitize.sh

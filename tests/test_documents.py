@@ -13,6 +13,8 @@ import typer
 from tests.test_repository import MODULES, ROOT, module_name
 from trimserve.cli import app
 from trimserve.serve import in_process_server
+from trimserve.server.grpc.services import RPCS
+from trimserve.server.metrics import Metrics
 from trimserve.trimming.policies.table import POLICIES
 
 README = (ROOT / "README.md").read_text()
@@ -97,6 +99,19 @@ def test_every_point_of_the_service_has_tests_that_exist() -> None:
     assert all("::" in tests for *_, tests in rows)
     for path, name in re.findall(r"`(tests/\S+\.py)::(\w+)`", text):
         assert name in defined(path), f"{path}::{name}"
+
+
+def test_every_bound_on_callers_has_tests_metrics_and_knobs_that_exist() -> None:
+    taken = (ROOT / "docs/security.md").read_text().partition("## What a caller can take")[2]
+    rows = [line for line in taken.splitlines() if re.match(r"\| (?!---|resource \||\| attack)", line)]
+    assert len(rows) >= 20
+    for row in rows:
+        cited = re.findall(r"`(tests/\S+\.py)::(\w+)`", row)
+        assert cited, row
+        for path, name in cited:
+            assert name in defined(path), f"{path}::{name}"
+    declared = {metric.name for metric in Metrics(POLICIES, RPCS).declared}
+    assert set(re.findall(r"`((?:trimserve|grpc_server)_\w+)`", taken)) <= declared
 
 
 def defined(file: str) -> set[str]:

@@ -218,11 +218,17 @@ class ServerConfig(_Knobs):
         ge=4096,
         description="Bytes of one gRPC message, either way; more is RESOURCE_EXHAUSTED.",
     )
+    max_message_bytes_in_flight: ByteSize = Field(
+        default=ByteSize(2**30),
+        validate_default=True,
+        description="Bytes of all messages that are arriving, at `max_message_bytes` each, or whose images are not yet "
+        "decoded; one client gets half of it. Calls wait for room, up to `receive_timeout_seconds`.",
+    )
     max_concurrent_rpcs: int = Field(
         default=1024,
         ge=1,
-        description="Calls of trimserve's services that are open at once; more are RESOURCE_EXHAUSTED. Health checks "
-        "and reflection do not count.",
+        description="Calls of trimserve's services that are open at once, and of reflection; more are "
+        "RESOURCE_EXHAUSTED. Health checks do not count.",
     )
     max_concurrent_rpcs_per_client: int | None = Field(
         default=None,
@@ -279,6 +285,14 @@ class ServerConfig(_Knobs):
         if path is None and has_certificate and info.field_name == "tls_key":
             raise ValueError("must be given with tls_cert")
         return path
+
+    @field_validator("max_message_bytes_in_flight")
+    @classmethod
+    def _has_room_for_one(cls, num_bytes: ByteSize, info: ValidationInfo) -> ByteSize:
+        least = info.data.get("max_message_bytes", 0)
+        if num_bytes < least:
+            raise ValueError(f"must be at least max_message_bytes, {least}, got {num_bytes}")
+        return num_bytes
 
     @field_validator("allow_plaintext")
     @classmethod

@@ -15,7 +15,7 @@ from prometheus_client import Counter, ProcessCollector
 from trimserve import __version__
 from trimserve.api.info import ModelInfo
 from trimserve.api.status import EngineStatus
-from trimserve.server.declarations import Declarations
+from trimserve.server.process_metrics import ProcessMetrics
 
 __all__ = ["NO_POLICY", "RPC_CODES", "STAGES", "Metrics"]
 
@@ -34,9 +34,6 @@ STAGES = {
 }
 """Stages of one request, and the fields of `Timings` that hold them."""
 
-POOLS = ("text", "image")
-"""Of the workers that prepare requests: those that tokenise, and those that decode images."""
-
 RPC_CODES = (
     "OK",
     "CANCELLED",
@@ -53,6 +50,20 @@ RPC_CODES = (
 )
 """Codes that RPCs can end with."""
 
+REFUSALS = (
+    "unauthenticated",
+    "permission_denied",
+    "unknown_method",
+    "too_many_calls",
+    "too_many_bytes",
+    "too_fast",
+    "message_too_large",
+    "invalid_request",
+    "deadline_passed",
+    "engine_stopped",
+)
+"""Why a call can end before its message was read."""
+
 # Seconds. Handling covers whole answers, so it ends later than the ecosystem's usual 10 s.
 HANDLING = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 60, 120, 300)
 DURATION = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 60, 120, 300)
@@ -64,16 +75,15 @@ TOKENS = tuple(digit * 10**power for power in range(6) for digit in (1, 2, 5))
 IMAGES = (0, 1, 2, 3, 4, 8, 16)
 BATCH = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 FRACTION = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1)
-# Bytes: the embedded model's requests take some hundred KiB, one 4-tile image of the 11B model 200 MiB.
-LAG = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 KIB, MIB = 2**10, 2**20
+# Bytes: the embedded model's requests take some hundred KiB, one 4-tile image of the 11B model 200 MiB.
 CROSS_KV = (
     *(size * KIB for size in (0, 16, 64, 256)),
     *(size * MIB for size in (1, 4, 8, 16, 32, 64, 96, 128, 160, 192, 224, 256, 384, 512, 768, 1024, 2048)),
 )
 
 
-class Metrics(Declarations):
+class Metrics(ProcessMetrics):
     """All metrics of one server, on a registry of its own."""
 
     def __init__(self, policies: Collection[str], rpcs: Sequence[tuple[str, str, str]]) -> None:
@@ -91,6 +101,7 @@ class Metrics(Declarations):
         self._lock = Lock()
         self._totals: dict[str, int] = {}
         self._declare_rpcs()
+        self._declare_callers()
         self._declare_requests()
         self._declare_latencies()
         self._declare_tokens_and_features()
@@ -170,6 +181,19 @@ class Metrics(Declarations):
             self.rpc_handling_seconds.labels(*labels)
             for code in RPC_CODES:
                 self.rpcs_handled.labels(*labels, code)
+
+    def _declare_callers(self) -> None:
+        self.refused_calls = self._counter(
+            "trimserve_refused_calls_total",
+            "Calls that ended before their message was read, health checks and methods that do not exist among them: "
+            "no token, more than the client or the server has room for, or a message that is late, too large or none.",
+            {"reason": REFUSALS},
+        )
+        self.health_watches = self._gauge("trimserve_health_watches", "Health watches that are open now.")
+        self.message_bytes_in_flight = self._gauge(
+            "trimserve_message_bytes_in_flight",
+            "Bytes of requests that are held now, and room set aside for those that are arriving.",
+        )
 
     def _declare_requests(self) -> None:
         self.requests = self._counter(
@@ -348,47 +372,3 @@ class Metrics(Declarations):
         )
         versions = (__version__, platform.python_version(), version("torch"), version("grpcio"))
         self.build_info.labels(*versions).set(1)
-
-    def _declare_process(self) -> None:
-        pool = {"pool": POOLS}
-        self.preparation_workers = self._gauge(
-            "trimserve_preparation_workers", "Workers that tokenise, and that decode images.", pool
-        )
-        self.preparation_workers_busy = self._gauge(
-            "trimserve_preparation_workers_busy", "Those that work on a request now.", pool
-        )
-        self.preparation_oldest_job_seconds = self._gauge(
-            "trimserve_preparation_oldest_job_seconds",
-            "For how long a worker has been at its present job, the longest of a pool; 0 if all are idle.",
-            pool,
-        )
-        self.event_loop_lag_seconds = self._tallies(
-            "trimserve_event_loop_lag_seconds", "How late the event loop ran what was due, four times a second.", LAG
-        )
-        self.event_loop_stalled_seconds = self._gauge(
-            "trimserve_event_loop_stalled_seconds", "For how long the event loop has not run what is due; 0 if it does."
-        )
-        self.memory_left_bytes = self._gauge(
-            "trimserve_memory_left_bytes",
-            "Memory of the machine that could still be allocated within the limits of its control groups.",
-        )
-        kinds = {"kind": ("tokens", "certificates")}
-        self.credential_reload_failures = self._counter(
-            "trimserve_credential_reload_failures_total",
-            "Attempts to read changed files of clients or certificates that failed; what was read before stays.",
-            kinds,
-        )
-        self.credentials_loaded = self._gauge(
-            "trimserve_credentials_loaded_timestamp_seconds",
-            "When files of clients or certificates were last read with success.",
-            {"kind": ()},
-        )
-        self.certificate_expiry = self._gauge(
-            "trimserve_tls_certificate_expiry_timestamp_seconds",
-            "When the certificate in use ends: the server's, and the first of the authorities of client certificates.",
-            {"certificate": ()},
-        )
-        self.log_lines_dropped = self._counter(
-            "trimserve_log_lines_dropped_total",
-            "Lines of the log that were dropped, because nobody read standard error or it could not be written.",
-        )
