@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "environment": set(),
     "process": set(),
     "v1": set(),
-    "config": {"loopback"},
+    "config": {"api", "loopback"},
     # the arrow
     **{part: {*PLAIN, *ARROW[:place]} for place, part in enumerate(ARROW)},
     # the server, which the arrow reaches only through its protocol of an engine

@@ -150,7 +150,7 @@ class FakeModel:
         self.before_adapter()
         if folder.name == "broken":
             raise AdapterError(f"{folder}: is broken")
-        changes = {torch.nn.Identity(): Change(weight=torch.zeros(3))}
+        changes: dict[torch.nn.Module, Change] = {torch.nn.Identity(): Change(weight=torch.zeros(3))}
         return Adapter(changes, ("lm_head",), rank=4, image_key=b"own" if folder.name == "vision" else b"")
 
     def encode_image(
