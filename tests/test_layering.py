@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "environment": set(),
     "process": set(),
     "v1": set(),
-    "config": {"loopback"},
+    "config": {"api", "loopback"},
     "imaging": {"errors"},
     # the arrow
     **{part: {*PLAIN, "imaging", *ARROW[:place]} for place, part in enumerate(ARROW)},
