@@ -8,7 +8,7 @@ import os
 import sys
 from contextlib import suppress
 from io import TextIOWrapper
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import grpc
 import typer
@@ -37,9 +37,12 @@ app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 _INTERRUPTED = 130
 """Exit status after Ctrl-C."""
 
+_UsageError = typer.BadParameter.__mro__[1]
+"""What typer raises where a command is typed wrongly; it exports this parameter's error only."""
+
 
 def main() -> None:
-    """Entry point of `trimserve`; errors that a user can fix are one line and exit status 1, Ctrl-C is 130."""
+    """Entry point of `trimserve`; errors that a user can fix are one line and exit status 1 or 2, Ctrl-C is 130."""
     shut_out()
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # an answer may have signs that the terminal does not
@@ -57,16 +60,27 @@ def main() -> None:
 
 def _run() -> None:
     try:
-        app()
+        status = app(standalone_mode=False)  # otherwise typer draws a box around a usage error
+        raise SystemExit(status)
+    except _UsageError as error:
+        _refuse_usage(error)
     except grpc.RpcError as error:
         _fail(f"{error.code().name}: {error.details()}")
     except (TrimserveError, DatasetError, JournalError, OSError) as error:
         _fail(f"error: {error}")
 
 
-def _fail(message: str) -> NoReturn:
+def _refuse_usage(error: Any) -> NoReturn:
+    message = error.format_message()
+    if not message:  # no command was given, and the help is printed
+        raise SystemExit(error.exit_code) from None
+    command = error.ctx.command_path if error.ctx else "trimserve"
+    _fail(f"error: {message.rstrip('.')} (see {command} --help)", error.exit_code)
+
+
+def _fail(message: str, status: int = 1) -> NoReturn:
     print(message, file=sys.stderr)
-    raise SystemExit(1) from None
+    raise SystemExit(status) from None
 
 
 def _leave(status: object) -> NoReturn:

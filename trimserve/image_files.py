@@ -30,14 +30,14 @@ def read_image(name: str, folder: Path | None = None) -> bytes:
         InvalidRequest: it cannot be read; names the file.
     """
     if _URL.match(name):
-        raise InvalidRequest(name[:80], "is a URL, and images are read from files: download it, or pipe it into -")
+        raise InvalidRequest(name[:80], "is a URL, and images are read from files: download it first")
     try:
         if name == STANDARD_INPUT and folder is None:
             return sys.stdin.buffer.read()
         return (folder or Path()).joinpath(Path(name).expanduser()).read_bytes()
     except (OSError, ValueError, RuntimeError) as error:  # ValueError: a zero byte; RuntimeError: ~ of nobody
         why = error.strerror if isinstance(error, OSError) else str(error)
-        raise InvalidRequest(name, why or repr(error)) from None
+        raise InvalidRequest(name or "image", why or repr(error)) from None
 
 
 def image_fields(request: pb.GenerateRequest) -> Iterator[str]:

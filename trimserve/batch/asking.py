@@ -113,7 +113,8 @@ def completed(asker: Asker, lines: Iterable[Line], concurrency: int) -> Iterator
                 running[pool.submit(asker.outcome, line)] = line
             if not running:
                 return
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
+            done = wait(running, return_when=FIRST_COMPLETED).done
+            for future in sorted(done, key=lambda each: each.exception() is not None):  # answers are not lost
                 yield running.pop(future), future.result()
     finally:
         asker.stop()
