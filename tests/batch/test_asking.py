@@ -24,6 +24,7 @@ class Refusing(FakeRunner):
     """Refuses some requests before it answers."""
 
     def __init__(self, *refusals: TrimserveError) -> None:
+        """Remember the refusals, the first first."""
         super().__init__()
         self.refusals = [*refusals]
 
