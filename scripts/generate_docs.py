@@ -37,7 +37,9 @@ from benchmarks.policy_tables import (  # noqa: E402 as above
     speed_by_policy,
 )
 from benchmarks.tables import (  # noqa: E402 as above
+    batch_table,
     bytes_tables,
+    headline,
     load_table,
     read_result,
     serve_tables,
@@ -212,8 +214,10 @@ TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     "configuration": ("docs/configuration.md", configuration),
     "metrics": ("docs/metrics.md", metrics),
     "api": ("docs/api.md", api),
+    "headline": ("README.md", lambda: headline(read_result("bytes.json"), read_result("trimming/report.json"))),
     "accuracy": ("README.md", accuracy),
     "walkthrough": ("README.md", lambda: walkthrough_table(read_result("walkthrough.json"))),
+    "batch": ("docs/command-line.md", lambda: batch_table(read_result("batch.json"))),
     "load": ("docs/service.md", lambda: load_table(read_result("load.json"))),
     "policies": ("docs/policies.md", lambda: accuracy_by_policy(comparison())),
     "policies-by-kind": ("docs/policies.md", lambda: accuracy_by_kind(comparison())),
