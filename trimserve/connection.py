@@ -1,6 +1,7 @@
 """Command options for reaching a running server, and the connection that they make."""
 
 import inspect
+import ssl
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,13 @@ __all__ = ["Connection", "connected", "with_connection"]
 
 _PANEL = "Server"
 _TOKEN_VARIABLE = "TRIMSERVE_TOKEN"
+
+_BUNDLES = (
+    "/etc/ssl/certs/ca-certificates.crt",  # Debian, Alpine, Arch
+    "/etc/pki/ca-trust/extracted/pem/tls-ca-bundle.pem",  # Fedora, RHEL
+    "/etc/ssl/ca-bundle.pem",  # SUSE
+    "/etc/ssl/cert.pem",  # macOS
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +76,14 @@ def _connection(values: Mapping[str, Any]) -> Connection:
         raise typer.BadParameter(f"{given[0]} needs --address beside it")
     if ("--client-cert" in given) is not ("--client-key" in given):
         raise typer.BadParameter("--client-cert and --client-key need each other")
-    tls = Tls(values["ca"], values["client_cert"], values["client_key"]) if given else None
+    tls = Tls(values["ca"] or _system_roots(), values["client_cert"], values["client_key"]) if given else None
     return Connection(address, tls, token)
+
+
+def _system_roots() -> Path | None:
+    """What this system trusts, which gRPC for Python does not look at; None leaves it to the roots that gRPC brings."""
+    own = ssl.get_default_verify_paths().cafile  # heeds SSL_CERT_FILE
+    return next((path for path in map(Path, (own, *_BUNDLES) if own else _BUNDLES) if path.exists()), None)
 
 
 @contextmanager
