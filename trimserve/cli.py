@@ -60,7 +60,7 @@ def main() -> None:
 
 def _run() -> None:
     try:
-        status = app(standalone_mode=False)  # otherwise typer draws a box around a usage error
+        status = app(standalone_mode=False, prog_name="trimserve")  # otherwise typer draws a box around a usage error
         raise SystemExit(status)
     except _UsageError as error:
         _refuse_usage(error)

@@ -23,7 +23,7 @@ def serve(*, config: Config) -> None:
     from trimserve.server.logs import configure_logging
 
     begin = time.monotonic()
-    configure_logging(config.server.log_level, config.server.log_format)
+    configure_logging(config.server.log_level, config.server.log_format)  # before the slow imports, to say so
     log.info("loading", extra={"model": config.model.model or "trimserve-tiny", "version": __version__})
 
     from trimserve.model.loading import describe_model
