@@ -29,7 +29,7 @@ class Refusing(FakeRunner):
         self.refusals = [*refusals]
 
     @property
-    def script(self) -> tuple[GenerationChunk | TrimserveError, ...]:  # type: ignore[override]  # played once each
+    def script(self) -> tuple[GenerationChunk | TrimserveError, ...]:  # played once each
         return (self.refusals.pop(0),) if self.refusals else CHUNKS
 
     @script.setter
@@ -83,7 +83,7 @@ def test_a_refused_image_is_called_by_its_file(tmp_path: Path) -> None:
 
 def test_what_would_befall_every_line_ends_the_batch_with_the_answers_so_far() -> None:
     lines = [Line(index, b'{"prompt": "Hello"}') for index in range(50)]
-    answered = []
+    answered: list[object] = []
     with asking(Refusing(RequestFailed("one"), Unauthenticated("who?")), []) as asker:
         with pytest.raises(grpc.RpcError) as stopped:
             answered.extend(completed(asker, lines, 1))

@@ -20,7 +20,7 @@ class Hub:
         self.refusal = refusal
         self.downloads: list[dict[str, Any]] = []
 
-    def model_info(self, model: str, **_: Any) -> None:
+    def model_info(self, *_: Any, **__: Any) -> None:
         if self.silence is not None:
             raise self.silence
 
@@ -32,7 +32,7 @@ class Hub:
 
 
 def install(fake: Hub, monkeypatch: pytest.MonkeyPatch) -> Hub:
-    monkeypatch.setattr(HfApi, "model_info", lambda _, model, **options: fake.model_info(model, **options))
+    monkeypatch.setattr(HfApi, "model_info", fake.model_info)
     monkeypatch.setattr(hub, "snapshot_download", fake.download)
     return fake
 
