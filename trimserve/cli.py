@@ -37,7 +37,7 @@ app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 _INTERRUPTED = 130
 """Exit status after Ctrl-C."""
 
-_UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # type: ignore[assignment]  # it is one
+_UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 """What typer raises where a command is typed wrongly; it exports this parameter's error only."""
 
 

@@ -34,8 +34,7 @@ class Refusal:
         """
         reason = field = description = ""
         retry_seconds = None
-        assert isinstance(error, grpc.Call)  # as all that calls raise are
-        status = rpc_status.from_call(error)
+        status = rpc_status.from_call(error)  # type: ignore[arg-type]  # what a call raises is the call
         for detail in () if status is None else status.details:
             if detail.Is(error_details_pb2.ErrorInfo.DESCRIPTOR):
                 reason = error_details_pb2.ErrorInfo.FromString(detail.value).reason
