@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from pydantic import BaseModel, Field, ValidationError
 from transformers import MllamaConfig
 from transformers.models.mllama.configuration_mllama import MllamaTextConfig, MllamaVisionConfig
@@ -19,6 +17,7 @@ from transformers.models.mllama.image_processing_pil_mllama import get_all_suppo
 
 import trimserve
 from trimserve.errors import CheckpointError
+from trimserve.model.hub import snapshot
 
 __all__ = [
     "EMBEDDED_MODEL",
@@ -152,11 +151,8 @@ def _locate(model: str, revision: str | None, with_weights: bool) -> tuple[Path,
     if model.startswith((".", "/", "~")):
         raise CheckpointError(f"{model}: no such folder")
     patterns = [*_SMALL_FILES, "*.safetensors"] if with_weights else [*_SMALL_FILES]
-    try:
-        snapshot = Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise CheckpointError(f"{model}: neither a folder nor a hub model that can be had: {error}") from error
-    return snapshot, model, snapshot.name
+    found = snapshot(model, revision, patterns)
+    return found, model, found.name
 
 
 def _content_hash(folder: Path) -> str:
