@@ -15,7 +15,7 @@ from typing import Any, Final
 from transformers import MllamaProcessor, PreTrainedTokenizerBase
 
 from trimserve.errors import CheckpointError, InvalidRequest
-from trimserve.model.checkpoint import read_json
+from trimserve.model.json_object import read_json
 
 __all__ = ["ROLES", "ChatTemplate", "TemplateMessage"]
 

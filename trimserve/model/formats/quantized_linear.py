@@ -1,0 +1,85 @@
+"""What a format answers about one linear layer: its weight in floats, slice by slice, or as it is stored."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Final, Protocol, runtime_checkable
+
+from torch import Tensor
+
+from trimserve.errors import CheckpointError
+from trimserve.model.stored_tensors import StoredTensor
+
+__all__ = ["FLOATS", "Int8Linear", "LinearParts", "QuantizedLinear"]
+
+FLOATS: Final = ("F32", "BF16", "F16")
+"""What safetensors calls the dtypes that scales may have."""
+
+
+class QuantizedLinear(Protocol):
+    """The weight [outputs, inputs] of one linear layer; nothing is read before it is asked for."""
+
+    @property
+    def row_multiple(self) -> int:
+        """Slices of rows must begin at multiples of this."""
+
+    def floats(self, rows: slice) -> Tensor:
+        """Rows of the weight [R, inputs], bit-equal to what the format's own library makes of them.
+
+        The dtype is that of the library too: what the checkpoint was quantized from, or that of its scales.
+        """
+
+
+@runtime_checkable
+class Int8Linear(QuantizedLinear, Protocol):
+    """One whose numbers are multiplied as they are stored."""
+
+    def int8(self, rows: slice) -> tuple[Tensor, Tensor]:
+        """The same rows as int8 [R, inputs] and float32 scales [R]."""
+
+
+class LinearParts:
+    """The stored tensors of one linear layer, by what follows its name, such as `weight` or `weight.absmax`."""
+
+    def __init__(self, name: str, shape: tuple[int, int], tensors: Mapping[str, StoredTensor]) -> None:
+        """Collect them.
+
+        Args:
+            name: of the layer.
+            shape: [outputs, inputs]
+            tensors: of a linear layer.
+        """
+        self.name = name
+        self.shape = shape
+        self._tensors = tensors
+
+    def __contains__(self, part: str) -> bool:
+        """Whether there is such a part."""
+        return part in self._tensors
+
+    def __iter__(self) -> Iterator[str]:
+        """The parts."""
+        return iter(self._tensors)
+
+    def get(self, part: str, dtypes: Sequence[str], *shapes: tuple[int, ...]) -> StoredTensor:
+        """A part of the layer.
+
+        Args:
+            part: which.
+            dtypes: that it may have.
+            shapes: that it may have; none for any.
+        Raises:
+            CheckpointError: it is missing, or has another dtype or shape.
+        """
+        tensor = self._tensors.get(part)
+        if tensor is None:
+            beside = next(iter(self._tensors.values()))
+            raise CheckpointError(f"{beside}: {self.name}.{part} is missing")
+        if tensor.dtype not in dtypes:
+            raise CheckpointError(f"{tensor} must be {' or '.join(dtypes)}, got {tensor.dtype}")
+        if shapes and tensor.shape not in shapes:
+            expected = " or ".join(str(list(shape)) for shape in shapes)
+            raise CheckpointError(f"{tensor} must be {expected}, got {list(tensor.shape)}")
+        return tensor
+
+    def find(self, part: str, dtypes: Sequence[str], *shapes: tuple[int, ...]) -> StoredTensor | None:
+        """The same of a part that may be missing."""
+        return self.get(part, dtypes, *shapes) if part in self else None
