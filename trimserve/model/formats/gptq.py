@@ -52,10 +52,9 @@ class Gptq:
         weight = parts.get("qweight", ("I32",), *((num_words, outputs) for num_words in words))
         num_bits = words[weight.shape[0]]
         scale = parts.get("scales", FLOATS)
-        group = parts.find("g_idx", ("I32", "I64"), (inputs,))
         num_groups = scale.shape[0] if scale.shape else 0
-        if scale.shape != (num_groups, outputs) or num_groups == 0 or (group is None and inputs % num_groups):
-            raise CheckpointError(f"{scale} must be [groups of {inputs} inputs, {outputs}], got {list(scale.shape)}")
+        parts.get("scales", FLOATS, (num_groups, outputs))
+        group = parts.groups("g_idx", scale, num_groups)
         zero_point = parts.get("qzeros", ("I32",), (num_groups, outputs * num_bits // 32))
         return cls(weight, zero_point, scale, group, num_bits, _zero_offset(config))
 
@@ -67,8 +66,8 @@ class Gptq:
     def floats(self, rows: slice) -> Tensor:
         """See `QuantizedLinear`."""
         words = slice(rows.start // self.row_multiple, rows.stop // self.row_multiple)
-        weight = unpack(self.weight.read(slice(None), rows).T.contiguous(), self.num_bits)
-        zero_point = unpack(self.zero_point.read(slice(None), words).contiguous(), self.num_bits).T + self.zero_offset
+        weight = unpack(self.weight.read(slice(None), rows).T, self.num_bits)
+        zero_point = unpack(self.zero_point.read(slice(None), words), self.num_bits).T + self.zero_offset
         scale = self.scale.read(slice(None), rows).T
         group = self._groups(weight.shape[1], scale.shape[1])
         return scale[:, group] * (weight - zero_point[:, group])

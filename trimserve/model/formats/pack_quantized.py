@@ -46,10 +46,9 @@ class PackQuantized:
         packed = parts.get("weight_packed", ("I32",), *((outputs, num_words) for num_words in words))
         num_bits = words[packed.shape[1]]
         scale = parts.get("weight_scale", FLOATS)
-        group = parts.find("weight_g_idx", ("I32", "I64"), (inputs,))
         num_groups = scale.shape[-1] if scale.shape else 0
-        if scale.shape != (outputs, num_groups) or num_groups == 0 or (group is None and inputs % num_groups):
-            raise CheckpointError(f"{scale} must be [{outputs}, groups of {inputs} inputs], got {list(scale.shape)}")
+        parts.get("weight_scale", FLOATS, (outputs, num_groups))
+        group = parts.groups("weight_g_idx", scale, num_groups)
         _check_shape(parts)
         packed_outputs = ceil(outputs * num_bits / 32)
         zero_point = parts.find("weight_zero_point", ("I32",), (packed_outputs, num_groups))
@@ -68,7 +67,7 @@ class PackQuantized:
         weight = weight.to(scale.dtype)
         if self.zero_point is not None:
             words = slice(rows.start // self.row_multiple, ceil(rows.stop / self.row_multiple))
-            zero_points = unpack(self.zero_point.read(words).T.contiguous(), self.num_bits)
+            zero_points = unpack(self.zero_point.read(words).T, self.num_bits)
             weight -= self._of_inputs(zero_points[:, : len(weight)].T - half).to(scale.dtype)
         return weight.mul_(self._of_inputs(scale))
 
@@ -83,12 +82,13 @@ def unpack(words: Tensor, num_bits: int) -> Tensor:
     """Numbers in the bits of words, lowest first.
 
     Args:
-        words: int32 [R, W], contiguous.
+        words: int32 [R, W]
         num_bits: 4 or 8.
     Returns:
         int16 [R, W * 32 / num_bits], in [0, 2 ** num_bits).
     """
-    numbers = words.view(torch.uint8)  # little-endian, as every machine that torch has builds for
+    # Little-endian, as every machine that torch has builds for. A view needs strides that `contiguous` does not ensure.
+    numbers = words.clone(memory_format=torch.contiguous_format).view(torch.uint8)
     if num_bits == 4:
         numbers = torch.stack((numbers & 0xF, numbers >> 4), dim=-1).flatten(1)
     return numbers.to(torch.int16)

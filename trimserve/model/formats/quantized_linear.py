@@ -83,3 +83,26 @@ class LinearParts:
     def find(self, part: str, dtypes: Sequence[str], *shapes: tuple[int, ...]) -> StoredTensor | None:
         """The same of a part that may be missing."""
         return self.get(part, dtypes, *shapes) if part in self else None
+
+    def groups(self, part: str, scale: StoredTensor, num_groups: int) -> StoredTensor | None:
+        """The part that tells the group of each input; None if groups are runs of equal length.
+
+        Args:
+            part: which.
+            scale: of the groups.
+            num_groups: that it has.
+        Raises:
+            CheckpointError: as `get`, a group that the scales lack, or inputs that cannot be cut into equal runs.
+        """
+        _, inputs = self.shape
+        groups = self.find(part, ("I32", "I64"), (inputs,))
+        if groups is not None:
+            low, high = groups.read().aminmax()
+            if low == high == -1:  # compressed-tensors' word for none
+                groups = None
+            elif low < 0 or high >= num_groups:
+                outside = int(low if low < 0 else high)
+                raise CheckpointError(f"{groups} must be in [0, {num_groups}), got {outside}")
+        if groups is None and (num_groups == 0 or inputs % num_groups):
+            raise CheckpointError(f"{scale} must have groups of equal length of {inputs} inputs, got {num_groups}")
+        return groups
