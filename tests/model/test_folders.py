@@ -126,8 +126,12 @@ def older_shards(folder: Path) -> None:
     save(folder, "model.safetensors", {**tensors, "lm_head.weight": -tensors["lm_head.weight"]})
 
 
-def in_bfloat16(folder: Path) -> None:
-    rewrite(lambda tensors: {name: tensor.bfloat16() for name, tensor in tensors.items()})(folder)
+in_bfloat16 = rewrite(lambda tensors: {name: tensor.bfloat16() for name, tensor in tensors.items()})
+
+
+def both(*changes: Change) -> Change:
+    """One change after the other."""
+    return lambda folder: [change(folder) for change in changes]
 
 
 def twice(folder: Path) -> None:
@@ -160,21 +164,17 @@ FOLDERS: dict[str, Change] = {
     "a tensor in two shards": twice,
     "computed buffers": rewrite(lambda tensors: {**tensors, **BUFFERS}),
     "dtype at the top, in its old spelling": configure(dtype=None, torch_dtype="bfloat16"),
-    "dtype at the top, files in another": lambda folder: (in_bfloat16(folder), configure(dtype="float32")(folder)),
-    "no dtype, files in bfloat16": lambda folder: (in_bfloat16(folder), configure(dtype=None)(folder)),
-    "no dtype, shards in bfloat16": lambda folder: (
-        in_bfloat16(folder),
-        shards(is_vision)(folder),
-        configure(dtype=None)(folder),
-    ),
+    "dtype at the top, files in another": both(in_bfloat16, configure(dtype="float32")),
+    "no dtype, files in bfloat16": both(in_bfloat16, configure(dtype=None)),
+    "no dtype, shards in bfloat16": both(in_bfloat16, shards(is_vision), configure(dtype=None)),
     "no dtype, files in float32": configure(dtype=None),
-    "dtype in the parts, files in bfloat16": lambda folder: (
-        in_bfloat16(folder),
-        configure(dtype=None, text_config__dtype="bfloat16", vision_config__dtype="bfloat16")(folder),
+    "dtype in the parts, files in bfloat16": both(
+        in_bfloat16,
+        configure(dtype=None, text_config__dtype="bfloat16", vision_config__dtype="bfloat16"),
     ),
-    "dtype in the parts, in its old spelling": lambda folder: (
-        in_bfloat16(folder),
-        configure(dtype=None, text_config__torch_dtype="bfloat16", vision_config__torch_dtype="bfloat16")(folder),
+    "dtype in the parts, in its old spelling": both(
+        in_bfloat16,
+        configure(dtype=None, text_config__torch_dtype="bfloat16", vision_config__torch_dtype="bfloat16"),
     ),
     "rope in its old spelling": configure(
         text_config__rope_parameters=None,

@@ -36,7 +36,7 @@ def layer_of(tensors: dict[str, Tensor], config: dict[str, Any], folder: Path) -
     save_file(tensors, folder / "model.safetensors")
     stored = stored_tensors(folder)
     layers, used = quantized_linears({"layer": (expected.shape[0], expected.shape[1])}, stored, config)
-    assert used <= stored.keys() - {"expected"}
+    assert stored.keys() - used <= {"expected", "layer.weight", "layer.bias"}
     return layers.get("layer"), expected
 
 

@@ -146,7 +146,8 @@ def vision_config(config: MllamaConfig) -> MllamaVisionConfig:
 
 def _named_dtypes(config: MllamaConfig) -> tuple[torch.dtype | None, ...]:
     """The dtypes that a config and its parts name, where they do."""
-    return config.dtype, text_config(config).dtype, vision_config(config).dtype
+    dtypes = (part.dtype for part in (config, text_config(config), vision_config(config)))
+    return tuple(dtype if isinstance(dtype, torch.dtype) else None for dtype in dtypes)
 
 
 def _locate(model: str, revision: str | None, with_weights: bool) -> tuple[Path, str, str]:

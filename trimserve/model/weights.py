@@ -63,8 +63,9 @@ def load_weights(
             floats, a tensor is unknown, or parts of a quantized layer do not fit.
     """
     tensors = stored_tensors(folder)
-    quantized, used = _quantized(meta_model(config, dtype), tensors)
-    kept = _int8_layers(meta_model(config, dtype), quantized) if device.type == "cpu" else ()
+    described = meta_model(config, dtype)
+    quantized, used = _quantized(described, tensors)
+    kept = _int8_layers(described, quantized) if device.type == "cpu" else ()
     model = allocated_model(config, dtype, device, quantize, kept)
     parameters, scales = dict(model.named_parameters()), dict(_scales(model))
     unknown = tensors.keys() - parameters.keys() - used
@@ -91,6 +92,8 @@ def stored_int8(config: MllamaConfig, tensors: Mapping[str, StoredTensor]) -> Co
     Raises:
         CheckpointError: parts of a quantized layer do not fit.
     """
+    if not tensors:
+        return ()
     model = meta_model(config, torch.float32)
     return _int8_layers(model, _quantized(model, tensors)[0])
 

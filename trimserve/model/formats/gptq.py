@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trimserve.errors import CheckpointError
 from trimserve.model.formats.pack_quantized import unpack
 from trimserve.model.formats.quantized_linear import FLOATS, LinearParts
 from trimserve.model.stored_tensors import StoredTensor

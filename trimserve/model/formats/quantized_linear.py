@@ -49,6 +49,8 @@ class LinearParts:
         """
         self.name = name
         self.shape = shape
+        self.used: set[str] = set()
+        """The parts that were asked for."""
         self._tensors = tensors
 
     def __contains__(self, part: str) -> bool:
@@ -69,6 +71,7 @@ class LinearParts:
         Raises:
             CheckpointError: it is missing, or has another dtype or shape.
         """
+        self.used.add(part)
         tensor = self._tensors.get(part)
         if tensor is None:
             beside = next(iter(self._tensors.values()))

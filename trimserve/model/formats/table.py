@@ -72,10 +72,11 @@ def quantized_linears(
             of_layers.setdefault(layer, {})[part] = tensor
     found: dict[str, QuantizedLinear] = {}
     for layer, of_layer in of_layers.items():
-        linear = _find(LinearParts(layer, shapes[layer], of_layer), config)
+        parts = LinearParts(layer, shapes[layer], of_layer)
+        linear = _find(parts, config)
         if linear is not None:
             found[layer] = linear
-            used.update(f"{layer}.{part}" for part in of_layer if part != "bias")
+            used.update(f"{layer}.{part}" for part in parts.used)
     return found, used
 
 
