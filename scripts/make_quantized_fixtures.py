@@ -1,10 +1,13 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#   "auto-round==0.16.1", "bitsandbytes==0.50.2", "compressed-tensors==0.20.1", "safetensors==0.8.0", "torch==2.13.0",
+# ]
+# ///
 """Writes `tests/model/quantized/`: linear layers as each library stores them, and what it makes of them itself.
 
-Run it where bitsandbytes, compressed-tensors and auto-round are installed, with the versions below; the tests need only
-the files. Weights are drawn with a fixed seed, so that the same versions write the same files.
-
-    pip install --no-deps bitsandbytes==0.50.2 compressed-tensors==0.20.1 auto-round==0.16.1
-    python scripts/make_quantized_fixtures.py
+It runs in an environment of its own, `uv run scripts/make_quantized_fixtures.py`; the tests need only the files.
+Weights are drawn with a fixed seed, so that the same versions write the same files.
 """
 
 import json
