@@ -8,10 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from trimserve.model.formats.pack_quantized import unpack
+from trimserve.model.formats.packed import scaled, unpack
 from trimserve.model.formats.quantized_linear import FLOATS, LinearParts
 from trimserve.model.stored_tensors import StoredTensor
 
@@ -65,16 +64,10 @@ class Gptq:
     def floats(self, rows: slice) -> Tensor:
         """See `QuantizedLinear`."""
         words = slice(rows.start // self.row_multiple, rows.stop // self.row_multiple)
-        weight = unpack(self.weight.read(slice(None), rows).T, self.num_bits)
-        zero_point = unpack(self.zero_point.read(slice(None), words), self.num_bits).T + self.zero_offset
-        scale = self.scale.read(slice(None), rows).T
-        group = self._groups(weight.shape[1], scale.shape[1])
-        return scale[:, group] * (weight - zero_point[:, group])
-
-    def _groups(self, num_inputs: int, num_groups: int) -> Tensor:
-        if self.group is not None:
-            return self.group.read().long()
-        return torch.arange(num_inputs) // (num_inputs // num_groups)
+        numbers = unpack(self.weight.read(slice(None), rows).T, self.num_bits)
+        zero_points = unpack(self.zero_point.read(slice(None), words), self.num_bits).T + self.zero_offset
+        group = None if self.group is None else self.group.read().long()
+        return scaled(numbers, zero_points, self.scale.read(slice(None), rows).T, group)
 
 
 def _zero_offset(config: Mapping[str, Any]) -> int:

@@ -1,7 +1,7 @@
 """compressed-tensors' `pack-quantized`: numbers of 4 or 8 bits packed into int32, a scale for each group of inputs.
 
 Checkpoints named W4A16 and W8A16. Number i of a row lies in bits [i * b, i * b + b) of the row's words, raised by half
-its range. Zero points, where there are some, are packed in the same way along the outputs.
+its range. Zero points, where there are some, are raised and packed in the same way along the outputs.
 """
 
 from dataclasses import dataclass
@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from trimserve.errors import CheckpointError
+from trimserve.model.formats.packed import scaled, unpack
 from trimserve.model.formats.quantized_linear import FLOATS, LinearParts
 from trimserve.model.stored_tensors import StoredTensor
 
-__all__ = ["PackQuantized", "unpack"]
+__all__ = ["PackQuantized"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,37 +62,13 @@ class PackQuantized:
 
     def floats(self, rows: slice) -> Tensor:
         """See `QuantizedLinear`."""
-        scale = self.scale.read(rows)
-        half = 1 << (self.num_bits - 1)
-        weight = unpack(self.packed.read(rows), self.num_bits)[:, : self.num_inputs] - half
-        weight = weight.to(scale.dtype)
+        numbers = unpack(self.packed.read(rows), self.num_bits)[:, : self.num_inputs]
+        zero_points = torch.tensor(1 << (self.num_bits - 1), dtype=torch.int16)
         if self.zero_point is not None:
             words = slice(rows.start // self.row_multiple, ceil(rows.stop / self.row_multiple))
-            zero_points = unpack(self.zero_point.read(words).T, self.num_bits)
-            weight -= self._of_inputs(zero_points[:, : len(weight)].T - half).to(scale.dtype)
-        return weight.mul_(self._of_inputs(scale))
-
-    def _of_inputs(self, of_groups: Tensor) -> Tensor:
-        """Values [R, groups] as [R, inputs]."""
-        if self.group is not None:
-            return of_groups[:, self.group.read().long()]
-        return of_groups.repeat_interleave(self.num_inputs // of_groups.shape[1], dim=1)
-
-
-def unpack(words: Tensor, num_bits: int) -> Tensor:
-    """Numbers in the bits of words, lowest first.
-
-    Args:
-        words: int32 [R, W]
-        num_bits: 4 or 8.
-    Returns:
-        int16 [R, W * 32 / num_bits], in [0, 2 ** num_bits).
-    """
-    # Little-endian, as every machine that torch has builds for. A view needs strides that `contiguous` does not ensure.
-    numbers = words.clone(memory_format=torch.contiguous_format).view(torch.uint8)
-    if num_bits == 4:
-        numbers = torch.stack((numbers & 0xF, numbers >> 4), dim=-1).flatten(1)
-    return numbers.to(torch.int16)
+            zero_points = unpack(self.zero_point.read(words).T, self.num_bits)[:, : len(numbers)].T
+        group = None if self.group is None else self.group.read().long()
+        return scaled(numbers, zero_points, self.scale.read(rows), group)
 
 
 def _check_shape(parts: LinearParts) -> None:

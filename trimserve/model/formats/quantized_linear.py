@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Final, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from trimserve.errors import CheckpointError
@@ -88,7 +89,7 @@ class LinearParts:
         return self.get(part, dtypes, *shapes) if part in self else None
 
     def groups(self, part: str, scale: StoredTensor, num_groups: int) -> StoredTensor | None:
-        """The part that tells the group of each input; None if groups are runs of equal length.
+        """The part that tells the group of each input; None if there is none, or groups are runs of equal length.
 
         Args:
             part: which.
@@ -98,14 +99,18 @@ class LinearParts:
             CheckpointError: as `get`, a group that the scales lack, or inputs that cannot be cut into equal runs.
         """
         _, inputs = self.shape
+        can_be_runs = num_groups > 0 and inputs % num_groups == 0
         groups = self.find(part, ("I32", "I64"), (inputs,))
         if groups is not None:
-            low, high = groups.read().aminmax()
-            if low == high == -1:  # compressed-tensors' word for none
-                groups = None
-            elif low < 0 or high >= num_groups:
+            of_inputs = groups.read()
+            low, high = of_inputs.aminmax()
+            if can_be_runs and torch.equal(of_inputs.long(), torch.arange(inputs) // (inputs // num_groups)):
+                return None
+            if low >= 0 and high < num_groups:
+                return groups
+            if low != -1 or high != -1:  # compressed-tensors' word for none
                 outside = int(low if low < 0 else high)
                 raise CheckpointError(f"{groups} must be in [0, {num_groups}), got {outside}")
-        if groups is None and (num_groups == 0 or inputs % num_groups):
+        if not can_be_runs:
             raise CheckpointError(f"{scale} must have groups of equal length of {inputs} inputs, got {num_groups}")
-        return groups
+        return None
