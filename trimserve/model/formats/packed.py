@@ -40,4 +40,5 @@ def scaled(numbers: Tensor, zero_points: Tensor, scales: Tensor, group: Tensor |
         return (numbers - of_inputs).to(scales.dtype).mul_(scales[:, group])
     runs = numbers.unflatten(1, (scales.shape[1], -1))
     of_runs = zero_points[:, :, None] if zero_points.ndim else zero_points
-    return (runs - of_runs).to(scales.dtype).mul_(scales[:, :, None]).flatten(1)
+    product: Tensor = (runs - of_runs).to(scales.dtype).mul_(scales[:, :, None])
+    return product.flatten(1)
