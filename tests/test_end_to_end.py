@@ -17,7 +17,6 @@ from tests.model.random_checkpoint import draw_geometry, save_random_checkpoint
 from trimserve.client import Client, make_request
 from trimserve.config import Dtype, ModelConfig, Quantize
 from trimserve.model.loading import EMBEDDED_MODEL, embedded_model_folder
-from trimserve.process import server_process
 from trimserve.serve import in_process_server
 from trimserve.v1 import generation_pb2 as pb
 
@@ -37,7 +36,7 @@ def opened(data: bytes) -> PilImage.Image:
     return PilImage.open(io.BytesIO(data))
 
 
-# ---- a checkpoint of the user's own, served by the command line ----
+# ---- a checkpoint of the user's own ----
 
 
 # Drawn so that layer 0 is a self-attention layer: transformers 5.17 counts positions by what layer 0 holds.
@@ -51,8 +50,8 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 
 @pytest.fixture(scope="module")
 def served(checkpoint: Path) -> Iterator[Client]:
-    """A client of `trimserve serve --model DIR`."""
-    with server_process("--model", str(checkpoint)) as server, Client(server.address) as client:
+    """A client of a server of that checkpoint."""
+    with in_process_server(ModelConfig(model=str(checkpoint))) as server, Client(server.address) as client:
         yield client
 
 

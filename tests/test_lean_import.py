@@ -67,10 +67,11 @@ def imported(names: list[str]) -> str:
     ("parts", "missing"),
     [
         (["api"], [*COMPUTE, *WIRE, *ENGINE, "numpy", "pydantic", "prometheus_client", "trimserve.v1"]),
-        (["server"], [*COMPUTE, *ENGINE]),
+        (["imaging"], [*COMPUTE, *WIRE, *ENGINE, "pydantic", "trimserve.server", "trimserve.v1"]),
+        (["server"], [*COMPUTE, *ENGINE, "PIL"]),
         (["client", "connection", "process", "knobs", "explain"], [*COMPUTE, *ENGINE, "trimserve.server"]),
     ],
-    ids=["api", "server", "tools"],
+    ids=["api", "imaging", "server", "tools"],
 )
 def test_a_part_is_imported_without_what_it_may_not_know(parts: list[str], missing: list[str]) -> None:
     run_without(missing, imported(modules(*parts)))

@@ -7,12 +7,14 @@ from pathlib import Path
 import pytest
 
 from trimserve.client import Client
+from trimserve.model.loading import embedded_model_folder
 from trimserve.process import ServerFailed, server_process
 
 
 def test_a_server_is_asked_read_and_drained(tmp_path: Path) -> None:
     log = tmp_path / "server.log"
-    with server_process("--num-threads", "1", log=log) as server, Client(server.address) as client:
+    options = ("--model", str(embedded_model_folder()), "--num-threads", "1")
+    with server_process(*options, log=log) as server, Client(server.address) as client:
         assert client.status().is_ready
         assert server.metrics()["trimserve_model_ready"] == 1
     assert "stopped" in log.read_text()

@@ -142,10 +142,14 @@ class EngineConfig(_Knobs):
     max_image_pixels: int = Field(
         default=50_000_000,
         ge=1,
-        description="Pixels of one decoded image; more is taken for a decompression bomb.",
+        description="Pixels of one decoded image; more is taken for a decompression bomb. They bound the memory and "
+        "the processor time of its decoder, too.",
     )
     num_preprocess_workers: int = Field(
-        default=2, ge=1, description="Threads that decode images and tokenise beside the engine's thread."
+        default=2,
+        ge=1,
+        description="Threads that tokenise beside the engine's thread, and as many for images, each with a process "
+        "that opens their files.",
     )
     num_threads: int | None = Field(
         default=None,
@@ -218,7 +222,7 @@ class ServerConfig(_Knobs):
     drain_grace_seconds: float = Field(
         default=30.0,
         ge=0,
-        description="Seconds that running requests get to finish once SIGTERM or SIGINT came.",
+        description="Seconds that running requests get to finish once SIGTERM, SIGINT or SIGHUP came.",
     )
     max_connection_age_seconds: float | None = Field(
         default=None,

@@ -5,6 +5,8 @@ import torch
 from trimserve.config import Config, ModelConfig, ServerConfig
 from trimserve.engine.runner import Runner
 from trimserve.executor.local import LocalExecutor
+from trimserve.imaging.limits import Limits
+from trimserve.imaging.pool import DecoderPool
 from trimserve.model.loading import load_model
 from trimserve.model.processor import Processor
 from trimserve.server.backend import Backend
@@ -27,14 +29,16 @@ def make_runner(config: Config) -> Runner:
     Args:
         config: names the checkpoint and the engine's limits.
     """
+    engine = config.engine
+    decoders = DecoderPool(engine.num_preprocess_workers, Limits(engine.max_image_pixels))
 
     def load() -> tuple[Processor, LocalExecutor]:
-        if config.engine.num_threads is not None:
-            torch.set_num_threads(config.engine.num_threads)
-        model = load_model(config.model, config.engine)
-        return model.processor, LocalExecutor(model, config.engine.image_cache_bytes)
+        if engine.num_threads is not None:
+            torch.set_num_threads(engine.num_threads)
+        model = load_model(config.model, engine, decoders.decode)
+        return model.processor, LocalExecutor(model, engine.image_cache_bytes)
 
-    return Runner(load, config.engine)
+    return Runner(load, engine, decoders)
 
 
 def make_server(backend: Backend, config: Config) -> Server:
@@ -47,11 +51,12 @@ def make_server(backend: Backend, config: Config) -> Server:
         CredentialsError: the token file cannot be used.
     """
     endpoint = config.server.tracing_endpoint
+    metrics = Metrics(POLICIES, RPCS)
     core = Core(
         backend=backend,
         config=config,
-        metrics=Metrics(POLICIES, RPCS),
-        gate=Gate(config.server, SERVICES),
+        metrics=metrics,
+        gate=Gate(config.server, SERVICES, metrics),
         tracing=None if endpoint is None else Tracing(endpoint),
     )
     return Server(core, [GrpcTransport(core)])

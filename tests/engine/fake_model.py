@@ -7,7 +7,7 @@ purpose, so that tests can aim a failure at one request.
 import io
 import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -135,6 +135,9 @@ class FakeModel:
             case _:
                 raise TypeError(f"the fake has no chat template for {prompt!r}")
         return TokenizedPrompt(token_ids, images)
+
+    def prepare_images(self, images: Iterable[ImageFile]) -> Iterator[PreparedImage]:
+        return map(self.prepare_image, images)
 
     def prepare_image(self, image: ImageFile) -> PreparedImage:
         self.images.append(image.field)

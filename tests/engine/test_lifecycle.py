@@ -10,7 +10,14 @@ from tests.engine.driving import LONG, Gate, collect, held_bytes, make_runner, r
 from tests.engine.fake_model import KILLS_THE_ENGINE, FakeModel, request
 from tests.patience import PATIENCE_SECONDS, until
 from trimserve.api.chunks import Finished, TokenDelta
+from trimserve.config import EngineConfig
+from trimserve.engine.runner import Runner
 from trimserve.errors import CheckpointError, EngineStopped, RequestFailed
+from trimserve.executor.local import LocalExecutor
+from trimserve.imaging import pool as pools
+from trimserve.imaging.limits import Limits
+from trimserve.imaging.pool import CAUSES, DecoderPool
+from trimserve.imaging.process import DecoderProcess
 
 
 def _engine_threads() -> list[threading.Thread]:
@@ -71,6 +78,29 @@ async def test_requests_are_refused_until_warm() -> None:
     await task
     assert runner.status().is_ready
     await runner.stop(0.0)
+
+
+async def test_a_runner_is_ready_while_images_can_be_decoded_and_ends_the_decoders(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(pools, "_RETRY_SECONDS", 0.01)
+    can_start = threading.Event()
+
+    def start(limits: Limits) -> DecoderProcess:
+        if not can_start.is_set():
+            raise OSError("no more processes")
+        return DecoderProcess(limits)
+
+    pool = DecoderPool(1, Limits(1000), start)
+    model = FakeModel()
+    runner = Runner(lambda: (model, LocalExecutor(model)), EngineConfig(max_batch=1), pool)
+    await runner.start()
+    await until(lambda: not runner.status().is_ready)
+    can_start.set()
+    await until(lambda: runner.status().is_ready)
+    assert runner.status().decoder_deaths == dict.fromkeys(CAUSES, 0)
+    await runner.stop(0.0)
+    assert not pool.is_able
 
 
 async def test_a_runner_stopped_while_it_warms_up_never_becomes_ready() -> None:

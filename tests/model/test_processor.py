@@ -8,6 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image as PilImage
@@ -18,6 +19,7 @@ from tests.model.tiny_tokenizer import TinyTokens, save_tiny_processor
 from trimserve.api.info import GenerationDefaults, ModelInfo
 from trimserve.api.prompt import ChatPrompt, ImageFile, Message, Prompt, RawPrompt, Text, TokenPrompt
 from trimserve.errors import CheckpointError, InvalidRequest
+from trimserve.imaging.decode import Pixels
 from trimserve.model.processor import Processor
 
 TILE = 28
@@ -186,25 +188,15 @@ BAD_PROMPTS: list[tuple[Prompt, str, str]] = [
         "the chat template takes text alone where they have an image",
     ),
     (
-        RawPrompt("<|image|>" * 3, (picture(100, 70),) * 3),
+        RawPrompt("<|image|>", (ImageFile(b"no image at all", "images[0]"),) * 2),
         "images",
-        "all images together must have at most 20000 pixels, got 21000",
-    ),
-    (
-        RawPrompt("<|image|><|image|>", (picture(), ImageFile(b"", "images[1]"))),
-        "images[1]",
-        "must be an image file, got 0 bytes",
-    ),
-    (
-        ChatPrompt((Message("user", (Text("see"), picture(200, 100, field="chat.messages[0].parts[1].image"))),)),
-        "chat.messages[0].parts[1].image",
-        "must have at most 10000 pixels, got 200 x 100 = 20000",
+        "must be as many as the prompt's image tokens, 1, got 2",
     ),
 ]
 
 
 @pytest.mark.parametrize(("prompt", "field", "message"), BAD_PROMPTS)
-def test_prompts_are_refused_by_field_value_and_bound_before_an_image_is_decoded(
+def test_prompts_are_refused_by_field_value_and_bound_before_an_image_is_opened(
     processor: Processor, prompt: Prompt, field: str, message: str
 ) -> None:
     with pytest.raises(InvalidRequest) as caught:
@@ -215,10 +207,48 @@ def test_prompts_are_refused_by_field_value_and_bound_before_an_image_is_decoded
 def test_broken_pixels_are_refused_when_their_image_is_decoded(processor: Processor) -> None:
     cut = ImageFile(picture(90, 90).data[:-30], "images[1]")
     first, second = processor.tokenize(RawPrompt("<|image|><|image|>", (picture(), cut))).images
-    assert processor.prepare_image(first).num_tiles == 1
+    prepared = processor.prepare_images([first, second])
+    assert next(prepared).num_tiles == 1
     with pytest.raises(InvalidRequest, match="must be a complete, readable PNG image") as caught:
-        processor.prepare_image(second)
+        next(prepared)
     assert caught.value.field == "images[1]"
+
+
+BAD_IMAGES = [
+    ((picture(), ImageFile(b"", "images[1]")), "images[1]", "must be an image file, got 0 bytes"),
+    (
+        (picture(200, 100, field="chat.messages[0].parts[1].image"),),
+        "chat.messages[0].parts[1].image",
+        "must have at most 10000 pixels, got 200 x 100 = 20000",
+    ),
+    (
+        (picture(100, 70), picture(100, 70), picture(100, 70, field="images[2]")),
+        "images[2]",
+        "with the images before it must have at most 20000 pixels, got 21000",
+    ),
+]
+
+
+@pytest.mark.parametrize(("images", "field", "message"), BAD_IMAGES)
+def test_images_are_refused_by_field_value_and_bound(
+    processor: Processor, images: tuple[ImageFile, ...], field: str, message: str
+) -> None:
+    prompt = RawPrompt("<|image|>" * len(images), images)
+    assert processor.tokenize(prompt).images == images
+    with pytest.raises(InvalidRequest) as caught:
+        processor.prepare(prompt)
+    assert (caught.value.field, caught.value.message) == (field, message)
+
+
+def test_a_processor_can_have_its_images_decoded_elsewhere(folder: Path, info: ModelInfo) -> None:
+    def decode(data: bytes, field: str) -> Pixels:
+        assert (data, field) == (b"anything", "images[0]")
+        return np.full((TILE, TILE, 3), 255, np.uint8)
+
+    ours = Processor.from_pretrained(folder, info, max_image_pixels=10_000, template_date="", decode=decode)
+    [prepared] = ours.prepare_images([ImageFile(b"anything", "images[0]")])
+    [white] = load(folder, info).prepare_images([picture(color="white")])
+    assert torch.equal(prepared.pixel_values, white.pixel_values)
 
 
 def test_longest_prompt_leaves_room_for_one_token(processor: Processor) -> None:

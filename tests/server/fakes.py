@@ -241,6 +241,7 @@ class FakeRunner:
             image_cache_evictions=44,
             uptime_seconds=4.5,
             memory_bytes={"weights": 492, "kv": 9999, "free": 123456},
+            decoder_deaths={"processor_time": 33, "wall_clock": 2, "crash": 1},
         )
 
     async def death(self) -> BaseException:

@@ -1,6 +1,7 @@
 """Clients that die, stop reading or are in a hurry, a crash in a worker, too little memory: nobody else notices."""
 
 import io
+import re
 import signal
 import subprocess
 import sys
@@ -13,8 +14,10 @@ import pytest
 from PIL import Image as PilImage
 from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
 
+from tests.imaging.files import empty_scans
 from trimserve.client import Client, make_request
 from trimserve.config import Config, EngineConfig, ServerConfig
+from trimserve.imaging.decode import Pixels
 from trimserve.model import processor
 from trimserve.model.images import prepare_image
 from trimserve.model.prepared import PreparedImage
@@ -150,10 +153,10 @@ class Crash(BaseException):
 def test_a_crash_in_the_image_worker_ends_its_request_alone(
     client: Client, error: BaseException, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def crash_or_prepare(image: PilImage.Image, image_processor: MllamaImageProcessorPil) -> PreparedImage:
-        if image.getpixel((0, 0)) == (255, 0, 0):
+    def crash_or_prepare(pixels: Pixels, image_processor: MllamaImageProcessorPil) -> PreparedImage:
+        if tuple(pixels[0, 0]) == (255, 0, 0):
             raise error
-        return prepare_image(image, image_processor)
+        return prepare_image(pixels, image_processor)
 
     monkeypatch.setattr(processor, "prepare_image", crash_or_prepare)
     for _ in range(3):  # more than there are workers, and places for decoded images
@@ -163,6 +166,27 @@ def test_a_crash_in_the_image_worker_ends_its_request_alone(
         assert "preparing request" in str(caught.value.details())
     assert client.generate(question(1, [picture(colour="green")])).token_ids
     assert is_idle(client)
+
+
+def test_an_image_that_takes_too_long_costs_its_sender_an_error_and_one_process(
+    server: InProcessServer, client: Client
+) -> None:
+    before = num_deaths(server)
+    with pytest.raises(grpc.RpcError) as caught:
+        client.generate(question(1, [picture(), empty_scans(500_000)]), timeout_seconds=60)
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    expected = r"parts\[1\].*must decode within 1 s of processor time and 0.25 s for each megapixel"
+    assert re.search(expected, str(caught.value.details()))
+    assert num_deaths(server) == before + 1
+    assert client.generate(question(1, [picture()])).token_ids
+    assert is_idle(client)
+
+
+def num_deaths(server: InProcessServer) -> float:
+    """Processes that took too long for an image."""
+    page = read_page(f"http://{server.metrics_address}/metrics").decode()
+    [line] = re.findall(r'^trimserve_decoder_deaths_total\{cause="processor_time"\} (.*)$', page, re.MULTILINE)
+    return float(line)
 
 
 def test_a_request_that_no_pool_of_this_size_can_hold_is_told_bytes_and_knob() -> None:

@@ -6,13 +6,13 @@ In steps, so that other requests can come between two images. It knows no thread
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from trimserve.api.chunks import StageSpan
 from trimserve.api.prompt import ImageFile, Prompt
 from trimserve.engine.processor import Processor
 from trimserve.engine.sequence import Sequence
-from trimserve.errors import InvalidRequest, OutOfMemory, RequestFailed, TrimserveError
+from trimserve.errors import OutOfMemory, RequestFailed, TrimserveError
 from trimserve.executor.out_of_memory import is_out_of_memory
 from trimserve.model.prepared import PreparedImage, PreparedPrompt
 
@@ -44,6 +44,7 @@ class Preparation:
         self._check = check
         self._sequence: Sequence | None = None
         self._files: deque[ImageFile] = deque()
+        self._prepared = processor.prepare_images(_taken(self._files))
         self._images: list[PreparedImage] = []
         self._image_spans: list[StageSpan] = []
         self._seconds = 0.0
@@ -54,13 +55,13 @@ class Preparation:
         Returns:
             The sequence after the last step, None after any other.
         Raises:
-            InvalidRequest: what `Processor.tokenize`, `Sequence`, `Processor.prepare_image` or the check refuses.
+            InvalidRequest: what `Processor.tokenize`, `Sequence`, `Processor.prepare_images` or the check refuses.
         """
         started_at = time.monotonic()
         if self._sequence is None:
             self._sequence = self._tokenize()
         else:
-            self._images.append(self._processor.prepare_image(self._files.popleft()))
+            self._images.append(next(self._prepared))
             self._image_spans.append(StageSpan("image_decode", started_at, time.monotonic()))
         self._seconds += time.monotonic() - started_at
         if self._files:
@@ -79,9 +80,15 @@ class Preparation:
         return make(tokenized.token_ids)
 
 
+def _taken(files: deque[ImageFile]) -> Iterator[ImageFile]:
+    """The files from the first one on; only who asked for a file holds it."""
+    while files:
+        yield files.popleft()
+
+
 def why_not_prepared(error: BaseException, request_id: str) -> TrimserveError:
     """What a client is told of an error that a step raised; a mistake of ours is logged."""
-    if isinstance(error, InvalidRequest):
+    if isinstance(error, TrimserveError):
         return error
     log.error("preparing a request failed", exc_info=error, extra={"request_id": request_id})
     if is_out_of_memory(error):

@@ -1,5 +1,6 @@
 """What the engine needs to prepare requests: the seam that the checkpoint's processor fills, and a fake in tests."""
 
+from collections.abc import Iterable, Iterator
 from typing import Protocol
 
 from tokenizers import Tokenizer
@@ -21,12 +22,12 @@ class Processor(Protocol):
         """Tokenise, decode no image; quick, pure and thread-safe, called in worker threads.
 
         Raises:
-            InvalidRequest: image count or size, empty or too long prompt.
+            InvalidRequest: image count, empty or too long prompt.
         """
 
-    def prepare_image(self, image: ImageFile) -> PreparedImage:
-        """Decode one image; slow, pure and thread-safe, called in worker threads.
+    def prepare_images(self, images: Iterable[ImageFile]) -> Iterator[PreparedImage]:
+        """Decode the images of a prompt one by one, as they are asked for; slow, iterated in worker threads.
 
         Raises:
-            InvalidRequest: bad image.
+            InvalidRequest: bad image, or too many pixels.
         """

@@ -2,7 +2,8 @@
 
     event loop      submit() -> queue bound, deadline -> chunks of one request, in order
     text workers    Processor.tokenize: the first step of a Preparation, quick
-    image workers   Processor.prepare_image: the other steps, one image at a time, so that urgent requests come between
+    image workers   Processor.prepare_images: the other steps, one image at a time, so that urgent requests come
+                    between; a process of the DecoderPool opens the file
     engine thread   Engine.step, which alone tells the executor what to run
 
 Loop and workers send commands (add, cancel) to the engine thread, which takes them between steps; chunks come
@@ -24,17 +25,18 @@ from trimserve.api.status import EngineStatus, StepListener
 from trimserve.config import EngineConfig
 from trimserve.engine.engine import Engine
 from trimserve.engine.lookahead import Lookahead, Ticket
-from trimserve.engine.memory import memory_by_kind
+from trimserve.engine.memory import available_bytes, memory_by_kind
 from trimserve.engine.outbox import Outbox, call_on
 from trimserve.engine.preparation import why_not_prepared
 from trimserve.engine.processor import Processor
 from trimserve.engine.sequence import Sequence, SequenceState
 from trimserve.engine.stream import Stream
 from trimserve.engine.warm_up import warm_up
-from trimserve.engine.watchdog import hang
+from trimserve.engine.watchdog import hang, log_cause
 from trimserve.engine.workers import Workers, in_daemon_thread, leave_behind
 from trimserve.errors import DeadlinePassed, EngineBusy, EngineStopped, TrimserveError
 from trimserve.executor.executor import Executor
+from trimserve.imaging.pool import DecoderPool
 
 __all__ = ["Runner"]
 
@@ -50,15 +52,23 @@ _PREPARED_AHEAD = 2
 class Runner:
     """Runs an engine beside an event loop. All methods belong to that loop's thread."""
 
-    def __init__(self, load: Callable[[], tuple[Processor, Executor]], config: EngineConfig) -> None:
+    def __init__(
+        self,
+        load: Callable[[], tuple[Processor, Executor]],
+        config: EngineConfig,
+        decoders: DecoderPool | None = None,
+    ) -> None:
         """Start nothing yet.
 
         Args:
             load: called once by `start`, in a thread.
             config: how much to take on. Of its workers, as many tokenise as decode images.
+            decoders: decodes the images of the processor that is loaded; started and closed with the engine. None if
+                the processor does so itself.
         """
         self._load = load
         self._config = config
+        self._decoders = decoders
         self._text_workers = Workers(config.num_preprocess_workers, "trimserve-text")
         self._image_workers = Workers(config.num_preprocess_workers, "trimserve-image")
         self._lookahead = Lookahead(config.num_preprocess_workers + _PREPARED_AHEAD)
@@ -105,6 +115,8 @@ class Runner:
         self._loop = asyncio.get_running_loop()
         self._death = self._loop.create_future()
         self._outbox = Outbox(self._loop, self._deliver)
+        if self._decoders is not None:
+            self._decoders.start()
         try:
             processor, executor = await in_daemon_thread(self._load)
             if self._refusal != starting:
@@ -156,8 +168,10 @@ class Runner:
         running = [stream.sequence for stream in self._streams if stream.state is SequenceState.RUNNING]
         pool = None if self._engine is None else self._engine.pool
         images = None if self._engine is None else self._engine.image_cache
+        workers = {"text": self._text_workers.status(), "image": self._image_workers.status()}
+        hangs = any(pool.oldest_job_seconds > self._config.step_timeout_seconds for pool in workers.values())
         return EngineStatus(
-            is_ready=self._refusal is None,
+            is_ready=self._refusal is None and not hangs and (self._decoders is None or self._decoders.is_able),
             is_alive=self._is_alive,
             num_running=len(running),
             num_waiting=states.count(SequenceState.WAITING),
@@ -174,6 +188,9 @@ class Runner:
             image_cache_evictions=images.num_evictions if images else 0,
             uptime_seconds=0.0 if self._ready_at is None else time.monotonic() - self._ready_at,
             memory_bytes=memory_by_kind(self.info, pool.capacity_bytes) if pool else {},
+            decoder_deaths={} if self._decoders is None else dict(self._decoders.deaths),
+            memory_left_bytes=available_bytes("cpu"),
+            workers=workers,
         )
 
     async def death(self) -> BaseException:
@@ -183,7 +200,7 @@ class Runner:
     async def stop(self, grace_seconds: float) -> None:
         """Refuse new requests, let the accepted ones finish, end what is left with `EngineStopped`.
 
-        Returns when the engine thread has ended, or hangs; workers end with the image that they have in hand. A second
+        Returns when the engine thread has ended, or hangs; the processes that decode images are ended. A second
         call does nothing more.
 
         Args:
@@ -285,6 +302,8 @@ class Runner:
             self._thread.join(_JOIN_SECONDS)
         self._text_workers.stop()
         self._image_workers.stop()
+        if self._decoders is not None:
+            self._decoders.close()
 
     @property
     def _loaded(self) -> Engine:
@@ -335,8 +354,8 @@ class Runner:
                 for command in self._take_commands(engine):
                     command()
                 engine.step()
-        except BaseException as error:
-            log.critical("the engine thread dies", exc_info=True)
+        except BaseException as error:  # noqa: BLE001  # logged, and told to who awaits the engine's death
+            log_cause(partial(log.critical, "the engine thread dies", exc_info=error))
             call_on(self._loop, partial(self._die, error))
 
     def _take_commands(self, engine: Engine) -> list[Callable[[], None]]:

@@ -8,6 +8,7 @@ from trimserve import ops
 from trimserve.api.info import GenerationDefaults, ModelInfo
 from trimserve.config import Device, EngineConfig, ModelConfig, Quantize
 from trimserve.errors import CheckpointError
+from trimserve.imaging.decode import Decode
 from trimserve.model.checkpoint import (
     EMBEDDED_MODEL,
     Checkpoint,
@@ -49,12 +50,13 @@ def describe_model(config: ModelConfig, limits: EngineConfig) -> ModelInfo:
     return info
 
 
-def load_model(config: ModelConfig, limits: EngineConfig) -> Mllama:
+def load_model(config: ModelConfig, limits: EngineConfig, decode: Decode | None = None) -> Mllama:
     """Load a checkpoint, with its guide and codebook.
 
     Args:
         config: which one, and how.
         limits: bounds of a request's images and tokens.
+        decode: decodes image files, see `Processor`.
     Returns:
         The model on its device.
     Raises:
@@ -62,7 +64,7 @@ def load_model(config: ModelConfig, limits: EngineConfig) -> Mllama:
     """
     checkpoint = open_checkpoint(config.model, config.revision, with_weights=True)
     info = describe_checkpoint(checkpoint, config, limits)
-    processor = _processor(checkpoint, info, config, limits)
+    processor = _processor(checkpoint, info, config, limits, decode)
     prototypes = guide = None
     if config.codebook is not None:
         prototypes = load_codebook(config.codebook, info, config.intermediate_features)
@@ -91,9 +93,15 @@ def load_processor(config: ModelConfig, limits: EngineConfig) -> Processor:
     return _processor(checkpoint, describe_checkpoint(checkpoint, config, limits), config, limits)
 
 
-def _processor(checkpoint: Checkpoint, info: ModelInfo, config: ModelConfig, limits: EngineConfig) -> Processor:
+def _processor(
+    checkpoint: Checkpoint, info: ModelInfo, config: ModelConfig, limits: EngineConfig, decode: Decode | None = None
+) -> Processor:
     return Processor.from_pretrained(
-        checkpoint.folder, info, template_date=config.template_date, max_image_pixels=limits.max_image_pixels
+        checkpoint.folder,
+        info,
+        template_date=config.template_date,
+        max_image_pixels=limits.max_image_pixels,
+        decode=decode,
     )
 
 

@@ -5,7 +5,7 @@ text, and reserves no pages.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from tokenizers import Tokenizer
@@ -84,9 +84,9 @@ class Mllama:
         """See `Processor.tokenize`; pure and thread-safe."""
         return self._processor.tokenize(prompt)
 
-    def prepare_image(self, image: ImageFile) -> PreparedImage:
-        """See `Processor.prepare_image`; pure and thread-safe."""
-        return self._processor.prepare_image(image)
+    def prepare_images(self, images: Iterable[ImageFile]) -> Iterator[PreparedImage]:
+        """See `Processor.prepare_images`; pure and thread-safe."""
+        return self._processor.prepare_images(images)
 
     def prepare(self, prompt: Prompt) -> PreparedPrompt:
         """See `Processor.prepare`; pure and thread-safe."""

@@ -3,7 +3,8 @@
 The one place where prompts are checked against the tokenizer and the pixels. It knows nothing about weights.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from typing import Final
@@ -15,9 +16,10 @@ from transformers.models.mllama.image_processing_pil_mllama import MllamaImagePr
 from trimserve.api.info import ModelInfo
 from trimserve.api.prompt import ChatPrompt, ImageFile, Prompt, RawPrompt, Text
 from trimserve.errors import CheckpointError, InvalidRequest
+from trimserve.imaging.decode import Decode, decode_pixels
 from trimserve.model.chat import ChatEncoder
 from trimserve.model.chat_template import ChatTemplate
-from trimserve.model.images import count_pixels, decode_image, prepare_image
+from trimserve.model.images import prepare_image
 from trimserve.model.prepared import PreparedImage, PreparedPrompt, TokenizedPrompt
 
 __all__ = ["REQUEST_PIXELS", "PreparedPrompt", "Processor"]
@@ -37,6 +39,7 @@ class Processor:
         template: ChatTemplate | None,
         *,
         max_image_pixels: int,
+        decode: Decode | None = None,
     ) -> None:
         """Join a tokenizer and an image processor.
 
@@ -45,7 +48,8 @@ class Processor:
             image_processor: cuts images into tiles of `info.tile_size`, at most `info.max_tiles`.
             info: vocabulary, context and image limits.
             template: of conversations; None if the checkpoint has none.
-            max_image_pixels: largest width times height of an image file, see `decode_image`.
+            max_image_pixels: largest width times height of an image file, see `decode_pixels`.
+            decode: decodes image files elsewhere; None decodes them in this process, for files that are trusted.
         """
         self._tokenizer = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
         self._tokenizer.no_truncation()
@@ -55,6 +59,7 @@ class Processor:
         self._image_processor = image_processor
         self._info = info
         self._max_image_pixels = max_image_pixels
+        self._decode = decode or partial(decode_pixels, max_pixels=max_image_pixels)
         # A token stands for at most as many characters as it has itself (byte-level: for as many bytes).
         longest_token = max(map(len, self._tokenizer.get_vocab()))
         self._max_characters = longest_token * info.max_model_len
@@ -67,6 +72,7 @@ class Processor:
         *,
         max_image_pixels: int,
         template_date: str,
+        decode: Decode | None = None,
     ) -> "Processor":
         """Load the tokenizer and the image processor of a checkpoint.
 
@@ -75,6 +81,7 @@ class Processor:
             info: what the model's config says.
             max_image_pixels: see the constructor.
             template_date: what the chat template shows as today's date, such as `26 Jul 2024`.
+            decode: see the constructor.
         Raises:
             CheckpointError: missing or unreadable files, a chat template that cannot be used, or a disagreement with
                 the model's config.
@@ -82,7 +89,7 @@ class Processor:
         tokenizer = _load_tokenizer(folder, info)
         image_processor = _load_image_processor(folder, info)
         template = ChatTemplate.read(folder, tokenizer, template_date)
-        return cls(tokenizer, image_processor, info, template, max_image_pixels=max_image_pixels)
+        return cls(tokenizer, image_processor, info, template, max_image_pixels=max_image_pixels, decode=decode)
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -90,12 +97,12 @@ class Processor:
         return self._tokenizer
 
     def prepare(self, prompt: Prompt) -> PreparedPrompt:
-        """Tokenise a prompt and decode its images: `tokenize`, then `prepare_image` of each."""
+        """Tokenise a prompt and decode its images: `tokenize`, then `prepare_images`."""
         tokenized = self.tokenize(prompt)
-        return PreparedPrompt(tokenized.token_ids, tuple(map(self.prepare_image, tokenized.images)))
+        return PreparedPrompt(tokenized.token_ids, tuple(self.prepare_images(tokenized.images)))
 
     def tokenize(self, prompt: Prompt) -> TokenizedPrompt:
-        """Tokenise a prompt and check all that can be checked without decoding an image.
+        """Tokenise a prompt and check all that can be checked without opening an image file.
 
         Chat messages are rendered with the chat template, which writes the special tokens. A raw prompt may
         contain special tokens itself; begin-of-text is put behind its leading image tokens unless the prompt
@@ -104,9 +111,8 @@ class Processor:
 
         Raises:
             InvalidRequest: an empty prompt, one that leaves no room for a new token, ids outside the
-                vocabulary, image tokens and images that do not match in number, too many images, too many
-                pixels in one or in all, a file that is not an image, or a conversation that
-                `ChatEncoder.encode` refuses.
+                vocabulary, image tokens and images that do not match in number, too many images, or a
+                conversation that `ChatEncoder.encode` refuses.
         """
         field, images = _field_of(prompt), _images_of(prompt)
         images_field = field if isinstance(prompt, ChatPrompt) else "images"
@@ -117,17 +123,30 @@ class Processor:
         num_image_tokens = sum(token_id == self._info.image_token_id for token_id in token_ids)
         if num_image_tokens != len(images):
             raise InvalidRequest(images_field, _mismatch(prompt, num_image_tokens, len(images)))
-        self._check_pixels(images_field, images)
         return TokenizedPrompt(tuple(token_ids), tuple(images))
 
-    def prepare_image(self, image: ImageFile) -> PreparedImage:
-        """Decode an image and cut it into tiles.
+    def prepare_images(self, images: Iterable[ImageFile]) -> Iterator[PreparedImage]:
+        """Decode the images of a prompt one by one, as they are asked for, and cut each into tiles.
 
+        Args:
+            images: each is let go once it is decoded.
         Raises:
-            InvalidRequest: `decode_image` refuses it.
+            InvalidRequest: `decode_pixels` refuses one, or they have too many pixels together.
         """
-        decoded = decode_image(image.data, image.field, self._max_image_pixels)
-        return prepare_image(decoded, self._image_processor)
+        num_pixels = 0
+        for image in images:
+            prepared, num_pixels = self._prepare_image(image, num_pixels)
+            del image
+            yield prepared
+
+    def _prepare_image(self, image: ImageFile, num_before: int) -> tuple[PreparedImage, int]:
+        pixels = self._decode(image.data, image.field)
+        num_pixels = num_before + pixels.shape[0] * pixels.shape[1]
+        most = REQUEST_PIXELS * self._max_image_pixels
+        if num_pixels > most:
+            bound = f"with the images before it must have at most {most} pixels"
+            raise InvalidRequest(image.field, f"{bound}, got {num_pixels}")
+        return prepare_image(pixels, self._image_processor), num_pixels
 
     def _token_ids(self, field: str, prompt: Prompt) -> Sequence[int]:
         if isinstance(prompt, ChatPrompt):
@@ -152,12 +171,6 @@ class Processor:
         if num_characters > self._max_characters:
             bound = f"the context of {self._info.max_model_len} tokens"
             raise InvalidRequest(field, f"must leave room for a new token in {bound}, got {num_characters} characters")
-
-    def _check_pixels(self, field: str, images: Sequence[ImageFile]) -> None:
-        num_pixels = sum(count_pixels(image.data, image.field, self._max_image_pixels) for image in images)
-        bound = REQUEST_PIXELS * self._max_image_pixels
-        if num_pixels > bound:
-            raise InvalidRequest(field, f"all images together must have at most {bound} pixels, got {num_pixels}")
 
     def _check_token_ids(self, field: str, token_ids: Sequence[int]) -> None:
         info = self._info
