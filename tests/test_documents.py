@@ -115,6 +115,20 @@ def test_every_bound_on_callers_has_tests_metrics_and_knobs_that_exist() -> None
     assert set(re.findall(r"`((?:trimserve|grpc_server)_\w+)`", taken)) <= declared
 
 
+def test_every_kind_of_checkpoint_has_a_test_that_exists() -> None:
+    text = (ROOT / "docs/checkpoints.md").read_text()
+    rows = [
+        line for line in text.splitlines() if line.startswith("| ") and not line.startswith(("| **", "| A checkpoint"))
+    ]
+    assert len(rows) > 40
+    for row in rows:
+        (file, name, case), *others = re.findall(r"`(tests/\S+\.py)::(\w+)`(?: \"([^\"]+)\")? \|$", row)
+        assert not others, row
+        assert name in defined(file), row
+        fixtures = {fixture.stem for fixture in (ROOT / file).parent.glob("quantized/*.safetensors")}
+        assert not case or case in fixtures or f'    "{case}": ' in (ROOT / file).read_text(), row
+
+
 def defined(file: str) -> set[str]:
     """Functions and classes at the top of a file of the repository."""
     definitions = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef

@@ -49,8 +49,9 @@ class ModelConfig(_Knobs):
     dtype: Dtype = Field(default="auto", description="Type of weights and KV; `auto` is the checkpoint's own.")
     quantize: Quantize = Field(
         default="none",
-        description="How the decoder's linear layers are stored: `none` is in `dtype`; `int8` is one scale for each "
-        "output, which takes less memory and makes decode steps faster, on a CPU only. Everything else keeps `dtype`.",
+        description="How the decoder's linear layers are stored: `none` is in `dtype`, but int8 of a quantized "
+        "checkpoint stays int8 on a CPU; `int8` is one scale for each output, which takes less memory and makes decode "
+        "steps faster, on a CPU only. Everything else keeps `dtype`.",
     )
     max_model_len: int | None = Field(
         default=None,
