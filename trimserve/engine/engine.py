@@ -67,6 +67,10 @@ class Engine:
         """
         self.image_cache = ImageCacheCounts()
         """Of the executor's cache, after the last step."""
+        self.num_preemptions = 0
+        """Times that a sequence was preempted."""
+        self.num_recomputed_tokens = 0
+        """Tokens of prompts and answers that were read once more after a preemption."""
         self.step_began_at: float | None = None
         """When the present step began; None between steps."""
         self._processor = processor
@@ -176,21 +180,47 @@ class Engine:
 
     def preempt(self, sequence: Sequence) -> None:
         """Take a running sequence's pages away; it is computed again, from what is kept of it, when there is room."""
+        self.num_preemptions += 1
+        sequence.was_preempted = True
         self._scheduler.send_back(sequence)
         self._let_go(sequence)
 
     def step(self) -> None:
         """Work on the next prompt for a slice of time, then decode one token of every running sequence."""
         self.step_began_at = self._clock()
+        grown = self._grow()
         self._read_prompts()
         batch = [sequence for sequence in self._scheduler.running if sequence is not self._prefill]
         if batch:
-            self._decode(batch)
+            self._decode(batch, grown)
         if self._ended:
             self._run(StepPlan())
         self.step_began_at = None
 
     # ---- planning ----
+
+    def _grow(self) -> set[Sequence]:
+        """Give every running sequence a page for its next token; if there are too few, the least urgent ones wait again.
+
+        The most urgent one is never among these, and fits into the pool alone. So each step brings it on, and everybody
+        is the most urgent one in the end.
+
+        Returns:
+            Those whose pages the executor is yet to be told.
+        """
+        grown, urgent = set(), self._scheduler.by_urgency()
+        place = 0
+        while place < len(urgent):
+            pages, wanted = urgent[place].pages, urgent[place].num_tokens
+            missing = pages.missing_pages(wanted)
+            if missing > self.pool.num_free_pages:
+                self.preempt(urgent.pop())
+                continue
+            if missing:
+                pages.grow(wanted)
+                grown.add(urgent[place])
+            place += 1
+        return grown
 
     def _read_prompts(self) -> None:
         end = self._clock() + self._config.prefill_slice_seconds
@@ -204,24 +234,25 @@ class Engine:
                 return
 
     def _admit(self) -> StepPlan:
-        """Begin with the head of the queue, if there are pages for all that it may hold."""
+        """Begin with the head of the queue, if there are pages for what it has and a little more."""
         while (sequence := self._scheduler.next) is not None:
             late = self._lateness(sequence)
             if late is None:
-                if self._most_pages(sequence) > self.pool.num_free_pages:
+                if self._pages(sequence, sequence.first_positions) > self.pool.num_free_pages:
                     break
                 self._scheduler.admit()
                 number = next(self._numbers)
                 new = sequence.admitted(number, self.pool)
                 self._sequences[number] = self._prefill = sequence
-                pages = sequence.pages
-                return StepPlan(new=(new,), pages=(PageGrant(number, pages.self_tables, pages.cross_tables),))
+                return StepPlan(new=(new,), pages=(_grant(sequence),))
             self.cancel(sequence)
             sequence.sink(late)
         return StepPlan()
 
-    def _decode(self, batch: list[Sequence]) -> None:
-        result = self._run(StepPlan(rows=tuple(Rows(each.number, each.num_positions) for each in batch)))
+    def _decode(self, batch: list[Sequence], grown: set[Sequence]) -> None:
+        pages = tuple(_grant(each) for each in batch if each in grown)
+        rows = tuple(Rows(each.number, each.num_positions) for each in batch)
+        result = self._run(StepPlan(pages=pages, rows=rows))
         if result.rows_seconds:  # a batch that failed says nothing of the pace
             self._pace.saw_step(result.rows_seconds)
             if self._on_step is not None:
@@ -248,6 +279,8 @@ class Engine:
             if (started := sequence.prefilled(report, self.pool)) is not None:
                 self._pace.saw_prefill(sequence.num_prompt_rows, report.seconds)
                 sequence.sink(started)
+            if sequence.was_preempted:
+                self.num_recomputed_tokens += sequence.num_tokens
 
     def _take_drawn(self, drawn: Drawn) -> None:
         sequence = self._sequences.get(drawn.sequence)
@@ -265,7 +298,7 @@ class Engine:
             return
         error: TrimserveError = RequestFailed(failed.message)
         if failed.is_out_of_memory:
-            most = self._most_pages(sequence) * self.pool.page_bytes
+            most = self._pages(sequence, sequence.max_positions) * self.pool.page_bytes
             error = OutOfMemory(f"{failed.message}: its KV takes up to {most} bytes")
         self.cancel(sequence)
         sequence.sink(error)
@@ -295,8 +328,8 @@ class Engine:
 
     # ---- bounds ----
 
-    def _most_pages(self, sequence: Sequence) -> int:
-        return self.pool.self_pages(sequence.max_positions) + self.pool.cross_pages(sequence.max_cross_rows)
+    def _pages(self, sequence: Sequence, num_positions: int) -> int:
+        return self.pool.self_pages(num_positions) + self.pool.cross_pages(sequence.max_cross_rows)
 
     def _check_that_it_fits(self, sequence: Sequence) -> None:
         """Refuse what even an empty pool cannot hold.
@@ -305,7 +338,7 @@ class Engine:
             InvalidRequest: naming the bytes, and what would make it fit.
         """
         pool = self.pool
-        needed = self._most_pages(sequence) * pool.page_bytes
+        needed = self._pages(sequence, sequence.max_positions) * pool.page_bytes
         if needed <= pool.capacity_bytes:
             return
         of_images = pool.cross_bytes(sequence.max_cross_rows)
@@ -328,3 +361,8 @@ class Engine:
         return DeadlinePassed(
             f"the deadline cannot be met: {left:.3f} s are left and {least:.3f} s are needed at least"
         )
+
+
+def _grant(sequence: Sequence) -> PageGrant:
+    pages = sequence.pages
+    return PageGrant(sequence.number, pages.self_tables, pages.cross_tables)

@@ -3,9 +3,9 @@
     capacity = used + free, in whole pages, after any history
 
 Self- and cross-attention draw from the same pages (`model/key_values.py`), so there is no split to tune: what
-trimming frees is room for another request. A sequence gets pages for its prompt and its `max_new_tokens` (ADR-0003)
-and for as many rows of visual features as trimming can leave; once the prefill knows how many stay, it keeps those
-only. Pages are numbers here: their memory is the executor's.
+trimming frees is room for another request. A sequence gets pages for its prompt and for as many rows of visual features
+as trimming can leave; once the prefill knows how many stay, it keeps those only. Pages of the text grow with it
+(ADR-0013). Pages are numbers here: their memory is the executor's.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ __all__ = ["KVPool", "PoolExhausted", "SequencePages"]
 
 
 class PoolExhausted(Exception):
-    """More pages were asked for than are free. Admission asks first, so this is a mistake of ours."""
+    """More pages were asked for than are free. The engine asks first, so this is a mistake of ours."""
 
 
 class KVPool:
@@ -93,23 +93,38 @@ class KVPool:
         """Bytes of `pages_of_groups`."""
         return sum(self.pages_of_groups(layer_rows)) * self.page_bytes
 
-    def allocate(self, max_positions: int, max_cross_rows: int = 0) -> "SequencePages":
-        """Take the pages of one sequence.
+    def allocate(self, num_positions: int, max_cross_rows: int = 0) -> "SequencePages":
+        """Take the first pages of one sequence.
 
         Args:
-            max_positions: prompt and generated tokens, at least 1.
+            num_positions: of its text for now, at least 1.
             max_cross_rows: rows of visual features that it may come to hold.
         Raises:
             PoolExhausted: there are not as many free pages; none is taken.
         """
-        wanted = self.self_pages(max_positions) + self.cross_pages(max_cross_rows)
-        if wanted > len(self._free):
-            raise PoolExhausted(f"{wanted} pages are wanted, {len(self._free)} of {self.num_pages} are free")
-        self_tables = self._take(self._self_groups, num_pages(max_positions))
+        self._check_free(self.self_pages(num_positions) + self.cross_pages(max_cross_rows))
+        self_tables = self._take(self._self_groups, num_pages(num_positions))
         cross_tables = self._take(self._cross_groups, num_pages(max_cross_rows))
         self._self_pages += self_tables.size
         self._cross_pages += cross_tables.size
         return SequencePages(self, self_tables, cross_tables)
+
+    def grow(self, tables: Tables, num_positions: int) -> Tables:
+        """Take further pages for a text; those that it has stay where they are.
+
+        Args:
+            tables: pages of the text, [groups, pages].
+            num_positions: that it has to have room for.
+        Returns:
+            The longer tables.
+        Raises:
+            PoolExhausted: there are not as many free pages; none is taken.
+        """
+        missing = num_pages(num_positions) - tables.shape[1]
+        self._check_free(self._self_groups * missing)
+        taken = self._take(self._self_groups, missing)
+        self._self_pages += taken.size
+        return np.concatenate([tables, taken], axis=1)
 
     def give_back(self, self_pages: Sequence[int], cross_pages: Sequence[int]) -> None:
         """Free pages of a sequence; they must be its own, and it must not use them any more."""
@@ -117,6 +132,10 @@ class KVPool:
         self._cross_pages -= len(cross_pages)
         self._free.extend(self_pages)
         self._free.extend(cross_pages)
+
+    def _check_free(self, wanted: int) -> None:
+        if wanted > len(self._free):
+            raise PoolExhausted(f"{wanted} pages are wanted, {len(self._free)} of {self.num_pages} are free")
 
     def _take(self, groups: int, pages: int) -> Tables:
         first = len(self._free) - groups * pages
@@ -146,6 +165,18 @@ class SequencePages:
     def cross_bytes(self) -> int:
         """Bytes of cross-attention KV, whole pages."""
         return sum(self._cross_counts) * self._pool.page_bytes
+
+    def missing_pages(self, num_positions: int) -> int:
+        """Pages that its text lacks for so many positions."""
+        return max(0, self._pool.self_pages(num_positions) - self.self_tables.size)
+
+    def grow(self, num_positions: int) -> None:
+        """Take the `missing_pages`.
+
+        Raises:
+            PoolExhausted: there are not as many free pages; none is taken.
+        """
+        self.self_tables = self._pool.grow(self.self_tables, num_positions)
 
     def keep_cross(self, layer_rows: Sequence[int]) -> None:
         """Give back the pages that the visual features turned out not to need.

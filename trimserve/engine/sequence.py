@@ -30,6 +30,7 @@ from trimserve.errors import InvalidRequest, TrimserveError
 from trimserve.executor.plan import Drawn, NewSequence, PrefillReport
 from trimserve.model.prepared import PreparedPrompt
 from trimserve.model.visibility import visible_images
+from trimserve.ops import PAGE_POSITIONS
 from trimserve.trimming.plan import TrimPlan, max_rows
 from trimserve.trimming.selection import KeptSets
 
@@ -97,7 +98,7 @@ class Sequence:
         self.finish_reason: FinishReason | None = None
         """None while more tokens are wanted."""
         self.max_cross_rows = 0
-        """Most rows of cross-attention KV that decoding can see; known with the images."""
+        """Most rows of cross-attention KV that decoding can see; known with the images, exactly after the prefill."""
         self._info = info
         self._num_features = 0
         self._token_ids = token_ids
@@ -107,6 +108,8 @@ class Sequence:
         self._number = -1
         self.has_started = False
         """Whether its prompt was read once, and its first chunk said."""
+        self.was_preempted = False
+        """Whether it had pages, and lost them."""
         self._pages: SequencePages | None = None
         self._matched_stop: str | int | None = None
         self._detokenizer = Detokenizer(tokenizer, params.stop_strings)
@@ -157,6 +160,22 @@ class Sequence:
         return self.num_prompt_tokens + self.max_new_tokens
 
     @property
+    def num_tokens(self) -> int:
+        """Tokens of the prompt, and those drawn until now: the positions that it needs for its next token."""
+        return self.num_prompt_tokens + self.num_generated_tokens
+
+    @property
+    def first_positions(self) -> int:
+        """Text positions that it gets pages for when it joins: what it has, and a page to go on."""
+        return min(self.num_tokens + PAGE_POSITIONS, self.max_positions)
+
+    @property
+    def pixel_bytes(self) -> int:
+        """Bytes of decoded images that are kept to compute it again."""
+        images = () if self._prompt is None else self._prompt.images
+        return sum(image.pixel_values.nbytes for image in images)
+
+    @property
     def least_new_tokens(self) -> int:
         """Tokens that come for certain."""
         params = self.params
@@ -194,7 +213,7 @@ class Sequence:
         self._spans.extend(image_spans)
 
     def admitted(self, number: int, pool: KVPool) -> NewSequence:
-        """Take pages for all that it may hold; it runs from here on.
+        """Take the first pages; it runs from here on.
 
         Args:
             number: what plans call it.
@@ -206,7 +225,7 @@ class Sequence:
         if not self.has_started:
             self._admitted_at = time.monotonic()
         self._number = number
-        self._pages = pool.allocate(self.max_positions, self.max_cross_rows)
+        self._pages = pool.allocate(self.first_positions, self.max_cross_rows)
         if self._images_taken is not None:
             self._images_taken()
         return NewSequence(
@@ -239,7 +258,7 @@ class Sequence:
         if self.has_started:
             return None
         self.has_started = True
-        self._stored = report.stored
+        self._stored, self.max_cross_rows = report.stored, max(report.held_rows, default=0)
         self._encoded_at, self._prefilled_at = report.times.encoded_at, report.times.prefilled_at
         self.cross_kv = account_cross_kv(report, self.pages.cross_bytes, pool)
         self._spans += self._engine_spans(report)
