@@ -21,7 +21,7 @@ export PYTHONUNBUFFERED := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test check verify check-sanitize cuda-check test-gpu bench-gpu lock update test-floor \
+.PHONY: help build demo test check verify check-sanitize verify-meta cuda-check test-gpu bench-gpu lock update test-floor \
 	test-newest fmt protos docs bench bench-ops clean
 
 help:  ## list the commands
@@ -47,7 +47,7 @@ check: build  ## lint, types, formatting, and that everything generated is up to
 	$(BIN)/python scripts/generate_dashboards.py --check
 	$(BIN)/python scripts/cuda_check.py
 
-verify: check test  ## what takes longer: committed accuracies, random mixes, full load, wheel, Prometheus, image, benchmarks
+verify: check test  ## what takes longer: Meta's code, committed accuracies, random mixes, full load, wheel, Prometheus, image, benchmarks
 	$(BIN)/python -m pytest tests/engine/test_random_mixes.py --mixes 200 --timeout 3600
 	$(BIN)/python -m benchmarks.soak
 	$(BIN)/python -m benchmarks.soak load
@@ -55,7 +55,7 @@ verify: check test  ## what takes longer: committed accuracies, random mixes, fu
 	$(PIP) $(LOCKED) requirements/fuzz.txt && $(BIN)/python scripts/fuzz_convert.py -max_total_time=300
 	$(MAKE) test-floor test-newest
 	PATH="$(abspath $(BIN)):$$PATH" scripts/verify_wheel.sh
-	$(MAKE) check-sanitize
+	$(MAKE) check-sanitize verify-meta
 	scripts/verify_deployment.sh
 	$(BIN)/python scripts/verify_walkthrough.py
 	$(BIN)/python scripts/verify_clients.py  # these as root, on Debian
@@ -65,6 +65,9 @@ verify: check test  ## what takes longer: committed accuracies, random mixes, fu
 
 check-sanitize: build  ## run the tests of the ops under AddressSanitizer and UndefinedBehaviorSanitizer
 	PATH="$(abspath $(BIN)):$$PATH" scripts/check_sanitize.sh
+
+verify-meta: build build/meta/.installed  ## compare logits, pixels and token ids with Meta's own model code
+	PYTHONPATH=build/meta $(BIN)/python scripts/verify_meta.py
 
 cuda-check: build  ## compile the CUDA kernels within their budget, run them on the CPU (parts of check and test)
 	$(BIN)/python scripts/cuda_check.py
@@ -126,6 +129,14 @@ $(VENV)/.tools: Makefile requirements/dev.txt
 
 $(VENV)/.built: $(VENV)/.tools pyproject.toml CMakeLists.txt $(CXX_SOURCES)
 	$(PIP) --no-build-isolation --no-deps --editable .
+	touch $@
+
+# A folder of its own, seen by `make verify-meta` only. Two of these wheels also bring a top-level package `benchmarks` or
+# `models`; the first would hide ours.
+build/meta/.installed: requirements/meta.txt
+	rm -rf build/meta
+	$(PIP) --target build/meta --no-build-isolation $(LOCKED) requirements/meta.txt
+	rm -r build/meta/benchmarks build/meta/models
 	touch $@
 
 build/gpu/.built: CMakeLists.txt $(CXX_SOURCES)

@@ -59,6 +59,7 @@ def _by(labels: str) -> str:
     return f" by ({labels})" if labels else ""
 
 
+CERTIFICATE_END = "trimserve_tls_certificate_expiry_timestamp_seconds"
 FIRST_TOKEN, GAP = "trimserve_time_to_first_token_seconds", "trimserve_inter_token_latency_seconds"
 HELD, UNTRIMMED = (
     total("trimserve_kv_cache_used_bytes", 'kind="cross"'),
@@ -73,7 +74,7 @@ ROWS: dict[str, tuple[Panel, ...]] = {
     "Overview": (
         Panel("Replicas ready", "short", {"": total("trimserve_model_ready")}, "Those that take requests.", "stat", 3),
         Panel("Requests", "reqps", {"": rate("trimserve_requests_total")}, "That ended, however.", "stat", 3),
-        Panel("Tokens", "short", {"": rate("trimserve_generation_tokens_total")}, "Sent, per second.", "stat", 3),
+        Panel("Tokens", "cps", {"": rate("trimserve_generation_tokens_total")}, "Sent.", "stat", 3),
         Panel("First token, p95", "s", {"": quantile(0.95, FIRST_TOKEN)}, "From a request's arrival.", "stat", 3),
         Panel("Between tokens, p95", "s", {"": quantile(0.95, GAP)}, "Of all streams.", "stat", 3),
         Panel("Failed", "percentunit", {"": FAILED}, "Through no fault of the client.", "stat", 3),
@@ -133,12 +134,12 @@ ROWS: dict[str, tuple[Panel, ...]] = {
         ),
         Panel(
             "Tokens",
-            "short",
+            "cps",
             {
                 "prompt": rate("trimserve_prompt_tokens_total"),
                 "generated": rate("trimserve_generation_tokens_total"),
             },
-            "Per second.",
+            "Of prompts that were prefilled, and sent.",
         ),
         Panel(
             "Running and waiting",
@@ -185,7 +186,7 @@ ROWS: dict[str, tuple[Panel, ...]] = {
         Panel("Cross KV saved", "percentunit", {"now": SAVED}, "Room for other requests."),
         Panel(
             "Cross KV not held, by cause",
-            "Bps",
+            "binBps",
             {"{{cause}}": rate("trimserve_cross_kv_bytes_saved_total", by="cause")},
             "Padding and visibility are lossless, trimming is not.",
         ),
@@ -198,9 +199,9 @@ ROWS: dict[str, tuple[Panel, ...]] = {
         ),
         Panel(
             "Visual features",
-            "short",
+            "cps",
             {"{{state}}": rate("trimserve_visual_features_total", by="state")},
-            "Per second. valid = kept + dropped; merged are rows that dropped ones became.",
+            "valid = kept + dropped; merged are rows that dropped ones became.",
         ),
         Panel(
             "What trimming did",
@@ -225,11 +226,11 @@ ROWS: dict[str, tuple[Panel, ...]] = {
         ),
         Panel(
             "Image decoders that ended",
-            "short",
+            "cps",
             {"{{cause}}": rate("trimserve_decoder_deaths_total", by="cause")},
-            "Per second. Each was replaced; processor_time and crash are bad files.",
+            "Each was replaced; processor_time and crash are bad files.",
         ),
-        Panel("Image cache: evictions", "short", {"": rate("trimserve_image_cache_evictions_total")}, "Per second."),
+        Panel("Image cache: evictions", "cps", {"": rate("trimserve_image_cache_evictions_total")}, "Images."),
         Panel(
             "Choosing features, by policy",
             "s",
@@ -267,9 +268,9 @@ ROWS: dict[str, tuple[Panel, ...]] = {
         ),
         Panel(
             "Messages",
-            "short",
+            "cps",
             {"received": rate("grpc_server_msg_received_total"), "sent": rate("grpc_server_msg_sent_total")},
-            "Per second.",
+            "Of all calls.",
         ),
         Panel(
             "Handling, p95",
@@ -280,9 +281,7 @@ ROWS: dict[str, tuple[Panel, ...]] = {
     ),
     "Errors": (
         Panel("Failed", "percentunit", {"share": FAILED}, "Of all requests, through no fault of the client."),
-        Panel(
-            "Failures by kind", "short", {"{{kind}}": rate("trimserve_engine_errors_total", by="kind")}, "Per second."
-        ),
+        Panel("Failures by kind", "reqps", {"{{kind}}": rate("trimserve_engine_errors_total", by="kind")}, "Requests."),
         Panel(
             "Refused by reason",
             "reqps",
@@ -297,7 +296,15 @@ ROWS: dict[str, tuple[Panel, ...]] = {
         ),
     ),
     "Process": (
-        Panel("Memory of the process", "bytes", {"{{instance}}": series("process_resident_memory_bytes")}, "Resident."),
+        Panel(
+            "Memory of the process",
+            "bytes",
+            {
+                "{{instance}}": series("process_resident_memory_bytes"),
+                "left for {{instance}}": series("trimserve_memory_left_bytes"),
+            },
+            "Resident, and what machine and control groups leave.",
+        ),
         Panel(
             "Memory of the device",
             "bytes",
@@ -305,7 +312,64 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             "Weights, page pool, what is free; of a GPU also torch's allocator.",
         ),
         Panel(
-            "CPU", "short", {"{{instance}}": f"rate({series('process_cpu_seconds_total')}[$__rate_interval])"}, "Cores."
+            "CPU",
+            "suffix: cores",
+            {"{{instance}}": f"rate({series('process_cpu_seconds_total')}[$__rate_interval])"},
+            "Busy.",
+        ),
+        Panel(
+            "Open files",
+            "percentunit",
+            {"{{instance}}": f"{series('process_open_fds')} / {series('process_max_fds')}"},
+            "Of the limit. Near it, new connections are not accepted.",
+        ),
+        Panel(
+            "Event loop: lag",
+            "s",
+            {
+                **quantiles("trimserve_event_loop_lag_seconds"),
+                "stalled, {{instance}}": series("trimserve_event_loop_stalled_seconds"),
+            },
+            "How late calls, health and cancellations are handled.",
+        ),
+        Panel(
+            "Workers that prepare requests",
+            "short",
+            {
+                "{{pool}}, busy": total("trimserve_preparation_workers_busy", by="pool"),
+                "{{pool}}": total("trimserve_preparation_workers", by="pool"),
+            },
+            "All busy: tokenising or decoding images is what requests wait for.",
+        ),
+        Panel(
+            "Workers: longest job",
+            "s",
+            {"{{pool}}": f"max by (pool) ({series('trimserve_preparation_oldest_job_seconds')})"},
+            "Beyond step_timeout_seconds the server is not ready.",
+        ),
+        Panel(
+            "Certificates end",
+            "dateTimeFromNow",
+            {"{{certificate}}, {{instance}}": f"{series(CERTIFICATE_END)} * 1000"},
+            "Those in use.",
+        ),
+        Panel(
+            "Credentials not reloaded",
+            "cps",
+            {"{{kind}}": rate("trimserve_credential_reload_failures_total", by="kind")},
+            "Attempts to read changed files that failed: what was read before stays.",
+        ),
+        Panel(
+            "Credentials loaded",
+            "dateTimeFromNow",
+            {"{{kind}}, {{instance}}": f"{series('trimserve_credentials_loaded_timestamp_seconds')} * 1000"},
+            "Last success.",
+        ),
+        Panel(
+            "Log lines dropped",
+            "cps",
+            {"{{instance}}": rate("trimserve_log_lines_dropped_total", by="instance")},
+            "Nobody reads standard error, or it cannot be written.",
         ),
         Panel(
             "Versions and models",

@@ -45,7 +45,7 @@ def build() -> str:
         .refresh("10s")
         .time("now-30m", "now")
         .with_variable(dashboard.DatasourceVariable("datasource").label("Data source").type("prometheus"))
-        .with_variable(_variable("model", "Model", "label_values(trimserve_model_info, model_id)"))
+        .with_variable(_variable("model", "Model", "label_values(trimserve_model_info, model_id)").all_value(".*"))
         .with_variable(
             _variable("instance", "Instance", 'label_values(trimserve_model_info{model_id=~"$model"}, instance)')
         )
@@ -66,6 +66,7 @@ def _without_interval_fields(board: Dashboard) -> Dashboard:
 
 
 def _variable(name: str, label: str, query: str) -> dashboard.QueryVariable:
+    """All of its values at first: those that the query finds, so that all instances are those of the chosen models."""
     return (
         dashboard.QueryVariable(name)
         .label(label)
@@ -75,7 +76,6 @@ def _variable(name: str, label: str, query: str) -> dashboard.QueryVariable:
         .sort(VariableSort.ALPHABETICAL_ASC)
         .multi(True)
         .include_all(True)
-        .all_value(".*")
         .current(VariableOption(selected=True, text="All", value="$__all"))
     )
 

@@ -28,6 +28,7 @@ from google.protobuf.descriptor_pb2 import (  # noqa: E402 the root must be on t
 )
 
 from benchmarks.generate.tables import generate_tables, precision_table  # noqa: E402 as above
+from benchmarks.meta_tables import departures_table, meta_table  # noqa: E402 as above
 from benchmarks.policy_tables import (  # noqa: E402 as above
     accuracy_by_kind,
     accuracy_by_policy,
@@ -45,8 +46,9 @@ from benchmarks.tables import (  # noqa: E402 as above
 from training.readme import accuracy_table  # noqa: E402 as above
 from trimserve.config import Config  # noqa: E402 as above
 from trimserve.evaluation.report import Report  # noqa: E402 as above
+from trimserve.server.declarations import Declared  # noqa: E402 as above
 from trimserve.server.grpc.services import RPCS  # noqa: E402 as above
-from trimserve.server.metrics import Declared, Metrics  # noqa: E402 as above
+from trimserve.server.metrics import Metrics  # noqa: E402 as above
 from trimserve.trimming.policies.table import POLICIES  # noqa: E402 as above
 
 SCALARS = {value: name.removeprefix("TYPE_").lower() for name, value in FieldDescriptorProto.Type.items()}
@@ -213,6 +215,8 @@ TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     "api": ("docs/api.md", api),
     "accuracy": ("README.md", accuracy),
     "walkthrough": ("README.md", lambda: walkthrough_table(read_result("walkthrough.json"))),
+    "meta": ("docs/correctness.md", lambda: meta_table(read_result("meta.json"))),
+    "departures": ("docs/correctness.md", lambda: departures_table(read_result("meta.json"))),
     "load": ("docs/service.md", lambda: load_table(read_result("load.json"))),
     "policies": ("docs/policies.md", lambda: accuracy_by_policy(comparison())),
     "policies-by-kind": ("docs/policies.md", lambda: accuracy_by_kind(comparison())),

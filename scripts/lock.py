@@ -32,6 +32,8 @@ FILES = {
     "serve.txt": ("pyproject.toml", "--extra=tracing", "--constraint=requirements/dev.txt"),
     "build.txt": ("--group=build", "--constraint=requirements/dev.txt"),
     "fuzz.txt": ("--group=fuzz", "--constraint=requirements/dev.txt"),
+    # Beside what dev.txt has, so that Meta's code runs on the torch and the Pillow that are tested.
+    "meta.txt": ("--group=meta", "--no-deps"),
     "floor.txt": ("pyproject.toml", "--group=dev", "--extra=eval", "--extra=tracing", "--resolution=lowest-direct"),
 }
 """Arguments of `uv pip compile` for each lock file."""

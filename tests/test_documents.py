@@ -80,7 +80,8 @@ def test_flags_in_readmes_prose_exist() -> None:
 
 
 def test_every_defect_in_the_list_has_a_test_that_exists() -> None:
-    rows = [line for line in CORRECTNESS.splitlines() if line.startswith("|") and not line.startswith("|---")]
+    written = re.sub(r"<!-- generated.*?<!-- end -->", "", CORRECTNESS, flags=re.DOTALL)
+    rows = [line for line in written.splitlines() if line.startswith("|") and not line.startswith("|---")]
     cited = [re.findall(r"`(tests/[^\s`]+\.py)::(test_\w+)`", row) for row in rows]
     assert [row for row, tests in zip(rows, cited, strict=True) if not tests] == [
         row for row in rows if row.startswith(("| Defect |", "| What happens |"))

@@ -52,6 +52,23 @@ def test_every_expression_of_the_dashboard_follows_its_variables() -> None:
         assert len(re.findall(r'instance=~"\$instance"', expression)) == len(re.findall(r"\{", expression)), expression
 
 
+def test_all_instances_are_those_of_the_chosen_models() -> None:
+    model, instance = (each for each in DASHBOARD["templating"]["list"] if each["type"] == "query")
+    assert model["allValue"] == ".*"
+    assert instance["query"] == 'label_values(trimserve_model_info{model_id=~"$model"}, instance)'
+    assert "allValue" not in instance  # which would be all instances, whatever the model
+
+
+RATE = re.compile(r"sum( by \([^)]*\))? \(rate\([^)]*\)\)")
+
+
+def test_rates_are_shown_per_second() -> None:
+    for panel in DASHBOARD["panels"]:
+        is_rate = any(RATE.fullmatch(target["expr"]) for target in panel.get("targets", []))
+        if is_rate and panel["type"] != "heatmap":
+            assert panel["fieldConfig"]["defaults"]["unit"] in {"reqps", "cps", "binBps"}, panel["title"]
+
+
 def test_every_rule_and_every_alert_has_a_unit_test() -> None:
     tests = yaml.safe_load((ROOT / "docker/prometheus/tests.yml").read_text())["tests"]
     fired = {case["alertname"] for test in tests for case in test.get("alert_rule_test", []) if case["exp_alerts"]}

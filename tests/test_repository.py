@@ -96,7 +96,7 @@ def test_source_files_stay_small() -> None:
         "trimserve/**/*.py",
         "csrc/**/*",
         "training/*.py",
-        "scripts/*.py",
+        "scripts/**/*.py",
         "benchmarks/*.py",
         "tests/**/*.py",
     ):

@@ -124,7 +124,7 @@ def about(
 @app.command()
 @with_knobs("model", "engine", "server")
 def serve(*, config: Config) -> None:
-    """Serve a model over gRPC until SIGTERM or SIGINT."""
+    """Serve a model over gRPC until SIGTERM, SIGINT or SIGHUP."""
     from trimserve.model.loading import describe_model
     from trimserve.serve import make_runner, make_server
     from trimserve.server import running

@@ -221,7 +221,7 @@ class ServerConfig(_Knobs):
     drain_grace_seconds: float = Field(
         default=30.0,
         ge=0,
-        description="Seconds that running requests get to finish once SIGTERM or SIGINT came.",
+        description="Seconds that running requests get to finish once SIGTERM, SIGINT or SIGHUP came.",
     )
     max_connection_age_seconds: float | None = Field(
         default=None,

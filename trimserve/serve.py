@@ -51,11 +51,12 @@ def make_server(backend: Backend, config: Config) -> Server:
         CredentialsError: the token file cannot be used.
     """
     endpoint = config.server.tracing_endpoint
+    metrics = Metrics(POLICIES, RPCS)
     core = Core(
         backend=backend,
         config=config,
-        metrics=Metrics(POLICIES, RPCS),
-        gate=Gate(config.server, SERVICES),
+        metrics=metrics,
+        gate=Gate(config.server, SERVICES, metrics),
         tracing=None if endpoint is None else Tracing(endpoint),
     )
     return Server(core, [GrpcTransport(core)])

@@ -11,6 +11,7 @@ from tests.engine.fake_model import (
     BREAKS_DECODE,
     BREAKS_PREFILL,
     BREAKS_PREPARE,
+    IMAGE,
     LOGITS_ARE_NAN,
     FakeModel,
     request,
@@ -18,6 +19,7 @@ from tests.engine.fake_model import (
 from tests.patience import until
 from trimserve.api.chunks import Finished, GenerationChunk, Started, TokenDelta
 from trimserve.api.prompt import ImageFile, RawPrompt, TokenPrompt
+from trimserve.api.status import WorkersStatus
 from trimserve.errors import DeadlinePassed, EngineBusy, InvalidRequest, RequestFailed
 
 
@@ -261,3 +263,23 @@ async def test_tokens_that_nobody_waited_for_come_together() -> None:
 
 def _image(num_tiles: int) -> ImageFile:
     return ImageFile(str(num_tiles).encode())
+
+
+async def test_a_worker_that_is_at_one_job_for_too_long_makes_the_engine_unready(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gate = Gate()
+    async with running(FakeModel(before_image=gate)) as runner:
+        idle = WorkersStatus(num_workers=2, num_busy=0, oldest_job_seconds=0)
+        await until(lambda: runner.status().workers == {"text": idle, "image": idle})
+        gate.close()
+        task = asyncio.create_task(collect(runner, request(TokenPrompt((IMAGE, 65), (ImageFile(b"1"),)))))
+        await until(gate.is_reached.is_set)
+        assert runner.status().workers["image"].num_busy == 1
+        assert runner.status().is_ready
+        monkeypatch.setattr(runner._image_workers, "_clock", lambda: time.monotonic() + 100_000)
+        assert runner.status().workers["image"].oldest_job_seconds > 99_999
+        assert not runner.status().is_ready
+        gate.open()
+        await task
+        await until(lambda: runner.status().is_ready)

@@ -86,6 +86,21 @@ def test_sharded_checkpoints_with_current_and_with_old_names_load(checkpoint: Pa
 
 
 @pytest.mark.parametrize(
+    ("files", "named"),
+    [
+        (["consolidated.00.pth", "params.json", "tokenizer.model"], "consolidated.00.pth"),
+        (["consolidated.pth", "params.json"], "consolidated.pth"),
+        (["params.json"], "params.json"),
+    ],
+)
+def test_metas_own_folder_is_refused_saying_what_to_take_instead(tmp_path: Path, files: list[str], named: str) -> None:
+    for name in files:
+        (tmp_path / name).touch()
+    with pytest.raises(CheckpointError, match=rf"{tmp_path}: {named} is Meta's own format.*take the safetensors"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize(
     ("file", "change", "message"),
     [
         ("config.json", lambda c: c.update(model_type="llava"), "model_type must be mllama, got llava"),

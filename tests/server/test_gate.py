@@ -8,6 +8,7 @@ import pytest
 from trimserve.config import ServerConfig
 from trimserve.errors import CredentialsError, PermissionDenied, TooManyCalls, Unauthenticated
 from trimserve.server.gate import Gate
+from trimserve.server.metrics import Metrics
 
 SERVICES = ("ask", "watch")
 
@@ -16,11 +17,11 @@ def gate(tmp_path: Path, entry: str = "", **limits: int) -> Gate:
     """A gate with one client, `shop`, whose token is `secret`."""
     path = tmp_path / "clients.toml"
     path.write_text(f'[clients.shop]\ntoken_sha256 = ["{hashlib.sha256(b"secret").hexdigest()}"]\n{entry}')
-    return Gate(ServerConfig.model_validate({"auth_file": path, **limits}), SERVICES)
+    return Gate(ServerConfig.model_validate({"auth_file": path, **limits}), SERVICES, Metrics((), ()))
 
 
 def test_without_tokens_a_client_goes_by_the_name_that_the_transport_has_for_it() -> None:
-    with Gate(ServerConfig(), SERVICES).admit("ask", {}, "10.0.0.1") as client:
+    with Gate(ServerConfig(), SERVICES, Metrics((), ())).admit("ask", {}, "10.0.0.1") as client:
         assert client == "10.0.0.1"
 
 
@@ -49,7 +50,7 @@ def test_an_entry_with_a_service_that_does_not_exist_is_refused(tmp_path: Path) 
 
 
 def test_a_place_is_free_again_once_its_call_has_ended() -> None:
-    narrow = Gate(ServerConfig(max_concurrent_rpcs_per_client=1), SERVICES)
+    narrow = Gate(ServerConfig(max_concurrent_rpcs_per_client=1), SERVICES, Metrics((), ()))
     for _ in range(2):
         with (
             narrow.admit("ask", {}, "a"),

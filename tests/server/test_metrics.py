@@ -4,7 +4,7 @@ import asyncio
 import http.client
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -22,6 +22,7 @@ from trimserve.errors import DeadlinePassed, EngineBusy, EngineStopped, RequestF
 from trimserve.serve import make_server
 from trimserve.server import lifecycle
 from trimserve.server.grpc.services import RPCS
+from trimserve.server.loop_lag import INTERVAL_SECONDS
 from trimserve.server.metrics import RPC_CODES, Metrics
 from trimserve.server.running import running_server
 from trimserve.trimming.policies.table import POLICIES
@@ -35,6 +36,14 @@ TIMES = {
     "grpc_server_handling_seconds",
 }
 """Histograms of the clock: how much they observed is not known beforehand, how often is."""
+
+
+LATER = {
+    "trimserve_model_info",
+    "trimserve_credentials_loaded_timestamp_seconds",
+    "trimserve_tls_certificate_expiry_timestamp_seconds",
+}
+"""Known once a model, clients or certificates are loaded."""
 
 
 def get(loopback: Loopback, path: str, accept: str = "text/plain") -> tuple[int, str]:
@@ -313,8 +322,8 @@ def test_every_known_label_value_starts_at_zero() -> None:
             known *= max(1, len(values))
         if declared.name.startswith("grpc_server_"):
             known = 4 * (len(RPC_CODES) if "grpc_code" in declared.labels else 1)
-        if declared.name == "trimserve_model_info":
-            known = 0  # the model is not loaded yet
+        if declared.name in LATER:
+            known = 0
         assert len(series) == known, declared.name
 
 
@@ -351,22 +360,36 @@ async def test_other_paths_do_not_exist(loopback: Loopback) -> None:
     assert (await asyncio.to_thread(get, loopback, "/"))[0] == 404
 
 
-async def test_an_event_loop_that_stalls_is_unavailable(loopback: Loopback, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_event_loop_that_stalls_is_unavailable_and_its_metrics_say_so(
+    loopback: Loopback, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(lifecycle, "STATUS_TIMEOUT_SECONDS", 0.1)
-    for path in ("/metrics", "/healthz", "/readyz"):
-        with ThreadPoolExecutor() as thread:
-            status, _ = thread.submit(get, loopback, path).result(PATIENCE_SECONDS)  # waiting for it is the stall
-        assert status == 503
+    with ThreadPoolExecutor() as thread:  # waiting for its answers is the stall
+
+        def while_stalled(path: str) -> tuple[int, str]:
+            return thread.submit(get, loopback, path).result(PATIENCE_SECONDS)
+
+        assert while_stalled("/healthz")[0] == 503
+        assert while_stalled("/readyz")[0] == 503
+        thread.submit(time.sleep, 2 * INTERVAL_SECONDS).result()
+        status, text = while_stalled("/metrics")
+    assert status == 200
+    assert parse(text)["trimserve_event_loop_stalled_seconds"] > 0
+    assert parse(text)["trimserve_model_ready"] == 0
+    assert (await scrape(loopback))["trimserve_model_ready"] == 1
 
 
 def test_the_status_of_a_closed_event_loop_cannot_be_read() -> None:
-    async def reader() -> Callable[[], EngineStatus]:
+    async def reader() -> Callable[[], Awaitable[EngineStatus]]:
         server = make_server(FakeRunner(), CONFIG)
         await server.stop(0)
         return server._status_reader()
 
+    async def read(reader: Callable[[], Awaitable[EngineStatus]]) -> None:
+        await reader()
+
     with pytest.raises(EngineStopped, match="event loop"):
-        asyncio.run(reader())()
+        asyncio.run(read(asyncio.run(reader())))
 
 
 async def test_openmetrics_is_served_to_who_asks(loopback: Loopback) -> None:

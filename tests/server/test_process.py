@@ -1,6 +1,8 @@
 """A server as a process of its own: signals under load, a kill, an engine that hangs, a disk that is full."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -40,10 +42,10 @@ NUM_STREAMS = 40
 
 @contextmanager
 def server(
-    port: int = 0, grace: float = 30, log: int | IO[str] = subprocess.DEVNULL
+    port: int = 0, grace: float = 30, log: int | IO[str] = subprocess.DEVNULL, prefix: tuple[str, ...] = ()
 ) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """A process that serves a model of 10 ms a step, and its address; ended at the end of the block."""
-    command = [sys.executable, "-c", PROGRAM, str(port), str(grace)]
+    command = [*prefix, sys.executable, "-c", PROGRAM, str(port), str(grace)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True) as process:
         assert process.stdout is not None
         try:
@@ -122,6 +124,45 @@ def test_a_full_disk_under_the_log_stops_nothing() -> None:
         assert process.wait(60) == 0
 
 
+@contextmanager
+def full_pipe() -> Iterator[IO[str]]:
+    """What to log to: a pipe that is full, and that nobody reads."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    with suppress(BlockingIOError):
+        while True:
+            os.write(writer, bytes(4096))
+    os.set_blocking(writer, True)
+    with open(writer, "w") as stream:
+        yield stream
+    os.close(reader)
+
+
+def test_a_log_that_nobody_reads_stops_neither_calls_nor_the_drain() -> None:
+    with full_pipe() as pipe, server(log=pipe) as (process, address), Client(address) as client:
+        for _ in range(3):
+            assert client.generate(long_request(3)).usage.num_generated_tokens == 3
+        process.terminate()
+        assert process.wait(60) == 0
+
+
+def test_a_terminal_that_closes_drains() -> None:
+    with server() as (process, address), Client(address) as client:
+        stream = client.stream(long_request(100))
+        next(stream)
+        for _ in range(2):  # the kernel's and the shell's
+            process.send_signal(signal.SIGHUP)
+        assert list(stream)[-1].finished.usage.num_generated_tokens == 100
+        assert process.wait(60) == 0
+
+
+def test_under_nohup_a_terminal_that_closes_changes_nothing() -> None:
+    with server(prefix=("nohup",)) as (process, address), Client(address) as client:
+        process.send_signal(signal.SIGHUP)
+        assert client.generate(long_request(3)).usage.num_generated_tokens == 3
+        assert process.poll() is None
+
+
 HANGING = """
 import asyncio, ctypes, sys, time
 from tests.engine.fake_model import FakeModel
@@ -150,10 +191,12 @@ asyncio.run(serve(make_server(runner, config), on_serving=lambda server: print(s
 
 
 @contextmanager
-def hanging_server(how: str, num_good_steps: int) -> Iterator[subprocess.Popen[str]]:
+def hanging_server(
+    how: str, num_good_steps: int, log: int | IO[str] = subprocess.PIPE
+) -> Iterator[subprocess.Popen[str]]:
     """A process whose model hangs after some decode steps; must have ended by itself at the end of the block."""
     command = [sys.executable, "-c", HANGING, how, str(num_good_steps)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True) as process:
         try:
             yield process
         finally:
@@ -201,3 +244,22 @@ def test_an_engine_that_hangs_with_the_lock_of_python_ends_the_process_with_all_
     assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
     assert process.returncode == 1
     assert "in sleep_with_the_lock_of_python" in log
+
+
+@pytest.mark.parametrize("how", ["sleep_for_ever", "sleep_with_the_lock_of_python"])
+def test_an_engine_that_hangs_ends_the_process_though_nobody_reads_the_log(how: str) -> None:
+    with full_pipe() as pipe, hanging_server(how, num_good_steps=10, log=pipe) as process:
+        assert process.stdout is not None
+        with (
+            grpc.insecure_channel(process.stdout.readline().strip()) as channel,
+            pytest.raises(grpc.RpcError),
+        ):
+            list(generation_pb2_grpc.GenerationServiceStub(channel).GenerateStream(long_request(100)))
+        assert process.wait(60) == 1
+
+
+def test_an_engine_that_dies_ends_the_process_though_nobody_reads_the_log() -> None:
+    with full_pipe() as pipe, server(log=pipe) as (process, address), grpc.insecure_channel(address) as channel:
+        with pytest.raises(grpc.RpcError):
+            generation_pb2_grpc.GenerationServiceStub(channel).Generate(pb.GenerateRequest(raw_prompt="!kill"))
+        assert process.wait(60) == 1

@@ -10,6 +10,10 @@ from pathlib import Path
 import grpc
 import pytest
 import trustme
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
 from pydantic import ValidationError
 
 from tests.patience import soon, until
@@ -18,10 +22,32 @@ from trimserve.config import Config, ServerConfig
 from trimserve.errors import CredentialsError
 from trimserve.serve import make_server
 from trimserve.server.grpc.responses import fold
+from trimserve.server.lifecycle import Server
 from trimserve.server.running import running_server
 from trimserve.v1 import generation_pb2_grpc
 
-YESTERDAY = datetime.now(UTC) - timedelta(days=1)
+DAY = timedelta(days=1)
+YESTERDAY, TOMORROW = datetime.now(UTC) - DAY, datetime.now(UTC) + DAY
+
+FAILURES = "trimserve_credential_reload_failures_total"
+
+
+def expiry(server: Server) -> float | None:
+    """When the certificate in use ends, as the metrics say."""
+    name = "trimserve_tls_certificate_expiry_timestamp_seconds"
+    return server.metrics.registry.get_sample_value(name, {"certificate": "server"})
+
+
+def expired_authority() -> bytes:
+    """The certificate of an authority that ended yesterday; trustme's own never end."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "an old authority")])
+    certificate = (
+        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number(), YESTERDAY - DAY, YESTERDAY)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    return certificate.public_bytes(serialization.Encoding.PEM)
 
 
 class Files:
@@ -32,10 +58,16 @@ class Files:
         self.folder = folder
         self.renew()
 
-    def renew(self, authority: trustme.CA | None = None, not_after: datetime | None = None) -> None:
+    def renew(
+        self,
+        authority: trustme.CA | None = None,
+        not_after: datetime | None = None,
+        not_before: datetime | None = None,
+    ) -> None:
         """Write a new certificate and key."""
         self.authority = authority or trustme.CA()
-        self.issued = self.authority.issue_cert("localhost", "127.0.0.1", not_after=not_after)
+        names = "localhost", "127.0.0.1"
+        self.issued = self.authority.issue_cert(*names, not_after=not_after, not_before=not_before)
         self.path("server.pem").write_bytes(self.chain)
         self.path("server.key").write_bytes(self.issued.private_key_pem.bytes())
         self.path("clients.pem").write_bytes(self.ca)
@@ -114,13 +146,48 @@ async def test_with_client_authorities_only_their_valid_certificates_are_answere
     assert [record.__dict__["client"] for record in caplog.records if record.message == "rpc"] == ["a-client"]
 
 
-async def test_an_expired_server_certificate_is_refused_by_clients_until_it_is_renewed(files: Files) -> None:
-    files.renew(not_after=YESTERDAY)
+@pytest.mark.parametrize(
+    ("begin", "end", "why"),
+    [
+        (None, YESTERDAY, "certificate has expired"),
+        (TOMORROW, TOMORROW + DAY, "certificate is not yet valid"),
+    ],
+)
+async def test_a_certificate_that_is_not_valid_now_is_refused_at_start(
+    files: Files, begin: datetime | None, end: datetime, why: str
+) -> None:
+    files.renew(not_after=end, not_before=begin)
+    with pytest.raises(CredentialsError, match=rf"server\.pem \(--tls-cert\) is refused by clients: {why}"):
+        async with running_server(make_server(FakeRunner(), server_config(files))):
+            pytest.fail("it must not serve")
+
+
+async def test_authorities_of_which_none_is_valid_now_are_refused_at_start(files: Files) -> None:
+    expired = expired_authority()
+    files.path("clients.pem").write_bytes(expired)
+    with pytest.raises(CredentialsError, match=r"clients\.pem \(--tls-client-ca\) must have a certificate that"):
+        async with running_server(make_server(FakeRunner(), server_config(files, is_mutual=True))):
+            pytest.fail("it must not serve")
+    files.path("clients.pem").write_bytes(expired + files.ca)  # beside the authority that replaced it
+    async with running_server(make_server(FakeRunner(), server_config(files, is_mutual=True))) as server:
+        assert await ask(server.address, files.client()) is grpc.StatusCode.OK
+
+
+async def test_an_expired_certificate_replaces_none_that_is_valid(
+    files: Files, caplog: pytest.LogCaptureFixture
+) -> None:
     async with running_server(make_server(FakeRunner(), server_config(files))) as server:
         credentials = grpc.ssl_channel_credentials(files.ca)
-        assert await ask(server.address, credentials) is grpc.StatusCode.UNAVAILABLE
-        files.renew(files.authority)
+        valid_until = expiry(server)
+        files.renew(files.authority, not_after=YESTERDAY)
         assert await ask(server.address, credentials) is grpc.StatusCode.OK
+        assert expiry(server) == valid_until
+        assert server.metrics.registry.get_sample_value(FAILURES, {"kind": "certificates"})
+        files.renew(files.authority, not_after=TOMORROW)
+        assert await ask(server.address, credentials) is grpc.StatusCode.OK
+        assert expiry(server) == int(TOMORROW.timestamp())
+    complaints = [record.__dict__["why"] for record in caplog.records if record.message == "credentials not reloaded"]
+    assert all("certificate has expired" in why for why in complaints[-1:])
 
 
 async def test_a_renewed_certificate_serves_new_connections_while_old_ones_go_on(files: Files) -> None:

@@ -15,7 +15,7 @@ from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_serv
 from opentelemetry.proto.common.v1.common_pb2 import AnyValue
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 
-from tests.patience import soon
+from tests.patience import PATIENCE_SECONDS, soon
 from tests.server.conftest import Loopback
 from tests.server.fakes import STARTED, FakeRunner, Pause, chat_request
 from tests.server.test_metrics import get
@@ -242,8 +242,9 @@ def own_logging() -> Iterator[None]:
 async def test_log_lines_of_a_call_name_its_trace(
     collector: tuple[Collector, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    configure_logging("info", "json")
+    written = configure_logging("info", "json")
     await call(collector, chat_request())
+    assert written.drain(PATIENCE_SECONDS)
     lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
     assert [line.get("trace_id") for line in lines if line["event"] == "rpc"] == [TRACE]
     assert [line.get("trace_id") for line in lines if line["event"] == "stopped"] == [None]

@@ -3,10 +3,21 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-__all__ = ["EngineStatus", "StepListener"]
+__all__ = ["EngineStatus", "StepListener", "WorkersStatus"]
 
 StepListener = Callable[[int, float], None]
 """Called after every decode step with its number of sequences and its seconds of model and sampling. Must not raise."""
+
+
+@dataclass(frozen=True, slots=True)
+class WorkersStatus:
+    """A pool of workers that prepare requests, at one moment."""
+
+    num_workers: int
+    num_busy: int
+    """Those that work on a request."""
+    oldest_job_seconds: float
+    """For how long one of them has been at its present job, the longest; 0 if all are idle."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,8 +25,9 @@ class EngineStatus:
     """The engine's state at one moment."""
 
     is_ready: bool
-    """Whether requests are accepted: false before warm-up is done, while draining, after a crash, and while no process
-    that decodes images can be started."""
+    """Whether requests are accepted, and what was accepted gets done: false before warm-up is done, while draining,
+    after a crash, while a worker has been at one job for `step_timeout_seconds`, and while no process that decodes
+    images can be started."""
     is_alive: bool
     """False once the engine has died."""
     num_running: int
@@ -50,3 +62,7 @@ class EngineStatus:
     """Memory of the model's device by kind, as in `trimserve_device_memory_bytes`; empty before the model is loaded."""
     decoder_deaths: Mapping[str, int] = field(default_factory=dict)
     """Processes that ended with an image file in hand since the start, by cause."""
+    memory_left_bytes: int = 0
+    """Memory of the machine that could still be allocated within the limits of its control groups."""
+    workers: Mapping[str, WorkersStatus] = field(default_factory=dict)
+    """By pool, as in `trimserve_preparation_workers`."""

@@ -25,14 +25,14 @@ from trimserve.api.status import EngineStatus, StepListener
 from trimserve.config import EngineConfig
 from trimserve.engine.engine import Engine
 from trimserve.engine.lookahead import Lookahead, Ticket
-from trimserve.engine.memory import memory_by_kind
+from trimserve.engine.memory import available_bytes, memory_by_kind
 from trimserve.engine.outbox import Outbox, call_on
 from trimserve.engine.preparation import why_not_prepared
 from trimserve.engine.processor import Processor
 from trimserve.engine.sequence import Sequence, SequenceState
 from trimserve.engine.stream import Stream
 from trimserve.engine.warm_up import warm_up
-from trimserve.engine.watchdog import hang
+from trimserve.engine.watchdog import hang, log_cause
 from trimserve.engine.workers import Workers, in_daemon_thread, leave_behind
 from trimserve.errors import DeadlinePassed, EngineBusy, EngineStopped, TrimserveError
 from trimserve.executor.executor import Executor
@@ -168,8 +168,10 @@ class Runner:
         running = [stream.sequence for stream in self._streams if stream.state is SequenceState.RUNNING]
         pool = None if self._engine is None else self._engine.pool
         images = None if self._engine is None else self._engine.image_cache
+        workers = {"text": self._text_workers.status(), "image": self._image_workers.status()}
+        hangs = any(pool.oldest_job_seconds > self._config.step_timeout_seconds for pool in workers.values())
         return EngineStatus(
-            is_ready=self._refusal is None and (self._decoders is None or self._decoders.is_able),
+            is_ready=self._refusal is None and not hangs and (self._decoders is None or self._decoders.is_able),
             is_alive=self._is_alive,
             num_running=len(running),
             num_waiting=states.count(SequenceState.WAITING),
@@ -187,6 +189,8 @@ class Runner:
             uptime_seconds=0.0 if self._ready_at is None else time.monotonic() - self._ready_at,
             memory_bytes=memory_by_kind(self.info, pool.capacity_bytes) if pool else {},
             decoder_deaths={} if self._decoders is None else dict(self._decoders.deaths),
+            memory_left_bytes=available_bytes("cpu"),
+            workers=workers,
         )
 
     async def death(self) -> BaseException:
@@ -350,8 +354,8 @@ class Runner:
                 for command in self._take_commands(engine):
                     command()
                 engine.step()
-        except BaseException as error:
-            log.critical("the engine thread dies", exc_info=True)
+        except BaseException as error:  # noqa: BLE001  # logged, and told to who awaits the engine's death
+            log_cause(partial(log.critical, "the engine thread dies", exc_info=error))
             call_on(self._loop, partial(self._die, error))
 
     def _take_commands(self, engine: Engine) -> list[Callable[[], None]]:

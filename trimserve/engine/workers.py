@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -9,6 +10,8 @@ from functools import partial
 from itertools import count
 from queue import PriorityQueue
 from typing import TypeVar
+
+from trimserve.api.status import WorkersStatus
 
 __all__ = ["Workers", "in_daemon_thread", "is_any_left_behind", "leave_behind"]
 
@@ -62,14 +65,19 @@ def is_any_left_behind() -> bool:
 class Workers:
     """A thread pool whose queue is ordered by key; first come first served among equals."""
 
-    def __init__(self, num_threads: int, name: str) -> None:
+    def __init__(self, num_threads: int, name: str, clock: Callable[[], float] = time.monotonic) -> None:
         """Start no thread before there is a job.
 
         Args:
             num_threads: at least 1.
             name: the threads' names begin with it.
+            clock: in seconds.
         """
+        self._num_threads = num_threads
+        self._clock = clock
         self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix=name)
+        self._busy_since: dict[int, float] = {}
+        """By thread; each thread changes its own entry."""
         self._jobs: PriorityQueue[tuple[tuple[float, ...], int, Job]] = PriorityQueue()
         self._arrivals = count()
 
@@ -85,10 +93,20 @@ class Workers:
         self._jobs.put((key, next(self._arrivals), job))
         self._threads.submit(self._run_next)
 
+    def status(self) -> WorkersStatus:
+        """What the threads are doing now; from any thread."""
+        since, now = list(self._busy_since.values()), self._clock()
+        return WorkersStatus(self._num_threads, len(since), now - min(since, default=now))
+
     def stop(self) -> None:
         """Begin no more jobs; those that run are not waited for."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     def _run_next(self) -> None:
         *_, job = self._jobs.get_nowait()
-        job()
+        thread = threading.get_ident()
+        self._busy_since[thread] = self._clock()
+        try:
+            job()
+        finally:
+            del self._busy_since[thread]

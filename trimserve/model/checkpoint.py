@@ -186,10 +186,21 @@ def _validated(schema: type[Json], file: Path) -> Json:
         raise CheckpointError(f"{file}: {field}: {first['msg']}, got {first['input']!r}") from error
 
 
+def _why_no_config(folder: Path) -> str:
+    """What a folder without `config.json` is, and what to take instead if it is Meta's."""
+    of_meta = [*sorted(folder.glob("consolidated*.pth")), folder / "params.json"]
+    if not of_meta[0].exists():
+        return "no config.json"
+    return (
+        f"{of_meta[0].name} is Meta's own format, with weights in a pickle, which is never read: take the safetensors "
+        "of the same model (a hub repository that has this as its folder original/ has them beside that folder)"
+    )
+
+
 def _read_config(folder: Path) -> MllamaConfig:
     file = folder / "config.json"
     if not file.exists():
-        raise CheckpointError(f"{folder}: no config.json")
+        raise CheckpointError(f"{folder}: {_why_no_config(folder)}")
     raw = read_json(file)
     if raw.get("model_type") != "mllama":
         raise CheckpointError(f"{folder}: model_type must be mllama, got {raw.get('model_type')}")

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 
 from trimserve.config import ServerConfig
 from trimserve.errors import TooManyCalls
+from trimserve.server.metrics import Metrics
 from trimserve.server.tokens import Tokens
 
 __all__ = ["Gate"]
@@ -14,16 +15,17 @@ __all__ = ["Gate"]
 class Gate:
     """Admits calls and counts the open ones; belongs to the event loop's thread."""
 
-    def __init__(self, config: ServerConfig, services: Collection[str]) -> None:
+    def __init__(self, config: ServerConfig, services: Collection[str], metrics: Metrics) -> None:
         """Read who may call.
 
         Args:
             config: token file and limits.
             services: full names of the services that the token file may grant.
+            metrics: tells of failures to read the file again.
         Raises:
             CredentialsError: the file cannot be used.
         """
-        self._tokens = None if config.auth_file is None else Tokens(config.auth_file, services)
+        self._tokens = None if config.auth_file is None else Tokens(config.auth_file, services, metrics)
         self._max_rpcs = config.max_concurrent_rpcs
         self._max_rpcs_per_client = config.max_concurrent_rpcs_per_client
         self._open: Counter[str] = Counter()

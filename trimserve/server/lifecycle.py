@@ -8,7 +8,7 @@ import asyncio
 import concurrent.futures
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from trimserve.api.status import EngineStatus
@@ -16,6 +16,8 @@ from trimserve.config import Config
 from trimserve.errors import EngineStopped
 from trimserve.server.core import Core
 from trimserve.server.listening import address_of, listening
+from trimserve.server.loop_lag import LoopLag
+from trimserve.server.metrics import Metrics
 from trimserve.server.metrics_http import MetricsServer
 from trimserve.server.transport import Transport
 
@@ -30,7 +32,7 @@ LAST_WORDS_SECONDS = 1.0
 """For the last messages of cut requests to reach their clients."""
 
 STATUS_TIMEOUT_SECONDS = 5.0
-"""For the event loop to answer a scrape; a slower loop is not healthy."""
+"""For the event loop to answer a probe; a slower loop is not healthy."""
 
 
 class Server:
@@ -49,6 +51,14 @@ class Server:
         self._backend.watch_steps(core.metrics.saw_step)
         self._metrics_server: MetricsServer | None = None
         self._follower: asyncio.Task[None] | None = None
+        self._lag = LoopLag(core.metrics.event_loop_lag_seconds.labels().observe)
+        core.metrics.event_loop_stalled_seconds.set_function(lambda: self._lag.stalled_seconds)
+        self._lag_follower: asyncio.Task[None] | None = None
+
+    @property
+    def metrics(self) -> Metrics:
+        """All metrics."""
+        return self._core.metrics
 
     @property
     def config(self) -> Config:
@@ -75,6 +85,7 @@ class Server:
         """
         for transport in self._transports:
             await transport.listen()
+        self._lag_follower = asyncio.create_task(self._lag.follow())
         config = self.config.server
         if config.metrics:
             with listening("--metrics-port", config.host, config.metrics_port):
@@ -126,6 +137,8 @@ class Server:
         await asyncio.gather(*(transport.close(remaining) for transport in self._transports))
         if self._metrics_server is not None:
             await asyncio.to_thread(self._metrics_server.close)
+        if self._lag_follower is not None:
+            self._lag_follower.cancel()
         if self._core.tracing is not None:
             await asyncio.to_thread(self._core.tracing.close)
         log.info("stopped")
@@ -140,15 +153,20 @@ class Server:
             await asyncio.sleep(FOLLOW_SECONDS)
             self._set_serving(self._backend.status().is_ready)
 
-    def _status_reader(self) -> Callable[[], EngineStatus]:
+    def _status_reader(self) -> Callable[[], Awaitable[EngineStatus]]:
         """Reads the status from other threads: the engine's interface belongs to the event loop's thread."""
         loop = asyncio.get_running_loop()
 
-        def read() -> EngineStatus:
+        async def read() -> EngineStatus:
             answer: concurrent.futures.Future[EngineStatus] = concurrent.futures.Future()
+
+            def tell() -> None:
+                if answer.set_running_or_notify_cancel():
+                    answer.set_result(self._backend.status())
+
             try:
-                loop.call_soon_threadsafe(lambda: answer.set_result(self._backend.status()))
-                return answer.result(STATUS_TIMEOUT_SECONDS)
+                loop.call_soon_threadsafe(tell)
+                return await asyncio.wait_for(asyncio.wrap_future(answer), STATUS_TIMEOUT_SECONDS)
             except (RuntimeError, TimeoutError) as error:  # the loop is closed, or stalls
                 raise EngineStopped("the event loop does not answer") from error
 

@@ -6,21 +6,28 @@ logging; only `serve` calls `configure_logging`.
 
 import logging
 import sys
+from collections.abc import Callable
 from typing import Literal
 
 import structlog
 
+from trimserve.server.queued_log import QueuedHandler
 from trimserve.server.tracing import current_trace
 
 __all__ = ["configure_logging"]
 
 
-def configure_logging(level: str, log_format: Literal["console", "json"]) -> None:
-    """Log to standard error.
+def configure_logging(
+    level: str, log_format: Literal["console", "json"], dropped: Callable[[int], None] = lambda _: None
+) -> QueuedHandler:
+    """Log to standard error, without waiting for who reads it.
 
     Args:
         level: lowest severity of trimserve's own records; those of other packages are logged from `warning` on.
         log_format: as `ServerConfig.log_format`.
+        dropped: told of lines that could not be written, on any thread.
+    Returns:
+        What holds the lines that are not written yet.
     """
     # Plain tracebacks: rich ones show local variables, which hold prompts and images.
     renderers: dict[str, list[structlog.types.Processor]] = {
@@ -29,7 +36,7 @@ def configure_logging(level: str, log_format: Literal["console", "json"]) -> Non
             structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback)
         ],
     }
-    handler = logging.StreamHandler(sys.stderr)
+    handler = QueuedHandler(sys.stderr, dropped)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=[
@@ -49,6 +56,7 @@ def configure_logging(level: str, log_format: Literal["console", "json"]) -> Non
     root.handlers = [handler]
     root.setLevel(logging.WARNING)
     logging.getLogger("trimserve").setLevel(level.upper())
+    return handler
 
 
 def _add_trace_id(_logger: object, _method: str, event: structlog.types.EventDict) -> structlog.types.EventDict:

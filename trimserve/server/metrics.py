@@ -6,25 +6,18 @@ update what is declared here; the names of policies and RPCs are handed in.
 """
 
 import platform
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
 from importlib.metadata import version
-from itertools import product
 from threading import Lock
-from typing import Literal, TypeVar
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
-from prometheus_client.core import Metric
+from prometheus_client import Counter, ProcessCollector
 
 from trimserve import __version__
 from trimserve.api.info import ModelInfo
 from trimserve.api.status import EngineStatus
-from trimserve.server.tally import Counts, Tallies
+from trimserve.server.declarations import Declarations
 
-__all__ = ["NO_POLICY", "RPC_CODES", "STAGES", "Declared", "Metrics"]
-
-Labels = Mapping[str, tuple[str, ...]]
-M = TypeVar("M", Counter, Gauge, Histogram)
+__all__ = ["NO_POLICY", "RPC_CODES", "STAGES", "Metrics"]
 
 METHODS = ("Generate", "GenerateStream")
 TRIMMING = ("on", "off")
@@ -40,6 +33,9 @@ STAGES = {
     "detokenize": "detokenize_seconds",
 }
 """Stages of one request, and the fields of `Timings` that hold them."""
+
+POOLS = ("text", "image")
+"""Of the workers that prepare requests: those that tokenise, and those that decode images."""
 
 RPC_CODES = (
     "OK",
@@ -67,6 +63,7 @@ IMAGES = (0, 1, 2, 3, 4, 8, 16)
 BATCH = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 FRACTION = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1)
 # Bytes: the embedded model's requests take some hundred KiB, one 4-tile image of the 11B model 200 MiB.
+LAG = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 KIB, MIB = 2**10, 2**20
 CROSS_KV = (
     *(size * KIB for size in (0, 16, 64, 256)),
@@ -74,20 +71,7 @@ CROSS_KV = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Declared:
-    """One metric, for the documentation."""
-
-    name: str
-    """In the exposition, without the suffixes of a histogram."""
-    kind: Literal["counter", "gauge", "histogram"]
-    help: str
-    labels: Labels
-    """Label names and their known values; no values if they are known only at run time."""
-    buckets: tuple[float, ...] = ()
-
-
-class Metrics:
+class Metrics(Declarations):
     """All metrics of one server, on a registry of its own."""
 
     def __init__(self, policies: Collection[str], rpcs: Sequence[tuple[str, str, str]]) -> None:
@@ -97,11 +81,11 @@ class Metrics:
             policies: names of all trimming policies.
             rpcs: (grpc_type, grpc_service, grpc_method) of every RPC.
         """
+        super().__init__()
         self._policies = tuple(policies)
         self._rpcs = rpcs
-        self.registry = _Registry(auto_describe=True)
-        self.declared: list[Declared] = []
-        """In the order of declaration."""
+        self.before_scrape: list[Callable[[], object]] = []
+        """Called by `refresh`, such as to look whether files have changed. Must not raise."""
         self._lock = Lock()
         self._totals: dict[str, int] = {}
         self._declare_rpcs()
@@ -109,6 +93,7 @@ class Metrics:
         self._declare_latencies()
         self._declare_tokens_and_features()
         self._declare_engine()
+        self._declare_process()
         ProcessCollector(registry=self.registry)
 
     def saw_step(self, num_sequences: int, seconds: float) -> None:
@@ -116,8 +101,20 @@ class Metrics:
         self._decode_batches.observe(num_sequences)
         self._decode_steps.observe(seconds)
 
-    def show_status(self, status: EngineStatus) -> None:
-        """Set the gauges of the engine, once per scrape."""
+    def refresh(self, status: EngineStatus | None) -> None:
+        """Set the gauges that are looked up, once per scrape.
+
+        Args:
+            status: of the engine; None if the event loop does not tell, and then no request is answered either.
+        """
+        for look in self.before_scrape:
+            look()
+        if status is None:
+            self.model_ready.set(0)
+        else:
+            self._show_status(status)
+
+    def _show_status(self, status: EngineStatus) -> None:
         self.model_ready.set(status.is_ready)
         self.requests_running.set(status.num_running)
         self.requests_waiting.set(status.num_waiting)
@@ -129,6 +126,11 @@ class Metrics:
         self.image_cache_capacity_bytes.set(status.image_cache_capacity_bytes)
         for kind, num_bytes in status.memory_bytes.items():
             self.device_memory_bytes.labels(kind).set(num_bytes)
+        self.memory_left_bytes.set(status.memory_left_bytes)
+        for pool, workers in status.workers.items():
+            self.preparation_workers.labels(pool).set(workers.num_workers)
+            self.preparation_workers_busy.labels(pool).set(workers.num_busy)
+            self.preparation_oldest_job_seconds.labels(pool).set(workers.oldest_job_seconds)
         with self._lock:
             self._raise_to("hits", self.image_cache_hits, status.image_cache_hits)
             self._raise_to("misses", self.image_cache_misses, status.image_cache_misses)
@@ -345,56 +347,46 @@ class Metrics:
         versions = (__version__, platform.python_version(), version("torch"), version("grpcio"))
         self.build_info.labels(*versions).set(1)
 
-    def _counter(self, name: str, text: str, labels: Labels | None = None) -> Counter:
-        self.declared.append(Declared(name, "counter", text, labels or {}))
-        return _at_zero(Counter(name, text, tuple(labels or ()), registry=self.registry), labels)
-
-    def _gauge(self, name: str, text: str, labels: Labels | None = None) -> Gauge:
-        self.declared.append(Declared(name, "gauge", text, labels or {}))
-        return _at_zero(Gauge(name, text, tuple(labels or ()), registry=self.registry), labels)
-
-    def _histogram(
-        self,
-        name: str,
-        text: str,
-        buckets: tuple[float, ...],
-        labels: Labels | None = None,
-    ) -> Histogram:
-        self.declared.append(Declared(name, "histogram", text, labels or {}, buckets))
-        histogram = Histogram(name, text, tuple(labels or ()), buckets=buckets, registry=self.registry)
-        return _at_zero(histogram, labels)
-
-    def _counts(
-        self, name: str, text: str, label_names: tuple[str, ...], label_values: Sequence[tuple[str, ...]]
-    ) -> Counts:
-        self.declared.append(Declared(name, "counter", text, dict.fromkeys(label_names, ())))
-        counts = Counts(name, text, label_names, label_values)
-        self.registry.register(counts)
-        return counts
-
-    def _tallies(
-        self, name: str, text: str, buckets: tuple[float, ...], labels: Mapping[str, tuple[str, ...]]
-    ) -> Tallies:
-        self.declared.append(Declared(name, "histogram", text, labels, buckets))
-        histogram = Tallies(name, text, buckets, tuple(labels), list(product(*labels.values())))
-        self.registry.register(histogram)
-        return histogram
-
-
-class _Registry(CollectorRegistry):
-    """Omits `_created`, a second series for every counter and histogram that no dashboard reads.
-
-    prometheus_client can disable it only for the whole process, which may belong to another program.
-    """
-
-    def collect(self) -> Iterable[Metric]:
-        for family in super().collect():
-            family.samples = [sample for sample in family.samples if not sample.name.endswith("_created")]
-            yield family
-
-
-def _at_zero(metric: M, labels: Labels | None) -> M:
-    """Create the series of every combination of known label values."""
-    for values in product(*labels.values()) if labels else ():
-        metric.labels(*values)
-    return metric
+    def _declare_process(self) -> None:
+        pool = {"pool": POOLS}
+        self.preparation_workers = self._gauge(
+            "trimserve_preparation_workers", "Workers that tokenise, and that decode images.", pool
+        )
+        self.preparation_workers_busy = self._gauge(
+            "trimserve_preparation_workers_busy", "Those that work on a request now.", pool
+        )
+        self.preparation_oldest_job_seconds = self._gauge(
+            "trimserve_preparation_oldest_job_seconds",
+            "For how long a worker has been at its present job, the longest of a pool; 0 if all are idle.",
+            pool,
+        )
+        self.event_loop_lag_seconds = self._tallies(
+            "trimserve_event_loop_lag_seconds", "How late the event loop ran what was due, four times a second.", LAG
+        )
+        self.event_loop_stalled_seconds = self._gauge(
+            "trimserve_event_loop_stalled_seconds", "For how long the event loop has not run what is due; 0 if it does."
+        )
+        self.memory_left_bytes = self._gauge(
+            "trimserve_memory_left_bytes",
+            "Memory of the machine that could still be allocated within the limits of its control groups.",
+        )
+        kinds = {"kind": ("tokens", "certificates")}
+        self.credential_reload_failures = self._counter(
+            "trimserve_credential_reload_failures_total",
+            "Attempts to read changed files of clients or certificates that failed; what was read before stays.",
+            kinds,
+        )
+        self.credentials_loaded = self._gauge(
+            "trimserve_credentials_loaded_timestamp_seconds",
+            "When files of clients or certificates were last read with success.",
+            {"kind": ()},
+        )
+        self.certificate_expiry = self._gauge(
+            "trimserve_tls_certificate_expiry_timestamp_seconds",
+            "When the certificate in use ends: the server's, and the first of the authorities of client certificates.",
+            {"certificate": ()},
+        )
+        self.log_lines_dropped = self._counter(
+            "trimserve_log_lines_dropped_total",
+            "Lines of the log that were dropped, because nobody read standard error or it could not be written.",
+        )

@@ -1,91 +1,74 @@
-"""Serves `/metrics`, `/healthz` and `/readyz` over HTTP, on threads of its own.
+"""The pages `/metrics`, `/healthz` and `/readyz`, which also come when the event loop of the calls stands still.
 
 `/healthz` is liveness: the event loop answers and the engine has not died. `/readyz` is readiness: requests are
-accepted.
+accepted, and what was accepted gets done.
 """
 
-import threading
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from http import HTTPStatus
-from http.server import ThreadingHTTPServer
-from urllib.parse import urlsplit
+from wsgiref.types import WSGIEnvironment
 
-from prometheus_client import MetricsHandler
+from prometheus_client import make_wsgi_app
 
 from trimserve.api.status import EngineStatus
 from trimserve.errors import EngineStopped
-from trimserve.server.listening import socket_family
 from trimserve.server.metrics import Metrics
+from trimserve.server.small_http import Page, Question, SmallHttpServer
 
 __all__ = ["MetricsServer"]
 
 
 class MetricsServer:
-    """Serves one server's metrics from construction until `close`."""
+    """Serves one server's metrics and probes from construction until `close`."""
 
-    def __init__(self, host: str, port: int, metrics: Metrics, read_status: Callable[[], EngineStatus]) -> None:
+    def __init__(
+        self, host: str, port: int, metrics: Metrics, read_status: Callable[[], Awaitable[EngineStatus]]
+    ) -> None:
         """Listen.
 
         Args:
             host: address to listen on.
             port: 0 is any free one.
             metrics: what `/metrics` shows.
-            read_status: called for every request, in a thread of this server; EngineStopped is answered with 503.
+            read_status: called for every page, on a thread of this server; EngineStopped makes the probes 503, and
+                the gauges of the engine stay as they were but for `trimserve_model_ready`.
         Raises:
             OSError: the port is taken, or the host is not ours.
         """
-
-        class Server(ThreadingHTTPServer):
-            address_family = socket_family(host)
-
-        self._http = Server((host, port), _handler(metrics, read_status))
-        self._thread = threading.Thread(
-            target=self._http.serve_forever,
-            kwargs={"poll_interval": 0.05},
-            name="trimserve-metrics",
-            daemon=True,
-        )
-        self._thread.start()
+        self._metrics = metrics
+        self._read_status = read_status
+        self._exposition = make_wsgi_app(metrics.registry)
+        self._http = SmallHttpServer(host, port, self._page, "trimserve-metrics")
 
     @property
     def port(self) -> int:
         """The port in use."""
-        return self._http.server_port
+        return self._http.port
 
     def close(self) -> None:
-        """Stop listening; blocks for less than 0.1 seconds."""
-        self._http.shutdown()
-        self._thread.join()
-        self._http.server_close()
+        """Stop listening."""
+        self._http.close()
 
+    async def _page(self, question: Question) -> Page:
+        if question.path not in ("/metrics", "/healthz", "/readyz"):
+            return Page.of(HTTPStatus.NOT_FOUND)
+        try:
+            status = await self._read_status()
+        except EngineStopped:
+            status = None
+        if question.path == "/metrics":
+            return self._exposed(question, status)
+        is_well = status is not None and (status.is_alive if question.path == "/healthz" else status.is_ready)
+        return Page.of(HTTPStatus.OK if is_well else HTTPStatus.SERVICE_UNAVAILABLE)
 
-def _handler(metrics: Metrics, read_status: Callable[[], EngineStatus]) -> type[MetricsHandler]:
-    class Handler(MetricsHandler):
-        registry = metrics.registry
-
-        def do_GET(self) -> None:  # noqa: N802 the name that http.server calls
-            path = urlsplit(self.path).path
-            if path not in ("/metrics", "/healthz", "/readyz"):
-                self._answer(HTTPStatus.NOT_FOUND)
-                return
-            try:
-                status = read_status()
-            except EngineStopped:
-                self._answer(HTTPStatus.SERVICE_UNAVAILABLE)
-                return
-            if path == "/metrics":
-                metrics.show_status(status)
-                super().do_GET()
-            else:
-                is_well = status.is_alive if path == "/healthz" else status.is_ready
-                self._answer(HTTPStatus.OK if is_well else HTTPStatus.SERVICE_UNAVAILABLE)
-
-        def _answer(self, status: HTTPStatus) -> None:
-            body = f"{status.phrase}\n".encode()
-            self.send_response(status)
-            self.send_header("Content-Type", "text/plain; charset=utf-8")
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-    return Handler
+    def _exposed(self, question: Question, status: EngineStatus | None) -> Page:
+        """All metrics, in the format and the encoding that the scraper asks for."""
+        environ: WSGIEnvironment = {"REQUEST_METHOD": "GET", "PATH_INFO": "/metrics", "QUERY_STRING": question.query}
+        for name in ("accept", "accept-encoding"):
+            if name in question.headers:
+                environ[f"HTTP_{name.upper().replace('-', '_')}"] = question.headers[name]
+        headers: dict[str, str] = {}
+        with self._http.spare_descriptor():  # to look at files, of the process and of credentials
+            self._metrics.refresh(status)
+            content = b"".join(self._exposition(environ, lambda _status, pairs: headers.update(pairs)))
+        return Page(HTTPStatus.OK, content, headers)

@@ -4,6 +4,7 @@ import asyncio
 import concurrent.futures
 import gc
 import logging
+import os
 import signal
 import threading
 from collections.abc import AsyncIterator, Callable
@@ -11,6 +12,7 @@ from contextlib import asynccontextmanager, suppress
 from types import TracebackType
 from typing import Any
 
+from trimserve.server.descriptors import raise_descriptor_limit
 from trimserve.server.lifecycle import Server
 from trimserve.server.logs import configure_logging
 from trimserve.server.loop_watch import loop_watched
@@ -20,8 +22,16 @@ __all__ = ["InProcessServer", "running_server", "serve"]
 log = logging.getLogger(__name__)
 
 
+LAST_LINES_SECONDS = 2.0
+"""For the last lines of the log to be written."""
+
+
 async def serve(server: Server, *, on_serving: Callable[[Server], None] | None = None) -> None:
-    """Serve until SIGTERM or SIGINT; a second signal ends the process at once. Configures logging.
+    """Serve until SIGTERM, SIGINT or SIGHUP, then drain; a second SIGTERM or SIGINT ends the process at once.
+
+    The process is taken to be the server's: this configures its logging and raises its limit of open files. Where an
+    exception would be raised but nobody reads standard error, the process ends with status 1 instead: Python would wait
+    for ever to print a traceback.
 
     Args:
         server: not listening.
@@ -33,9 +43,16 @@ async def serve(server: Server, *, on_serving: Callable[[Server], None] | None =
         Exception: whatever loading or warm-up raised.
     """
     config = server.config
-    configure_logging(config.server.log_level, config.server.log_format)
-    async with loop_watched(config.engine.step_timeout_seconds):
-        await _serve_until(_signalled(), server, on_serving or (lambda _: None))
+    raise_descriptor_limit()
+    lines = configure_logging(config.server.log_level, config.server.log_format, server.metrics.log_lines_dropped.inc)
+    try:
+        async with loop_watched(config.engine.step_timeout_seconds):
+            await _serve_until(_signalled(), server, on_serving or (lambda _: None))
+    except BaseException:
+        if not lines.drain(LAST_LINES_SECONDS):
+            os._exit(1)
+        raise
+    lines.drain(LAST_LINES_SECONDS)
 
 
 async def _serve_until(is_over: asyncio.Future[Any], server: Server, on_serving: Callable[[Server], None]) -> None:
@@ -146,16 +163,22 @@ class InProcessServer:
 
 
 def _signalled() -> asyncio.Future[signal.Signals]:
-    """Done at the first SIGTERM or SIGINT; later ones have their default effect."""
+    """Done at the first signal to stop; a later SIGTERM or SIGINT has its default effect, a SIGHUP none.
+
+    A terminal that closes sends SIGHUP, once or twice; `nohup` has it ignored, and so it stays.
+    """
     loop = asyncio.get_running_loop()
     signalled: asyncio.Future[signal.Signals] = loop.create_future()
 
     def hear(number: signal.Signals) -> None:
+        if signalled.done():
+            return
         for each in (signal.SIGTERM, signal.SIGINT):
             loop.remove_signal_handler(each)
         log.info("draining", extra={"signal": number.name})
         signalled.set_result(number)
 
-    for number in (signal.SIGTERM, signal.SIGINT):
+    is_without_terminal = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    for number in (signal.SIGTERM, signal.SIGINT, *(() if is_without_terminal else (signal.SIGHUP,))):
         loop.add_signal_handler(number, hear, number)
     return signalled

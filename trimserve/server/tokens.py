@@ -19,6 +19,7 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from trimserve.errors import CredentialsError, PermissionDenied, Unauthenticated
+from trimserve.server.metrics import Metrics
 from trimserve.server.reloaded import Reloaded
 
 __all__ = ["Caller", "Tokens"]
@@ -75,16 +76,17 @@ class Caller:
 class Tokens:
     """The clients of a file."""
 
-    def __init__(self, path: Path, services: Collection[str]) -> None:
+    def __init__(self, path: Path, services: Collection[str], metrics: Metrics) -> None:
         """Read the file.
 
         Args:
             path: TOML, as described above.
             services: full names of all services.
+            metrics: tells of failures to read it again.
         Raises:
             CredentialsError: it cannot be read, or is not a valid list of clients.
         """
-        self._callers = Reloaded([path], lambda: _read(path, services))
+        self._callers = Reloaded("tokens", [path], lambda: _read(path, services), metrics)
 
     def caller(self, metadata: Mapping[str, str | bytes]) -> Caller:
         """The client whose token a call carries, as `authorization: Bearer TOKEN` or `x-api-key: TOKEN`.

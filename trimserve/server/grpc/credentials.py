@@ -4,13 +4,14 @@ import grpc
 
 from trimserve.config import ServerConfig
 from trimserve.server.certificates import Certificates, read_certificates
+from trimserve.server.metrics import Metrics
 
 __all__ = ["server_credentials"]
 
 Pem = grpc.ServerCertificateConfiguration
 
 
-def server_credentials(config: ServerConfig) -> grpc.ServerCredentials | None:
+def server_credentials(config: ServerConfig, metrics: Metrics) -> grpc.ServerCredentials | None:
     """Credentials for the gRPC port; None without TLS.
 
     Open connections keep the certificate that they began with. Files that cannot be used, such as a certificate that
@@ -18,10 +19,11 @@ def server_credentials(config: ServerConfig) -> grpc.ServerCredentials | None:
 
     Args:
         config: names the files.
+        metrics: tells when certificates end, and of failures to read them again.
     Raises:
         CredentialsError: the files cannot be used.
     """
-    files = read_certificates(config)
+    files = read_certificates(config, metrics)
     if files is None:
         return None
     in_use = files.get()

@@ -51,7 +51,7 @@ class GrpcTransport:
         with listening("--port", host, port):
             # gRPC does not say why it cannot listen; a plain socket does.
             socket.create_server((host, port), family=socket_family(host)).close()
-            credentials = server_credentials(self._config)
+            credentials = server_credentials(self._config, self._core.metrics)
             if credentials is None:
                 self._port = server.add_insecure_port(address_of(host, port))
             else:
