@@ -284,6 +284,9 @@ async def test_gauges_show_the_engine_as_it_is(loopback: Loopback) -> None:
     assert series['trimserve_kv_cache_used_bytes{kind="cross"}'] == 2222
     assert series["trimserve_cross_kv_cache_untrimmed_bytes"] == 3333
     assert series["trimserve_kv_cache_capacity_bytes"] == 9999
+    assert series["trimserve_kv_cache_usage_ratio"] == pytest.approx((1111 + 2222) / 9999)
+    assert (series["trimserve_preemptions_total"], series["trimserve_recomputed_tokens_total"]) == (22, 11)
+    assert series["trimserve_pixel_bytes"] == 12345
     assert series["trimserve_image_cache_used_bytes"] == 777
     assert series["trimserve_image_cache_capacity_bytes"] == 8888
     assert (series["trimserve_image_cache_hits_total"], series["trimserve_image_cache_misses_total"]) == (66, 55)

@@ -1,7 +1,7 @@
 """Who waits and who runs: the most urgent waiting sequence gets the next free place of the batch.
 
-One order holds for all of it, larger priority first, then who was submitted first: the head of the queue joins next, and
-the last one that runs is the first to be preempted.
+One order holds for all of it, larger priority first, then who was submitted first: the head of the queue joins next,
+and the last one that runs is the first to be preempted.
 
 It knows neither model nor KV. The bound of the queue is kept in `runner.py`, where requests enter, before
 their images are decoded.

@@ -122,6 +122,8 @@ class Metrics(Declarations):
         self.kv_cache_used_bytes.labels("cross").set(status.cross_kv_bytes)
         self.cross_kv_cache_untrimmed_bytes.set(status.cross_kv_untrimmed_bytes)
         self.kv_cache_capacity_bytes.set(status.kv_capacity_bytes)
+        self.kv_cache_usage_ratio.set(status.kv_usage_ratio)
+        self.pixel_bytes.set(status.pixel_bytes)
         self.image_cache_used_bytes.set(status.image_cache_bytes)
         self.image_cache_capacity_bytes.set(status.image_cache_capacity_bytes)
         for kind, num_bytes in status.memory_bytes.items():
@@ -132,6 +134,8 @@ class Metrics(Declarations):
             self.preparation_workers_busy.labels(pool).set(workers.num_busy)
             self.preparation_oldest_job_seconds.labels(pool).set(workers.oldest_job_seconds)
         with self._lock:
+            self._raise_to("preemptions", self.preemptions, status.num_preemptions)
+            self._raise_to("recomputed", self.recomputed_tokens, status.num_recomputed_tokens)
             self._raise_to("hits", self.image_cache_hits, status.image_cache_hits)
             self._raise_to("misses", self.image_cache_misses, status.image_cache_misses)
             self._raise_to("evictions", self.image_cache_evictions, status.image_cache_evictions)
@@ -302,6 +306,23 @@ class Metrics(Declarations):
         )
         self.kv_cache_capacity_bytes = self._gauge(
             "trimserve_kv_cache_capacity_bytes", "Bytes of the page pool that self- and cross-attention KV share."
+        )
+        self.kv_cache_usage_ratio = self._gauge(
+            "trimserve_kv_cache_usage_ratio",
+            "Share of the page pool that is in use, from 0 to 1: for routers and autoscalers, which read one number.",
+        )
+        self.preemptions = self._counter(
+            "trimserve_preemptions_total",
+            "Times that a running request gave its pages to more urgent ones; it is computed again and goes on.",
+        )
+        self.recomputed_tokens = self._counter(
+            "trimserve_recomputed_tokens_total",
+            "Tokens of prompts and answers that were read again after a preemption.",
+        )
+        self.pixel_bytes = self._gauge(
+            "trimserve_pixel_bytes",
+            "Decoded images of requests that wait for the engine or run, in the machine's memory: kept to compute a "
+            "request again.",
         )
         self.image_cache_hits = self._counter(
             "trimserve_image_cache_hits_total", "Images whose visual features were still known: not encoded again."
