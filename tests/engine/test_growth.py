@@ -89,7 +89,8 @@ def test_a_preempted_request_says_nothing_twice_and_is_counted() -> None:
         assert sum(isinstance(chunk, Started) for chunk in output) == 1
         assert finished(output).num_generated_tokens == 40
     assert engine.num_preemptions == 1
-    # Both had 2 pages a layer; with 28 tokens drawn the first one needed a third. The last token is a row of the next step.
+    # Both had 2 pages a layer; with 28 tokens drawn the first one needed a third; the last of them
+    # is not read again, but the row of the next step.
     assert engine.num_recomputed_tokens == 5 + 27
 
 

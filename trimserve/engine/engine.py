@@ -200,13 +200,13 @@ class Engine:
     # ---- planning ----
 
     def _grow(self) -> set[Sequence]:
-        """Give every running sequence a page for its next token; if there are too few, the least urgent ones wait again.
+        """Give every running sequence a page for its next token; where there are too few, the least urgent wait again.
 
         The most urgent one is never among these, and fits into the pool alone. So each step brings it on, and everybody
         is the most urgent one in the end.
 
         Returns:
-            Those whose pages the executor is yet to be told.
+            Those whose new pages the executor is yet to hear of.
         """
         grown, urgent = set(), self._scheduler.by_urgency()
         place = 0
@@ -275,12 +275,12 @@ class Engine:
     def _take_prefilled(self, report: PrefillReport) -> None:
         sequence = self._sequences[report.sequence]
         self._prefill = None
+        if sequence.was_preempted:
+            self.num_recomputed_tokens += sequence.num_tokens_to_read
         with self._alone(sequence):
             if (started := sequence.prefilled(report, self.pool)) is not None:
                 self._pace.saw_prefill(sequence.num_prompt_rows, report.seconds)
                 sequence.sink(started)
-            if sequence.was_preempted:
-                self.num_recomputed_tokens += sequence.num_tokens
 
     def _take_drawn(self, drawn: Drawn) -> None:
         sequence = self._sequences.get(drawn.sequence)

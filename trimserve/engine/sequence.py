@@ -165,6 +165,11 @@ class Sequence:
         return self.num_prompt_tokens + self.num_generated_tokens
 
     @property
+    def num_tokens_to_read(self) -> int:
+        """Tokens that are computed before it draws the next one, which takes the last drawn token as its row."""
+        return self.num_prompt_tokens + max(0, self.num_generated_tokens - 1)
+
+    @property
     def first_positions(self) -> int:
         """Text positions that it gets pages for when it joins: what it has, and a page to go on."""
         return min(self.num_tokens + PAGE_POSITIONS, self.max_positions)
