@@ -64,7 +64,7 @@ def configuration() -> str:
         lines += ["| knob | type | default | range | meaning |", "| --- | --- | --- | --- | --- |"]
         for knob, field in definition["properties"].items():
             kind, bounds = _type_and_range(field)
-            default = "unset" if field["default"] is None else f"`{field['default']}`"
+            default = f"`{field['default']}`" if field["default"] not in (None, []) else "unset"
             lines.append(f"| `{knob}` | {kind} | {default} | {bounds} | {field['description']} |")
         lines.append("")
     return "\n".join(lines[:-1])
@@ -80,6 +80,8 @@ def _type_and_range(field: dict[str, Any]) -> tuple[str, str]:
         return "choice", ", ".join(f"`{value}`" for value in schema["enum"])
     if schema.get("format") == "path":
         return "file", ""
+    if schema["type"] == "array":
+        return f"{_type_and_range(schema['items'])[0]}, any number of times", ""
     kind = {"integer": "integer", "number": "number", "string": "text", "boolean": "switch"}[schema["type"]]
     symbols = {"exclusiveMinimum": ">", "minimum": "≥", "exclusiveMaximum": "<", "maximum": "≤"}
     bounds = [f"{symbol} {schema[key]:g}" for key, symbol in symbols.items() if key in schema]

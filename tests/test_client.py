@@ -15,7 +15,7 @@ from trimserve.client import SERVICE_CONFIG, Client, Tls, make_request
 from trimserve.config import EngineConfig
 from trimserve.errors import EngineBusy, EngineStopped, RequestFailed
 from trimserve.serve import make_server
-from trimserve.server.grpc.services import SERVICES
+from trimserve.server.grpc.services import GRANTED_BY_NAME, SERVICES
 from trimserve.server.running import InProcessServer
 from trimserve.v1 import generation_pb2 as pb
 
@@ -60,6 +60,17 @@ def test_a_conversation_and_options_arrive_unchanged(client: Client, runner: Fak
     assert isinstance(request.prompt, ChatPrompt)
     assert [message.role for message in request.prompt.messages] == ["user", "assistant", "user"]
     assert (request.request_id, request.priority, request.trim.k_ratio) == ("mine", 3, 0.5)
+
+
+def test_adapters_are_loaded_listed_asked_and_unloaded(client: Client, runner: FakeRunner) -> None:
+    loaded = client.load_adapter("mine", Path("/adapters/mine"))
+    assert (loaded.name, loaded.folder, loaded.num_bytes) == ("mine", "/adapters/mine", 333)
+    assert [adapter.name for adapter in client.adapters()] == ["mine"]
+    client.generate("Hi", adapter="mine")
+    client.generate("Hi")
+    assert [request.adapter for request in runner.requests] == ["mine", None]
+    client.unload_adapter("mine")
+    assert client.adapters() == []
 
 
 def test_a_whole_request_is_sent_as_it_is(client: Client, runner: FakeRunner) -> None:
@@ -185,4 +196,7 @@ def test_the_service_config_names_real_services_and_retries_only_what_no_server_
     assert named == set(SERVICES)
     assert document["healthCheckConfig"]["serviceName"] in SERVICES
     for method in document["methodConfig"]:
-        assert method["retryPolicy"]["retryableStatusCodes"] == ["UNAVAILABLE"]
+        if {"service": GRANTED_BY_NAME[0]} in method["name"]:
+            assert "retryPolicy" not in method  # who loads an adapter twice is told that it exists
+        else:
+            assert method["retryPolicy"]["retryableStatusCodes"] == ["UNAVAILABLE"]

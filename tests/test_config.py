@@ -1,6 +1,7 @@
 """Knobs: bounds hold, names are checked, and every knob is documented."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from pydantic import BaseModel, ValidationError
@@ -64,3 +65,13 @@ def test_every_knob_says_what_it_sets_and_names_are_used_once() -> None:
         for name, field in section.model_fields.items():
             assert field.description, name
             assert field.description.endswith("."), name
+
+
+def test_adapters_are_folders_by_name() -> None:
+    config = ModelConfig(adapter=("a=x/y", "b=z=z"))
+    assert config.adapters == {"a": Path("x/y"), "b": Path("z=z")}
+    for wrong in ("a", "=x", "a=", "a b=x", f"{'a' * 65}=x"):
+        with pytest.raises(ValidationError):
+            ModelConfig(adapter=(wrong,))
+    with pytest.raises(ValidationError, match="must name each adapter once, a is there 2 times"):
+        ModelConfig(adapter=("a=x", "a=y"))

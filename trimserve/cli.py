@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import grpc
 import typer
 from google.protobuf.json_format import MessageToDict
+from pydantic import ValidationError
 from rich.console import Console
 
 from trimserve import __version__
@@ -62,6 +63,13 @@ MergeRatio = Annotated[
     typer.Option(
         help="Rows that a tile's other features are merged into, as a share of its own, in [0, 1]; "
         "0 drops them; default: the model's."
+    ),
+]
+Adapter = Annotated[
+    str | None,
+    typer.Option(
+        help="LoRA adapter that answers: the NAME of one that the server at --address has, or NAME=FOLDER without "
+        "--address; default: the base model."
     ),
 ]
 Address = Annotated[
@@ -157,6 +165,7 @@ def generate(
     temperature: Annotated[float | None, typer.Option(help="0 is greedy; default: the model's.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, max=2**64 - 1, help="Makes sampling repeatable.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print whole messages as JSON.")] = False,
+    adapter: Adapter = None,
     address: Address = None,
     ca: Ca = None,
     token: Token = None,
@@ -164,10 +173,11 @@ def generate(
     config: Config,
 ) -> None:
     """Ask a question about images and print the answer."""
+    name, model = _adapter(adapter, address, config.model)
     sampling = pb.SamplingParams(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
-    options = _options(system, sampling, _trim(policy, keep, k_ratio, merge_ratio, no_trim))
+    options = _options(system, sampling, _trim(policy, keep, k_ratio, merge_ratio, no_trim), name)
     request = make_request(prompt, image or [], **options)
-    with _client(address, ca, token, config.model) as client:
+    with _client(address, ca, token, model) as client:
         if stream:
             for event in client.stream(request):
                 if as_json:
@@ -199,6 +209,7 @@ def explain(
     keep: Keep = None,
     k_ratio: KRatio = None,
     merge_ratio: MergeRatio = None,
+    adapter: Adapter = None,
     address: Address = None,
     ca: Ca = None,
     token: Token = None,
@@ -214,14 +225,15 @@ def explain(
     picture = decode_image(image.read_bytes(), str(image), config.engine.max_image_pixels)
     out.parent.mkdir(parents=True, exist_ok=True)
     explained = {}
-    with _client(address, ca, token, config.model) as client:
+    name_of_adapter, config_of_model = _adapter(adapter, address, config.model)
+    with _client(address, ca, token, config_of_model) as client:
         model = client.model()
         trims = {"": _trim(policy, keep, k_ratio, merge_ratio, no_trim=False)}
         if policies is not None:
             trims = _trims_of(policies, model, keep or _SHEET_KEEP, merge_ratio)
         for name, trim in trims.items():
             trim.return_selection = True
-            options = _options(system, pb.SamplingParams(temperature=0), trim)
+            options = _options(system, pb.SamplingParams(temperature=0), trim, name_of_adapter)
             response = client.generate(make_request(prompt, [image], **options))
             [selection], [usage] = response.selections, response.usage.images
             explained[name] = Explained(_selection(selection), usage.merged_features, response.text)
@@ -295,6 +307,21 @@ def _trim(
     return pb.TrimOptions(mode=mode, policy=policy, budget=budget, k_ratio=k_ratio, merge_ratio=merge_ratio)
 
 
+def _adapter(adapter: str | None, address: str | None, model: ModelConfig) -> tuple[str | None, ModelConfig]:
+    """Name of the adapter, and the model of a server that has it loaded."""
+    if adapter is None:
+        return None, model
+    name, equals, _ = adapter.partition("=")
+    if bool(equals) == (address is not None):
+        raise typer.BadParameter("must be NAME=FOLDER without --address, and NAME with it", param_hint="--adapter")
+    if not equals:
+        return name, model
+    try:
+        return name, ModelConfig(**{**dict(model), "adapter": (adapter,)})
+    except ValidationError as error:
+        raise typer.BadParameter(f"{error.errors()[0]['msg']}, got {adapter!r}", param_hint="--adapter") from None
+
+
 def _trims_of(
     policies: str, model: GetModelResponse, keep: float, merge_ratio: float | None
 ) -> dict[str, pb.TrimOptions]:
@@ -315,8 +342,10 @@ def _kept(usage: pb.ImageUsage) -> str:
     return f"{kept}{merged} ({(usage.kept_features + usage.merged_features) / usage.valid_features:.1%})"
 
 
-def _options(system: str | None, sampling: pb.SamplingParams, trim: pb.TrimOptions) -> RequestOptions:
-    options: RequestOptions = {"sampling": sampling, "trim": trim}
+def _options(
+    system: str | None, sampling: pb.SamplingParams, trim: pb.TrimOptions, adapter: str | None
+) -> RequestOptions:
+    options: RequestOptions = {"sampling": sampling, "trim": trim, "adapter": adapter}
     if system is not None:
         options["system"] = system
     return options

@@ -15,7 +15,7 @@ from typing import TypedDict, Unpack
 import grpc
 
 from trimserve.loopback import proxy_options
-from trimserve.v1 import generation_pb2, generation_pb2_grpc, model_pb2, model_pb2_grpc
+from trimserve.v1 import adapter_pb2, adapter_pb2_grpc, generation_pb2, generation_pb2_grpc, model_pb2, model_pb2_grpc
 
 __all__ = [
     "MAX_MESSAGE_BYTES",
@@ -110,6 +110,8 @@ class RequestOptions(TypedDict, total=False):
     """Default: drawn by the server."""
     priority: int | None
     """Default: 0."""
+    adapter: str | None
+    """Default: the base model."""
 
 
 def make_request(
@@ -141,6 +143,7 @@ def make_request(
         sampling=options.get("sampling"),
         trim=options.get("trim"),
         priority=options.get("priority"),
+        adapter=options.get("adapter"),
     )
 
 
@@ -173,6 +176,7 @@ class Client:
             self._channel = grpc.secure_channel(address, tls.credentials(), options)
         self._metadata = () if token is None else (("authorization", f"Bearer {token}"),)
         self._generation = generation_pb2_grpc.GenerationServiceStub(self._channel)
+        self._adapters = adapter_pb2_grpc.AdapterServiceStub(self._channel)
         self._model = model_pb2_grpc.ModelServiceStub(self._channel)
 
     def __enter__(self) -> "Client":
@@ -255,6 +259,44 @@ class Client:
         """
         request = model_pb2.GetServerStatusRequest()
         return self._model.GetServerStatus(request, timeout=timeout_seconds, metadata=self._metadata)
+
+    def load_adapter(
+        self, name: str, folder: str | Path, *, timeout_seconds: float | None = None
+    ) -> adapter_pb2.Adapter:
+        """Load a LoRA adapter, which requests may name from then on.
+
+        Args:
+            name: what requests will call it.
+            folder: on the server's machine.
+            timeout_seconds: deadline of the call; None is that of `service_config.json`.
+        Raises:
+            grpc.RpcError: any status but OK.
+        """
+        request = adapter_pb2.LoadAdapterRequest(name=name, folder=str(folder))
+        return self._adapters.LoadAdapter(request, timeout=timeout_seconds, metadata=self._metadata).adapter
+
+    def unload_adapter(self, name: str, *, timeout_seconds: float | None = None) -> None:
+        """Refuse new requests for an adapter, wait for those that have it, and let the server forget it.
+
+        Args:
+            name: what requests call it.
+            timeout_seconds: deadline of the call, not of the unloading; None is that of `service_config.json`.
+        Raises:
+            grpc.RpcError: any status but OK.
+        """
+        request = adapter_pb2.UnloadAdapterRequest(name=name)
+        self._adapters.UnloadAdapter(request, timeout=timeout_seconds, metadata=self._metadata)
+
+    def adapters(self, *, timeout_seconds: float | None = None) -> list[adapter_pb2.Adapter]:
+        """The adapters that requests may name.
+
+        Args:
+            timeout_seconds: deadline of the call; None is that of `service_config.json`.
+        Raises:
+            grpc.RpcError: any status but OK.
+        """
+        request = adapter_pb2.ListAdaptersRequest()
+        return [*self._adapters.ListAdapters(request, timeout=timeout_seconds, metadata=self._metadata).adapters]
 
 
 def _request(

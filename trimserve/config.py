@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationInfo, field_validator
 
+from trimserve.api.adapter import ADAPTER_NAME, ADAPTER_NAME_RULE
 from trimserve.loopback import is_loopback
 
 __all__ = ["Config", "Device", "Dtype", "EngineConfig", "ModelConfig", "Quantize", "ServerConfig"]
@@ -61,6 +62,11 @@ class ModelConfig(_Knobs):
         description="Where intermediate vision features are taken: `inputs` of the layers, as Meta's weights "
         "were trained, or `outputs`, for checkpoints that were fine-tuned on transformers' features.",
     )
+    adapter: tuple[Annotated[str, Field(pattern=rf"^{ADAPTER_NAME.pattern}=.+$")], ...] = Field(
+        default=(),
+        description="A LoRA adapter that requests may ask for, as `NAME=FOLDER`; in the environment "
+        "with spaces between several. The folder is one that PEFT saved, NAME " + ADAPTER_NAME_RULE + ".",
+    )
     template_date: str = Field(
         default="26 Jul 2024",
         min_length=1,
@@ -91,6 +97,21 @@ class ModelConfig(_Knobs):
         description="Rows that the features of a tile that are not kept are merged into, as a share of its features, "
         "of a request that names none; 0 drops them; unset is the checkpoint's `trimserve.json`, or 0 without one.",
     )
+
+    @property
+    def adapters(self) -> dict[str, Path]:
+        """The folders of `adapter` by name."""
+        pairs = (each.partition("=") for each in self.adapter)
+        return {name: Path(folder) for name, _, folder in pairs}
+
+    @field_validator("adapter")
+    @classmethod
+    def _names_are_given_once(cls, adapters: tuple[str, ...]) -> tuple[str, ...]:
+        names = [each.partition("=")[0] for each in adapters]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"must name each adapter once, {name} is there {names.count(name)} times")
+        return adapters
 
 
 class EngineConfig(_Knobs):

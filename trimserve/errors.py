@@ -13,6 +13,9 @@
     ├── DeadlinePassed     the request's deadline came before its end
     ├── RequestFailed      this request failed inside the model; others are not affected
     ├── CheckpointError    a checkpoint that cannot be served as it is: refused at load time
+    │   └── AdapterError   the same of an adapter: refused at load time, or when it is loaded by an RPC
+    ├── UnknownAdapter     no adapter of that name is loaded
+    ├── AdapterExists      an adapter of that name is loaded already
     ├── CredentialsError   files of certificates or tokens that cannot be used: refused at start
     └── CannotListen       a port is taken, or the host is not ours: refused at start
 
@@ -20,6 +23,8 @@
 """
 
 __all__ = [
+    "AdapterError",
+    "AdapterExists",
     "CannotListen",
     "CheckpointError",
     "CredentialsError",
@@ -34,6 +39,7 @@ __all__ = [
     "TooManyCalls",
     "TrimserveError",
     "Unauthenticated",
+    "UnknownAdapter",
     "UnknownMethod",
 ]
 
@@ -149,6 +155,27 @@ class CheckpointError(TrimserveError):
     """A checkpoint that is not an Mllama, or asks for something that trimserve cannot honour."""
 
     reason = "CHECKPOINT_REFUSED"
+
+
+class AdapterError(CheckpointError):
+    """An adapter that is broken, is another model's, or asks for something that trimserve cannot honour.
+
+    It names the file, the tensor or setting, and the reason.
+    """
+
+    reason = "ADAPTER_REFUSED"
+
+
+class UnknownAdapter(TrimserveError):
+    """No adapter of that name is loaded, or it is being unloaded."""
+
+    reason = "ADAPTER_NOT_FOUND"
+
+
+class AdapterExists(TrimserveError):
+    """An adapter of that name is loaded already, or is not gone yet."""
+
+    reason = "ADAPTER_EXISTS"
 
 
 class CredentialsError(TrimserveError):

@@ -76,10 +76,12 @@ def _knobs(section: str) -> Iterator[inspect.Parameter]:
 def _plain(annotation: Any) -> Any:
     """A field's type without its bounds, which pydantic checks: `Annotated[int, ...] | None` becomes `int | None`.
 
-    A size becomes text, because pydantic parses `2GiB`.
+    A size becomes text, because pydantic parses `2GiB`; a tuple becomes a list, for an option that is given again.
     """
     if get_origin(annotation) is Annotated:
         return get_args(annotation)[0]
+    if get_origin(annotation) is tuple:
+        return list[_plain(get_args(annotation)[0])]  # type: ignore[misc]  # made at run time
     if get_origin(annotation) in (Union, UnionType):
         return reduce(or_, map(_plain, get_args(annotation)))
     return str if annotation is ByteSize else annotation

@@ -13,7 +13,7 @@ from trimserve.server.backend import Backend
 from trimserve.server.core import Core
 from trimserve.server.gate import Gate
 from trimserve.server.grpc.server import GrpcTransport
-from trimserve.server.grpc.services import RPCS, SERVICES
+from trimserve.server.grpc.services import GRANTED_BY_NAME, RPCS, SERVICES
 from trimserve.server.lifecycle import Server
 from trimserve.server.metrics import Metrics
 from trimserve.server.running import InProcessServer
@@ -38,7 +38,7 @@ def make_runner(config: Config) -> Runner:
         model = load_model(config.model, engine, decoders.decode)
         return model.processor, LocalExecutor(model, engine.image_cache_bytes)
 
-    return Runner(load, engine, decoders)
+    return Runner(load, engine, decoders, config.model.adapters)
 
 
 def make_server(backend: Backend, config: Config) -> Server:
@@ -56,7 +56,7 @@ def make_server(backend: Backend, config: Config) -> Server:
         backend=backend,
         config=config,
         metrics=metrics,
-        gate=Gate(config.server, SERVICES, metrics),
+        gate=Gate(config.server, SERVICES, metrics, GRANTED_BY_NAME),
         tracing=None if endpoint is None else Tracing(endpoint),
     )
     return Server(core, [GrpcTransport(core)])

@@ -9,6 +9,7 @@ import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from PIL import Image as PILImage
@@ -21,7 +22,8 @@ from trimserve.api.prompt import ImageFile, Prompt, RawPrompt, TokenPrompt
 from trimserve.api.request import GenerationRequest
 from trimserve.api.sampling import SamplingParams
 from trimserve.api.trim import TrimRequest
-from trimserve.errors import InvalidRequest
+from trimserve.errors import AdapterError, InvalidRequest
+from trimserve.model.adapters import Adapter, Change
 from trimserve.model.interruptible import Interruptible
 from trimserve.model.key_values import KeyValues
 from trimserve.model.prefilled import Prefilled
@@ -72,6 +74,7 @@ class FakeModel:
     before_prefill: Callable[[], object] = bool
     before_decode: Callable[[], object] = bool
     before_layer: Callable[[], object] = bool
+    before_adapter: Callable[[], object] = bool
     batch_sizes: list[int] = field(default_factory=list)
     """Rows of each decode so far."""
     threads: set[str] = field(default_factory=set)
@@ -145,8 +148,19 @@ class FakeModel:
         num_tiles = _num_tiles(image)
         return PreparedImage(torch.zeros(4, 3, 8, 8), 1, 1, num_tiles, 8, 8 * num_tiles, image.data)
 
+    def load_adapter(self, folder: Path) -> Adapter:
+        """Adapters without weights: those in a folder `vision` have images of their own, those in `broken` are."""
+        self.before_adapter()
+        if folder.name == "broken":
+            raise AdapterError(f"{folder}: is broken")
+        changes: dict[torch.nn.Module, Change] = {torch.nn.Identity(): Change(weight=torch.zeros(3))}
+        return Adapter(changes, ("lm_head",), rank=4, image_key=b"own" if folder.name == "vision" else b"")
+
     def encode_image(
-        self, image: PreparedImage, needs: frozenset[Observation] = frozenset()
+        self,
+        image: PreparedImage,
+        needs: frozenset[Observation] = frozenset(),
+        adapter: Adapter | None = None,  # noqa: ARG002 - as in a model
     ) -> Interruptible[EncodedImage]:
         self.encoded.append(image.key)
         yield

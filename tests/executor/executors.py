@@ -4,8 +4,10 @@ import multiprocessing
 import pickle
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
+from trimserve.api.adapter import AdapterInfo
 from trimserve.api.info import ModelInfo
 from trimserve.executor.executor import Executor
 from trimserve.executor.local import LocalExecutor
@@ -31,6 +33,12 @@ class PicklingExecutor:
 
     def warm_up(self, max_batch: int) -> None:
         self._executor.warm_up(max_batch)
+
+    def load_adapter(self, name: str, folder: Path) -> AdapterInfo:
+        return self._executor.load_adapter(name, folder)
+
+    def unload_adapter(self, name: str) -> None:
+        self._executor.unload_adapter(name)
 
     def run(self, plan: StepPlan) -> StepResult:
         result: StepResult = pickle.loads(pickle.dumps(self._executor.run(pickle.loads(pickle.dumps(plan)))))
@@ -60,6 +68,13 @@ class ProcessExecutor:
 
     def warm_up(self, max_batch: int) -> None:
         self._call("warm_up", max_batch)
+
+    def load_adapter(self, name: str, folder: Path) -> AdapterInfo:
+        info: AdapterInfo = self._call("load_adapter", name, folder)
+        return info
+
+    def unload_adapter(self, name: str) -> None:
+        self._call("unload_adapter", name)
 
     def run(self, plan: StepPlan) -> StepResult:
         result: StepResult = self._call("run", plan)

@@ -35,6 +35,16 @@ def test_what_is_larger_than_the_cache_is_not_kept_and_evicts_nothing() -> None:
     assert cache.get(b"huge") is None
 
 
+def test_unwanted_images_give_their_bytes_back_and_are_no_evictions() -> None:
+    cache = ImageCache(100)
+    for key in (b"a1", b"a2", b"b1"):
+        cache.put(key, image(30))
+    cache.drop(lambda key: key.startswith(b"a"))
+    assert (cache.used_bytes, cache.num_evictions) == (30, 0)
+    assert cache.get(b"a1") is None
+    assert cache.get(b"b1") is not None
+
+
 def test_a_cache_of_no_bytes_keeps_nothing() -> None:
     cache = ImageCache(0)
     cache.put(b"a", image(1))

@@ -18,6 +18,7 @@ from trimserve.engine.engine import Engine
 from trimserve.engine.warm_up import warm_up
 from trimserve.executor.local import LocalExecutor
 from trimserve.executor.plan import NewSequence, PageGrant, PrefillSlice, Rows, StepPlan
+from trimserve.model.adapters import Adapter
 from trimserve.model.interruptible import Interruptible
 from trimserve.model.prepared import PreparedImage, PreparedPrompt
 from trimserve.trimming.encoded_image import EncodedImage, Observation
@@ -44,9 +45,12 @@ def test_a_prompt_that_is_cancelled_while_it_is_read_leaves_nothing_to_the_garba
 
     class Watched(FakeModel):
         def encode_image(
-            self, image: PreparedImage, needs: frozenset[Observation] = frozenset()
+            self,
+            image: PreparedImage,
+            needs: frozenset[Observation] = frozenset(),
+            adapter: Adapter | None = None,
         ) -> Interruptible[EncodedImage]:
-            encoded = yield from super().encode_image(image, needs)
+            encoded = yield from super().encode_image(image, needs, adapter)
             features.append(weakref.ref(encoded.features))
             return encoded
 

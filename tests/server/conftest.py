@@ -13,7 +13,7 @@ from tests.server.fakes import CONFIG, FakeRunner
 from trimserve.serve import make_server
 from trimserve.server.lifecycle import Server
 from trimserve.server.running import running_server
-from trimserve.v1 import generation_pb2_grpc, model_pb2_grpc
+from trimserve.v1 import adapter_pb2_grpc, generation_pb2_grpc, model_pb2_grpc
 
 
 @dataclass
@@ -27,6 +27,10 @@ class Loopback:
     @property
     def generation(self) -> "generation_pb2_grpc.GenerationServiceAsyncStub":
         return generation_pb2_grpc.GenerationServiceStub(self.channel)
+
+    @property
+    def adapters(self) -> "adapter_pb2_grpc.AdapterServiceAsyncStub":
+        return adapter_pb2_grpc.AdapterServiceStub(self.channel)
 
     @property
     def model(self) -> "model_pb2_grpc.ModelServiceAsyncStub":

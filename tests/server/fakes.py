@@ -5,7 +5,9 @@ import time
 from collections.abc import AsyncGenerator, Iterable
 from contextlib import suppress
 from enum import Enum, auto
+from pathlib import Path
 
+from trimserve.api.adapter import AdapterInfo, LoadedAdapter
 from trimserve.api.chunks import (
     CrossKvBytes,
     Finished,
@@ -157,6 +159,10 @@ class FakeRunner:
         self.killed = asyncio.Event()
         """Set when the engine dies."""
         self.stop_graces: list[float] = []
+        self.loaded: dict[str, LoadedAdapter] = {}
+        """Adapters, by name."""
+        self.adapter_error: Exception | None = None
+        """What loading or unloading an adapter fails with."""
         self._start_error = start_error
         self._is_loaded = False
         self._stopped = asyncio.Event()
@@ -178,6 +184,21 @@ class FakeRunner:
         if self._start_error is not None:
             raise self._start_error
         self._is_loaded = self.is_ready = True
+
+    def adapters(self) -> tuple[LoadedAdapter, ...]:
+        return tuple(self.loaded.values())
+
+    async def load_adapter(self, name: str, folder: Path) -> AdapterInfo:
+        if self.adapter_error is not None:
+            raise self.adapter_error
+        info = AdapterInfo(name, str(folder), 333, 8, ("lm_head",), changes_image_features=True)
+        self.loaded[name] = LoadedAdapter(info, num_requests=2, is_unloading=False)
+        return info
+
+    async def unload_adapter(self, name: str) -> None:
+        if self.adapter_error is not None:
+            raise self.adapter_error
+        del self.loaded[name]
 
     async def submit(
         self, request: GenerationRequest, *, deadline: float | None = None
@@ -242,8 +263,9 @@ class FakeRunner:
             image_cache_hits=66,
             image_cache_misses=55,
             image_cache_evictions=44,
+            adapter_bytes=222,
             uptime_seconds=4.5,
-            memory_bytes={"weights": 492, "kv": 9999, "free": 123456},
+            memory_bytes={"weights": 492, "adapters": 222, "kv": 9999, "free": 123456},
             decoder_deaths={"processor_time": 33, "wall_clock": 2, "crash": 1},
         )
 

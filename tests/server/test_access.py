@@ -23,9 +23,10 @@ from trimserve.config import Config, ServerConfig
 from trimserve.errors import CredentialsError
 from trimserve.serve import make_server
 from trimserve.server.running import running_server
-from trimserve.v1 import model_pb2
+from trimserve.v1 import adapter_pb2, model_pb2
 
 GENERATION, MODEL = "trimserve.v1.GenerationService", "trimserve.v1.ModelService"
+ADAPTERS = "trimserve.v1.AdapterService"
 
 Metadata = tuple[tuple[str, str], ...]
 
@@ -99,6 +100,29 @@ async def test_a_token_opens_the_services_of_its_client(
                 code, info = await failed(call())
                 assert (code.name, info.reason) == (expected, expected)
         assert len(loopback.runner.requests) == (generation == "OK")
+
+
+LISTING = adapter_pb2.ListAdaptersRequest()
+
+
+async def test_a_token_opens_the_service_that_changes_the_server_only_by_its_name(file: Path) -> None:
+    write(file, entry("unnamed", "all"), entry("named", "changer", services=(ADAPTERS,)))
+    async with serving(auth_file=file) as loopback:
+        code, _ = await failed(loopback.adapters.ListAdapters(LISTING, metadata=bearer("all")))
+        assert code is grpc.StatusCode.PERMISSION_DENIED
+        assert not (await loopback.adapters.ListAdapters(LISTING, metadata=bearer("changer"))).adapters
+        await loopback.generation.Generate(chat_request(), metadata=bearer("all"))
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
+async def test_without_tokens_only_a_server_on_loopback_can_be_changed(host: str) -> None:
+    async with serving(host=host, allow_plaintext=True) as loopback:
+        if host == "127.0.0.1":
+            assert not (await loopback.adapters.ListAdapters(LISTING)).adapters
+        else:
+            code, info = await failed(loopback.adapters.ListAdapters(LISTING))
+            assert (code.name, info.reason) == ("PERMISSION_DENIED", "PERMISSION_DENIED")
+        assert (await loopback.generation.Generate(chat_request())).text
 
 
 async def test_four_outcomes_over_mutual_tls(file: Path, tmp_path: Path) -> None:

@@ -21,11 +21,12 @@ from trimserve.client import Client
 from trimserve.config import Config, ServerConfig
 from trimserve.errors import CannotListen, EngineStopped
 from trimserve.serve import make_server
+from trimserve.server.grpc.services import SERVICES
 from trimserve.server.running import InProcessServer, running_server
 from trimserve.v1 import generation_pb2 as pb
 from trimserve.v1 import generation_pb2_grpc, model_pb2, model_pb2_grpc
 
-NAMES = ("", "trimserve.v1.GenerationService", "trimserve.v1.ModelService")
+NAMES = ("", *SERVICES)
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 

@@ -19,3 +19,5 @@ class GenerationRequest:
     trim: TrimRequest
     priority: int = 0
     """Higher goes first; equal priorities are served in order of arrival."""
+    adapter: str | None = None
+    """Name of the adapter that answers; None is the base model."""

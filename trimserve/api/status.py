@@ -62,6 +62,8 @@ class EngineStatus:
     """Images that had to be encoded since the start."""
     image_cache_evictions: int
     """Images evicted since the start."""
+    adapter_bytes: int
+    """Bytes of the adapters that are loaded."""
     uptime_seconds: float
     """Since the engine became ready; 0 until then."""
     memory_bytes: Mapping[str, int] = field(default_factory=dict)

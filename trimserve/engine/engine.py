@@ -11,13 +11,20 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
+from trimserve.api.adapter import AdapterInfo
 from trimserve.api.info import ModelInfo
 from trimserve.api.request import GenerationRequest
 from trimserve.api.status import StepListener
 from trimserve.config import EngineConfig
 from trimserve.engine.kv_pool import KVPool
-from trimserve.engine.memory import available_bytes, default_kv_cache_bytes, prefill_scratch_bytes
+from trimserve.engine.memory import (
+    available_bytes,
+    check_room_for_adapter,
+    default_kv_cache_bytes,
+    prefill_scratch_bytes,
+)
 from trimserve.engine.pace import Pace
 from trimserve.engine.preparation import Preparation
 from trimserve.engine.processor import Processor
@@ -193,9 +200,23 @@ class Engine:
         batch = [sequence for sequence in self._scheduler.running if sequence is not self._prefill]
         if batch:
             self._decode(batch, grown)
-        if self._ended:
-            self._run(StepPlan())
+        self._tell_what_ended()
         self.step_began_at = None
+
+    def load_adapter(self, name: str, folder: Path) -> AdapterInfo:
+        """Read an adapter beside the steps; on any thread. See `Executor.load_adapter`.
+
+        Raises:
+            AdapterError: it cannot be used with this model.
+            OutOfMemory: there is less memory than its file takes.
+        """
+        check_room_for_adapter(name, folder, available_bytes(self.info.device))
+        return self._executor.load_adapter(name, folder)
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget an adapter that no sequence has any more."""
+        self._tell_what_ended()
+        self._executor.unload_adapter(name)
 
     # ---- planning ----
 
@@ -302,6 +323,10 @@ class Engine:
             error = OutOfMemory(f"{failed.message}: its KV takes up to {most} bytes")
         self.cancel(sequence)
         sequence.sink(error)
+
+    def _tell_what_ended(self) -> None:
+        if self._ended:
+            self._run(StepPlan())
 
     def _let_go(self, sequence: Sequence) -> None:
         """Give back what a sequence holds, here and in the executor."""

@@ -8,12 +8,15 @@ import torch
 
 from trimserve.api.info import ModelInfo
 from trimserve.engine.cgroup import CGROUPS, OWN_GROUPS, memory_left
+from trimserve.errors import OutOfMemory
+from trimserve.model.adapter_files import WEIGHTS_FILE
 from trimserve.model.key_values import layers_per_page, num_pages
 from trimserve.ops import PAGE_POSITIONS
 from trimserve.trimming.plan import scratch_bytes
 
 __all__ = [
     "available_bytes",
+    "check_room_for_adapter",
     "default_kv_cache_bytes",
     "memory_by_kind",
     "prefill_scratch_bytes",
@@ -55,18 +58,36 @@ def _free_bytes(meminfo: Path) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def memory_by_kind(info: ModelInfo, kv_cache_bytes: int) -> dict[str, int]:
+def check_room_for_adapter(name: str, folder: Path, available: int) -> None:
+    """Check that an adapter fits beside what is there already, before it is read.
+
+    Args:
+        name: of the adapter.
+        folder: where it lies; whether it can be read at all is found out later.
+        available: see `available_bytes`.
+    Raises:
+        OutOfMemory: its file is larger.
+    """
+    file = folder / WEIGHTS_FILE
+    size = file.stat().st_size if file.is_file() else 0
+    if size > available:
+        raise OutOfMemory(f"adapter {name!r} takes up to {size} bytes, {available} are free")
+
+
+def memory_by_kind(info: ModelInfo, kv_cache_bytes: int, adapter_bytes: int) -> dict[str, int]:
     """What the model's device holds, for who watches it.
 
     Args:
         info: of the model.
         kv_cache_bytes: of the page pool.
+        adapter_bytes: of all adapters.
     Returns:
-        Bytes of `weights`, a guide's included, `kv` (the pool) and `free` (see `available_bytes`); of a GPU also what
-        torch's allocator has `reserved` and how much of that is `allocated`.
+        Bytes of `weights`, a guide's included, `adapters`, `kv` (the pool) and `free` (see `available_bytes`); of a GPU
+        also what torch's allocator has `reserved` and how much of that is `allocated`.
     """
     kinds = {
         "weights": info.weight_bytes + (info.guide.weight_bytes if info.guide else 0),
+        "adapters": adapter_bytes,
         "kv": kv_cache_bytes,
         "free": available_bytes(info.device),
     }

@@ -16,7 +16,7 @@ from trimserve.api.chunks import GenerationChunk
 from trimserve.engine.stream import Stream
 from trimserve.errors import RequestFailed, TrimserveError
 
-__all__ = ["Outbox", "call_on"]
+__all__ = ["Outbox", "call_on", "settle"]
 
 log = logging.getLogger(__name__)
 
@@ -84,3 +84,13 @@ class Outbox:
             return
         self._delivered_at, self._busy_seconds = now, busy_seconds
         self.flush()
+
+
+def settle(future: "asyncio.Future[None]", error: BaseException | None) -> None:
+    """Give a future its result, or an error, unless nobody waits any more."""
+    if future.done():
+        return
+    if error is None:
+        future.set_result(None)
+    else:
+        future.set_exception(error)

@@ -14,22 +14,28 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Collection
+from collections.abc import AsyncGenerator, Callable, Collection, Mapping
 from contextlib import aclosing, suppress
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
+from typing import Any
 
+from trimserve.api.adapter import AdapterInfo, LoadedAdapter
 from trimserve.api.chunks import Finished, GenerationChunk
 from trimserve.api.info import ModelInfo
 from trimserve.api.request import GenerationRequest
 from trimserve.api.status import EngineStatus, StepListener
 from trimserve.config import EngineConfig
+from trimserve.engine.adapters import Adapters
 from trimserve.engine.engine import Engine
 from trimserve.engine.lookahead import Lookahead, Ticket
-from trimserve.engine.memory import available_bytes, memory_by_kind
-from trimserve.engine.outbox import Outbox, call_on
+from trimserve.engine.memory import available_bytes
+from trimserve.engine.outbox import Outbox, call_on, settle
 from trimserve.engine.preparation import why_not_prepared
 from trimserve.engine.processor import Processor
 from trimserve.engine.sequence import Sequence, SequenceState
+from trimserve.engine.status import engine_status
 from trimserve.engine.stream import Stream
 from trimserve.engine.warm_up import warm_up
 from trimserve.engine.watchdog import hang, log_cause
@@ -57,6 +63,7 @@ class Runner:
         load: Callable[[], tuple[Processor, Executor]],
         config: EngineConfig,
         decoders: DecoderPool | None = None,
+        adapters: Mapping[str, Path] | None = None,
     ) -> None:
         """Start nothing yet.
 
@@ -65,8 +72,11 @@ class Runner:
             config: how much to take on. Of its workers, as many tokenise as decode images.
             decoders: decodes the images of the processor that is loaded; started and closed with the engine. None if
                 the processor does so itself.
+            adapters: folders of those that `start` loads, by name.
         """
         self._load = load
+        self._adapters_at_start = adapters or {}
+        self._adapters = Adapters()
         self._config = config
         self._decoders = decoders
         self._text_workers = Workers(config.num_preprocess_workers, "trimserve-text")
@@ -121,6 +131,9 @@ class Runner:
             processor, executor = await in_daemon_thread(self._load)
             if self._refusal != starting:
                 raise EngineStopped("the engine was stopped while its model was loaded")
+            for name, folder in self._adapters_at_start.items():
+                read = partial(in_daemon_thread, partial(executor.load_adapter, name, folder))
+                await self._adapters.load(name, read)
             self._engine = Engine(processor, executor, self._config, self._on_step)
             is_warm: asyncio.Future[None] = self._loop.create_future()
             self._thread = threading.Thread(
@@ -148,6 +161,7 @@ class Runner:
             `Started`, then `TokenDelta`s, then `Finished`.
         Raises:
             EngineStopped: not ready, draining or dead.
+            UnknownAdapter: the request's adapter is not loaded.
             EngineBusy: the queue is full.
             OutOfMemory: there is no memory for this request now.
             InvalidRequest: what the tokenizer, the images' pixels or the context length refuse.
@@ -162,35 +176,39 @@ class Runner:
             async for chunk in chunks:
                 yield chunk
 
+    def adapters(self) -> tuple[LoadedAdapter, ...]:
+        """What requests may name, and who does."""
+        return self._adapters.loaded()
+
+    async def load_adapter(self, name: str, folder: Path) -> AdapterInfo:
+        """Load an adapter beside the requests that run; see `Adapters.load` and `Engine.load_adapter`."""
+        if self._refusal is not None:
+            raise EngineStopped(self._refusal)
+        read = partial(self._loaded.load_adapter, name, folder)
+        return await self._adapters.load(name, partial(in_daemon_thread, read))
+
+    async def unload_adapter(self, name: str) -> None:
+        """Unload an adapter once no request has it; see `Adapters.unload`."""
+        if self._refusal is not None:
+            raise EngineStopped(self._refusal)
+        await self._adapters.unload(name, partial(self._forget_adapter, self._loaded, name))
+
     def status(self) -> EngineStatus:
         """What the engine is doing now."""
-        states = [stream.state for stream in self._streams]
-        running = [stream.sequence for stream in self._streams if stream.state is SequenceState.RUNNING]
-        pool = None if self._engine is None else self._engine.pool
-        images = None if self._engine is None else self._engine.image_cache
         workers = {"text": self._text_workers.status(), "image": self._image_workers.status()}
         hangs = any(pool.oldest_job_seconds > self._config.step_timeout_seconds for pool in workers.values())
-        return EngineStatus(
-            is_ready=self._refusal is None and not hangs and (self._decoders is None or self._decoders.is_able),
+        can_decode = self._decoders is None or self._decoders.is_able
+        status = engine_status(
+            self._engine,
+            self._streams,
+            self._config,
+            self._adapters.num_bytes,
+            is_ready=self._refusal is None and not hangs and can_decode,
             is_alive=self._is_alive,
-            num_running=len(running),
-            num_waiting=states.count(SequenceState.WAITING),
-            max_batch=self._config.max_batch,
-            max_queue=self._config.max_queue,
-            kv_capacity_bytes=pool.capacity_bytes if pool else 0,
-            self_kv_bytes=pool.used_self_bytes if pool else 0,
-            cross_kv_bytes=pool.used_cross_bytes if pool else 0,
-            cross_kv_untrimmed_bytes=sum(sequence.cross_kv.untrimmed for sequence in running if sequence),
-            num_preemptions=self._engine.num_preemptions if self._engine else 0,
-            num_recomputed_tokens=self._engine.num_recomputed_tokens if self._engine else 0,
-            pixel_bytes=sum(stream.sequence.pixel_bytes for stream in self._streams if stream.sequence),
-            image_cache_capacity_bytes=int(self._config.image_cache_bytes) if images else 0,
-            image_cache_bytes=images.num_bytes if images else 0,
-            image_cache_hits=images.num_hits if images else 0,
-            image_cache_misses=images.num_misses if images else 0,
-            image_cache_evictions=images.num_evictions if images else 0,
             uptime_seconds=0.0 if self._ready_at is None else time.monotonic() - self._ready_at,
-            memory_bytes=memory_by_kind(self.info, pool.capacity_bytes) if pool else {},
+        )
+        return replace(
+            status,
             decoder_deaths={} if self._decoders is None else dict(self._decoders.deaths),
             memory_left_bytes=available_bytes("cpu"),
             workers=workers,
@@ -210,6 +228,7 @@ class Runner:
             grace_seconds: how long accepted requests may go on, at least 0.
         """
         self._refusal = "the engine is stopping"
+        self._adapters.close()
         with suppress(TimeoutError):
             await asyncio.wait_for(self._is_idle.wait(), grace_seconds)
         self._end(tuple(self._streams), lambda: EngineStopped("the engine stopped before the request ended"))
@@ -254,6 +273,9 @@ class Runner:
         stream.preparation = self._loaded.preparation(
             request, sink, stream.submitted_at, deadline, partial(self._images_taken, stream)
         )
+        if request.adapter is not None:
+            self._adapters.take(request.adapter)
+            stream.adapter = request.adapter
         self._streams.add(stream)
         self._is_idle.clear()
         return stream
@@ -275,12 +297,26 @@ class Runner:
         with self._wake:
             stream.is_open, stream.preparation = False, None
             sequence, stream.sequence = stream.sequence, None
+            adapter, stream.adapter = stream.adapter, None
         self._images_taken(stream)
         if sequence is not None and sequence.state is not SequenceState.ENDED:
             self._command(partial(self._loaded.cancel, sequence))
+        if adapter is not None:
+            self._adapters.give_back(adapter)
         self._streams.discard(stream)
         if not self._streams:
             self._is_idle.set()
+
+    async def _forget_adapter(self, engine: Engine, name: str) -> None:
+        is_gone: asyncio.Future[None] = self._loop.create_future()
+
+        def forget() -> None:
+            engine.unload_adapter(name)
+            call_on(self._loop, partial(settle, is_gone, None))
+
+        self._command(forget)  # behind the cancellation of what had it
+        either: tuple[asyncio.Future[Any], ...] = is_gone, self._death
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
 
     def _expire(self, stream: Stream) -> None:
         doing = "being prepared" if stream.sequence is None else stream.state.value
@@ -290,7 +326,7 @@ class Runner:
         error = await hang(thread, lambda: engine.step_began_at, self._config.step_timeout_seconds)
         leave_behind(thread)  # it cannot be ended from outside
         self._die(error)
-        _settle(is_warm, error)
+        settle(is_warm, error)
 
     def _die(self, error: BaseException) -> None:
         if self._death.done():
@@ -349,9 +385,9 @@ class Runner:
         try:
             warm_up(engine)
         except BaseException as error:  # noqa: BLE001  # handed to who awaits it
-            call_on(self._loop, partial(_settle, is_warm, error))
+            call_on(self._loop, partial(settle, is_warm, error))
             return
-        call_on(self._loop, partial(_settle, is_warm, None))
+        call_on(self._loop, partial(settle, is_warm, None))
         try:
             while not self._is_leaving:
                 for command in self._take_commands(engine):
@@ -382,12 +418,3 @@ class Runner:
         with self._wake:
             self._commands.append(command)
             self._wake.notify()
-
-
-def _settle(future: "asyncio.Future[None]", error: BaseException | None) -> None:
-    if future.done():  # nobody waits any more
-        return
-    if error is None:
-        future.set_result(None)
-    else:
-        future.set_exception(error)

@@ -82,6 +82,7 @@ class Sequence:
         ends = () if params.ignore_eos else info.generation_defaults.eos_token_ids
         self.request_id = request.request_id
         self.priority = request.priority
+        self.adapter = request.adapter
         self.trim = TrimPlan.of(request.trim)
         self.sink = sink
         self.submitted_at = submitted_at
@@ -240,6 +241,7 @@ class Sequence:
             trim=self.trim,
             sampling=self.params,
             end_token_ids=self._end_token_ids,
+            adapter=self.adapter,
             stored=self._stored,
             generated_token_ids=tuple(self.generated_token_ids),
         )

@@ -32,6 +32,8 @@ class Stream:
     """None once the engine has the sequence."""
     ticket: Ticket | None = None
     """Of a request with images, until the engine has taken them."""
+    adapter: str | None = None
+    """That it has taken, until it is closed."""
     sequence: Sequence | None = None
     """None while the prompt is being prepared."""
 

@@ -1,7 +1,9 @@
 """What the engine needs of an executor: the seam between deciding what runs and running it."""
 
+from pathlib import Path
 from typing import Protocol
 
+from trimserve.api.adapter import AdapterInfo
 from trimserve.api.info import ModelInfo
 from trimserve.executor.plan import StepPlan, StepResult
 
@@ -30,6 +32,19 @@ class Executor(Protocol):
 
     def warm_up(self, max_batch: int) -> None:
         """Make steps ready for up to `max_batch` sequences, once the pages are allocated for good."""
+
+    def load_adapter(self, name: str, folder: Path) -> AdapterInfo:
+        """Read an adapter, which plans may name from then on; on any thread, while steps run.
+
+        Args:
+            name: that no loaded adapter has.
+            folder: where it lies.
+        Raises:
+            AdapterError: it cannot be used with this model.
+        """
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget an adapter, and the images that were encoded with it; no sequence may have it."""
 
     def run(self, plan: StepPlan) -> StepResult:
         """Take one step. What goes wrong in one sequence is in the result and harms no other."""

@@ -2,10 +2,12 @@
 
 Beside its features an image keeps what policies chose from it alone (`trimming/encoded_image.py`). Keyed by what the
 encoder sees (`PreparedImage.key`), so the same picture in another file format is another image only if its pixels
-differ. Shared by requests and bounded in bytes; it never counts as trimming.
+differ; and by the adapter, where that changes the features. Shared by requests and bounded in bytes; it never counts as
+trimming.
 """
 
 from collections import OrderedDict
+from collections.abc import Callable
 
 from trimserve.trimming.encoded_image import EncodedImage, Observation
 
@@ -42,6 +44,11 @@ class ImageCache:
         self.num_hits += 1
         self._images.move_to_end(key)
         return image
+
+    def drop(self, is_unwanted: Callable[[bytes], bool]) -> None:
+        """Let go of the images with such keys."""
+        for key in [key for key in self._images if is_unwanted(key)]:
+            self.used_bytes -= self._images.pop(key).nbytes
 
     def put(self, key: bytes, image: EncodedImage) -> None:
         """Keep an image, at the expense of those not used for the longest time.

@@ -6,10 +6,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from trimserve.api.adapter import AdapterInfo
 from trimserve.api.info import ModelInfo
 from trimserve.errors import RequestFailed, TrimserveError
 from trimserve.executor.image_cache import ImageCache
@@ -30,6 +32,7 @@ from trimserve.executor.plan import (
     StepResult,
 )
 from trimserve.executor.sampling import SamplingState, sample
+from trimserve.model.adapters import Adapter
 from trimserve.model.interruptible import Interruptible
 from trimserve.model.key_values import KeyValues
 from trimserve.model.prefilled import Prefilled
@@ -83,6 +86,7 @@ class LocalExecutor:
         self._clock = clock
         self._images = ImageCache(image_cache_bytes)
         self._sequences: dict[int, _Sequence] = {}
+        self._adapters: dict[str, Adapter] = {}
 
     @property
     def info(self) -> ModelInfo:
@@ -103,6 +107,26 @@ class LocalExecutor:
         """See `Executor.warm_up`."""
         assert self.pages is not None, "pages are allocated first"
         self._model.warm_up_decode(self.pages, max_batch)
+
+    @torch.inference_mode()
+    def load_adapter(self, name: str, folder: Path) -> AdapterInfo:
+        """See `Executor.load_adapter`."""
+        adapter = self._model.load_adapter(folder)
+        self._adapters[name] = adapter
+        return AdapterInfo(
+            name=name,
+            folder=str(folder),
+            num_bytes=adapter.nbytes,
+            rank=adapter.rank,
+            modules=adapter.modules,
+            changes_image_features=bool(adapter.image_key),
+        )
+
+    def unload_adapter(self, name: str) -> None:
+        """See `Executor.unload_adapter`."""
+        image_key = self._adapters.pop(name).image_key
+        if image_key:
+            self._images.drop(lambda key: key.startswith(image_key))
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> StepResult:
@@ -135,9 +159,13 @@ class LocalExecutor:
         held = self._sequences[grant.sequence]
         if held.kv is None:
             num_cross = self.info.num_cross_attention_layers
-            held.kv = KeyValues.empty(self.pages, grant.self_pages, grant.cross_pages, num_cross)
+            adapter = self._adapter_of(held)
+            held.kv = KeyValues.empty(self.pages, grant.self_pages, grant.cross_pages, num_cross, adapter)
         else:
             held.kv.replace_tables(grant.self_pages, grant.cross_pages)
+
+    def _adapter_of(self, held: _Sequence) -> Adapter | None:
+        return None if held.new.adapter is None else self._adapters[held.new.adapter]
 
     # ---- prompts ----
 
@@ -170,12 +198,14 @@ class LocalExecutor:
     def _read_prompt(self, held: _Sequence) -> "Interruptible[tuple[PrefillReport, Tensor]]":
         new, began_at = held.new, time.monotonic()
         kv = _pages_of(held)
+        # An adapter that leaves visual features as they are shares them with the base model.
+        image_key = b"" if kv.adapter is None else kv.adapter.image_key
         images = []
         for image in new.prompt.images:
-            encoded = self._images.get(image.key, new.trim.needs)
+            encoded = self._images.get(image_key + image.key, new.trim.needs)
             if encoded is None:
-                encoded = yield from self._model.encode_image(image, new.trim.needs)
-                self._images.put(image.key, encoded)
+                encoded = yield from self._model.encode_image(image, new.trim.needs, kv.adapter)
+                self._images.put(image_key + image.key, encoded)
             images.append(encoded)
         encoded_at = time.monotonic()
         prefilled = yield from self._model.prefill(new.prompt, images, new.trim, kv, new.stored)

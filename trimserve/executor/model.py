@@ -1,11 +1,13 @@
 """What a local executor needs of a model: the seam that `model/mllama.py` fills, and a fake in tests."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Protocol
 
 from torch import Tensor
 
 from trimserve.api.info import ModelInfo
+from trimserve.model.adapters import Adapter
 from trimserve.model.interruptible import Interruptible
 from trimserve.model.key_values import KeyValues
 from trimserve.model.prefilled import Prefilled
@@ -24,10 +26,17 @@ class Model(Protocol):
     def info(self) -> ModelInfo:
         """Geometry, limits and defaults."""
 
+    def load_adapter(self, folder: Path) -> Adapter:
+        """Read an adapter; another thread may compute meanwhile.
+
+        Raises:
+            AdapterError: it cannot be used with this model.
+        """
+
     def encode_image(
-        self, image: PreparedImage, needs: frozenset[Observation] = frozenset()
+        self, image: PreparedImage, needs: frozenset[Observation] = frozenset(), adapter: Adapter | None = None
     ) -> Interruptible[EncodedImage]:
-        """Visual features of an image, and what else is needed."""
+        """Visual features of an image, as the base model or an adapter sees it, and what else is needed."""
 
     def prefill(
         self,
@@ -37,7 +46,10 @@ class Model(Protocol):
         kv: KeyValues,
         stored: KeptSets | None = None,
     ) -> Interruptible[Prefilled]:
-        """Run the prompt, fill `kv` and return the logits that follow it; with `stored`, as it was done before."""
+        """Run the prompt, fill `kv` and return the logits that follow it; with `stored`, as it was done before.
+
+        Here and in `decode`, `kv` names the adapter.
+        """
 
     def warm_up_decode(self, pages: Tensor, max_batch: int) -> None:
         """Make decode steps ready for up to `max_batch` sequences with KV in `pages`."""

@@ -75,7 +75,9 @@ class BucketedDecode:
                 self._steps[bucket, has_features] = capture(partial(step, bucket, has_features))
 
     def takes(self, new: NewRows) -> bool:
-        """Whether the rows are few enough, and lie in the pages that the steps know."""
+        """Whether the rows are few enough, of the base model, and lie in the pages that the steps know."""
+        if any(kv.adapter is not None for kv in new.kvs):
+            return False
         return len(new.kvs) <= self._buffers.buckets[-1] and new.kvs[0].pages is self._buffers.pages
 
     def __call__(self, token_ids: Sequence[int], new: NewRows) -> Tensor:

@@ -4,6 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from trimserve.model.adapters import RowAdapters
 from trimserve.model.decode_rows import NewRows
 from trimserve.model.key_values import BatchTables, FeatureTables, slots_at, together
 
@@ -35,6 +36,8 @@ class DecodeBatch:
         self._tables = torch.from_numpy(self._known_tables).to(device)
         self.features = FeatureTables.of(ordered[:num_seeing]) if num_seeing else None
         """Of the rows that see visual features."""
+        self.adapters = RowAdapters.of([kv.adapter for kv in ordered], device)
+        """Of the rows, in our order; None if all are the base model's."""
 
     def is_of(self, rows: NewRows) -> bool:
         """Whether the rows have the same sequences with the same tables, in the order given."""

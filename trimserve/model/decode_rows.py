@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from trimserve.model.adapters import RowAdapters
 from trimserve.model.decoder_layers import CrossLayer, SelfLayer
 from trimserve.model.key_values import BatchTables, FeatureTables, KeyValues
 from trimserve.model.rotary import Rotation
@@ -57,18 +58,22 @@ class DecodeRows:
     text: BatchTables
     features: FeatureTables | None
     """None if no row sees an image."""
+    adapters: RowAdapters | None
+    """None if all rows are the base model's."""
 
     def attend(self, layer: SelfLayer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """See `PromptRows.attend`."""
         self.text.write(layer.index, k, v)
         return self.text.attend(layer.index, q, layer.scale).flatten(1)
 
-    def seeing(self, hidden: Tensor, layer: CrossLayer) -> Tensor | None:
+    def seeing(self, hidden: Tensor, layer: CrossLayer) -> tuple[Tensor, RowAdapters | None] | None:
         """See `PromptRows.seeing`."""
         num_seeing = 0 if self.features is None else len(self.features.lengths[layer.index])
         if not num_seeing:
             return None
-        return hidden if num_seeing == len(hidden) else hidden[:num_seeing]
+        if num_seeing == len(hidden):
+            return hidden, self.adapters
+        return hidden[:num_seeing], None if self.adapters is None else self.adapters.first(num_seeing)
 
     def attend_features(self, layer: CrossLayer, q: Tensor) -> Tensor | None:
         """See `PromptRows.attend_features`."""
@@ -93,9 +98,13 @@ class BucketRows(DecodeRows):
     sees: Tensor
     """bool [cross-attention layers, R, 1]"""
 
-    def seeing(self, hidden: Tensor, layer: CrossLayer) -> Tensor | None:  # noqa: ARG002 - alike in all layers
+    def seeing(
+        self,
+        hidden: Tensor,
+        layer: CrossLayer,  # noqa: ARG002 - alike in all layers
+    ) -> tuple[Tensor, RowAdapters | None] | None:
         """See `PromptRows.seeing`."""
-        return None if self.features is None else hidden
+        return None if self.features is None else (hidden, self.adapters)
 
     def place(self, hidden: Tensor, seen: Tensor, layer: CrossLayer) -> Tensor:
         """See `PromptRows.place`."""

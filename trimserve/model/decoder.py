@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from trimserve.model.adapters import RowAdapters
 from trimserve.model.bucketed_decode import BucketedDecode, Capture
 from trimserve.model.checkpoint import text_config
 from trimserve.model.compiled_decode import CompiledDecode
@@ -37,11 +38,15 @@ class Pass(Protocol):
     def rotation(self) -> Rotation:
         """Of all rows."""
 
+    @property
+    def adapters(self) -> RowAdapters | None:
+        """Of all rows; None if all are the base model's."""
+
     def attend(self, layer: SelfLayer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Store keys and values, and attend to the text."""
 
-    def seeing(self, hidden: Tensor, layer: CrossLayer) -> Tensor | None:
-        """The rows that see an image; None if none does."""
+    def seeing(self, hidden: Tensor, layer: CrossLayer) -> tuple[Tensor, RowAdapters | None] | None:
+        """The rows that see an image, and their adapters; None if none does."""
 
     def attend_features(self, layer: CrossLayer, q: Tensor) -> Tensor | None:
         """Attend to visual features; None ends the pass."""
@@ -89,14 +94,16 @@ class RaggedDecoder:
         Returns:
             float32 logits [B, vocab_size], or [R, vocab_size].
         """
-        hidden = yield from self._run(self._embed(token_ids), PromptRows(prompts, self._rotation(prompts)))
+        rows = PromptRows(prompts, self._rotation(prompts))
+        hidden = yield from self._run(self._embedded(token_ids, rows.adapters), rows)
         for prompt in prompts:
             if prompt.kv is not None:
                 prompt.kv.length = prompt.num_rows
-        if not all_rows:
-            ends = torch.tensor([prompt.num_rows for prompt in prompts], device=hidden.device).cumsum(0)
-            hidden = hidden[ends - 1]
-        return self._logits(hidden)
+        if all_rows:
+            return self._logits(hidden, rows.adapters)
+        ends = torch.tensor([prompt.num_rows for prompt in prompts], device=hidden.device).cumsum(0)
+        of_prompts = RowAdapters.of([prompt.adapter for prompt in prompts], hidden.device)
+        return self._logits(hidden[ends - 1], of_prompts)
 
     def look(self, token_ids: Tensor, prompt: SequenceRows) -> Interruptible[CrossAttentionView]:
         """Run a prompt up to the first cross-attention layer; yields after each layer.
@@ -108,7 +115,7 @@ class RaggedDecoder:
             What that layer computes from the images.
         """
         rows = LookingRows(prompt, self._rotation([prompt]))
-        yield from self._run(self._embed(token_ids), rows)
+        yield from self._run(self._embedded(token_ids, rows.adapters), rows)
         assert rows.view is not None, "an Mllama has cross-attention layers"
         return rows.view
 
@@ -127,12 +134,12 @@ class RaggedDecoder:
         positions = batch.positions(new)
         text = batch.text(new.kvs[0].pages, positions)
         rotation = self._angles.at(positions)
-        hidden = self._embed(batch.ordered(token_ids))
-        if self._compiled is not None and len(positions) <= self._compiled.most_rows:
+        hidden = self._embedded(batch.ordered(token_ids), batch.adapters)
+        if self._compiled is not None and batch.adapters is None and len(positions) <= self._compiled.most_rows:
             self._compiled(hidden, rotation, text, batch.features)
         else:
-            hidden = run_through(self._run(hidden, DecodeRows(rotation, text, batch.features)))
-        return batch.as_given(self._logits(hidden))
+            hidden = run_through(self._run(hidden, DecodeRows(rotation, text, batch.features, batch.adapters)))
+        return batch.as_given(self._logits(hidden, batch.adapters))
 
     def bucketed(self, buffers: StepBuffers, capture: Capture) -> BucketedDecode:
         """`decode` in buffers that stay where they are, captured for every size of batch."""
@@ -140,19 +147,22 @@ class RaggedDecoder:
         return BucketedDecode(self._step, buffers, capture)
 
     def _step(self, inputs: StepInputs) -> Tensor:
-        rows = BucketRows(self._angles.of(inputs.positions), inputs.text, inputs.features, inputs.sees)
-        return self._logits(run_through(self._run(self._embed(inputs.token_ids), rows)))
+        rows = BucketRows(self._angles.of(inputs.positions), inputs.text, inputs.features, None, inputs.sees)
+        return self._logits(run_through(self._run(self._embed(inputs.token_ids), rows)), None)
 
     def _run(self, hidden: Tensor, rows: Pass) -> Interruptible[Tensor]:
         """The loop over layers, [R, D] -> [R, D]; yields after each."""
+        adapters = rows.adapters
         for layer in self._layers:
             if isinstance(layer, SelfLayer):
-                hidden = layer.finish(hidden, rows.attend(layer, *layer.project(hidden, rows.rotation)))
-            elif (seeing := rows.seeing(hidden, layer)) is not None:
-                attended = rows.attend_features(layer, layer.queries(seeing))
-                if attended is None:
+                attended = rows.attend(layer, *layer.project(hidden, rows.rotation, adapters))
+                hidden = layer.finish(hidden, attended, adapters)
+            elif (those := rows.seeing(hidden, layer)) is not None:
+                seeing, of_seeing = those
+                looked = rows.attend_features(layer, layer.queries(seeing, of_seeing))
+                if looked is None:
                     return hidden
-                seen, added = layer.finish(seeing, attended)
+                seen, added = layer.finish(seeing, looked, of_seeing)
                 rows.after_layer(layer, seeing, added)
                 hidden = rows.place(hidden, seen, layer)
             yield
@@ -161,5 +171,11 @@ class RaggedDecoder:
     def _rotation(self, prompts: Sequence[SequenceRows]) -> Rotation:
         return self._angles.at([row for prompt in prompts for row in range(prompt.num_rows)])
 
-    def _logits(self, hidden: Tensor) -> Tensor:
-        return self._lm_head(self._norm(hidden)).float()
+    def _embedded(self, token_ids: Tensor, adapters: RowAdapters | None) -> Tensor:
+        embedded: Tensor = self._embed(token_ids)
+        if adapters is not None:
+            adapters.change_embedded(embedded, token_ids, self._embed)
+        return embedded
+
+    def _logits(self, hidden: Tensor, adapters: RowAdapters | None) -> Tensor:
+        return self._lm_head(self._norm(hidden), adapters).float()

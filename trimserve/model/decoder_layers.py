@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from trimserve import ops
+from trimserve.model.adapters import RowAdapters
 from trimserve.model.projection import Projection, projection_of
 from trimserve.model.rotary import Rotation
 from trimserve.model.transformers_mllama import CrossLayerParts, NormParts, SelfLayerParts
@@ -66,8 +67,8 @@ class _Layer:
         )
         return attended[0].transpose(0, 1).flatten(1)
 
-    def _mlp(self, hidden: Tensor) -> Tensor:
-        return self._down(ops.silu_gate(self._gate_up(self._mlp_norm(hidden))))
+    def _mlp(self, hidden: Tensor, adapters: RowAdapters | None) -> Tensor:
+        return self._down(ops.silu_gate(self._gate_up(self._mlp_norm(hidden), adapters)), adapters)
 
     def _heads(self, rows: Tensor) -> Tensor:
         """[R, heads * Dh] -> [R, heads, Dh]."""
@@ -89,17 +90,19 @@ class SelfLayer(_Layer):
         """The weights of a decode step, in the order of `ops.decode_layers`."""
         return [self._input_norm, self._qkv, self._output, self._mlp_norm, self._gate_up, self._down]
 
-    def project(self, hidden: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
+    def project(
+        self, hidden: Tensor, rotation: Rotation, adapters: RowAdapters | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Rows [R, D] -> queries [R, H, Dh], keys and values [R, Hkv, Dh]; queries and keys are rotated."""
-        heads = self._heads(self._qkv(self._input_norm(hidden)))
+        heads = self._heads(self._qkv(self._input_norm(hidden), adapters))
         q, k, v = heads.split(self._split, dim=1)
         ops.rotate(heads[:, : -v.shape[1]], rotation.cosines, rotation.sines)
         return q, k, v
 
-    def finish(self, hidden: Tensor, attended: Tensor) -> Tensor:
+    def finish(self, hidden: Tensor, attended: Tensor, adapters: RowAdapters | None) -> Tensor:
         """What came in, [R, D], and what it attended to, [R, H * Dh] -> what goes out, [R, D]."""
-        hidden = hidden + self._output(attended)
-        return hidden + self._mlp(hidden)
+        hidden = hidden + self._output(attended, adapters)
+        return hidden + self._mlp(hidden, adapters)
 
 
 class CrossLayer(_Layer):
@@ -127,27 +130,28 @@ class CrossLayer(_Layer):
         """Factors of what attention and MLP add."""
         return [self._attention_gate, self._mlp_gate]
 
-    def queries(self, hidden: Tensor) -> Tensor:
+    def queries(self, hidden: Tensor, adapters: RowAdapters | None) -> Tensor:
         """Rows [S, D] -> [S, H, Dh]."""
-        return self._q_norm(self._heads(self._query(self._input_norm(hidden))))
+        return self._q_norm(self._heads(self._query(self._input_norm(hidden), adapters)))
 
-    def keys_values(self, features: Tensor) -> tuple[Tensor, Tensor]:
+    def keys_values(self, features: Tensor, adapters: RowAdapters | None) -> tuple[Tensor, Tensor]:
         """Features [N, D] -> keys and values [N, Hkv, Dh]."""
-        keys, values = (self._heads(part) for part in self._kv(features).chunk(2, dim=-1))
+        keys, values = (self._heads(part) for part in self._kv(features, adapters).chunk(2, dim=-1))
         return self._k_norm(keys), values
 
-    def finish(self, hidden: Tensor, attended: Tensor) -> tuple[Tensor, Tensor]:
+    def finish(self, hidden: Tensor, attended: Tensor, adapters: RowAdapters | None) -> tuple[Tensor, Tensor]:
         """End the layer.
 
         Args:
             hidden: [S, D], what came in.
             attended: [S, H * Dh].
+            adapters: of these rows.
         Returns:
             What goes out, [S, D], and what attention came to before its gate, [S, D] (see `gated`).
         """
-        added = self._output(attended)
+        added = self._output(attended, adapters)
         residual = hidden.add(added, alpha=self._attention_gate)
-        return residual.add(self._mlp(residual), alpha=self._mlp_gate), added
+        return residual.add(self._mlp(residual, adapters), alpha=self._mlp_gate), added
 
     def gated(self, added: Tensor) -> Tensor:
         """What attention adds to the rows, [S, D], after its gate."""

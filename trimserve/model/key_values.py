@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from trimserve import ops
+from trimserve.model.adapters import Adapter
 from trimserve.ops import PAGE_POSITIONS
 
 __all__ = [
@@ -86,15 +87,24 @@ class KeyValues:
     the first pages of each group. What lies behind them may be taken back."""
     cross_biases: list[NDArray[np.float32] | None]
     """For each cross-attention layer [rows], added to the logits of its rows; None if there is no bias."""
+    adapter: Adapter | None = None
+    """With which they are computed, all of them; None is the base model."""
     length: int = 0
     """Text positions that every self-attention layer holds."""
     edition: int = field(default_factory=lambda: next(_EDITIONS), init=False)
     """Number of these tables and of what lies in them, unique in the process. Decode steps remember tables by it."""
 
     @classmethod
-    def empty(cls, pages: Tensor, self_tables: Tables, cross_tables: Tables, num_cross_layers: int) -> "KeyValues":
+    def empty(
+        cls,
+        pages: Tensor,
+        self_tables: Tables,
+        cross_tables: Tables,
+        num_cross_layers: int,
+        adapter: Adapter | None = None,
+    ) -> "KeyValues":
         """Granted pages that hold nothing yet."""
-        return cls(pages, self_tables, cross_tables, [0] * num_cross_layers, [None] * num_cross_layers)
+        return cls(pages, self_tables, cross_tables, [0] * num_cross_layers, [None] * num_cross_layers, adapter)
 
     def replace_tables(self, self_tables: Tables, cross_tables: Tables) -> None:
         """Own other pages from now on; what they hold is the owner's business."""

@@ -9,6 +9,7 @@ from trimserve.api.info import GenerationDefaults, ModelInfo
 from trimserve.config import Device, EngineConfig, ModelConfig, Quantize
 from trimserve.errors import CheckpointError
 from trimserve.imaging.decode import Decode
+from trimserve.model.adapter_files import read_adapter
 from trimserve.model.checkpoint import (
     EMBEDDED_MODEL,
     Checkpoint,
@@ -35,18 +36,23 @@ __all__ = [
 
 
 def describe_model(config: ModelConfig, limits: EngineConfig) -> ModelInfo:
-    """Describe a checkpoint, and its guide, from their small files; weights are not read.
+    """Describe a checkpoint, and its guide, from their small files; weights are not read, but adapters are checked.
 
     Args:
         config: which one, and how it would be read.
         limits: bounds of a request's images and tokens.
     Raises:
         CheckpointError: not found, not an Mllama, something that cannot be honoured, such as a device that is not
-            there, or a codebook or a guide that does not fit.
+            there, or a codebook, a guide or an adapter that does not fit.
     """
-    info = describe_checkpoint(open_checkpoint(config.model, config.revision, with_weights=False), config, limits)
+    checkpoint = open_checkpoint(config.model, config.revision, with_weights=False)
+    info = describe_checkpoint(checkpoint, config, limits)
     if config.codebook is not None:
         load_codebook(config.codebook, info, config.intermediate_features)
+    if config.adapter:
+        model = empty_model(checkpoint.config, checkpoint.dtype(config.dtype))
+        for folder in config.adapters.values():
+            read_adapter(folder, model, checkpoint.dtype(config.dtype))
     return info
 
 
@@ -106,7 +112,7 @@ def _processor(
 
 
 def _guide_config(config: ModelConfig) -> ModelConfig:
-    others = {"revision": None, "codebook": None, "guide_model": None, "max_model_len": None}
+    others = {"revision": None, "codebook": None, "guide_model": None, "max_model_len": None, "adapter": ()}
     return config.model_copy(update={"model": config.guide_model, **others})
 
 

@@ -6,6 +6,7 @@ text, and reserves no pages.
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
@@ -14,6 +15,8 @@ from torch import Tensor
 from trimserve.api.chunks import ImageSelection
 from trimserve.api.info import ModelInfo
 from trimserve.api.prompt import ImageFile, Prompt
+from trimserve.model.adapter_files import read_adapter
+from trimserve.model.adapters import Adapter
 from trimserve.model.bucketed_decode import BucketedDecode, Capture, CudaGraphs
 from trimserve.model.decode_rows import NewRows
 from trimserve.model.decoder import RaggedDecoder, SequenceRows
@@ -51,6 +54,7 @@ class Mllama:
         self._prototypes = prototypes
         self._guide = guide
         self._processor = processor
+        self._model = model
         self._vision = VisionEncoder(model, intermediate_features)
         self._decoder = RaggedDecoder(model)
         self._device = model.device
@@ -92,19 +96,24 @@ class Mllama:
         """See `Processor.prepare`; pure and thread-safe."""
         return self._processor.prepare(prompt)
 
+    def load_adapter(self, folder: Path) -> Adapter:
+        """Read an adapter of this model; another thread may compute meanwhile. See `adapter_files.read_adapter`."""
+        return read_adapter(folder, self._model, getattr(torch, self._info.dtype))
+
     # ---- computation ----
 
     @torch.inference_mode()
     def encode_image(
-        self, image: PreparedImage, needs: frozenset[Observation] = frozenset()
+        self, image: PreparedImage, needs: frozenset[Observation] = frozenset(), adapter: Adapter | None = None
     ) -> Interruptible[EncodedImage]:
         """Visual features of one image; yields after each layer.
 
         Args:
             image: tiles.
             needs: what else is wanted, see `TrimPlan.needs`.
+            adapter: None is the base model; one without `image_key` gives the same features.
         """
-        encoded = yield from self._vision.encode(image, needs)
+        encoded = yield from self._vision.encode(image, needs, adapter)
         encoded.prototypes = self._prototypes
         if self._guide is not None:
             encoded.guide_bytes = encoded.num_features * self._guide.feature_bytes
@@ -125,7 +134,7 @@ class Mllama:
             prompt: token ids [T] and images.
             images: of the prompt, see `encode_image`; with what `trim` needs.
             trim: how to trim; has no effect without images.
-            kv: with room for T positions, and for the most rows that trimming can leave.
+            kv: with room for T positions, and for the most rows that trimming can leave; names the adapter.
             stored: what an earlier prefill of the same prompt kept; neither policy nor guide is asked then, and
                 everything that is computed is the same, bit for bit.
         Returns:

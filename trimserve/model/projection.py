@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from trimserve import ops
+from trimserve.model.adapters import RowAdapters
 from trimserve.model.int8 import multiply_int8
 from trimserve.model.weights import fused_scales, fused_weight
 
@@ -32,9 +33,22 @@ class Projection:
     """float32 [outputs] of int8 weights, see `int8.py`."""
     bias: Tensor | None = None
     """[outputs]"""
+    linears: tuple[nn.Linear, ...] = ()
+    """The layers, by which adapters know them."""
 
-    def __call__(self, rows: Tensor, /) -> Tensor:
-        """The outputs of all layers, one after another."""
+    def __call__(self, rows: Tensor, adapters: RowAdapters | None = None, /) -> Tensor:
+        """The outputs of all layers, one after another.
+
+        Args:
+            rows: [R, columns].
+            adapters: of the rows; None if all of them are the base model's.
+        """
+        product = self._product(rows)
+        if adapters is not None:
+            adapters.change(product, rows, self.linears)
+        return product
+
+    def _product(self, rows: Tensor) -> Tensor:
         if len(rows) <= self.most_rows(rows.dtype):
             product = ops.linear(rows, self.weight, self.scales)
         elif self.scales is None:
@@ -57,4 +71,4 @@ def projection_of(*layers: nn.Linear) -> Projection:
         layers: one, or several without biases whose weights are rows of one tensor, see `weights.fuse`.
     """
     weight = fused_weight(layers)
-    return Projection(weight, fused_scales(layers) if weight.dtype == torch.int8 else None, layers[0].bias)
+    return Projection(weight, fused_scales(layers) if weight.dtype == torch.int8 else None, layers[0].bias, layers)

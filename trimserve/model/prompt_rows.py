@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from trimserve import ops
+from trimserve.model.adapters import Adapter, RowAdapters
 from trimserve.model.decoder_layers import CrossLayer, SelfLayer
 from trimserve.model.key_values import KeyValues, row_slots, write_rows
 from trimserve.model.prefilled import TrimTimes
@@ -32,6 +33,11 @@ class SequenceRows:
     kv: KeyValues | None
     """Where to store keys and values; None stores none and goes no further than the first cross-attention layer."""
     vision: VisionRows | None = None
+
+    @property
+    def adapter(self) -> Adapter | None:
+        """That of the keys and values; None, the base model, without them."""
+        return None if self.kv is None else self.kv.adapter
 
 
 @dataclass(slots=True)
@@ -58,6 +64,8 @@ class PromptRows:
         self.rotation = rotation
         self._prompts = prompts
         self._num_rows = [prompt.num_rows for prompt in prompts]
+        self.adapters = self._adapters_of(self._num_rows)
+        """See `Pass.adapters`."""
         self._attended: list[_Attended | int] = []
         """For each prompt that sees an image, in the current layer; its number of rows if nothing is to be decided."""
         for kv in (prompt.kv for prompt in prompts if prompt.kv is not None):
@@ -77,13 +85,17 @@ class PromptRows:
             attended.append(layer.attend(queries, keys, values, is_causal=prompt.num_rows > 1))
         return torch.cat(attended)
 
-    def seeing(self, hidden: Tensor, layer: CrossLayer) -> Tensor | None:  # noqa: ARG002 - alike in all layers
-        """The rows of `hidden` [R, D] that see an image, [S, D]; None if none does."""
+    def seeing(
+        self,
+        hidden: Tensor,
+        layer: CrossLayer,  # noqa: ARG002 - alike in all layers
+    ) -> tuple[Tensor, RowAdapters | None] | None:
+        """The rows of `hidden` [R, D] that see an image, [S, D], and their adapters; None if none does."""
         if self._sees_less:
             self._see()
         if not any(self._num_seeing):
             return None
-        return hidden if self._index is None else hidden[self._index]
+        return (hidden, self.adapters) if self._index is None else (hidden[self._index], self._of_seeing)
 
     def attend_features(self, layer: CrossLayer, q: Tensor) -> Tensor | None:
         """Attend with queries [S, H, Dh] to what each row sees -> [S, H * Dh]; None ends the pass here."""
@@ -91,7 +103,7 @@ class PromptRows:
         for prompt, queries in zip(self._prompts, q.split(self._num_seeing), strict=True):
             if prompt.vision is not None and prompt.kv is not None and len(queries):
                 vision = prompt.vision
-                keys, values = layer.keys_values(vision.features)
+                keys, values = layer.keys_values(vision.features, RowAdapters.alike(prompt.adapter))
                 pieces += _attend_runs(layer, queries, keys, values, vision)
                 attended = _Attended(vision, prompt.kv, queries, keys, values)
                 if _is_decided_after(layer.index, vision):
@@ -135,10 +147,18 @@ class PromptRows:
             seeing += rows
             self._num_seeing.append(len(rows))
             start += prompt.num_rows
+        self._of_seeing = self._adapters_of(self._num_seeing)
         self._index: Tensor | None = None
         """int64 [S]; None if every row sees an image."""
         if len(seeing) < start:
             self._index = torch.tensor(seeing, dtype=torch.int64, device=self.rotation.cosines.device)
+
+    def _adapters_of(self, num_rows: Sequence[int]) -> RowAdapters | None:
+        """Of so many rows of each prompt."""
+        if all(prompt.adapter is None for prompt in self._prompts):
+            return None
+        adapters = [prompt.adapter for prompt, num in zip(self._prompts, num_rows, strict=True) for _ in range(num)]
+        return RowAdapters.of(adapters, self.rotation.cosines.device)
 
 
 class LookingRows(PromptRows):
@@ -160,7 +180,7 @@ class LookingRows(PromptRows):
     def attend_features(self, layer: CrossLayer, q: Tensor) -> Tensor | None:
         """See `PromptRows.attend_features`; looks and ends the pass."""
         features = self._vision.features
-        keys, _ = layer.keys_values(features)
+        keys, _ = layer.keys_values(features, None)
         self.view = _made_view(self._vision, layer, q, keys, features)
         return None
 

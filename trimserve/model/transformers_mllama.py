@@ -39,6 +39,7 @@ __all__ = [
     "fused_linears",
     "meta_model",
     "vision_layer_parts",
+    "vision_module_names",
     "vision_parts",
 ]
 
@@ -105,7 +106,7 @@ class Rotary:
 class DecoderParts:
     """The text decoder."""
 
-    embed_tokens: Callable[[Tensor], Tensor]
+    embed_tokens: nn.Embedding
     """int64 [R] -> [R, D]"""
     rotary: Rotary
     layers: Sequence[SelfLayerParts | CrossLayerParts]
@@ -209,6 +210,11 @@ def vision_parts(model: MllamaForConditionalGeneration) -> VisionParts:
         global_layers=[vision_layer_parts(layer) for layer in vision.global_transformer.layers],
         projector=model.model.multi_modal_projector,
     )
+
+
+def vision_module_names() -> tuple[str, ...]:
+    """How the names of modules begin that an image's visual features are made of."""
+    return "model.vision_model.", "model.multi_modal_projector"
 
 
 def vision_layer_parts(layer: nn.Module) -> VisionLayerParts:

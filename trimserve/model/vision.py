@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers.models.mllama.configuration_mllama import MllamaVisionConfig
 
+from trimserve.model.adapters import Adapter, RowAdapters
 from trimserve.model.checkpoint import vision_config
 from trimserve.model.interruptible import Interruptible
 from trimserve.model.prepared import PreparedImage
@@ -56,6 +57,8 @@ class ImageRows:
     num_real: int
     """Rows that are not padding; they come first."""
     observer: VisionObserver
+    adapters: RowAdapters | None = None
+    """Alike for all rows; None is the base model."""
 
 
 class VisionEncoder:
@@ -75,19 +78,22 @@ class VisionEncoder:
         # The output of layer i is the input of layer i + 1, so both choices are a list of layer inputs.
         self._collected = [i + (intermediate_features == "outputs") for i in indices]
 
-    def encode(self, prepared: PreparedImage, needs: frozenset[Observation]) -> Interruptible[EncodedImage]:
+    def encode(
+        self, prepared: PreparedImage, needs: frozenset[Observation], adapter: Adapter | None
+    ) -> Interruptible[EncodedImage]:
         """Visual features of one image, padding tiles left out; yields after each layer.
 
         Args:
             prepared: its tiles.
             needs: what is noted on the way.
+            adapter: None is the base model.
         Returns:
             `cross_attention_states` of the real tiles in the model's dtype, and what was noted.
         """
         vision = self._vision
         aspect_ratio_ids = torch.tensor([[prepared.aspect_ratio_id]], device=self._device)
         tiles = self._embed(prepared.pixel_values, aspect_ratio_ids)
-        image = self._rows_of(prepared, needs)
+        image = self._rows_of(prepared, needs, RowAdapters.alike(adapter))
         order = _real_rows_first(tiles, prepared.num_tiles, vision.num_patches)
 
         hidden, intermediate = yield from _run(self._local_layers, tiles.flatten(0, 2)[order], image, self._collected)
@@ -96,18 +102,21 @@ class VisionEncoder:
         hidden, _ = yield from _run(self._global_layers, tiles.flatten(0, 2)[order], image, [])
 
         between = torch.stack([rows[: image.num_real] for rows in intermediate], dim=-1).flatten(1)
-        features = vision.projector(torch.cat([hidden[: image.num_real], between], dim=-1))
+        collected = torch.cat([hidden[: image.num_real], between], dim=-1)
+        features = vision.projector(collected)
+        if image.adapters is not None:
+            image.adapters.change(features, collected, [vision.projector])
         return EncodedImage(features, vision.num_patches, len(self._local_layers), image.observer.observed())
 
     @property
     def _device(self) -> torch.device:
         return self._vision.projector.weight.device
 
-    def _rows_of(self, image: PreparedImage, needs: frozenset[Observation]) -> ImageRows:
+    def _rows_of(self, image: PreparedImage, needs: frozenset[Observation], adapters: RowAdapters | None) -> ImageRows:
         num_patches = self._vision.num_patches
         observer = VisionObserver(needs, image.num_tiles, num_patches, len(self._local_layers))
         observer.sees(image.pixel_values[: image.num_tiles].to(self._device))
-        return ImageRows(image.num_tiles * num_patches, observer)
+        return ImageRows(image.num_tiles * num_patches, observer, adapters)
 
     def _embed(self, pixel_values: Tensor, aspect_ratio_ids: Tensor) -> Tensor:
         """Patches, class token and position embeddings, rows padded to the alignment.
@@ -150,10 +159,11 @@ class VisionLayer:
             hidden: [R, width].
             image: whose rows these are.
         """
-        attended = self.attend(self._qkv(self._attention_norm(hidden)), image)
-        hidden = hidden.add(self._output(attended), alpha=self._attention_gate)
-        between = self._activation(self._first(self._mlp_norm(hidden)))
-        return hidden.add(self._second(between), alpha=self._mlp_gate)
+        adapters = image.adapters
+        attended = self.attend(self._qkv(self._attention_norm(hidden), adapters), image)
+        hidden = hidden.add(self._output(attended, adapters), alpha=self._attention_gate)
+        between = self._activation(self._first(self._mlp_norm(hidden), adapters))
+        return hidden.add(self._second(between, adapters), alpha=self._mlp_gate)
 
     def attend(self, qkv: Tensor, image: ImageRows) -> Tensor:
         """What an image's rows attend to.

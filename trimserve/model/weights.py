@@ -29,6 +29,7 @@ from trimserve.model.transformers_mllama import (
 
 __all__ = [
     "allocated_model",
+    "current_name",
     "empty_model",
     "fuse",
     "fused_scales",
@@ -180,13 +181,14 @@ def _read_file(file: Path, missing: dict[str, nn.Parameter], scales: Mapping[str
     with safe_open(file, framework="pt") as tensors:
         names = list(tensors.keys())
     for name in names:
-        parameter = missing.pop(_current_name(name), None)
+        parameter = missing.pop(current_name(name), None)
         if parameter is None:
             raise CheckpointError(f"{file.name}: tensor {name} is not part of an Mllama with this config.json")
-        _read(file, name, parameter.data, scales.get(_current_name(name)))
+        _read(file, name, parameter.data, scales.get(current_name(name)))
 
 
-def _current_name(name: str) -> str:
+def current_name(name: str) -> str:
+    """What transformers calls a tensor today, of its name today or before 4.52."""
     for old, new in _RENAMED_PREFIXES.items():
         if name.startswith(old + "."):
             return new + name.removeprefix(old)

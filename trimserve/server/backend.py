@@ -1,8 +1,10 @@
 """What the server needs of an engine: the protocol that `engine/runner.py` satisfies, and a fake in tests."""
 
 from collections.abc import AsyncGenerator
+from pathlib import Path
 from typing import Protocol
 
+from trimserve.api.adapter import AdapterInfo, LoadedAdapter
 from trimserve.api.chunks import GenerationChunk
 from trimserve.api.info import ModelInfo
 from trimserve.api.request import GenerationRequest
@@ -42,6 +44,32 @@ class Backend(Protocol):
             deadline: `time.monotonic()` value, or None.
         Raises:
             TrimserveError: from iteration, any but CheckpointError.
+        """
+
+    def adapters(self) -> tuple[LoadedAdapter, ...]:
+        """The adapters that requests may name."""
+
+    async def load_adapter(self, name: str, folder: Path) -> AdapterInfo:
+        """Load an adapter beside the requests that run; goes on if nobody waits for it any more.
+
+        Args:
+            name: what requests will call it.
+            folder: where it lies.
+        Raises:
+            AdapterError: it cannot be used with the model.
+            AdapterExists: there is one of that name.
+            OutOfMemory: there is no memory for it.
+            EngineStopped: not ready, draining or dead.
+        """
+
+    async def unload_adapter(self, name: str) -> None:
+        """Refuse new requests for an adapter, wait for those that have it, and forget it.
+
+        Args:
+            name: what requests call it.
+        Raises:
+            UnknownAdapter: it is not loaded.
+            EngineStopped: not ready, draining or dead.
         """
 
     def status(self) -> EngineStatus:

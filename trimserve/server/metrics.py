@@ -41,6 +41,8 @@ RPC_CODES = (
     "OK",
     "CANCELLED",
     "INVALID_ARGUMENT",
+    "NOT_FOUND",
+    "ALREADY_EXISTS",
     "DEADLINE_EXCEEDED",
     "RESOURCE_EXHAUSTED",
     "FAILED_PRECONDITION",
@@ -350,9 +352,9 @@ class Metrics(Declarations):
         )
         self.device_memory_bytes = self._gauge(
             "trimserve_device_memory_bytes",
-            "Memory of the model's device: its weights, the page pool, and what is free; of a GPU also what torch has "
-            "reserved, and how much of that is allocated.",
-            {"kind": ("weights", "kv", "free", "allocated", "reserved")},
+            "Memory of the model's device: its weights, those of LoRA adapters, the page pool, and what is free; of a "
+            "GPU also what torch has reserved, and how much of that is allocated.",
+            {"kind": ("weights", "adapters", "kv", "free", "allocated", "reserved")},
         )
         model_labels = ("model_id", "revision", "dtype", "quantization", "device")
         self.model_info = self._gauge(

@@ -5,7 +5,15 @@ import time
 
 from trimserve.api.chunks import Finished, GenerationChunk, StageSpan, Started, TokenDelta
 from trimserve.api.request import GenerationRequest
-from trimserve.errors import DeadlinePassed, EngineBusy, EngineStopped, InvalidRequest, OutOfMemory, RequestFailed
+from trimserve.errors import (
+    DeadlinePassed,
+    EngineBusy,
+    EngineStopped,
+    InvalidRequest,
+    OutOfMemory,
+    RequestFailed,
+    UnknownAdapter,
+)
 from trimserve.server.metrics import NO_POLICY, STAGES, Metrics
 from trimserve.server.tracing import current_trace
 
@@ -58,7 +66,7 @@ class RequestObserver:
         """
         self._trace_decode()
         match error:
-            case InvalidRequest():
+            case InvalidRequest() | UnknownAdapter():
                 finish_reason = "rejected"
             case OutOfMemory():
                 self._metrics.engine_errors.labels("oom").inc()

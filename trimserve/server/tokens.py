@@ -2,7 +2,7 @@
 
     [clients.shop]                                   # a name for logs, limits and errors
     token_sha256 = ["9f86d0..."]                     # of its tokens; two while one replaces the other
-    services = ["trimserve.v1.GenerationService"]    # default: all
+    services = ["trimserve.v1.GenerationService"]    # default: all that do not change the server
 
 The file holds digests only, so reading it grants no access. Tokens must be long and random: a guessable token can be
 found from its digest.
@@ -76,17 +76,21 @@ class Caller:
 class Tokens:
     """The clients of a file."""
 
-    def __init__(self, path: Path, services: Collection[str], metrics: Metrics) -> None:
+    def __init__(
+        self, path: Path, services: Collection[str], metrics: Metrics, unnamed: Collection[str] | None = None
+    ) -> None:
         """Read the file.
 
         Args:
             path: TOML, as described above.
             services: full names of all services.
             metrics: tells of failures to read it again.
+            unnamed: those of a client that names none; None is all.
         Raises:
             CredentialsError: it cannot be read, or is not a valid list of clients.
         """
-        self._callers = Reloaded("tokens", [path], lambda: _read(path, services), metrics)
+        of_unnamed = services if unnamed is None else unnamed
+        self._callers = Reloaded("tokens", [path], lambda: _read(path, services, of_unnamed), metrics)
 
     def caller(self, metadata: Mapping[str, str | bytes]) -> Caller:
         """The client whose token a call carries, as `authorization: Bearer TOKEN` or `x-api-key: TOKEN`.
@@ -117,7 +121,7 @@ def _token(metadata: Mapping[str, str | bytes]) -> str:
     raise Unauthenticated("a token must be sent as metadata, authorization: Bearer TOKEN or x-api-key: TOKEN, got none")
 
 
-def _read(path: Path, services: Collection[str]) -> tuple[tuple[bytes, Caller], ...]:
+def _read(path: Path, services: Collection[str], unnamed: Collection[str]) -> tuple[tuple[bytes, Caller], ...]:
     try:
         document = tomllib.loads(path.read_text(encoding="utf-8"))
         entries = _Clients.model_validate(document, context=services).clients
@@ -128,7 +132,7 @@ def _read(path: Path, services: Collection[str]) -> tuple[tuple[bytes, Caller], 
     except (OSError, ValueError) as error:
         raise CredentialsError(f"{path} (--auth-file) must be TOML with clients: {error}") from error
     return tuple(
-        (bytes.fromhex(digest), Caller(name, frozenset(services) if entry.services is None else entry.services))
+        (bytes.fromhex(digest), Caller(name, frozenset(unnamed) if entry.services is None else entry.services))
         for name, entry in entries.items()
         for digest in entry.token_sha256
     )

@@ -11,6 +11,8 @@ from tests.server.conftest import Loopback, rich_status
 from tests.server.fakes import CHUNKS, DELTAS, STARTED, Script, chat_request
 from trimserve import errors
 from trimserve.errors import (
+    AdapterError,
+    AdapterExists,
     CannotListen,
     CheckpointError,
     CredentialsError,
@@ -25,6 +27,7 @@ from trimserve.errors import (
     TooManyCalls,
     TrimserveError,
     Unauthenticated,
+    UnknownAdapter,
     UnknownMethod,
 )
 from trimserve.server.grpc.responses import fold
@@ -41,6 +44,9 @@ ROWS = [
     (DeadlinePassed("late"), grpc.StatusCode.DEADLINE_EXCEEDED, "DEADLINE_PASSED"),
     (RequestFailed("NaN in the logits"), grpc.StatusCode.INTERNAL, "REQUEST_FAILED"),
     (CheckpointError("not an Mllama"), grpc.StatusCode.FAILED_PRECONDITION, "CHECKPOINT_REFUSED"),
+    (AdapterError("a rank that does not fit"), grpc.StatusCode.FAILED_PRECONDITION, "ADAPTER_REFUSED"),
+    (UnknownAdapter("not loaded"), grpc.StatusCode.NOT_FOUND, "ADAPTER_NOT_FOUND"),
+    (AdapterExists("loaded"), grpc.StatusCode.ALREADY_EXISTS, "ADAPTER_EXISTS"),
     (Unauthenticated("no token"), grpc.StatusCode.UNAUTHENTICATED, "UNAUTHENTICATED"),
     (PermissionDenied("not yours"), grpc.StatusCode.PERMISSION_DENIED, "PERMISSION_DENIED"),
     (TooManyCalls("server", "a_knob", 3), grpc.StatusCode.RESOURCE_EXHAUSTED, "TOO_MANY_CALLS"),

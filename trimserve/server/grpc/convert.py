@@ -11,6 +11,7 @@ from typing import Any
 
 from google.protobuf.message import Message as ProtoMessage
 
+from trimserve.api.adapter import ADAPTER_NAME, ADAPTER_NAME_RULE
 from trimserve.api.bounds import (
     BOUNDS,
     MAX_LOGIT_BIASES,
@@ -30,7 +31,7 @@ from trimserve.config import EngineConfig
 from trimserve.errors import InvalidRequest
 from trimserve.v1 import generation_pb2 as pb
 
-__all__ = ["adopt_request_id", "to_generation_request"]
+__all__ = ["adapter_name", "adopt_request_id", "to_generation_request"]
 
 ROLES = {pb.ROLE_SYSTEM: "system", pb.ROLE_USER: "user", pb.ROLE_ASSISTANT: "assistant"}
 
@@ -77,7 +78,20 @@ def to_generation_request(request: pb.GenerateRequest, info: ModelInfo, config: 
         sampling=_sampling(request.sampling, info),
         trim=_trim(request.trim, info),
         priority=_number(request, "priority", path=""),
+        adapter=adapter_name("adapter", request.adapter) if request.adapter else None,
     )
+
+
+def adapter_name(field: str, name: str) -> str:
+    """The name of an adapter that a request gives in a field.
+
+    Raises:
+        InvalidRequest: no adapter can have it.
+    """
+    if not ADAPTER_NAME.fullmatch(name):
+        got = f"{len(name)} characters starting {name[:16]!r}"
+        raise InvalidRequest(field, f"must be {ADAPTER_NAME_RULE}, got {got}")
+    return name
 
 
 def _number(message: ProtoMessage, name: str, path: str) -> Any:

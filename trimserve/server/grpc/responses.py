@@ -6,13 +6,14 @@ from typing import Any, TypeVar
 from google.protobuf.message import Message
 
 from trimserve import __version__
+from trimserve.api.adapter import LoadedAdapter
 from trimserve.api.chunks import Finished, FinishReason, GenerationChunk, ImageUsage, Started, TokenDelta, TokenLogprob
 from trimserve.api.info import ModelInfo, PolicyInfo
 from trimserve.api.status import EngineStatus
 from trimserve.config import EngineConfig
-from trimserve.v1 import generation_pb2, model_pb2
+from trimserve.v1 import adapter_pb2, generation_pb2, model_pb2
 
-__all__ = ["EventWriter", "fold", "model_response", "status_response"]
+__all__ = ["EventWriter", "adapter", "fold", "model_response", "status_response"]
 
 FINISH_REASONS = {
     FinishReason.STOP: generation_pb2.FINISH_REASON_STOP,
@@ -120,6 +121,12 @@ def model_response(info: ModelInfo, config: EngineConfig) -> model_pb2.GetModelR
 def status_response(status: EngineStatus) -> model_pb2.GetServerStatusResponse:
     """The answer of `GetServerStatus`."""
     return _mirror(model_pb2.GetServerStatusResponse, status, version=__version__)
+
+
+def adapter(loaded: LoadedAdapter) -> adapter_pb2.Adapter:
+    """One adapter of `ListAdapters`."""
+    now = {"num_requests": loaded.num_requests, "is_unloading": loaded.is_unloading}
+    return _mirror(adapter_pb2.Adapter, loaded.info, **now)
 
 
 def _policy(policy: PolicyInfo) -> model_pb2.Policy:

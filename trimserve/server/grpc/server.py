@@ -10,11 +10,11 @@ from trimserve.server.core import Core
 from trimserve.server.grpc.credentials import server_credentials
 from trimserve.server.grpc.health import Health
 from trimserve.server.grpc.interceptors import RpcInterceptor
-from trimserve.server.grpc.services import SERVICES, GenerationService, ModelService
+from trimserve.server.grpc.services import SERVICES, AdapterService, GenerationService, ModelService
 from trimserve.server.grpc.tracing_interceptor import TracingInterceptor
 from trimserve.server.grpc.transport import OTHER_RPCS, server_options
 from trimserve.server.listening import address_of, listening, socket_family
-from trimserve.v1 import generation_pb2_grpc, model_pb2_grpc
+from trimserve.v1 import adapter_pb2_grpc, generation_pb2_grpc, model_pb2_grpc
 
 __all__ = ["GrpcTransport"]
 
@@ -83,6 +83,7 @@ class GrpcTransport:
         )
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(GenerationService(core), server)
         model_pb2_grpc.add_ModelServiceServicer_to_server(ModelService(core), server)
+        adapter_pb2_grpc.add_AdapterServiceServicer_to_server(AdapterService(core), server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         if config.reflection:
             names = (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)

@@ -1,25 +1,33 @@
-"""The two gRPC services. Errors are raised; `interceptors.py` turns them into statuses."""
+"""The gRPC services. Errors are raised; `interceptors.py` turns them into statuses."""
 
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from pathlib import Path
 from typing import Any
 
 from grpc.aio import ServicerContext
 
+from trimserve.api.adapter import LoadedAdapter
+from trimserve.errors import InvalidRequest
 from trimserve.server.core import Core
 from trimserve.server.deadline import Deadline
 from trimserve.server.grpc import convert, responses
 from trimserve.server.observer import RequestObserver
-from trimserve.v1 import generation_pb2, generation_pb2_grpc, model_pb2, model_pb2_grpc
+from trimserve.v1 import adapter_pb2, adapter_pb2_grpc, generation_pb2, generation_pb2_grpc, model_pb2, model_pb2_grpc
 
-__all__ = ["RPCS", "SERVICES", "GenerationService", "ModelService"]
+__all__ = ["GRANTED_BY_NAME", "RPCS", "SERVICES", "AdapterService", "GenerationService", "ModelService"]
 
 _DESCRIPTORS = tuple(
-    service for file in (generation_pb2.DESCRIPTOR, model_pb2.DESCRIPTOR) for service in file.services_by_name.values()
+    service
+    for file in (generation_pb2.DESCRIPTOR, model_pb2.DESCRIPTOR, adapter_pb2.DESCRIPTOR)
+    for service in file.services_by_name.values()
 )
 
 SERVICES = tuple(service.full_name for service in _DESCRIPTORS)
 """Full names of the services that the protos define."""
+
+GRANTED_BY_NAME = (adapter_pb2.DESCRIPTOR.services_by_name["AdapterService"].full_name,)
+"""Those that change the server: no client may use them unless the token file says so."""
 
 RPCS = tuple(
     ("server_stream" if method.server_streaming else "unary", service.full_name, method.name)
@@ -103,3 +111,40 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
     ) -> model_pb2.GetServerStatusResponse:
         """Load and memory now."""
         return responses.status_response(self._backend.status())
+
+
+class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
+    """The adapters that requests may name."""
+
+    def __init__(self, core: Core) -> None:
+        """Change an engine.
+
+        Args:
+            core: until its engine is started, calls are refused with EngineStopped.
+        """
+        self._backend = core.backend
+
+    async def LoadAdapter(  # noqa: N802 the RPC's name
+        self, request: adapter_pb2.LoadAdapterRequest, _context: Context
+    ) -> adapter_pb2.LoadAdapterResponse:
+        """Load one."""
+        name = convert.adapter_name("name", request.name)
+        if not request.folder or "\0" in request.folder:
+            raise InvalidRequest("folder", f"must be a path, got {request.folder!r}")
+        info = await self._backend.load_adapter(name, Path(request.folder))
+        loaded = LoadedAdapter(info, num_requests=0, is_unloading=False)
+        return adapter_pb2.LoadAdapterResponse(adapter=responses.adapter(loaded))
+
+    async def UnloadAdapter(  # noqa: N802 the RPC's name
+        self, request: adapter_pb2.UnloadAdapterRequest, _context: Context
+    ) -> adapter_pb2.UnloadAdapterResponse:
+        """Unload one, when no request has it any more."""
+        await self._backend.unload_adapter(convert.adapter_name("name", request.name))
+        return adapter_pb2.UnloadAdapterResponse()
+
+    async def ListAdapters(  # noqa: N802 the RPC's name
+        self, _request: adapter_pb2.ListAdaptersRequest, _context: Context
+    ) -> adapter_pb2.ListAdaptersResponse:
+        """All that are loaded."""
+        adapters = [responses.adapter(each) for each in self._backend.adapters()]
+        return adapter_pb2.ListAdaptersResponse(adapters=adapters)

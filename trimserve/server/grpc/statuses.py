@@ -9,6 +9,8 @@ from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
 from trimserve.errors import (
+    AdapterError,
+    AdapterExists,
     CannotListen,
     CheckpointError,
     CredentialsError,
@@ -23,6 +25,7 @@ from trimserve.errors import (
     TooManyCalls,
     TrimserveError,
     Unauthenticated,
+    UnknownAdapter,
     UnknownMethod,
 )
 
@@ -41,7 +44,10 @@ STATUS: Mapping[type[TrimserveError], grpc.StatusCode] = {
     DeadlinePassed: grpc.StatusCode.DEADLINE_EXCEEDED,
     RequestFailed: grpc.StatusCode.INTERNAL,  # this request only
     CheckpointError: grpc.StatusCode.FAILED_PRECONDITION,  # at load time, before there are RPCs
-    CredentialsError: grpc.StatusCode.FAILED_PRECONDITION,  # the same
+    AdapterError: grpc.StatusCode.FAILED_PRECONDITION,  # the folder must be another, or mended
+    UnknownAdapter: grpc.StatusCode.NOT_FOUND,
+    AdapterExists: grpc.StatusCode.ALREADY_EXISTS,
+    CredentialsError: grpc.StatusCode.FAILED_PRECONDITION,  # at start
     CannotListen: grpc.StatusCode.FAILED_PRECONDITION,  # the same
 }
 """Any other exception is INTERNAL and tells only the request id; its stack is logged."""
