@@ -15,6 +15,7 @@ from prometheus_client import Counter, ProcessCollector
 from trimserve import __version__
 from trimserve.api.info import ModelInfo
 from trimserve.api.status import EngineStatus
+from trimserve.server import buckets
 from trimserve.server.declarations import Declarations
 
 __all__ = ["NO_POLICY", "RPC_CODES", "STAGES", "Metrics"]
@@ -52,25 +53,6 @@ RPC_CODES = (
     "PERMISSION_DENIED",
 )
 """Codes that RPCs can end with."""
-
-# Seconds. Handling covers whole answers, so it ends later than the ecosystem's usual 10 s.
-HANDLING = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 60, 120, 300)
-DURATION = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 60, 120, 300)
-FIRST_TOKEN = (0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.15, 0.25, 0.5, 0.75, 1, 2.5, 5, 10, 20, 40)
-PER_TOKEN = (0.005, 0.01, 0.015, 0.02, 0.025, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2.5)
-QUEUE = (0.001, 0.005, 0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
-STAGE = (0.0001, 0.00025, 0.0006, 0.0015, 0.004, 0.01, 0.025, 0.06, 0.15, 0.4, 1, 2.5, 6, 10, 30, 60, 120)
-TOKENS = tuple(digit * 10**power for power in range(6) for digit in (1, 2, 5))
-IMAGES = (0, 1, 2, 3, 4, 8, 16)
-BATCH = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-FRACTION = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1)
-# Bytes: the embedded model's requests take some hundred KiB, one 4-tile image of the 11B model 200 MiB.
-LAG = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
-KIB, MIB = 2**10, 2**20
-CROSS_KV = (
-    *(size * KIB for size in (0, 16, 64, 256)),
-    *(size * MIB for size in (1, 4, 8, 16, 32, 64, 96, 128, 160, 192, 224, 256, 384, 512, 768, 1024, 2048)),
-)
 
 
 class Metrics(Declarations):
@@ -166,7 +148,7 @@ class Metrics(Declarations):
             "grpc_server_msg_sent_total", "Messages that were sent to clients.", tuple(rpc), self._rpcs
         )
         self.rpc_handling_seconds = self._histogram(
-            "grpc_server_handling_seconds", "From an RPC's begin until its end.", HANDLING, rpc
+            "grpc_server_handling_seconds", "From an RPC's begin until its end.", buckets.HANDLING, rpc
         )
         for labels in self._rpcs:
             for counter in (self.rpcs_started, self.rpc_messages_received):
@@ -215,41 +197,41 @@ class Metrics(Declarations):
         self.request_duration_seconds = self._histogram(
             "trimserve_request_duration_seconds",
             "From a request's arrival until its last message, of requests that finished.",
-            DURATION,
+            buckets.DURATION,
             {"method": METHODS, **trimming},
         )
         self.time_to_first_token_seconds = self._histogram(
             "trimserve_time_to_first_token_seconds",
             "From a request's arrival until its first token.",
-            FIRST_TOKEN,
+            buckets.FIRST_TOKEN,
             trimming,
         )
         self.inter_token_latency_seconds = self._tallies(
             "trimserve_inter_token_latency_seconds",
             "Between one token and the next of a request.",
-            PER_TOKEN,
+            buckets.PER_TOKEN,
             trimming,
         )
         self.time_per_output_token_seconds = self._histogram(
             "trimserve_request_time_per_output_token_seconds",
             "Mean over a finished request of the time between tokens, of requests of 2 tokens and more.",
-            PER_TOKEN,
+            buckets.PER_TOKEN,
             trimming,
         )
         self.queue_time_seconds = self._histogram(
-            "trimserve_queue_time_seconds", "From arrival at the engine until work began.", QUEUE
+            "trimserve_queue_time_seconds", "From arrival at the engine until work began.", buckets.QUEUE
         )
         self.stage_duration_seconds = self._tallies(
             "trimserve_stage_duration_seconds",
             "Time that one finished request spent in each stage, all its steps together; decode_step is one step of "
             "the whole batch. image_decode is a part of preprocess, trim_select and trim_gather are of prefill, "
             "detokenize is of decode.",
-            STAGE,
+            buckets.STAGE,
             {"stage": (*STAGES, "decode_step")},
         )
         self._decode_steps = self.stage_duration_seconds.labels("decode_step")
         self.batch_size = self._tallies(
-            "trimserve_batch_size", "Requests that one step worked on.", BATCH, {"phase": ("prefill", "decode")}
+            "trimserve_batch_size", "Requests that one step worked on.", buckets.BATCH, {"phase": ("prefill", "decode")}
         )
         self._decode_batches = self.batch_size.labels("decode")
 
@@ -259,12 +241,12 @@ class Metrics(Declarations):
             "trimserve_generation_tokens_total", "Tokens that were sent to clients.", (), [()]
         ).labels()
         self.request_prompt_tokens = self._histogram(
-            "trimserve_request_prompt_tokens", "Prompt tokens of one request.", TOKENS
+            "trimserve_request_prompt_tokens", "Prompt tokens of one request.", buckets.TOKENS
         )
         self.request_generation_tokens = self._histogram(
-            "trimserve_request_generation_tokens", "Generated tokens of one finished request.", TOKENS
+            "trimserve_request_generation_tokens", "Generated tokens of one finished request.", buckets.TOKENS
         )
-        self.request_images = self._histogram("trimserve_request_images", "Images of one request.", IMAGES)
+        self.request_images = self._histogram("trimserve_request_images", "Images of one request.", buckets.IMAGES)
         self.visual_features = self._counter(
             "trimserve_visual_features_total",
             "Visual features of prefilled requests. valid = kept + dropped; padding is not part of valid, and merged "
@@ -275,20 +257,20 @@ class Metrics(Declarations):
             "trimserve_kept_fraction",
             "Rows held, kept features and merged ones, over valid features of one request with images and trimming "
             "on: measured, not k_ratio.",
-            FRACTION,
+            buckets.FRACTION,
             {"policy": self._policies},
         )
         self.trim_select_seconds = self._histogram(
             "trimserve_trim_select_seconds",
             "The stage trim_select of one finished request with images and trimming on: next to nothing where an image "
             "remembered what a policy chose of it.",
-            STAGE,
+            buckets.STAGE,
             {"policy": self._policies},
         )
         self.request_cross_kv_bytes = self._histogram(
             "trimserve_request_cross_kv_bytes",
             "Cross-attention KV of one finished request with images: untrimmed, and as held.",
-            CROSS_KV,
+            buckets.CROSS_KV,
             {"state": ("untrimmed", "held")},
         )
         self.cross_kv_bytes_saved = self._counter(
@@ -384,7 +366,9 @@ class Metrics(Declarations):
             pool,
         )
         self.event_loop_lag_seconds = self._tallies(
-            "trimserve_event_loop_lag_seconds", "How late the event loop ran what was due, four times a second.", LAG
+            "trimserve_event_loop_lag_seconds",
+            "How late the event loop ran what was due, four times a second.",
+            buckets.LAG,
         )
         self.event_loop_stalled_seconds = self._gauge(
             "trimserve_event_loop_stalled_seconds", "For how long the event loop has not run what is due; 0 if it does."
