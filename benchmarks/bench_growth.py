@@ -11,7 +11,8 @@ on the machine does not count. The same requests run
 - `exact`: each request reserves exactly what its answer takes, which no client knows;
 - `short`: pages grow in a pool so small that requests are preempted.
 
-All four must give the same tokens.
+All four must give the same tokens. Then one of the requests is asked for eight answers (`num_choices`): its
+cross-attention KV and its time to first token, beside those of one answer, each on an image that is new.
 """
 
 import argparse
@@ -21,6 +22,7 @@ import time
 from collections.abc import Sequence as Items
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 from unittest.mock import patch
 
@@ -58,12 +60,16 @@ class _Plan:
     num_requests: int = 192
     num_pictures: int = 4
     max_new_tokens: int = 1024
-    answer_tokens: tuple[int, int] = (10, 30)
-    """Least and most."""
+    least_answer_tokens: int = 5
+    mean_answer_tokens: int = 20
+    """Longer answers are the rarer, exponentially."""
     num_reserved: int = 8
     """Requests that fit into the pool when all of `max_new_tokens` is reserved."""
     num_short: int = 1
     """The same of the short pool."""
+    num_choices: int = 8
+    num_repeats: int = 9
+    """Measurements of a first token, of which the median counts."""
     num_threads: int = 1
 
 
@@ -91,7 +97,8 @@ class _Traffic:
         self._model, self._plan = model, plan
         rng = random.Random(0)
         pictures = [ImageFile(draw_picture(rng, 2 * model.info.tile_size)) for _ in range(plan.num_pictures)]
-        lengths = [rng.randint(*plan.answer_tokens) for _ in range(plan.num_requests)]
+        least, mean = plan.least_answer_tokens, plan.mean_answer_tokens
+        lengths = [least + round(rng.expovariate(1 / (mean - least))) for _ in range(plan.num_requests)]
         self.requests = [
             self._request(pictures[number % plan.num_pictures], length) for number, length in enumerate(lengths)
         ]
@@ -136,6 +143,31 @@ class _Traffic:
             [output.token_ids for output in outputs],
         )
 
+    def choices(self) -> dict[str, Any]:
+        """What several answers hold and how soon they begin, over what one does."""
+        held: dict[int, int] = {}
+        firsts: dict[int, list[float]] = {1: [], self._plan.num_choices: []}
+        rng = random.Random(1)
+        for _ in range(self._plan.num_repeats):
+            for number in firsts:
+                picture = ImageFile(draw_picture(rng, 2 * self._model.info.tile_size))
+                wanted = replace(self._request(picture, 20), num_choices=number)
+                engine, output = self._engine(2**28), _Output()
+                engine.add(engine.prepare(wanted, output, time.monotonic()))
+                began = time.thread_time()
+                while not output.token_ids:
+                    engine.step()
+                firsts[number].append(output.first_at - began)
+                engine.step()  # the others have joined
+                held[number] = engine.pool.used_cross_bytes
+        one, several = (median(seconds) for seconds in firsts.values())
+        return {
+            "num_choices": self._plan.num_choices,
+            "first_token_of_one_seconds": round(one, 4),
+            "first_token_ratio": round(several / one, 3),
+            "cross_kv_ratio": round(held[self._plan.num_choices] / held[1], 3),
+        }
+
     def _engine(self, pool_bytes: int) -> Engine:
         config = EngineConfig(
             max_batch=self._plan.num_requests,
@@ -149,11 +181,14 @@ class _Output:
     """The tokens of one request."""
 
     token_ids: list[int] = field(default_factory=list)
+    first_at: float = 0.0
+    """`time.thread_time()` at the first token."""
 
     def __call__(self, chunk: GenerationChunk | TrimserveError) -> None:
         if isinstance(chunk, TrimserveError):
             raise chunk
         if isinstance(chunk, TokenDelta):
+            self.first_at = self.first_at or time.thread_time()
             self.token_ids += chunk.token_ids
 
 
@@ -180,7 +215,8 @@ def main() -> None:
     if arguments.quick:
         plan = _Plan(num_requests=24, num_reserved=2)
     torch.set_num_threads(plan.num_threads)
-    runs = _measure(_Traffic(load_model(ModelConfig(), EngineConfig()), plan), plan)
+    traffic = _Traffic(load_model(ModelConfig(), EngineConfig()), plan)
+    runs = _measure(traffic, plan)
     report = {
         "benchmark": "growth",
         **about(plan.num_threads),
@@ -189,6 +225,7 @@ def main() -> None:
         "runs": {name: run.figures() for name, run in runs.items()},
         "at_once_ratio": round(runs["grown"].most_running / runs["reserved"].most_running, 2),
         "throughput_of_exact_ratio": round(runs["grown"].tokens_per_second / runs["exact"].tokens_per_second, 3),
+        "choices": traffic.choices(),
     }
     write_json(report, arguments.out)
     table = Table("run", *runs["grown"].figures())

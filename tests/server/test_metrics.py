@@ -102,6 +102,19 @@ def rpc(method: str, code: str = "") -> str:
     return "{" + ",".join(f'{name}="{value}"' for name, value in sorted(labels.items())) + "}"
 
 
+async def test_a_request_with_several_answers_counts_once_with_all_of_its_tokens(loopback: Loopback) -> None:
+    request, deltas = chat_request(), [TokenDelta("a", (1, 2)), TokenDelta("b", (3,), choice=1)]
+    request.num_choices = 2
+    ends = [replace(FINISHED, choice=1, num_generated_tokens=1), replace(FINISHED, num_generated_tokens=2)]
+    loopback.runner.script = (STARTED, *deltas, *ends)
+    seen = await added(loopback, request, is_streamed=True)
+    assert seen['trimserve_requests_total{finish_reason="stop",method="GenerateStream"}'] == 1
+    assert seen["trimserve_generation_tokens_total"] == seen["trimserve_request_generation_tokens_sum"] == 3
+    assert seen["trimserve_request_generation_tokens_count"] == 1
+    assert seen['trimserve_inter_token_latency_seconds_count{trimming="on"}'] == 1
+    assert seen['trimserve_cross_kv_bytes_saved_total{cause="trimming"}'] == 5120
+
+
 async def test_one_finished_request_adds_exactly_this(loopback: Loopback) -> None:
     request = chat_request()
     assert await added(loopback, request, is_streamed=True) == pytest.approx(

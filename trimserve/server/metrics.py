@@ -244,7 +244,7 @@ class Metrics(Declarations):
             "trimserve_request_prompt_tokens", "Prompt tokens of one request.", buckets.TOKENS
         )
         self.request_generation_tokens = self._histogram(
-            "trimserve_request_generation_tokens", "Generated tokens of one finished request.", buckets.TOKENS
+            "trimserve_request_generation_tokens", "Tokens of all choices of a finished request.", buckets.TOKENS
         )
         self.request_images = self._histogram("trimserve_request_images", "Images of one request.", buckets.IMAGES)
         self.visual_features = self._counter(
