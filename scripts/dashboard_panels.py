@@ -175,6 +175,24 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             "One pool for self- and cross-attention; full, requests wait.",
         ),
         Panel(
+            "Page pool, share in use",
+            "percentunit",
+            {"{{instance}}": series("trimserve_kv_cache_usage_ratio")},
+            "What routers and autoscalers read.",
+        ),
+        Panel(
+            "Preemptions",
+            "reqps",
+            {"": rate("trimserve_preemptions_total")},
+            "Requests that gave their pages to more urgent ones, and are computed again.",
+        ),
+        Panel(
+            "Tokens computed again",
+            "cps",
+            {"": rate("trimserve_recomputed_tokens_total")},
+            "Work that preemptions cost. Much of it: raise kv_cache_bytes, or lower max_batch.",
+        ),
+        Panel(
             "Cross KV: held and untrimmed",
             "bytes",
             {
@@ -323,6 +341,12 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             "bytes",
             {"{{kind}}": total("trimserve_device_memory_bytes", by="kind")},
             "Weights, page pool, what is free; of a GPU also torch's allocator.",
+        ),
+        Panel(
+            "Decoded images",
+            "bytes",
+            {"{{instance}}": series("trimserve_pixel_bytes")},
+            "Of requests that wait or run, in the machine's memory.",
         ),
         Panel(
             "CPU",

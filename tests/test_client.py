@@ -54,12 +54,13 @@ def test_a_conversation_and_options_arrive_unchanged(client: Client, runner: Fak
         for role, text in ((pb.ROLE_USER, "a"), (pb.ROLE_ASSISTANT, "b"), (pb.ROLE_USER, "c"))
     ]
     trim = pb.TrimOptions(k_ratio=0.5)
-    events = list(client.stream(messages, trim=trim, request_id="mine", priority=3))
+    events = list(client.stream(messages, trim=trim, request_id="mine", priority=3, num_choices=2))
     assert "".join(event.delta.text for event in events) == "Hello ☃!"
     (request,) = runner.requests
     assert isinstance(request.prompt, ChatPrompt)
     assert [message.role for message in request.prompt.messages] == ["user", "assistant", "user"]
     assert (request.request_id, request.priority, request.trim.k_ratio) == ("mine", 3, 0.5)
+    assert request.num_choices == 2
 
 
 def test_adapters_are_loaded_listed_asked_and_unloaded(client: Client, runner: FakeRunner) -> None:

@@ -110,6 +110,8 @@ class RequestOptions(TypedDict, total=False):
     """Default: drawn by the server."""
     priority: int | None
     """Default: 0."""
+    num_choices: int | None
+    """Answers to the prompt. Default: 1."""
     adapter: str | None
     """Default: the base model."""
 
@@ -143,6 +145,7 @@ def make_request(
         sampling=options.get("sampling"),
         trim=options.get("trim"),
         priority=options.get("priority"),
+        num_choices=options.get("num_choices"),
         adapter=options.get("adapter"),
     )
 

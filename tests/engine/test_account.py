@@ -11,8 +11,8 @@ from tests.engine.stepping import alone, finished, make_engine
 from trimserve.api.chunks import GenerationChunk, ImageUsage, Started
 from trimserve.api.prompt import ImageFile, TokenPrompt
 from trimserve.api.trim import TrimRequest
+from trimserve.engine.account import account_cross_kv
 from trimserve.engine.kv_pool import KVPool
-from trimserve.engine.sequence import account_cross_kv
 from trimserve.errors import TrimserveError
 from trimserve.executor.plan import PrefillReport, PrefillTimes
 from trimserve.ops import PAGE_POSITIONS

@@ -41,7 +41,7 @@ def test_a_pool_that_no_image_fits_into_is_refused_at_the_start_by_its_own_knob(
     warm_up(engine_of(num_pages=5))
 
 
-def test_a_request_waits_until_there_are_pages_for_all_that_it_may_hold() -> None:
+def test_a_request_waits_until_its_first_pages_are_free() -> None:
     # Each needs a page in both self-attention layers.
     engine = engine_of(num_pages=5)
     started = [start(engine, request(name, max_new_tokens=10)) for name in "abc"]

@@ -101,3 +101,35 @@ def test_accounting_is_exact_after_ten_thousand_random_histories() -> None:
         for kv in living:
             kv.release()
         assert some.num_free_pages == some.num_pages
+
+
+def test_a_shared_page_counts_once_and_is_free_when_its_last_owner_gives_it_back() -> None:
+    some = pool(40)
+    first = some.allocate(36, 20)
+    others = [first.share(36, 50) for _ in range(3)]
+    for other in others:
+        assert other.self_tables[:, :2].tolist() == first.self_tables[:, :2].tolist()
+        assert other.held_cross_pages() == first.held_cross_pages()
+        assert not {*other.self_tables[:, 2:].flat} & {*first.self_tables.flat}
+    # 2 groups of text: 2 shared pages, and the last one of the first or 2 of each other; 1 group of features.
+    assert some.used_self_bytes == 2 * (2 + 1 + 3 * 2) * PAGE_BYTES
+    assert some.used_cross_bytes == 2 * PAGE_BYTES
+    first.release()
+    assert some.used_self_bytes == 2 * (2 + 3 * 2) * PAGE_BYTES
+    for other in others:
+        assert some.used_cross_bytes == 2 * PAGE_BYTES
+        other.release()
+    assert (some.num_free_pages, some.used_self_bytes, some.used_cross_bytes) == (40, 0, 0)
+
+
+def test_a_text_grows_by_the_pages_that_it_lacks() -> None:
+    some = pool(7)
+    kv = some.allocate(16)
+    before = kv.self_tables.tolist()
+    assert (kv.missing_pages(16), kv.missing_pages(17)) == (0, 2)
+    kv.grow(33)
+    assert kv.self_tables.shape == (2, 3)
+    assert kv.self_tables[:, :1].tolist() == before
+    with pytest.raises(PoolExhausted, match="2 pages are wanted, 1 of 7 are free"):
+        kv.grow(49)
+    assert (some.num_free_pages, some.used_self_bytes) == (1, 6 * PAGE_BYTES)

@@ -1,5 +1,8 @@
 """What waits for a reader: in order, put together, and in messages of a bounded size."""
 
+from dataclasses import replace
+
+from tests.server.fakes import FINISHED
 from trimserve.api.chunks import GenerationChunk, Started, TokenDelta, TokenLogprob
 from trimserve.engine.stream import MOST_TOKENS, Stream
 from trimserve.errors import DeadlinePassed, TrimserveError
@@ -30,3 +33,12 @@ async def test_a_long_answer_that_nobody_read_comes_in_deltas_that_no_client_fin
     assert sizes == [most, most, most, 1]
     ids = [token_id for delta in deltas if isinstance(delta, TokenDelta) for token_id in delta.token_ids]
     assert ids == list(range(num_tokens))
+
+
+async def test_answers_are_put_together_each_for_itself() -> None:
+    deltas = [TokenDelta("a", (1,)), TokenDelta("x", (2,), choice=1), TokenDelta("b", (3,))]
+    joined = [TokenDelta("ab", (1, 3)), TokenDelta("x", (2,), choice=1)]
+    end = replace(FINISHED, choice=1)
+    assert await taken(*deltas) == joined
+    assert await taken(*deltas, end, TokenDelta("c", (4,))) == [joined[1], end, TokenDelta("abc", (1, 3, 4))]
+    assert await taken(*deltas, late := DeadlinePassed("too late")) == [*joined, late]

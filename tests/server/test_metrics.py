@@ -102,6 +102,19 @@ def rpc(method: str, code: str = "") -> str:
     return "{" + ",".join(f'{name}="{value}"' for name, value in sorted(labels.items())) + "}"
 
 
+async def test_a_request_with_several_answers_counts_once_with_all_of_its_tokens(loopback: Loopback) -> None:
+    request, deltas = chat_request(), [TokenDelta("a", (1, 2)), TokenDelta("b", (3,), choice=1)]
+    request.num_choices = 2
+    ends = [replace(FINISHED, choice=1, num_generated_tokens=1), replace(FINISHED, num_generated_tokens=2)]
+    loopback.runner.script = (STARTED, *deltas, *ends)
+    seen = await added(loopback, request, is_streamed=True)
+    assert seen['trimserve_requests_total{finish_reason="stop",method="GenerateStream"}'] == 1
+    assert seen["trimserve_generation_tokens_total"] == seen["trimserve_request_generation_tokens_sum"] == 3
+    assert seen["trimserve_request_generation_tokens_count"] == 1
+    assert seen['trimserve_inter_token_latency_seconds_count{trimming="on"}'] == 1
+    assert seen['trimserve_cross_kv_bytes_saved_total{cause="trimming"}'] == 5120
+
+
 async def test_one_finished_request_adds_exactly_this(loopback: Loopback) -> None:
     request = chat_request()
     assert await added(loopback, request, is_streamed=True) == pytest.approx(
@@ -284,6 +297,9 @@ async def test_gauges_show_the_engine_as_it_is(loopback: Loopback) -> None:
     assert series['trimserve_kv_cache_used_bytes{kind="cross"}'] == 2222
     assert series["trimserve_cross_kv_cache_untrimmed_bytes"] == 3333
     assert series["trimserve_kv_cache_capacity_bytes"] == 9999
+    assert series["trimserve_kv_cache_usage_ratio"] == pytest.approx((1111 + 2222) / 9999)
+    assert (series["trimserve_preemptions_total"], series["trimserve_recomputed_tokens_total"]) == (22, 11)
+    assert series["trimserve_pixel_bytes"] == 12345
     assert series["trimserve_image_cache_used_bytes"] == 777
     assert series["trimserve_image_cache_capacity_bytes"] == 8888
     assert (series["trimserve_image_cache_hits_total"], series["trimserve_image_cache_misses_total"]) == (66, 55)

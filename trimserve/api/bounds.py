@@ -46,6 +46,7 @@ class Interval:
 
 
 BOUNDS = {
+    "num_choices": Interval(1, 16),
     "priority": Interval(-1000, 1000),
     "sampling.temperature": Interval(0, 100),
     "sampling.top_p": Interval(0, 1, is_low_open=True),

@@ -110,14 +110,17 @@ class TokenDelta:
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprob, ...] = ()
     """One per token if the request asked for logprobs."""
+    choice: int = 0
+    """Which of the request's answers goes on."""
 
     @classmethod
     def joined(cls, deltas: Sequence["TokenDelta"]) -> "TokenDelta":
-        """Join consecutive deltas."""
+        """Join consecutive deltas of one answer, at least one."""
         return cls(
             "".join(delta.text for delta in deltas),
             tuple(chain.from_iterable(delta.token_ids for delta in deltas)),
             tuple(chain.from_iterable(delta.logprobs for delta in deltas)),
+            deltas[0].choice,
         )
 
 
@@ -173,7 +176,7 @@ class Timings:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """Last chunk."""
+    """Last chunk of an answer; the last chunk of all when every answer has had one."""
 
     reason: FinishReason
     matched_stop: str | int | None
@@ -182,6 +185,8 @@ class Finished:
     num_generated_tokens: int
     cross_kv: CrossKvBytes
     timings: Timings
+    choice: int = 0
+    """Which of the request's answers has ended."""
 
 
 GenerationChunk = Started | TokenDelta | Finished

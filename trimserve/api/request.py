@@ -17,6 +17,8 @@ class GenerationRequest:
     prompt: Prompt
     sampling: SamplingParams
     trim: TrimRequest
+    num_choices: int = 1
+    """Answers to the prompt, each drawn with a seed of its own (`SamplingParams.of_choice`)."""
     priority: int = 0
     """Higher goes first; equal priorities are served in order of arrival."""
     adapter: str | None = None

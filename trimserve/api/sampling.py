@@ -1,7 +1,7 @@
 """Sampling parameters of a request."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 __all__ = ["SamplingParams"]
 
@@ -33,3 +33,11 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     num_top_logprobs: int | None = None
     """None for no logprobs, 0 for the drawn token's only."""
+
+    def of_choice(self, choice: int) -> "SamplingParams":
+        """Of one of several answers: the seed is this one's plus `choice`, modulo 2^64.
+
+        Args:
+            choice: counted from 0; that is `self`.
+        """
+        return replace(self, seed=(self.seed + choice) % 2**64) if choice else self

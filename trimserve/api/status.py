@@ -46,6 +46,12 @@ class EngineStatus:
     """Cross-attention KV in use, in whole pages."""
     cross_kv_untrimmed_bytes: int
     """What the running requests would hold instead of `cross_kv_bytes` if they were untrimmed."""
+    num_preemptions: int
+    """Times since the start that a running request lost its pages to more urgent ones."""
+    num_recomputed_tokens: int
+    """Tokens that were read again after a preemption since the start."""
+    pixel_bytes: int
+    """Decoded images that requests keep, in the machine's memory, to be computed again."""
     image_cache_capacity_bytes: int
     """Most bytes of visual features that are cached."""
     image_cache_bytes: int
@@ -68,3 +74,8 @@ class EngineStatus:
     """Memory of the machine that could still be allocated within the limits of its control groups."""
     workers: Mapping[str, WorkersStatus] = field(default_factory=dict)
     """By pool, as in `trimserve_preparation_workers`."""
+
+    @property
+    def kv_usage_ratio(self) -> float:
+        """Share of the page pool that is in use; 0 before there is one."""
+        return (self.self_kv_bytes + self.cross_kv_bytes) / max(1, self.kv_capacity_bytes)

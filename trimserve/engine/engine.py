@@ -19,6 +19,7 @@ from trimserve.api.request import GenerationRequest
 from trimserve.api.status import StepListener
 from trimserve.config import EngineConfig
 from trimserve.engine.kv_pool import KVPool
+from trimserve.engine.limits import check_that_it_fits
 from trimserve.engine.memory import (
     available_bytes,
     check_room_for_adapter,
@@ -30,7 +31,7 @@ from trimserve.engine.preparation import Preparation
 from trimserve.engine.processor import Processor
 from trimserve.engine.scheduler import Scheduler
 from trimserve.engine.sequence import Sequence, SequenceState, Sink
-from trimserve.errors import CheckpointError, DeadlinePassed, InvalidRequest, OutOfMemory, RequestFailed, TrimserveError
+from trimserve.errors import CheckpointError, DeadlinePassed, OutOfMemory, RequestFailed, TrimserveError
 from trimserve.executor.executor import Executor
 from trimserve.executor.plan import (
     Drawn,
@@ -74,6 +75,10 @@ class Engine:
         """
         self.image_cache = ImageCacheCounts()
         """Of the executor's cache, after the last step."""
+        self.num_preemptions = 0
+        """Times that a sequence was preempted."""
+        self.num_recomputed_tokens = 0
+        """Tokens of prompts and answers that were read once more after a preemption."""
         self.step_began_at: float | None = None
         """When the present step began; None between steps."""
         self._processor = processor
@@ -177,22 +182,25 @@ class Engine:
         self._scheduler.add(sequence)
 
     def cancel(self, sequence: Sequence) -> None:
-        """End a sequence now and say nothing more to its sink; nothing happens when it has ended before."""
-        self._scheduler.remove(sequence)
-        self._let_go(sequence)
+        """End a request now, all of its answers, and say nothing more to its sink; one that has ended stays so."""
+        for each in sequence.family:
+            self._end(each)
 
     def preempt(self, sequence: Sequence) -> None:
         """Take a running sequence's pages away; it is computed again, from what is kept of it, when there is room."""
+        self.num_preemptions += 1
+        sequence.was_preempted = True
         self._scheduler.send_back(sequence)
         self._let_go(sequence)
 
     def step(self) -> None:
         """Work on the next prompt for a slice of time, then decode one token of every running sequence."""
         self.step_began_at = self._clock()
+        grown = self._grow()
         self._read_prompts()
         batch = [sequence for sequence in self._scheduler.running if sequence is not self._prefill]
         if batch:
-            self._decode(batch)
+            self._decode(batch, grown)
         self._tell_what_ended()
         self.step_began_at = None
 
@@ -213,6 +221,29 @@ class Engine:
 
     # ---- planning ----
 
+    def _grow(self) -> set[Sequence]:
+        """Give every running sequence a page for its next token; where there are too few, the least urgent wait again.
+
+        The most urgent one is never among these, and fits into the pool alone. So each step brings it on, and everybody
+        is the most urgent one in the end.
+
+        Returns:
+            Those whose new pages the executor is yet to hear of.
+        """
+        grown, urgent = set(), self._scheduler.by_urgency()
+        place = 0
+        while place < len(urgent):
+            pages, wanted = urgent[place].pages, urgent[place].num_tokens
+            missing = pages.missing_pages(wanted)
+            if missing > self.pool.num_free_pages:
+                self.preempt(urgent.pop())
+                continue
+            if missing:
+                pages.grow(wanted)
+                grown.add(urgent[place])
+            place += 1
+        return grown
+
     def _read_prompts(self) -> None:
         end = self._clock() + self._config.prefill_slice_seconds
         while True:
@@ -225,24 +256,25 @@ class Engine:
                 return
 
     def _admit(self) -> StepPlan:
-        """Begin with the head of the queue, if there are pages for all that it may hold."""
+        """Begin with the head of the queue, if there are pages for what it has and a little more."""
         while (sequence := self._scheduler.next) is not None:
             late = self._lateness(sequence)
             if late is None:
-                if self._most_pages(sequence) > self.pool.num_free_pages:
+                if sequence.pages_to_join(self.pool) > self.pool.num_free_pages:
                     break
                 self._scheduler.admit()
                 number = next(self._numbers)
                 new = sequence.admitted(number, self.pool)
                 self._sequences[number] = self._prefill = sequence
-                pages = sequence.pages
-                return StepPlan(new=(new,), pages=(PageGrant(number, pages.self_tables, pages.cross_tables),))
+                return StepPlan(new=(new,), pages=(_grant(sequence),))
             self.cancel(sequence)
             sequence.sink(late)
         return StepPlan()
 
-    def _decode(self, batch: list[Sequence]) -> None:
-        result = self._run(StepPlan(rows=tuple(Rows(each.number, each.num_positions) for each in batch)))
+    def _decode(self, batch: list[Sequence], grown: set[Sequence]) -> None:
+        pages = tuple(_grant(each) for each in batch if each in grown)
+        rows = tuple(Rows(each.number, each.num_positions) for each in batch)
+        result = self._run(StepPlan(pages=pages, rows=rows))
         if result.rows_seconds:  # a batch that failed says nothing of the pace
             self._pace.saw_step(result.rows_seconds)
             if self._on_step is not None:
@@ -258,27 +290,32 @@ class Engine:
             self._take_prefilled(result.prefilled)
         for failed in result.failed:
             self._take_failed(failed)
-        for drawn in result.drawn:
-            self._take_drawn(drawn)
+        # Who they are first: an answer may end with the first token of all.
+        for sequence, drawn in [(self._sequences.get(drawn.sequence), drawn) for drawn in result.drawn]:
+            if sequence is not None:  # else it failed meanwhile
+                self._take_drawn(sequence.family[drawn.choice] if drawn.choice else sequence, drawn)
         return result
 
     def _take_prefilled(self, report: PrefillReport) -> None:
         sequence = self._sequences[report.sequence]
         self._prefill = None
+        if sequence.was_preempted:
+            self.num_recomputed_tokens += sequence.num_tokens_to_read
         with self._alone(sequence):
             if (started := sequence.prefilled(report, self.pool)) is not None:
                 self._pace.saw_prefill(sequence.num_prompt_rows, report.seconds)
                 sequence.sink(started)
 
-    def _take_drawn(self, drawn: Drawn) -> None:
-        sequence = self._sequences.get(drawn.sequence)
-        if sequence is None:  # it failed meanwhile
+    def _take_drawn(self, sequence: Sequence, drawn: Drawn) -> None:
+        if sequence.state is SequenceState.ENDED:  # with an answer to the same request that failed
             return
         with self._alone(sequence):
             sequence.sink(sequence.append(drawn))
             if sequence.finish_reason is not None:
-                self.cancel(sequence)
+                self._end(sequence)
                 sequence.sink(sequence.finished())
+            elif not sequence.holds_pages:  # another answer, which has its first token
+                self._scheduler.add(sequence)
 
     def _take_failed(self, failed: Failed) -> None:
         sequence = self._sequences.get(failed.sequence)
@@ -286,7 +323,7 @@ class Engine:
             return
         error: TrimserveError = RequestFailed(failed.message)
         if failed.is_out_of_memory:
-            most = self._most_pages(sequence) * self.pool.page_bytes
+            most = self.pool.self_bytes(sequence.max_positions) + self.pool.cross_bytes(sequence.max_cross_rows)
             error = OutOfMemory(f"{failed.message}: its KV takes up to {most} bytes")
         self.cancel(sequence)
         sequence.sink(error)
@@ -294,6 +331,10 @@ class Engine:
     def _tell_what_ended(self) -> None:
         if self._ended:
             self._run(StepPlan())
+
+    def _end(self, sequence: Sequence) -> None:
+        self._scheduler.remove(sequence)
+        self._let_go(sequence)
 
     def _let_go(self, sequence: Sequence) -> None:
         """Give back what a sequence holds, here and in the executor."""
@@ -308,7 +349,7 @@ class Engine:
 
     @contextmanager
     def _alone(self, sequence: Sequence) -> Iterator[None]:
-        """Let an exception end this sequence and no other."""
+        """Let an exception end this sequence's request and no other."""
         try:
             yield
         except Exception as error:
@@ -320,27 +361,8 @@ class Engine:
 
     # ---- bounds ----
 
-    def _most_pages(self, sequence: Sequence) -> int:
-        return self.pool.self_pages(sequence.max_positions) + self.pool.cross_pages(sequence.max_cross_rows)
-
     def _check_that_it_fits(self, sequence: Sequence) -> None:
-        """Refuse what even an empty pool cannot hold.
-
-        Raises:
-            InvalidRequest: naming the bytes, and what would make it fit.
-        """
-        pool = self.pool
-        needed = self._most_pages(sequence) * pool.page_bytes
-        if needed <= pool.capacity_bytes:
-            return
-        of_images = pool.cross_bytes(sequence.max_cross_rows)
-        has_larger_images = of_images > needed - of_images
-        advice = "a smaller trim.max_kept_fraction" if has_larger_images else "a smaller sampling.max_new_tokens"
-        raise InvalidRequest(
-            "trim.max_kept_fraction" if has_larger_images else "sampling.max_new_tokens",
-            f"the request needs up to {needed} bytes of KV, {of_images} of them for its images, and the server has "
-            f"{pool.capacity_bytes}; {advice}, or a larger kv_cache_bytes of the server, would make it fit",
-        )
+        check_that_it_fits(self.pool, sequence.max_positions, sequence.max_cross_rows)
 
     def _lateness(self, sequence: Sequence) -> DeadlinePassed | None:
         """Why there is no point in beginning: the deadline comes before the fastest possible end."""
@@ -353,3 +375,8 @@ class Engine:
         return DeadlinePassed(
             f"the deadline cannot be met: {left:.3f} s are left and {least:.3f} s are needed at least"
         )
+
+
+def _grant(sequence: Sequence) -> PageGrant:
+    pages = sequence.pages
+    return PageGrant(sequence.number, pages.self_tables, pages.cross_tables)

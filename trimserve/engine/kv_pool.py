@@ -3,12 +3,13 @@
     capacity = used + free, in whole pages, after any history
 
 Self- and cross-attention draw from the same pages (`model/key_values.py`), so there is no split to tune: what
-trimming frees is room for another request. A sequence gets pages for its prompt and its `max_new_tokens` (ADR-0003)
-and for as many rows of visual features as trimming can leave; once the prefill knows how many stay, it keeps those
-only. Pages are numbers here: their memory is the executor's.
+trimming frees is room for another request. A sequence gets pages for its prompt and for as many rows of visual features
+as trimming can leave; once the prefill knows how many stay, it keeps those only. Pages of the text grow with it
+(ADR-0013). A page may have several owners, answers to one prompt, and is free when the last one has given it back; it
+counts once. Pages are numbers here: their memory is the executor's.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -20,7 +21,7 @@ __all__ = ["KVPool", "PoolExhausted", "SequencePages"]
 
 
 class PoolExhausted(Exception):
-    """More pages were asked for than are free. Admission asks first, so this is a mistake of ours."""
+    """More pages were asked for than are free. The engine asks first, so this is a mistake of ours."""
 
 
 class KVPool:
@@ -47,6 +48,7 @@ class KVPool:
         """Pages that there are, numbered from 0."""
         # Last freed, first used: it may still be in a cache.
         self._free = list(range(self.num_pages - 1, -1, -1))
+        self._num_owners = [0] * self.num_pages
         self._self_pages = self._cross_pages = 0
 
     @property
@@ -93,34 +95,66 @@ class KVPool:
         """Bytes of `pages_of_groups`."""
         return sum(self.pages_of_groups(layer_rows)) * self.page_bytes
 
-    def allocate(self, max_positions: int, max_cross_rows: int = 0) -> "SequencePages":
-        """Take the pages of one sequence.
+    def allocate(self, num_positions: int, max_cross_rows: int = 0) -> "SequencePages":
+        """Take the first pages of one sequence.
 
         Args:
-            max_positions: prompt and generated tokens, at least 1.
+            num_positions: of its text for now, at least 1.
             max_cross_rows: rows of visual features that it may come to hold.
         Raises:
             PoolExhausted: there are not as many free pages; none is taken.
         """
-        wanted = self.self_pages(max_positions) + self.cross_pages(max_cross_rows)
-        if wanted > len(self._free):
-            raise PoolExhausted(f"{wanted} pages are wanted, {len(self._free)} of {self.num_pages} are free")
-        self_tables = self._take(self._self_groups, num_pages(max_positions))
+        self._check_free(self.self_pages(num_positions) + self.cross_pages(max_cross_rows))
+        self_tables = self._take(self._self_groups, num_pages(num_positions))
         cross_tables = self._take(self._cross_groups, num_pages(max_cross_rows))
         self._self_pages += self_tables.size
         self._cross_pages += cross_tables.size
         return SequencePages(self, self_tables, cross_tables)
 
-    def give_back(self, self_pages: Sequence[int], cross_pages: Sequence[int]) -> None:
-        """Free pages of a sequence; they must be its own, and it must not use them any more."""
-        self._self_pages -= len(self_pages)
-        self._cross_pages -= len(cross_pages)
-        self._free.extend(self_pages)
-        self._free.extend(cross_pages)
+    def grow(self, tables: Tables, num_positions: int) -> Tables:
+        """Take further pages for a text; those that it has stay where they are.
+
+        Args:
+            tables: pages of the text, [groups, pages].
+            num_positions: that it has to have room for.
+        Returns:
+            The longer tables.
+        Raises:
+            PoolExhausted: there are not as many free pages; none is taken.
+        """
+        missing = num_pages(num_positions) - tables.shape[1]
+        self._check_free(self._self_groups * missing)
+        taken = self._take(self._self_groups, missing)
+        self._self_pages += taken.size
+        return np.concatenate([tables, taken], axis=1)
+
+    def own_too(self, pages: Iterable[int]) -> None:
+        """Count one more owner of pages that have one."""
+        for page in pages:
+            self._num_owners[page] += 1
+
+    def give_back(self, self_pages: Iterable[int], cross_pages: Iterable[int]) -> None:
+        """End a sequence's ownership; those that nobody else owns are free."""
+        self._self_pages -= self._disown(self_pages)
+        self._cross_pages -= self._disown(cross_pages)
+
+    def _disown(self, pages: Iterable[int]) -> int:
+        """How many of the pages are free now."""
+        before = len(self._free)
+        for page in pages:
+            self._num_owners[page] -= 1
+            if not self._num_owners[page]:
+                self._free.append(page)
+        return len(self._free) - before
+
+    def _check_free(self, wanted: int) -> None:
+        if wanted > len(self._free):
+            raise PoolExhausted(f"{wanted} pages are wanted, {len(self._free)} of {self.num_pages} are free")
 
     def _take(self, groups: int, pages: int) -> Tables:
         first = len(self._free) - groups * pages
         taken, self._free[first:] = self._free[first:], []
+        self.own_too(taken)
         return np.array(taken, dtype=np.int32).reshape(groups, pages)
 
 
@@ -146,6 +180,34 @@ class SequencePages:
     def cross_bytes(self) -> int:
         """Bytes of cross-attention KV, whole pages."""
         return sum(self._cross_counts) * self._pool.page_bytes
+
+    def share(self, num_shared: int, num_positions: int) -> "SequencePages":
+        """Pages of another answer to the same prompt, after the prefill: only those of its own text are taken.
+
+        Args:
+            num_shared: positions of the prompt; the last page, if these do not fill it, is not shared.
+            num_positions: of its text for now, more than `num_shared`.
+        Raises:
+            PoolExhausted: there are not as many free pages; none is taken.
+        """
+        shared = self.self_tables[:, : num_shared // PAGE_POSITIONS]
+        other = SequencePages(self._pool, self._pool.grow(shared, num_positions), self.cross_tables)
+        other._cross_counts = [*self._cross_counts]  # of the same class
+        self._pool.own_too(shared.ravel().tolist())
+        self._pool.own_too(page for group in self.held_cross_pages() for page in group)
+        return other
+
+    def missing_pages(self, num_positions: int) -> int:
+        """Pages that its text lacks for so many positions."""
+        return max(0, self._pool.self_pages(num_positions) - self.self_tables.size)
+
+    def grow(self, num_positions: int) -> None:
+        """Take the `missing_pages`.
+
+        Raises:
+            PoolExhausted: there are not as many free pages; none is taken.
+        """
+        self.self_tables = self._pool.grow(self.self_tables, num_positions)
 
     def keep_cross(self, layer_rows: Sequence[int]) -> None:
         """Give back the pages that the visual features turned out not to need.

@@ -158,7 +158,7 @@ class Runner:
             request: what to generate.
             deadline: value of `time.monotonic()` after which nobody wants the answer.
         Yields:
-            `Started`, then `TokenDelta`s, then `Finished`.
+            `Started`, then `TokenDelta`s, and for each answer a `Finished`.
         Raises:
             EngineStopped: not ready, draining or dead.
             UnknownAdapter: the request's adapter is not loaded.
@@ -243,7 +243,7 @@ class Runner:
     async def _generate(
         self, request: GenerationRequest, deadline: float | None
     ) -> AsyncGenerator[GenerationChunk, None]:
-        stream, timer = self._open(request, deadline), None
+        stream, timer, num_answers = self._open(request, deadline), None, request.num_choices
         del request  # see `submit`
         try:
             if deadline is not None:
@@ -255,7 +255,8 @@ class Runner:
                     if isinstance(chunk, TrimserveError):
                         raise chunk
                     yield chunk
-                    if isinstance(chunk, Finished):
+                    num_answers -= isinstance(chunk, Finished)
+                    if not num_answers:
                         return
         finally:
             if timer is not None:
@@ -268,7 +269,7 @@ class Runner:
             raise EngineBusy(
                 f"{num_live} requests run or wait: the queue of {self._config.max_queue} (max_queue) is full"
             )
-        stream = Stream(request.request_id, request.priority, time.monotonic())
+        stream = Stream(request.request_id, request.priority, time.monotonic(), num_answers=request.num_choices)
         sink = partial(self._outbox.put, stream)
         stream.preparation = self._loaded.preparation(
             request, sink, stream.submitted_at, deadline, partial(self._images_taken, stream)
@@ -283,7 +284,8 @@ class Runner:
     def _deliver(self, stream: Stream, item: GenerationChunk | TrimserveError) -> None:
         if stream.is_open:
             stream.chunks.put_nowait(item)
-            if isinstance(item, Finished | TrimserveError):
+            stream.num_answers -= isinstance(item, Finished)
+            if not stream.num_answers or isinstance(item, TrimserveError):
                 self._close(stream)
 
     def _end(self, streams: Collection[Stream], make_error: Callable[[], TrimserveError]) -> None:
@@ -299,7 +301,7 @@ class Runner:
             sequence, stream.sequence = stream.sequence, None
             adapter, stream.adapter = stream.adapter, None
         self._images_taken(stream)
-        if sequence is not None and sequence.state is not SequenceState.ENDED:
+        if sequence is not None and sequence.request_state is not SequenceState.ENDED:
             self._command(partial(self._loaded.cancel, sequence))
         if adapter is not None:
             self._adapters.give_back(adapter)

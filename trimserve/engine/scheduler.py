@@ -1,5 +1,8 @@
 """Who waits and who runs: the most urgent waiting sequence gets the next free place of the batch.
 
+One order holds for all of it, larger priority first, then who was submitted first: the head of the queue joins next,
+and the last one that runs is the first to be preempted.
+
 It knows neither model nor KV. The bound of the queue is kept in `runner.py`, where requests enter, before
 their images are decoded.
 """
@@ -37,7 +40,11 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> None:
         """Put a sequence into the queue: larger priority first, then who was submitted first."""
-        insort(self._waiting, sequence, key=lambda waiting: (-waiting.priority, waiting.submitted_at))
+        insort(self._waiting, sequence, key=_urgency)
+
+    def by_urgency(self) -> list[Sequence]:
+        """Those that run, the most urgent first."""
+        return sorted(self.running, key=_urgency)
 
     def admit(self) -> Sequence:
         """Move `next` into the batch. Nobody overtakes it: what is behind it waits until there is room for it."""
@@ -58,3 +65,7 @@ class Scheduler:
         for sequences in (self._waiting, self.running):
             if sequence in sequences:
                 sequences.remove(sequence)
+
+
+def _urgency(sequence: Sequence) -> tuple[float, float]:
+    return -sequence.priority, sequence.submitted_at

@@ -5,7 +5,8 @@ knows no other request.
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
+from copy import copy
 from enum import Enum
 
 from tokenizers import Tokenizer
@@ -15,7 +16,6 @@ from trimserve.api.chunks import (
     Finished,
     FinishReason,
     GenerationChunk,
-    ImageUsage,
     StageSpan,
     Started,
     Timings,
@@ -23,17 +23,19 @@ from trimserve.api.chunks import (
 )
 from trimserve.api.info import ModelInfo
 from trimserve.api.request import GenerationRequest
-from trimserve.api.sampling import SamplingParams
+from trimserve.engine.account import account_cross_kv, engine_spans, image_usage
 from trimserve.engine.detokenizer import Detokenizer
 from trimserve.engine.kv_pool import KVPool, SequencePages
-from trimserve.errors import InvalidRequest, TrimserveError
+from trimserve.engine.limits import most_new_tokens
+from trimserve.errors import TrimserveError
 from trimserve.executor.plan import Drawn, NewSequence, PrefillReport
 from trimserve.model.prepared import PreparedPrompt
 from trimserve.model.visibility import visible_images
+from trimserve.ops import PAGE_POSITIONS
 from trimserve.trimming.plan import TrimPlan, max_rows
 from trimserve.trimming.selection import KeptSets
 
-__all__ = ["Sequence", "SequenceState", "Sink", "account_cross_kv"]
+__all__ = ["Sequence", "SequenceState", "Sink"]
 
 Sink = Callable[[GenerationChunk | TrimserveError], None]
 """Takes what a request produces; `Finished` or an error is the last. Must not raise."""
@@ -88,7 +90,7 @@ class Sequence:
         self.deadline = deadline
         self._images_taken = images_taken
         self.state = SequenceState.WAITING
-        self.max_new_tokens = _max_new_tokens(params, len(token_ids), info)
+        self.max_new_tokens = most_new_tokens(params, len(token_ids), info)
         self.params = params
         """How its tokens are drawn."""
         self.generated_token_ids: list[int] = []
@@ -98,7 +100,7 @@ class Sequence:
         self.finish_reason: FinishReason | None = None
         """None while more tokens are wanted."""
         self.max_cross_rows = 0
-        """Most rows of cross-attention KV that decoding can see; known with the images."""
+        """Most rows of cross-attention KV that decoding can see; known with the images, exactly after the prefill."""
         self._info = info
         self._num_features = 0
         self._token_ids = token_ids
@@ -106,10 +108,20 @@ class Sequence:
         self._prompt: PreparedPrompt | None = None
         self._stored: KeptSets | None = None
         self._number = -1
+        self._num_shared = 0
         self.has_started = False
         """Whether its prompt was read once, and its first chunk said."""
+        self.num_choices = request.num_choices
+        """Answers that the request asked for."""
+        self.choice = 0
+        """Which of them this is."""
+        self.family: tuple[Sequence, ...] = (self,)
+        """All answers by number, once the prompt was read; until then the first."""
+        self.was_preempted = False
+        """Whether it had pages, and lost them."""
         self._pages: SequencePages | None = None
         self._matched_stop: str | int | None = None
+        self._tokenizer = tokenizer
         self._detokenizer = Detokenizer(tokenizer, params.stop_strings)
         self._preprocess_seconds = self._detokenize_seconds = 0.0
         self._spans: list[StageSpan] = []
@@ -131,6 +143,18 @@ class Sequence:
     def holds_pages(self) -> bool:
         """Whether it has been admitted, and not let go since."""
         return self._pages is not None
+
+    @property
+    def source(self) -> "Sequence | None":
+        """Another answer that runs, in whose pages the prompt lies; for a sequence that waits."""
+        return next((each for each in self.family if each.holds_pages), None)
+
+    @property
+    def request_state(self) -> SequenceState:
+        """Of all answers together."""
+        states = {each.state for each in self.family}
+        order = SequenceState.RUNNING, SequenceState.WAITING, SequenceState.ENDED
+        return next(state for state in order if state in states)
 
     @property
     def prompt_token_ids(self) -> tuple[int, ...]:
@@ -156,6 +180,34 @@ class Sequence:
     def max_positions(self) -> int:
         """Text positions that prompt and answer take at most."""
         return self.num_prompt_tokens + self.max_new_tokens
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the prompt, and those drawn until now: the positions that it needs for its next token."""
+        return self.num_prompt_tokens + self.num_generated_tokens
+
+    @property
+    def num_tokens_to_read(self) -> int:
+        """Tokens that are computed before it draws the next one, which takes the last drawn token as its row."""
+        return self.num_prompt_tokens - self._num_shared + max(0, self.num_generated_tokens - 1)
+
+    @property
+    def first_positions(self) -> int:
+        """Text positions that it gets pages for when it joins: what it has, and a page to go on."""
+        return min(self.num_tokens + PAGE_POSITIONS, self.max_positions)
+
+    @property
+    def pixel_bytes(self) -> int:
+        """Bytes of decoded images that are kept to compute any of its answers again."""
+        prompt = next((each._prompt for each in self.family if each._prompt is not None), None)
+        return sum(image.pixel_values.nbytes for image in prompt.images) if prompt is not None else 0
+
+    def pages_to_join(self, pool: KVPool) -> int:
+        """Free pages that it takes to join."""
+        pages = pool.self_pages(self.first_positions)
+        if self.source is None:
+            return pages + pool.cross_pages(self.max_cross_rows)
+        return pages - pool.self_pages(self.num_prompt_tokens // PAGE_POSITIONS * PAGE_POSITIONS)
 
     @property
     def least_new_tokens(self) -> int:
@@ -195,31 +247,40 @@ class Sequence:
         self._spans.extend(image_spans)
 
     def admitted(self, number: int, pool: KVPool) -> NewSequence:
-        """Take pages for all that it may hold; it runs from here on.
+        """Take the first pages; it runs from here on.
 
         Args:
             number: what plans call it.
-            pool: has as many free pages.
+            pool: has as many free pages as `pages_to_join`.
         Returns:
             What the executor needs to compute it, from the beginning or again.
         """
         assert self._prompt is not None, "a sequence is prepared before it is admitted"
+        prompt, source, choices = self._prompt, self.source, range(1, 1 if self.has_started else self.num_choices)
         if not self.has_started:
             self._admitted_at = time.monotonic()
         self._number = number
-        self._pages = pool.allocate(self.max_positions, self.max_cross_rows)
+        if source is None:
+            self._num_shared = 0
+            self._pages = pool.allocate(self.first_positions, self.max_cross_rows)
+        else:
+            self._num_shared = self.num_prompt_tokens
+            self._pages = source.pages.share(self._num_shared, self.first_positions)
+            prompt = PreparedPrompt(prompt.token_ids, ())
         if self._images_taken is not None:
             self._images_taken()
         return NewSequence(
             sequence=number,
             request_id=self.request_id,
-            prompt=self._prompt,
+            prompt=prompt,
             trim=self.trim,
             sampling=self.params,
             end_token_ids=self._end_token_ids,
             adapter=self.adapter,
             stored=self._stored,
             generated_token_ids=tuple(self.generated_token_ids),
+            choices=tuple(self.params.of_choice(choice) for choice in choices),
+            shares=None if source is None else source.number,
         )
 
     def release(self) -> None:
@@ -234,6 +295,8 @@ class Sequence:
     def prefilled(self, report: PrefillReport, pool: KVPool) -> Started | None:
         """Note that the prompt is in its pages, and give back those that it turned out not to need.
 
+        The first time, the request's other answers come to be.
+
         Returns:
             The first chunk; None if the sequence was computed again.
         """
@@ -241,26 +304,38 @@ class Sequence:
         if self.has_started:
             return None
         self.has_started = True
-        self._stored = report.stored
+        self._stored, self.max_cross_rows = report.stored, max(report.held_rows, default=0)
         self._encoded_at, self._prefilled_at = report.times.encoded_at, report.times.prefilled_at
         self.cross_kv = account_cross_kv(report, self.pages.cross_bytes, pool)
-        self._spans += self._engine_spans(report)
+        self._spans += engine_spans(report, self.submitted_at, self._admitted_at)
+        self._branch()
         return Started(
             request_id=self.request_id,
             num_prompt_tokens=self.num_prompt_tokens,
-            images=_usage(report),
+            images=image_usage(report),
             seed=self.params.seed,
             selections=report.selections,
             spans=tuple(self._spans),
         )
 
-    def _engine_spans(self, report: PrefillReport) -> Iterator[StageSpan]:
-        yield StageSpan("queue", self.submitted_at, self._admitted_at)
-        yield StageSpan("vision_encode", self._admitted_at, self._encoded_at)
-        for began_at, selected_at, gathered_at in report.trim_times:
-            yield StageSpan("trim_select", began_at, selected_at)
-            yield StageSpan("trim_gather", selected_at, gathered_at)
-        yield StageSpan("prefill", self._encoded_at, self._prefilled_at)
+    def _branch(self) -> None:
+        """Make the other answers, which have drawn nothing yet and know all about the prompt."""
+        self.family = (self, *(copy(self) for _ in range(1, self.num_choices)))
+        for choice, each in enumerate(self.family):
+            each.family = self.family
+            if each is not self:
+                each.become(choice)
+
+    def become(self, choice: int) -> None:
+        """Be another answer than the one that this is a copy of."""
+        self.choice = choice
+        self.state = SequenceState.WAITING
+        self.params = self.params.of_choice(choice)
+        self.generated_token_ids = []
+        self.was_preempted = False
+        self._detokenizer = Detokenizer(self._tokenizer, self.params.stop_strings)
+        self._detokenize_seconds = 0.0
+        self._pages = None
 
     def append(self, drawn: Drawn) -> TokenDelta:
         """Take the next token; sets `finish_reason` when it is the last.
@@ -284,7 +359,7 @@ class Sequence:
             self._matched_stop = token_id if detokenizer.matched_stop is None else detokenizer.matched_stop
         elif is_last:
             self.finish_reason = FinishReason.LENGTH
-        return TokenDelta(text, (token_id,), () if drawn.logprob is None else (drawn.logprob,))
+        return TokenDelta(text, (token_id,), () if drawn.logprob is None else (drawn.logprob,), self.choice)
 
     def finished(self) -> Finished:
         """The last chunk; the request ends now."""
@@ -296,6 +371,7 @@ class Sequence:
             num_generated_tokens=self.num_generated_tokens,
             cross_kv=self.cross_kv,
             timings=self._timings(time.monotonic()),
+            choice=self.choice,
         )
 
     def _timings(self, ended_at: float) -> Timings:
@@ -316,49 +392,3 @@ class Sequence:
 
     def _seconds_of(self, stage: str) -> float:
         return sum(span.end - span.begin for span in self._spans if span.stage == stage)
-
-
-def _usage(report: PrefillReport) -> tuple[ImageUsage, ...]:
-    num_merged = report.num_merged or (0,) * len(report.num_kept)
-    layer_rows: Iterable[tuple[int, ...]] = [()] * len(num_merged)
-    if report.layer_rows:
-        layer_rows = zip(*report.layer_rows, strict=True)
-    counts = zip(report.num_padding, report.num_valid, report.num_kept, num_merged, layer_rows, strict=True)
-    return tuple(ImageUsage(*of_image) for of_image in counts)
-
-
-def account_cross_kv(report: PrefillReport, held_bytes: int, pool: KVPool) -> CrossKvBytes:
-    """Who saved how many bytes of cross-attention KV; each step of the way in whole pages.
-
-    Args:
-        report: counts of padding, valid, kept and merged features, and of what each layer holds.
-        held_bytes: what the request really holds.
-        pool: knows the size of a page.
-    """
-    valid, left = sum(report.num_valid), sum(report.num_kept) + sum(report.num_merged)
-    padded_bytes = pool.cross_bytes(sum(report.num_padding) + valid)
-    untrimmed_bytes, left_bytes = pool.cross_bytes(valid), pool.cross_bytes(left)
-    if report.layer_rows:
-        left_bytes = pool.layered_cross_bytes([sum(rows) for rows in report.layer_rows])
-    return CrossKvBytes(
-        untrimmed=untrimmed_bytes,
-        held=held_bytes,
-        saved_by_padding=padded_bytes - untrimmed_bytes,
-        saved_by_trimming=untrimmed_bytes - left_bytes,
-        saved_by_visibility=left_bytes - held_bytes,
-    )
-
-
-def _max_new_tokens(params: SamplingParams, num_prompt_tokens: int, info: ModelInfo) -> int:
-    wanted = params.max_new_tokens
-    room = info.max_model_len - num_prompt_tokens
-    context = f"a prompt of {num_prompt_tokens} tokens in a context of {info.max_model_len}"
-    if room < 1:
-        raise InvalidRequest("prompt", f"{context} leaves no room for an answer")
-    if wanted is not None and wanted > room:
-        raise InvalidRequest("sampling.max_new_tokens", f"{context} leaves room for {room}, got {wanted}")
-    most = min(info.generation_defaults.max_new_tokens, room) if wanted is None else wanted
-    if params.min_new_tokens > most:
-        bound = f"must be at most {most}, the tokens that may come after {context}"
-        raise InvalidRequest("sampling.min_new_tokens", f"{bound}, got {params.min_new_tokens}")
-    return most

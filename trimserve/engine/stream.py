@@ -1,9 +1,11 @@
 """One submitted request between the event loop, the workers and the engine thread."""
 
 import asyncio
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 
-from trimserve.api.chunks import GenerationChunk, TokenDelta
+from trimserve.api.chunks import Finished, GenerationChunk, TokenDelta
 from trimserve.engine.lookahead import Ticket
 from trimserve.engine.preparation import Preparation
 from trimserve.engine.sequence import Sequence, SequenceState
@@ -32,6 +34,8 @@ class Stream:
     """None once the engine has the sequence."""
     ticket: Ticket | None = None
     """Of a request with images, until the engine has taken them."""
+    num_answers: int = 1
+    """Those that have not ended."""
     adapter: str | None = None
     """That it has taken, until it is closed."""
     sequence: Sequence | None = None
@@ -39,21 +43,35 @@ class Stream:
 
     async def take(self) -> list[GenerationChunk | TrimserveError]:
         """Wait for what comes next; tokens that came while nobody listened come together, `MOST_TOKENS` at most."""
-        taken = [await self.chunks.get()]
+        waiting = [await self.chunks.get()]
         while not self.chunks.empty():
-            taken.append(self.chunks.get_nowait())
-        # They follow each other: only `Started` comes before them, only the end after.
-        deltas = [chunk for chunk in taken if isinstance(chunk, TokenDelta)]
-        first = next((place for place, chunk in enumerate(taken) if isinstance(chunk, TokenDelta)), 0)
-        parts = [deltas[begin : begin + MOST_TOKENS] for begin in range(0, len(deltas), MOST_TOKENS)]
-        return [*taken[:first], *map(TokenDelta.joined, parts), *taken[first + len(deltas) :]]
+            waiting.append(self.chunks.get_nowait())
+        taken: list[GenerationChunk | TrimserveError] = []
+        deltas: dict[int, list[TokenDelta]] = {}  # by answer; only `Started` comes before them, only an end after
+        for chunk in waiting:
+            match chunk:
+                case TokenDelta():
+                    deltas.setdefault(chunk.choice, []).append(chunk)
+                    continue
+                case Finished():
+                    taken += _joined(deltas.pop(chunk.choice, []))
+                case TrimserveError():
+                    taken += chain.from_iterable(map(_joined, deltas.values()))
+                    deltas.clear()
+            taken.append(chunk)
+        return [*taken, *chain.from_iterable(map(_joined, deltas.values()))]
 
     @property
     def state(self) -> SequenceState:
         """Where the request is; one that is being prepared waits."""
-        return SequenceState.WAITING if self.sequence is None else self.sequence.state
+        return SequenceState.WAITING if self.sequence is None else self.sequence.request_state
 
     @property
     def urgency(self) -> tuple[float, ...]:
         """Sorts the most urgent first, as the engine's queue does."""
         return (-self.priority, self.submitted_at)
+
+
+def _joined(deltas: list[TokenDelta]) -> Iterator[TokenDelta]:
+    for begin in range(0, len(deltas), MOST_TOKENS):
+        yield TokenDelta.joined(deltas[begin : begin + MOST_TOKENS])

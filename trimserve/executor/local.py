@@ -13,6 +13,7 @@ from torch import Tensor
 
 from trimserve.api.adapter import AdapterInfo
 from trimserve.api.info import ModelInfo
+from trimserve.api.sampling import SamplingParams
 from trimserve.errors import RequestFailed, TrimserveError
 from trimserve.executor.image_cache import ImageCache
 from trimserve.executor.model import Model
@@ -57,6 +58,8 @@ class _Sequence:
     prefill: "Interruptible[tuple[PrefillReport, Tensor]] | None" = None
     """What is left of the prompt; None before and after."""
     prefill_seconds: float = 0.0
+    choice: int = 0
+    """See `Drawn.choice`."""
 
 
 @dataclass(slots=True)
@@ -134,9 +137,7 @@ class LocalExecutor:
         for number in plan.ended:
             self._forget(number)
         for new in plan.new:
-            generated = list(new.generated_token_ids)
-            state = SamplingState(new.sampling, new.prompt.token_ids, new.end_token_ids, generated)
-            self._sequences[new.sequence] = _Sequence(new, state)
+            self._sequences[new.sequence] = _Sequence(new, _sampling_state(new, new.sampling))
         for grant in plan.pages:
             self._grant(grant)
         step = _Step()
@@ -157,7 +158,10 @@ class LocalExecutor:
     def _grant(self, grant: PageGrant) -> None:
         assert self.pages is not None, "pages are allocated first"
         held = self._sequences[grant.sequence]
-        if held.kv is None:
+        if held.kv is None and held.new.shares is not None:
+            source, num_positions = _pages_of(self._sequences[held.new.shares]), len(held.new.prompt.token_ids)
+            held.kv = source.branch(grant.self_pages, grant.cross_pages, num_positions)
+        elif held.kv is None:
             num_cross = self.info.num_cross_attention_layers
             adapter = self._adapter_of(held)
             held.kv = KeyValues.empty(self.pages, grant.self_pages, grant.cross_pages, num_cross, adapter)
@@ -190,7 +194,7 @@ class LocalExecutor:
                     held.new = replace(held.new, prompt=PreparedPrompt(held.new.prompt.token_ids, ()))
                     step.prefilled = replace(report, seconds=held.prefill_seconds)
                     if not held.sampling.generated_token_ids:
-                        self._draw(logits[None], [held], step)
+                        self._draw_first(logits, held, step)
                     return
                 if self._clock() >= end:
                     return
@@ -198,6 +202,11 @@ class LocalExecutor:
     def _read_prompt(self, held: _Sequence) -> "Interruptible[tuple[PrefillReport, Tensor]]":
         new, began_at = held.new, time.monotonic()
         kv = _pages_of(held)
+        if new.shares is not None:
+            yield from self._read_again(held)
+            times = PrefillTimes(began_at, began_at, time.monotonic())
+            nothing = Prefilled(torch.empty(0), num_padding=(), num_valid=(), num_kept=())
+            return _report(new.sequence, nothing, kv, times), nothing.logits
         # An adapter that leaves visual features as they are shares them with the base model.
         image_key = b"" if kv.adapter is None else kv.adapter.image_key
         images = []
@@ -258,6 +267,15 @@ class LocalExecutor:
         logits = self._model.decode(token_ids, kvs, counts)
         return logits[[end - 1 for end in accumulate(counts)]]
 
+    def _draw_first(self, logits: Tensor, held: _Sequence, step: _Step) -> None:
+        """First tokens of all answers to a prompt, of the logits behind it."""
+        new = held.new
+        others = [
+            _Sequence(new, _sampling_state(new, params), choice=choice)
+            for choice, params in enumerate(new.choices, start=1)
+        ]
+        self._draw(logits.expand(1 + len(others), -1), [held, *others], step)
+
     def _draw(self, logits: Tensor, batch: Sequence[_Sequence], step: _Step) -> None:
         for held, outcome in zip(batch, sample(logits, [held.sampling for held in batch]), strict=True):
             number = held.new.sequence
@@ -266,7 +284,11 @@ class LocalExecutor:
                 step.failed.append(Failed(number, str(outcome)))
             else:
                 held.sampling.generated_token_ids.append(outcome.token_id)
-                step.drawn.append(Drawn(number, outcome.token_id, outcome.logprob))
+                step.drawn.append(Drawn(number, outcome.token_id, outcome.logprob, held.choice))
+
+
+def _sampling_state(new: NewSequence, params: SamplingParams) -> SamplingState:
+    return SamplingState(params, new.prompt.token_ids, new.end_token_ids, list(new.generated_token_ids))
 
 
 def _pages_of(held: _Sequence) -> KeyValues:

@@ -49,6 +49,11 @@ class NewSequence:
     """What trimming decided when the sequence was computed before; None asks the policy."""
     generated_token_ids: tuple[int, ...] = ()
     """Tokens it had drawn before it was dropped: they are read again, not drawn again."""
+    choices: tuple[SamplingParams, ...] = ()
+    """Of further answers to the prompt: their first tokens are drawn with its own, from the same logits."""
+    shares: int | None = None
+    """A known sequence with the same prompt in its pages: those that the prompt fills, and those of the features, are
+    granted to both, and the prompt is not read. None if it is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +144,8 @@ class Drawn:
     token_id: int
     logprob: TokenLogprob | None = None
     """None unless the request asked for it."""
+    choice: int = 0
+    """0 is the sequence itself; n is the first token of the n-th of its `NewSequence.choices`."""
 
 
 @dataclass(frozen=True, slots=True)

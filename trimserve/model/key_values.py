@@ -7,7 +7,7 @@ all layers of a group share a list of pages. A cross-attention layer may hold fe
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 from math import gcd
 
@@ -105,6 +105,29 @@ class KeyValues:
     ) -> "KeyValues":
         """Granted pages that hold nothing yet."""
         return cls(pages, self_tables, cross_tables, [0] * num_cross_layers, [None] * num_cross_layers, adapter)
+
+    def branch(self, self_tables: Tables, cross_tables: Tables, num_positions: int) -> "KeyValues":
+        """Another text that begins with the same positions, over the same features.
+
+        Args:
+            self_tables: begin with the pages of this text that are full at `num_positions`; into the next one the
+                rest is copied.
+            cross_tables: the same as here.
+            num_positions: that both texts have.
+        """
+        full, rest = divmod(num_positions, PAGE_POSITIONS)
+        if rest:
+            copied, source = (torch.from_numpy(tables[:, full]).long() for tables in (self_tables, self.self_tables))
+            self.pages[copied.to(self.pages.device)] = self.pages[source.to(self.pages.device)]
+        lengths, biases = [*self.cross_lengths], [*self.cross_biases]
+        return replace(
+            self,
+            self_tables=self_tables,
+            cross_tables=cross_tables,
+            cross_lengths=lengths,
+            cross_biases=biases,
+            length=num_positions,
+        )
 
     def replace_tables(self, self_tables: Tables, cross_tables: Tables) -> None:
         """Own other pages from now on; what they hold is the owner's business."""

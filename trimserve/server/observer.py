@@ -34,7 +34,9 @@ class RequestObserver:
         self._method = method
         self._arrived = time.monotonic()
         self._first_token: float | None = None
-        self._last_token = self._arrived
+        self._last_tokens: dict[int, float] = {}
+        self._num_answers = 1
+        self._num_tokens = 0
         self._is_trimming = False
         self._inter_token = metrics.inter_token_latency_seconds.labels("off")
         self._policy = NO_POLICY
@@ -43,6 +45,7 @@ class RequestObserver:
 
     def accepted(self, request: GenerationRequest) -> None:
         """The request passed its checks."""
+        self._num_answers = request.num_choices
         self._is_trimming = request.trim.enabled
         self._policy = request.trim.policy
         self._inter_token = self._metrics.inter_token_latency_seconds.labels(self._trimming)
@@ -51,11 +54,14 @@ class RequestObserver:
         """A chunk is about to be sent."""
         match chunk:
             case TokenDelta():  # first, because it is by far the most frequent
-                self._saw_tokens(len(chunk.token_ids))
+                self._saw_tokens(len(chunk.token_ids), chunk.choice)
             case Started():
                 self._saw_started(chunk)
             case Finished():
-                self._saw_finished(chunk)
+                self._num_answers -= 1
+                self._num_tokens += chunk.num_generated_tokens
+                if not self._num_answers:
+                    self._saw_finished(chunk)
 
     def failed(self, error: BaseException, *, is_past_deadline: bool) -> None:
         """The request ended without its last chunk.
@@ -131,30 +137,30 @@ class RequestObserver:
             return "bypassed_text_only"
         return "trimmed" if has_dropped else "bypassed_no_gain"
 
-    def _saw_tokens(self, num_tokens: int) -> None:
+    def _saw_tokens(self, num_tokens: int, choice: int) -> None:
         if not num_tokens:
             return
         now = time.monotonic()
         self._metrics.generation_tokens.inc(num_tokens)
-        num_gaps = num_tokens
         if self._first_token is None:
             self._first_token = now
             seconds = self._metrics.time_to_first_token_seconds.labels(self._trimming)
             seconds.observe(now - self._arrived, self._exemplar)
-            num_gaps -= 1
         # Tokens of one delta left together: each counts for its share of the gap before it.
-        self._inter_token.observe((now - self._last_token) / num_tokens, num_gaps)
-        self._last_token = now
+        last = self._last_tokens.get(choice, self._arrived)
+        self._inter_token.observe((now - last) / num_tokens, num_tokens - (choice not in self._last_tokens))
+        self._last_tokens[choice] = now
 
     def _saw_finished(self, chunk: Finished) -> None:
         metrics, timings = self._metrics, chunk.timings
         metrics.requests.labels(self._method, chunk.reason.value).inc()
         duration = time.monotonic() - self._arrived
         metrics.request_duration_seconds.labels(self._method, self._trimming).observe(duration, self._exemplar)
-        if self._first_token is not None and chunk.num_generated_tokens > 1:
-            per_token = (self._last_token - self._first_token) / (chunk.num_generated_tokens - 1)
+        last = self._last_tokens.get(chunk.choice)
+        if self._first_token is not None and last is not None and chunk.num_generated_tokens > 1:
+            per_token = (last - self._first_token) / (chunk.num_generated_tokens - 1)
             metrics.time_per_output_token_seconds.labels(self._trimming).observe(per_token)
-        metrics.request_generation_tokens.observe(chunk.num_generated_tokens)
+        metrics.request_generation_tokens.observe(self._num_tokens)
         metrics.queue_time_seconds.observe(timings.queue_seconds)
         for stage, name in STAGES.items():
             metrics.stage_duration_seconds.labels(stage).observe(getattr(timings, name))
@@ -165,7 +171,7 @@ class RequestObserver:
         self._trace_decode()
         if self._trace is not None:
             reasons: list[str] = [chunk.reason.value]
-            tokens = chunk.num_generated_tokens
+            tokens = self._num_tokens
             self._trace.describe({"gen_ai.usage.output_tokens": tokens, "gen_ai.response.finish_reasons": reasons})
 
     @property

@@ -59,8 +59,8 @@ class GenerationServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def GenerateStream(self, request, context):
-        """Answers with one `started`, then `delta`s as tokens are drawn, then one `finished`. No metadata is sent
-        before the first message, so a client's retry policy applies until then.
+        """Answers with one `started`, then `delta`s as tokens are drawn, then one `finished` for each of `num_choices`. No
+        metadata is sent before the first message, so a client's retry policy applies until then.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -93,8 +93,8 @@ class GenerationServiceStub(typing.Generic[_GenerationServiceGenerateType, _Gene
     """Answers with the whole text at once; the same as all of GenerateStream's messages put together."""
 
     GenerateStream: _GenerationServiceGenerateStreamType
-    """Answers with one `started`, then `delta`s as tokens are drawn, then one `finished`. No metadata is sent
-    before the first message, so a client's retry policy applies until then.
+    """Answers with one `started`, then `delta`s as tokens are drawn, then one `finished` for each of `num_choices`. No
+    metadata is sent before the first message, so a client's retry policy applies until then.
     """
 
 GenerationServiceAsyncStub: typing_extensions.TypeAlias = GenerationServiceStub[
@@ -125,8 +125,8 @@ class GenerationServiceServicer(metaclass=abc.ABCMeta):
         request: trimserve.v1.generation_pb2.GenerateRequest,
         context: _ServicerContext,
     ) -> typing.Union[collections.abc.Iterator[trimserve.v1.generation_pb2.GenerateStreamResponse], collections.abc.AsyncIterator[trimserve.v1.generation_pb2.GenerateStreamResponse]]:
-        """Answers with one `started`, then `delta`s as tokens are drawn, then one `finished`. No metadata is sent
-        before the first message, so a client's retry policy applies until then.
+        """Answers with one `started`, then `delta`s as tokens are drawn, then one `finished` for each of `num_choices`. No
+        metadata is sent before the first message, so a client's retry policy applies until then.
         """
 
 def add_GenerationServiceServicer_to_server(servicer: GenerationServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

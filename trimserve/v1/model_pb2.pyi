@@ -143,7 +143,7 @@ class GetServerStatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetServerStatusResponse(_message.Message):
-    __slots__ = ("version", "is_ready", "num_running", "num_waiting", "max_batch", "max_queue", "self_kv_bytes", "cross_kv_bytes", "cross_kv_untrimmed_bytes", "uptime_seconds", "kv_capacity_bytes", "image_cache_capacity_bytes", "image_cache_bytes", "image_cache_hits", "image_cache_misses", "adapter_bytes")
+    __slots__ = ("version", "is_ready", "num_running", "num_waiting", "max_batch", "max_queue", "self_kv_bytes", "cross_kv_bytes", "cross_kv_untrimmed_bytes", "uptime_seconds", "kv_capacity_bytes", "image_cache_capacity_bytes", "image_cache_bytes", "image_cache_hits", "image_cache_misses", "adapter_bytes", "num_preemptions", "num_recomputed_tokens", "pixel_bytes")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     IS_READY_FIELD_NUMBER: _ClassVar[int]
     NUM_RUNNING_FIELD_NUMBER: _ClassVar[int]
@@ -160,6 +160,9 @@ class GetServerStatusResponse(_message.Message):
     IMAGE_CACHE_HITS_FIELD_NUMBER: _ClassVar[int]
     IMAGE_CACHE_MISSES_FIELD_NUMBER: _ClassVar[int]
     ADAPTER_BYTES_FIELD_NUMBER: _ClassVar[int]
+    NUM_PREEMPTIONS_FIELD_NUMBER: _ClassVar[int]
+    NUM_RECOMPUTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PIXEL_BYTES_FIELD_NUMBER: _ClassVar[int]
     version: str
     is_ready: bool
     num_running: int
@@ -176,4 +179,7 @@ class GetServerStatusResponse(_message.Message):
     image_cache_hits: int
     image_cache_misses: int
     adapter_bytes: int
-    def __init__(self, version: _Optional[str] = ..., is_ready: bool = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., max_batch: _Optional[int] = ..., max_queue: _Optional[int] = ..., self_kv_bytes: _Optional[int] = ..., cross_kv_bytes: _Optional[int] = ..., cross_kv_untrimmed_bytes: _Optional[int] = ..., uptime_seconds: _Optional[float] = ..., kv_capacity_bytes: _Optional[int] = ..., image_cache_capacity_bytes: _Optional[int] = ..., image_cache_bytes: _Optional[int] = ..., image_cache_hits: _Optional[int] = ..., image_cache_misses: _Optional[int] = ..., adapter_bytes: _Optional[int] = ...) -> None: ...
+    num_preemptions: int
+    num_recomputed_tokens: int
+    pixel_bytes: int
+    def __init__(self, version: _Optional[str] = ..., is_ready: bool = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., max_batch: _Optional[int] = ..., max_queue: _Optional[int] = ..., self_kv_bytes: _Optional[int] = ..., cross_kv_bytes: _Optional[int] = ..., cross_kv_untrimmed_bytes: _Optional[int] = ..., uptime_seconds: _Optional[float] = ..., kv_capacity_bytes: _Optional[int] = ..., image_cache_capacity_bytes: _Optional[int] = ..., image_cache_bytes: _Optional[int] = ..., image_cache_hits: _Optional[int] = ..., image_cache_misses: _Optional[int] = ..., adapter_bytes: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., num_recomputed_tokens: _Optional[int] = ..., pixel_bytes: _Optional[int] = ...) -> None: ...

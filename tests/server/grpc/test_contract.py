@@ -20,7 +20,7 @@ from trimserve.server.running import InProcessServer
 from trimserve.v1 import generation_pb2 as pb
 
 HAS_A_MEANING_AT_ZERO = {
-    "GenerateRequest": {"priority"},
+    "GenerateRequest": {"priority", "num_choices"},
     "SamplingParams": {"temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "num_top_logprobs"},
     "TrimOptions": {"k_ratio", "max_kept_fraction", "merge_ratio"},
 }

@@ -80,6 +80,8 @@ BAD = [
     top("request_id", "at most 128 of A-Z a-z 0-9 . _ : and -, got 129", chat=CHAT, request_id="x" * 129),
     top("request_id", "starting 'a b'", chat=CHAT, request_id="a b"),
     top("request_id", "starting 'a\\n'", chat=CHAT, request_id="a\n"),
+    top("num_choices", "[1, 16], got 0", chat=CHAT, num_choices=0),
+    top("num_choices", "[1, 16], got 17", chat=CHAT, num_choices=17),
     top("priority", "[-1000, 1000], got 1001", chat=CHAT, priority=1001),
     top("priority", "[-1000, 1000], got -1001", chat=CHAT, priority=-1001),
     top("images", "empty beside chat, whose images are message parts, got 1", chat=CHAT, images=[pb.Image()]),
@@ -195,7 +197,7 @@ def test_unset_fields_mean_the_checkpoints_defaults() -> None:
         seed=request.sampling.seed,
     )
     assert request.trim == TrimRequest(enabled=True, policy="trimmed", k_ratio=0.2, merge_ratio=0.25)
-    assert request.priority == 0
+    assert (request.num_choices, request.priority) == (1, 0)
 
 
 def test_zero_is_a_value_and_not_a_default() -> None:
@@ -211,7 +213,7 @@ def test_zero_is_a_value_and_not_a_default() -> None:
 
 def test_set_fields_arrive_unchanged() -> None:
     request = chat_request()
-    request.request_id, request.priority = "a.b_c:1-2", -7
+    request.request_id, request.priority, request.num_choices = "a.b_c:1-2", -7, 16
     request.sampling.CopyFrom(
         pb.SamplingParams(
             max_new_tokens=128,
@@ -242,7 +244,7 @@ def test_set_fields_arrive_unchanged() -> None:
         )
     )
     got = converted(request)
-    assert (got.request_id, got.priority) == ("a.b_c:1-2", -7)
+    assert (got.request_id, got.priority, got.num_choices) == ("a.b_c:1-2", -7, 16)
     assert got.sampling == SamplingParams(
         max_new_tokens=128,
         min_new_tokens=3,

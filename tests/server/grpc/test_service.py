@@ -11,7 +11,7 @@ from tests.patience import soon, until
 from tests.server.conftest import Loopback
 from tests.server.fakes import CHUNKS, CONFIG, DELTAS, FINISHED, INFO, SELECTION, STARTED, Pause, chat_request
 from trimserve import __version__
-from trimserve.api.chunks import TokenDelta
+from trimserve.api.chunks import TokenDelta, TokenLogprob
 from trimserve.client import Client
 from trimserve.server.grpc.responses import fold
 from trimserve.trimming.policies.table import POLICIES
@@ -52,9 +52,28 @@ async def test_the_unary_answer_has_every_field(loopback: Loopback) -> None:
     answer = await loopback.generation.Generate(chat_request())
     other_stop = "matched_stop_token_id"
     set_fields = {field.name for field, _ in answer.ListFields()}
-    assert set_fields == {field.name for field in pb.GenerateResponse.DESCRIPTOR.fields} - {other_stop}
+    assert set_fields == {field.name for field in pb.GenerateResponse.DESCRIPTOR.fields} - {other_stop, "choices"}
     assert list(answer.token_ids) == [token for delta in DELTAS for token in delta.token_ids]
     assert [logprob.logprob for logprob in answer.logprobs] == [-0.5, -0.25, -0.75]
+
+
+async def test_several_answers_are_streamed_by_number_and_repeated_in_the_unary_answer(loopback: Loopback) -> None:
+    ends = [replace(FINISHED, choice=0), replace(FINISHED, choice=1, matched_stop=0, num_generated_tokens=1)]
+    other = TokenDelta("Hi", (4,), (TokenLogprob(-1.0, ()),), choice=1)
+    loopback.runner.script = (STARTED, DELTAS[0], other, ends[1], *DELTAS[1:], ends[0])
+    request = chat_request()
+    request.num_choices = 2
+    events = [event async for event in loopback.generation.GenerateStream(request)]
+    assert [event.delta.choice for event in events if event.HasField("delta")] == [0, 1, 0, 0]
+    assert [event.finished.choice for event in events if event.HasField("finished")] == [1, 0]
+    answer = await loopback.generation.Generate(request)
+    assert loopback.runner.requests[-1].num_choices == 2
+    first, second = answer.choices
+    set_fields = {field.name for field, _ in first.ListFields()}
+    assert set_fields == {field.name for field in pb.Choice.DESCRIPTOR.fields} - {"matched_stop_token_id"}
+    assert all(getattr(answer, name) == getattr(first, name) for name in set_fields)
+    assert (second.text, list(second.token_ids), second.usage.num_generated_tokens) == ("Hi", [4], 1)
+    assert second.WhichOneof("matched_stop") == "matched_stop_token_id"
 
 
 async def test_a_token_that_stopped_is_told_apart_from_a_string(loopback: Loopback) -> None:

@@ -79,6 +79,7 @@ def to_generation_request(request: pb.GenerateRequest, info: ModelInfo, config: 
         prompt=_prompt(request, info, config),
         sampling=_sampling(request.sampling, info),
         trim=_trim(request.trim, info),
+        num_choices=_optional(request, "num_choices", "", 1),
         priority=_number(request, "priority", path=""),
         adapter=adapter_name("adapter", request.adapter) if request.adapter else None,
     )

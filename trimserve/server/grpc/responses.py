@@ -1,5 +1,6 @@
 """From the api's chunks to protobuf messages; the unary response is a fold over the messages of a stream."""
 
+from collections import defaultdict
 from collections.abc import AsyncIterable
 from typing import Any, TypeVar
 
@@ -67,6 +68,7 @@ class EventWriter:
             usage=usage,
             cross_kv_bytes=_mirror(generation_pb2.CrossKvBytes, chunk.cross_kv),
             timings=_mirror(generation_pb2.Timings, chunk.timings),
+            choice=chunk.choice,
         )
         match chunk.matched_stop:
             case str(stop):
@@ -82,21 +84,28 @@ async def fold(
     """Fold the messages of a stream into one response.
 
     Args:
-        events: one `started`, any number of `delta`s, one `finished`.
+        events: one `started`, any number of `delta`s, one `finished` for each choice.
     """
     response = generation_pb2.GenerateResponse()
-    texts: list[str] = []
+    choices: defaultdict[int, generation_pb2.Choice] = defaultdict(generation_pb2.Choice)
+    texts: defaultdict[int, list[str]] = defaultdict(list)
     async for event in events:
         match event.WhichOneof("event"):
             case "started":
                 _add_started(response, event.started)
             case "delta":
-                texts.append(event.delta.text)
-                response.token_ids.extend(event.delta.token_ids)
-                response.logprobs.extend(event.delta.logprobs)
+                choice = choices[event.delta.choice]
+                texts[event.delta.choice].append(event.delta.text)
+                choice.token_ids.extend(event.delta.token_ids)
+                choice.logprobs.extend(event.delta.logprobs)
             case "finished":
-                _add_finished(response, event.finished)
-    response.text = "".join(texts)
+                number = event.finished.choice
+                choices[number].text = "".join(texts[number])
+                _add_finished(choices[number], event.finished)
+    for field, value in choices[0].ListFields():  # of the same names in both messages
+        response.MergeFrom(generation_pb2.GenerateResponse(**{field.name: value}))
+    if len(choices) > 1:
+        response.choices.extend(choices[number] for number in sorted(choices))
     return response
 
 
@@ -147,7 +156,7 @@ def _add_started(response: generation_pb2.GenerateResponse, started: generation_
     response.selections.extend(started.selections)
 
 
-def _add_finished(response: generation_pb2.GenerateResponse, finished: generation_pb2.Finished) -> None:
+def _add_finished(response: generation_pb2.Choice, finished: generation_pb2.Finished) -> None:
     response.finish_reason = finished.finish_reason
     match finished.WhichOneof("matched_stop"):
         case "matched_stop_string":
