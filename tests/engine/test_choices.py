@@ -71,6 +71,18 @@ def test_prompt_and_image_are_computed_and_held_once() -> None:
     run_to_the_end(engine)
 
 
+def test_answers_join_together_so_that_none_reads_the_prompt_again() -> None:
+    prefills: list[None] = []
+    engine = make_engine(FakeModel(before_prefill=lambda: prefills.append(None)), max_batch=4)
+    others = [start(engine, request("other", max_new_tokens=size, ignore_eos=True))[0] for size in (5, 50)]
+    sequence, output = start(engine, several(3, max_new_tokens=3))
+    engine.step()
+    assert [each.state for each in (*others, sequence)] == [*[SequenceState.RUNNING] * 2, SequenceState.WAITING]
+    run_to_the_end(engine)
+    assert len(prefills) == 3
+    assert_each_is_what_it_is_alone(output, several(3, max_new_tokens=3))
+
+
 def test_answers_end_each_for_itself() -> None:
     # The first token is one of many, so that the answers part there.
     engine, wanted = make_engine(FakeModel(), max_batch=8), several(8, stop_token_ids=tuple(range(32, 64)))
