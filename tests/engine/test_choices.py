@@ -20,8 +20,9 @@ PICTURE = TokenPrompt((IMAGE, *b"what is this?"), (ImageFile(b"4"),))
 
 
 def several(num_choices: int, prompt: TokenPrompt | str = PICTURE, **sampling: object) -> GenerationRequest:
-    knobs = {"temperature": 1.0, "seed": 2**64 - 2, "max_new_tokens": 20, "ignore_eos": True, **sampling}
-    return replace(request(prompt, **knobs), num_choices=num_choices)
+    wanted = request(prompt, temperature=1.0, seed=2**64 - 2, max_new_tokens=20, ignore_eos=True)
+    params = replace(wanted.sampling, **sampling)  # type: ignore[arg-type]  # keywords of every type
+    return replace(wanted, num_choices=num_choices, sampling=params)
 
 
 def run_to_the_end(engine: Engine) -> None:
