@@ -21,7 +21,7 @@ export PYTHONUNBUFFERED := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test check verify check-sanitize verify-meta cuda-check test-gpu bench-gpu lock update test-floor \
+.PHONY: help build demo test check verify verify-attack check-sanitize verify-meta cuda-check test-gpu bench-gpu lock update test-floor \
 	test-newest fmt protos docs bench bench-ops clean
 
 help:  ## list the commands
@@ -51,17 +51,21 @@ verify: check test  ## what takes longer: Meta's code, committed accuracies, ran
 	$(BIN)/python -m pytest tests/engine/test_random_mixes.py --mixes 200 --timeout 3600
 	$(BIN)/python -m benchmarks.soak
 	$(BIN)/python -m benchmarks.soak load
+	$(BIN)/python -m benchmarks.bench_batch --out out/bench/batch.json
 	$(BIN)/python -m training.reproduce
 	$(PIP) $(LOCKED) requirements/fuzz.txt && $(BIN)/python scripts/fuzz_convert.py -max_total_time=300
 	$(MAKE) test-floor test-newest
 	PATH="$(abspath $(BIN)):$$PATH" scripts/verify_wheel.sh
-	$(MAKE) check-sanitize verify-meta
+	$(MAKE) check-sanitize verify-meta verify-attack
 	scripts/verify_deployment.sh
 	$(BIN)/python scripts/verify_walkthrough.py
 	$(BIN)/python scripts/verify_clients.py  # these as root, on Debian
 	$(BIN)/python scripts/verify_monitoring.py
 	scripts/verify_image.sh
 	$(MAKE) bench
+
+verify-attack: build  ## attack a server in 4 GiB with all that callers can do, for ten minutes; ATTACK="--seconds 60" for less
+	$(BIN)/python scripts/verify_attack.py $(ATTACK)
 
 check-sanitize: build  ## run the tests of the ops under AddressSanitizer and UndefinedBehaviorSanitizer
 	PATH="$(abspath $(BIN)):$$PATH" scripts/check_sanitize.sh
@@ -121,6 +125,7 @@ clean:  ## remove everything that was built
 	rm -rf $(VENV) build dist out
 
 $(VENV)/.tools: Makefile requirements/dev.txt
+	@echo "downloading what builds and runs it, some hundred megabytes"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) $(LOCKED) requirements/dev.txt
 	# First from the index without CUDA; where that cannot be reached, from pip's own.
@@ -128,7 +133,12 @@ $(VENV)/.tools: Makefile requirements/dev.txt
 	touch $@
 
 $(VENV)/.built: $(VENV)/.tools pyproject.toml CMakeLists.txt $(CXX_SOURCES)
-	$(PIP) --no-build-isolation --no-deps --editable .
+	@echo "compiling the extension, which takes minutes (the compiler's words go to build/build.log)"
+	@mkdir -p build
+	@NINJA_STATUS='[%f/%t, %e s] ' $(BIN)/python -m pip --disable-pip-version-check install --verbose \
+		--no-build-isolation --no-deps --editable . > build/build.log 2>&1 & pip=$$!; \
+		tail --follow --lines +1 --pid $$pip build/build.log | sed -n --unbuffered 's/^ *\(\[[0-9]*\/[0-9]*,.*\)/\1/p'; \
+		wait $$pip || { cat build/build.log; exit 1; }
 	touch $@
 
 # A folder of its own, seen by `make verify-meta` only. Two of these wheels also bring a top-level package `benchmarks` or

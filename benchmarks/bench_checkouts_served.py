@@ -24,7 +24,7 @@ from benchmarks.serve.models import MODELS, ModelName, UnderTest, under_test
 from benchmarks.serve.report import about, write_json
 from benchmarks.serve.service import GrpcTarget
 from benchmarks.serve.workload import WorkloadSettings, make_workload
-from trimserve.model.checkpoint import read_json
+from trimserve.model.json_object import read_json
 
 __all__ = ["main"]
 

@@ -51,19 +51,21 @@ __all__ = ["main"]
 
 _OUT = Path(__file__).parent / "results" / "growth.json"
 _QUESTION = "What do you see?"
+_WHOLE = 1e6
+"""Seconds that no prefill takes: whatever the pool has room for joins at once."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
     """The requests."""
 
-    num_requests: int = 192
+    num_requests: int = 96
     num_pictures: int = 4
     max_new_tokens: int = 1024
     least_answer_tokens: int = 5
     mean_answer_tokens: int = 20
     """Longer answers are the rarer, exponentially."""
-    num_reserved: int = 8
+    num_reserved: int = 4
     """Requests that fit into the pool when all of `max_new_tokens` is reserved."""
     num_short: int = 1
     """The same of the short pool."""
@@ -171,6 +173,7 @@ class _Traffic:
     def _engine(self, pool_bytes: int) -> Engine:
         config = EngineConfig(
             max_batch=self._plan.num_requests,
+            prefill_slice_seconds=_WHOLE,
             kv_cache_bytes=ByteSize(prefill_scratch_bytes(self._model.info) + pool_bytes),
         )
         return Engine(self._model, LocalExecutor(self._model, 2**26), config)

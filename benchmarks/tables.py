@@ -4,7 +4,16 @@ import json
 from pathlib import Path
 from typing import Any, Final
 
-__all__ = ["RESULTS", "bytes_tables", "load_table", "read_result", "serve_tables", "walkthrough_table"]
+__all__ = [
+    "RESULTS",
+    "batch_table",
+    "bytes_tables",
+    "headline",
+    "load_table",
+    "read_result",
+    "serve_tables",
+    "walkthrough_table",
+]
 
 RESULTS = Path(__file__).parent / "results"
 """What the benchmarks wrote."""
@@ -48,6 +57,59 @@ def bytes_tables(report: dict[str, Any] | None) -> str:
     if report is None:
         return _missing("bench_bytes")
     return "\n\n".join([*(_bytes_of_model(model) for model in report["models"]), _origin(report)])
+
+
+def headline(of_bytes: dict[str, Any] | None, of_trimming: dict[str, Any] | None) -> str:
+    """What trimming saves and costs, in a few lines of Markdown.
+
+    Args:
+        of_bytes: report of `bench_bytes`.
+        of_trimming: report of `trimserve eval` on the embedded model, of the budgets that it recommends, among others.
+    """
+    if of_bytes is None or of_trimming is None:
+        return _missing("bench_bytes")
+    model = next(model for model in of_bytes["models"] if model["model"] == "embedded")
+    setting = {"policy": "trimmed", "k_ratio": model["k_ratio"], "merge_ratio": model["merge_ratio"], "kind": "all"}
+    [row] = [row for row in of_trimming["rows"] if setting.items() <= row.items()]
+    accuracy, change = row["accuracy"]["value"], row["accuracy_change"]["value"]
+    sizes = {name: request["bytes"] for name, request in model["requests"].items()}
+    held = {
+        name: size["trimserve"]["cross"] / size["transformers"]["cross"]
+        for name, size in sizes.items()
+        if size["trimserve"]["cross"]
+    }
+    at_once = model["at_once"]["four_tiles"]
+    return (
+        f"| saved and paid, embedded model | |\n|---|---|\n"
+        f"| cross-attention KV of an image, beside transformers' | {held['four_tiles']:.0%} for 4 tiles, "
+        f"{held['one_tile']:.0%} for 1 tile |\n"
+        f"| requests with a 4-tile image at once, in equal memory | {at_once['trimserve']}, untrimmed "
+        f"{at_once['trimserve_untrimmed']}, transformers {at_once['transformers']} |\n"
+        f"| exact answers to {row['num_questions']:,} held-out questions | {accuracy:.1%}, untrimmed "
+        f"{accuracy - change:.1%} |"
+    )
+
+
+def batch_table(report: dict[str, Any] | None) -> str:
+    """What a batch reaches beside bare clients, and what came of one that was killed, as Markdown.
+
+    Args:
+        report: of `bench_batch`; None says how to get one.
+    """
+    if report is None:
+        return _missing("bench_batch")
+    lines = ["| round | bare clients, lines/s | `trimserve batch`, lines/s | ratio |", "|---|---:|---:|---:|"]
+    for number, each in enumerate(report["rounds"], 1):
+        rates = f"{each['served_lines_per_second']:.1f} | {each['batch_lines_per_second']:.1f}"
+        lines.append(f"| {number} | {rates} | {each['ratio']:.3f} |")
+    killed = report["killed"]
+    places = ", ".join(map(str, killed["lines_at_kill"]))
+    told = (
+        f"{report['num_lines']:,} lines, {report['concurrency']} at a time, {report['max_new_tokens']} tokens each; "
+        f"the median ratio is {report['ratio']:.3f}. Killed (`kill -9`) at {places} lines and started again each time: "
+        f"{killed['num_lost']} lost, {killed['num_doubled']} doubled, {killed['num_other_texts']} with another text."
+    )
+    return "\n".join([*lines, "", told, "", _origin(report)])
 
 
 def serve_tables(report: dict[str, Any] | None) -> str:

@@ -296,6 +296,19 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             {"{{grpc_method}}": quantile(0.95, "grpc_server_handling_seconds", by="grpc_method")},
             "Whole calls.",
         ),
+        Panel(
+            "Refused calls",
+            "reqps",
+            {"{{reason}}": rate("trimserve_refused_calls_total", by="reason")},
+            "Before their message was read: no token, too many, too fast, too large, too late.",
+        ),
+        Panel("Health watches", "short", {"{{instance}}": series("trimserve_health_watches")}, "Open now."),
+        Panel(
+            "Messages in flight",
+            "bytes",
+            {"{{instance}}": series("trimserve_message_bytes_in_flight")},
+            "Held, or set aside for what arrives; calls wait once max_message_bytes_in_flight is reached.",
+        ),
     ),
     "Errors": (
         Panel("Failed", "percentunit", {"share": FAILED}, "Of all requests, through no fault of the client."),

@@ -20,18 +20,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from tests.server.fakes import CONFIG, INFO  # the root must be on the path first
 from trimserve.client import make_request
 from trimserve.errors import InvalidRequest, MessageTooLarge
-from trimserve.server.grpc import codec, convert
+from trimserve.server.grpc import census, codec, convert
 from trimserve.v1 import generation_pb2 as pb
 
 MAX_MESSAGE_BYTES = 1 << 16
 
 # Not atheris.instrument_imports: it leaves out what the loader of an editable install loads.
-for module in (codec, convert):
+for module in (census, codec, convert):
     for _, function in inspect.getmembers(module, inspect.isfunction):
         if function.__module__ == module.__name__:
             atheris.instrument_func(function)
 
-READ = codec.bounded(pb.GenerateRequest.FromString, MAX_MESSAGE_BYTES)
+READ = codec.Codec(pb.GenerateRequest, MAX_MESSAGE_BYTES).read
 
 
 def take(data: bytes) -> None:

@@ -1,4 +1,4 @@
-"""Generates the tables of docs/ and README.md from what they describe; `--check` only compares.
+"""Generates the tables of docs/ and README.md, and the help on policies; `--check` only compares.
 
 Text between `<!-- generated: NAME -->` and `<!-- end -->` comes from here, all else is written by hand.
 
@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,9 @@ from benchmarks.policy_tables import (  # noqa: E402 as above
     speed_by_policy,
 )
 from benchmarks.tables import (  # noqa: E402 as above
+    batch_table,
     bytes_tables,
+    headline,
     load_table,
     read_result,
     serve_tables,
@@ -215,10 +218,12 @@ TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     "configuration": ("docs/configuration.md", configuration),
     "metrics": ("docs/metrics.md", metrics),
     "api": ("docs/api.md", api),
+    "headline": ("README.md", lambda: headline(read_result("bytes.json"), read_result("trimming/report.json"))),
     "accuracy": ("README.md", accuracy),
     "walkthrough": ("README.md", lambda: walkthrough_table(read_result("walkthrough.json"))),
     "meta": ("docs/correctness.md", lambda: meta_table(read_result("meta.json"))),
     "departures": ("docs/correctness.md", lambda: departures_table(read_result("meta.json"))),
+    "batch": ("docs/command-line.md", lambda: batch_table(read_result("batch.json"))),
     "load": ("docs/service.md", lambda: load_table(read_result("load.json"))),
     "policies": ("docs/policies.md", lambda: accuracy_by_policy(comparison())),
     "policies-by-kind": ("docs/policies.md", lambda: accuracy_by_kind(comparison())),
@@ -261,19 +266,25 @@ def filled(name: str) -> tuple[Path, str, str]:
     return path, text, pattern.sub(lambda _: body, text)
 
 
+def policy_help() -> tuple[Path, str, str]:
+    """The file that `--help` lists policies from, as `filled` returns it."""
+    path = ROOT / "trimserve/commands/policies.json"
+    summaries = {name: policy.describe().summary for name, policy in POLICIES.items()}
+    return path, path.read_text() if path.exists() else "", json.dumps(summaries, indent=2, ensure_ascii=False) + "\n"
+
+
 def main() -> int:
     """Generate or compare; the exit status is 1 when the comparison finds a difference."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="change nothing, fail on a difference")
     check = parser.parse_args().check
     is_stale = False
-    for name in TABLES:
-        path, text, wanted = filled(name)
+    for path, text, wanted in chain(map(filled, TABLES), [policy_help()]):  # one by one: tables share documents
         if text == wanted:
             continue
         is_stale = True
         if check:
-            print(f"{path.relative_to(ROOT)}: {name} is out of step; run `make docs`")
+            print(f"{path.relative_to(ROOT)} is out of step; run `make docs`")
         else:
             path.write_text(wanted)
     return 1 if check and is_stale else 0

@@ -22,7 +22,8 @@ from trimserve.v1 import generation_pb2 as pb
 
 NUM_NEW = 12
 NO_TRIM = pb.TrimOptions(mode=pb.TRIM_MODE_OFF)
-TEXT = "<|image|>What is this?"
+PROMPT = [320, 328, 30, 17, 5, 40]
+"""Begin of text, an image, and a question of sorts."""
 
 
 @pytest.fixture(scope="module")
@@ -52,11 +53,12 @@ def picture() -> Image.Image:
 
 
 def asking(picture: Image.Image, adapter: str = "", max_new_tokens: int = NUM_NEW) -> pb.GenerateRequest:
+    """A question on the picture."""
     buffer = io.BytesIO()
     picture.save(buffer, "PNG")
     sampling = pb.SamplingParams(max_new_tokens=max_new_tokens, ignore_eos=True, temperature=0)
     return pb.GenerateRequest(
-        raw_prompt=TEXT,
+        prompt_token_ids=pb.TokenIds(token_ids=PROMPT),
         images=[pb.Image(data=buffer.getvalue())],
         sampling=sampling,
         trim=NO_TRIM,
@@ -73,13 +75,12 @@ def test_answers_are_those_of_the_merged_model_of_transformers(
     client: Client, checkpoint: Path, folders: dict[str, Path], picture: Image.Image, tmp_path: Path, name: str
 ) -> None:
     peer = Peer(save_merged(tmp_path, checkpoint, folders[name]))
-    prompt = peer.processor.tokenizer(TEXT).input_ids
     if name == "vision":
         loaded = client.load_adapter(name, folders[name])
         assert loaded.changes_image_features
         assert loaded.rank == 4
         assert client.status().adapter_bytes == sum(adapter.num_bytes for adapter in client.adapters())
-    expected = peer.generate(prompt, [picture], NUM_NEW)[:NUM_NEW]
+    expected = peer.generate(PROMPT, [picture], NUM_NEW)[:NUM_NEW]
     answer = tokens(client, asking(picture, name))
     assert answer[: len(expected)] == expected
     assert answer != tokens(client, asking(picture))
@@ -134,7 +135,7 @@ def test_generate_loads_an_adapter_or_asks_a_server_for_one(
     sampling = pb.SamplingParams(max_new_tokens=8, temperature=0)
     assert loaded.stdout == client.generate("Hello", sampling=sampling, adapter="text").text + "\n"
     for wrong in ([*own, "--adapter", "mine"], [*question, "--address", "127.0.0.1:1", "--adapter", "a=b"]):
-        refused = CliRunner().invoke(app, wrong)
+        refused = CliRunner(env={"COLUMNS": "200"}).invoke(app, wrong)
         assert refused.exit_code == 2
         assert "must be NAME=FOLDER without --address, and NAME with it" in refused.output
     unnamed = CliRunner().invoke(app, [*own, "--adapter", "a/b=c"])

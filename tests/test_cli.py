@@ -1,5 +1,6 @@
 """The command line as people type it, against a server and with one of its own."""
 
+import io
 import json
 import math
 import shutil
@@ -17,15 +18,13 @@ from skimage import data
 from typer.testing import CliRunner, Result
 
 from tests.server.fakes import CONFIG, FINISHED, STARTED, FakeRunner
-from tests.server.test_access import entry
-from tests.server.test_tls import Files, server_config
 from trimserve import __version__
 from trimserve.api.chunks import TokenDelta
 from trimserve.cli import app, main
 from trimserve.config import Config, EngineConfig
 from trimserve.model.loading import embedded_model_folder
 from trimserve.serve import in_process_server, make_server
-from trimserve.server import running
+from trimserve.server import logs, running
 from trimserve.server.lifecycle import Server
 from trimserve.server.running import InProcessServer
 from trimserve.trimming.policies.table import POLICIES
@@ -48,9 +47,9 @@ def photo(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return file
 
 
-def run(*arguments: object) -> Result:
+def run(*arguments: object, stdin: bytes | None = None) -> Result:
     """What a command prints; it must succeed."""
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments], input=stdin)
     assert result.exit_code == 0, result.output
     return result
 
@@ -97,11 +96,12 @@ def test_policies_are_explained_side_by_side_at_equal_counts(address: str, tmp_p
     assert "--policies excludes" in refused.output
 
 
-def test_a_picture_is_a_png_whatever_its_name(address: str, tmp_path: Path) -> None:
-    picture = tmp_path / "explain.gibberish"
+@pytest.mark.parametrize(("ending", "format_"), [("png", "PNG"), ("JPG", "JPEG"), ("webp", "WEBP")])
+def test_a_picture_is_of_the_kind_that_its_ending_says(address: str, tmp_path: Path, ending: str, format_: str) -> None:
+    picture = tmp_path / f"explain.{ending}"
     run("explain", "--image", SAMPLES[0], "--prompt", "?", "--address", address, "--out", picture)
     with Image.open(picture) as drawn:
-        assert drawn.format == "PNG"
+        assert drawn.format == format_
 
 
 def test_an_answer_of_any_text_is_printed_as_it_is(tmp_path: Path) -> None:
@@ -116,17 +116,6 @@ def test_an_answer_of_any_text_is_printed_as_it_is(tmp_path: Path) -> None:
 def test_generate_without_an_address_serves_itself_and_streams_the_same_text() -> None:
     question = ("generate", "--image", SAMPLES[0], "--prompt", "What do you see?", "--temperature", 0)
     assert run(*question).stdout == run(*question, "--stream").stdout
-
-
-def test_generate_speaks_tls_and_sends_a_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    files, clients = Files(tmp_path), tmp_path / "clients.toml"
-    clients.write_text(entry("us", "secret"))
-    config = server_config(files)
-    guarded = config.model_copy(update={"server": config.server.model_copy(update={"auth_file": clients})})
-    with InProcessServer(make_server(FakeRunner(), guarded)) as fake:
-        question = ("generate", "--prompt", "Hi", "--address", fake.address, "--ca", files.path("clients.pem"))
-        monkeypatch.setenv("TRIMSERVE_TOKEN", "secret")
-        assert run(*question).stdout == "Hello ☃!\n"
 
 
 def test_streamed_json_is_one_event_a_line(address: str) -> None:
@@ -191,8 +180,9 @@ def test_commands_that_load_a_model_take_its_knobs(command: str) -> None:
 
 @pytest.fixture
 def served(monkeypatch: pytest.MonkeyPatch) -> list[Config]:
-    """The configs of servers that `serve` would have run."""
+    """The configs of servers that `serve` would have run; it configures no logging."""
     configs: list[Config] = []
+    monkeypatch.setattr(logs, "configure_logging", lambda *_: None)
 
     async def remember(server: Server, **_: object) -> None:
         configs.append(server.config)
@@ -249,43 +239,126 @@ def test_help_waits_for_no_slow_import() -> None:
     assert done.stdout == "set()\n"
 
 
-def test_a_knob_out_of_range_is_named_with_its_bound() -> None:
-    result = CliRunner().invoke(app, ["serve", "--max-batch", "0"])
-    assert result.exit_code == 2
-    assert "--max-batch" in result.output
-    assert "greater than or equal to 1" in result.output
-
-
-@pytest.mark.parametrize("option", ["--max-new-tokens", "--seed"])
-def test_a_negative_number_is_refused_by_its_option(option: str) -> None:
-    result = CliRunner().invoke(app, ["generate", "--prompt", "x", option, "-1", "--address", "127.0.0.1:1"])
-    assert result.exit_code == 2
-    assert option in result.output
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["generate", "--prompt", "x", "--image", "no/such/file.png"], "no/such/file.png"),
-        (["generate", "--prompt", "x", "--model", "no/such/model"], "no/such/model"),
+        (["generate", "--prompt", "x", "--image", "no/such/file.png"], "no/such/file.png: No such file or directory"),
+        (["generate", "--prompt", "x", "--image", "https://a.org/b.png"], "https://a.org/b.png: is a URL"),
+        (["generate", "--prompt", "x", "--image", "tests"], "tests: Is a directory"),
+        (["generate", "--prompt", "x", "--model", "no/such/model"], "no/such/model: no such folder"),
         (["generate", "--prompt", "x", "--k-ratio", "2"], "trim.k_ratio: must be in (0, 1], got 2.0"),
         (["generate", "--prompt", "x", "--policy", "best"], "trim.policy: must be one of trimmed, random, "),
         (["generate", "--prompt", "x", "--merge-ratio", "-1"], "trim.merge_ratio: must be in [0, 1], got -1.0"),
         (["generate", "--prompt", "x", "--model", "[/red]" + "no" * 100], "[/red]" + "no" * 100),
         (["generate", "--prompt", "x", "--address", "127.0.0.1:1"], "cannot reach 127.0.0.1:1 (HOST:PORT expected): "),
         (["explain", "--image", "pyproject.toml", "--prompt", "x"], "pyproject.toml: must be an image file"),
+        (["generate", "--prompt", "x", "--image", "pyproject.toml"], "pyproject.toml: must be an image file"),
+        (["chat", "--image", "no.png", "--address", "127.0.0.1:1"], "no.png: No such file or directory"),
+        (["batch", "no.jsonl", "out.jsonl"], "no.jsonl"),
+        (["status", "--address", "127.0.0.1:1"], "cannot reach 127.0.0.1:1 (HOST:PORT expected): "),
+        (["info", "--address", "127.0.0.1:1"], "cannot reach 127.0.0.1:1 (HOST:PORT expected): "),
     ],
 )
-def test_what_the_user_can_mend_is_one_message_and_status_1(
+def test_what_the_user_can_mend_is_one_line_and_status_1(
     arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert message in failed(1, arguments, monkeypatch, capsys)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["serve", "--max-batch", "0"], "--max-batch: Input should be greater than or equal to 1, got 0"),
+        (["generate", "--prompt", "x", "--seed", "-1"], "'--seed'"),
+        (["generate", "--prompt", "x", "--max-new-tokens", "-1"], "'--max-new-tokens'"),
+        (["generate"], "Missing option '--prompt' (see trimserve generate --help)"),
+        (["generate", "--prompt", "a\udcff"], "'--prompt': must be UTF-8, got 'a\\udcff'"),
+        (["generate", "--prompt", "-", "--image", "-"], "standard input (-) can be read once only"),
+        (["generate", "--prompt", "x", "--no-trim", "--keep", "1"], "--no-trim and --keep exclude each other"),
+        (["generate", "--prompt", "x", "--tls"], "--tls needs --address beside it"),
+        (["status", "--address", "a:1", "--client-key", "k"], "--client-cert and --client-key need each other"),
+        (["explain", "--image", "x", "--prompt", "x", "--out", "x.pdf"], "must end in one of .png, .jpg, .jpeg, .webp"),
+        (["genrate"], "No such command 'genrate'"),
+    ],
+)
+def test_what_is_typed_wrongly_is_one_line_and_status_2(
+    arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert message in failed(2, arguments, monkeypatch, capsys)
+
+
+def test_a_prompt_on_standard_input_that_is_not_utf8_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"ok \xff")))
+    line = failed(2, ["generate", "--prompt", "-"], monkeypatch, capsys)
+    assert "--prompt: standard input must be UTF-8, got byte 0xff at position 3" in line
+
+
+def failed(
+    status: int, arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> str:
+    """The one line that a command fails with."""
     monkeypatch.setattr("sys.argv", ["trimserve", *arguments])
     with pytest.raises(SystemExit) as exit_:
         main()
-    assert exit_.value.code == 1
+    assert exit_.value.code == status
     [line] = capsys.readouterr().err.splitlines()
-    assert message in line
+    return line
+
+
+def test_without_a_command_the_help_is_printed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["trimserve"])
+    with pytest.raises(SystemExit):
+        main()
+    printed = capsys.readouterr()
+    assert "Commands" in printed.out
+    assert not printed.err
+
+
+def test_prompt_and_image_are_read_from_standard_input(address: str, tmp_path: Path) -> None:
+    question = ("generate", "--address", address, "--image")
+    wanted = run(*question, SAMPLES[0], "--prompt", "What do you see?").stdout
+    assert run(*question, SAMPLES[0], "--prompt", "-", stdin=b"What do you see?\n").stdout == wanted
+    content = SAMPLES[0].read_bytes()
+    assert run(*question, "-", "--prompt", "What do you see?", stdin=content).stdout == wanted
+    run("explain", *question[1:], "-", "--prompt", "?", "--out", tmp_path / "explain.png", stdin=content)
+
+
+def test_several_images_are_shown_in_their_order(address: str) -> None:
+    images = [argument for sample in SAMPLES[:3] for argument in ("--image", sample)]
+    answer = json.loads(run("generate", *images, "--prompt", "?", "--address", address, "--json").stdout)
+    assert len(answer["usage"]["images"]) == 3
+
+
+@pytest.mark.parametrize("command", ["generate", "chat", "explain"])
+def test_help_lists_every_policy_with_a_line(command: str) -> None:
+    listed = " ".join(run(command, "--help").stdout.split())
+    for name, policy in POLICIES.items():
+        assert f"{name}: {policy.describe().summary}" in listed
+
+
+def test_info_of_a_server_has_the_fields_of_info_here(address: str) -> None:
+    here, there = (json.loads(run("info", "--json", *option).stdout) for option in ((), ("--address", address)))
+    assert there["address"] == address
+    for name in ("num_parameters", "weight_bytes", "dtype", "revision", "cross_kv_bytes_per_feature", "max_tiles"):
+        assert there["model"][name] == here["model"][name]
+    for option in ((), ("--address", address)):
+        told = run("info", *option).stdout
+        assert f"{here['model']['num_parameters']:,} parameters" in told
+        assert len(told.splitlines()) < 30
+
+
+def test_status_tells_load_and_memory() -> None:
+    with InProcessServer(make_server(FakeRunner(), CONFIG)) as fake:
+        told = run("status", "--address", fake.address).stdout
+        document = json.loads(run("status", "--address", fake.address, "--json").stdout)
+    for fact in ("ready", "2 waiting of at most 64", "3.3 KiB of 9.8 KiB", "33% less than untrimmed", "66 hits"):
+        assert fact in told
+    assert document["num_waiting"] == 2
 
 
 def test_an_address_that_is_taken_is_one_line() -> None:

@@ -37,10 +37,14 @@ def imported(path: Path) -> Iterator[str]:
 
 
 def used(folder: str) -> dict[str, Path]:
-    """Distributions that the files of a folder import, each with a file that does."""
+    """Distributions that the files of a folder import, each with a file that does.
+
+    A script that names its own dependencies (PEP 723) runs in an environment of its own.
+    """
     return {
         canonical(distribution): path
         for path in sorted((ROOT / folder).rglob("*.py"))
+        if "# /// script\n" not in path.read_text()
         for module in imported(path)
         for distribution in DISTRIBUTIONS.get(module, [module])
     }

@@ -13,6 +13,8 @@ import typer
 from tests.test_repository import MODULES, ROOT, module_name
 from trimserve.cli import app
 from trimserve.serve import in_process_server
+from trimserve.server.grpc.services import RPCS
+from trimserve.server.metrics import Metrics
 from trimserve.trimming.policies.table import POLICIES
 
 README = (ROOT / "README.md").read_text()
@@ -74,8 +76,9 @@ def test_commands_name_real_targets_programs_subcommands_and_flags() -> None:
 
 def test_flags_in_readmes_prose_exist() -> None:
     group = typer.main.get_command(app)
-    known = {name for command in group.commands.values() for parameter in command.params for name in parameter.opts}  # type: ignore[attr-defined]
-    for flag in re.findall(r"`(--[a-z-]+)", README):
+    commands = [group, *group.commands.values()]  # type: ignore[attr-defined]  # a group
+    known = {name for command in commands for parameter in command.params for name in parameter.opts}
+    for flag in re.findall(r"`(?:trimserve )?(--[a-z-]+)", README):
         assert flag in known, flag
 
 
@@ -93,10 +96,37 @@ def test_every_defect_in_the_list_has_a_test_that_exists() -> None:
 def test_every_point_of_the_service_has_tests_that_exist() -> None:
     text = (ROOT / "docs/service.md").read_text()
     rows = [line.split("|")[1:-1] for line in text.splitlines() if re.match(r"\| \d+ \|", line)]
-    assert [int(number) for number, *_ in rows] == list(range(1, 23))
+    assert [int(number) for number, *_ in rows] == list(range(1, 24))
     assert all("::" in tests for *_, tests in rows)
     for path, name in re.findall(r"`(tests/\S+\.py)::(\w+)`", text):
         assert name in defined(path), f"{path}::{name}"
+
+
+def test_every_bound_on_callers_has_tests_metrics_and_knobs_that_exist() -> None:
+    taken = (ROOT / "docs/security.md").read_text().partition("## What a caller can take")[2]
+    rows = [line for line in taken.splitlines() if re.match(r"\| (?!---|resource \||\| attack)", line)]
+    assert len(rows) >= 20
+    for row in rows:
+        cited = re.findall(r"`(tests/\S+\.py)::(\w+)`", row)
+        assert cited, row
+        for path, name in cited:
+            assert name in defined(path), f"{path}::{name}"
+    declared = {metric.name for metric in Metrics(POLICIES, RPCS).declared}
+    assert set(re.findall(r"`((?:trimserve|grpc_server)_\w+)`", taken)) <= declared
+
+
+def test_every_kind_of_checkpoint_has_a_test_that_exists() -> None:
+    text = (ROOT / "docs/checkpoints.md").read_text()
+    rows = [
+        line for line in text.splitlines() if line.startswith("| ") and not line.startswith(("| **", "| A checkpoint"))
+    ]
+    assert len(rows) > 40
+    for row in rows:
+        (file, name, case), *others = re.findall(r"`(tests/\S+\.py)::(\w+)`(?: \"([^\"]+)\")? \|$", row)
+        assert not others, row
+        assert name in defined(file), row
+        fixtures = {fixture.stem for fixture in (ROOT / file).parent.glob("quantized/*.safetensors")}
+        assert not case or case in fixtures or f'    "{case}": ' in (ROOT / file).read_text(), row
 
 
 def defined(file: str) -> set[str]:

@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "environment": set(),
     "process": set(),
     "v1": set(),
-    "config": {"loopback"},
+    "config": {"api", "loopback"},
     "imaging": {"errors"},
     # the arrow
     **{part: {*PLAIN, "imaging", *ARROW[:place]} for place, part in enumerate(ARROW)},
@@ -40,15 +40,20 @@ MAY_IMPORT = {
     # outside the arrow
     "serve": {*PLAIN, *ARROW, "imaging", "server", "server/grpc"},
     "client": {"loopback", "v1"},
-    "connection": {"client"},
-    "knobs": {"config"},
+    "options": set(),
+    "connection": {"client", "options"},
+    "knobs": {"config", "options"},
+    "refusal": set(),
+    "image_files": {"errors", "refusal", "v1"},
+    "batch": {"client", "errors", "image_files", "refusal", "v1"},
     "explain": {"api"},
     "evaluation": {*PLAIN, *ARROW, "client", "connection", "knobs", "v1"},
-    "cli": {
+    "commands": {
         *PLAIN,
-        *("ops", "model", "engine", "server", "serve"),
-        *("client", "connection", "environment", "evaluation", "explain", "knobs", "v1"),
+        *("ops", "model", "server", "serve"),
+        *("batch", "client", "connection", "explain", "image_files", "knobs", "refusal", "v1"),
     },
+    "cli": {"batch", "commands", "engine", "environment", "errors", "evaluation"},
     "__main__": {"cli"},
 }
 """Parts of the package by the part that may import them."""
@@ -56,19 +61,19 @@ MAY_IMPORT = {
 STANDARD_LIBRARY_ONLY = {"__init__", "__main__", "api", "errors", "loopback", "environment", "process"}
 
 HOMES = {
-    "grpc": {"server/grpc", "client", "connection", "cli", "v1"},
+    "grpc": {"server/grpc", "client", "connection", "refusal", "image_files", "batch", "commands", "cli", "v1"},
     "grpc_health": {"server/grpc"},
     "grpc_reflection": {"server/grpc"},
-    "grpc_status": {"server/grpc"},
-    "google": {"server/grpc", "cli", "v1"},
+    "grpc_status": {"server/grpc", "refusal"},
+    "google": {"server/grpc", "refusal", "batch", "commands", "v1"},
     "prometheus_client": {"server"},
     "opentelemetry": {"server"},
     "structlog": {"server"},
-    "torch": {*ARROW, "serve", "evaluation", "cli"},
+    "torch": {*ARROW, "serve", "evaluation", "commands"},
     "transformers": {"model"},
     "huggingface_hub": {"model"},
     "tokenizers": {"model", "engine"},
-    "typer": {"cli", "connection", "evaluation", "knobs"},
+    "typer": {"cli", "commands", "connection", "evaluation", "knobs"},
     "matplotlib": {"evaluation"},
 }
 """Libraries by the parts that may import them."""

@@ -69,7 +69,10 @@ def imported(names: list[str]) -> str:
         (["api"], [*COMPUTE, *WIRE, *ENGINE, "numpy", "pydantic", "prometheus_client", "trimserve.v1"]),
         (["imaging"], [*COMPUTE, *WIRE, *ENGINE, "pydantic", "trimserve.server", "trimserve.v1"]),
         (["server"], [*COMPUTE, *ENGINE, "PIL"]),
-        (["client", "connection", "process", "knobs", "explain"], [*COMPUTE, *ENGINE, "trimserve.server"]),
+        (
+            ["client", "connection", "process", "knobs", "explain", "batch", "commands"],
+            [*COMPUTE, *ENGINE, "trimserve.server"],
+        ),
     ],
     ids=["api", "imaging", "server", "tools"],
 )

@@ -49,8 +49,9 @@ class ModelConfig(_Knobs):
     dtype: Dtype = Field(default="auto", description="Type of weights and KV; `auto` is the checkpoint's own.")
     quantize: Quantize = Field(
         default="none",
-        description="How the decoder's linear layers are stored: `none` is in `dtype`; `int8` is one scale for each "
-        "output, which takes less memory and makes decode steps faster, on a CPU only. Everything else keeps `dtype`.",
+        description="How the decoder's linear layers are stored: `none` is in `dtype`, but int8 of a quantized "
+        "checkpoint stays int8 on a CPU; `int8` is one scale for each output, which takes less memory and makes decode "
+        "steps faster, on a CPU only. Everything else keeps `dtype`.",
     )
     max_model_len: int | None = Field(
         default=None,
@@ -218,11 +219,17 @@ class ServerConfig(_Knobs):
         ge=4096,
         description="Bytes of one gRPC message, either way; more is RESOURCE_EXHAUSTED.",
     )
+    max_message_bytes_in_flight: ByteSize = Field(
+        default=ByteSize(2**30),
+        validate_default=True,
+        description="Bytes of all messages that are arriving, at `max_message_bytes` each, or whose images are not yet "
+        "decoded; one client gets half of it. Calls wait for room, up to `receive_timeout_seconds`.",
+    )
     max_concurrent_rpcs: int = Field(
         default=1024,
         ge=1,
-        description="Calls of trimserve's services that are open at once; more are RESOURCE_EXHAUSTED. Health checks "
-        "and reflection do not count.",
+        description="Calls of trimserve's services that are open at once, and of reflection; more are "
+        "RESOURCE_EXHAUSTED. Health checks do not count.",
     )
     max_concurrent_rpcs_per_client: int | None = Field(
         default=None,
@@ -279,6 +286,14 @@ class ServerConfig(_Knobs):
         if path is None and has_certificate and info.field_name == "tls_key":
             raise ValueError("must be given with tls_cert")
         return path
+
+    @field_validator("max_message_bytes_in_flight")
+    @classmethod
+    def _has_room_for_one(cls, num_bytes: ByteSize, info: ValidationInfo) -> ByteSize:
+        least = info.data.get("max_message_bytes", 0)
+        if num_bytes < least:
+            raise ValueError(f"must be at least max_message_bytes, {least}, got {num_bytes}")
+        return num_bytes
 
     @field_validator("allow_plaintext")
     @classmethod

@@ -2,13 +2,16 @@
 
     TrimserveError
     ├── InvalidRequest     the caller can fix it: names the field, the bound and what was got
-    ├── MessageTooLarge    a compressed message that unpacks to more than may be sent
+    ├── MessageTooLarge    a message, or what it unpacks to, has more bytes than may be sent
     ├── UnknownMethod      an RPC that this version does not have
+    ├── UnknownService     health is asked of a service that this version does not have
     ├── Unauthenticated    no token, or nobody's
     ├── PermissionDenied   a client that may not use this service
     ├── EngineBusy         the queue is full: try again later
     │   ├── OutOfMemory    no memory for this request now
-    │   └── TooManyCalls   the server, or one client, has as many calls open as it may
+    │   ├── TooManyCalls   the server, or one client, has as many calls open as it may
+    │   ├── TooManyBytes   messages of others take all the room there is for them
+    │   └── TooFast        a client asks for more in a minute than it may
     ├── EngineStopped      starting, draining or dead: another replica may serve it
     ├── DeadlinePassed     the request's deadline came before its end
     ├── RequestFailed      this request failed inside the model; others are not affected
@@ -36,11 +39,14 @@ __all__ = [
     "OutOfMemory",
     "PermissionDenied",
     "RequestFailed",
+    "TooFast",
+    "TooManyBytes",
     "TooManyCalls",
     "TrimserveError",
     "Unauthenticated",
     "UnknownAdapter",
     "UnknownMethod",
+    "UnknownService",
 ]
 
 
@@ -69,7 +75,7 @@ class InvalidRequest(TrimserveError):
 
 
 class MessageTooLarge(TrimserveError):
-    """A compressed message would unpack to more bytes than a message may have; names the knob that bounds it."""
+    """A message has, or would unpack to, more bytes than it may have; names the bound."""
 
     reason = "MESSAGE_TOO_LARGE"
 
@@ -78,6 +84,12 @@ class UnknownMethod(TrimserveError):
     """The called method is not one of this version."""
 
     reason = "UNKNOWN_METHOD"
+
+
+class UnknownService(TrimserveError):
+    """The service whose health is asked is not one of this version."""
+
+    reason = "UNKNOWN_SERVICE"
 
 
 class Unauthenticated(TrimserveError):
@@ -119,15 +131,42 @@ class TooManyCalls(EngineBusy):
 
     reason = "TOO_MANY_CALLS"
 
-    def __init__(self, subject: str, knob: str, limit: int) -> None:
+    def __init__(self, subject: str, knob: str, limit: int, what: str = "calls") -> None:
         """Say whose limit is reached.
 
         Args:
             subject: `server`, or the client.
             knob: that sets the limit.
             limit: calls that may be open at once.
+            what: which calls they are.
         """
-        super().__init__(f"{subject} has {limit} calls open ({knob})")
+        super().__init__(f"{subject} has {limit} {what} open ({knob})")
+        self.subject = subject
+        self.knob = knob
+        self.limit = limit
+
+
+class TooManyBytes(EngineBusy):
+    """No room for a message came free in time; nothing of this one was read."""
+
+    reason = "TOO_MANY_BYTES"
+
+
+class TooFast(EngineBusy):
+    """The client has used up an allowance of its own; nothing of this call was read."""
+
+    reason = "TOO_FAST"
+
+    def __init__(self, subject: str, knob: str, limit: int, retry_after_seconds: float) -> None:
+        """Say whose allowance is used up.
+
+        Args:
+            subject: the client.
+            knob: of its entry in the file of clients, that sets the allowance.
+            limit: what it may have in a minute.
+            retry_after_seconds: until it may have something again.
+        """
+        super().__init__(f"{subject} has had what it may have in a minute, {limit} ({knob})", retry_after_seconds)
         self.subject = subject
         self.knob = knob
         self.limit = limit

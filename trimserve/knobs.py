@@ -1,10 +1,9 @@
 """The knobs of `config.py` as command options and environment variables."""
 
 import difflib
-import functools
 import inspect
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import reduce
 from operator import or_
 from types import UnionType
@@ -14,6 +13,7 @@ import typer
 from pydantic import BaseModel, ByteSize, ValidationError
 
 from trimserve.config import Config, EngineConfig, ModelConfig, ServerConfig
+from trimserve.options import Command, with_options
 
 __all__ = ["with_knobs"]
 
@@ -21,27 +21,20 @@ _SECTIONS: dict[str, type[BaseModel]] = {"model": ModelConfig, "engine": EngineC
 _PREFIX = "TRIMSERVE__"
 
 
-def with_knobs(*sections: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def with_knobs(*sections: str) -> Callable[[Command], Command]:
     """Add the knobs of config sections to a command as options; it receives them, validated, as its argument `config`.
 
     A knob with the name of one of the command's own options is left out. An environment variable that looks like a
     knob's but names none, of any section, is refused, because it would have no effect.
     """
+    knobs = [knob for section in sections for knob in _knobs(section)]
 
-    def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        own = [each for each in inspect.signature(command).parameters.values() if each.name != "config"]
-        taken = {each.name for each in own}
-        knobs = [each for section in sections for each in _knobs(section) if each.name not in taken]
+    def config(values: Mapping[str, Any]) -> Config:
+        _refuse_unknown_variables()
+        return _config(values)
 
-        @functools.wraps(command)
-        def run(**arguments: Any) -> None:
-            _refuse_unknown_variables()
-            config = _config({knob.name: arguments.pop(knob.name) for knob in knobs})
-            command(**arguments, config=config)
-
-        run.__signature__ = inspect.Signature([*own, *knobs])  # type: ignore[attr-defined]  # functions may carry one
-        run.__annotations__ = {each.name: each.annotation for each in (*own, *knobs)}
-        return run
+    def decorate(command: Command) -> Command:
+        return with_options(command, "config", knobs, config)
 
     return decorate
 
@@ -87,7 +80,7 @@ def _plain(annotation: Any) -> Any:
     return str if annotation is ByteSize else annotation
 
 
-def _config(knobs: dict[str, Any]) -> Config:
+def _config(knobs: Mapping[str, Any]) -> Config:
     sections = {
         section: {name: knobs[name] for name in model.model_fields if name in knobs}
         for section, model in _SECTIONS.items()

@@ -2,7 +2,7 @@
 
 import torch
 
-from trimserve.config import Config, ModelConfig, ServerConfig
+from trimserve.config import Config, EngineConfig, ModelConfig, ServerConfig
 from trimserve.engine.runner import Runner
 from trimserve.executor.local import LocalExecutor
 from trimserve.imaging.limits import Limits
@@ -62,11 +62,14 @@ def make_server(backend: Backend, config: Config) -> Server:
     return Server(core, [GrpcTransport(core)])
 
 
-def in_process_server(model: ModelConfig | None = None) -> InProcessServer:
+def in_process_server(model: ModelConfig | None = None, engine: EngineConfig | None = None) -> InProcessServer:
     """A server in a thread of this process, on a free port of loopback, without metrics; a context manager.
 
     Args:
         model: names the checkpoint; None is the embedded model.
+        engine: its limits; None is the defaults.
     """
-    config = Config(model=model or ModelConfig(), server=ServerConfig(port=0, metrics=False))
+    config = Config(
+        model=model or ModelConfig(), engine=engine or EngineConfig(), server=ServerConfig(port=0, metrics=False)
+    )
     return InProcessServer(make_server(make_runner(config), config))

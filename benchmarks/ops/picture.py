@@ -31,7 +31,7 @@ def draw_report(report: dict[str, Any], path: Path) -> None:
     speed.set_title("times as fast as the same in PyTorch, logarithmic", loc="left", fontsize=10)
     _bars(share, [row for row in rows if row.get("bandwidth_ratio")], "bandwidth_ratio", "{:.0%}")
     share.set_title("share of memory bandwidth, same run", loc="left", fontsize=10)
-    share.legend(fontsize=9, frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
+    figure.legend(*share.get_legend_handles_labels(), fontsize=9, frameon=False, loc="outside upper right", ncols=2)
     machine = report["machine"]
     device = machine.get("gpu") or f"{machine['cpu']}, {machine['simd']}"
     figure.suptitle(f"{device}, torch {machine['torch']}", color=_INK, fontsize=11)

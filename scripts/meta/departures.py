@@ -76,7 +76,7 @@ class Trial:
         tiles, grid = meta_pixels(self.judge, self.format_, data)
         expected, expected_grid = meta_pixels(self.judge, self.format_, other)
         is_meta = grid == expected_grid and torch.equal(tiles, expected)
-        ours, ours_expected = (self.ours.prepare_image(ImageFile(each)) for each in (data, other))
+        ours, ours_expected = (next(self.ours.prepare_images([ImageFile(each)])) for each in (data, other))
         return is_meta, ours.key == ours_expected.key
 
     def opens(self, data: bytes) -> tuple[bool, bool]:
@@ -87,7 +87,7 @@ class Trial:
         except ValueError:
             is_meta = False
         try:
-            self.ours.prepare_image(ImageFile(data))
+            next(self.ours.prepare_images([ImageFile(data)]))
         except InvalidRequest:
             return is_meta, False
         return is_meta, True

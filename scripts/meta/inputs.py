@@ -38,7 +38,7 @@ def meta_pixels(judge: Judge, format_: Any, data: bytes) -> tuple[torch.Tensor, 
 def pixels_equal(ours: Mllama, judge: Judge, format_: Any, data: bytes) -> tuple[bool, tuple[int, int]]:
     """Whether both make the same of an image file, bit for bit; and Meta's rows and columns of tiles."""
     tiles, grid = meta_pixels(judge, format_, data)
-    prepared = ours.prepare_image(ImageFile(data))
+    [prepared] = ours.prepare_images([ImageFile(data)])
     is_same_grid = grid == (prepared.tiles_high, prepared.tiles_wide)
     return is_same_grid and torch.equal(prepared.pixel_values[: len(tiles)], tiles), grid
 

@@ -69,9 +69,9 @@ def test_the_default_is_half_of_the_memory_where_that_is_less() -> None:
     assert default_kv_cache_bytes(replace(INFO, max_model_len=2**40), 3, 10_001) == 5000
 
 
-def test_weights_the_pool_and_what_is_free_are_told_apart() -> None:
-    kinds = memory_by_kind(replace(INFO, weight_bytes=20), 4096, 7)
-    assert (kinds.pop("weights"), kinds.pop("adapters"), kinds.pop("kv")) == (20, 7, 4096)
+def test_weights_adapters_the_pool_and_what_is_free_are_told_apart() -> None:
+    kinds = memory_by_kind(replace(INFO, weight_bytes=20), 4096, 300)
+    assert (kinds.pop("weights"), kinds.pop("kv"), kinds.pop("adapters")) == (20, 4096, 300)
     assert kinds.keys() == {"free"}
     assert kinds["free"] > 0
 

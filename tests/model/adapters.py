@@ -56,7 +56,7 @@ def save_adapter(folder: Path, checkpoint: Path, settings: dict[str, Any], seed:
                 else:
                     parameter.add_(torch.randn_like(parameter) * 0.1)
     with warnings.catch_warnings(action="ignore"):
-        model.save_pretrained(folder)
+        model.save_pretrained(str(folder))
     return folder
 
 

@@ -163,9 +163,12 @@ def test_an_adapter_is_checked_before_weights_are_read(pair: Pair, adapter: Path
 
 
 def test_patterns_and_exceptions_may_leave_layers_out(pair: Pair, tmp_path: Path) -> None:
-    for number, settings in enumerate(
-        [{"layers_to_transform": [0]}, {"exclude_modules": r".*vision_model.*"}, {"target_modules": r".*\.0\..*q_proj"}]
-    ):
+    exceptions: list[dict[str, Any]] = [
+        {"layers_to_transform": [0]},
+        {"exclude_modules": r".*vision_model.*"},
+        {"target_modules": r".*\.0\..*q_proj"},
+    ]
+    for number, settings in enumerate(exceptions):
         folder = save_adapter(tmp_path / str(number), pair.folder, {"r": 2, "target_modules": ["q_proj"], **settings})
         assert pair.ours.load_adapter(folder).rank == 2
 

@@ -16,10 +16,9 @@ from tests.model.peer import Peer
 from tests.model.test_mllama import ONE, TWO_APART, noise, raw
 from tests.tolerances import LOGITS, LOGITS_BFLOAT16
 from trimserve.api.trim import TrimRequest
-from trimserve.config import EngineConfig, ModelConfig
+from trimserve.config import Dtype, EngineConfig, ModelConfig
 from trimserve.evaluation.pages import OwnKeyValues, OwnPages
 from trimserve.model.adapters import Adapter
-from trimserve.model.bucketed_decode import Step
 from trimserve.model.int8 import to_int8
 from trimserve.model.interruptible import run_through
 from trimserve.model.loading import load_model
@@ -92,9 +91,14 @@ def prompts(pair: Pair) -> list[PreparedPrompt]:
     ]
 
 
-def decoded(pair: Pair, batch: list[tuple[PreparedPrompt, Adapter | None]], tokens: list[list[int]]) -> list[Tensor]:
+def decoded(
+    pair: Pair,
+    batch: list[tuple[PreparedPrompt, Adapter | None]],
+    tokens: list[list[int]],
+    pool: OwnPages | None = None,
+) -> list[Tensor]:
     """Logits that follow the prompts and each of the tokens, which are decoded in one batch."""
-    pool, kvs, logits = pair.pool, [], []
+    pool, kvs, logits = pool or pair.pool, [], []
     for prompt, adapter in batch:
         kv = granted(pair, prompt, pool, adapter)
         images = encoded(pair.ours, prompt, TRIM, adapter)
@@ -113,11 +117,11 @@ def test_a_mixed_batch_equals_each_merged_model(
     kinds = [*adapted.values(), adapted["base"], adapted["cross"]]
     batch = [(prompts(pair)[(index + index // 3) % 3], kind.adapter) for index, kind in enumerate(kinds)]
     tokens = [STEPS[index % 3] for index in range(len(batch))]
+    pool = pair.pool
     if way == "in buffers":
-        steps: list[Step] = []
         monkeypatch.setattr(pair.ours, "_bucketed", None)
-        pair.ours.warm_up_decode(pair.pool.pages, 16, lambda step: steps.append(step) or step)
-    mixed = decoded(pair, batch, tokens)
+        pair.ours.warm_up_decode(pool.pages, 16, lambda step: step)
+    mixed = decoded(pair, batch, tokens, pool)
     for kind, (prompt, adapter), own, logits in zip(kinds, batch, tokens, mixed, strict=True):
         [merged] = decoded(kind.merged, [(prompt, None)], [own])
         torch.testing.assert_close(logits, merged, atol=LOGITS, rtol=0)
@@ -157,7 +161,7 @@ def test_names_of_before_transformers_4_52_mean_the_same(
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_adapters_of_an_int8_model_change_what_its_rounded_weights_give(
-    pair: Pair, adapted: dict[str, Adapted], tmp_path: Path, dtype: str
+    pair: Pair, adapted: dict[str, Adapted], tmp_path: Path, dtype: Dtype
 ) -> None:
     quantized = load_model(ModelConfig(model=str(pair.folder), dtype=dtype, quantize="int8"), EngineConfig())
     save_rounded(tmp_path / "rounded", pair.folder)

@@ -123,7 +123,7 @@ def test_a_guide_is_part_of_the_account(guided: Mllama, pair: Pair, other: Pair)
     info, alone, guide = guided.info, pair.ours.info, other.ours.info
     of_guide = prefill_scratch_bytes(guide) + guide.vision_scratch_bytes
     assert prefill_scratch_bytes(info) == prefill_scratch_bytes(alone) + of_guide
-    assert memory_by_kind(info, 0)["weights"] == alone.weight_bytes + guide.weight_bytes
+    assert memory_by_kind(info, 0, 0)["weights"] == alone.weight_bytes + guide.weight_bytes
 
 
 @pytest.mark.parametrize(

@@ -106,8 +106,8 @@ def test_metas_own_folder_is_refused_saying_what_to_take_instead(tmp_path: Path,
         ("config.json", lambda c: c.update(model_type="llava"), "model_type must be mllama, got llava"),
         (
             "config.json",
-            lambda c: c.update(quantization_config={"quant_method": "bitsandbytes"}),
-            "quant_method bitsandbytes is not supported",
+            lambda c: c.update(quantization_config={"quant_method": "awq"}),
+            r"config\.json: quantization_config with quant_method awq is not supported",
         ),
         ("config.json", lambda c: c.update(dtype="nonsense"), "nonsense"),
         ("config.json", lambda c: c["text_config"].update(hidden_size="wide"), "wide"),
@@ -115,7 +115,7 @@ def test_metas_own_folder_is_refused_saying_what_to_take_instead(tmp_path: Path,
         (
             "config.json",
             lambda c: c["text_config"].update(intermediate_size=64),
-            r"must be \[64, 64\], got \[64, 48\]",
+            r"must be \[64, 64\], got \[48, 64\]",
         ),
         ("config.json", lambda c: c["text_config"].update(num_hidden_layers=4), "is not part of an Mllama"),
         (
@@ -150,8 +150,6 @@ def test_only_safetensors_are_read(checkpoint: Path) -> None:
     [
         ("model.safetensors", b"", "not a complete safetensors file"),
         ("model.safetensors", b"garbage" * 100, "not a complete safetensors file"),
-        ("model.safetensors.index.json", b"{", "not readable as JSON"),
-        ("model.safetensors.index.json", b"{}", "must have an object weight_map"),
         ("config.json", b"\xff\xfe", "not readable as JSON"),
         ("config.json", b"[]", "must be a JSON object, got list"),
         ("trimserve.json", b'{"k_ratio": 5}', "k_ratio: .*less than or equal to 1, got 5"),

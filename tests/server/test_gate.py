@@ -21,13 +21,13 @@ def gate(tmp_path: Path, entry: str = "", **limits: int) -> Gate:
 
 
 def test_without_tokens_a_client_goes_by_the_name_that_the_transport_has_for_it() -> None:
-    with Gate(ServerConfig(), SERVICES, Metrics((), ())).admit("ask", {}, "10.0.0.1") as client:
-        assert client == "10.0.0.1"
+    with Gate(ServerConfig(), SERVICES, Metrics((), ())).admit("ask", {}, "10.0.0.1") as admission:
+        assert admission.client == "10.0.0.1"
 
 
 def test_with_tokens_a_client_goes_by_the_name_of_its_token(tmp_path: Path) -> None:
-    with gate(tmp_path).admit("watch", {"x-api-key": "secret"}, "10.0.0.1") as client:
-        assert client == "shop"
+    with gate(tmp_path).admit("watch", {"x-api-key": "secret"}, "10.0.0.1") as admission:
+        assert admission.client == "shop"
 
 
 def test_a_client_without_a_token_is_refused_whatever_its_address(tmp_path: Path) -> None:

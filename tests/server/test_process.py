@@ -52,7 +52,10 @@ def server(
             yield process, process.stdout.readline().strip()
         finally:
             process.terminate()
-            process.wait(60)
+            try:
+                process.wait(60)
+            finally:
+                process.kill()  # or the block would wait for one that does not end
 
 
 def long_request(num_tokens: int) -> pb.GenerateRequest:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 __all__ = [
     "BOUNDS",
     "MAX_LOGIT_BIASES",
+    "MAX_MESSAGES",
+    "MAX_PARTS",
     "MAX_REQUEST_ID_CHARS",
     "MAX_STOP_CHARS",
     "MAX_STOP_STRINGS",
@@ -15,6 +17,9 @@ __all__ = [
 ]
 
 MAX_REQUEST_ID_CHARS = 128
+MAX_MESSAGES = 4096
+MAX_PARTS = 4096
+"""Of all messages of a request together."""
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 256
 MAX_STOP_TOKENS = 64

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from trimserve.client import Client
 from trimserve.config import EngineConfig, ModelConfig
-from trimserve.connection import Ca, Token, connected
+from trimserve.connection import Connection, connected, with_connection
 from trimserve.evaluation import options
 from trimserve.evaluation.dataset import ALL_KINDS, Question, describe_questions, load_questions
 from trimserve.evaluation.progress import progress
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["evaluate"]
 
 
+@with_connection("a model in this process")
 def evaluate(
     data: options.Data,
     out: options.Out,
@@ -39,15 +40,14 @@ def evaluate(
     max_kl: options.MaxKl = 0.02,
     by: options.By = "cosine",
     num_threads: options.NumThreads = None,
-    address: options.Address = None,
-    ca: Ca = None,
-    token: Token = None,
     model: options.Model = None,
     device: options.ModelDevice = "auto",
     dtype: options.ModelDtype = "auto",
     quantize: options.ModelQuantize = "none",
     codebook: options.ModelCodebook = None,
     guide_model: options.GuideModel = None,
+    *,
+    connection: Connection,
 ) -> None:
     """Measure what trimming costs: accuracy and divergence against the kept fraction of the visual features."""
     from trimserve.evaluation.settings import has_parameters, parse_policies, parse_ratios
@@ -62,13 +62,14 @@ def evaluate(
     config = ModelConfig(
         model=model, device=device, dtype=dtype, quantize=quantize, codebook=codebook, guide_model=guide_model
     )
-    if address is not None and config != ModelConfig():
+    is_served = connection.address is not None
+    if is_served and config != ModelConfig():
         raise typer.BadParameter(
             "--address excludes --model, --device, --dtype, --quantize, --codebook and --guide-model"
         )
-    if address is not None and only_calibrate and is_kept:
+    if is_served and only_calibrate and is_kept:
         raise typer.BadParameter("--calibrate with --keep compares logits, which a server does not tell")
-    server = None if address is None else connected(address, ca, token)
+    server = connected(connection) if is_served else None
     with _answerer(server, config, num_threads) as answerer:
         trims = parse_policies(policies, answerer.policies, is_kept=is_kept)
         first = replace(trims[0], merge_ratio=merge_budgets[0])

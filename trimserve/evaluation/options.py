@@ -10,7 +10,6 @@ from trimserve.config import Device, Dtype, Quantize
 __all__ = [
     "ALL_POLICIES",
     "KEEP_OF_ALL",
-    "Address",
     "By",
     "Calibrate",
     "Data",
@@ -87,7 +86,6 @@ MaxKl = Annotated[
     float, typer.Option(min=0, help="Bound on the mean KL of the first token's distribution to untrimmed, in nats.")
 ]
 NumThreads = Annotated[int | None, typer.Option(min=1, help="Threads of one op on the CPU; default: PyTorch's choice.")]
-Address = Annotated[str | None, typer.Option(help="HOST:PORT of a running server; default: a model in this process.")]
 Model = Annotated[str | None, typer.Option("--model", help="Folder or hub id; default: the embedded model.")]
 ModelDevice = Annotated[
     Device, typer.Option(help="Where a model in this process runs; auto: a GPU where there is one.")

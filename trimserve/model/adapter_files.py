@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from trimserve.errors import AdapterError, CheckpointError
 from trimserve.model.adapters import Adapter, Change
-from trimserve.model.checkpoint import read_json
+from trimserve.model.json_object import read_json
+from trimserve.model.stored_tensors import current_name
 from trimserve.model.transformers_mllama import MllamaForConditionalGeneration, decoder_parts, vision_module_names
-from trimserve.model.weights import current_name
 
 __all__ = ["CONFIG_FILE", "WEIGHTS_FILE", "read_adapter"]
 

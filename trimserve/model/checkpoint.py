@@ -1,17 +1,15 @@
-"""Finds a checkpoint and reads its small files; refuses by name what cannot be honoured. No weights are touched.
+"""Finds a checkpoint and reads its small files; refuses by name what cannot be honoured. Of weights, only headers.
 
 Only JSON is read here and only safetensors in `weights.py`: no code of a checkpoint is run.
 """
 
 import hashlib
-import json
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from pydantic import BaseModel, Field, ValidationError
 from transformers import MllamaConfig
 from transformers.models.mllama.configuration_mllama import MllamaTextConfig, MllamaVisionConfig
@@ -19,6 +17,10 @@ from transformers.models.mllama.image_processing_pil_mllama import get_all_suppo
 
 import trimserve
 from trimserve.errors import CheckpointError
+from trimserve.model.formats.table import check_method
+from trimserve.model.hub import snapshot
+from trimserve.model.json_object import read_json
+from trimserve.model.stored_tensors import StoredTensor, has_weights, stored_tensors
 
 __all__ = [
     "EMBEDDED_MODEL",
@@ -27,7 +29,6 @@ __all__ = [
     "TrimserveJson",
     "embedded_model_folder",
     "open_checkpoint",
-    "read_json",
     "text_config",
     "vision_config",
 ]
@@ -37,6 +38,7 @@ EMBEDDED_MODEL = "trimserve-tiny"
 
 _SMALL_FILES = ("*.json", "*.jinja")
 _HASHED_BYTES = 1 << 20
+_COMPUTED_IN = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 class GenerationJson(BaseModel):
@@ -74,18 +76,29 @@ class Checkpoint:
     config: MllamaConfig
     generation: GenerationJson
     trimserve: TrimserveJson
+    tensors: Mapping[str, StoredTensor] = field(default_factory=dict)
+    """What the weight files hold, if something has to be known of them: a dtype that the config does not name, or which
+    layers are quantized. Empty for a hub checkpoint that was not downloaded."""
 
     def dtype(self, name: str) -> torch.dtype:
         """The dtype that a knob names; `auto` is the checkpoint's own.
 
+        That is what the config names at its top, else what its parts name, else that of the first floats in the files.
+
         Raises:
             CheckpointError: the checkpoint's own is none that trimserve computes in.
         """
-        own = self.config.dtype or torch.float32
+        own = next(filter(None, self._own_dtypes()), torch.float32)
         dtype = own if name == "auto" else getattr(torch, name)
         if dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise CheckpointError(f"{self.folder}: dtype must be float32, bfloat16 or float16, got {dtype}")
         return dtype
+
+    def _own_dtypes(self) -> Iterator[torch.dtype | None]:
+        yield from _named_dtypes(self.config)
+        for name, tensor in self.tensors.items():
+            if name.endswith(".weight"):  # not the scale of one
+                yield _COMPUTED_IN.get(tensor.dtype)
 
 
 def embedded_model_folder() -> Path:
@@ -105,29 +118,17 @@ def open_checkpoint(model: str | None, revision: str | None, *, with_weights: bo
             (a quantization, an adapter).
     """
     folder, model_id, found_revision = _locate(model or EMBEDDED_MODEL, revision, with_weights)
+    config = _read_config(folder)
+    needs_headers = not any(_named_dtypes(config)) or getattr(config, "quantization_config", None)
     return Checkpoint(
         model_id=model_id,
         revision=found_revision,
         folder=folder,
-        config=_read_config(folder),
+        config=config,
         generation=_validated(GenerationJson, folder / "generation_config.json"),
         trimserve=_validated(TrimserveJson, folder / "trimserve.json"),
+        tensors=stored_tensors(folder) if needs_headers and has_weights(folder) else {},
     )
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file.
-
-    Raises:
-        CheckpointError: not UTF-8, not JSON, or not an object.
-    """
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file}: not readable as JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{file}: must be a JSON object, got {type(content).__name__}")
-    return content
 
 
 def text_config(config: MllamaConfig) -> MllamaTextConfig:
@@ -142,6 +143,12 @@ def vision_config(config: MllamaConfig) -> MllamaVisionConfig:
     return config.vision_config
 
 
+def _named_dtypes(config: MllamaConfig) -> tuple[torch.dtype | None, ...]:
+    """The dtypes that a config and its parts name, where they do."""
+    dtypes = (part.dtype for part in (config, text_config(config), vision_config(config)))
+    return tuple(dtype if isinstance(dtype, torch.dtype) else None for dtype in dtypes)
+
+
 def _locate(model: str, revision: str | None, with_weights: bool) -> tuple[Path, str, str]:
     """Folder, id and revision of a checkpoint."""
     folder = embedded_model_folder() if model == EMBEDDED_MODEL else Path(model).expanduser()
@@ -152,11 +159,8 @@ def _locate(model: str, revision: str | None, with_weights: bool) -> tuple[Path,
     if model.startswith((".", "/", "~")):
         raise CheckpointError(f"{model}: no such folder")
     patterns = [*_SMALL_FILES, "*.safetensors"] if with_weights else [*_SMALL_FILES]
-    try:
-        snapshot = Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise CheckpointError(f"{model}: neither a folder nor a hub model that can be had: {error}") from error
-    return snapshot, model, snapshot.name
+    found = snapshot(model, revision, patterns)
+    return found, model, found.name
 
 
 def _content_hash(folder: Path) -> str:
@@ -204,10 +208,7 @@ def _read_config(folder: Path) -> MllamaConfig:
     raw = read_json(file)
     if raw.get("model_type") != "mllama":
         raise CheckpointError(f"{folder}: model_type must be mllama, got {raw.get('model_type')}")
-    quantization = raw.get("quantization_config")
-    if quantization:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-        raise CheckpointError(f"{folder}: quantization_config with quant_method {method} is not supported")
+    check_method(file, raw.get("quantization_config"))
     if (folder / "adapter_config.json").exists():
         raise CheckpointError(f"{folder}: adapter_config.json: adapters are not supported; merge it into the weights")
     try:

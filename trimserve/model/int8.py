@@ -4,11 +4,11 @@ The largest magnitude of a row becomes 127, so that a row can be quantized witho
 keep their dtype, as do embeddings, norms, gates, the vision encoder, keys and values.
 """
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-from trimserve.model.transformers_mllama import MllamaForConditionalGeneration, decoder_linears
 
 __all__ = ["SCALES", "make_int8", "multiply_int8", "to_int8"]
 
@@ -18,13 +18,14 @@ SCALES = "weight_scales"
 _LARGEST = 127
 
 
-def make_int8(model: MllamaForConditionalGeneration) -> None:
-    """Give the decoder's linear layers and the output layer int8 weights, and scales.
+def make_int8(linears: Iterable[nn.Module]) -> None:
+    """Give linear layers int8 weights, and scales.
 
     Args:
-        model: on the meta device: what is stored is still to come.
+        linears: on the meta device: what is stored is still to come.
     """
-    for linear in decoder_linears(model):
+    for linear in linears:
+        assert isinstance(linear, nn.Linear)
         linear.weight = nn.Parameter(linear.weight.to(torch.int8), requires_grad=False)
         linear.register_buffer(SCALES, torch.empty(linear.out_features, dtype=torch.float32, device="meta"))
 

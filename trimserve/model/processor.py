@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Final
 
 from tokenizers import Tokenizer
-from transformers import AutoTokenizer, MllamaProcessor, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
 
 from trimserve.api.info import ModelInfo
@@ -18,6 +18,7 @@ from trimserve.api.prompt import ChatPrompt, ImageFile, Prompt, RawPrompt, Text
 from trimserve.errors import CheckpointError, InvalidRequest
 from trimserve.imaging.decode import Decode, decode_pixels
 from trimserve.model.chat import ChatEncoder
+from trimserve.model.chat_template import ChatTemplate
 from trimserve.model.images import prepare_image
 from trimserve.model.prepared import PreparedImage, PreparedPrompt, TokenizedPrompt
 
@@ -35,9 +36,9 @@ class Processor:
         tokenizer: PreTrainedTokenizerBase,
         image_processor: MllamaImageProcessorPil,
         info: ModelInfo,
+        template: ChatTemplate | None,
         *,
         max_image_pixels: int,
-        template_date: str,
         decode: Decode | None = None,
     ) -> None:
         """Join a tokenizer and an image processor.
@@ -46,15 +47,15 @@ class Processor:
             tokenizer: a fast tokenizer that knows the image token.
             image_processor: cuts images into tiles of `info.tile_size`, at most `info.max_tiles`.
             info: vocabulary, context and image limits.
+            template: of conversations; None if the checkpoint has none.
             max_image_pixels: largest width times height of an image file, see `decode_pixels`.
-            template_date: what the chat template shows as today's date, such as `26 Jul 2024`.
             decode: decodes image files elsewhere; None decodes them in this process, for files that are trusted.
         """
         self._tokenizer = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._bos_token_id = tokenizer.bos_token_id
-        self._chat = ChatEncoder(tokenizer, info.image_token_id, template_date)
+        self._chat = ChatEncoder(tokenizer, info.image_token_id, template)
         self._image_processor = image_processor
         self._info = info
         self._max_image_pixels = max_image_pixels
@@ -79,21 +80,16 @@ class Processor:
             folder: of the checkpoint.
             info: what the model's config says.
             max_image_pixels: see the constructor.
-            template_date: see the constructor.
+            template_date: what the chat template shows as today's date, such as `26 Jul 2024`.
             decode: see the constructor.
         Raises:
-            CheckpointError: missing or unreadable files, or a disagreement with the model's config.
+            CheckpointError: missing or unreadable files, a chat template that cannot be used, or a disagreement with
+                the model's config.
         """
         tokenizer = _load_tokenizer(folder, info)
         image_processor = _load_image_processor(folder, info)
-        return cls(
-            tokenizer,
-            image_processor,
-            info,
-            max_image_pixels=max_image_pixels,
-            template_date=template_date,
-            decode=decode,
-        )
+        template = ChatTemplate.read(folder, tokenizer, template_date)
+        return cls(tokenizer, image_processor, info, template, max_image_pixels=max_image_pixels, decode=decode)
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -211,9 +207,6 @@ def _images_of(prompt: Prompt) -> list[ImageFile]:
 def _load_tokenizer(folder: Path, info: ModelInfo) -> PreTrainedTokenizerBase:
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
-        if tokenizer.chat_template is None:
-            # Older checkpoints keep it in chat_template.json, which only the processor reads.
-            tokenizer.chat_template = MllamaProcessor.get_processor_dict(folder)[0].get("chat_template")
     except Exception as error:  # transformers and tokenizers raise whatever they meet in a broken file
         raise CheckpointError(f"{folder}: cannot load the tokenizer: {error}") from error
     if not isinstance(getattr(tokenizer, "backend_tokenizer", None), Tokenizer):

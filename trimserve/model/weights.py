@@ -1,52 +1,44 @@
-"""Reads a safetensors checkpoint into a transformers model in which weights that are used together share storage.
+"""Reads a checkpoint's tensors into a transformers model in which weights that are used together share storage.
 
 The model is built without memory, each parameter gets its place once, and the files are copied into those places
-in slices that are unmapped again, so that loading takes the weights' bytes and one slice; int8 weights are quantized
-slice by slice. Query, key and value projections lie in one tensor (key and value in cross-attention layers, where
-queries come from other rows), the decoder's gate and up projections in another; transformers' own parameters are views
-of them.
+in slices that are unmapped again, so that loading takes the weights' bytes and one slice; what is quantized, by the
+checkpoint or here, passes slice by slice too. Query, key and value projections lie in one tensor (key and value in
+cross-attention layers, where queries come from other rows), the decoder's gate and up projections in another;
+transformers' own parameters are views of them.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import MllamaConfig
 
 from trimserve.config import Quantize
 from trimserve.errors import CheckpointError
 from trimserve.model import huge_pages
-from trimserve.model.checkpoint import read_json
+from trimserve.model.formats.quantized_linear import FLOATS, Int8Linear, QuantizedLinear
+from trimserve.model.formats.table import quantized_linears
 from trimserve.model.int8 import SCALES, make_int8, to_int8
+from trimserve.model.stored_tensors import StoredTensor, row_slices, stored_tensors
 from trimserve.model.transformers_mllama import (
     MllamaForConditionalGeneration,
     compute_rotary,
+    decoder_linears,
     fused_linears,
     meta_model,
 )
 
 __all__ = [
     "allocated_model",
-    "current_name",
     "empty_model",
     "fuse",
     "fused_scales",
     "fused_weight",
     "load_weights",
+    "stored_int8",
     "weight_bytes",
 ]
-
-_SLICE_BYTES = 8 << 20
-
-# Names in checkpoints saved before transformers 4.52, Meta's among them, and what they are called now.
-_RENAMED_PREFIXES = {
-    "language_model.lm_head": "lm_head",
-    "language_model.model": "model.language_model",
-    "vision_model": "model.vision_model",
-    "multi_modal_projector": "model.multi_modal_projector",
-}
 
 
 def load_weights(
@@ -67,26 +59,54 @@ def load_weights(
     Returns:
         The model in evaluation mode, without gradients.
     Raises:
-        CheckpointError: no safetensors files, a parameter is missing or has another shape, or a tensor is unknown.
+        CheckpointError: see `stored_tensors`; or a parameter is missing or has another shape or a dtype that is none of
+            floats, a tensor is unknown, or parts of a quantized layer do not fit.
     """
-    model = allocated_model(config, dtype, device, quantize)
-    missing = dict(model.named_parameters())
-    scales = dict(_scales(model))
-    for file in _files(folder):
-        try:
-            _read_file(file, missing, scales)
-        except SafetensorError as error:
-            raise CheckpointError(f"{file}: not a complete safetensors file: {error}") from error
+    tensors = stored_tensors(folder)
+    described = meta_model(config, dtype)
+    quantized, used = _quantized(described, tensors)
+    kept = _int8_layers(described, quantized) if device.type == "cpu" else ()
+    model = allocated_model(config, dtype, device, quantize, kept)
+    parameters, scales = dict(model.named_parameters()), dict(_scales(model))
+    unknown = tensors.keys() - parameters.keys() - used
+    if unknown:
+        raise CheckpointError(f"{tensors[min(unknown)]} is not part of an Mllama with this config.json")
+    missing = [name for name in parameters if name not in tensors and name.removesuffix(".weight") not in quantized]
     if missing:
         raise CheckpointError(f"{folder}: {len(missing)} parameters are in no file, the first is {min(missing)}")
+    for name, parameter in parameters.items():
+        layer = quantized.pop(name.removesuffix(".weight"), None) if name.endswith(".weight") else None
+        if layer is not None:
+            _read_quantized(layer, parameter.data, scales.get(name))
+        else:
+            _read(tensors[name], parameter.data, scales.get(name))
     return model
 
 
+def stored_int8(config: MllamaConfig, tensors: Mapping[str, StoredTensor]) -> Collection[str]:
+    """Names of the decoder's linear layers that stay as the checkpoint stores them, in int8; on a CPU only.
+
+    Args:
+        config: of the checkpoint.
+        tensors: of the checkpoint.
+    Raises:
+        CheckpointError: parts of a quantized layer do not fit.
+    """
+    if not tensors:
+        return ()
+    model = meta_model(config, torch.float32)
+    return _int8_layers(model, _quantized(model, tensors)[0])
+
+
 def allocated_model(
-    config: MllamaConfig, dtype: torch.dtype, device: torch.device, quantize: Quantize = "none"
+    config: MllamaConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    quantize: Quantize = "none",
+    int8_layers: Collection[str] = (),
 ) -> MllamaForConditionalGeneration:
     """The model of a config as `load_weights` returns it, but its parameters have no values yet."""
-    model = empty_model(config, dtype, quantize)
+    model = empty_model(config, dtype, quantize, int8_layers)
     _give_storage(model, device)
     compute_rotary(model, device)
     model.eval().requires_grad_(False)
@@ -94,12 +114,18 @@ def allocated_model(
 
 
 def empty_model(
-    config: MllamaConfig, dtype: torch.dtype, quantize: Quantize = "none"
+    config: MllamaConfig, dtype: torch.dtype, quantize: Quantize = "none", int8_layers: Collection[str] = ()
 ) -> MllamaForConditionalGeneration:
-    """The model of a config on the meta device: shapes and dtypes without memory."""
+    """The model of a config on the meta device: shapes and dtypes without memory.
+
+    Args:
+        config: of the checkpoint.
+        dtype: of what is not quantized.
+        quantize: as in `ModelConfig`.
+        int8_layers: names of layers that are int8 in the checkpoint and stay so, see `stored_int8`.
+    """
     model = meta_model(config, dtype)
-    if quantize == "int8":
-        make_int8(model)
+    make_int8(decoder_linears(model) if quantize == "int8" else map(model.get_submodule, int8_layers))
     return model
 
 
@@ -161,56 +187,50 @@ def _give_storage(model: MllamaForConditionalGeneration, device: torch.device) -
             setattr(module, SCALES, torch.empty_like(scale, device=device))
 
 
-def _files(folder: Path) -> Iterator[Path]:
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise CheckpointError(f"{index}: must have an object weight_map")
-        names = sorted(set(weight_map.values()))
-    else:
-        names = ["model.safetensors"]
-    for name in names:
-        if not (folder / name).exists():
-            raise CheckpointError(f"{folder}: no {name}; only safetensors checkpoints are read")
-        yield folder / name
+def _quantized(
+    model: MllamaForConditionalGeneration, tensors: Mapping[str, StoredTensor]
+) -> tuple[dict[str, QuantizedLinear], set[str]]:
+    """See `quantized_linears`."""
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    shapes = {name: (linear.out_features, linear.in_features) for name, linear in linears.items()}
+    return quantized_linears(shapes, tensors, getattr(model.config, "quantization_config", None) or {})
 
 
-def _read_file(file: Path, missing: dict[str, nn.Parameter], scales: Mapping[str, Tensor]) -> None:
-    """Fill the parameters that a file holds, and their scales, and take them out of `missing`."""
-    with safe_open(file, framework="pt") as tensors:
-        names = list(tensors.keys())
-    for name in names:
-        parameter = missing.pop(current_name(name), None)
-        if parameter is None:
-            raise CheckpointError(f"{file.name}: tensor {name} is not part of an Mllama with this config.json")
-        _read(file, name, parameter.data, scales.get(current_name(name)))
+def _int8_layers(model: MllamaForConditionalGeneration, quantized: Mapping[str, QuantizedLinear]) -> list[str]:
+    """See `stored_int8`: all layers of the decoder or none, because a step runs them as one; the output layer alone."""
+    names = {module: name for name, module in model.named_modules()}
+    *of_layers, output = (names[linear] for linear in decoder_linears(model))
+    are_int8 = all(isinstance(quantized.get(name), Int8Linear) for name in of_layers)
+    return [
+        *(of_layers if are_int8 else ()),
+        *([output] if isinstance(quantized.get(output), Int8Linear) else ()),
+    ]
 
 
-def current_name(name: str) -> str:
-    """What transformers calls a tensor today, of its name today or before 4.52."""
-    for old, new in _RENAMED_PREFIXES.items():
-        if name.startswith(old + "."):
-            return new + name.removeprefix(old)
-    return name
+def _read(tensor: StoredTensor, target: Tensor, scales: Tensor | None) -> None:
+    """Copy one tensor, and quantize it if there are scales."""
+    if tensor.shape != tuple(target.shape):
+        raise CheckpointError(f"{tensor} must be {list(target.shape)}, got {list(tensor.shape)}")
+    if tensor.dtype not in (*FLOATS, "F64"):
+        raise CheckpointError(f"{tensor} is {tensor.dtype} without the scales of a quantized weight beside it")
+    for part in row_slices(tensor.shape):
+        _store(tensor.read(part), target, scales, part)
 
 
-def _read(file: Path, name: str, target: Tensor, scales: Tensor | None) -> None:
-    """Copy one tensor in slices of rows; reopening unmaps what was read, which else stays resident.
+def _read_quantized(layer: QuantizedLinear, target: Tensor, scales: Tensor | None) -> None:
+    """The same of a quantized layer; what fits is stored as it is.
 
-    With scales, the tensor is quantized.
+    Whoever adds a way to multiply other numbers unchanged, such as int4, copies them here.
     """
-    with safe_open(file, framework="pt") as tensors:
-        shape = tuple(tensors.get_slice(name).get_shape())
-    if shape != tuple(target.shape):
-        raise CheckpointError(f"{file.name}: {name} must be {list(target.shape)}, got {list(shape)}")
-    row_bytes = max(1, target[:1].numel() * torch.float32.itemsize)
-    num_rows = max(1, _SLICE_BYTES // row_bytes)
-    for start in range(0, shape[0], num_rows):
-        part = slice(start, start + num_rows)
-        with safe_open(file, framework="pt") as tensors:
-            rows = tensors.get_slice(name)[part]
-        if scales is None:
-            target[part] = rows
+    for part in row_slices(tuple(target.shape), layer.row_multiple):
+        if scales is not None and isinstance(layer, Int8Linear):
+            target[part], scales[part] = layer.int8(part)
         else:
-            target[part], scales[part] = to_int8(rows)
+            _store(layer.floats(part), target, scales, part)
+
+
+def _store(floats: Tensor, target: Tensor, scales: Tensor | None, part: slice) -> None:
+    if scales is None:
+        target[part] = floats
+    else:
+        target[part], scales[part] = to_int8(floats)

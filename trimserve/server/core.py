@@ -1,11 +1,12 @@
 """What all transports of one server share."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from trimserve.config import Config
 from trimserve.server.backend import Backend
 from trimserve.server.gate import Gate
 from trimserve.server.metrics import Metrics
+from trimserve.server.offload import Offload
 from trimserve.server.tracing import Tracing
 
 __all__ = ["Core"]
@@ -22,3 +23,5 @@ class Core:
     gate: Gate
     tracing: Tracing | None
     """None if no traces are exported."""
+    offload: Offload = field(default_factory=Offload)
+    """For large messages."""

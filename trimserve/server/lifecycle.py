@@ -135,6 +135,7 @@ class Server:
         await self._backend.stop(grace)
         remaining = max(LAST_WORDS_SECONDS, end - time.monotonic())
         await asyncio.gather(*(transport.close(remaining) for transport in self._transports))
+        self._core.offload.close()
         if self._metrics_server is not None:
             await asyncio.to_thread(self._metrics_server.close)
         if self._lag_follower is not None:

@@ -3,6 +3,10 @@
     [clients.shop]                                   # a name for logs, limits and errors
     token_sha256 = ["9f86d0..."]                     # of its tokens; two while one replaces the other
     services = ["trimserve.v1.GenerationService"]    # default: all that do not change the server
+    max_priority = 10                                # of its requests; default: 0
+    requests_per_minute = 600                        # allowances; default: no limit
+    tokens_per_minute = 100_000                      # of prompts and answers
+    bytes_per_minute = "1GiB"                        # of requests
 
 The file holds digests only, so reading it grants no access. Tokens must be long and random: a guessable token can be
 found from its digest.
@@ -12,12 +16,13 @@ import hashlib
 import hmac
 import tomllib
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
+from trimserve.api.bounds import BOUNDS
 from trimserve.errors import CredentialsError, PermissionDenied, Unauthenticated
 from trimserve.server.metrics import Metrics
 from trimserve.server.reloaded import Reloaded
@@ -27,7 +32,13 @@ __all__ = ["Caller", "Tokens"]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
+Allowance = Annotated[int, Field(ge=1)]
+
 SCHEME = "bearer "
+
+PRIORITIES = BOUNDS["priority"]
+
+ALLOWANCES = ("requests_per_minute", "tokens_per_minute", "bytes_per_minute")
 
 
 class _Entry(BaseModel):
@@ -37,6 +48,10 @@ class _Entry(BaseModel):
 
     token_sha256: list[Digest] = Field(min_length=1)
     services: frozenset[str] | None = None
+    max_priority: Annotated[int, Field(ge=PRIORITIES.low, le=PRIORITIES.high)] = 0
+    requests_per_minute: Allowance | None = None
+    tokens_per_minute: Allowance | None = None
+    bytes_per_minute: Annotated[ByteSize, Field(ge=1)] | None = None
 
     @field_validator("services")
     @classmethod
@@ -45,6 +60,11 @@ class _Entry(BaseModel):
         if unknown := (services or frozenset()) - set(known):
             raise ValueError(f"must be among {', '.join(known)}, got {', '.join(sorted(unknown))}")
         return services
+
+    def rates(self) -> dict[str, int]:
+        """The allowances that it has."""
+        named = {name: getattr(self, name) for name in ALLOWANCES}
+        return {name: int(per_minute) for name, per_minute in named.items() if per_minute is not None}
 
 
 class _Clients(BaseModel):
@@ -57,11 +77,15 @@ class _Clients(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """A client, identified by its token."""
+    """A client, identified by its token; without tokens, by what the transport calls it."""
 
     name: str
     services: frozenset[str]
     """Full names of those it may use."""
+    max_priority: int = int(PRIORITIES.high)
+    """Of its requests."""
+    rates: Mapping[str, int] = field(default_factory=dict)
+    """What it may have in a minute, by the name that the file has for it; without an entry, there is no limit."""
 
     def check(self, service: str) -> None:
         """Check that it may use a service.
@@ -132,7 +156,12 @@ def _read(path: Path, services: Collection[str], unnamed: Collection[str]) -> tu
     except (OSError, ValueError) as error:
         raise CredentialsError(f"{path} (--auth-file) must be TOML with clients: {error}") from error
     return tuple(
-        (bytes.fromhex(digest), Caller(name, frozenset(unnamed) if entry.services is None else entry.services))
+        (bytes.fromhex(digest), _caller(name, entry, unnamed))
         for name, entry in entries.items()
         for digest in entry.token_sha256
     )
+
+
+def _caller(name: str, entry: _Entry, unnamed: Collection[str]) -> Caller:
+    allowed = frozenset(unnamed) if entry.services is None else entry.services
+    return Caller(name, allowed, entry.max_priority, entry.rates())

@@ -101,6 +101,8 @@ BAD = [
         prompt_token_ids=pb.TokenIds(token_ids=[1, 1001]),
     ),
     chat("", "at least 1 message, got 0"),
+    chat("", "at most 4096 messages, got 4097", *[parts(TEXT)] * 4097),
+    chat("", "at most 4096 parts in all, got 4098", *[parts(TEXT, TEXT)] * 2049),
     chat("", "at most 3 images in all, got 4", parts(image(1), image(1)), parts(image(1), image(1))),
     chat("[0].role", "ROLE_SYSTEM, ROLE_USER, ROLE_ASSISTANT, got 0", pb.Message(parts=[TEXT])),
     chat("[1].role", "ROLE_ASSISTANT, got 9", parts(TEXT), pb.Message(role=9, parts=[TEXT])),  # type: ignore[arg-type]

@@ -24,11 +24,14 @@ from trimserve.errors import (
     OutOfMemory,
     PermissionDenied,
     RequestFailed,
+    TooFast,
+    TooManyBytes,
     TooManyCalls,
     TrimserveError,
     Unauthenticated,
     UnknownAdapter,
     UnknownMethod,
+    UnknownService,
 )
 from trimserve.server.grpc.responses import fold
 from trimserve.server.grpc.statuses import STATUS, status_of
@@ -50,6 +53,9 @@ ROWS = [
     (Unauthenticated("no token"), grpc.StatusCode.UNAUTHENTICATED, "UNAUTHENTICATED"),
     (PermissionDenied("not yours"), grpc.StatusCode.PERMISSION_DENIED, "PERMISSION_DENIED"),
     (TooManyCalls("server", "a_knob", 3), grpc.StatusCode.RESOURCE_EXHAUSTED, "TOO_MANY_CALLS"),
+    (TooManyBytes("no room"), grpc.StatusCode.RESOURCE_EXHAUSTED, "TOO_MANY_BYTES"),
+    (TooFast("shop", "a_knob", 3, 1.5), grpc.StatusCode.RESOURCE_EXHAUSTED, "TOO_FAST"),
+    (UnknownService("no such service"), grpc.StatusCode.NOT_FOUND, "UNKNOWN_SERVICE"),
     (CredentialsError("no PEM"), grpc.StatusCode.FAILED_PRECONDITION, "CREDENTIALS_REFUSED"),
     (CannotListen("the port is taken"), grpc.StatusCode.FAILED_PRECONDITION, "CANNOT_LISTEN"),
     (ZeroDivisionError("secret"), grpc.StatusCode.INTERNAL, "INTERNAL"),

@@ -10,7 +10,7 @@ from tests.server.fakes import FINISHED, STARTED, chat_request
 from tests.server.grpc.test_interceptors import failed
 from tests.server.wire import Relay
 from trimserve.api.chunks import TokenDelta
-from trimserve.server.grpc.codec import bounded
+from trimserve.server.grpc.codec import Codec
 from trimserve.v1 import generation_pb2 as pb
 from trimserve.v1 import generation_pb2_grpc
 
@@ -81,5 +81,5 @@ async def test_other_compressions_are_refused(loopback: Loopback) -> None:
 def test_a_message_of_exactly_the_limit_is_read_compressed_or_not() -> None:
     request = chat_request("x" * 100)
     plain = request.SerializeToString()
-    read = bounded(pb.GenerateRequest.FromString, len(plain))
+    read = Codec(pb.GenerateRequest, len(plain)).read
     assert read(plain) == read(gzip.compress(plain)) == request

@@ -15,6 +15,8 @@ from trimserve.api.adapter import ADAPTER_NAME, ADAPTER_NAME_RULE
 from trimserve.api.bounds import (
     BOUNDS,
     MAX_LOGIT_BIASES,
+    MAX_MESSAGES,
+    MAX_PARTS,
     MAX_REQUEST_ID_CHARS,
     MAX_STOP_CHARS,
     MAX_STOP_STRINGS,
@@ -137,8 +139,9 @@ def _prompt(request: pb.GenerateRequest, info: ModelInfo, config: EngineConfig) 
         if not request.raw_prompt:
             raise InvalidRequest("raw_prompt", "must not be empty")
         return RawPrompt(request.raw_prompt, images)
-    token_ids = tuple(request.prompt_token_ids.token_ids)
-    _check_count("prompt_token_ids.token_ids", len(token_ids), "ids", least=1, most=info.max_model_len)
+    ids = request.prompt_token_ids.token_ids
+    _check_count("prompt_token_ids.token_ids", len(ids), "ids", least=1, most=info.max_model_len)
+    token_ids = tuple(ids)
     _check_token_ids("prompt_token_ids.token_ids", token_ids, info, may_be_image=True)
     return TokenPrompt(token_ids, images)
 
@@ -146,11 +149,14 @@ def _prompt(request: pb.GenerateRequest, info: ModelInfo, config: EngineConfig) 
 def _chat(chat: pb.Chat, info: ModelInfo, config: EngineConfig) -> ChatPrompt:
     if not chat.messages:
         raise InvalidRequest("chat.messages", "must have at least 1 message, got 0")
+    _check_count("chat.messages", len(chat.messages), "messages", most=MAX_MESSAGES)
+    num_parts = sum(len(message.parts) for message in chat.messages)
+    _check_count("chat.messages", num_parts, "parts in all", most=MAX_PARTS)
+    num_images = sum(part.WhichOneof("content") == "image" for message in chat.messages for part in message.parts)
+    _check_count("chat.messages", num_images, "images in all", most=info.max_images)
     messages = tuple(
         _message(message, f"chat.messages[{index}]", config) for index, message in enumerate(chat.messages)
     )
-    num_images = sum(isinstance(part, ImageFile) for message in messages for part in message.parts)
-    _check_count("chat.messages", num_images, "images in all", most=info.max_images)
     return ChatPrompt(messages)
 
 
@@ -177,8 +183,9 @@ def _part(part: pb.Part, path: str, config: EngineConfig) -> Part:
 
 
 def _image(image: pb.Image, path: str, max_bytes: int) -> ImageFile:
-    _check_count(f"{path}.data", len(image.data), "bytes", least=1, most=max_bytes)
-    return ImageFile(image.data, path)
+    data = image.data  # each look at it is a copy
+    _check_count(f"{path}.data", len(data), "bytes", least=1, most=max_bytes)
+    return ImageFile(data, path)
 
 
 def _sampling(sampling: pb.SamplingParams, info: ModelInfo) -> SamplingParams:

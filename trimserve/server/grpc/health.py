@@ -5,14 +5,18 @@ while the server stops; here every watcher gets every change, and `close` ends a
 """
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import AsyncGenerator, Iterable
 from typing import Any
 
-import grpc
 from grpc.aio import ServicerContext
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from trimserve.errors import EngineStopped, UnknownService
+
 __all__ = ["Health"]
+
+LAST_WORDS_SECONDS = 1.0
+"""For the last message of a watch to reach its client."""
 
 Context = ServicerContext[Any, Any]
 
@@ -30,6 +34,7 @@ class Health(health_pb2_grpc.HealthServicer):
         self._is_serving = False
         self._is_closed = False
         self._changed = asyncio.Event()
+        self._watches: set[asyncio.Task[Any]] = set()
 
     def set_serving(self, is_serving: bool) -> None:
         """Change the state and notify watchers."""
@@ -42,28 +47,40 @@ class Health(health_pb2_grpc.HealthServicer):
         self._is_serving = False
         self._is_closed = True
         self._wake()
+        asyncio.get_running_loop().call_later(LAST_WORDS_SECONDS, self._cut)
 
     async def Check(  # noqa: N802 the RPC's name
-        self, request: health_pb2.HealthCheckRequest, context: Context
+        self, request: health_pb2.HealthCheckRequest, _context: Context
     ) -> health_pb2.HealthCheckResponse:
         """The state now; NOT_FOUND for an unknown service, as the protocol says."""
         if request.service not in self._services:
-            await context.abort(grpc.StatusCode.NOT_FOUND, f"unknown service {request.service[:128]!r}")
+            raise UnknownService(f"unknown service {request.service[:128]!r}")
         return self._response(request.service)
 
     async def Watch(  # noqa: N802 the RPC's name
-        self, request: health_pb2.HealthCheckRequest, context: Context
-    ) -> None:
+        self, request: health_pb2.HealthCheckRequest, _context: Context
+    ) -> AsyncGenerator[health_pb2.HealthCheckResponse, None]:
         """The state now and after every change; SERVICE_UNKNOWN for an unknown service."""
+        task = asyncio.current_task()
+        assert task is not None
+        self._watches.add(task)
         told = None
-        while not self._is_closed:
-            changed = self._changed
-            response = self._response(request.service)
-            if response != told:
-                await context.write(response)
-                told = response
-            await changed.wait()
-        await context.abort(grpc.StatusCode.UNAVAILABLE, "the server stops")
+        try:
+            while not self._is_closed:
+                changed = self._changed
+                response = self._response(request.service)
+                if response != told:
+                    yield response
+                    told = response
+                await changed.wait()
+        finally:
+            self._watches.discard(task)
+        raise EngineStopped("the server stops")
+
+    def _cut(self) -> None:
+        """End watches whose clients do not read."""
+        for task in self._watches:
+            task.cancel()
 
     def _response(self, service: str) -> health_pb2.HealthCheckResponse:
         if service not in self._services:

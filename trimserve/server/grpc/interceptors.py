@@ -1,64 +1,68 @@
-"""What every RPC has in common: admission, counting, timing, logging, and statuses with details for exceptions.
+"""What every RPC has in common: admission, and statuses with details for exceptions.
 
-Handlers of trimserve's own services are wrapped so that they read their message themselves: nothing is read of a call
-that is not admitted, and bytes that do not parse get a status of ours. Health checks and reflection only get the bound
-on what a compressed message inflates to, and reflection needs a token.
+Handlers are wrapped so that they read their messages themselves: nothing is read of a call that is not admitted, and
+bytes that do not parse get a status of ours. Calls come through one of four doors: trimserve's own methods, health
+checks, which need no token, reflection, which takes any client's, and methods that do not exist, which only clients are
+told.
 """
 
-import asyncio
-import logging
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import aclosing, asynccontextmanager
+from contextlib import ExitStack, aclosing
 from typing import Any, TypeAlias
 
 import grpc
 from google.protobuf.message import Message
+from google.protobuf.message_factory import GetMessageClass
 from grpc.aio import ServicerContext
-from grpc_health.v1 import health
+from grpc_health.v1 import health, health_pb2
+from grpc_reflection.v1alpha import reflection_pb2
 
-from trimserve.config import ServerConfig
-from trimserve.errors import DeadlinePassed, InvalidRequest, TrimserveError, Unauthenticated, UnknownMethod
-from trimserve.server.deadline import Deadline
-from trimserve.server.gate import Gate
-from trimserve.server.grpc.codec import bounded
-from trimserve.server.grpc.convert import adopt_request_id
-from trimserve.server.grpc.statuses import REQUEST_ID_KEY, code_of, trailer
-from trimserve.server.metrics import Metrics
-from trimserve.server.tracing import current_trace
+from trimserve.errors import UnknownMethod
+from trimserve.server.core import Core
+from trimserve.server.grpc.codec import Codec
+from trimserve.server.grpc.inbox import Inbox
+from trimserve.server.grpc.rpc import Rpc
+from trimserve.server.offload import LARGE_BYTES
 
-__all__ = ["OWN_METHODS", "RpcInterceptor"]
-
-log = logging.getLogger(__name__)
+__all__ = ["OWN_METHODS", "RpcInterceptor", "request_types"]
 
 OWN_METHODS = "/trimserve."
 """How the names of our own methods begin."""
 
-OPEN_METHODS = f"/{health.SERVICE_NAME}/"
+OPEN_METHODS = tuple(f"/{health.SERVICE_NAME}/{name}" for name in ("Check", "Watch"))
 """Open to all, because Kubernetes' probes cannot send a token."""
 
-MAX_USER_AGENT_CHARS = 128
-"""Of a user agent in the log."""
+REFLECTION = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
+
+MAX_SMALL_BYTES = 4096
+"""Of the messages of health checks and reflection."""
 
 Context = ServicerContext[Any, Any]
 RpcHandler: TypeAlias = Any  # gRPC has types for handlers of its synchronous API only
+Behaviour = Callable[[AsyncIterator[bytes], Context], Awaitable[None]]
 
 
 class RpcInterceptor(grpc.aio.ServerInterceptor):
     """Wraps every RPC."""
 
-    def __init__(self, metrics: Metrics, gate: Gate, config: ServerConfig) -> None:
+    def __init__(self, core: Core, inbox: Inbox, requests: dict[str, type[Message]]) -> None:
         """Count RPCs.
 
         Args:
-            metrics: gets the `grpc_server_*` series.
-            gate: admits calls.
-            config: limits on messages.
+            core: its gate admits calls, and its metrics count them.
+            inbox: reads their messages.
+            requests: type of the request of each of our own methods, by its path.
         """
-        self._metrics = metrics
-        self._gate = gate
-        self._max_message_bytes = config.max_message_bytes
-        self._receive_seconds = config.receive_timeout_seconds
+        self._core = core
+        self._metrics = core.metrics
+        self._gate = core.gate
+        self._inbox = inbox
+        self._receive_seconds = core.config.server.receive_timeout_seconds
+        most = core.config.server.max_message_bytes
+        self._codecs = {method: Codec(kind, most) for method, kind in requests.items()}
+        bound = "not configurable"
+        self._health_codec = Codec(health_pb2.HealthCheckRequest, MAX_SMALL_BYTES, bound)
+        self._reflection_codec = Codec(reflection_pb2.ServerReflectionRequest, MAX_SMALL_BYTES, bound)
 
     async def intercept_service(
         self,
@@ -66,32 +70,62 @@ class RpcInterceptor(grpc.aio.ServerInterceptor):
         handler_call_details: grpc.HandlerCallDetails,
     ) -> RpcHandler:
         """The wrapped handler of a call."""
-        handler = await continuation(handler_call_details)
-        method = handler_call_details.method
+        handler, method = await continuation(handler_call_details), handler_call_details.method
         if handler is None:
-            if method.startswith(OWN_METHODS):  # not counted: clients could make up any number of labels
-                return _refusal(UnknownMethod(f"there is no {method[:128]}; the server may be older than the client"))
-            return None
-        parse = bounded(handler.request_deserializer, self._max_message_bytes)
-        if method.startswith(OWN_METHODS):
-            behaviour = self._behaviour(method, handler)
-            return grpc.stream_stream_rpc_method_handler(behaviour, parse, handler.response_serializer)
-        if not method.startswith(OPEN_METHODS):
-            try:
-                self._gate.identify(dict(handler_call_details.invocation_metadata or ()))
-            except Unauthenticated as error:
-                return _refusal(error)
-        return handler._replace(request_deserializer=parse)
+            return grpc.stream_stream_rpc_method_handler(self._unknown(method))
+        if method in self._codecs:
+            behaviour = self._own(method, handler)
+        elif method in OPEN_METHODS:
+            behaviour = self._probe(method, handler)
+        elif method == REFLECTION:
+            behaviour = self._reflection(handler)
+        else:
+            behaviour = self._unknown(method)
+        return grpc.stream_stream_rpc_method_handler(behaviour, None, handler.response_serializer)
 
-    def _behaviour(self, method: str, handler: RpcHandler) -> Callable[[AsyncIterator[Message], Context], Any]:
-        kind = "server_stream" if handler.response_streaming else "unary"
+    def _own(self, method: str, handler: RpcHandler) -> Behaviour:
         _, service, name = method.split("/")
+        labels = ("server_stream" if handler.response_streaming else "unary", service, name)
+        codec = self._codecs[method]
 
-        async def handle(requests: AsyncIterator[Message], context: Context) -> None:
-            rpc = _Rpc(self._metrics, (kind, service, name), context)
-            async with self._answered(rpc):
-                with self._gate.admit(service, rpc.metadata, _peer_of(context)) as rpc.client:
-                    request = await rpc.receive(requests, self._receive_seconds)
+        async def handle(requests: AsyncIterator[bytes], context: Context) -> None:
+            rpc = Rpc(self._metrics, method, labels, context)
+            try:
+                async with rpc.answered():
+                    with self._gate.admit(service, rpc.metadata, rpc.name) as admission:
+                        rpc.client = admission.client
+
+                        async def receive() -> Message:
+                            request = await self._inbox.receive(requests, codec, admission, self._receive_seconds)
+                            rpc.accept(request)
+                            return request
+
+                        # No frame here keeps the message: handlers let go of its images once they have them.
+                        if handler.response_streaming:
+                            async with aclosing(handler.unary_stream(await receive(), context)) as responses:
+                                async for response in responses:
+                                    await rpc.send(response)
+                        else:
+                            await rpc.send(await handler.unary_unary(await receive(), context))
+            finally:
+                if rpc.request_bytes >= LARGE_BYTES:
+                    self._core.offload.trim_soon()
+
+        return handle
+
+    def _probe(self, method: str, handler: RpcHandler) -> Behaviour:
+        async def handle(requests: AsyncIterator[bytes], context: Context) -> None:
+            rpc = Rpc(self._metrics, method, None, context)
+            async with rpc.answered():
+                with ExitStack() as places:
+                    caller = self._gate.known(rpc.metadata, rpc.name)
+                    if handler.response_streaming:
+                        places.enter_context(self._gate.watch(rpc.address, None if caller else rpc.peer))
+                    # All services have one state, so only the name of one that does not exist goes unnoticed.
+                    request = health_pb2.HealthCheckRequest()
+                    if caller is not None:
+                        request = await self._inbox.probe(requests, self._health_codec, caller.name) or request
+                    rpc.accept(request)
                     if handler.response_streaming:
                         async with aclosing(handler.unary_stream(request, context)) as responses:
                             async for response in responses:
@@ -101,105 +135,33 @@ class RpcInterceptor(grpc.aio.ServerInterceptor):
 
         return handle
 
-    @asynccontextmanager
-    async def _answered(self, rpc: "_Rpc") -> AsyncIterator[None]:
-        """Around one RPC; turns any exception into its status."""
-        metrics, begin, deadline = self._metrics, time.monotonic(), Deadline(rpc.context.time_remaining())
-        metrics.rpcs_started.labels(*rpc.labels).inc()
-        code = grpc.StatusCode.OK
-        try:
-            yield
-            rpc.context.set_trailing_metadata(((REQUEST_ID_KEY, rpc.request_id),))
-        except asyncio.CancelledError:
-            code = grpc.StatusCode.CANCELLED
-            if deadline.has_passed():
-                code = grpc.StatusCode.DEADLINE_EXCEEDED
-            raise
-        except Exception as error:
-            code = code_of(error)
-            if code is grpc.StatusCode.INTERNAL:
-                log.error("rpc failed", exc_info=error, extra={"request_id": rpc.request_id})
-            await rpc.context.abort(code, *trailer(error, rpc.request_id))
-        finally:
-            _tell_trace(rpc.request_id)
-            seconds = time.monotonic() - begin
-            metrics.rpcs_handled.labels(*rpc.labels, code.name).inc()
-            metrics.rpc_handling_seconds.labels(*rpc.labels).observe(seconds)
-            log.info("rpc", extra={**rpc.account(), "code": code.name, "seconds": round(seconds, 6)})
+    def _reflection(self, handler: RpcHandler) -> Behaviour:
+        async def handle(requests: AsyncIterator[bytes], context: Context) -> None:
+            rpc = Rpc(self._metrics, REFLECTION, None, context)
+            async with rpc.answered():
+                with self._gate.admit(None, rpc.metadata, rpc.name) as admission:
+                    rpc.client = admission.client
+                    messages = self._inbox.stream(requests, self._reflection_codec, admission)
+                    async for response in handler.stream_stream(messages, context):
+                        await rpc.send(response)
+
+        return handle
+
+    def _unknown(self, method: str) -> Behaviour:
+        async def handle(_requests: AsyncIterator[bytes], context: Context) -> None:
+            rpc = Rpc(self._metrics, method, None, context)
+            async with rpc.answered():
+                rpc.client = self._gate.identify(rpc.metadata, rpc.name).name
+                raise UnknownMethod(f"there is no {method[:128]}; the server may be older than the client")
+
+        return handle
 
 
-class _Rpc:
-    """One call: its client, its id, and its messages, counted."""
-
-    def __init__(self, metrics: Metrics, labels: tuple[str, str, str], context: Context) -> None:
-        self.labels = labels
-        self.context = context
-        self.client = ""
-        """Empty until it is admitted."""
-        self.metadata = dict(context.invocation_metadata() or ())
-        self.request_id = adopt_request_id(None, str(self.metadata.get(REQUEST_ID_KEY, "")))
-        self._metrics = metrics
-        self._request_bytes = self._num_sent = 0
-        self._sent = metrics.rpc_messages_sent.labels(*labels)
-
-    async def receive(self, requests: AsyncIterator[Message], timeout_seconds: float) -> Message:
-        """The client's one message."""
-        try:
-            async with asyncio.timeout(timeout_seconds):
-                request = await anext(requests)
-        except StopAsyncIteration:
-            raise InvalidRequest("request", "must be sent, got none") from None
-        except TimeoutError:
-            limit = f"{timeout_seconds:g} seconds (receive_timeout_seconds)"
-            raise DeadlinePassed(f"the request did not arrive within {limit}") from None
-        self._metrics.rpc_messages_received.labels(*self.labels).inc()
-        self._request_bytes = request.ByteSize()
-        self.request_id = adopt_request_id(request, self.request_id)
-        return request
-
-    async def send(self, response: Message) -> None:
-        """Send a message."""
-        try:
-            await self.context.write(response)
-        except grpc.aio.InternalError as error:  # the client went away during the write
-            raise asyncio.CancelledError from error
-        self._sent.inc()
-        self._num_sent += 1
-
-    def account(self) -> dict[str, str | int]:
-        """Its fields in the log: who called what, and how much was sent each way; no content."""
-        _, service, method = self.labels
-        return {
-            "service": service,
-            "method": method,
-            "request_id": self.request_id,
-            "client": self.client,
-            "peer": self.context.peer(),
-            "user_agent": str(self.metadata.get("user-agent", ""))[:MAX_USER_AGENT_CHARS],
-            "request_bytes": self._request_bytes,
-            "messages_sent": self._num_sent,
-        }
-
-
-def _peer_of(context: Context) -> str:
-    """The name in the client's certificate, else its address."""
-    if identities := context.peer_identities():
-        return min(identities).decode(errors="replace")
-    return context.peer().rpartition(":")[0]
-
-
-def _tell_trace(request_id: str) -> None:
-    trace = current_trace()
-    if trace is not None:
-        trace.describe({"trimserve.request_id": request_id})
-
-
-def _refusal(error: TrimserveError) -> RpcHandler:
-    """Answers with an error and reads nothing."""
-
-    async def refuse(_requests: AsyncIterator[bytes], context: Context) -> None:
-        request_id = adopt_request_id(None)
-        _tell_trace(request_id)
-        await context.abort(code_of(error), *trailer(error, request_id))
-
-    return grpc.stream_stream_rpc_method_handler(refuse)
+def request_types(*files: Any) -> dict[str, type[Message]]:
+    """Type of the request of each method of some proto files, by the method's path."""
+    return {
+        f"/{service.full_name}/{method.name}": GetMessageClass(method.input_type)
+        for file in files
+        for service in file.services_by_name.values()
+        for method in service.methods
+    }

@@ -9,12 +9,13 @@ from grpc_reflection.v1alpha import reflection
 from trimserve.server.core import Core
 from trimserve.server.grpc.credentials import server_credentials
 from trimserve.server.grpc.health import Health
-from trimserve.server.grpc.interceptors import RpcInterceptor
+from trimserve.server.grpc.inbox import Inbox
+from trimserve.server.grpc.interceptors import RpcInterceptor, request_types
 from trimserve.server.grpc.services import SERVICES, AdapterService, GenerationService, ModelService
 from trimserve.server.grpc.tracing_interceptor import TracingInterceptor
-from trimserve.server.grpc.transport import OTHER_RPCS, server_options
+from trimserve.server.grpc.transport import server_options
 from trimserve.server.listening import address_of, listening, socket_family
-from trimserve.v1 import adapter_pb2_grpc, generation_pb2_grpc, model_pb2_grpc
+from trimserve.v1 import adapter_pb2, adapter_pb2_grpc, generation_pb2, generation_pb2_grpc, model_pb2, model_pb2_grpc
 
 __all__ = ["GrpcTransport"]
 
@@ -31,6 +32,7 @@ class GrpcTransport:
         self._core = core
         self._config = core.config.server
         self._health = Health(SERVICES)
+        self._inbox = Inbox(core.gate.message_bytes, core.offload)
         self._server: grpc.aio.Server | None = None
         self._port: int | None = None
 
@@ -63,12 +65,13 @@ class GrpcTransport:
         self._health.set_serving(is_serving)
 
     async def close(self, grace_seconds: float) -> None:
-        """End health watches, stop listening, and close; also if it never listened.
+        """End health watches and calls that have not arrived, stop listening, and close; also if it never listened.
 
         Args:
             grace_seconds: for the last messages of open calls.
         """
         self._health.close()
+        self._inbox.close()
         if self._server is not None:
             await self._server.stop(grace_seconds)
 
@@ -76,10 +79,11 @@ class GrpcTransport:
         """Made here, because gRPC binds it to the event loop of its making."""
         core, config = self._core, self._config
         tracing = [] if core.tracing is None else [TracingInterceptor(core.tracing)]
+        requests = request_types(generation_pb2.DESCRIPTOR, model_pb2.DESCRIPTOR, adapter_pb2.DESCRIPTOR)
+        # Calls are bounded by the gate: gRPC's `maximum_concurrent_rpcs` would count health watches and tell nobody.
         self._server = server = grpc.aio.server(
-            interceptors=[*tracing, RpcInterceptor(core.metrics, core.gate, config)],
+            interceptors=[*tracing, RpcInterceptor(core, self._inbox, requests)],
             options=server_options(config),
-            maximum_concurrent_rpcs=config.max_concurrent_rpcs + OTHER_RPCS,
         )
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(GenerationService(core), server)
         model_pb2_grpc.add_ModelServiceServicer_to_server(ModelService(core), server)

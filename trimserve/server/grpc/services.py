@@ -2,16 +2,23 @@
 
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from grpc.aio import ServicerContext
 
 from trimserve.api.adapter import LoadedAdapter
+from trimserve.api.chunks import GenerationChunk, Started, TokenDelta
+from trimserve.api.info import ModelInfo
+from trimserve.api.request import GenerationRequest
 from trimserve.errors import InvalidRequest
+from trimserve.server.admission import Admission, current_admission
 from trimserve.server.core import Core
 from trimserve.server.deadline import Deadline
-from trimserve.server.grpc import convert, responses
+from trimserve.server.grpc import responses
+from trimserve.server.grpc.codec import SMALL_BYTES
+from trimserve.server.grpc.convert import adapter_name, to_generation_request
 from trimserve.server.observer import RequestObserver
 from trimserve.v1 import adapter_pb2, adapter_pb2_grpc, generation_pb2, generation_pb2_grpc, model_pb2, model_pb2_grpc
 
@@ -51,41 +58,67 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         self._backend = core.backend
         self._config = core.config
         self._metrics = core.metrics
+        self._offload = core.offload
 
     async def Generate(  # noqa: N802 the RPC's name
         self, request: generation_pb2.GenerateRequest, context: Context
     ) -> generation_pb2.GenerateResponse:
         """The whole answer at once."""
-        async with aclosing(self._events(request, context, "Generate")) as events:
+        chunks = self._events(request, context, "Generate")
+        del request  # see `_events`
+        async with aclosing(chunks) as events:
             return await responses.fold(events)
 
     async def GenerateStream(  # noqa: N802 the RPC's name
         self, request: generation_pb2.GenerateRequest, context: Context
     ) -> AsyncGenerator[generation_pb2.GenerateStreamResponse, None]:
         """The answer, token by token."""
-        async with aclosing(self._events(request, context, "GenerateStream")) as events:
+        chunks = self._events(request, context, "GenerateStream")
+        del request
+        async with aclosing(chunks) as events:
             async for event in events:
                 yield event
 
     async def _events(
         self, request: generation_pb2.GenerateRequest, context: Context, method: str
     ) -> AsyncGenerator[generation_pb2.GenerateStreamResponse, None]:
-        deadline = Deadline(context.time_remaining())
+        """The request's messages; no frame keeps the request, so that its images are free once the engine has them."""
+        deadline, admission = Deadline(context.time_remaining()), current_admission()
         observer = RequestObserver(self._metrics, method)
         try:
             info = self._backend.info
-            generation = convert.to_generation_request(request, info, self._config.engine)
+            generation = await self._converted(request, info, admission)
+            del request
+            admission.check_priority(generation.priority)
             observer.accepted(generation)
+            chunks = self._backend.submit(generation, deadline=deadline.bounded(self._config.server))
+            del generation
             writer = responses.EventWriter(info)
-            bound = deadline.bounded(self._config.server)
             # Closing the generator is what cancels a request whose client has gone.
-            async with aclosing(self._backend.submit(generation, deadline=bound)) as chunks:
+            async with aclosing(chunks):
                 async for chunk in chunks:
                     observer.saw(chunk)
+                    _account(chunk, admission)
                     yield writer.event(chunk)
         except BaseException as error:
             observer.failed(error, is_past_deadline=deadline.has_passed())
             raise
+
+    async def _converted(
+        self, request: generation_pb2.GenerateRequest, info: ModelInfo, admission: Admission
+    ) -> GenerationRequest:
+        convert_now = partial(to_generation_request, request, info, self._config.engine)
+        return convert_now() if admission.held_bytes <= SMALL_BYTES else await self._offload.run(convert_now)
+
+
+def _account(chunk: GenerationChunk, admission: Admission) -> None:
+    """Count a chunk's tokens for its client, and let go of the message once its images are with the engine."""
+    match chunk:
+        case TokenDelta():
+            admission.used_tokens(len(chunk.token_ids))
+        case Started():
+            admission.used_tokens(chunk.num_prompt_tokens)
+            admission.release_message()
 
 
 class ModelService(model_pb2_grpc.ModelServiceServicer):
@@ -128,7 +161,7 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
         self, request: adapter_pb2.LoadAdapterRequest, _context: Context
     ) -> adapter_pb2.LoadAdapterResponse:
         """Load one."""
-        name = convert.adapter_name("name", request.name)
+        name = adapter_name("name", request.name)
         if not request.folder or "\0" in request.folder:
             raise InvalidRequest("folder", f"must be a path, got {request.folder!r}")
         info = await self._backend.load_adapter(name, Path(request.folder))
@@ -139,7 +172,7 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
         self, request: adapter_pb2.UnloadAdapterRequest, _context: Context
     ) -> adapter_pb2.UnloadAdapterResponse:
         """Unload one, when no request has it any more."""
-        await self._backend.unload_adapter(convert.adapter_name("name", request.name))
+        await self._backend.unload_adapter(adapter_name("name", request.name))
         return adapter_pb2.UnloadAdapterResponse()
 
     async def ListAdapters(  # noqa: N802 the RPC's name

@@ -1,5 +1,6 @@
 """From exceptions to statuses with details; `STATUS` is the one table from errors to gRPC codes."""
 
+import math
 from collections.abc import Mapping
 
 import grpc
@@ -22,11 +23,14 @@ from trimserve.errors import (
     OutOfMemory,
     PermissionDenied,
     RequestFailed,
+    TooFast,
+    TooManyBytes,
     TooManyCalls,
     TrimserveError,
     Unauthenticated,
     UnknownAdapter,
     UnknownMethod,
+    UnknownService,
 )
 
 __all__ = ["DOMAIN", "REQUEST_ID_KEY", "STATUS", "code_of", "status_of", "trailer"]
@@ -35,11 +39,14 @@ STATUS: Mapping[type[TrimserveError], grpc.StatusCode] = {
     InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,  # the caller can fix it
     MessageTooLarge: grpc.StatusCode.RESOURCE_EXHAUSTED,  # what gRPC itself says of a message that is too large
     UnknownMethod: grpc.StatusCode.UNIMPLEMENTED,
+    UnknownService: grpc.StatusCode.NOT_FOUND,  # as the health protocol says
     Unauthenticated: grpc.StatusCode.UNAUTHENTICATED,
     PermissionDenied: grpc.StatusCode.PERMISSION_DENIED,
     EngineBusy: grpc.StatusCode.RESOURCE_EXHAUSTED,  # retry later
     OutOfMemory: grpc.StatusCode.RESOURCE_EXHAUSTED,  # retry later
     TooManyCalls: grpc.StatusCode.RESOURCE_EXHAUSTED,  # retry later
+    TooManyBytes: grpc.StatusCode.RESOURCE_EXHAUSTED,  # retry later
+    TooFast: grpc.StatusCode.RESOURCE_EXHAUSTED,  # retry later
     EngineStopped: grpc.StatusCode.UNAVAILABLE,  # another replica may serve it
     DeadlinePassed: grpc.StatusCode.DEADLINE_EXCEEDED,
     RequestFailed: grpc.StatusCode.INTERNAL,  # this request only
@@ -117,7 +124,7 @@ def _details(error: Exception) -> list[Message]:
 
 
 def _quota(error: EngineBusy) -> list[Message]:
-    if not isinstance(error, TooManyCalls):
+    if not isinstance(error, TooManyCalls | TooFast):
         return []
     limit = f"{error.knob} is {error.limit}"
     violation = error_details_pb2.QuotaFailure.Violation(subject=error.subject, description=limit)
@@ -125,4 +132,4 @@ def _quota(error: EngineBusy) -> list[Message]:
 
 
 def _retry_milliseconds(error: EngineBusy) -> int:
-    return round(error.retry_after_seconds * 1000)
+    return math.ceil(error.retry_after_seconds * 1000)  # not before there is room

@@ -60,7 +60,7 @@ class TracingInterceptor(grpc.aio.ServerInterceptor):
     @contextmanager
     def _span(self, method: str, context: Context) -> Iterator[None]:
         metadata = {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
-        _, service, name = method.split("/")
+        service, _, name = method.removeprefix("/").rpartition("/")  # methods that do not exist may look like anything
         deadline = Deadline(context.time_remaining())
         attributes = {"rpc.system": "grpc", "rpc.service": service, "rpc.method": name}
         with self._tracing.call(f"{service}/{name}", metadata, attributes) as trace:

@@ -1,16 +1,18 @@
-"""Options of the gRPC server: sizes, compression, pings, the age of connections."""
+"""Options of the gRPC server: sizes, compression, what is buffered before anybody asks for it, pings, connections."""
+
+import resource
 
 import grpc
 
 from trimserve.config import ServerConfig
 
-__all__ = ["OTHER_RPCS", "server_options"]
+__all__ = ["server_options"]
 
 ACCEPTED_COMPRESSIONS = sum(1 << int(each) for each in (grpc.Compression.NoCompression, grpc.Compression.Gzip))
 """Of messages from clients. Answers are not compressed: a few tokens do not shrink."""
 
-HANDSHAKE_SECONDS = 20.0
-"""For the HTTP/2 handshake of a new connection; gRPC's default is two minutes."""
+HANDSHAKE_SECONDS = 5.0
+"""For the TLS and HTTP/2 handshakes of a new connection; gRPC's default is two minutes."""
 
 PING_TIMEOUT_SECONDS = 20.0
 """For the answer to a ping; without one, the connection counts as dead."""
@@ -18,8 +20,27 @@ PING_TIMEOUT_SECONDS = 20.0
 LEAST_CLIENT_PING_SECONDS = 10.0
 """Clients that ping more often are disconnected."""
 
-OTHER_RPCS = 1024
-"""Calls that may be open beside the admitted ones: health checks, reflection, and calls being refused."""
+OTHER_RPCS = 64
+"""Calls that may be open on one connection beside the admitted ones: health checks, and calls being refused."""
+
+MAX_METADATA_BYTES = 16 * 2**10
+"""Of a call; gRPC refuses more by itself, and without an exact bound it would refuse at random from half of it on."""
+
+UNREAD_BYTES = 16 * 2**10
+"""Of a message that a client may send before it is asked for. gRPC's default grows to 16 MiB for each call."""
+
+MAX_CONNECTIONS = 2048
+"""At once; a connection takes memory and a descriptor before it says who it is."""
+
+MAX_CONNECTIONS_RATIO = 0.5
+"""The same, as a share of the descriptors that the process may have: the others are for files and metrics."""
+
+IDLE_SECONDS = 300.0
+"""A connection without calls is closed then; clients connect anew by themselves."""
+
+MAX_PENDING_RPCS = 8192
+"""Calls that have arrived and have not been looked at yet; gRPC cancels what is above, and by default at random from
+1000 on."""
 
 
 def server_options(config: ServerConfig) -> list[tuple[str, int]]:
@@ -33,6 +54,14 @@ def server_options(config: ServerConfig) -> list[tuple[str, int]]:
         ("grpc.max_send_message_length", config.max_message_bytes),
         ("grpc.compression_enabled_algorithms_bitset", ACCEPTED_COMPRESSIONS),
         ("grpc.per_message_decompression", 0),  # codec.py inflates, up to a bound
+        ("grpc.max_metadata_size", MAX_METADATA_BYTES),
+        ("grpc.absolute_max_metadata_size", MAX_METADATA_BYTES),
+        ("grpc.http2.lookahead_bytes", UNREAD_BYTES),
+        ("grpc.http2.bdp_probe", 0),  # it is what lets the bytes of unread messages grow
+        ("grpc.max_allowed_incoming_connections", _max_connections()),
+        ("grpc.max_connection_idle_ms", _ms(IDLE_SECONDS)),
+        ("grpc.server.max_pending_requests", MAX_PENDING_RPCS),
+        ("grpc.server.max_pending_requests_hard_limit", MAX_PENDING_RPCS),
         ("grpc.so_reuseport", 0),  # two servers on one port would share its traffic silently
         ("grpc.max_concurrent_streams", config.max_concurrent_rpcs + OTHER_RPCS),
         ("grpc.server_handshake_timeout_ms", _ms(HANDSHAKE_SECONDS)),
@@ -48,6 +77,13 @@ def server_options(config: ServerConfig) -> list[tuple[str, int]]:
             ("grpc.max_connection_age_grace_ms", _ms(config.drain_grace_seconds)),
         ]
     return options
+
+
+def _max_connections() -> int:
+    descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if descriptors == resource.RLIM_INFINITY:
+        return MAX_CONNECTIONS
+    return min(MAX_CONNECTIONS, int(MAX_CONNECTIONS_RATIO * descriptors))
 
 
 def _ms(seconds: float) -> int:

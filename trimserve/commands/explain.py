@@ -1,0 +1,120 @@
+"""`trimserve explain`: a picture of what a question kept."""
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from trimserve.commands import question
+from trimserve.commands.server import OWN_SERVER, asked_server
+from trimserve.config import Config
+from trimserve.connection import Connection, with_connection
+from trimserve.image_files import named_files
+from trimserve.knobs import with_knobs
+from trimserve.v1 import generation_pb2 as pb
+from trimserve.v1.model_pb2 import GetModelResponse
+
+if TYPE_CHECKING:
+    from trimserve.api.chunks import ImageSelection
+
+__all__ = ["explain"]
+
+_SHEET_KEEP = 0.2
+_FORMATS: Mapping[str, str] = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+
+
+def _check_ending(out: Path) -> Path:
+    if out.suffix.lower() not in _FORMATS:
+        raise typer.BadParameter(f"must end in one of {', '.join(_FORMATS)}, got {out.name}")
+    return out
+
+
+@with_knobs("model")
+@with_connection(OWN_SERVER)
+def explain(
+    image: Annotated[str, typer.Option(help="Image file, or - for standard input.")],
+    prompt: question.Prompt,
+    out: Annotated[
+        Path,
+        typer.Option(
+            dir_okay=False, callback=_check_ending, help=f"Picture to write, whose ending is {', '.join(_FORMATS)}."
+        ),
+    ] = Path("explain.png"),
+    system: question.System = None,
+    policy: question.Policy = None,
+    policies: Annotated[
+        str | None,
+        typer.Option(
+            help="Instead draw side by side what these policies keep, separated by commas; all: every one. "
+            f"Default of --keep is then {_SHEET_KEEP}."
+        ),
+    ] = None,
+    keep: question.Keep = None,
+    k_ratio: question.KRatio = None,
+    merge_ratio: question.MergeRatio = None,
+    adapter: question.Adapter = None,
+    *,
+    connection: Connection,
+    config: Config,
+) -> None:
+    """Draw which visual features a question kept, and which query heads picked them."""
+    from trimserve.explain import Explained, draw_contact_sheet, draw_explanation
+    from trimserve.model.images import decode_image
+
+    if policies is not None and (policy is not None or k_ratio is not None):
+        raise typer.BadParameter("--policies excludes --policy and --k-ratio")
+    name, config = question.adapter_of(adapter, connection, config)
+    request = question.ask(prompt, [image], system, pb.SamplingParams(temperature=0), pb.TrimOptions(), name)
+    content = request.chat.messages[-1].parts[0].image.data
+    picture = decode_image(content, image, config.engine.max_image_pixels)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    explained = {}
+    with asked_server(connection, config) as client, named_files(request, [image]):
+        model = client.model()
+        trims = {"": question.trim_options(policy, keep, k_ratio, merge_ratio)}
+        if policies is not None:
+            trims = _trims_of(policies, model, keep or _SHEET_KEEP, merge_ratio)
+        for policy_name, trim in trims.items():
+            trim.return_selection = True
+            request.trim.CopyFrom(trim)
+            response = client.generate(request)
+            [selection], [usage] = response.selections, response.usage.images
+            explained[policy_name] = Explained(_selection(selection), usage.merged_features, response.text)
+            print(response.text)
+            print(f"{policy_name + ': ' if policy_name else ''}{question.held(usage)}: {out}", file=sys.stderr)
+    text = request.chat.messages[-1].parts[-1].text
+    if policies is None:
+        page = draw_explanation(picture, explained[""], tile_size=model.tile_size, question=text)
+    else:
+        page = draw_contact_sheet(picture, explained, tile_size=model.tile_size, question=text)
+    page.save(out, _FORMATS[out.suffix.lower()])
+
+
+def _trims_of(
+    policies: str, model: GetModelResponse, keep: float, merge_ratio: float | None
+) -> dict[str, pb.TrimOptions]:
+    """Options for each policy, with the same budget if it takes one."""
+    known = {policy.name: policy for policy in model.policy_details}
+    available = [name for name, policy in known.items() if policy.is_available]
+    names = available if policies == "all" else [name.strip() for name in policies.split(",")]
+    trims = {}
+    for name in names:
+        takes_none = name in known and not known[name].budgets
+        trims[name] = question.trim_options(name, None if takes_none else keep, None, merge_ratio)
+    return trims
+
+
+def _selection(selection: pb.ImageSelection) -> "ImageSelection":
+    from trimserve.api.chunks import ImageSelection
+
+    return ImageSelection(
+        tiles_high=selection.tiles_high,
+        tiles_wide=selection.tiles_wide,
+        features_per_tile=selection.features_per_tile,
+        content_height=selection.content_height,
+        content_width=selection.content_width,
+        kept=selection.kept,
+        picks_by_head=tuple(selection.picks_by_head),
+    )

@@ -1,0 +1,176 @@
+"""What the commands that ask a question have in common: options, and the request that they make."""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from pydantic import ValidationError
+
+from trimserve.client import RequestOptions, make_request
+from trimserve.config import Config, ModelConfig
+from trimserve.connection import Connection
+from trimserve.image_files import STANDARD_INPUT, read_image
+from trimserve.v1 import generation_pb2 as pb
+
+__all__ = [
+    "Adapter",
+    "ImageNames",
+    "KRatio",
+    "Keep",
+    "MaxNewTokens",
+    "MergeRatio",
+    "NoTrim",
+    "Policy",
+    "Prompt",
+    "Seed",
+    "System",
+    "Temperature",
+    "adapter_of",
+    "ask",
+    "held",
+    "policy_help",
+    "trim_options",
+]
+
+
+def _utf8(text: str | None) -> str | None:
+    """Refuse what a shell in another encoding hands on."""
+    try:
+        (text or "").encode()
+    except UnicodeEncodeError as error:
+        raise typer.BadParameter(f"must be UTF-8, got {text!r}: {error.reason} at {error.start}") from None
+    return text
+
+
+def policy_help() -> str:
+    """All policies with a line each, which `scripts/generate_docs.py` writes down: policies themselves need torch."""
+    summaries: dict[str, str] = json.loads(Path(__file__).with_name("policies.json").read_text())
+    return "\n\n".join(["Policies:", *(f"{name}: {summary}" for name, summary in summaries.items())])
+
+
+Prompt = Annotated[str, typer.Option(callback=_utf8, help="What to ask; - reads standard input.")]
+ImageNames = Annotated[list[str] | None, typer.Option("--image", help="Image file, or -; may be given again.")]
+System = Annotated[str | None, typer.Option(callback=_utf8, help="A system message.")]
+Policy = Annotated[
+    str | None,
+    typer.Option(callback=_utf8, help="What chooses visual features, of those below; default: the model's first."),
+]
+Keep = Annotated[
+    float | None,
+    typer.Option(help="Budget: share of an image that stays, in (0, 1]; default: the policy's."),
+]
+KRatio = Annotated[float | None, typer.Option(help="Budget per head, in (0, 1]; default: the model's.")]
+MergeRatio = Annotated[
+    float | None,
+    typer.Option(
+        help="Rows that a tile's other features are merged into, as a share of its own, in [0, 1]; "
+        "0 drops them; default: the model's."
+    ),
+]
+NoTrim = Annotated[bool, typer.Option("--no-trim", help="Keep every valid feature.")]
+MaxNewTokens = Annotated[
+    int | None, typer.Option(min=1, max=2**32 - 1, help="Most tokens to generate; default: the model's.")
+]
+Temperature = Annotated[float | None, typer.Option(help="0 is greedy; default: the model's.")]
+Adapter = Annotated[
+    str | None,
+    typer.Option(
+        callback=_utf8,
+        help="LoRA adapter that answers: the NAME of one that the server at --address has, or NAME=FOLDER without "
+        "--address; default: the base model.",
+    ),
+]
+Seed = Annotated[int | None, typer.Option(min=0, max=2**64 - 1, help="Makes sampling repeatable.")]
+
+
+def ask(
+    prompt: str,
+    images: Sequence[str],
+    system: str | None,
+    sampling: pb.SamplingParams,
+    trim: pb.TrimOptions,
+    adapter: str | None = None,
+) -> pb.GenerateRequest:
+    """A request of what the options say; reads standard input where they say so.
+
+    Args:
+        prompt: the question, or `-`.
+        images: paths, or `-`.
+        system: text of a system message.
+        sampling: how tokens are drawn.
+        trim: which visual features stay.
+        adapter: name of the one that answers; None is the base model.
+    Raises:
+        InvalidRequest: an image file cannot be read.
+    """
+    if [prompt, *images].count(STANDARD_INPUT) > 1:
+        raise typer.BadParameter("standard input (-) can be read once only, as the prompt or as one image")
+    text = _read_prompt() if prompt == STANDARD_INPUT else prompt
+    options: RequestOptions = {"sampling": sampling, "trim": trim, "system": system, "adapter": adapter}
+    return make_request(text, [read_image(image) for image in images], **options)
+
+
+def _read_prompt() -> str:
+    content = sys.stdin.buffer.read()
+    try:
+        return content.decode().removesuffix("\n")
+    except UnicodeDecodeError as error:
+        got = f"byte {content[error.start]:#04x} at position {error.start}"
+        raise typer.BadParameter(f"standard input must be UTF-8, got {got}", param_hint="--prompt") from None
+
+
+def adapter_of(adapter: str | None, connection: Connection, config: Config) -> tuple[str | None, Config]:
+    """The name of an adapter, and the config of a server of one's own that has it loaded.
+
+    Args:
+        adapter: as the option says it.
+        connection: tells whether a running server is asked.
+        config: without the adapter.
+    """
+    if adapter is None:
+        return None, config
+    name, equals, _ = adapter.partition("=")
+    if bool(equals) == (connection.address is not None):
+        raise typer.BadParameter("must be NAME=FOLDER without --address, and NAME with it", param_hint="--adapter")
+    if not equals:
+        return name, config
+    try:
+        model = ModelConfig(**{**dict(config.model), "adapter": (adapter,)})
+    except ValidationError as error:
+        raise typer.BadParameter(f"{error.errors()[0]['msg']}, got {adapter!r}", param_hint="--adapter") from None
+    return name, config.model_copy(update={"model": model})
+
+
+def trim_options(
+    policy: str | None, keep: float | None, k_ratio: float | None, merge_ratio: float | None, *, no_trim: bool = False
+) -> pb.TrimOptions:
+    """Trimming as the options say it.
+
+    Args:
+        policy: None is the server's default, as of the others.
+        keep: budget of an image.
+        k_ratio: budget per head.
+        merge_ratio: rows for what does not stay.
+        no_trim: switches it off; excludes the others.
+    """
+    told = {"--policy": policy, "--keep": keep, "--k-ratio": k_ratio, "--merge-ratio": merge_ratio}
+    for option, value in told.items():
+        if no_trim and value is not None:
+            raise typer.BadParameter(f"--no-trim and {option} exclude each other")
+    mode = pb.TRIM_MODE_OFF if no_trim else pb.TRIM_MODE_ON
+    budget = None if keep is None else pb.Budget(ratio=keep)
+    return pb.TrimOptions(mode=mode, policy=policy, budget=budget, k_ratio=k_ratio, merge_ratio=merge_ratio)
+
+
+def held(usage: pb.ImageUsage) -> str:
+    """What an image holds, in words.
+
+    Args:
+        usage: of one image.
+    """
+    kept = f"kept {usage.kept_features} of {usage.valid_features} features"
+    merged = f", the others as {usage.merged_features} rows" if usage.merged_features else ""
+    return f"{kept}{merged} ({(usage.kept_features + usage.merged_features) / usage.valid_features:.1%})"

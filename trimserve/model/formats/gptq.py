@@ -1,0 +1,76 @@
+"""GPTQ's layout, which AutoRound writes too: numbers of 4 or 8 bits packed along the inputs, in groups of inputs.
+
+Number i of an output lies in bits of word i * b // 32; zero points are packed along the outputs. GPTQ's first version,
+which is still what most write, stores zero points less one.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from trimserve.model.formats.packed import scaled, unpack
+from trimserve.model.formats.quantized_linear import FLOATS, LinearParts
+from trimserve.model.stored_tensors import StoredTensor
+
+__all__ = ["Gptq"]
+
+
+@dataclass(frozen=True, slots=True)
+class Gptq:
+    """See `QuantizedLinear`."""
+
+    weight: StoredTensor
+    """int32 [words, outputs]"""
+    zero_point: StoredTensor
+    """int32 [groups, words]"""
+    scale: StoredTensor
+    """[groups, outputs]"""
+    group: StoredTensor | None
+    """int32 [inputs], the group of each; None if groups are runs of equal length."""
+    num_bits: int
+    zero_offset: int
+    """What stored zero points lack."""
+
+    @classmethod
+    def find(cls, parts: LinearParts, config: Mapping[str, Any]) -> "Gptq | None":
+        """The layer, if it is stored in this format.
+
+        Args:
+            parts: of the layer.
+            config: `quantization_config`, which alone tells what zero points lack.
+        Raises:
+            CheckpointError: a part that is missing or does not fit.
+        """
+        if "qweight" not in parts:
+            return None
+        outputs, inputs = parts.shape
+        words = {inputs * num_bits // 32: num_bits for num_bits in (4, 8)}
+        weight = parts.get("qweight", ("I32",), *((num_words, outputs) for num_words in words))
+        num_bits = words[weight.shape[0]]
+        scale = parts.get("scales", FLOATS)
+        num_groups = scale.shape[0] if scale.shape else 0
+        parts.get("scales", FLOATS, (num_groups, outputs))
+        group = parts.groups("g_idx", scale, num_groups)
+        zero_point = parts.get("qzeros", ("I32",), (num_groups, outputs * num_bits // 32))
+        return cls(weight, zero_point, scale, group, num_bits, _zero_offset(config))
+
+    @property
+    def row_multiple(self) -> int:
+        """See `QuantizedLinear`."""
+        return 32 // self.num_bits  # a word of zero points
+
+    def floats(self, rows: slice) -> Tensor:
+        """See `QuantizedLinear`."""
+        words = slice(rows.start // self.row_multiple, rows.stop // self.row_multiple)
+        numbers = unpack(self.weight.read(slice(None), rows).T, self.num_bits)
+        zero_points = unpack(self.zero_point.read(slice(None), words), self.num_bits).T + self.zero_offset
+        group = None if self.group is None else self.group.read().long()
+        return scaled(numbers, zero_points, self.scale.read(slice(None), rows).T, group)
+
+
+def _zero_offset(config: Mapping[str, Any]) -> int:
+    if config.get("quant_method") == "auto-round":
+        return 1 if config.get("packing_format") == "auto_round:auto_gptq" else 0
+    return 0 if config.get("checkpoint_format") == "gptq_v2" else 1

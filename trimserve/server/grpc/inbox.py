@@ -1,0 +1,130 @@
+"""Reads the messages of calls: within a time, in room that was set aside, large ones beside the event loop."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from functools import partial
+from typing import TypeVar
+
+from google.protobuf.message import Message
+
+from trimserve.errors import DeadlinePassed, EngineStopped, InvalidRequest, TooManyBytes
+from trimserve.server.admission import Admission
+from trimserve.server.grpc.codec import Codec, is_small
+from trimserve.server.message_bytes import MessageBytes
+from trimserve.server.offload import Offload
+
+__all__ = ["Inbox"]
+
+PROBE_SECONDS = 5.0
+"""For the message of a health check."""
+
+IDLE_SECONDS = 10.0
+"""Between two messages of a stream from the client, as reflection has them."""
+
+M = TypeVar("M", bound=Message)
+
+
+class Inbox:
+    """Of all calls of a server; belongs to the event loop's thread."""
+
+    def __init__(self, room: MessageBytes, offload: Offload) -> None:
+        """Read nothing yet.
+
+        Args:
+            room: for messages.
+            offload: reads the large ones.
+        """
+        self._room = room
+        self._offload = offload
+        self._clocks: set[asyncio.Timeout] = set()
+        self._is_closed = False
+
+    def close(self) -> None:
+        """End all calls whose message is not there yet, and let no other begin, so that the server can stop."""
+        self._is_closed = True
+        for clock in self._clocks:
+            clock.reschedule(asyncio.get_running_loop().time())
+
+    async def receive(self, requests: AsyncIterator[bytes], codec: Codec[M], admission: Admission, seconds: float) -> M:
+        """The one message of an admitted call, which holds room for it from then on.
+
+        Args:
+            requests: messages of the call.
+            codec: reads them.
+            admission: of the call.
+            seconds: for the message to arrive (`receive_timeout_seconds`).
+        Raises:
+            TooManyBytes: there was no room for it in time.
+            DeadlinePassed: it did not arrive in time.
+            EngineStopped: the server stops.
+            InvalidRequest: there is no message, or no valid one.
+            MessageTooLarge: it inflates to more than it may.
+        """
+        no_room = TooManyBytes(f"no room for a message within {seconds:g} seconds (max_message_bytes_in_flight)")
+        late = DeadlinePassed(f"the request did not arrive within {seconds:g} seconds (receive_timeout_seconds)")
+        end = asyncio.get_running_loop().time() + seconds
+        async with self._until(end, no_room):
+            admission.holds(await self._room.take(admission.client))
+        async with self._until(end, late):
+            data = await _next(requests)
+        read = partial(codec.read, data)
+        message = read() if is_small(data) else await self._offload.run(read)
+        admission.received(max(len(data), message.ByteSize()))
+        return message
+
+    async def stream(self, requests: AsyncIterator[bytes], codec: Codec[M], admission: Admission) -> AsyncIterator[M]:
+        """The messages of an admitted call whose client sends several small ones."""
+        late = f"no request came within {IDLE_SECONDS:g} seconds"
+        while True:
+            async with self._until(asyncio.get_running_loop().time() + IDLE_SECONDS, DeadlinePassed(late)):
+                admission.holds(await self._room.take(admission.client))
+                data = await anext(requests, None)
+            if data is None:
+                return
+            message = codec.read(data)
+            admission.received(len(data))
+            admission.release_message()
+            yield message
+
+    async def probe(self, requests: AsyncIterator[bytes], codec: Codec[M], client: str) -> M | None:
+        """The message of a health check by a known client; None if there is no room at once, so that none waits.
+
+        Raises:
+            DeadlinePassed: it did not arrive in time.
+            EngineStopped: the server stops.
+            InvalidRequest: there is no message, or no valid one.
+            MessageTooLarge: it is larger than such a message is.
+        """
+        hold = self._room.take_now(client)
+        if hold is None:
+            return None
+        late = DeadlinePassed(f"the request did not arrive within {PROBE_SECONDS:g} seconds")
+        try:
+            async with self._until(asyncio.get_running_loop().time() + PROBE_SECONDS, late):
+                return codec.read(await _next(requests))
+        finally:
+            hold.shrink(0)
+
+    @asynccontextmanager
+    async def _until(self, end: float, late: Exception) -> AsyncIterator[None]:
+        """Raise an error unless the block ends in time."""
+        stopped = EngineStopped("the server stops")
+        if self._is_closed:
+            raise stopped
+        try:
+            async with asyncio.timeout_at(end) as clock:
+                self._clocks.add(clock)
+                try:
+                    yield
+                finally:
+                    self._clocks.discard(clock)
+        except TimeoutError:
+            raise (stopped if self._is_closed else late) from None
+
+
+async def _next(requests: AsyncIterator[bytes]) -> bytes:
+    try:
+        return await anext(requests)
+    except StopAsyncIteration:
+        raise InvalidRequest("request", "must be sent, got none") from None
