@@ -9,7 +9,8 @@ on the machine does not count. The same requests run
 - `reserved`: all of `max_new_tokens` is reserved when a request joins, as it was before ADR-0013;
 - `grown`: pages grow with the text;
 - `exact`: each request reserves exactly what its answer takes, which no client knows;
-- `short`: pages grow in a pool so small that requests are preempted.
+- `short`: pages grow in the smallest pool that takes such requests with a `max_new_tokens` of 128, so that many are
+  preempted.
 
 All four must give the same tokens. Then one of the requests is asked for eight answers (`num_choices`): its
 cross-attention KV and its time to first token, beside those of one answer, each on an image that is new.
@@ -51,22 +52,24 @@ __all__ = ["main"]
 
 _OUT = Path(__file__).parent / "results" / "growth.json"
 _QUESTION = "What do you see?"
+_WHOLE = 1e6
+"""Seconds that no prefill takes: whatever the pool has room for joins at once."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
     """The requests."""
 
-    num_requests: int = 192
+    num_requests: int = 96
     num_pictures: int = 4
     max_new_tokens: int = 1024
     least_answer_tokens: int = 5
     mean_answer_tokens: int = 20
     """Longer answers are the rarer, exponentially."""
-    num_reserved: int = 8
+    num_reserved: int = 4
     """Requests that fit into the pool when all of `max_new_tokens` is reserved."""
-    num_short: int = 1
-    """The same of the short pool."""
+    short_new_tokens: int = 128
+    """`max_new_tokens` in the short pool, which just holds one request with all of these."""
     num_choices: int = 8
     num_repeats: int = 9
     """Measurements of a first token, of which the median counts."""
@@ -102,10 +105,8 @@ class _Traffic:
         self.requests = [
             self._request(pictures[number % plan.num_pictures], length) for number, length in enumerate(lengths)
         ]
-        self.exact = [
-            replace(one, sampling=replace(one.sampling, max_new_tokens=length + 1))
-            for one, length in zip(self.requests, lengths, strict=True)
-        ]
+        self.exact = [_with(one, length + 1) for one, length in zip(self.requests, lengths, strict=True)]
+        self.short = [_with(one, plan.short_new_tokens) for one in self.requests]
 
     def _request(self, picture: ImageFile, length: int) -> GenerationRequest:
         """Answered by so many tokens and an end token."""
@@ -116,12 +117,11 @@ class _Traffic:
         prompt = ChatPrompt((Message("user", (picture, Text(_QUESTION))),))
         return GenerationRequest("growth", prompt, sampling, TrimRequest(k_ratio=self._model.info.default_k_ratio))
 
-    def pool_bytes(self, num_requests: int) -> int:
-        """Of a pool that holds so many requests with all of their `max_new_tokens`."""
+    def pool_bytes(self, request: GenerationRequest) -> int:
+        """Of a pool that holds a request with all of its `max_new_tokens`."""
         engine = self._engine(2**30)
-        sequence = engine.prepare(self.requests[0], lambda _: None, 0.0)
-        pool = engine.pool
-        return num_requests * (pool.self_bytes(sequence.max_positions) + pool.cross_bytes(sequence.max_cross_rows))
+        sequence, pool = engine.prepare(request, lambda _: None, 0.0), engine.pool
+        return pool.self_bytes(sequence.max_positions) + pool.cross_bytes(sequence.max_cross_rows)
 
     def run(self, requests: Items[GenerationRequest], pool_bytes: int) -> _Run:
         """Answer them all."""
@@ -171,9 +171,14 @@ class _Traffic:
     def _engine(self, pool_bytes: int) -> Engine:
         config = EngineConfig(
             max_batch=self._plan.num_requests,
+            prefill_slice_seconds=_WHOLE,
             kv_cache_bytes=ByteSize(prefill_scratch_bytes(self._model.info) + pool_bytes),
         )
         return Engine(self._model, LocalExecutor(self._model, 2**26), config)
+
+
+def _with(request: GenerationRequest, max_new_tokens: int) -> GenerationRequest:
+    return replace(request, sampling=replace(request.sampling, max_new_tokens=max_new_tokens))
 
 
 @dataclass(slots=True)
@@ -193,14 +198,14 @@ class _Output:
 
 
 def _measure(traffic: _Traffic, plan: _Plan) -> dict[str, _Run]:
-    pool_bytes = traffic.pool_bytes(plan.num_reserved)
+    pool_bytes = plan.num_reserved * traffic.pool_bytes(traffic.requests[0])
     traffic.run(traffic.requests[: plan.num_pictures], pool_bytes)  # warms up
     all_positions = property(lambda sequence: sequence.max_positions)
     with patch.object(Sequence, "first_positions", all_positions):
         reserved = traffic.run(traffic.requests, pool_bytes)
         exact = traffic.run(traffic.exact, pool_bytes)
     grown = traffic.run(traffic.requests, pool_bytes)
-    short = traffic.run(traffic.requests, traffic.pool_bytes(plan.num_short))
+    short = traffic.run(traffic.short, traffic.pool_bytes(traffic.short[0]))
     runs = {"reserved": reserved, "grown": grown, "exact": exact, "short": short}
     for name, run in runs.items():
         if run.answers != grown.answers:

@@ -20,8 +20,9 @@ PICTURE = TokenPrompt((IMAGE, *b"what is this?"), (ImageFile(b"4"),))
 
 
 def several(num_choices: int, prompt: TokenPrompt | str = PICTURE, **sampling: object) -> GenerationRequest:
-    knobs = {"temperature": 1.0, "seed": 2**64 - 2, "max_new_tokens": 20, "ignore_eos": True, **sampling}
-    return replace(request(prompt, **knobs), num_choices=num_choices)
+    wanted = request(prompt, temperature=1.0, seed=2**64 - 2, max_new_tokens=20, ignore_eos=True)
+    params = replace(wanted.sampling, **sampling)  # type: ignore[arg-type]  # keywords of every type
+    return replace(wanted, num_choices=num_choices, sampling=params)
 
 
 def run_to_the_end(engine: Engine) -> None:
@@ -69,6 +70,18 @@ def test_prompt_and_image_are_computed_and_held_once() -> None:
     assert engine.pool.used_cross_bytes == 3 * PAGE
     assert engine.pool.used_self_bytes == 2 * (2 + 8 * 2) * PAGE
     run_to_the_end(engine)
+
+
+def test_answers_join_together_so_that_none_reads_the_prompt_again() -> None:
+    prefills: list[None] = []
+    engine = make_engine(FakeModel(before_prefill=lambda: prefills.append(None)), max_batch=4)
+    others = [start(engine, request("other", max_new_tokens=size, ignore_eos=True))[0] for size in (5, 50)]
+    sequence, output = start(engine, several(3, max_new_tokens=3))
+    engine.step()
+    assert [each.state for each in (*others, sequence)] == [*[SequenceState.RUNNING] * 2, SequenceState.WAITING]
+    run_to_the_end(engine)
+    assert len(prefills) == 3
+    assert_each_is_what_it_is_alone(output, several(3, max_new_tokens=3))
 
 
 def test_answers_end_each_for_itself() -> None:

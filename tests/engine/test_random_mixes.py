@@ -59,16 +59,16 @@ TRIMS = (
 )
 
 
-def draw_request(rng: random.Random, name: str) -> GenerationRequest:
+def draw_request(rng: random.Random, name: str, most_tokens: int) -> GenerationRequest:
     is_greedy = rng.random() < 0.5
     params = replace(
         GREEDY if is_greedy else SAMPLED,
-        max_new_tokens=rng.choice([1, rng.randint(2, 24), rng.randint(33, 64)]),
+        max_new_tokens=rng.randint(most_tokens // 2 if rng.random() < 0.9 else 1, most_tokens),
         seed=rng.randint(0, 2),
         num_top_logprobs=2,
     )
     trim = replace(rng.choice(TRIMS), return_selection=True)
-    num_choices = rng.choice([1, 1, 1, 3])
+    num_choices = rng.choice([1, 1, 1, 1, 3])
     return GenerationRequest(
         name, rng.choice(PROMPTS), params, trim, num_choices=num_choices, priority=rng.randint(0, 1)
     )
@@ -119,14 +119,17 @@ class Mix:
     def __init__(self, model: Mllama, seed: int) -> None:
         rng = self._rng = random.Random(f"mix/{seed}")
         self._model = model
-        self.arrivals = [(rng.randint(0, 40), draw_request(rng, f"r{n}")) for n in range(rng.randint(2, 8))]
         self.is_tight = rng.random() < 0.5
-        """Whether the pool holds little more than the largest request."""
+        """Whether the pool holds little more than the largest request, and answers are long."""
+        most_tokens = 96 if self.is_tight else 24
+        self.arrivals = [
+            (rng.randint(0, 20), draw_request(rng, f"r{n}", most_tokens)) for n in range(rng.randint(2, 7))
+        ]
         largest = max(self._most_bytes(wanted) for _, wanted in self.arrivals)
         config = EngineConfig(
             max_batch=rng.randint(2, 8),
             kv_cache_bytes=ByteSize(
-                prefill_scratch_bytes(model.info) + int(largest * rng.uniform(1, 1.5)) if self.is_tight else 2**24
+                prefill_scratch_bytes(model.info) + int(largest * rng.uniform(1.1, 1.7)) if self.is_tight else 2**24
             ),
             image_cache_bytes=ByteSize(rng.choice([0, 2**16, 2**24])),
             prefill_slice_seconds=rng.choice([0.0, 0.005, 0.1]),

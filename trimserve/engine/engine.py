@@ -260,7 +260,8 @@ class Engine:
         while (sequence := self._scheduler.next) is not None:
             late = self._lateness(sequence)
             if late is None:
-                if sequence.pages_to_join(self.pool) > self.pool.num_free_pages:
+                is_short = sequence.pages_to_join(self.pool) > self.pool.num_free_pages
+                if is_short and self._scheduler.running:  # else it fits, if not with all of its answers
                     break
                 self._scheduler.admit()
                 number = next(self._numbers)

@@ -35,8 +35,14 @@ class Scheduler:
 
     @property
     def next(self) -> Sequence | None:
-        """The head of the queue when the batch has a place for it."""
-        return self._waiting[0] if self._waiting and len(self.running) < self._max_batch else None
+        """The head of the queue when the batch has a place for it, and for all answers that begin with it.
+
+        Answers that join late may find none that still has their prompt.
+        """
+        if not self._waiting:
+            return None
+        places = min(self._waiting[0].num_joining, self._max_batch)
+        return self._waiting[0] if len(self.running) + places <= self._max_batch else None
 
     def add(self, sequence: Sequence) -> None:
         """Put a sequence into the queue: larger priority first, then who was submitted first."""

@@ -115,8 +115,7 @@ class Sequence:
         """Answers that the request asked for."""
         self.choice = 0
         """Which of them this is."""
-        self.family: tuple[Sequence, ...] = (self,)
-        """All answers by number, once the prompt was read; until then the first."""
+        self._family: tuple[Sequence, ...] = ()
         self.was_preempted = False
         """Whether it had pages, and lost them."""
         self._pages: SequencePages | None = None
@@ -143,6 +142,16 @@ class Sequence:
     def holds_pages(self) -> bool:
         """Whether it has been admitted, and not let go since."""
         return self._pages is not None
+
+    @property
+    def family(self) -> "tuple[Sequence, ...]":
+        """All answers by number, once the prompt was read; until then the first."""
+        return self._family or (self,)
+
+    @property
+    def num_joining(self) -> int:
+        """Answers that begin when it joins."""
+        return 1 if self.has_started else self.num_choices
 
     @property
     def source(self) -> "Sequence | None":
@@ -203,23 +212,17 @@ class Sequence:
         return sum(image.pixel_values.nbytes for image in prompt.images) if prompt is not None else 0
 
     def pages_to_join(self, pool: KVPool) -> int:
-        """Free pages that it takes to join."""
-        pages = pool.self_pages(self.first_positions)
-        if self.source is None:
-            return pages + pool.cross_pages(self.max_cross_rows)
-        return pages - pool.self_pages(self.num_prompt_tokens // PAGE_POSITIONS * PAGE_POSITIONS)
+        """Free pages that it takes to join, with all answers that begin then."""
+        shared = pool.self_pages(self.num_prompt_tokens // PAGE_POSITIONS * PAGE_POSITIONS)
+        pages = self.num_joining * (pool.self_pages(self.first_positions) - shared)
+        return pages if self.source else pages + shared + pool.cross_pages(self.max_cross_rows)
 
     @property
     def least_new_tokens(self) -> int:
         """Tokens that come for certain."""
         params = self.params
-        certain = self.max_new_tokens if params.ignore_eos and not self._can_stop else params.min_new_tokens
-        return max(1, certain)
-
-    @property
-    def _can_stop(self) -> bool:
-        params = self.params
-        return bool(params.stop_strings or params.stop_token_ids)
+        can_stop = not params.ignore_eos or params.stop_strings or params.stop_token_ids
+        return max(1, params.min_new_tokens if can_stop else self.max_new_tokens)
 
     @property
     def num_generated_tokens(self) -> int:
@@ -308,7 +311,8 @@ class Sequence:
         self._encoded_at, self._prefilled_at = report.times.encoded_at, report.times.prefilled_at
         self.cross_kv = account_cross_kv(report, self.pages.cross_bytes, pool)
         self._spans += engine_spans(report, self.submitted_at, self._admitted_at)
-        self._branch()
+        if self.num_choices > 1:
+            self._branch()
         return Started(
             request_id=self.request_id,
             num_prompt_tokens=self.num_prompt_tokens,
@@ -320,14 +324,15 @@ class Sequence:
 
     def _branch(self) -> None:
         """Make the other answers, which have drawn nothing yet and know all about the prompt."""
-        self.family = (self, *(copy(self) for _ in range(1, self.num_choices)))
-        for choice, each in enumerate(self.family):
-            each.family = self.family
-            if each is not self:
-                each.become(choice)
+        family = (self, *(copy(self) for _ in range(1, self.num_choices)))
+        for choice, each in enumerate(family):
+            each.become(choice, family)
 
-    def become(self, choice: int) -> None:
-        """Be another answer than the one that this is a copy of."""
+    def become(self, choice: int, family: "tuple[Sequence, ...]") -> None:
+        """Be one of several answers; all but the first are copies of it, and begin anew."""
+        self._family = family
+        if not choice:
+            return
         self.choice = choice
         self.state = SequenceState.WAITING
         self.params = self.params.of_choice(choice)

@@ -15,7 +15,6 @@ from prometheus_client import Counter, ProcessCollector
 from trimserve import __version__
 from trimserve.api.info import ModelInfo
 from trimserve.api.status import EngineStatus
-from trimserve.server import buckets
 from trimserve.server.process_metrics import ProcessMetrics
 
 __all__ = ["NO_POLICY", "RPC_CODES", "STAGES", "Metrics"]
@@ -64,6 +63,24 @@ REFUSALS = (
     "engine_stopped",
 )
 """Why a call can end before its message was read."""
+
+# Seconds. Handling covers whole answers, so it ends later than the ecosystem's usual 10 s.
+HANDLING = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 60, 120, 300)
+DURATION = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 60, 120, 300)
+FIRST_TOKEN = (0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.15, 0.25, 0.5, 0.75, 1, 2.5, 5, 10, 20, 40)
+PER_TOKEN = (0.005, 0.01, 0.015, 0.02, 0.025, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2.5)
+QUEUE = (0.001, 0.005, 0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+STAGE = (0.0001, 0.00025, 0.0006, 0.0015, 0.004, 0.01, 0.025, 0.06, 0.15, 0.4, 1, 2.5, 6, 10, 30, 60, 120)
+TOKENS = tuple(digit * 10**power for power in range(6) for digit in (1, 2, 5))
+IMAGES = (0, 1, 2, 3, 4, 8, 16)
+BATCH = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+FRACTION = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1)
+KIB, MIB = 2**10, 2**20
+# Bytes: the embedded model's requests take some hundred KiB, one 4-tile image of the 11B model 200 MiB.
+CROSS_KV = (
+    *(size * KIB for size in (0, 16, 64, 256)),
+    *(size * MIB for size in (1, 4, 8, 16, 32, 64, 96, 128, 160, 192, 224, 256, 384, 512, 768, 1024, 2048)),
+)
 
 
 class Metrics(ProcessMetrics):
@@ -160,7 +177,7 @@ class Metrics(ProcessMetrics):
             "grpc_server_msg_sent_total", "Messages that were sent to clients.", tuple(rpc), self._rpcs
         )
         self.rpc_handling_seconds = self._histogram(
-            "grpc_server_handling_seconds", "From an RPC's begin until its end.", buckets.HANDLING, rpc
+            "grpc_server_handling_seconds", "From an RPC's begin until its end.", HANDLING, rpc
         )
         for labels in self._rpcs:
             for counter in (self.rpcs_started, self.rpc_messages_received):
@@ -222,41 +239,41 @@ class Metrics(ProcessMetrics):
         self.request_duration_seconds = self._histogram(
             "trimserve_request_duration_seconds",
             "From a request's arrival until its last message, of requests that finished.",
-            buckets.DURATION,
+            DURATION,
             {"method": METHODS, **trimming},
         )
         self.time_to_first_token_seconds = self._histogram(
             "trimserve_time_to_first_token_seconds",
             "From a request's arrival until its first token.",
-            buckets.FIRST_TOKEN,
+            FIRST_TOKEN,
             trimming,
         )
         self.inter_token_latency_seconds = self._tallies(
             "trimserve_inter_token_latency_seconds",
             "Between one token and the next of a request.",
-            buckets.PER_TOKEN,
+            PER_TOKEN,
             trimming,
         )
         self.time_per_output_token_seconds = self._histogram(
             "trimserve_request_time_per_output_token_seconds",
             "Mean over a finished request of the time between tokens, of requests of 2 tokens and more.",
-            buckets.PER_TOKEN,
+            PER_TOKEN,
             trimming,
         )
         self.queue_time_seconds = self._histogram(
-            "trimserve_queue_time_seconds", "From arrival at the engine until work began.", buckets.QUEUE
+            "trimserve_queue_time_seconds", "From arrival at the engine until work began.", QUEUE
         )
         self.stage_duration_seconds = self._tallies(
             "trimserve_stage_duration_seconds",
             "Time that one finished request spent in each stage, all its steps together; decode_step is one step of "
             "the whole batch. image_decode is a part of preprocess, trim_select and trim_gather are of prefill, "
             "detokenize is of decode.",
-            buckets.STAGE,
+            STAGE,
             {"stage": (*STAGES, "decode_step")},
         )
         self._decode_steps = self.stage_duration_seconds.labels("decode_step")
         self.batch_size = self._tallies(
-            "trimserve_batch_size", "Requests that one step worked on.", buckets.BATCH, {"phase": ("prefill", "decode")}
+            "trimserve_batch_size", "Requests that one step worked on.", BATCH, {"phase": ("prefill", "decode")}
         )
         self._decode_batches = self.batch_size.labels("decode")
 
@@ -266,12 +283,12 @@ class Metrics(ProcessMetrics):
             "trimserve_generation_tokens_total", "Tokens that were sent to clients.", (), [()]
         ).labels()
         self.request_prompt_tokens = self._histogram(
-            "trimserve_request_prompt_tokens", "Prompt tokens of one request.", buckets.TOKENS
+            "trimserve_request_prompt_tokens", "Prompt tokens of one request.", TOKENS
         )
         self.request_generation_tokens = self._histogram(
-            "trimserve_request_generation_tokens", "Tokens of all choices of a finished request.", buckets.TOKENS
+            "trimserve_request_generation_tokens", "Tokens of all choices of a finished request.", TOKENS
         )
-        self.request_images = self._histogram("trimserve_request_images", "Images of one request.", buckets.IMAGES)
+        self.request_images = self._histogram("trimserve_request_images", "Images of one request.", IMAGES)
         self.visual_features = self._counter(
             "trimserve_visual_features_total",
             "Visual features of prefilled requests. valid = kept + dropped; padding is not part of valid, and merged "
@@ -282,20 +299,20 @@ class Metrics(ProcessMetrics):
             "trimserve_kept_fraction",
             "Rows held, kept features and merged ones, over valid features of one request with images and trimming "
             "on: measured, not k_ratio.",
-            buckets.FRACTION,
+            FRACTION,
             {"policy": self._policies},
         )
         self.trim_select_seconds = self._histogram(
             "trimserve_trim_select_seconds",
             "The stage trim_select of one finished request with images and trimming on: next to nothing where an image "
             "remembered what a policy chose of it.",
-            buckets.STAGE,
+            STAGE,
             {"policy": self._policies},
         )
         self.request_cross_kv_bytes = self._histogram(
             "trimserve_request_cross_kv_bytes",
             "Cross-attention KV of one finished request with images: untrimmed, and as held.",
-            buckets.CROSS_KV,
+            CROSS_KV,
             {"state": ("untrimmed", "held")},
         )
         self.cross_kv_bytes_saved = self._counter(

@@ -1,12 +1,13 @@
 """Metrics of the process: its workers, event loop, memory, credentials and log."""
 
-from trimserve.server import buckets
 from trimserve.server.declarations import Declarations
 
 __all__ = ["ProcessMetrics"]
 
 POOLS = ("text", "image")
 """Of the workers that prepare requests: those that tokenise, and those that decode images."""
+
+LAG = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 
 
 class ProcessMetrics(Declarations):
@@ -26,9 +27,7 @@ class ProcessMetrics(Declarations):
             pool,
         )
         self.event_loop_lag_seconds = self._tallies(
-            "trimserve_event_loop_lag_seconds",
-            "How late the event loop ran what was due, four times a second.",
-            buckets.LAG,
+            "trimserve_event_loop_lag_seconds", "How late the event loop ran what was due, four times a second.", LAG
         )
         self.event_loop_stalled_seconds = self._gauge(
             "trimserve_event_loop_stalled_seconds", "For how long the event loop has not run what is due; 0 if it does."
