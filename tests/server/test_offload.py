@@ -41,7 +41,7 @@ async def test_memory_is_given_back_once_for_all_that_ended_meanwhile(
     assert not trimmed.acquire(blocking=False)
 
 
-async def test_the_c_library_is_asked_where_it_can() -> None:
+async def test_python_and_the_c_library_give_back_what_they_can() -> None:
     made = Offload()
-    assert await made.run(made._trim or (lambda: 0)) in (0, 1)
+    await made.run(made._trim)
     made.close()

@@ -6,6 +6,7 @@ the system.
 
 import asyncio
 import ctypes
+import gc
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
@@ -28,10 +29,10 @@ class Offload:
         """Start no thread yet.
 
         Args:
-            trim: gives free memory back to the system; None is that of the C library, where it has one.
+            trim: gives free memory back to the system; None is that of Python and the C library.
         """
         self._thread = ThreadPoolExecutor(1, "trimserve-large")
-        self._trim = trim or _malloc_trim()
+        self._trim = trim or _give_back
         self._trimming: asyncio.TimerHandle | None = None
 
     async def run(self, work: Callable[[], T]) -> T:
@@ -40,8 +41,8 @@ class Offload:
 
     def trim_soon(self) -> None:
         """Give memory back to the system; to be called when a large message is not needed any more."""
-        if self._trimming is None and self._trim is not None:
-            self._trimming = asyncio.get_running_loop().call_later(TRIM_SECONDS, self._begin_trimming, self._trim)
+        if self._trimming is None:
+            self._trimming = asyncio.get_running_loop().call_later(TRIM_SECONDS, self._begin_trimming)
 
     def close(self) -> None:
         """Take no more work."""
@@ -49,12 +50,14 @@ class Offload:
             self._trimming.cancel()
         self._thread.shutdown(wait=False, cancel_futures=True)
 
-    def _begin_trimming(self, trim: Callable[[], object]) -> None:
+    def _begin_trimming(self) -> None:
         self._trimming = None
-        self._thread.submit(trim)
+        self._thread.submit(self._trim)
 
 
-def _malloc_trim() -> Callable[[], object] | None:
-    """That of glibc; other C libraries have none."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    return None if trim is None else lambda: trim(0)
+def _give_back() -> None:
+    """Errors of refused requests are cycles, which Python frees late; glibc keeps what was freed, unless it is asked."""
+    gc.collect()  # what a server has loaded is frozen, so this looks at little
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have none
+    if trim is not None:
+        trim(0)

@@ -1,11 +1,12 @@
 """Reads the messages of calls: within a time, in room that was set aside, large ones beside the event loop."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import grpc
 from google.protobuf.message import Message
 
 from trimserve.errors import DeadlinePassed, EngineStopped, InvalidRequest, TooManyBytes
@@ -23,6 +24,8 @@ IDLE_SECONDS = 10.0
 """Between two messages of a stream from the client, as reflection has them."""
 
 M = TypeVar("M", bound=Message)
+Reader = Callable[[], Awaitable[Any]]
+"""Reads from gRPC's context: its iterator of messages would keep the last one until the call has ended."""
 
 
 class Inbox:
@@ -46,11 +49,11 @@ class Inbox:
         for clock in self._clocks:
             clock.reschedule(asyncio.get_running_loop().time())
 
-    async def receive(self, requests: AsyncIterator[bytes], codec: Codec[M], admission: Admission, seconds: float) -> M:
+    async def receive(self, read: Reader, codec: Codec[M], admission: Admission, seconds: float) -> M:
         """The one message of an admitted call, which holds room for it from then on.
 
         Args:
-            requests: messages of the call.
+            read: the next message of the call, or `grpc.aio.EOF`.
             codec: reads them.
             admission: of the call.
             seconds: for the message to arrive (`receive_timeout_seconds`).
@@ -67,27 +70,27 @@ class Inbox:
         async with self._until(end, no_room):
             admission.holds(await self._room.take(admission.client))
         async with self._until(end, late):
-            data = await _next(requests)
-        read = partial(codec.read, data)
-        message = read() if is_small(data) else await self._offload.run(read)
+            data = await _next(read)
+        parse = partial(codec.read, data)
+        message = parse() if is_small(data) else await self._offload.run(parse)
         admission.received(max(len(data), message.ByteSize()))
         return message
 
-    async def stream(self, requests: AsyncIterator[bytes], codec: Codec[M], admission: Admission) -> AsyncIterator[M]:
+    async def stream(self, read: Reader, codec: Codec[M], admission: Admission) -> AsyncIterator[M]:
         """The messages of an admitted call whose client sends several small ones."""
         late = f"no request came within {IDLE_SECONDS:g} seconds"
         while True:
             async with self._until(asyncio.get_running_loop().time() + IDLE_SECONDS, DeadlinePassed(late)):
                 admission.holds(await self._room.take(admission.client))
-                data = await anext(requests, None)
-            if data is None:
+                data = await read()
+            if data is grpc.aio.EOF:
                 return
             message = codec.read(data)
             admission.received(len(data))
             admission.release_message()
             yield message
 
-    async def probe(self, requests: AsyncIterator[bytes], codec: Codec[M], client: str) -> M | None:
+    async def probe(self, read: Reader, codec: Codec[M], client: str) -> M | None:
         """The message of a health check by a known client; None if there is no room at once, so that none waits.
 
         Raises:
@@ -102,7 +105,7 @@ class Inbox:
         late = DeadlinePassed(f"the request did not arrive within {PROBE_SECONDS:g} seconds")
         try:
             async with self._until(asyncio.get_running_loop().time() + PROBE_SECONDS, late):
-                return codec.read(await _next(requests))
+                return codec.read(await _next(read))
         finally:
             hold.shrink(0)
 
@@ -123,8 +126,8 @@ class Inbox:
             raise (stopped if self._is_closed else late) from None
 
 
-async def _next(requests: AsyncIterator[bytes]) -> bytes:
-    try:
-        return await anext(requests)
-    except StopAsyncIteration:
-        raise InvalidRequest("request", "must be sent, got none") from None
+async def _next(read: Reader) -> bytes:
+    data: bytes = await read()
+    if data is grpc.aio.EOF:
+        raise InvalidRequest("request", "must be sent, got none")
+    return data

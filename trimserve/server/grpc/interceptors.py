@@ -88,7 +88,7 @@ class RpcInterceptor(grpc.aio.ServerInterceptor):
         labels = ("server_stream" if handler.response_streaming else "unary", service, name)
         codec = self._codecs[method]
 
-        async def handle(requests: AsyncIterator[bytes], context: Context) -> None:
+        async def handle(_requests: AsyncIterator[bytes], context: Context) -> None:
             rpc = Rpc(self._metrics, method, labels, context)
             try:
                 async with rpc.answered():
@@ -96,7 +96,7 @@ class RpcInterceptor(grpc.aio.ServerInterceptor):
                         rpc.client = admission.client
 
                         async def receive() -> Message:
-                            request = await self._inbox.receive(requests, codec, admission, self._receive_seconds)
+                            request = await self._inbox.receive(context.read, codec, admission, self._receive_seconds)
                             rpc.accept(request)
                             return request
 
@@ -114,7 +114,7 @@ class RpcInterceptor(grpc.aio.ServerInterceptor):
         return handle
 
     def _probe(self, method: str, handler: RpcHandler) -> Behaviour:
-        async def handle(requests: AsyncIterator[bytes], context: Context) -> None:
+        async def handle(_requests: AsyncIterator[bytes], context: Context) -> None:
             rpc = Rpc(self._metrics, method, None, context)
             async with rpc.answered():
                 with ExitStack() as places:
@@ -124,7 +124,7 @@ class RpcInterceptor(grpc.aio.ServerInterceptor):
                     # All services have one state, so only the name of one that does not exist goes unnoticed.
                     request = health_pb2.HealthCheckRequest()
                     if caller is not None:
-                        request = await self._inbox.probe(requests, self._health_codec, caller.name) or request
+                        request = await self._inbox.probe(context.read, self._health_codec, caller.name) or request
                     rpc.accept(request)
                     if handler.response_streaming:
                         async with aclosing(handler.unary_stream(request, context)) as responses:
@@ -136,12 +136,12 @@ class RpcInterceptor(grpc.aio.ServerInterceptor):
         return handle
 
     def _reflection(self, handler: RpcHandler) -> Behaviour:
-        async def handle(requests: AsyncIterator[bytes], context: Context) -> None:
+        async def handle(_requests: AsyncIterator[bytes], context: Context) -> None:
             rpc = Rpc(self._metrics, REFLECTION, None, context)
             async with rpc.answered():
                 with self._gate.admit(None, rpc.metadata, rpc.name) as admission:
                     rpc.client = admission.client
-                    messages = self._inbox.stream(requests, self._reflection_codec, admission)
+                    messages = self._inbox.stream(context.read, self._reflection_codec, admission)
                     async for response in handler.stream_stream(messages, context):
                         await rpc.send(response)
 

@@ -122,6 +122,7 @@ class Rpc:
     async def _abort(self, error: Exception, code: grpc.StatusCode) -> None:
         if code is grpc.StatusCode.INTERNAL:
             log.error("rpc failed", exc_info=error, extra={"request_id": self.request_id})
+        _forget_frames(error)
         try:
             await self.context.abort(code, *trailer(error, self.request_id))
         except grpc.aio.InternalError as gone:  # gRPC has ended the call itself
@@ -146,6 +147,14 @@ class Rpc:
             "request_bytes": self.request_bytes,
             "messages_sent": self._num_sent,
         }
+
+
+def _forget_frames(error: BaseException) -> None:
+    """Let go of what the frames of an error and its causes hold: gRPC keeps the error after the call has ended."""
+    each: BaseException | None = error
+    while each is not None:
+        each.__traceback__ = None
+        each = each.__cause__ or each.__context__
 
 
 def _tell_trace(request_id: str) -> None:
