@@ -27,7 +27,11 @@ settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--device", choices=["cpu", "cuda", "fibers"], help="the only device to test on; it must be there")
+    parser.addoption(
+        "--device",
+        choices=["cpu", "cuda", "fibers"],
+        help="run only tests that need a device, on this one",
+    )
     parser.addoption("--mixes", type=int, default=20, help="random mixes of requests that are compared with each alone")
 
 
@@ -35,6 +39,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "device" in metafunc.fixturenames:
         chosen = metafunc.config.getoption("--device")
         metafunc.parametrize("device", [chosen] if chosen else ["cpu", "cuda"], indirect=True, scope="module")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--device"):
+        on_it = [item for item in items if "device" in getattr(item, "fixturenames", ())]
+        config.hook.pytest_deselected(items=[item for item in items if item not in on_it])
+        items[:] = on_it
 
 
 @pytest.fixture(scope="module")

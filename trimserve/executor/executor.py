@@ -32,4 +32,8 @@ class Executor(Protocol):
         """Make steps ready for up to `max_batch` sequences, once the pages are allocated for good."""
 
     def run(self, plan: StepPlan) -> StepResult:
-        """Take one step. What goes wrong in one sequence is in the result and harms no other."""
+        """Take one step. What goes wrong in one sequence is in the result and harms no other.
+
+        Raises:
+            Exception: the executor as a whole is broken, such as its device. It must not be used again.
+        """

@@ -21,6 +21,7 @@ from torch import Tensor
 from trimserve.api.chunks import TokenLogprob
 from trimserve.api.sampling import SamplingParams
 from trimserve.errors import RequestFailed
+from trimserve.executor.failures import is_device_error
 from trimserve.executor.noise import NOISE_RANGE, gumbel_noise, noise_keys
 
 __all__ = ["SampledToken", "SamplingState", "apply_filters", "apply_penalties", "sample"]
@@ -69,10 +70,14 @@ def sample(logits: Tensor, states: Sequence[SamplingState]) -> list[SampledToken
         states: B states.
     Returns:
         One entry per row: the token, or why this row alone has none (a NaN or infinity among its logits).
+    Raises:
+        RuntimeError: the device failed.
     """
     try:
         return _sample(logits, states)
     except Exception as error:
+        if is_device_error(error):
+            raise
         if len(states) == 1:
             failure = RequestFailed("sampling failed")
             failure.__cause__ = error
