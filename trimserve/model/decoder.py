@@ -8,9 +8,9 @@ it keeps (ADR-0008). A pass can be interrupted after every layer.
 """
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from trimserve.model.bucketed_decode import BucketedDecode, Capture
@@ -25,6 +25,7 @@ from trimserve.model.prompt_rows import LookingRows, PromptRows, SequenceRows
 from trimserve.model.rotary import RotaryAngles, Rotation
 from trimserve.model.step_buffers import StepBuffers, StepInputs
 from trimserve.model.transformers_mllama import CrossLayerParts, MllamaForConditionalGeneration, decoder_parts
+from trimserve.model.upload import upload_ids
 from trimserve.trimming.policies.policy import CrossAttentionView
 
 __all__ = ["Pass", "RaggedDecoder", "SequenceRows"]
@@ -94,8 +95,8 @@ class RaggedDecoder:
             if prompt.kv is not None:
                 prompt.kv.length = prompt.num_rows
         if not all_rows:
-            ends = torch.tensor([prompt.num_rows for prompt in prompts], device=hidden.device).cumsum(0)
-            hidden = hidden[ends - 1]
+            ends = accumulate(prompt.num_rows for prompt in prompts)
+            hidden = hidden[upload_ids([end - 1 for end in ends], hidden.device)]
         return self._logits(hidden)
 
     def look(self, token_ids: Tensor, prompt: SequenceRows) -> Interruptible[CrossAttentionView]:
