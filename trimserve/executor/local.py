@@ -12,6 +12,7 @@ from torch import Tensor
 
 from trimserve.api.info import ModelInfo
 from trimserve.errors import RequestFailed, TrimserveError
+from trimserve.executor.ahead import Ahead
 from trimserve.executor.failures import is_device_error, is_out_of_memory
 from trimserve.executor.image_cache import ImageCache
 from trimserve.executor.model import Model
@@ -83,6 +84,7 @@ class LocalExecutor:
         self._clock = clock
         self._images = ImageCache(image_cache_bytes)
         self._sequences: dict[int, _Sequence] = {}
+        self._ahead = Ahead(torch.device(model.info.device))
 
     @property
     def info(self) -> ModelInfo:
@@ -151,6 +153,7 @@ class LocalExecutor:
                 started_at = self._clock()
                 try:
                     next(held.prefill)
+                    self._ahead.queued()
                     is_done = False
                 except StopIteration as done:
                     is_done = True
