@@ -49,7 +49,7 @@ class ModelConfig(_Knobs):
     quantize: Quantize = Field(
         default="none",
         description="How the decoder's linear layers are stored: `none` is in `dtype`; `int8` is one scale for each "
-        "output, which takes less memory and makes decode steps faster, on a CPU only. Everything else keeps `dtype`.",
+        "output, which takes less memory and makes decode steps faster on a CPU. Everything else keeps `dtype`.",
     )
     max_model_len: int | None = Field(
         default=None,
