@@ -21,7 +21,8 @@ export PYTHONUNBUFFERED := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test check verify verify-attack check-sanitize verify-meta cuda-check test-gpu bench-gpu lock update test-floor \
+.PHONY: help build demo test check verify verify-attack check-sanitize verify-meta cuda-check verify-cuda-build test-gpu \
+	bench-gpu lock update test-floor \
 	test-newest fmt protos docs bench bench-ops clean
 
 help:  ## list the commands
@@ -56,7 +57,9 @@ verify: check test  ## what takes longer: Meta's code, committed accuracies, ran
 	$(PIP) $(LOCKED) requirements/fuzz.txt && $(BIN)/python scripts/fuzz_convert.py -max_total_time=300
 	$(MAKE) test-floor test-newest
 	PATH="$(abspath $(BIN)):$$PATH" scripts/verify_wheel.sh
-	$(MAKE) check-sanitize verify-meta verify-attack
+	$(MAKE) check-sanitize verify-meta verify-attack verify-cuda-build
+	$(BIN)/python -m pytest --device pretend --hypothesis-profile few --timeout 900 tests/ops \
+		tests/model/test_bucketed_decode.py
 	scripts/verify_deployment.sh
 	$(BIN)/python scripts/verify_walkthrough.py
 	$(BIN)/python scripts/verify_clients.py  # these as root, on Debian
@@ -77,8 +80,11 @@ cuda-check: build  ## compile the CUDA kernels within their budget, run them on 
 	$(BIN)/python scripts/cuda_check.py
 	$(BIN)/python -m pytest tests/csrc
 
+verify-cuda-build: build  ## build and load the ops with the headers of every torch that is supported; needs nvcc, no GPU
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python scripts/cuda_build.py 2.10.0 2.11.0 2.12.1 $(TORCH:torch==%=%)
+
 test-gpu: build/gpu/.built  ## on a machine with a GPU: test ops, decode steps and engine on it; fails if there is none
-	$(GPU_PYTHON) -m pytest $(GPU_PYTEST) --device cuda -k '[cuda' tests/ops tests/model/test_bucketed_decode.py \
+	$(GPU_PYTHON) -m pytest $(GPU_PYTEST) --device cuda tests/ops tests/model/test_bucketed_decode.py \
 		tests/engine/test_devices.py
 
 bench-gpu: build/gpu/.built  ## on a machine with a GPU: measure ops, and a model of 11B parameters beside transformers

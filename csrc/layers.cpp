@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "op_args.h"
 #include "op_checks.h"
 #include "ops.h"
 
@@ -91,13 +92,7 @@ Tensor silu_gate(const Tensor& gate_up) {
   check_silu_gate(gate_up);
   const Tensor rows = with_contiguous_rows(gate_up);
   Tensor output = torch::stable::new_empty(gate_up, {gate_up.size(0), gate_up.size(1) / 2});
-  const SiluGateArgs args{
-      .gate_up = rows.const_data_ptr(),
-      .output = output.mutable_data_ptr(),
-      .dtype = kernel_dtype(gate_up.scalar_type()),
-      .size = output.size(1),
-      .row_stride = rows.stride(0),
-  };
+  const SiluGateArgs args = silu_gate_args(rows, output);
   torch::stable::parallel_for(
       0, rows.size(0), rows_per_thread(gate_up.size(1), gate_up.scalar_type()),
       [&](std::int64_t begin, std::int64_t end) { cpu::silu_gate(args, begin, end); });
@@ -107,15 +102,7 @@ Tensor silu_gate(const Tensor& gate_up) {
 void rotate(const Tensor& heads, const Tensor& cosines, const Tensor& sines) {
   check_rotate(heads, cosines, sines);
   const Tensor cos = torch::stable::contiguous(cosines), sin = torch::stable::contiguous(sines);
-  const RotateArgs args{
-      .heads = heads.mutable_data_ptr(),
-      .cosines = static_cast<const float*>(cos.const_data_ptr()),
-      .sines = static_cast<const float*>(sin.const_data_ptr()),
-      .dtype = kernel_dtype(heads.scalar_type()),
-      .num_heads = heads.size(1),
-      .head_dim = heads.size(2),
-      .row_stride = heads.stride(0),
-  };
+  const RotateArgs args = rotate_args(heads, cos, sin);
   torch::stable::parallel_for(0, heads.size(0),
                               rows_per_thread(args.num_heads * args.head_dim, heads.scalar_type()),
                               [&](std::int64_t begin, std::int64_t end) { cpu::rotate(args, begin, end); });

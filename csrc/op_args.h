@@ -92,4 +92,26 @@ inline PagedAttentionArgs paged_attention_args(const Tensor& q, const Tensor& pa
   };
 }
 
+inline SiluGateArgs silu_gate_args(const Tensor& gate_up, const Tensor& output) {
+  return {
+      .gate_up = gate_up.const_data_ptr(),
+      .output = output.mutable_data_ptr(),
+      .dtype = kernel_dtype(gate_up.scalar_type()),
+      .size = output.size(1),
+      .row_stride = gate_up.stride(0),
+  };
+}
+
+inline RotateArgs rotate_args(const Tensor& heads, const Tensor& cosines, const Tensor& sines) {
+  return {
+      .heads = heads.mutable_data_ptr(),
+      .cosines = static_cast<const float*>(cosines.const_data_ptr()),
+      .sines = static_cast<const float*>(sines.const_data_ptr()),
+      .dtype = kernel_dtype(heads.scalar_type()),
+      .num_heads = heads.size(1),
+      .head_dim = heads.size(2),
+      .row_stride = heads.stride(0),
+  };
+}
+
 }  // namespace trimserve

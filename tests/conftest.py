@@ -1,6 +1,7 @@
 """What every test shares: one torch thread, hypothesis without deadlines, an environment without proxies and knobs."""
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -27,7 +28,11 @@ settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--device", choices=["cpu", "cuda", "fibers"], help="the only device to test on; it must be there")
+    parser.addoption(
+        "--device",
+        choices=["cpu", "cuda", "fibers", "pretend"],
+        help="run only tests that need a device, on this one",
+    )
     parser.addoption("--mixes", type=int, default=20, help="random mixes of requests that are compared with each alone")
 
 
@@ -37,15 +42,28 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("device", [chosen] if chosen else ["cpu", "cuda"], indirect=True, scope="module")
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--device"):
+        on_it = [item for item in items if "device" in getattr(item, "fixturenames", ())]
+        config.hook.pytest_deselected(items=[item for item in items if item not in on_it])
+        items[:] = on_it
+
+
 @pytest.fixture(scope="module")
-def device(request: pytest.FixtureRequest) -> str:
-    """`cpu`, or `cuda` where there is a GPU."""
+def device(request: pytest.FixtureRequest) -> Iterator[str]:
+    """`cpu`, or `cuda` where there is a GPU or one is pretended."""
     name: str = request.param
+    if name == "pretend":
+        from tests.pretended.runtime import pretended_device
+
+        with pretended_device():
+            yield "cuda"
+        return
     if name == "cuda" and not torch.cuda.is_available():
         if request.config.getoption("--device"):
             pytest.fail("torch sees no GPU")
         pytest.skip("needs a GPU")
-    return name
+    yield name
 
 
 @pytest.fixture

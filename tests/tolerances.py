@@ -50,8 +50,8 @@ PAGED_ATTENTION: dict[torch.dtype, Tolerance] = {
     torch.float16: {"rtol": 2**-10, "atol": 1e-5},
 }
 
-# One unit of the last place, and another where torch's own ops round the gate before they multiply; a gate of magnitude
-# G is off by about G * 2^-24 more, through its exponential.
+# One unit of the last place, and another where both sides round to different neighbours; a gate of magnitude G is off
+# by about G * 2^-24 more, through its exponential.
 SILU_GATE: dict[torch.dtype, Tolerance] = {
     torch.float32: {"rtol": 1e-5, "atol": 1e-5},
     torch.bfloat16: {"rtol": 2**-6, "atol": 1e-5},

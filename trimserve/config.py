@@ -51,7 +51,7 @@ class ModelConfig(_Knobs):
         default="none",
         description="How the decoder's linear layers are stored: `none` is in `dtype`, but int8 of a quantized "
         "checkpoint stays int8 on a CPU; `int8` is one scale for each output, which takes less memory and makes decode "
-        "steps faster, on a CPU only. Everything else keeps `dtype`.",
+        "steps faster on a CPU. Everything else keeps `dtype`.",
     )
     max_model_len: int | None = Field(
         default=None,

@@ -57,4 +57,8 @@ std::int64_t paged_attention_workspace(const PagedAttentionArgs& args, std::int6
 void paged_attention(const PagedAttentionArgs& args, std::int64_t max_pages, std::int64_t num_pages,
                      float* workspace, Stream stream);
 
+// num_rows: R.
+void silu_gate(const SiluGateArgs& args, std::int64_t num_rows, Stream stream);
+void rotate(const RotateArgs& args, std::int64_t num_rows, Stream stream);
+
 }  // namespace trimserve::cuda

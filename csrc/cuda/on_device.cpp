@@ -5,13 +5,18 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 
+#include <stdexcept>
+
 namespace trimserve::cuda {
 
 OnDevice on_device(const Tensor& tensor) {
   const std::int32_t device = tensor.get_device_index();
   auto guard = std::make_shared<torch::stable::accelerator::DeviceGuard>(device);
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  // Checked by hand: torch's macro for it is not in every release that this is built with.
+  if (aoti_torch_get_current_cuda_stream(device, &stream) != AOTI_TORCH_SUCCESS) {
+    throw std::runtime_error("torch did not tell the current CUDA stream");
+  }
   return {std::move(guard), static_cast<Stream>(stream)};
 }
 

@@ -28,4 +28,8 @@ void gather_kv(const Tensor& pages, std::int64_t layer, const Tensor& keys, cons
 Tensor paged_attention(const Tensor& q, const Tensor& pages, std::int64_t layer, const Tensor& tables,
                        const Tensor& lengths, double scale, std::optional<Tensor> bias);
 
+// layers.cpp
+Tensor silu_gate(const Tensor& gate_up);
+void rotate(const Tensor& heads, const Tensor& cosines, const Tensor& sines);
+
 }  // namespace trimserve::cuda

@@ -1,23 +1,46 @@
-"""The benchmark of a GPU, on the CPU with a small model: both engines agree, and every figure is there."""
+"""The benchmark of a GPU, with a small model on the CPU and on a pretended GPU: both engines agree, and both end."""
 
 from pathlib import Path
+from typing import Any
 
+import pytest
+import torch
 from transformers import MllamaConfig
 
+from benchmarks import bench_gpu
 from benchmarks.bench_gpu import SETTINGS, Plan, measure
 from tests.model.random_checkpoint import Geometry, save_random_checkpoint
+from tests.pretended.runtime import pretended_device
+from trimserve.config import Device
+
+
+def report_of(folder: Path, device: Device) -> dict[str, Any]:
+    """What is measured, with rows that were written one by one."""
+    save_random_checkpoint(folder, Geometry())
+    plan = Plan(MllamaConfig.from_pretrained(folder), device, batches=(1, 3), seconds=0.0)
+    written: list[int] = []
+    report = measure(plan, lambda known: written.append(len(known["rows"])))
+    assert written == [*range(1, len(report["rows"]) + 1)]
+    return report
 
 
 def test_both_engines_agree_and_every_phase_is_timed(tmp_path: Path) -> None:
-    save_random_checkpoint(tmp_path, Geometry())
-    plan = Plan(MllamaConfig.from_pretrained(tmp_path), "cpu", batches=(1, 3), seconds=0.0)
-    written: list[int] = []
-    report = measure(plan, lambda known: written.append(len(known["rows"])))
+    report = report_of(tmp_path, "cpu")
     phases = [("vision", 1), ("prefill", 1), ("decode", 1), ("decode", 3)]
     rows = report["rows"]
-    assert written == [*range(1, len(rows) + 1)]
     assert [(row["phase"], row["batch"]) for row in rows] == phases * (len(SETTINGS) + 1)
     off, default = rows[0], rows[4]
     assert 0 < default["cross_rows"] <= off["cross_rows"] / 2
     assert report["cosine_of_logits"] > 0.99
     assert all(row["speedup"] > 0 for row in rows if row["engine"] == "trimserve")
+
+
+def test_it_runs_to_its_end_on_a_pretended_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    monkeypatch.setattr(bench_gpu, "bandwidth", lambda *_: 1e9)  # of memory that is not there
+    with pretended_device() as device:
+        report = report_of(tmp_path, "cuda")
+    assert len(report["rows"]) == 4 * (len(SETTINGS) + 1)
+    assert report["cosine_of_logits"] > 0.99
+    assert not [line for line in device.counts.cudnn_attention if line.startswith("trimserve/")]

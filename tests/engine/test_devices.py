@@ -17,7 +17,7 @@ from trimserve.api.prompt import ImageFile, RawPrompt
 from trimserve.api.request import GenerationRequest
 from trimserve.api.sampling import SamplingParams
 from trimserve.api.trim import TrimRequest
-from trimserve.config import Device, EngineConfig, ModelConfig
+from trimserve.config import Device, EngineConfig, ModelConfig, Quantize
 from trimserve.engine.engine import Engine
 from trimserve.engine.warm_up import warm_up
 from trimserve.errors import TrimserveError
@@ -48,9 +48,16 @@ def equipped(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Mllama:
     return load_model(equip(ModelConfig(model=str(folder), device="cpu"), codebook), EngineConfig())
 
 
-def load(folder: Path, device: Device) -> Mllama:
+def load(folder: Path, device: Device, quantize: Quantize = "none") -> Mllama:
     """Load it."""
-    return load_model(ModelConfig(model=str(folder), device=device), EngineConfig())
+    return load_model(ModelConfig(model=str(folder), device=device, quantize=quantize), EngineConfig())
+
+
+@pytest.fixture(scope="module")
+def equipped_there(folder: Path, tmp_path_factory: pytest.TempPathFactory, device: Device) -> Mllama:
+    """As `equipped`, on the device."""
+    codebook = tmp_path_factory.mktemp("codebook") / "codebook.safetensors"
+    return load_model(equip(ModelConfig(model=str(folder), device=device), codebook), EngineConfig())
 
 
 def noise(high: int, wide: int, seed: int) -> ImageFile:
@@ -88,21 +95,38 @@ def generate(engine: Engine, *requests: GenerationRequest, default_device: str =
     ]
 
 
-def test_a_mix_of_requests_gets_the_tokens_that_the_cpu_gives(folder: Path, device: Device) -> None:
+@pytest.mark.parametrize("quantize", ["none", "int8"])
+def test_a_mix_of_requests_gets_the_tokens_that_the_cpu_gives(folder: Path, device: Device, quantize: Quantize) -> None:
     # In float32 nothing is so close that another order of sums decides it.
-    expected = generate(make_engine(load(folder, "cpu"), max_batch=len(MIX)), *MIX)
-    engine = make_engine(load(folder, device), max_batch=len(MIX), kv_cache_bytes=2**24)
+    expected = generate(make_engine(load(folder, "cpu", quantize), max_batch=len(MIX)), *MIX)
+    engine = make_engine(load(folder, device, quantize), max_batch=len(MIX), kv_cache_bytes=2**24)
     warm_up(engine)
     assert engine.info.device.startswith(device)
     assert generate(engine, *MIX) == expected
     assert generate(engine, *reversed(MIX)) == expected[::-1]
 
 
+def requests_of(policy: str) -> list[GenerationRequest]:
+    """One that is trimmed by a policy, and one of text."""
+    parameters = PARAMETERS.get(policy, {})
+    trim = TrimRequest(policy=policy, k_ratio=0.1, merge_ratio=0.2, return_selection=True, parameters=parameters)
+    return [GenerationRequest("a", TWO, SAMPLED, trim), MIX[0]]
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_every_policy_gives_the_tokens_that_it_gives_on_the_cpu(
+    equipped: Mllama, equipped_there: Mllama, policy: str, device: Device
+) -> None:
+    if device == "cpu":
+        pytest.skip("compares another device with it")
+    requests = requests_of(policy)
+    expected = generate(make_engine(equipped, max_batch=2), *requests)
+    assert generate(make_engine(equipped_there, max_batch=2, kv_cache_bytes=2**24), *requests) == expected
+
+
 @pytest.mark.parametrize("policy", POLICIES)
 def test_every_tensor_is_made_on_a_device_that_is_named(equipped: Mllama, policy: str) -> None:
     # On meta, tensors have no values: whatever is made there by default breaks what it meets.
-    parameters = PARAMETERS.get(policy, {})
-    trim = TrimRequest(policy=policy, k_ratio=0.1, merge_ratio=0.2, return_selection=True, parameters=parameters)
-    requests = [GenerationRequest("a", TWO, SAMPLED, trim), MIX[0]]
+    requests = requests_of(policy)
     expected = generate(make_engine(equipped, max_batch=2), *requests)
     assert generate(make_engine(equipped, max_batch=2), *requests, default_device="meta") == expected

@@ -308,6 +308,19 @@ def test_a_request_that_runs_out_of_memory_ends_alone_and_may_come_again(
     assert engine.pool.used_self_bytes == engine.pool.used_cross_bytes == 0
 
 
+@pytest.mark.parametrize("stage", ["before_prefill", "before_decode"])
+def test_a_device_that_fails_ends_the_engine_and_nothing_is_tried_on_it_again(stage: str) -> None:
+    calls = iter([1])
+
+    def fail() -> None:
+        assert next(calls, None) is not None, "the device was used after it had failed"
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    engine = make_engine(FakeModel(**{stage: fail}), max_batch=2)  # type: ignore[arg-type]  # hooks only
+    with pytest.raises(torch.AcceleratorError, match="illegal memory access"):
+        run(engine, request("left"), request("right"))
+
+
 def test_stages_add_up_to_the_total() -> None:
     model = FakeModel(
         before_tokenize=_sleep(0.01),

@@ -13,7 +13,6 @@ from trimserve.engine.memory import (
     memory_by_kind,
     prefill_scratch_bytes,
 )
-from trimserve.executor.out_of_memory import is_out_of_memory
 
 INFO = FakeModel().info
 # 4 images of 4 tiles of 5 features: 80 features of 2 float32 and one layer's keys and values, twice; and for one image
@@ -74,9 +73,3 @@ def test_weights_adapters_the_pool_and_what_is_free_are_told_apart() -> None:
     assert (kinds.pop("weights"), kinds.pop("kv"), kinds.pop("adapters")) == (20, 4096, 300)
     assert kinds.keys() == {"free"}
     assert kinds["free"] > 0
-
-
-@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("x"), RuntimeError("DefaultCPUAllocator: no")])
-def test_running_out_of_memory_is_recognised(error: BaseException) -> None:
-    assert is_out_of_memory(error)
-    assert not is_out_of_memory(RuntimeError("something else"))

@@ -151,6 +151,13 @@ def test_top_p_is_transformers_however_many_tokens_it_keeps(
     torch.testing.assert_close(result.softmax(dim=1), expected.softmax(dim=1))
 
 
+def test_top_p_draws_from_beyond_its_first_candidates() -> None:
+    logits = random_logits(0, 5000)[None].expand(40, -1) * 0.001
+    states = [state(SamplingParams(temperature=1.0, top_p=0.999, seed=row)) for row in range(40)]
+    ranks = logits[0].argsort(descending=True).argsort()
+    assert max(ranks[token_id].item() for token_id in drawn(logits, states)) > 4096
+
+
 def test_top_p_keeps_the_smallest_set_that_reaches_it_and_top_k_keeps_ties() -> None:
     logits = torch.tensor([0.1, 0.5, 0.2, 0.2]).log()
     kept = [
@@ -292,7 +299,7 @@ def test_the_device_is_waited_for_per_step_not_per_row(monkeypatch: pytest.Monke
         num_top_logprobs=3,
     )
     mixed = [every, SamplingParams(), SamplingParams(temperature=1.0), SamplingParams(num_top_logprobs=1)] * 4
-    assert num_waits(mixed, monkeypatch) == 3
+    assert num_waits(mixed, monkeypatch) == 2  # a GPU is spared one more, see tests/pretended/test_budget.py
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from trimserve.model.decode_batch import DecodeBatch
 from trimserve.model.decode_rows import NewRows
-from trimserve.model.key_values import FeatureTables, KeyValues, write_rows
+from trimserve.model.key_values import FeatureTables, KeyValues, PromptSlots
 
 
 def key_values(pages: Tensor, first: int, num_pages: int) -> KeyValues:
@@ -22,8 +22,9 @@ def test_rows_come_back_from_the_pages_that_they_were_written_to() -> None:
     written = []
     for kv, rows in zip(kvs, (33, 7), strict=True):
         keys, values = torch.randn(4, rows, 2, 3), torch.randn(4, rows, 2, 3)
+        slots = PromptSlots.of(kv, rows)
         for layer in range(4):
-            write_rows(kv.pages, kv.self_tables, layer, keys[layer], values[layer])
+            slots.write_text(layer, keys[layer], values[layer])
         kv.length = rows - 1  # the last row is taken for the new one
         written.append((keys, values))
     new = NewRows.of(kvs)
@@ -43,7 +44,7 @@ def test_a_bias_reaches_the_rows_of_its_sequence_only() -> None:
         for layer in range(2):
             kv.hold_features(layer, 3, bias)
         values = torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]], [[0.0, 2.0]]])
-        write_rows(kv.pages, kv.cross_tables, 0, torch.zeros(3, 1, 2), values)
+        PromptSlots.of(kv, 0).write_features(0, torch.zeros(3, 1, 2), values)
     attended = FeatureTables.of(kvs).attend(pages, 0, torch.ones(2, 1, 2), 1.0)
     # Equal logits: weights of one third each; 1, 1 and 6 parts of eight with the bias.
     assert torch.allclose(attended[:, 0], torch.tensor([[1 / 3, 1.0], [1 / 8, 13 / 8]]))

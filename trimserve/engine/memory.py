@@ -39,8 +39,9 @@ def available_bytes(device: str, meminfo: Path = _MEMINFO, cgroup: Path = CGROUP
     """
     if torch.device(device).type == "cuda":
         # What torch's allocator holds in reserve it uses again, and gives back when another size is wanted.
+        # Another thread may allocate between the two questions.
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + unused
+        return torch.cuda.mem_get_info(device)[0] + max(0, unused)
     free, left = _free_bytes(meminfo), memory_left(cgroup, own)
     return max(0, free if left is None else min(free, left))
 

@@ -13,7 +13,7 @@ from trimserve.api.prompt import ImageFile, Prompt
 from trimserve.engine.processor import Processor
 from trimserve.engine.sequence import Sequence
 from trimserve.errors import OutOfMemory, RequestFailed, TrimserveError
-from trimserve.executor.out_of_memory import is_out_of_memory
+from trimserve.executor.failures import is_out_of_memory
 from trimserve.model.prepared import PreparedImage, PreparedPrompt
 
 __all__ = ["Preparation", "why_not_prepared"]

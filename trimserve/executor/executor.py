@@ -47,4 +47,8 @@ class Executor(Protocol):
         """Forget an adapter, and the images that were encoded with it; no sequence may have it."""
 
     def run(self, plan: StepPlan) -> StepResult:
-        """Take one step. What goes wrong in one sequence is in the result and harms no other."""
+        """Take one step. What goes wrong in one sequence is in the result and harms no other.
+
+        Raises:
+            Exception: the executor as a whole is broken, such as its device. It must not be used again.
+        """

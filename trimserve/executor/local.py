@@ -15,9 +15,10 @@ from trimserve.api.adapter import AdapterInfo
 from trimserve.api.info import ModelInfo
 from trimserve.api.sampling import SamplingParams
 from trimserve.errors import RequestFailed, TrimserveError
+from trimserve.executor.ahead import Ahead
+from trimserve.executor.failures import is_device_error, is_out_of_memory
 from trimserve.executor.image_cache import ImageCache
 from trimserve.executor.model import Model
-from trimserve.executor.out_of_memory import is_out_of_memory
 from trimserve.executor.page_memory import page_memory
 from trimserve.executor.plan import (
     Drawn,
@@ -90,6 +91,7 @@ class LocalExecutor:
         self._images = ImageCache(image_cache_bytes)
         self._sequences: dict[int, _Sequence] = {}
         self._adapters: dict[str, Adapter] = {}
+        self._ahead = Ahead(torch.device(model.info.device))
 
     @property
     def info(self) -> ModelInfo:
@@ -183,6 +185,7 @@ class LocalExecutor:
                 started_at = self._clock()
                 try:
                     next(held.prefill)
+                    self._ahead.queued()
                     is_done = False
                 except StopIteration as done:
                     is_done = True
@@ -242,7 +245,9 @@ class LocalExecutor:
         batch = [self._sequences[each.sequence] for each in rows]
         try:
             logits = self._logits(rows, batch)
-        except Exception:
+        except Exception as error:
+            if is_device_error(error):
+                raise
             log.exception("decoding a batch of %d failed; each is tried alone", len(batch))
             for each, held in zip(rows, batch, strict=True):
                 with _alone(held.new, step):
@@ -298,10 +303,12 @@ def _pages_of(held: _Sequence) -> KeyValues:
 
 @contextmanager
 def _alone(new: NewSequence, step: _Step) -> Iterator[None]:
-    """Let an exception end this sequence and no other."""
+    """Let an exception end this sequence and no other, unless the device failed."""
     try:
         yield
     except Exception as error:
+        if is_device_error(error):
+            raise
         log.exception("request failed", extra={"request_id": new.request_id})
         if is_out_of_memory(error):
             step.failed.append(

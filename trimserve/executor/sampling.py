@@ -12,6 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
+from typing import Final
 
 import numpy as np
 import torch
@@ -21,11 +22,15 @@ from torch import Tensor
 from trimserve.api.chunks import TokenLogprob
 from trimserve.api.sampling import SamplingParams
 from trimserve.errors import RequestFailed
+from trimserve.executor.failures import is_device_error
 from trimserve.executor.noise import NOISE_RANGE, gumbel_noise, noise_keys
 
 __all__ = ["SampledToken", "SamplingState", "apply_filters", "apply_penalties", "sample"]
 
 log = logging.getLogger(__name__)
+
+_CANDIDATES: Final = (256, 4096)
+"""Of top_p, tried one after the other before the whole vocabulary; the first is nearly always enough."""
 
 
 @dataclass(slots=True)
@@ -62,17 +67,21 @@ class SampledToken:
 
 
 def sample(logits: Tensor, states: Sequence[SamplingState]) -> list[SampledToken | RequestFailed]:
-    """Draw the next token of each row. Waits for the device at most three times, unless top_p needs many candidates.
+    """Draw the next token of each row. Waits for the device once, on a GPU, unless top_p needs many candidates.
 
     Args:
         logits: float32 [B, V], not changed.
         states: B states.
     Returns:
         One entry per row: the token, or why this row alone has none (a NaN or infinity among its logits).
+    Raises:
+        RuntimeError: the device failed.
     """
     try:
         return _sample(logits, states)
     except Exception as error:
+        if is_device_error(error):
+            raise
         if len(states) == 1:
             failure = RequestFailed("sampling failed")
             failure.__cause__ = error
@@ -125,12 +134,24 @@ def apply_filters(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
     Returns:
         float64 [B, V], logits over temperature up to a constant; -inf where a token is filtered out.
     """
+    return _filter(logits, params, logits.shape[1])[0]
+
+
+def _filter(logits: Tensor, params: Sequence[SamplingParams], num_candidates: int) -> tuple[Tensor, Tensor | None]:
+    """See `apply_filters`; and whether top_p needed more than so many candidates, bool [], None if it did not look."""
+    is_short: Tensor | None = None
+
+    def cut_top_p(scores: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+        nonlocal is_short
+        scores, is_short = _cut_top_p(scores, params, num_candidates)
+        return scores
+
     # The largest becomes 0 first: no temperature, however small, can overflow it.
     scores = logits.double() - logits.amax(dim=1, keepdim=True)
     scores /= _tensor([own.temperature for own in params], scores)[:, None]
     for cut, rows in (
         (_cut_top_k, [row for row, own in enumerate(params) if 0 < own.top_k < scores.shape[1]]),
-        (_cut_top_p, [row for row, own in enumerate(params) if own.top_p < 1.0]),
+        (cut_top_p, [row for row, own in enumerate(params) if own.top_p < 1.0]),
         (_cut_min_p, [row for row, own in enumerate(params) if own.min_p > 0.0]),
     ):
         if len(rows) == len(params):
@@ -138,26 +159,34 @@ def apply_filters(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
         elif rows:
             index = _tensor(rows, scores)
             scores[index] = cut(scores[index], [params[row] for row in rows])
-    return scores
+    return scores, is_short
 
 
-def _sample(logits: Tensor, states: Sequence[SamplingState]) -> list[SampledToken | RequestFailed]:
+def _sample(
+    logits: Tensor, states: Sequence[SamplingState], candidates: Sequence[int] = _CANDIDATES
+) -> list[SampledToken | RequestFailed]:
+    num_candidates, *more = *candidates, logits.shape[1]
     scores = apply_penalties(logits, states)
     token_ids = scores.argmax(dim=1)  # the first of equals
     sampled = [row for row, state in enumerate(states) if state.params.temperature > 0.0]
     filtered = [row for row in sampled if _has_filter(states[row].params)]
+    is_short: Tensor | None = None
     for rows in filtered, sorted({*sampled} - {*filtered}):
         if rows:
             index = _tensor(rows, logits)
-            token_ids[index] = _draw(scores[index], [states[row] for row in rows])
+            token_ids[index], found_short = _draw(scores[index], [states[row] for row in rows], num_candidates)
+            is_short = is_short if found_short is None else found_short
     # float64 holds every id and every logprob: the host reads once.
-    columns = [logits.amax(dim=1, keepdim=True).double(), token_ids[:, None].double()]
+    told = token_ids if is_short is None else token_ids.masked_fill(is_short, -1)
+    columns = [logits.amax(dim=1, keepdim=True).double(), told[:, None].double()]
     num_tops = {row: num for row, state in enumerate(states) if (num := state.params.num_top_logprobs) is not None}
     if num_tops:
         index = _tensor([*num_tops], logits)
         found = _logprobs(logits[index], token_ids[index], min(max(num_tops.values()), logits.shape[1]))
         columns.append(found.new_zeros(len(states), found.shape[1]).index_copy_(0, index, found))
     read = torch.cat(columns, dim=1).tolist()
+    if read and read[0][1] < 0:
+        return _sample(logits, states, more[:-1])
     return [_outcome(*values, num_top=num_tops.get(row)) for row, values in enumerate(read)]
 
 
@@ -170,18 +199,18 @@ def _outcome(highest: float, token_id: float, *logprobs: float, num_top: int | N
     return SampledToken(int(token_id), TokenLogprob(logprobs[0], tuple(top)[:num_top]))
 
 
-def _draw(logits: Tensor, states: Sequence[SamplingState]) -> Tensor:
-    """Int64 [B]. Of these rows all have a filter or none has."""
-    scores = apply_filters(logits, [state.params for state in states])
+def _draw(logits: Tensor, states: Sequence[SamplingState], num_candidates: int) -> tuple[Tensor, Tensor | None]:
+    """Int64 [B], and as `_filter`. Of these rows all have a filter or none has."""
+    scores, is_short = _filter(logits, [state.params for state in states], num_candidates)
     positions = [len(state.generated_token_ids) for state in states]
     keys = _tensor(noise_keys([state.params.seed for state in states], positions), scores)
-    if _has_filter(states[0].params):
-        # The largest score is 0: what no noise can lift to it needs none.
+    if _has_filter(states[0].params) and not scores.is_cuda:
+        # The largest score is 0: what no noise can lift to it needs none. A GPU would have to be waited for.
         rows, ids = (scores > -NOISE_RANGE).nonzero(as_tuple=True)
         scores[rows, ids] += gumbel_noise(keys[rows], ids)
     else:
         scores += gumbel_noise(keys[:, None], torch.arange(scores.shape[1], device=scores.device))
-    return scores.argmax(dim=1)
+    return scores.argmax(dim=1), is_short
 
 
 def _has_filter(params: SamplingParams) -> bool:
@@ -201,21 +230,19 @@ def _cut_top_k(scores: Tensor, params: Sequence[SamplingParams]) -> Tensor:
     return scores.masked_fill_(scores < lowest, -math.inf)
 
 
-def _cut_top_p(scores: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+def _cut_top_p(scores: Tensor, params: Sequence[SamplingParams], num_candidates: int) -> tuple[Tensor, Tensor | None]:
     # Integers: their sums are the same in every order, so in every batch and by every kernel.
     weights = scores.exp().mul_(2.0**44).long()
     wanted = weights.sum(dim=1, keepdim=True) * _tensor([own.top_p for own in params], scores)[:, None]
-    for num in (256, 4096, scores.shape[1]):  # the first is nearly always enough
-        largest = weights.topk(min(num, scores.shape[1]), dim=1).values
-        is_in = largest.cumsum(dim=1) - largest < wanted
-        if num >= scores.shape[1] or not is_in[:, -1].any():
-            break
+    largest = weights.topk(min(num_candidates, scores.shape[1]), dim=1).values
+    is_in = largest.cumsum(dim=1) - largest < wanted
+    is_short = is_in[:, -1].any() if num_candidates < scores.shape[1] else None
     # A row of NaN has no member; its first stands in, so that no index is out of range.
     smallest = largest.gather(1, is_in.sum(dim=1, keepdim=True).clamp(min=1) - 1)
     num_ties = (is_in & (largest == smallest)).sum(dim=1, keepdim=True)
     is_tie = weights == smallest
     is_tie_in = is_tie & (is_tie.cumsum(dim=1, dtype=torch.int32) <= num_ties)  # the lower ids
-    return scores.masked_fill_(~(is_tie_in | (weights > smallest)), -math.inf)
+    return scores.masked_fill_(~(is_tie_in | (weights > smallest)), -math.inf), is_short
 
 
 def _cut_min_p(scores: Tensor, params: Sequence[SamplingParams]) -> Tensor:

@@ -7,6 +7,7 @@ from torch import Tensor
 from trimserve.model.adapters import RowAdapters
 from trimserve.model.decode_rows import NewRows
 from trimserve.model.key_values import BatchTables, FeatureTables, slots_at, together
+from trimserve.model.upload import upload, upload_ids
 
 __all__ = ["DecodeBatch"]
 
@@ -29,11 +30,11 @@ class DecodeBatch:
         num_layers = [sum(length > 0 for length in kv.cross_lengths) for kv in kvs]
         self._order = sorted(range(len(kvs)), key=lambda row: -num_layers[row])
         is_ordered = self._order == [*range(len(kvs))]
-        self._index = None if is_ordered else torch.tensor(self._order, device=device)
+        self._index = None if is_ordered else upload_ids(self._order, device)
         ordered = [kvs[row] for row in self._order]
         num_seeing = len(kvs) - num_layers.count(0)
         self._known_tables = together([kv.self_tables for kv in ordered], max(kv.self_tables.shape[1] for kv in kvs))
-        self._tables = torch.from_numpy(self._known_tables).to(device)
+        self._tables = upload(self._known_tables, device)
         self.features = FeatureTables.of(ordered[:num_seeing]) if num_seeing else None
         """Of the rows that see visual features."""
         self.adapters = RowAdapters.of([kv.adapter for kv in ordered], device)
@@ -55,8 +56,8 @@ class DecodeBatch:
             positions: [R].
         """
         known = np.array(positions, dtype=np.int64)
-        lengths = torch.from_numpy((known + 1).astype(np.int32)).to(pages.device)
-        slots = torch.from_numpy(slots_at(self._known_tables, known)).to(pages.device)
+        lengths = upload((known + 1).astype(np.int32), pages.device)
+        slots = upload(slots_at(self._known_tables, known), pages.device)
         return BatchTables(pages, self._tables, lengths, slots)
 
     def ordered(self, rows: Tensor) -> Tensor:

@@ -8,9 +8,9 @@ it keeps (ADR-0008). A pass can be interrupted after every layer.
 """
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from trimserve.model.adapters import RowAdapters
@@ -26,6 +26,7 @@ from trimserve.model.prompt_rows import LookingRows, PromptRows, SequenceRows
 from trimserve.model.rotary import RotaryAngles, Rotation
 from trimserve.model.step_buffers import StepBuffers, StepInputs
 from trimserve.model.transformers_mllama import CrossLayerParts, MllamaForConditionalGeneration, decoder_parts
+from trimserve.model.upload import upload_ids
 from trimserve.trimming.policies.policy import CrossAttentionView
 
 __all__ = ["Pass", "RaggedDecoder", "SequenceRows"]
@@ -101,9 +102,10 @@ class RaggedDecoder:
                 prompt.kv.length = prompt.num_rows
         if all_rows:
             return self._logits(hidden, rows.adapters)
-        ends = torch.tensor([prompt.num_rows for prompt in prompts], device=hidden.device).cumsum(0)
+        ends = accumulate(prompt.num_rows for prompt in prompts)
+        last = upload_ids([end - 1 for end in ends], hidden.device)
         of_prompts = RowAdapters.of([prompt.adapter for prompt in prompts], hidden.device)
-        return self._logits(hidden[ends - 1], of_prompts)
+        return self._logits(hidden[last], of_prompts)
 
     def look(self, token_ids: Tensor, prompt: SequenceRows) -> Interruptible[CrossAttentionView]:
         """Run a prompt up to the first cross-attention layer; yields after each layer.

@@ -4,16 +4,22 @@ Between a layer's parts the loop in `decoder.py` stores keys and values, attends
 knows neither pages nor sequences.
 """
 
+from typing import Final
+
+import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from trimserve import ops
 from trimserve.model.adapters import RowAdapters
+from trimserve.model.attention import attention
 from trimserve.model.projection import Projection, projection_of
 from trimserve.model.rotary import Rotation
 from trimserve.model.transformers_mllama import CrossLayerParts, NormParts, SelfLayerParts
 
 __all__ = ["CrossLayer", "RmsNorm", "SelfLayer"]
+
+_MLP_ROWS: Final = 4096
+"""Rows of a long prompt go through an MLP in pieces: between its products a row is many times as wide."""
 
 
 class RmsNorm:
@@ -56,19 +62,18 @@ class _Layer:
             is_causal: row t attends up to position t.
             bias: [L], added to every row's logits.
         """
-        attended = F.scaled_dot_product_attention(
-            q.transpose(0, 1)[None],
-            k.transpose(0, 1)[None],
-            v.transpose(0, 1)[None],
-            attn_mask=None if bias is None else bias.expand(1, 1, len(q), -1),
-            is_causal=is_causal,
-            scale=self.scale,
-            enable_gqa=q.shape[1] != k.shape[1],
-        )
-        return attended[0].transpose(0, 1).flatten(1)
+        by_head = (rows.transpose(0, 1) for rows in (q, k, v))
+        return attention(*by_head, scale=self.scale, is_causal=is_causal, bias=bias)
 
-    def _mlp(self, hidden: Tensor, adapters: RowAdapters | None) -> Tensor:
-        return self._down(ops.silu_gate(self._gate_up(self._mlp_norm(hidden), adapters)), adapters)
+    def _with_mlp(self, hidden: Tensor, adapters: RowAdapters | None, gate: float = 1.0) -> Tensor:
+        # Adapters name rows of the whole batch, which is therefore not cut.
+        pieces = hidden.split(_MLP_ROWS) if adapters is None else (hidden,)
+        added = [self._down.added_to(rows, self._between(rows, adapters), gate, adapters) for rows in pieces]
+        return added[0] if len(added) == 1 else torch.cat(added)
+
+    def _between(self, rows: Tensor, adapters: RowAdapters | None) -> Tensor:
+        """Of the MLP: after the gate."""
+        return ops.silu_gate(self._gate_up(self._mlp_norm(rows), adapters))
 
     def _heads(self, rows: Tensor) -> Tensor:
         """[R, heads * Dh] -> [R, heads, Dh]."""
@@ -100,9 +105,8 @@ class SelfLayer(_Layer):
         return q, k, v
 
     def finish(self, hidden: Tensor, attended: Tensor, adapters: RowAdapters | None) -> Tensor:
-        """What came in, [R, D], and what it attended to, [R, H * Dh] -> what goes out, [R, D]."""
-        hidden = hidden + self._output(attended, adapters)
-        return hidden + self._mlp(hidden, adapters)
+        """What came in, [R, D], and what it attended to, [R, H * Dh] -> what goes out, [R, D], maybe in its place."""
+        return self._with_mlp(self._output.added_to(hidden, attended, adapters=adapters), adapters)
 
 
 class CrossLayer(_Layer):
@@ -151,7 +155,7 @@ class CrossLayer(_Layer):
         """
         added = self._output(attended, adapters)
         residual = hidden.add(added, alpha=self._attention_gate)
-        return residual.add(self._mlp(residual, adapters), alpha=self._mlp_gate), added
+        return self._with_mlp(residual, adapters, self._mlp_gate), added
 
     def gated(self, added: Tensor) -> Tensor:
         """What attention adds to the rows, [S, D], after its gate."""

@@ -12,26 +12,25 @@ from itertools import count
 from math import gcd
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from trimserve import ops
 from trimserve.model.adapters import Adapter
+from trimserve.model.upload import upload, upload_ids
 from trimserve.ops import PAGE_POSITIONS
 
 __all__ = [
     "BatchTables",
     "FeatureTables",
     "KeyValues",
+    "PromptSlots",
     "Tables",
     "layers_per_page",
     "num_pages",
     "padded",
-    "row_slots",
     "slots_at",
     "together",
-    "write_rows",
 ]
 
 Tables = NDArray[np.int32]
@@ -117,8 +116,11 @@ class KeyValues:
         """
         full, rest = divmod(num_positions, PAGE_POSITIONS)
         if rest:
-            copied, source = (torch.from_numpy(tables[:, full]).long() for tables in (self_tables, self.self_tables))
-            self.pages[copied.to(self.pages.device)] = self.pages[source.to(self.pages.device)]
+            device = self.pages.device
+            copied, source = (
+                upload_ids(tables[:, full].tolist(), device) for tables in (self_tables, self.self_tables)
+            )
+            self.pages[copied] = self.pages[source]
         lengths, biases = [*self.cross_lengths], [*self.cross_biases]
         return replace(
             self,
@@ -151,25 +153,37 @@ class KeyValues:
         self.cross_biases[layer] = bias
 
 
-def row_slots(pages: Tensor, tables: Tables, layer: int, num_rows: int) -> Tensor:
-    """Where a sequence's first positions lie in the pages of a layer, int64 [num_rows]; see `write_rows`."""
-    positions = np.arange(num_rows)
-    table = tables[layer // pages.shape[1]]
-    slots = table[positions // PAGE_POSITIONS].astype(np.int64) * PAGE_POSITIONS + positions % PAGE_POSITIONS
-    return torch.from_numpy(slots).to(pages.device)
+@dataclass(frozen=True, slots=True)
+class PromptSlots:
+    """Where the rows of one prompt go, for every group of layers; they reach the device in one copy."""
 
+    pages: Tensor
+    """See `KeyValues.pages`."""
+    text: Tensor
+    """int64 [groups, R], of the prompt's text."""
+    features: Tensor
+    """int64 [groups, M], of as many visual features as there are pages for."""
 
-def write_rows(pages: Tensor, tables: Tables, layer: int, keys: Tensor, values: Tensor) -> None:
-    """Store one layer's keys and values of a sequence from its first position on.
+    @classmethod
+    def of(cls, kv: KeyValues, num_rows: int) -> "PromptSlots":
+        """Look up the first R positions of the text, and all of the features, in a sequence's tables."""
+        text = _first_slots(kv.self_tables, num_rows)
+        features = _first_slots(kv.cross_tables, kv.cross_tables.shape[1] * PAGE_POSITIONS)
+        both = upload(np.concatenate([text.ravel(), features.ravel()]), kv.pages.device)
+        return cls(kv.pages, both[: text.size].view(text.shape), both[text.size :].view(features.shape))
 
-    Args:
-        pages: see `KeyValues.pages`.
-        tables: of the sequence, for layers of this kind.
-        layer: among its own kind.
-        keys: [R, Hkv, Dh].
-        values: [R, Hkv, Dh].
-    """
-    ops.write_kv(pages, layer % pages.shape[1], keys, values, row_slots(pages, tables, layer, len(keys)))
+    def write_text(self, layer: int, keys: Tensor, values: Tensor) -> None:
+        """Store a self-attention layer's keys and values, [R, Hkv, Dh]."""
+        group, slot = divmod(layer, self.pages.shape[1])
+        ops.write_kv(self.pages, slot, keys, values, self.text[group])
+
+    def write_features(self, layer: int, keys: Tensor, values: Tensor) -> None:
+        """Store a cross-attention layer's keys and values, [rows, Hkv, Dh]."""
+        ops.write_kv(self.pages, layer % self.pages.shape[1], keys, values, self.of_features(layer, len(keys)))
+
+    def of_features(self, layer: int, num_rows: int) -> Tensor:
+        """Where the first features of a cross-attention layer lie, int64 [num_rows]."""
+        return self.features[layer // self.pages.shape[1], :num_rows]
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,7 +228,7 @@ class FeatureTables:
         """The sequence of each row; all hold features, those that hold some in more layers first."""
         pages, by_layer = kvs[0].pages, [*zip(*(kv.cross_lengths for kv in kvs), strict=True)]
         most = num_pages(max(by_layer[0]))
-        tables = torch.from_numpy(together([kv.cross_tables for kv in kvs], most)).to(pages.device)
+        tables = upload(together([kv.cross_tables for kv in kvs], most), pages.device)
         has_bias = any(kv.cross_biases[0] is not None for kv in kvs)
         # Layers where every sequence holds as many rows hold the same rows.
         found: dict[tuple[int, ...], tuple[Tensor, Tensor | None]] = {}
@@ -224,8 +238,8 @@ class FeatureTables:
                 bias = None
                 if has_bias:
                     biases = padded([kv.cross_biases[layer] for kv in kvs[: len(held)]], most * PAGE_POSITIONS)
-                    bias = torch.from_numpy(biases).to(pages.device)
-                found[lengths] = torch.tensor(held, dtype=torch.int32, device=pages.device), bias
+                    bias = upload(biases, pages.device)
+                found[lengths] = upload(np.array(held, dtype=np.int32), pages.device), bias
         of_layers = [found[lengths] for lengths in by_layer]
         return cls(
             tuple(tables[layer // pages.shape[1], : len(held)] for layer, (held, _) in enumerate(of_layers)),
@@ -239,6 +253,14 @@ class FeatureTables:
         return ops.paged_attention(
             q, pages, layer % pages.shape[1], self.tables[layer], self.lengths[layer], scale, bias
         )
+
+
+def _first_slots(tables: Tables, num_positions: int) -> NDArray[np.int64]:
+    """Where the first positions of one sequence lie, int64 [groups, num_positions]."""
+    positions = np.arange(num_positions)
+    ids = tables[:, positions // PAGE_POSITIONS].astype(np.int64)
+    slots: NDArray[np.int64] = ids * PAGE_POSITIONS + positions % PAGE_POSITIONS
+    return slots
 
 
 def together(tables: Sequence[Tables], most: int) -> NDArray[np.int32]:

@@ -1,6 +1,7 @@
 """From a checkpoint to a model that is ready to serve, or only to a description of it."""
 
 from dataclasses import replace
+from typing import Final
 
 import torch
 
@@ -33,6 +34,8 @@ __all__ = [
     "load_model",
     "load_processor",
 ]
+
+_ON_GPU: Final[tuple[Quantize, ...]] = ("none", "int8")
 
 
 def describe_model(config: ModelConfig, limits: EngineConfig) -> ModelInfo:
@@ -201,8 +204,8 @@ def _device(wanted: Device, quantize: Quantize) -> str:
         return "cpu"
     if why_not is not None:
         raise CheckpointError(f"device cuda: {why_not}")
-    if quantize != "none":
-        raise CheckpointError(f"quantize {quantize} is for the CPU; take quantize none, or device cpu")
+    if quantize not in _ON_GPU:
+        raise CheckpointError(f"quantize {quantize} is for the CPU; take {' or '.join(_ON_GPU)}, or device cpu")
     return "cuda:0"
 
 

@@ -27,6 +27,7 @@ from trimserve.model.prepared import PreparedImage, PreparedPrompt, TokenizedPro
 from trimserve.model.processor import Processor
 from trimserve.model.step_buffers import StepBuffers
 from trimserve.model.transformers_mllama import MllamaForConditionalGeneration
+from trimserve.model.upload import upload_ids
 from trimserve.model.visibility import visible_images
 from trimserve.model.vision import IntermediateFeatures, VisionEncoder
 from trimserve.model.vision_rows import VisionRows
@@ -296,7 +297,7 @@ class Mllama:
         return (first, *later, *[(0,) * len(first)] * num_left_out)
 
     def _ids(self, token_ids: Sequence[int]) -> Tensor:
-        return torch.tensor(list(token_ids), dtype=torch.int64, device=self._device)
+        return upload_ids(token_ids, self._device)
 
     def _selections(
         self, images: Sequence[PreparedImage], num_valid: Sequence[int], selection: Selection | None

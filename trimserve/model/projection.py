@@ -57,6 +57,21 @@ class Projection:
             product = multiply_int8(rows, self.weight, self.scales)
         return product if self.bias is None else product.add_(self.bias)
 
+    def added_to(self, rows: Tensor, inputs: Tensor, gate: float = 1.0, adapters: RowAdapters | None = None) -> Tensor:
+        """Add the outputs, times a factor, to rows.
+
+        Args:
+            rows: [R, outputs]; on a GPU they may be changed in place, by the product's own kernel.
+            inputs: [R, columns].
+            gate: the factor.
+            adapters: as in `__call__`.
+        Returns:
+            [R, outputs]
+        """
+        if rows.is_cuda and self.scales is None and self.bias is None and adapters is None:
+            return rows.addmm_(inputs, self.weight.T, alpha=gate)
+        return rows.add(self(inputs, adapters), alpha=gate)
+
     def most_rows(self, dtype: torch.dtype) -> float:
         """Up to so many rows of a dtype `ops.linear` is faster than torch."""
         if self.weight.device.type != "cpu":

@@ -14,9 +14,10 @@ from torch import Tensor
 from trimserve import ops
 from trimserve.model.adapters import Adapter, RowAdapters
 from trimserve.model.decoder_layers import CrossLayer, SelfLayer
-from trimserve.model.key_values import KeyValues, row_slots, write_rows
+from trimserve.model.key_values import KeyValues, PromptSlots
 from trimserve.model.prefilled import TrimTimes
 from trimserve.model.rotary import Rotation
+from trimserve.model.upload import upload, upload_ids
 from trimserve.model.visibility import feature_visibility
 from trimserve.model.vision_rows import VisionRows
 from trimserve.trimming.policies.policy import CrossAttentionView, Verdict
@@ -46,6 +47,7 @@ class _Attended:
 
     vision: VisionRows
     kv: KeyValues
+    slots: PromptSlots
     queries: Tensor
     keys: Tensor
     values: Tensor
@@ -68,6 +70,8 @@ class PromptRows:
         """See `Pass.adapters`."""
         self._attended: list[_Attended | int] = []
         """For each prompt that sees an image, in the current layer; its number of rows if nothing is to be decided."""
+        self._slots = [prompt.kv and PromptSlots.of(prompt.kv, prompt.num_rows) for prompt in prompts]
+        """Of each prompt; None if it stores nothing."""
         for kv in (prompt.kv for prompt in prompts if prompt.kv is not None):
             kv.cross_lengths[:] = [0] * len(kv.cross_lengths)
             kv.cross_biases[:] = [None] * len(kv.cross_biases)
@@ -78,11 +82,11 @@ class PromptRows:
     def attend(self, layer: SelfLayer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Store keys and values [R, Hkv, Dh] and attend with queries [R, H, Dh] -> [R, H * Dh]."""
         attended = []
-        for prompt, *of_prompt in zip(self._prompts, *(x.split(self._num_rows) for x in (q, k, v)), strict=True):
+        for slots, *of_prompt in zip(self._slots, *(x.split(self._num_rows) for x in (q, k, v)), strict=True):
             queries, keys, values = of_prompt
-            if prompt.kv is not None:
-                write_rows(prompt.kv.pages, prompt.kv.self_tables, layer.index, keys, values)
-            attended.append(layer.attend(queries, keys, values, is_causal=prompt.num_rows > 1))
+            if slots is not None:
+                slots.write_text(layer.index, keys, values)
+            attended.append(layer.attend(queries, keys, values, is_causal=len(queries) > 1))
         return torch.cat(attended)
 
     def seeing(
@@ -100,12 +104,13 @@ class PromptRows:
     def attend_features(self, layer: CrossLayer, q: Tensor) -> Tensor | None:
         """Attend with queries [S, H, Dh] to what each row sees -> [S, H * Dh]; None ends the pass here."""
         pieces = []
-        for prompt, queries in zip(self._prompts, q.split(self._num_seeing), strict=True):
-            if prompt.vision is not None and prompt.kv is not None and len(queries):
+        of_prompts = zip(self._prompts, self._slots, q.split(self._num_seeing), strict=True)
+        for prompt, slots, queries in of_prompts:
+            if prompt.vision is not None and prompt.kv is not None and slots is not None and len(queries):
                 vision = prompt.vision
                 keys, values = layer.keys_values(vision.features, RowAdapters.alike(prompt.adapter))
                 pieces += _attend_runs(layer, queries, keys, values, vision)
-                attended = _Attended(vision, prompt.kv, queries, keys, values)
+                attended = _Attended(vision, prompt.kv, slots, queries, keys, values)
                 if _is_decided_after(layer.index, vision):
                     self._attended.append(attended)
                 else:  # at once: other prompts of the batch need the memory
@@ -151,7 +156,7 @@ class PromptRows:
         self._index: Tensor | None = None
         """int64 [S]; None if every row sees an image."""
         if len(seeing) < start:
-            self._index = torch.tensor(seeing, dtype=torch.int64, device=self.rotation.cosines.device)
+            self._index = upload_ids(seeing, self.rotation.cosines.device)
 
     def _adapters_of(self, num_rows: Sequence[int]) -> RowAdapters | None:
         """Of so many rows of each prompt."""
@@ -213,7 +218,7 @@ def _made_view(
         queries,
         keys,
         features,
-        visibility=feature_visibility(seeing, vision.num_kept).to(queries.device),
+        visibility=upload(feature_visibility(seeing, vision.num_kept).numpy(), queries.device),
         scale=layer.scale,
         num_features=vision.num_kept,
         features_per_tile=vision.features_per_tile,
@@ -254,7 +259,7 @@ def _store(attended: _Attended, layer: int) -> None:
     vision, kv = attended.vision, attended.kv
     first, end = vision.held_range
     _hold(vision, kv, layer)
-    write_rows(kv.pages, kv.cross_tables, layer, attended.keys[first:end], attended.values[first:end])
+    attended.slots.write_features(layer, attended.keys[first:end], attended.values[first:end])
 
 
 def _store_selected(attended: _Attended, layer: int, selection: Selection) -> None:
@@ -264,7 +269,7 @@ def _store_selected(attended: _Attended, layer: int, selection: Selection) -> No
     _hold(vision, kv, layer)
     first, end = vision.held_range
     slot = layer % kv.pages.shape[1]
-    slots = row_slots(kv.pages, kv.cross_tables, layer, end - first)
+    slots = attended.slots.of_features(layer, end - first)
     is_held = (first <= kept) & (kept < end)
     keys, values = attended.keys, attended.values
     ops.gather_kv(kv.pages, slot, keys, values, selection.kept[is_held], slots[kept[is_held] - first])
@@ -280,7 +285,7 @@ def _store_fewer(attended: _Attended, layer: int, selection: Selection) -> None:
     rows = vision.hold_fewer(selection, layer)
     _hold(vision, kv, layer)
     first, end = vision.held_range
-    slots = row_slots(kv.pages, kv.cross_tables, layer, end - first)
+    slots = attended.slots.of_features(layer, end - first)
     slot = layer % kv.pages.shape[1]
     ops.gather_kv(kv.pages, slot, attended.keys, attended.values, rows[first:end], slots)
 

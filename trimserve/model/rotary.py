@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from trimserve.model.transformers_mllama import Rotary
+from trimserve.model.upload import upload_ids
 
 __all__ = ["RotaryAngles", "Rotation"]
 
@@ -35,7 +36,7 @@ class RotaryAngles:
     def at(self, positions: list[int]) -> Rotation:
         """The rotation of rows at R positions."""
         self.reserve(max(positions, default=0) + 1)
-        return self.of(torch.tensor(positions, dtype=torch.int64, device=self._cosines.device))
+        return self.of(upload_ids(positions, self._cosines.device))
 
     def of(self, positions: Tensor) -> Rotation:
         """The same for positions int64 [R] on the device, which were reserved."""

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from transformers.models.mllama.configuration_mllama import MllamaVisionConfig
 
 from trimserve.model.adapters import Adapter, RowAdapters
+from trimserve.model.attention import attention
 from trimserve.model.checkpoint import vision_config
 from trimserve.model.interruptible import Interruptible
 from trimserve.model.prepared import PreparedImage
@@ -183,8 +184,7 @@ class VisionLayer:
 
     def _attend_to(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """[heads, T, Dh] over [heads, R, Dh] -> [T, width]."""
-        attended = F.scaled_dot_product_attention(q[None], k[None], v[None], scale=self._scale)
-        return attended[0].transpose(0, 1).flatten(1)
+        return attention(q, k, v, scale=self._scale)
 
 
 def _factors(gates: tuple[Tensor, Tensor] | None) -> tuple[float, float]:

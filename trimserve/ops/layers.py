@@ -1,8 +1,8 @@
 """Ops of a layer outside attention, for the few rows of a decode step, where a call costs as much as its arithmetic.
 
 Typed wrappers over the compiled ops of `csrc/layers.cpp`, each with its fake kernel (shapes only, for torch.compile).
-All checks are made in C++. On CUDA these ops are torch's own, with torch's checks. `reference.py` defines what each op
-computes.
+All checks are made in C++. On CUDA `linear` and `rms_norm` are torch's own, with torch's checks. `reference.py` defines
+what each op computes.
 """
 
 import torch
@@ -59,7 +59,7 @@ def silu_gate(gate_up: Tensor) -> Tensor:
     Args:
         gate_up: float32, bfloat16 or float16 [R, 2 * I], in each row I gates and then I ups.
     Returns:
-        [R, I] of the same dtype, computed in float32; on CUDA gate * sigmoid(gate) is rounded before the product.
+        [R, I] of the same dtype, computed in float32.
     Raises:
         ValueError: a wrong dtype or shape.
     Source: SwiGLU, arXiv:2002.05202. Definition: reference.silu_gate.
@@ -109,21 +109,8 @@ def _rms_norm_of_torch(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     return F.rms_norm(x, weight.shape, weight, epsilon)
 
 
-def _silu_gate_of_torch(gate_up: Tensor) -> Tensor:
-    gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate) * up
-
-
-def _rotate_of_torch(heads: Tensor, cosines: Tensor, sines: Tensor) -> None:
-    left, right = heads.float().chunk(2, dim=-1)
-    cos, sin = cosines[:, None], sines[:, None]
-    heads.copy_(torch.cat([left * cos - right * sin, right * cos + left * sin], dim=-1))
-
-
 torch.library.impl("trimserve::linear", "CUDA", _linear_of_torch)
 torch.library.impl("trimserve::rms_norm", "CUDA", _rms_norm_of_torch)
-torch.library.impl("trimserve::silu_gate", "CUDA", _silu_gate_of_torch)
-torch.library.impl("trimserve::rotate", "CUDA", _rotate_of_torch)
 torch.library.register_fake("trimserve::linear", _fake_linear)
 torch.library.register_fake("trimserve::rms_norm", _fake_rms_norm)
 torch.library.register_fake("trimserve::silu_gate", _fake_silu_gate)

@@ -56,7 +56,7 @@ class Offload:
 
 
 def _give_back() -> None:
-    """Errors of refused requests are cycles, which Python frees late; glibc keeps what was freed, unless it is asked."""
+    """Free cycles, which errors of refused requests are, and let glibc return what it keeps."""
     gc.collect()  # what a server has loaded is frozen, so this looks at little
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have none
     if trim is not None:

@@ -115,6 +115,10 @@ const std::uint32_t* exchange(std::uint32_t value) {
 
 }  // namespace fibers
 
+extern "C" __attribute__((visibility("default"))) std::uint64_t trimserve_num_launches() {
+  return fibers::num_launches;
+}
+
 void __syncthreads() { wait(State::kAtBarrier); }
 
 namespace trimserve::cuda {
