@@ -277,7 +277,7 @@ async def test_a_worker_that_is_at_one_job_for_too_long_makes_the_engine_unready
         await until(gate.is_reached.is_set)
         assert runner.status().workers["image"].num_busy == 1
         assert runner.status().is_ready
-        monkeypatch.setattr(runner._image_workers, "_clock", lambda: time.monotonic() + 100_000)
+        monkeypatch.setattr(runner._workers.images, "_clock", lambda: time.monotonic() + 100_000)
         assert runner.status().workers["image"].oldest_job_seconds > 99_999
         assert not runner.status().is_ready
         gate.open()

@@ -16,7 +16,6 @@ import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Collection, Mapping
 from contextlib import aclosing, suppress
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,17 +28,16 @@ from trimserve.api.status import EngineStatus, StepListener
 from trimserve.config import EngineConfig
 from trimserve.engine.adapters import Adapters
 from trimserve.engine.engine import Engine
-from trimserve.engine.lookahead import Lookahead, Ticket
-from trimserve.engine.memory import available_bytes
 from trimserve.engine.outbox import Outbox, call_on, settle
 from trimserve.engine.preparation import why_not_prepared
+from trimserve.engine.preparation_workers import PreparationWorkers
 from trimserve.engine.processor import Processor
 from trimserve.engine.sequence import Sequence, SequenceState
 from trimserve.engine.status import engine_status
 from trimserve.engine.stream import Stream
 from trimserve.engine.warm_up import warm_up
 from trimserve.engine.watchdog import hang, log_cause
-from trimserve.engine.workers import Workers, in_daemon_thread, leave_behind
+from trimserve.engine.workers import in_daemon_thread, leave_behind
 from trimserve.errors import DeadlinePassed, EngineBusy, EngineStopped, TrimserveError
 from trimserve.executor.executor import Executor
 from trimserve.imaging.pool import DecoderPool
@@ -50,9 +48,6 @@ log = logging.getLogger(__name__)
 
 _JOIN_SECONDS = 0.1
 """How late it may be told that the engine hangs while its end is awaited."""
-
-_PREPARED_AHEAD = 2
-"""Requests whose decoded images wait for the engine while the workers decode those of others."""
 
 
 class Runner:
@@ -78,10 +73,7 @@ class Runner:
         self._adapters_at_start = adapters or {}
         self._adapters = Adapters()
         self._config = config
-        self._decoders = decoders
-        self._text_workers = Workers(config.num_preprocess_workers, "trimserve-text")
-        self._image_workers = Workers(config.num_preprocess_workers, "trimserve-image")
-        self._lookahead = Lookahead(config.num_preprocess_workers + _PREPARED_AHEAD)
+        self._workers = PreparationWorkers(config.num_preprocess_workers, decoders)
         self._on_step: StepListener | None = None
         self._engine: Engine | None = None
         self._thread: threading.Thread | None = None
@@ -125,8 +117,7 @@ class Runner:
         self._loop = asyncio.get_running_loop()
         self._death = self._loop.create_future()
         self._outbox = Outbox(self._loop, self._deliver)
-        if self._decoders is not None:
-            self._decoders.start()
+        self._workers.start()
         try:
             processor, executor = await in_daemon_thread(self._load)
             if self._refusal != starting:
@@ -195,24 +186,16 @@ class Runner:
 
     def status(self) -> EngineStatus:
         """What the engine is doing now."""
-        workers = {"text": self._text_workers.status(), "image": self._image_workers.status()}
-        hangs = any(pool.oldest_job_seconds > self._config.step_timeout_seconds for pool in workers.values())
-        can_decode = self._decoders is None or self._decoders.is_able
         status = engine_status(
             self._engine,
             self._streams,
             self._config,
             self._adapters.num_bytes,
-            is_ready=self._refusal is None and not hangs and can_decode,
+            is_ready=self._refusal is None,
             is_alive=self._is_alive,
             uptime_seconds=0.0 if self._ready_at is None else time.monotonic() - self._ready_at,
         )
-        return replace(
-            status,
-            decoder_deaths={} if self._decoders is None else dict(self._decoders.deaths),
-            memory_left_bytes=available_bytes("cpu"),
-            workers=workers,
-        )
+        return self._workers.complete(status, self._config.step_timeout_seconds)
 
     async def death(self) -> BaseException:
         """Wait, for ever in the good case, until the engine thread of a started runner dies or hangs; the cause."""
@@ -249,7 +232,7 @@ class Runner:
             if deadline is not None:
                 remaining = deadline - time.monotonic()
                 timer = self._loop.call_later(remaining, self._expire, stream)
-            self._text_workers.submit(stream.urgency, partial(self._prepare, stream))
+            self._workers.text.submit(stream.urgency, partial(self._prepare, stream))
             while True:
                 for chunk in await stream.take():
                     if isinstance(chunk, TrimserveError):
@@ -272,7 +255,7 @@ class Runner:
         stream = Stream(request.request_id, request.priority, time.monotonic(), num_answers=request.num_choices)
         sink = partial(self._outbox.put, stream)
         stream.preparation = self._loaded.preparation(
-            request, sink, stream.submitted_at, deadline, partial(self._images_taken, stream)
+            request, sink, stream.submitted_at, deadline, partial(self._workers.images_taken, stream)
         )
         if request.adapter is not None:
             self._adapters.take(request.adapter)
@@ -300,7 +283,7 @@ class Runner:
             stream.is_open, stream.preparation = False, None
             sequence, stream.sequence = stream.sequence, None
             adapter, stream.adapter = stream.adapter, None
-        self._images_taken(stream)
+        self._workers.images_taken(stream)
         if sequence is not None and sequence.request_state is not SequenceState.ENDED:
             self._command(partial(self._loaded.cancel, sequence))
         if adapter is not None:
@@ -341,10 +324,7 @@ class Runner:
     def _join(self) -> None:
         while self._is_alive and self._thread is not None and self._thread.is_alive():
             self._thread.join(_JOIN_SECONDS)
-        self._text_workers.stop()
-        self._image_workers.stop()
-        if self._decoders is not None:
-            self._decoders.close()
+        self._workers.stop()
 
     @property
     def _loaded(self) -> Engine:
@@ -371,12 +351,7 @@ class Runner:
             if not stream.is_open:
                 return
             if sequence is None:
-                begin = partial(self._image_workers.submit, stream.urgency, partial(self._prepare, stream))
-                if stream.ticket is None:
-                    stream.ticket = Ticket(stream.urgency, begin)
-                    self._lookahead.enter(stream.ticket)
-                else:
-                    begin()
+                self._workers.submit_image(stream, partial(self._prepare, stream))
             else:
                 stream.preparation, stream.sequence = None, sequence
                 self._command(partial(self._loaded.add, sequence))
@@ -410,11 +385,6 @@ class Runner:
         self._is_leaving = True
 
     # ---- any thread ----
-
-    def _images_taken(self, stream: Stream) -> None:
-        """A request's images are with the engine, or nobody wants them any more."""
-        if stream.ticket is not None:
-            self._lookahead.leave(stream.ticket)
 
     def _command(self, command: Callable[[], None]) -> None:
         with self._wake:
