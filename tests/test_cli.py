@@ -26,6 +26,7 @@ from trimserve.model.loading import embedded_model_folder
 from trimserve.serve import in_process_server, make_server
 from trimserve.server import logs, running
 from trimserve.server.lifecycle import Server
+from trimserve.server.queued_log import QueuedHandler
 from trimserve.server.running import InProcessServer
 from trimserve.trimming.policies.table import POLICIES
 
@@ -182,7 +183,7 @@ def test_commands_that_load_a_model_take_its_knobs(command: str) -> None:
 def served(monkeypatch: pytest.MonkeyPatch) -> list[Config]:
     """The configs of servers that `serve` would have run; it configures no logging."""
     configs: list[Config] = []
-    monkeypatch.setattr(logs, "configure_logging", lambda *_: None)
+    monkeypatch.setattr(logs, "configure_logging", lambda *_: QueuedHandler(io.StringIO(), lambda _: None))
 
     async def remember(server: Server, **_: object) -> None:
         configs.append(server.config)
