@@ -11,8 +11,10 @@ on the machine does not count. The same requests run
 - `exact`: each request reserves exactly what its answer takes, which no client knows.
 
 Requests about text with long answers run in an `ample` pool, and in a `short` one that they outgrow, so that many are
-preempted. The same requests must give the same tokens in every run. Then one of the requests is asked for eight answers (`num_choices`): its
-cross-attention KV and its time to first token, beside those of one answer, each on an image that is new.
+preempted. The same requests must give the same tokens in every run.
+
+Then one of the requests is asked for eight answers (`num_choices`): its cross-attention KV and its time to first token,
+beside those of one answer, each on an image that is new.
 """
 
 import argparse
