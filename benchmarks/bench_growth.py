@@ -8,12 +8,13 @@ on the machine does not count. The same requests run
 
 - `reserved`: all of `max_new_tokens` is reserved when a request joins, as it was before ADR-0013;
 - `grown`: pages grow with the text;
-- `exact`: each request reserves exactly what its answer takes, which no client knows;
-- `short`: pages grow in the smallest pool that takes such requests with a `max_new_tokens` of 128, so that many are
-  preempted.
+- `exact`: each request reserves exactly what its answer takes, which no client knows.
 
-All four must give the same tokens. Then one of the requests is asked for eight answers (`num_choices`): its
-cross-attention KV and its time to first token, beside those of one answer, each on an image that is new.
+Requests about text with long answers run in an `ample` pool, and in a `short` one that they outgrow, so that many are
+preempted. The same requests must give the same tokens in every run.
+
+Then one of the requests is asked for eight answers (`num_choices`): its cross-attention KV and its time to first token,
+beside those of one answer, each on an image that is new.
 """
 
 import argparse
@@ -68,8 +69,11 @@ class _Plan:
     """Longer answers are the rarer, exponentially."""
     num_reserved: int = 4
     """Requests that fit into the pool when all of `max_new_tokens` is reserved."""
-    short_new_tokens: int = 128
-    """`max_new_tokens` in the short pool, which just holds one request with all of these."""
+    long_answer_tokens: tuple[int, int] = (60, 100)
+    """Least and most, of requests about text that outgrow the pool."""
+    long_new_tokens: int = 128
+    num_long: int = 2
+    """Requests that fit into the short pool when all of `long_new_tokens` is reserved."""
     num_choices: int = 8
     num_repeats: int = 9
     """Measurements of a first token, of which the median counts."""
@@ -106,15 +110,19 @@ class _Traffic:
             self._request(pictures[number % plan.num_pictures], length) for number, length in enumerate(lengths)
         ]
         self.exact = [_with(one, length + 1) for one, length in zip(self.requests, lengths, strict=True)]
-        self.short = [_with(one, plan.short_new_tokens) for one in self.requests]
+        self.long = [
+            _with(self._request(None, rng.randint(*plan.long_answer_tokens)), plan.long_new_tokens)
+            for _ in range(plan.num_requests)
+        ]
 
-    def _request(self, picture: ImageFile, length: int) -> GenerationRequest:
+    def _request(self, picture: ImageFile | None, length: int) -> GenerationRequest:
         """Answered by so many tokens and an end token."""
         end = self._model.info.generation_defaults.eos_token_ids[0]
         sampling = SamplingParams(
             max_new_tokens=self._plan.max_new_tokens, min_new_tokens=length, logit_bias={end: 100.0}, temperature=0.0
         )
-        prompt = ChatPrompt((Message("user", (picture, Text(_QUESTION))),))
+        shown = () if picture is None else (picture,)
+        prompt = ChatPrompt((Message("user", (*shown, Text(_QUESTION))),))
         return GenerationRequest("growth", prompt, sampling, TrimRequest(k_ratio=self._model.info.default_k_ratio))
 
     def pool_bytes(self, request: GenerationRequest) -> int:
@@ -205,12 +213,11 @@ def _measure(traffic: _Traffic, plan: _Plan) -> dict[str, _Run]:
         reserved = traffic.run(traffic.requests, pool_bytes)
         exact = traffic.run(traffic.exact, pool_bytes)
     grown = traffic.run(traffic.requests, pool_bytes)
-    short = traffic.run(traffic.short, traffic.pool_bytes(traffic.short[0]))
-    runs = {"reserved": reserved, "grown": grown, "exact": exact, "short": short}
-    for name, run in runs.items():
-        if run.answers != grown.answers:
-            raise AssertionError(f"{name}: answers differ from those of `grown`")
-    return runs
+    ample = traffic.run(traffic.long, plan.num_requests * traffic.pool_bytes(traffic.long[0]))
+    short = traffic.run(traffic.long, plan.num_long * traffic.pool_bytes(traffic.long[0]))
+    if not reserved.answers == exact.answers == grown.answers or short.answers != ample.answers:
+        raise AssertionError("the same requests have other answers in another run")
+    return {"reserved": reserved, "grown": grown, "exact": exact, "ample": ample, "short": short}
 
 
 def main() -> None:
@@ -230,6 +237,7 @@ def main() -> None:
         "runs": {name: run.figures() for name, run in runs.items()},
         "at_once_ratio": round(runs["grown"].most_running / runs["reserved"].most_running, 2),
         "throughput_of_exact_ratio": round(runs["grown"].tokens_per_second / runs["exact"].tokens_per_second, 3),
+        "preempted_ratio": round(runs["short"].num_preemptions / plan.num_requests, 2),
         "choices": traffic.choices(),
     }
     write_json(report, arguments.out)

@@ -44,7 +44,7 @@ class Account:
 
         Args:
             model: which.
-            max_new_tokens: of every answer; text positions are held for all of them.
+            max_new_tokens: of every answer; text positions are held for all of them at its end.
             peers_at_once: the bytes in which requests are counted are what as many requests with a 4-tile image take
                 in transformers' caches.
             num_threads: of one op.
@@ -113,7 +113,7 @@ class Account:
     async def _at_once(self, name: str, of_one: dict[str, dict[str, int]], kv_bytes: int) -> dict[str, int]:
         found = {layout: kv_bytes // of_one[layout]["total"] for layout in ("transformers", "sglang_layout")}
         for layout, is_trimmed in _LAYOUTS.items():
-            most = kv_bytes // of_one[layout]["total"] + 2
+            most = 2 * (kv_bytes // of_one[layout]["total"]) + 2  # half an answer takes no less than half of the pages
             flags = {
                 "--kv-cache-bytes": kv_bytes + prefill_scratch_bytes(self._info),
                 "--max-images": self._limits.max_images,

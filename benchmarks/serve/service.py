@@ -20,6 +20,9 @@ from trimserve.v1 import generation_pb2_grpc, model_pb2, model_pb2_grpc
 
 __all__ = ["GrpcTarget", "Held", "Peak", "peak_rss_bytes", "running_server"]
 
+_MORE_TOKENS = 64
+"""Beyond those that are asked for, so that a request still runs when its account is asked for."""
+
 _POLL_SECONDS = 0.05
 
 
@@ -116,13 +119,17 @@ class GrpcTarget:
         )
 
     async def held(self, item: Item) -> Held:
-        """Ask for the account when the first token is there; the server must have nothing else to do."""
-        stream = self._stream(item)
+        """Ask for the account when all `max_new_tokens` are there; the server must have nothing else to do."""
+        num_tokens, longer = 0, pb.SamplingParams()
+        longer.CopyFrom(self._sampling)
+        longer.max_new_tokens += _MORE_TOKENS
+        stream = self._stream(item, longer)
         started = pb.Started()
         async for event in stream:
+            num_tokens += len(event.delta.token_ids)
             if event.HasField("started"):
                 started = event.started
-            else:
+            elif num_tokens >= self._sampling.max_new_tokens:
                 break
         status = await self.status()
         stream.cancel()
@@ -160,9 +167,11 @@ class GrpcTarget:
         """The server's account now."""
         return await self._model.GetServerStatus(model_pb2.GetServerStatusRequest())
 
-    def _stream(self, item: Item) -> grpc.aio.UnaryStreamCall[pb.GenerateRequest, pb.GenerateStreamResponse]:
+    def _stream(
+        self, item: Item, sampling: pb.SamplingParams | None = None
+    ) -> grpc.aio.UnaryStreamCall[pb.GenerateRequest, pb.GenerateStreamResponse]:
         return self._generation.GenerateStream(
-            make_request(item.question, item.images, sampling=self._sampling, trim=self._trim)
+            make_request(item.question, item.images, sampling=sampling or self._sampling, trim=self._trim)
         )
 
     async def model(self) -> model_pb2.GetModelResponse:
