@@ -124,7 +124,7 @@ def test_a_long_prompt_goes_through_each_mlp_in_pieces(
         longest.append(len(rows))
         return gate(rows)
 
-    monkeypatch.setattr(decoder_layers, "_MLP_ROWS", 3)
+    monkeypatch.setattr(decoder_layers, "MLP_ROWS", 3)
     monkeypatch.setattr(ops, "silu_gate", watched)
     logits, _ = prefilled(model, gpu)
     assert max(longest) == 3

@@ -17,7 +17,7 @@ from trimserve.api.request import GenerationRequest
 from trimserve.api.status import StepListener
 from trimserve.config import EngineConfig
 from trimserve.engine.kv_pool import KVPool
-from trimserve.engine.memory import available_bytes, default_kv_cache_bytes, prefill_scratch_bytes
+from trimserve.engine.memory import activation_bytes, available_bytes, default_kv_cache_bytes, prefill_scratch_bytes
 from trimserve.engine.pace import Pace
 from trimserve.engine.preparation import Preparation
 from trimserve.engine.processor import Processor
@@ -103,7 +103,7 @@ class Engine:
         wanted: int | None = config.kv_cache_bytes
         if wanted is None:
             wanted = default_kv_cache_bytes(info, config.max_batch, available_bytes(info.device))
-        scratch = prefill_scratch_bytes(info)
+        scratch = prefill_scratch_bytes(info) + activation_bytes(info, config.max_batch, wanted)
         try:
             self.pool = KVPool(info, wanted - scratch, config.kv_layers_per_page)
             """Pages of the running sequences."""

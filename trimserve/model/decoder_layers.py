@@ -4,21 +4,17 @@ Between a layer's parts the loop in `decoder.py` stores keys and values, attends
 knows neither pages nor sequences.
 """
 
-from typing import Final
-
 import torch
 from torch import Tensor
 
 from trimserve import ops
 from trimserve.model.attention import attention
+from trimserve.model.pieces import MLP_ROWS
 from trimserve.model.projection import Projection, projection_of
 from trimserve.model.rotary import Rotation
 from trimserve.model.transformers_mllama import CrossLayerParts, NormParts, SelfLayerParts
 
 __all__ = ["CrossLayer", "RmsNorm", "SelfLayer"]
-
-_MLP_ROWS: Final = 4096
-"""Rows of a long prompt go through an MLP in pieces: between its products a row is many times as wide."""
 
 
 class RmsNorm:
@@ -65,7 +61,7 @@ class _Layer:
         return attention(*by_head, scale=self.scale, is_causal=is_causal, bias=bias)
 
     def _with_mlp(self, hidden: Tensor, gate: float = 1.0) -> Tensor:
-        pieces = hidden.split(_MLP_ROWS)
+        pieces = hidden.split(MLP_ROWS)
         added = [self._down.added_to(rows, ops.silu_gate(self._gate_up(self._mlp_norm(rows))), gate) for rows in pieces]
         return added[0] if len(added) == 1 else torch.cat(added)
 
