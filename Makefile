@@ -58,7 +58,7 @@ verify: check test  ## what takes longer: Meta's code, committed accuracies, ran
 	$(MAKE) test-floor test-newest
 	PATH="$(abspath $(BIN)):$$PATH" scripts/verify_wheel.sh
 	$(MAKE) check-sanitize verify-meta verify-attack verify-cuda-build
-	$(BIN)/python -m pytest --device pretend --hypothesis-profile few --timeout 900 tests/ops \
+	$(BIN)/python -m pytest --device pretend --hypothesis-profile few --timeout 900 -k "not opcheck" tests/ops \
 		tests/model/test_bucketed_decode.py
 	scripts/verify_deployment.sh
 	$(BIN)/python scripts/verify_walkthrough.py

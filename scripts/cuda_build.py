@@ -66,9 +66,10 @@ def build(include: Path) -> None:
     }
     options = [f"-D{name}={value}" for name, value in settings.items()]
     environment = {**os.environ, "CI": "1"}  # a warning is an error
-    quiet = {"cwd": ROOT, "env": environment, "check": True, "stdout": subprocess.DEVNULL}
-    subprocess.run(["cmake", "-S", ".", "-B", BUILD, "-G", "Ninja", *options], **quiet)
-    subprocess.run(["cmake", "--build", BUILD, "--target", "_ops_cuda", "_ops_cpu"], **{**quiet, "stdout": None})
+    configure = ["cmake", "-S", ".", "-B", str(BUILD), "-G", "Ninja", *options]
+    subprocess.run(configure, cwd=ROOT, env=environment, check=True, stdout=subprocess.DEVNULL)
+    make = ["cmake", "--build", str(BUILD), "--target", "_ops_cuda", "_ops_cpu"]
+    subprocess.run(make, cwd=ROOT, env=environment, check=True)
 
 
 def include_folder(release: str) -> Path:

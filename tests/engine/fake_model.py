@@ -104,6 +104,7 @@ class FakeModel:
             num_kv_heads=1,
             head_dim=1,
             hidden_size=2,
+            intermediate_size=6,
             tile_size=8,
             patch_size=4,
             max_tiles=4,

@@ -8,6 +8,7 @@ import torch
 
 from tests.engine.fake_model import FakeModel
 from trimserve.engine.memory import (
+    activation_bytes,
     available_bytes,
     default_kv_cache_bytes,
     memory_by_kind,
@@ -62,6 +63,19 @@ def test_the_default_is_what_a_full_batch_can_use() -> None:
     pages = 3 * (2 * 8 + 3 * 5)
     assert default_kv_cache_bytes(INFO, 3, 2**40) == pages * 16 * 8 + SCRATCH
     assert prefill_scratch_bytes(INFO) == SCRATCH
+
+
+def test_on_a_gpu_the_rows_of_the_longest_prompt_that_fits_count_and_the_logits_of_a_step() -> None:
+    info = replace(INFO, device="cuda:0", max_model_len=100)
+    row = (5 * info.hidden_size + (info.num_heads + 2 * info.num_kv_heads) * info.head_dim) * 4
+    in_mlp, logits = 3 * info.intermediate_size * 4, 3 * info.vocab_size * 8
+    assert activation_bytes(info, 3, 2**40) == 100 * (row + in_mlp) + logits
+    few = 7 * (row + info.self_kv_bytes_per_token)  # the pool holds no more of a prompt
+    assert activation_bytes(info, 3, few) == 7 * (row + in_mlp) + logits
+    assert activation_bytes(INFO, 3, 2**40) == 0
+    assert default_kv_cache_bytes(info, 3, 2**40) - activation_bytes(info, 3, 2**40) == default_kv_cache_bytes(
+        replace(info, device="cpu"), 3, 2**40
+    )
 
 
 def test_the_default_is_half_of_the_memory_where_that_is_less() -> None:

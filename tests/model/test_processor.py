@@ -57,6 +57,7 @@ def info(tokens: TinyTokens) -> ModelInfo:
         num_kv_heads=1,
         head_dim=8,
         hidden_size=8,
+        intermediate_size=24,
         tile_size=TILE,
         patch_size=14,
         max_tiles=4,

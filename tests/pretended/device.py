@@ -109,7 +109,7 @@ class PretendedTensor(Tensor):
         wrapper.host = host
         return wrapper
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"cuda:0 {self.host!r}"
 
     def tolist(self) -> Any:
@@ -147,7 +147,7 @@ class Device(TorchDispatchMode):
         Args:
             num_launches: how many kernels our ops have launched until now.
         """
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._num_launches = num_launches
         self._recording: Recording | None = None
         self.counts = Counts()

@@ -44,7 +44,7 @@ def total(*counters: "dict[str, int]") -> int:
 
 
 def prefill(model: Mllama, gpu: Device, merge_ratio: float = 0.0) -> Counts:
-    """Of a prompt about one image that the device has seen before."""
+    """Of a prompt about one image."""
     return prefilled(model, gpu, merge_ratio)[1]
 
 
@@ -53,10 +53,11 @@ def prefilled(model: Mllama, gpu: Device, merge_ratio: float = 0.0) -> tuple[Ten
     pool = OwnPages(model.info, 2**22)
     prompt = model.prepare(raw("an image<|image|>and words", [noise((2, 2), model.info.tile_size)]))
     trim = TrimPlan.of(TrimRequest(k_ratio=0.1, merge_ratio=merge_ratio))
-    encoded = [run_through(model.encode_image(image, trim.needs)) for image in prompt.images]
-    kv = pool.key_values(len(prompt.token_ids) + 8, encoded[0].num_features)
+    [image] = prompt.images
+    kv = pool.key_values(len(prompt.token_ids) + 8, image.num_tiles * model.info.features_per_tile)
     with gpu.counting() as counts:
-        result = run_through(model.prefill(prompt, encoded, trim, kv))
+        encoded = run_through(model.encode_image(image, trim.needs))
+        result = run_through(model.prefill(prompt, [encoded], trim, kv))
     return result.logits.cpu(), counts
 
 
@@ -124,7 +125,7 @@ def test_a_long_prompt_goes_through_each_mlp_in_pieces(
         longest.append(len(rows))
         return gate(rows)
 
-    monkeypatch.setattr(decoder_layers, "_MLP_ROWS", 3)
+    monkeypatch.setattr(decoder_layers, "MLP_ROWS", 3)
     monkeypatch.setattr(ops, "silu_gate", watched)
     logits, _ = prefilled(model, gpu)
     assert max(longest) == 3

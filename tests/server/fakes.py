@@ -58,6 +58,7 @@ INFO = ModelInfo(
     num_kv_heads=2,
     head_dim=16,
     hidden_size=64,
+    intermediate_size=192,
     tile_size=28,
     patch_size=14,
     max_tiles=4,

@@ -90,6 +90,8 @@ class ModelInfo:
     num_kv_heads: int
     head_dim: int
     hidden_size: int
+    intermediate_size: int
+    """Width of a text layer's MLP."""
     tile_size: int
     """Side of a tile, in pixels."""
     patch_size: int

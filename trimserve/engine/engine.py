@@ -21,6 +21,7 @@ from trimserve.config import EngineConfig
 from trimserve.engine.kv_pool import KVPool
 from trimserve.engine.limits import check_that_it_fits
 from trimserve.engine.memory import (
+    activation_bytes,
     available_bytes,
     check_room_for_adapter,
     default_kv_cache_bytes,
@@ -115,7 +116,7 @@ class Engine:
         wanted: int | None = config.kv_cache_bytes
         if wanted is None:
             wanted = default_kv_cache_bytes(info, config.max_batch, available_bytes(info.device))
-        scratch = prefill_scratch_bytes(info)
+        scratch = prefill_scratch_bytes(info) + activation_bytes(info, config.max_batch, wanted)
         try:
             self.pool = KVPool(info, wanted - scratch, config.kv_layers_per_page)
             """Pages of the running sequences."""

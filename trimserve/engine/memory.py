@@ -11,10 +11,12 @@ from trimserve.engine.cgroup import CGROUPS, OWN_GROUPS, memory_left
 from trimserve.errors import OutOfMemory
 from trimserve.model.adapter_files import WEIGHTS_FILE
 from trimserve.model.key_values import layers_per_page, num_pages
+from trimserve.model.pieces import MLP_ROWS
 from trimserve.ops import PAGE_POSITIONS
 from trimserve.trimming.plan import scratch_bytes
 
 __all__ = [
+    "activation_bytes",
     "available_bytes",
     "check_room_for_adapter",
     "default_kv_cache_bytes",
@@ -113,6 +115,28 @@ def prefill_scratch_bytes(info: ModelInfo) -> int:
     return own + (prefill_scratch_bytes(guide) + guide.vision_scratch_bytes if guide else 0)
 
 
+def activation_bytes(info: ModelInfo, max_batch: int, available: int) -> int:
+    """Bytes that text takes on a GPU for a while, beside keys and values; 0 on a CPU, where they are not counted.
+
+    The rows of the longest prompt that the pool can hold, between the parts of a layer, a piece of them in its MLP,
+    and the logits of the largest step, for which graphs hold memory.
+
+    Args:
+        info: of the model.
+        max_batch: requests that run together.
+        available: for keys and values and all scratch.
+    """
+    if torch.device(info.device).type == "cpu":
+        return 0
+    dtype: torch.dtype = getattr(torch, info.dtype)
+    heads = (info.num_heads + 2 * info.num_kv_heads) * info.head_dim
+    row = (5 * info.hidden_size + heads) * dtype.itemsize  # came in, normed, attended, added, goes out; projected
+    num_rows = min(info.max_model_len, available // (row + info.self_kv_bytes_per_token))
+    in_mlp = min(num_rows, MLP_ROWS) * 3 * info.intermediate_size * dtype.itemsize
+    logits = max_batch * info.vocab_size * (dtype.itemsize + torch.float32.itemsize)
+    return num_rows * row + in_mlp + logits
+
+
 def default_kv_cache_bytes(info: ModelInfo, max_batch: int, available: int) -> int:
     """Bytes for keys, values and the prefill scratch when nobody says: a share of the memory, but no more than helps.
 
@@ -126,5 +150,6 @@ def default_kv_cache_bytes(info: ModelInfo, max_batch: int, available: int) -> i
     groups = (info.num_self_attention_layers, info.max_model_len), (info.num_cross_attention_layers, num_features)
     pages = sum(count // layers * num_pages(positions) for count, positions in groups)
     page_bytes = PAGE_POSITIONS * layers * info.kv_bytes_per_position
-    useful = max_batch * pages * page_bytes + prefill_scratch_bytes(info)
-    return min(useful, int(available * _SHARE[torch.device(info.device).type]))
+    share = int(available * _SHARE[torch.device(info.device).type])
+    scratch = prefill_scratch_bytes(info) + activation_bytes(info, max_batch, share)
+    return min(max_batch * pages * page_bytes + scratch, share)

@@ -4,22 +4,18 @@ Between a layer's parts the loop in `decoder.py` stores keys and values, attends
 knows neither pages nor sequences.
 """
 
-from typing import Final
-
 import torch
 from torch import Tensor
 
 from trimserve import ops
 from trimserve.model.adapters import RowAdapters
 from trimserve.model.attention import attention
+from trimserve.model.pieces import MLP_ROWS
 from trimserve.model.projection import Projection, projection_of
 from trimserve.model.rotary import Rotation
 from trimserve.model.transformers_mllama import CrossLayerParts, NormParts, SelfLayerParts
 
 __all__ = ["CrossLayer", "RmsNorm", "SelfLayer"]
-
-_MLP_ROWS: Final = 4096
-"""Rows of a long prompt go through an MLP in pieces: between its products a row is many times as wide."""
 
 
 class RmsNorm:
@@ -67,7 +63,7 @@ class _Layer:
 
     def _with_mlp(self, hidden: Tensor, adapters: RowAdapters | None, gate: float = 1.0) -> Tensor:
         # Adapters name rows of the whole batch, which is therefore not cut.
-        pieces = hidden.split(_MLP_ROWS) if adapters is None else (hidden,)
+        pieces = hidden.split(MLP_ROWS) if adapters is None else (hidden,)
         added = [self._down.added_to(rows, self._between(rows, adapters), gate, adapters) for rows in pieces]
         return added[0] if len(added) == 1 else torch.cat(added)
 

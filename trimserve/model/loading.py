@@ -176,6 +176,7 @@ def describe_checkpoint(checkpoint: Checkpoint, config: ModelConfig, limits: Eng
         num_kv_heads=text.num_key_value_heads,
         head_dim=head_dim,
         hidden_size=text.hidden_size,
+        intermediate_size=text.intermediate_size,
         tile_size=vision.image_size,
         patch_size=vision.patch_size,
         max_tiles=vision.max_num_tiles,

@@ -70,7 +70,7 @@ class PromptRows:
         """See `Pass.adapters`."""
         self._attended: list[_Attended | int] = []
         """For each prompt that sees an image, in the current layer; its number of rows if nothing is to be decided."""
-        self._slots = [prompt.kv and PromptSlots.of(prompt.kv, prompt.num_rows) for prompt in prompts]
+        self._slots = [None if prompt.kv is None else PromptSlots.of(prompt.kv, prompt.num_rows) for prompt in prompts]
         """Of each prompt; None if it stores nothing."""
         for kv in (prompt.kv for prompt in prompts if prompt.kv is not None):
             kv.cross_lengths[:] = [0] * len(kv.cross_lengths)

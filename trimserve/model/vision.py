@@ -23,6 +23,7 @@ from trimserve.model.interruptible import Interruptible
 from trimserve.model.prepared import PreparedImage
 from trimserve.model.projection import projection_of
 from trimserve.model.transformers_mllama import MllamaForConditionalGeneration, VisionLayerParts, vision_parts
+from trimserve.model.upload import upload, upload_ids
 from trimserve.model.vision_observer import VisionObserver
 from trimserve.trimming.encoded_image import EncodedImage, Observation
 
@@ -92,9 +93,10 @@ class VisionEncoder:
             `cross_attention_states` of the real tiles in the model's dtype, and what was noted.
         """
         vision = self._vision
-        aspect_ratio_ids = torch.tensor([[prepared.aspect_ratio_id]], device=self._device)
-        tiles = self._embed(prepared.pixel_values, aspect_ratio_ids)
-        image = self._rows_of(prepared, needs, RowAdapters.alike(adapter))
+        aspect_ratio_ids = upload_ids([prepared.aspect_ratio_id], self._device)[None]
+        pixel_values = upload(prepared.pixel_values.numpy(), self._device)
+        tiles = self._embed(pixel_values, aspect_ratio_ids)
+        image = self._rows_of(pixel_values[: prepared.num_tiles], needs, RowAdapters.alike(adapter))
         order = _real_rows_first(tiles, prepared.num_tiles, vision.num_patches)
 
         hidden, intermediate = yield from _run(self._local_layers, tiles.flatten(0, 2)[order], image, self._collected)
@@ -113,11 +115,12 @@ class VisionEncoder:
     def _device(self) -> torch.device:
         return self._vision.projector.weight.device
 
-    def _rows_of(self, image: PreparedImage, needs: frozenset[Observation], adapters: RowAdapters | None) -> ImageRows:
-        num_patches = self._vision.num_patches
-        observer = VisionObserver(needs, image.num_tiles, num_patches, len(self._local_layers))
-        observer.sees(image.pixel_values[: image.num_tiles].to(self._device))
-        return ImageRows(image.num_tiles * num_patches, observer, adapters)
+    def _rows_of(self, pixel_values: Tensor, needs: frozenset[Observation], adapters: RowAdapters | None) -> ImageRows:
+        """Of the real tiles, [tiles, 3, tile_size, tile_size]."""
+        num_patches, num_tiles = self._vision.num_patches, len(pixel_values)
+        observer = VisionObserver(needs, num_tiles, num_patches, len(self._local_layers))
+        observer.sees(pixel_values)
+        return ImageRows(num_tiles * num_patches, observer, adapters)
 
     def _embed(self, pixel_values: Tensor, aspect_ratio_ids: Tensor) -> Tensor:
         """Patches, class token and position embeddings, rows padded to the alignment.
@@ -130,7 +133,7 @@ class VisionEncoder:
         """
         vision = self._vision
         weight = vision.patch_embedding.weight
-        patches = vision.patch_embedding(pixel_values.to(weight.device, weight.dtype)).flatten(2).transpose(1, 2)
+        patches = vision.patch_embedding(pixel_values.to(weight.dtype)).flatten(2).transpose(1, 2)
         patches = vision.pre_tile_positional_embedding(patches[None], aspect_ratio_ids)[0]
         hidden = vision.apply_class_embedding(patches)[None]
         hidden = vision.layernorm_pre(vision.gated_positional_embedding(hidden, aspect_ratio_ids))
