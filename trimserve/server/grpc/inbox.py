@@ -127,7 +127,7 @@ class Inbox:
 
 
 async def _next(read: Reader) -> bytes:
-    data: bytes = await read()
-    if data is grpc.aio.EOF:
+    received: object = await read()
+    if not isinstance(received, bytes):  # gRPC's end of a stream
         raise InvalidRequest("request", "must be sent, got none")
-    return data
+    return received
