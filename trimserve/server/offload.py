@@ -56,7 +56,7 @@ class Offload:
 
 
 def _give_back() -> None:
-    """Errors of refused requests are cycles, which Python frees late; glibc keeps what was freed, unless it is asked."""
+    """Errors of refused requests are cycles, which Python frees late; glibc keeps what was freed until it is asked."""
     gc.collect()  # what a server has loaded is frozen, so this looks at little
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have none
     if trim is not None:
