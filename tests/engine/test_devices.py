@@ -110,7 +110,8 @@ def requests_of(policy: str) -> list[GenerationRequest]:
     """One that is trimmed by a policy, and one of text."""
     parameters = PARAMETERS.get(policy, {})
     trim = TrimRequest(policy=policy, k_ratio=0.1, merge_ratio=0.2, return_selection=True, parameters=parameters)
-    return [GenerationRequest("a", TWO, SAMPLED, trim), MIX[0]]
+    few = replace(SAMPLED, max_new_tokens=5)
+    return [GenerationRequest("a", TWO, few, trim), replace(MIX[0], sampling=few)]
 
 
 @pytest.mark.parametrize("policy", POLICIES)
