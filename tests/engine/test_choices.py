@@ -1,11 +1,14 @@
 """Several answers of one prompt: read once, held once, and each of them what it is alone."""
 
+from contextlib import aclosing
 from dataclasses import replace
 
 import pytest
 
+from tests.engine.driving import collect, held_bytes, running
 from tests.engine.fake_model import IMAGE, LOGITS_ARE_NAN, FakeModel, request
 from tests.engine.stepping import Output, alone, deltas, finished, make_engine, start
+from tests.patience import soon, until
 from trimserve.api.chunks import Finished, FinishReason, Started
 from trimserve.api.prompt import ImageFile, TokenPrompt
 from trimserve.api.request import GenerationRequest
@@ -144,3 +147,22 @@ def test_a_preempted_answer_reads_its_own_tokens_only_while_another_has_the_prom
     run_to_the_end(engine)
     assert engine.num_recomputed_tokens == 5
     assert_each_is_what_it_is_alone(output, several(2))
+
+
+async def test_the_stream_ends_when_every_answer_has() -> None:
+    wanted = several(4, stop_token_ids=tuple(range(32, 64)))
+    async with running(FakeModel()) as runner:
+        output: Output = [*await soon(collect(runner, wanted))]
+        assert (runner.status().num_running, held_bytes(runner)) == (0, 0)
+    assert_each_is_what_it_is_alone(output, wanted)
+
+
+async def test_a_client_that_goes_frees_the_pages_of_all_answers() -> None:
+    async with running(FakeModel(), max_batch=4) as runner:
+        async with aclosing(runner.submit(several(4, max_new_tokens=100))) as chunks:
+            async for chunk in chunks:
+                if isinstance(chunk, Started):
+                    assert runner.status().pixel_bytes > 0
+                    break
+        await until(lambda: held_bytes(runner) == 0)
+        assert (runner.status().num_running, runner.status().pixel_bytes) == (0, 0)
