@@ -68,14 +68,16 @@ def make_server(backend: Backend, config: Config) -> Server:
     return Server(core, transports)
 
 
-def in_process_server(model: ModelConfig | None = None, engine: EngineConfig | None = None) -> InProcessServer:
+def in_process_server(
+    model: ModelConfig | None = None, engine: EngineConfig | None = None, *, with_http: bool = False
+) -> InProcessServer:
     """A server in a thread of this process, on a free port of loopback, without metrics; a context manager.
 
     Args:
         model: names the checkpoint; None is the embedded model.
         engine: its limits; None is the defaults.
+        with_http: open a port of HTTP, too.
     """
-    config = Config(
-        model=model or ModelConfig(), engine=engine or EngineConfig(), server=ServerConfig(port=0, metrics=False)
-    )
+    server = ServerConfig(port=0, http_port=0 if with_http else None, metrics=False)
+    config = Config(model=model or ModelConfig(), engine=engine or EngineConfig(), server=server)
     return InProcessServer(make_server(make_runner(config), config))
