@@ -21,7 +21,7 @@ export PYTHONUNBUFFERED := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test check verify verify-attack check-sanitize verify-meta cuda-check verify-cuda-build test-gpu \
+.PHONY: help build demo test check verify verify-attack check-sanitize verify-http verify-meta cuda-check verify-cuda-build test-gpu \
 	bench-gpu lock update test-floor \
 	test-newest fmt protos docs bench bench-ops clean
 
@@ -57,7 +57,7 @@ verify: check test  ## what takes longer: Meta's code, committed accuracies, ran
 	$(PIP) $(LOCKED) requirements/fuzz.txt && $(BIN)/python scripts/fuzz_convert.py -max_total_time=300
 	$(MAKE) test-floor test-newest
 	PATH="$(abspath $(BIN)):$$PATH" scripts/verify_wheel.sh
-	$(MAKE) check-sanitize verify-meta verify-attack verify-cuda-build
+	$(MAKE) check-sanitize verify-meta verify-attack verify-http verify-cuda-build
 	$(BIN)/python -m pytest --device pretend --hypothesis-profile few --timeout 900 -k "not opcheck" tests/ops \
 		tests/model/test_bucketed_decode.py
 	scripts/verify_deployment.sh
@@ -69,6 +69,9 @@ verify: check test  ## what takes longer: Meta's code, committed accuracies, ran
 
 verify-attack: build  ## attack a server in 4 GiB with all that callers can do, for ten minutes; ATTACK="--seconds 60" for less
 	$(BIN)/python scripts/verify_attack.py $(ATTACK)
+
+verify-http: build  ## a hundred streams over HTTP, beside five hundred idle connections and slow bodies, on a live server
+	$(BIN)/python scripts/verify_http.py
 
 check-sanitize: build  ## run the tests of the ops under AddressSanitizer and UndefinedBehaviorSanitizer
 	PATH="$(abspath $(BIN)):$$PATH" scripts/check_sanitize.sh

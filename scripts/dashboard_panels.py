@@ -302,6 +302,13 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             {"{{reason}}": rate("trimserve_refused_calls_total", by="reason")},
             "Before their message was read: no token, too many, too fast, too large, too late.",
         ),
+        Panel(
+            "HTTP requests",
+            "reqps",
+            {"{{route}} {{status}}": rate("trimserve_http_requests_total", by="route, status")},
+            "In OpenAI's shape; 499 is a client that left.",
+        ),
+        Panel("HTTP connections", "short", {"{{instance}}": series("trimserve_http_connections")}, "Open now."),
         Panel("Health watches", "short", {"{{instance}}": series("trimserve_health_watches")}, "Open now."),
         Panel(
             "Messages in flight",

@@ -27,14 +27,21 @@ FOLDER = ROOT / "requirements"
 TORCH = "torch==2.13.0"
 
 FILES = {
-    "dev.txt": ("pyproject.toml", "--group=dev", "--extra=eval", "--extra=tracing"),
+    "dev.txt": ("pyproject.toml", "--group=dev", "--extra=eval", "--extra=http", "--extra=tracing"),
     # What is served, and what builds it, has the versions that were tested.
-    "serve.txt": ("pyproject.toml", "--extra=tracing", "--constraint=requirements/dev.txt"),
+    "serve.txt": ("pyproject.toml", "--extra=http", "--extra=tracing", "--constraint=requirements/dev.txt"),
     "build.txt": ("--group=build", "--constraint=requirements/dev.txt"),
     "fuzz.txt": ("--group=fuzz", "--constraint=requirements/dev.txt"),
     # Beside what dev.txt has, so that Meta's code runs on the torch and the Pillow that are tested.
     "meta.txt": ("--group=meta", "--no-deps"),
-    "floor.txt": ("pyproject.toml", "--group=dev", "--extra=eval", "--extra=tracing", "--resolution=lowest-direct"),
+    "floor.txt": (
+        "pyproject.toml",
+        "--group=dev",
+        "--extra=eval",
+        "--extra=http",
+        "--extra=tracing",
+        "--resolution=lowest-direct",
+    ),
 }
 """Arguments of `uv pip compile` for each lock file."""
 

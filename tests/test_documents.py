@@ -15,6 +15,7 @@ from trimserve.cli import app
 from trimserve.serve import in_process_server
 from trimserve.server.grpc.services import RPCS
 from trimserve.server.metrics import Metrics
+from trimserve.server.running import InProcessServer
 from trimserve.trimming.policies.table import POLICIES
 
 README = (ROOT / "README.md").read_text()
@@ -31,19 +32,20 @@ OTHER_PROGRAMS = ("buf", "cd", "curl", "docker", "node", "printf", "python", "to
 
 
 @pytest.fixture(scope="module")
-def address() -> Iterator[str]:
-    """Of a server of the embedded model."""
-    with in_process_server() as server:
-        yield server.address
+def server() -> Iterator[InProcessServer]:
+    """Of the embedded model, with HTTP."""
+    with in_process_server(with_http=True) as server:
+        yield server
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/api.md"])
-def test_python_examples_run(document: str, address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("document", ["README.md", "docs/api.md", "docs/http.md"])
+def test_python_examples_run(document: str, server: InProcessServer, monkeypatch: pytest.MonkeyPatch) -> None:
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / document).read_text(), re.DOTALL)
     assert blocks
     monkeypatch.chdir(ROOT)
     for block in blocks:
-        program = block.replace("127.0.0.1:50051", address).replace("photo.jpg", "trimserve/assets/samples/scene.png")
+        program = block.replace("127.0.0.1:50051", server.address).replace("127.0.0.1:8000", str(server.http_address))
+        program = program.replace("photo.jpg", "trimserve/assets/samples/scene.png")
         exec(compile(program, document, "exec"), {})
 
 

@@ -37,8 +37,10 @@ MAY_IMPORT = {
     # the server, which the arrow reaches only through its protocol of an engine
     "server": PLAIN,
     "server/grpc": {*PLAIN, "server", "v1"},
+    # The contract is one for all transports, so its conversion is gRPC's.
+    "server/http": {*PLAIN, "server", "server/grpc", "v1"},
     # outside the arrow
-    "serve": {*PLAIN, *ARROW, "imaging", "server", "server/grpc"},
+    "serve": {*PLAIN, *ARROW, "imaging", "server", "server/grpc", "server/http"},
     "client": {"loopback", "v1"},
     "options": set(),
     "connection": {"client", "options"},
@@ -65,10 +67,12 @@ HOMES = {
     "grpc_health": {"server/grpc"},
     "grpc_reflection": {"server/grpc"},
     "grpc_status": {"server/grpc", "refusal"},
-    "google": {"server/grpc", "refusal", "batch", "commands", "v1"},
+    "google": {"server/grpc", "server/http", "refusal", "batch", "commands", "v1"},
     "prometheus_client": {"server"},
     "opentelemetry": {"server"},
     "structlog": {"server"},
+    "starlette": {"server/http"},
+    "uvicorn": {"server/http"},
     "torch": {*ARROW, "serve", "evaluation", "commands"},
     "transformers": {"model"},
     "huggingface_hub": {"model"},
@@ -93,7 +97,7 @@ MODULES_OF_MLLAMA = {"language_model", "vision_model", "multi_modal_projector", 
 
 def part(*names: str) -> str:
     """The part that a module belongs to, by its dotted name below `trimserve`."""
-    return "server/grpc" if names[:2] == ("server", "grpc") else names[0]
+    return "/".join(names[:2]) if names[:2] in (("server", "grpc"), ("server", "http")) else names[0]
 
 
 def home(path: Path) -> str:

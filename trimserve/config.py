@@ -185,13 +185,18 @@ class ServerConfig(_Knobs):
     host: str = Field(
         default="127.0.0.1",
         min_length=1,
-        description="Address that both ports listen on. Beyond loopback, `tls_cert` or `allow_plaintext` is needed.",
+        description="Address that all ports listen on. Beyond loopback, `tls_cert` or `allow_plaintext` is needed.",
     )
     port: Port = Field(default=50051, description="Port of gRPC; 0 is any free one.")
+    http_port: Port | None = Field(
+        default=None,
+        description="Port of HTTP in the shape of OpenAI's API, with the same limits, tokens and TLS; 0 is any free "
+        "one, unset is none. Needs `pip install 'trimserve[http]'`.",
+    )
     tls_cert: Path | None = Field(
         default=None,
-        description="PEM file with the certificate chain of the gRPC port, which then takes TLS only. Like the other "
-        "files of this section, it is read again when it changes.",
+        description="PEM file with the certificate chain of the gRPC and the HTTP port, which then take TLS only. Like "
+        "the other files of this section, it is read again when it changes.",
     )
     tls_key: Path | None = Field(
         default=None, validate_default=True, description="PEM file with the unencrypted key of `tls_cert`."
@@ -217,7 +222,8 @@ class ServerConfig(_Knobs):
     max_message_bytes: int = Field(
         default=64 * 2**20,
         ge=4096,
-        description="Bytes of one gRPC message, either way; more is RESOURCE_EXHAUSTED.",
+        description="Bytes of one gRPC message, either way, and of the body of an HTTP request; more is "
+        "RESOURCE_EXHAUSTED.",
     )
     max_message_bytes_in_flight: ByteSize = Field(
         default=ByteSize(2**30),
@@ -277,6 +283,13 @@ class ServerConfig(_Knobs):
         "traces. Needs `pip install 'trimserve[tracing]'`; OpenTelemetry's own variables (`OTEL_*`) set the rest.",
     )
 
+    @field_validator("http_port")
+    @classmethod
+    def _has_uvicorn(cls, port: int | None) -> int | None:
+        if port is not None:
+            _check_installed("uvicorn", "HTTP needs `pip install 'trimserve[http]'`")
+        return port
+
     @field_validator("tls_key", "tls_client_ca")
     @classmethod
     def _needs_a_certificate(cls, path: Path | None, info: ValidationInfo) -> Path | None:
@@ -307,10 +320,7 @@ class ServerConfig(_Knobs):
     @classmethod
     def _has_opentelemetry(cls, endpoint: str | None) -> str | None:
         if endpoint is not None:
-            try:
-                distribution("opentelemetry-exporter-otlp-proto-grpc")
-            except PackageNotFoundError:
-                raise ValueError("traces need `pip install 'trimserve[tracing]'`") from None
+            _check_installed("opentelemetry-exporter-otlp-proto-grpc", "traces need `pip install 'trimserve[tracing]'`")
         return endpoint
 
 
@@ -320,3 +330,10 @@ class Config(_Knobs):
     model: ModelConfig = Field(default=ModelConfig(), description="The checkpoint.")
     engine: EngineConfig = Field(default=EngineConfig(), description="The engine.")
     server: ServerConfig = Field(default=ServerConfig(), description="The server.")
+
+
+def _check_installed(package: str, complaint: str) -> None:
+    try:
+        distribution(package)
+    except PackageNotFoundError:
+        raise ValueError(complaint) from None

@@ -14,6 +14,7 @@
     │   └── TooFast        a client asks for more in a minute than it may
     ├── EngineStopped      starting, draining or dead: another replica may serve it
     ├── DeadlinePassed     the request's deadline came before its end
+    │   └── MessageLate    its message did not arrive in time
     ├── RequestFailed      this request failed inside the model; others are not affected
     ├── CheckpointError    a checkpoint that cannot be served as it is: refused at load time
     │   └── AdapterError   the same of an adapter: refused at load time, or when it is loaded by an RPC
@@ -22,7 +23,8 @@
     ├── CredentialsError   files of certificates or tokens that cannot be used: refused at start
     └── CannotListen       a port is taken, or the host is not ours: refused at start
 
-`server/grpc/statuses.py` has the one table from these to gRPC status codes. This file knows nothing about gRPC.
+`server/grpc/statuses.py` has the one table from these to gRPC's codes, `server/http/statuses.py` the one to HTTP's.
+This file knows nothing about either.
 """
 
 __all__ = [
@@ -35,6 +37,7 @@ __all__ = [
     "EngineBusy",
     "EngineStopped",
     "InvalidRequest",
+    "MessageLate",
     "MessageTooLarge",
     "OutOfMemory",
     "PermissionDenied",
@@ -182,6 +185,10 @@ class DeadlinePassed(TrimserveError):
     """The request's deadline passed while it was queued or running."""
 
     reason = "DEADLINE_PASSED"
+
+
+class MessageLate(DeadlinePassed):
+    """The client did not send its message within the time for it."""
 
 
 class RequestFailed(TrimserveError):

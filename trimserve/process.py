@@ -26,6 +26,8 @@ class ServerProcess:
     metrics_address: str
     """`HOST:PORT` of `/metrics`, `/healthz` and `/readyz`."""
     pid: int
+    http_address: str | None = None
+    """`HOST:PORT` of HTTP in OpenAI's shape; None if it is off."""
 
     def metrics(self) -> dict[str, float]:
         """The series of `/metrics`: value by name with labels."""
@@ -67,9 +69,10 @@ def server_process(*options: str, log: Path | None = None) -> Iterator[ServerPro
     ):
         try:
             assert process.stdout is not None
-            found = re.search(r"gRPC on (\S+), metrics on (\S+)", process.stdout.readline())
+            line = process.stdout.readline()
+            found = re.search(r"gRPC on (\S+), metrics on ([^\s,]+)(?:, HTTP on (\S+))?", line)
             if found is not None:
-                yield ServerProcess(found[1], found[2], process.pid)
+                yield ServerProcess(found[1], found[2], process.pid, found[3])
         finally:
             process.terminate()
             process.communicate()

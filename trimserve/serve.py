@@ -18,6 +18,7 @@ from trimserve.server.lifecycle import Server
 from trimserve.server.metrics import Metrics
 from trimserve.server.running import InProcessServer
 from trimserve.server.tracing import Tracing
+from trimserve.server.transport import Transport
 from trimserve.trimming.policies.table import POLICIES
 
 __all__ = ["in_process_server", "make_runner", "make_server"]
@@ -59,17 +60,24 @@ def make_server(backend: Backend, config: Config) -> Server:
         gate=Gate(config.server, SERVICES, metrics, GRANTED_BY_NAME),
         tracing=None if endpoint is None else Tracing(endpoint),
     )
-    return Server(core, [GrpcTransport(core)])
+    transports: list[Transport] = [GrpcTransport(core)]
+    if config.server.http_port is not None:
+        from trimserve.server.http.server import HttpTransport  # its libraries are optional
+
+        transports.append(HttpTransport(core))
+    return Server(core, transports)
 
 
-def in_process_server(model: ModelConfig | None = None, engine: EngineConfig | None = None) -> InProcessServer:
+def in_process_server(
+    model: ModelConfig | None = None, engine: EngineConfig | None = None, *, with_http: bool = False
+) -> InProcessServer:
     """A server in a thread of this process, on a free port of loopback, without metrics; a context manager.
 
     Args:
         model: names the checkpoint; None is the embedded model.
         engine: its limits; None is the defaults.
+        with_http: open a port of HTTP, too.
     """
-    config = Config(
-        model=model or ModelConfig(), engine=engine or EngineConfig(), server=ServerConfig(port=0, metrics=False)
-    )
+    server = ServerConfig(port=0, http_port=0 if with_http else None, metrics=False)
+    config = Config(model=model or ModelConfig(), engine=engine or EngineConfig(), server=server)
     return InProcessServer(make_server(make_runner(config), config))

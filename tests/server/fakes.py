@@ -176,6 +176,9 @@ class FakeRunner:
             raise EngineStopped("the fake has not started")
         return INFO
 
+    def token_bytes(self, token_ids: Iterable[int]) -> tuple[bytes, ...]:
+        return tuple(f"<{token_id}>".encode() for token_id in token_ids)
+
     def watch_steps(self, listener: StepListener) -> None:
         self.step_listeners.append(listener)
 

@@ -39,7 +39,8 @@ def serve(*, config: Config) -> None:
     def announce(serving: "Server") -> None:
         metrics = f"metrics on {serving.metrics_address}" if serving.metrics_address else "no metrics"
         ready = f"ready after {time.monotonic() - begin:.1f} s"
-        print(f"trimserve {__version__}: gRPC on {serving.address}, {metrics} ({ready})", flush=True)
+        http = f", HTTP on {serving.http_address}" if serving.http_address else ""
+        print(f"trimserve {__version__}: gRPC on {serving.address}, {metrics}{http} ({ready})", flush=True)
 
     server = make_server(make_runner(config), config)
     asyncio.run(running.serve(server, on_serving=announce))

@@ -7,9 +7,15 @@ Special tokens give no text. It knows nothing about why generation ends otherwis
 from collections.abc import Sequence
 
 from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
+from tokenizers.decoders import ByteLevel, DecodeStream
 
-__all__ = ["Detokenizer"]
+__all__ = ["Detokenizer", "token_bytes"]
+
+_PRINTABLE = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
+_BYTES = {chr(byte): byte for byte in _PRINTABLE} | {
+    chr(0x100 + place): byte for place, byte in enumerate(byte for byte in range(256) if byte not in _PRINTABLE)
+}
+"""Bytes by the characters that stand for them in the vocabulary of a byte-level tokenizer, as GPT-2 chose them."""
 
 
 class Detokenizer:
@@ -84,3 +90,22 @@ class Detokenizer:
             if any(stop.startswith(text[-count:]) for stop in self._stop_strings):
                 return count
         return 0
+
+
+def token_bytes(tokenizer: Tokenizer, token_id: int) -> bytes:
+    """What a token adds to a text, in UTF-8; nothing if the tokenizer does not know it.
+
+    Args:
+        tokenizer: of the model; one that is not byte-level decodes each token alone.
+        token_id: special ones are their own names.
+    Returns:
+        A part of a code point where the token is no more.
+    """
+    token = tokenizer.id_to_token(token_id)
+    if token is None:
+        return b""
+    if not isinstance(tokenizer.decoder, ByteLevel):
+        return tokenizer.decode([token_id], skip_special_tokens=False).encode()
+    if all(character in _BYTES for character in token):
+        return bytes(_BYTES[character] for character in token)
+    return token.encode()  # added to the vocabulary as it is

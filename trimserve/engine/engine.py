@@ -8,7 +8,7 @@ it knows no tensor, thread, event loop or wire. Its owner calls `step()`; chunks
 import itertools
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +18,7 @@ from trimserve.api.info import ModelInfo
 from trimserve.api.request import GenerationRequest
 from trimserve.api.status import StepListener
 from trimserve.config import EngineConfig
+from trimserve.engine.detokenizer import token_bytes
 from trimserve.engine.kv_pool import KVPool
 from trimserve.engine.limits import check_that_it_fits
 from trimserve.engine.memory import (
@@ -162,6 +163,10 @@ class Engine:
             return Sequence(request, token_ids, self.info, tokenizer, sink, submitted_at, deadline, images_taken)
 
         return Preparation(self._processor, request.prompt, make, self._check_that_it_fits)
+
+    def token_bytes(self, token_ids: Iterable[int]) -> tuple[bytes, ...]:
+        """What each token adds to a text; see `detokenizer.token_bytes`."""
+        return tuple(token_bytes(self._processor.tokenizer, token_id) for token_id in token_ids)
 
     def prepare(
         self, request: GenerationRequest, sink: Sink, submitted_at: float, deadline: float | None = None

@@ -14,7 +14,7 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Collection, Mapping
+from collections.abc import AsyncGenerator, Callable, Collection, Iterable, Mapping
 from contextlib import aclosing, suppress
 from functools import partial
 from pathlib import Path
@@ -101,6 +101,10 @@ class Runner:
             EngineStopped: it is not loaded yet.
         """
         return self._loaded.info
+
+    def token_bytes(self, token_ids: Iterable[int]) -> tuple[bytes, ...]:
+        """What each token adds to a text; see `detokenizer.token_bytes`."""
+        return self._loaded.token_bytes(token_ids)
 
     def watch_steps(self, listener: StepListener) -> None:
         """Tell a listener of every decode step, on the engine's thread; to be called before `start`."""

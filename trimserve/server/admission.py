@@ -3,6 +3,7 @@
 from contextvars import ContextVar
 from types import TracebackType
 
+from trimserve.api.chunks import GenerationChunk, Started, TokenDelta
 from trimserve.errors import InvalidRequest
 from trimserve.server.message_bytes import Hold
 from trimserve.server.rates import Rates
@@ -57,9 +58,14 @@ class Admission:
         if self._hold is not None:
             self._hold.shrink(0)
 
-    def used_tokens(self, num_tokens: int) -> None:
-        """Tokens were read or drawn for it."""
-        self._rates.spend(self.caller, "tokens_per_minute", num_tokens)
+    def saw(self, chunk: GenerationChunk) -> None:
+        """Count the tokens of its answer, and let go of its message once its images are with the engine."""
+        match chunk:
+            case TokenDelta():
+                self._rates.spend(self.caller, "tokens_per_minute", len(chunk.token_ids))
+            case Started():
+                self._rates.spend(self.caller, "tokens_per_minute", chunk.num_prompt_tokens)
+                self.release_message()
 
     def check_priority(self, priority: int) -> None:
         """Check that its client may ask for a priority.

@@ -1,6 +1,6 @@
 """What the server needs of an engine: the protocol that `engine/runner.py` satisfies, and a fake in tests."""
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -22,6 +22,13 @@ class Backend(Protocol):
 
         Raises:
             EngineStopped: it is not loaded yet.
+        """
+
+    def token_bytes(self, token_ids: Sequence[int]) -> tuple[bytes, ...]:
+        """What each token adds to a text, in UTF-8; a part of a code point where a token is no more.
+
+        Raises:
+            EngineStopped: the model is not loaded yet.
         """
 
     def watch_steps(self, listener: StepListener) -> None:

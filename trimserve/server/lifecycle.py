@@ -71,6 +71,11 @@ class Server:
         return self._transports[0].address
 
     @property
+    def http_address(self) -> str | None:
+        """`HOST:PORT` of the second transport, HTTP, once it listens; None if it is off."""
+        return self._transports[1].address if len(self._transports) > 1 else None
+
+    @property
     def metrics_address(self) -> str | None:
         """`HOST:PORT` of `/metrics`, `/healthz` and `/readyz`; None if they are off."""
         server = self._metrics_server

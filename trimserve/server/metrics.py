@@ -20,6 +20,7 @@ from trimserve.server.process_metrics import ProcessMetrics
 __all__ = ["NO_POLICY", "RPC_CODES", "STAGES", "Metrics"]
 
 METHODS = ("Generate", "GenerateStream")
+"""Of HTTP, too: a whole answer counts as `Generate`, a streamed one as `GenerateStream`."""
 TRIMMING = ("on", "off")
 NO_POLICY = "none"
 STAGES = {
@@ -194,6 +195,12 @@ class Metrics(ProcessMetrics):
             {"reason": REFUSALS},
         )
         self.health_watches = self._gauge("trimserve_health_watches", "Health watches that are open now.")
+        self.http_requests = self._counter(
+            "trimserve_http_requests_total",
+            "HTTP requests that were answered, by route and status; 499 means that the client left first.",
+            {"route": (), "status": ()},
+        )
+        self.http_connections = self._gauge("trimserve_http_connections", "Connections of the HTTP port.")
         self.message_bytes_in_flight = self._gauge(
             "trimserve_message_bytes_in_flight",
             "Bytes of requests that are held now, and room set aside for those that are arriving.",

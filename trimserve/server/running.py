@@ -59,7 +59,7 @@ async def _serve_until(is_over: asyncio.Future[Any], server: Server, on_serving:
     """Listen, warm up, serve and close; `is_over` may be done at any time, even before warm-up is."""
     try:
         await server.listen()
-        log.info("listening", extra={"address": server.address, "metrics": server.metrics_address})
+        log.info("listening", extra=_addresses(server))
         warm_up = asyncio.ensure_future(server.warm_up())
         await asyncio.wait((warm_up, is_over), return_when=asyncio.FIRST_COMPLETED)
         if warm_up.done():
@@ -74,6 +74,11 @@ async def _serve_until(is_over: asyncio.Future[Any], server: Server, on_serving:
                 await warm_up
     finally:
         await server.stop()
+
+
+def _addresses(server: Server) -> dict[str, str | None]:
+    http = {} if server.http_address is None else {"http": server.http_address}
+    return {"address": server.address, **http, "metrics": server.metrics_address}
 
 
 @asynccontextmanager
@@ -109,7 +114,7 @@ class InProcessServer:
             server: not listening.
         """
         self._server = server
-        self._ready: concurrent.futures.Future[tuple[str, str | None]] = concurrent.futures.Future()
+        self._ready: concurrent.futures.Future[tuple[str, str | None, str | None]] = concurrent.futures.Future()
         self._is_over: concurrent.futures.Future[None] = concurrent.futures.Future()
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), name="trimserve-server", daemon=True)
@@ -145,13 +150,18 @@ class InProcessServer:
         return self._ready.result()[0]
 
     @property
+    def http_address(self) -> str | None:
+        """`HOST:PORT` of HTTP; None if it is off."""
+        return self._ready.result()[1]
+
+    @property
     def metrics_address(self) -> str | None:
         """`HOST:PORT` of `/metrics`, `/healthz` and `/readyz`; None if they are off."""
-        return self._ready.result()[1]
+        return self._ready.result()[2]
 
     async def _serve(self) -> None:
         def announce(server: Server) -> None:
-            self._ready.set_result((server.address, server.metrics_address))
+            self._ready.set_result((server.address, server.http_address, server.metrics_address))
 
         try:
             await _serve_until(asyncio.wrap_future(self._is_over), self._server, announce)

@@ -9,7 +9,6 @@ from typing import Any
 from grpc.aio import ServicerContext
 
 from trimserve.api.adapter import LoadedAdapter
-from trimserve.api.chunks import GenerationChunk, Started, TokenDelta
 from trimserve.api.info import ModelInfo
 from trimserve.api.request import GenerationRequest
 from trimserve.errors import InvalidRequest
@@ -98,7 +97,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
             async with aclosing(chunks):
                 async for chunk in chunks:
                     observer.saw(chunk)
-                    _account(chunk, admission)
+                    admission.saw(chunk)
                     yield writer.event(chunk)
         except BaseException as error:
             observer.failed(error, is_past_deadline=deadline.has_passed())
@@ -109,16 +108,6 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
     ) -> GenerationRequest:
         convert_now = partial(to_generation_request, request, info, self._config.engine)
         return convert_now() if admission.held_bytes <= SMALL_BYTES else await self._offload.run(convert_now)
-
-
-def _account(chunk: GenerationChunk, admission: Admission) -> None:
-    """Count a chunk's tokens for its client, and let go of the message once its images are with the engine."""
-    match chunk:
-        case TokenDelta():
-            admission.used_tokens(len(chunk.token_ids))
-        case Started():
-            admission.used_tokens(chunk.num_prompt_tokens)
-            admission.release_message()
 
 
 class ModelService(model_pb2_grpc.ModelServiceServicer):

@@ -1,0 +1,293 @@
+"""Chat completions through the `openai` client: what is asked arrives, and what is answered comes back."""
+
+import asyncio
+import base64
+import json
+from typing import Any
+
+import openai
+import pytest
+
+from tests.patience import soon
+from tests.server.fakes import CHUNKS, DEFAULTS, DELTAS, FINISHED, INFO, STARTED, FakeRunner, Pause
+from tests.server.http.conftest import Door, open_door
+from trimserve.api.prompt import ChatPrompt, ImageFile, Message, Text
+from trimserve.api.trim import FixedRatio
+from trimserve.errors import (
+    DeadlinePassed,
+    EngineBusy,
+    EngineStopped,
+    InvalidRequest,
+    OutOfMemory,
+    RequestFailed,
+    TrimserveError,
+    UnknownAdapter,
+)
+
+HELLO: list[Any] = [{"role": "user", "content": "Hello"}]
+ANSWER = "".join(delta.text for delta in DELTAS)
+PNG = b"\x89PNG not really"
+IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + base64.b64encode(PNG).decode()}}
+
+
+async def ask(door: Door, **fields: Any) -> Any:
+    """A whole answer."""
+    asked: Any = {"model": "fake", "messages": HELLO, **fields}
+    return await door.client.chat.completions.create(**asked)
+
+
+async def test_a_whole_answer_has_text_usage_and_the_account(door: Door) -> None:
+    answer = await ask(door)
+    (choice,) = answer.choices
+    assert (choice.message.role, choice.message.content, choice.finish_reason) == ("assistant", ANSWER, "stop")
+    assert (answer.object, answer.model, answer.system_fingerprint) == ("chat.completion", "fake", INFO.revision)
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens, answer.usage.total_tokens) == (20, 3, 23)
+    account = answer.trimserve
+    assert account["cross_kv_bytes"]["held"] == FINISHED.cross_kv.held
+    assert account["images"][0]["kept_features"] == STARTED.images[0].kept_features
+    assert (account["seed"], account["matched_stop"]) == (STARTED.seed, "\n")
+    assert base64.b64decode(account["selections"][0]["kept"]) == STARTED.selections[0].kept
+
+
+async def test_a_stream_joined_is_the_whole_answer(door: Door) -> None:
+    chunks = [chunk async for chunk in await ask(door, stream=True, stream_options={"include_usage": True})]
+    texts = [choice.delta.content or "" for chunk in chunks for choice in chunk.choices]
+    assert "".join(texts) == ANSWER
+    assert chunks[0].choices[0].delta.role == "assistant"
+    *_, last, usage = chunks
+    assert (last.choices[0].finish_reason, last.usage) == ("stop", None)
+    assert (usage.choices, usage.usage.total_tokens) == ([], 23)
+    assert last.trimserve == (await ask(door)).trimserve
+    assert len({chunk.id for chunk in chunks}) == 1
+
+
+async def test_a_stream_has_no_usage_unless_it_is_asked_for(door: Door) -> None:
+    chunks = [chunk async for chunk in await ask(door, stream=True)]
+    assert all(chunk.choices and chunk.usage is None for chunk in chunks)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_logprobs_have_an_entry_for_each_token(door: Door, stream: bool) -> None:
+    answer = await ask(door, logprobs=True, top_logprobs=2, stream=stream)
+    choices = [choice async for chunk in answer for choice in chunk.choices] if stream else answer.choices
+    entries = [entry for choice in choices if choice.logprobs for entry in choice.logprobs.content]
+    assert [(entry.token, entry.logprob) for entry in entries] == [("<5>", -0.5), ("<6>", -0.25), ("<9>", -0.75)]
+    assert [(each.token, each.logprob) for each in entries[0].top_logprobs] == [("<5>", -0.5), ("<6>", -1.5)]
+    assert bytes(entries[0].bytes) == b"<5>"
+
+
+async def test_messages_arrive_with_their_roles_parts_and_images(door: Door) -> None:
+    messages = [
+        {"role": "developer", "content": "Be brief"},
+        {"role": "user", "content": [IMAGE, {"type": "text", "text": "What?"}], "name": "Ann"},
+        {"role": "assistant", "content": "A cat", "tool_calls": None, "annotations": []},
+        {"role": "user", "content": ""},
+    ]
+    await ask(door, messages=messages)
+    assert door.runner.requests[0].prompt == ChatPrompt(
+        (
+            Message("system", (Text("Be brief"),)),
+            Message("user", (ImageFile(PNG), Text("What?"))),
+            Message("assistant", (Text("A cat"),)),
+            Message("user", (Text(""),)),
+        )
+    )
+
+
+async def test_sampling_fields_arrive_and_unset_ones_are_the_checkpoints(door: Door) -> None:
+    await ask(door, user="me", metadata={"a": "b"}, tools=[], n=1, response_format={"type": "text"})
+    sampling = door.runner.requests[-1].sampling
+    assert (sampling.temperature, sampling.top_p, sampling.max_new_tokens) == (0.6, 0.9, None)
+    await ask(
+        door,
+        temperature=1,
+        top_p=0.5,
+        max_completion_tokens=7,
+        presence_penalty=0.5,
+        frequency_penalty=-0.5,
+        logit_bias={"5": -100, "6": 1.5},
+        seed=2**64 - 1,
+        stop=["a", "b"],
+        logprobs=True,
+        extra_body={"top_k": 3, "min_p": 0.1, "repetition_penalty": 2, "min_tokens": 2, "ignore_eos": True},
+    )
+    sampling = door.runner.requests[-1].sampling
+    assert (sampling.temperature, sampling.top_p, sampling.max_new_tokens, sampling.min_new_tokens) == (1, 0.5, 7, 2)
+    assert (sampling.presence_penalty, sampling.frequency_penalty) == (0.5, -0.5)
+    assert (sampling.logit_bias, sampling.seed, sampling.stop_strings) == ({5: -100, 6: 1.5}, 2**64 - 1, ("a", "b"))
+    assert (sampling.top_k, sampling.min_p, sampling.repetition_penalty, sampling.ignore_eos) == (3, 0.1, 2, True)
+    assert sampling.num_top_logprobs == 0
+    assert DEFAULTS.temperature == 0.6
+
+
+async def test_the_extension_sets_trimming_priority_and_deadline(door: Door) -> None:
+    trim = {"k_ratio": 0.25, "budget": {"ratio": 0.5}, "return_selection": True}
+    await ask(door, extra_body={"trimserve": {"trim": trim, "priority": 5, "timeout_seconds": 60}})
+    request = door.runner.requests[0]
+    assert (request.trim.k_ratio, request.trim.budget, request.trim.return_selection) == (0.25, FixedRatio(0.5), True)
+    assert request.priority == 5
+    assert door.runner.deadlines[0] is not None
+    await ask(door, extra_body={"trimserve": {"trim": {"mode": "TRIM_MODE_OFF"}}})
+    assert not door.runner.requests[1].trim.enabled
+
+
+async def test_an_adapter_is_named_as_the_model(door: Door) -> None:
+    await door.server._core.backend.load_adapter("birds", None)  # type: ignore[arg-type]  # the fake reads no folder
+    answer = await ask(door, model="birds")
+    assert (answer.model, door.runner.requests[0].adapter) == ("birds", "birds")
+    assert [model.id async for model in door.client.models.list()] == ["fake", "birds"]
+    assert (await door.client.models.retrieve("birds")).id == "birds"
+
+
+def part(content: object) -> dict[str, object]:
+    """Fields with a message of one part."""
+    return {"messages": [{"role": "user", "content": [content]}]}
+
+
+def url(address: object) -> dict[str, object]:
+    """Fields with an image."""
+    return part({"type": "image_url", "image_url": {"url": address}})
+
+
+REFUSED: list[tuple[dict[str, object], str, str]] = [
+    ({"messages": []}, "messages", "at least 1"),
+    ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role", "'tool'"),
+    ({"messages": [{"role": "user"}]}, "messages[0].content", "null"),
+    ({"messages": [{"role": "user", "content": []}]}, "messages[0].content", "at least 1"),
+    ({"messages": [{"role": "user", "content": "x", "tool_calls": [{}]}]}, "messages[0].tool_calls", "not supported"),
+    (part({"type": "input_audio"}), "messages[0].content[0].type", "input_audio"),
+    (part({"type": "text", "text": 5}), "messages[0].content[0].text", "string"),
+    (url("https://example.com/cat.png"), "messages[0].content[0].image_url.url", "no address is fetched"),
+    (url("file:///etc/passwd"), "messages[0].content[0].image_url.url", "no address is fetched"),
+    (url("data:image/png;base64,?"), "messages[0].content[0].image_url.url", "base64"),
+    (url("data:image/png;base64,"), "messages[0].content[0].image_url.url", "bytes"),
+    (url("data:image/png;base64," + "AAAA" * 400), "messages[0].content[0].image_url.url", "1000 bytes"),
+    ({"temperature": -1}, "temperature", "[0, 100]"),
+    ({"temperature": "hot"}, "temperature", "number"),
+    ({"top_p": 0}, "top_p", "(0, 1]"),
+    ({"max_tokens": 0}, "max_completion_tokens", "[1, 128]"),
+    ({"max_tokens": 1, "max_completion_tokens": 2}, "max_tokens", "1 and 2"),
+    ({"n": 2}, "n", "must be 1"),
+    ({"stop": ["x"] * 17}, "stop", "at most 16"),
+    ({"seed": -1}, "seed", "greater than or equal to 0"),
+    ({"logit_bias": {"1000": 1}}, "logit_bias[1000]", "[0, 999]"),
+    ({"logit_bias": {"cat": 1}}, "logit_bias.cat", "integer"),
+    ({"top_logprobs": 2}, "top_logprobs", "logprobs is true"),
+    ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "[0, 20]"),
+    ({"response_format": {"type": "json_object"}}, "response_format.type", "json_object"),
+    ({"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format.type", "json_schema"),
+    ({"tools": [{"type": "function"}]}, "tools", "not supported"),
+    ({"modalities": ["audio"]}, "modalities", "audio"),
+    ({"stream_options": {"include_usage": True}}, "stream_options", "stream is true"),
+    ({"guided_regex": "a*"}, "guided_regex", "not supported"),
+    ({"trimserve": {"trim": {"k_ratio": 2}}}, "trimserve.trim.k_ratio", "(0, 1]"),
+    ({"trimserve": {"trim": {"k": 2}}}, "trimserve.trim", "no field named"),
+    ({"trimserve": {"trim": {"policy": "best"}}}, "trimserve.trim.policy", "must be one of"),
+    ({"trimserve": {"k_ratio": 0.2}}, "trimserve.k_ratio", "not supported"),
+    ({"trimserve": {"priority": 1001}}, "trimserve.priority", "[-1000, 1000]"),
+]
+
+
+@pytest.mark.parametrize(("fields", "param", "words"), REFUSED, ids=[f"{param}-{words}" for _, param, words in REFUSED])
+async def test_what_is_wrong_is_refused_by_its_openai_name(
+    door: Door, fields: dict[str, object], param: str, words: str
+) -> None:
+    own = {name: value for name, value in fields.items() if name == "messages"}
+    with pytest.raises(openai.BadRequestError) as caught:
+        await ask(door, **own, extra_body={name: value for name, value in fields.items() if name not in own})
+    assert (caught.value.param, caught.value.code, caught.value.type) == (
+        param,
+        "INVALID_REQUEST",
+        "invalid_request_error",
+    )
+    assert words in caught.value.message
+    assert not door.runner.requests
+
+
+FAILURES: list[tuple[Exception, type[openai.APIStatusError], str]] = [
+    (InvalidRequest("chat.messages[0].parts[0].image", "broken"), openai.BadRequestError, "INVALID_REQUEST"),
+    (UnknownAdapter("gone"), openai.NotFoundError, "ADAPTER_NOT_FOUND"),
+    (EngineBusy("full", 2.5), openai.RateLimitError, "QUEUE_FULL"),
+    (OutOfMemory("full"), openai.RateLimitError, "OUT_OF_MEMORY"),
+    (EngineStopped("draining"), openai.InternalServerError, "ENGINE_STOPPED"),
+    (DeadlinePassed("late"), openai.InternalServerError, "DEADLINE_PASSED"),
+    (RequestFailed("NaN"), openai.InternalServerError, "REQUEST_FAILED"),
+    (ZeroDivisionError("secret"), openai.InternalServerError, "INTERNAL"),
+]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(("error", "kind", "code"), FAILURES, ids=[code for *_, code in FAILURES])
+async def test_an_error_before_the_answer_is_a_status(
+    error: Exception, kind: type[openai.APIStatusError], code: str, stream: bool
+) -> None:
+    async with open_door(FakeRunner([error])) as door:
+        with pytest.raises(kind) as caught:
+            await ask(door, stream=stream)
+    assert caught.value.code == code
+    assert "secret" not in caught.value.message
+    if isinstance(error, EngineBusy):
+        assert float(caught.value.response.headers["retry-after-ms"]) == error.retry_after_seconds * 1000
+    if isinstance(error, InvalidRequest):
+        assert caught.value.param == "messages[0].content[0].image_url.url"
+
+
+async def test_an_error_within_a_stream_ends_it_with_its_reason() -> None:
+    async with open_door(FakeRunner([*CHUNKS[:2], RequestFailed("NaN")])) as door:
+        with pytest.raises(openai.APIError) as caught:
+            _ = [chunk async for chunk in await ask(door, stream=True)]
+    assert (caught.value.code, caught.value.type) == ("REQUEST_FAILED", "server_error")
+
+
+async def test_an_unknown_model_is_not_found(door: Door) -> None:
+    with pytest.raises(openai.NotFoundError, match="must be one of fake, got 'gpt-7'"):
+        await ask(door, model="gpt-7")
+    with pytest.raises(openai.NotFoundError):
+        await door.client.models.retrieve("gpt-7")
+    with pytest.raises(openai.NotFoundError, match="there is no POST /v1/embeddings"):
+        await door.client.embeddings.create(model="fake", input="x")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_client_that_leaves_ends_its_request(stream: bool) -> None:
+    async with open_door(FakeRunner([*CHUNKS[:2], Pause.UNTIL_RELEASED])) as door:
+        asking = asyncio.ensure_future(ask(door, stream=stream))
+        await soon(door.runner.paused.wait())
+        if stream:
+            await (await asking).close()
+        asking.cancel()
+        await soon(door.runner.cancelled.wait())
+        assert door.runner.num_running == 0
+
+
+async def test_a_hundred_streams_lose_nothing(door: Door) -> None:
+    async def stream() -> str:
+        chunks = await ask(door, stream=True)
+        return "".join([choice.delta.content or "" async for chunk in chunks for choice in chunk.choices])
+
+    assert await asyncio.gather(*(stream() for _ in range(100))) == [ANSWER] * 100
+
+
+async def test_a_stop_lets_the_running_finish_and_refuses_the_rest() -> None:
+    async with open_door(FakeRunner([*CHUNKS[:2], Pause.UNTIL_RELEASED, *CHUNKS[2:]])) as door:
+        asking = asyncio.ensure_future(ask(door))
+        await soon(door.runner.paused.wait())
+        stopping = asyncio.ensure_future(door.server.stop())
+        await asyncio.sleep(0)
+        with pytest.raises((openai.InternalServerError, openai.APIConnectionError)):
+            await ask(door)
+        door.runner.released.set()
+        assert (await asking).choices[0].message.content == ANSWER
+        await stopping
+
+
+async def test_the_request_id_is_the_clients_if_it_has_one(door: Door) -> None:
+    answer = await ask(door, extra_headers={"x-request-id": "mine"})
+    assert (answer.id, answer._request_id, door.runner.requests[0].request_id) == ("chatcmpl-mine", "mine", "mine")
+
+
+def test_every_error_is_json_that_a_client_can_read() -> None:
+    from trimserve.server.http.statuses import STATUS, error_body
+
+    assert STATUS.keys() >= {InvalidRequest, TrimserveError} - {TrimserveError}
+    assert json.dumps(error_body(InvalidRequest("a", "\ud800" * 5000), "id"))
