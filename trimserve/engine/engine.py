@@ -150,10 +150,13 @@ class Engine:
             deadline: `time.monotonic()` after which nobody wants the answer; None for never.
             images_taken: called in `step` when work on the request's images begins.
         """
-        tokenizer = self._processor.tokenizer
+        tokenizer, constraint = self._processor.tokenizer, request.constraint
 
         def make(token_ids: tuple[int, ...]) -> Sequence:
-            return Sequence(request, token_ids, self.info, tokenizer, sink, submitted_at, deadline, images_taken)
+            made = Sequence(request, token_ids, self.info, tokenizer, sink, submitted_at, deadline, images_taken)
+            if constraint is not None:
+                self._executor.compile(constraint)
+            return made
 
         return Preparation(self._processor, request.prompt, make, self._check_that_it_fits)
 
@@ -285,6 +288,8 @@ class Engine:
         if sequence is None:
             return
         error: TrimserveError = RequestFailed(failed.message)
+        if failed.field is not None:
+            error = InvalidRequest(failed.field, failed.message)
         if failed.is_out_of_memory:
             most = self._most_pages(sequence) * self.pool.page_bytes
             error = OutOfMemory(f"{failed.message}: its KV takes up to {most} bytes")

@@ -12,8 +12,11 @@ import torch
 from torch import Tensor
 
 from trimserve.api.adapter import AdapterInfo
+from trimserve.api.constraint import Constraint
 from trimserve.api.info import ModelInfo
-from trimserve.errors import RequestFailed, TrimserveError
+from trimserve.errors import InvalidRequest, TrimserveError
+from trimserve.executor.grammar import Grammars
+from trimserve.executor.guide import Guide, Guides
 from trimserve.executor.image_cache import ImageCache
 from trimserve.executor.model import Model
 from trimserve.executor.out_of_memory import is_out_of_memory
@@ -31,7 +34,7 @@ from trimserve.executor.plan import (
     StepPlan,
     StepResult,
 )
-from trimserve.executor.sampling import SamplingState, sample
+from trimserve.executor.sampling import SampledToken, SamplingState, sample
 from trimserve.model.adapters import Adapter
 from trimserve.model.interruptible import Interruptible
 from trimserve.model.key_values import KeyValues
@@ -52,6 +55,8 @@ class _Sequence:
 
     new: NewSequence
     sampling: SamplingState
+    guide: Guide | None = None
+    """None without a constraint."""
     kv: KeyValues | None = None
     """None before pages are granted."""
     prefill: "Interruptible[tuple[PrefillReport, Tensor]] | None" = None
@@ -87,6 +92,8 @@ class LocalExecutor:
         self._images = ImageCache(image_cache_bytes)
         self._sequences: dict[int, _Sequence] = {}
         self._adapters: dict[str, Adapter] = {}
+        self._grammars = Grammars(model.tokenizer, model.info)
+        self._guides = Guides(self._grammars, model.info)
 
     @property
     def info(self) -> ModelInfo:
@@ -107,6 +114,7 @@ class LocalExecutor:
         """See `Executor.warm_up`."""
         assert self.pages is not None, "pages are allocated first"
         self._model.warm_up_decode(self.pages, max_batch)
+        self._grammars.warm_up()
 
     @torch.inference_mode()
     def load_adapter(self, name: str, folder: Path) -> AdapterInfo:
@@ -128,6 +136,10 @@ class LocalExecutor:
         if image_key:
             self._images.drop(lambda key: key.startswith(image_key))
 
+    def compile(self, constraint: Constraint) -> None:
+        """See `Executor.compile`."""
+        self._grammars.matcher(constraint)
+
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> StepResult:
         """See `Executor.run`."""
@@ -136,7 +148,10 @@ class LocalExecutor:
         for new in plan.new:
             generated = list(new.generated_token_ids)
             state = SamplingState(new.sampling, new.prompt.token_ids, new.end_token_ids, generated)
-            self._sequences[new.sequence] = _Sequence(new, state)
+            guide = None
+            if new.constraint is not None:
+                guide = self._guides.begin(new.constraint, new.sampling, new.end_token_ids, generated)
+            self._sequences[new.sequence] = _Sequence(new, state, guide)
         for grant in plan.pages:
             self._grant(grant)
         step = _Step()
@@ -259,19 +274,34 @@ class LocalExecutor:
         return logits[[end - 1 for end in accumulate(counts)]]
 
     def _draw(self, logits: Tensor, batch: Sequence[_Sequence], step: _Step) -> None:
+        for held in batch:
+            if held.guide is not None:
+                held.sampling.forbidden = self._guides.forbidden(held.guide, len(held.sampling.generated_token_ids))
+        drawn: list[tuple[_Sequence, SampledToken]] = []
         for held, outcome in zip(batch, sample(logits, [held.sampling for held in batch]), strict=True):
-            number = held.new.sequence
-            if isinstance(outcome, RequestFailed):
-                log.error("request failed", exc_info=outcome, extra={"request_id": held.new.request_id})
-                step.failed.append(Failed(number, str(outcome)))
-            else:
+            error = outcome if isinstance(outcome, TrimserveError) else held.guide and held.guide.failure
+            if error is not None:
+                step.failed.append(_failed(held.new, error))
+            elif isinstance(outcome, SampledToken):
                 held.sampling.generated_token_ids.append(outcome.token_id)
-                step.drawn.append(Drawn(number, outcome.token_id, outcome.logprob))
+                drawn.append((held, outcome))
+        guided = [(held.guide, token.token_id) for held, token in drawn if held.guide is not None]
+        is_complete = iter(self._guides.take(guided))
+        for held, token in drawn:
+            ends = held.guide is not None and next(is_complete)
+            step.drawn.append(Drawn(held.new.sequence, token.token_id, token.logprob, ends))
 
 
 def _pages_of(held: _Sequence) -> KeyValues:
     assert held.kv is not None, "pages are granted with the sequence"
     return held.kv
+
+
+def _failed(new: NewSequence, error: TrimserveError) -> Failed:
+    if isinstance(error, InvalidRequest):
+        return Failed(new.sequence, error.message, field=error.field)
+    log.error("request failed", exc_info=error, extra={"request_id": new.request_id})
+    return Failed(new.sequence, str(error))
 
 
 @contextmanager

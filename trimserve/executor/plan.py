@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from trimserve.api.chunks import ImageSelection, TokenLogprob
+from trimserve.api.constraint import Constraint
 from trimserve.api.sampling import SamplingParams
 from trimserve.model.key_values import Tables
 from trimserve.model.prefilled import TrimTimes
@@ -49,6 +50,8 @@ class NewSequence:
     """What trimming decided when the sequence was computed before; None asks the policy."""
     generated_token_ids: tuple[int, ...] = ()
     """Tokens it had drawn before it was dropped: they are read again, not drawn again."""
+    constraint: Constraint | None = None
+    """What form the answer must have; compiled, or looked up, where tokens are drawn (ADR-0013)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +142,8 @@ class Drawn:
     token_id: int
     logprob: TokenLogprob | None = None
     """None unless the request asked for it."""
+    is_complete: bool = False
+    """Whether the answer satisfies its constraint with this token, and can have no other after it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +153,8 @@ class Failed:
     sequence: int
     message: str
     is_out_of_memory: bool = False
+    field: str | None = None
+    """Of the request, if that field is to blame."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,16 @@ from trimserve.api.bounds import (
     REQUEST_ID,
     Interval,
 )
+from trimserve.api.constraint import (
+    MAX_CHOICES,
+    MAX_CONSTRAINT_BYTES,
+    Choice,
+    Constraint,
+    JsonObject,
+    JsonSchema,
+    LarkGrammar,
+    Regex,
+)
 from trimserve.api.info import ModelInfo, PolicyInfo
 from trimserve.api.prompt import ChatPrompt, ImageFile, Message, Part, Prompt, RawPrompt, Text, TokenPrompt
 from trimserve.api.request import GenerationRequest
@@ -81,6 +91,7 @@ def to_generation_request(request: pb.GenerateRequest, info: ModelInfo, config: 
         trim=_trim(request.trim, info),
         priority=_number(request, "priority", path=""),
         adapter=adapter_name("adapter", request.adapter) if request.adapter else None,
+        constraint=_constraint(request),
     )
 
 
@@ -290,6 +301,33 @@ def _parameters(parameters: pb.PolicyParameters, policy: PolicyInfo) -> dict[str
         _check(path, value, Interval(bounds.low, bounds.high, bounds.is_low_open))
         wanted[field.name] = value
     return wanted
+
+
+def _constraint(request: pb.GenerateRequest) -> Constraint | None:
+    match kind := request.WhichOneof("constraint"):
+        case "json_schema":
+            return JsonSchema(_sized(kind, request.json_schema))
+        case "json_object":
+            return JsonObject()
+        case "regex":
+            return Regex(_sized(kind, request.regex))
+        case "choice":
+            options = tuple(request.choice.options)
+            _check_count("choice.options", len(options), "options", least=1, most=MAX_CHOICES)
+            for index, option in enumerate(options):
+                _check_count(f"choice.options[{index}]", len(option), "characters", least=1, most=MAX_CONSTRAINT_BYTES)
+            num_bytes = sum(len(option.encode()) for option in options)
+            _check_count("choice.options", num_bytes, "bytes in all", most=MAX_CONSTRAINT_BYTES)
+            return Choice(options)
+        case "grammar":
+            return LarkGrammar(_sized(kind, request.grammar))
+        case _:
+            return None
+
+
+def _sized(field: str, text: str) -> str:
+    _check_count(field, len(text.encode()), "bytes", least=1, most=MAX_CONSTRAINT_BYTES)
+    return text
 
 
 def _check_token_ids(field: str, token_ids: Sequence[int], info: ModelInfo, *, may_be_image: bool = False) -> None:
