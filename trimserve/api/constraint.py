@@ -9,6 +9,7 @@ from typing import ClassVar, Final
 __all__ = [
     "MAX_CHOICES",
     "MAX_CONSTRAINT_BYTES",
+    "MAX_EXPRESSION_BYTES",
     "Choice",
     "Constraint",
     "JsonObject",
@@ -18,7 +19,11 @@ __all__ = [
 ]
 
 MAX_CONSTRAINT_BYTES: Final = 65_536
-"""Of a schema, an expression, a grammar, or all choices together, as UTF-8."""
+"""Of a schema, or all choices together, as UTF-8."""
+
+MAX_EXPRESSION_BYTES: Final = 8192
+"""Of a regular expression, a grammar, or all patterns of a schema together: the time to compile one grows with its
+square, to a second or two."""
 
 MAX_CHOICES: Final = 1024
 

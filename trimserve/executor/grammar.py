@@ -1,19 +1,29 @@
 """Compiled constraints: from a request's constraint to llguidance's matcher, and a cache of those.
 
-Compiling is bounded by llguidance's own limits, so it ends within a fraction of a second whatever is sent. It knows no
-sequence; `guide.py` follows one.
+llguidance's own limits, and bounds on what is sent, keep compiling to a second or two at worst, and to milliseconds as
+a rule. It knows no sequence; `guide.py` follows one.
 """
 
 import json
 import logging
+import re
 import threading
 from collections import OrderedDict
+from collections.abc import Iterator
 from typing import Final
 
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, regex_to_lark
 from tokenizers import Tokenizer
 
-from trimserve.api.constraint import Choice, Constraint, JsonObject, JsonSchema, LarkGrammar, Regex
+from trimserve.api.constraint import (
+    MAX_EXPRESSION_BYTES,
+    Choice,
+    Constraint,
+    JsonObject,
+    JsonSchema,
+    LarkGrammar,
+    Regex,
+)
 from trimserve.api.info import ModelInfo
 from trimserve.errors import InvalidRequest
 
@@ -30,8 +40,14 @@ _LEAST_BYTES: Final = 256
 _MAX_WORDS: Final = 1000
 """Characters of llguidance's that are repeated."""
 
+_EXCERPT: Final = re.compile(r"\Aat \d+\(\d+\): (failed to compile JSON schema: )?|\n +1 \| .*", re.DOTALL)
+
 _WHITESPACE: Final = r"[ \n\r\t]{0,32}"
 """Between tokens of JSON: room for indented documents, and an end to a model that writes nothing else."""
+
+_NO_FORCING: Final = '%llguidance {"no_forcing": true}\n'
+"""Else text that can only go on in one way is tokenised as a raw prompt is, and `<|eot_id|>` typed by a user
+becomes the special token."""
 
 
 class Grammars:
@@ -118,34 +134,57 @@ def refusal(constraint: Constraint, words: str) -> InvalidRequest:
         words: llguidance's.
     """
     words = words.removesuffix("<non-verbose/>").strip()
+    if not isinstance(constraint, LarkGrammar):  # the position, and the excerpt, are of what we made of it
+        words = _EXCERPT.sub("", words)
     cut = words if len(words) <= _MAX_WORDS else f"{words[:_MAX_WORDS]}..."
     return InvalidRequest(constraint.field, f"cannot be followed: {cut}")
 
 
 def _grammar(constraint: Constraint) -> str:
-    """In llguidance's own form.
+    """In llguidance's dialect of Lark.
 
     Raises:
         ValueError: a schema is not JSON.
     """
     match constraint:
         case JsonSchema(schema):
-            # Parsed here: llguidance would take text that goes on behind the schema for a part of its own form.
+            # Parsed here: what follows a schema would be read as Lark.
             return _json_grammar(json.loads(schema, parse_constant=_no_constant))
         case JsonObject():
             return _json_grammar({"type": "object"})
         case Regex(pattern):
-            return LLMatcher.grammar_from_regex(pattern)
+            return f"{_NO_FORCING}start: /{regex_to_lark(pattern, '')}/"
         case Choice(options):
-            return LLMatcher.grammar_from_lark("start: " + " | ".join(map(_lark_text, options)))
+            return f"{_NO_FORCING}start: {' | '.join(map(_lark_text, options))}"
         case LarkGrammar(grammar):
-            return LLMatcher.grammar_from_lark(grammar)
+            return grammar
 
 
 def _json_grammar(schema: object) -> str:
     if not isinstance(schema, dict | bool):
         raise ValueError(f"schema must be an object or boolean, got {json.dumps(schema)[:64]}")
-    return LLMatcher.grammar_from_json_schema(json.dumps(schema), defaults={"whitespace_pattern": _WHITESPACE})
+    num_bytes = sum(len(pattern.encode(errors="replace")) for pattern in _patterns(schema))
+    if num_bytes > MAX_EXPRESSION_BYTES:
+        raise ValueError(f"patterns must have at most {MAX_EXPRESSION_BYTES} bytes in all, got {num_bytes}")
+    if schema is not False:
+        document = {} if schema is True else schema
+        own = document.get("x-guidance", {})  # llguidance's options, which a schema may carry
+        schema = {**document, "x-guidance": {"whitespace_pattern": _WHITESPACE, **own}}
+    return f"{_NO_FORCING}start: %json {json.dumps(schema)}"
+
+
+def _patterns(schema: object) -> Iterator[str]:
+    todo = [schema]
+    while todo:
+        match todo.pop():
+            case dict() as document:
+                todo += document.values()
+                if isinstance(pattern := document.get("pattern"), str):
+                    yield pattern
+                if isinstance(properties := document.get("patternProperties"), dict):
+                    yield from properties
+            case list() as items:
+                todo += items
 
 
 def _no_constant(name: str) -> object:

@@ -27,6 +27,7 @@ from trimserve.api.bounds import (
 from trimserve.api.constraint import (
     MAX_CHOICES,
     MAX_CONSTRAINT_BYTES,
+    MAX_EXPRESSION_BYTES,
     Choice,
     Constraint,
     JsonObject,
@@ -306,11 +307,11 @@ def _parameters(parameters: pb.PolicyParameters, policy: PolicyInfo) -> dict[str
 def _constraint(request: pb.GenerateRequest) -> Constraint | None:
     match kind := request.WhichOneof("constraint"):
         case "json_schema":
-            return JsonSchema(_sized(kind, request.json_schema))
+            return JsonSchema(_sized(kind, request.json_schema, MAX_CONSTRAINT_BYTES))
         case "json_object":
             return JsonObject()
         case "regex":
-            return Regex(_sized(kind, request.regex))
+            return Regex(_sized(kind, request.regex, MAX_EXPRESSION_BYTES))
         case "choice":
             options = tuple(request.choice.options)
             _check_count("choice.options", len(options), "options", least=1, most=MAX_CHOICES)
@@ -320,13 +321,13 @@ def _constraint(request: pb.GenerateRequest) -> Constraint | None:
             _check_count("choice.options", num_bytes, "bytes in all", most=MAX_CONSTRAINT_BYTES)
             return Choice(options)
         case "grammar":
-            return LarkGrammar(_sized(kind, request.grammar))
+            return LarkGrammar(_sized(kind, request.grammar, MAX_EXPRESSION_BYTES))
         case _:
             return None
 
 
-def _sized(field: str, text: str) -> str:
-    _check_count(field, len(text.encode()), "bytes", least=1, most=MAX_CONSTRAINT_BYTES)
+def _sized(field: str, text: str, most: int) -> str:
+    _check_count(field, len(text.encode()), "bytes", least=1, most=most)
     return text
 
 
