@@ -1,8 +1,8 @@
 """The HTTP door of a live server, under what its tests do in small.
 
 A hundred streams at once, beside five hundred silent connections, bodies that never end and bodies that are too large:
-every stream must come whole and equal gRPC's text, the doors of gRPC and of the probes must answer meanwhile, the silent
-must be closed in time, and of clients that leave nothing may be held. Takes a minute.
+every stream must come whole and equal gRPC's text, the doors of gRPC and of the probes must answer meanwhile, the
+silent must be closed in time, and of clients that leave nothing may be held. Takes a minute.
 
 Usage: python scripts/verify_http.py
 """

@@ -10,6 +10,7 @@ import pytest
 from tests.server.fakes import CHUNKS, CONFIG, FakeRunner, Script, ScriptItem
 from tests.server.test_access import entry
 from tests.server.test_tls import Files, server_config
+from trimserve.api.constraint import Choice, JsonObject, JsonSchema, LarkGrammar, Regex
 from trimserve.api.prompt import ChatPrompt, ImageFile, Message, Text
 from trimserve.client import SERVICE_CONFIG, Client, Tls, make_request
 from trimserve.config import EngineConfig
@@ -61,6 +62,25 @@ def test_a_conversation_and_options_arrive_unchanged(client: Client, runner: Fak
     assert [message.role for message in request.prompt.messages] == ["user", "assistant", "user"]
     assert (request.request_id, request.priority, request.trim.k_ratio) == ("mine", 3, 0.5)
     assert request.num_choices == 2
+
+
+def test_an_answer_can_be_asked_for_in_a_form(client: Client, runner: FakeRunner) -> None:
+    client.generate("Hi", json_schema={"type": "object"})
+    client.generate("Hi", json_schema='{"type": "array"}')
+    client.generate("Hi", json_object=True)
+    client.generate("Hi", regex="a+")
+    client.generate("Hi", choice=["yes", "no"])
+    client.generate("Hi", grammar='start: "a"')
+    assert [request.constraint for request in runner.requests] == [
+        JsonSchema('{"type": "object"}'),
+        JsonSchema('{"type": "array"}'),
+        JsonObject(),
+        Regex("a+"),
+        Choice(("yes", "no")),
+        LarkGrammar('start: "a"'),
+    ]
+    with pytest.raises(ValueError, match="regex and choice: an answer can have one constraint only"):
+        client.generate("Hi", regex="a+", choice=["yes"])
 
 
 def test_adapters_are_loaded_listed_asked_and_unloaded(client: Client, runner: FakeRunner) -> None:

@@ -76,7 +76,8 @@ HOMES = {
     "torch": {*ARROW, "serve", "evaluation", "commands"},
     "transformers": {"model"},
     "huggingface_hub": {"model"},
-    "tokenizers": {"model", "engine"},
+    "tokenizers": {"model", "engine", "executor"},
+    "llguidance": {"executor"},
     "typer": {"cli", "commands", "connection", "evaluation", "knobs"},
     "matplotlib": {"evaluation"},
 }

@@ -6,11 +6,12 @@ Programs with an event loop use `make_request` with the generated stubs, and
 `channel_options`.
 """
 
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TypedDict, Unpack
+from typing import Any, TypedDict, Unpack
 
 import grpc
 
@@ -114,6 +115,16 @@ class RequestOptions(TypedDict, total=False):
     """Answers to the prompt. Default: 1."""
     adapter: str | None
     """Default: the base model."""
+    json_schema: str | Mapping[str, Any] | None
+    """The answer is JSON that is valid against this schema. At most one of this and the next four."""
+    json_object: bool | None
+    """The answer is a JSON object."""
+    regex: str | None
+    """The answer is what this matches from end to end."""
+    choice: Sequence[str] | None
+    """The answer is one of these."""
+    grammar: str | None
+    """The answer is a sentence of this grammar, in llguidance's dialect of Lark."""
 
 
 def make_request(
@@ -127,7 +138,7 @@ def make_request(
         **options: see `RequestOptions`.
     Raises:
         OSError: an image file cannot be read.
-        ValueError: both `images` and whole messages are given.
+        ValueError: both `images` and whole messages are given, or two constraints.
     """
     if isinstance(prompt, str):
         shown = [generation_pb2.Part(image=make_image(image)) for image in images]
@@ -139,7 +150,7 @@ def make_request(
     system = options.get("system")
     if system is not None:
         messages.insert(0, _message(generation_pb2.ROLE_SYSTEM, generation_pb2.Part(text=system)))
-    return generation_pb2.GenerateRequest(
+    request = generation_pb2.GenerateRequest(
         request_id=options.get("request_id"),
         chat=generation_pb2.Chat(messages=messages),
         sampling=options.get("sampling"),
@@ -148,6 +159,8 @@ def make_request(
         num_choices=options.get("num_choices"),
         adapter=options.get("adapter"),
     )
+    _constrain(request, options)
+    return request
 
 
 class Client:
@@ -310,6 +323,21 @@ def _request(
     if images or options:
         raise ValueError("images and options: must be part of the request, got some beside it")
     return prompt
+
+
+def _constrain(request: generation_pb2.GenerateRequest, options: RequestOptions) -> None:
+    schema, choice = options.get("json_schema"), options.get("choice")
+    constraints = {
+        "json_schema": json.dumps(dict(schema)) if isinstance(schema, Mapping) else schema,
+        "json_object": generation_pb2.JsonObject() if options.get("json_object") else None,
+        "regex": options.get("regex"),
+        "choice": None if choice is None else generation_pb2.ChoiceConstraint(options=choice),
+        "grammar": options.get("grammar"),
+    }
+    given = {name: value for name, value in constraints.items() if value is not None}
+    if len(given) > 1:
+        raise ValueError(f"{' and '.join(given)}: an answer can have one constraint only")
+    request.MergeFrom(generation_pb2.GenerateRequest(**given))  # type: ignore[arg-type]  # each name has its own type
 
 
 def _message(role: generation_pb2.Role, *parts: generation_pb2.Part) -> generation_pb2.Message:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from trimserve.api.adapter import AdapterInfo
+from trimserve.api.constraint import Constraint
 from trimserve.api.info import ModelInfo
 from trimserve.executor.executor import Executor
 from trimserve.executor.local import LocalExecutor
@@ -39,6 +40,9 @@ class PicklingExecutor:
 
     def unload_adapter(self, name: str) -> None:
         self._executor.unload_adapter(name)
+
+    def compile(self, constraint: Constraint) -> None:
+        self._executor.compile(pickle.loads(pickle.dumps(constraint)))
 
     def run(self, plan: StepPlan) -> StepResult:
         result: StepResult = pickle.loads(pickle.dumps(self._executor.run(pickle.loads(pickle.dumps(plan)))))
@@ -75,6 +79,9 @@ class ProcessExecutor:
 
     def unload_adapter(self, name: str) -> None:
         self._call("unload_adapter", name)
+
+    def compile(self, constraint: Constraint) -> None:
+        self._call("compile", constraint)
 
     def run(self, plan: StepPlan) -> StepResult:
         result: StepResult = self._call("run", plan)

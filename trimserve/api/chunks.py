@@ -128,7 +128,7 @@ class FinishReason(Enum):
     """Why generation ended. Cancellation and deadlines end a request by an exception instead."""
 
     STOP = "stop"
-    """An end token, a stop token or a stop string."""
+    """An end token, a stop token or a stop string, or a constraint that allows nothing more."""
     LENGTH = "length"
     """`max_new_tokens` was reached."""
 
@@ -180,7 +180,7 @@ class Finished:
 
     reason: FinishReason
     matched_stop: str | int | None
-    """The stop string or token id that ended generation; None if the reason is LENGTH."""
+    """The stop string or token id that ended generation; None if the reason is LENGTH, or the constraint was met."""
     num_prompt_tokens: int
     num_generated_tokens: int
     cross_kv: CrossKvBytes

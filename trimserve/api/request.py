@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from trimserve.api.constraint import Constraint
 from trimserve.api.prompt import Prompt
 from trimserve.api.sampling import SamplingParams
 from trimserve.api.trim import TrimRequest
@@ -23,3 +24,5 @@ class GenerationRequest:
     """Higher goes first; equal priorities are served in order of arrival."""
     adapter: str | None = None
     """Name of the adapter that answers; None is the base model."""
+    constraint: Constraint | None = None
+    """What form the answer must have; None for any."""

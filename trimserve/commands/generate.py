@@ -34,6 +34,9 @@ def generate(
     seed: question.Seed = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print whole messages as JSON.")] = False,
     adapter: question.Adapter = None,
+    json_schema: question.JsonSchema = None,
+    regex: question.Regex = None,
+    choice: question.Choices = None,
     *,
     connection: Connection,
     config: Config,
@@ -43,6 +46,7 @@ def generate(
     trim = question.trim_options(policy, keep, k_ratio, merge_ratio, no_trim=no_trim)
     name, config = question.adapter_of(adapter, connection, config)
     request = question.ask(prompt, image or [], system, sampling, trim, name)
+    question.constrain(request, json_schema, regex, choice)
     with asked_server(connection, config) as client, named_files(request, image or []):
         if stream:
             for event in client.stream(request):

@@ -17,7 +17,9 @@ from trimserve.v1 import generation_pb2 as pb
 
 __all__ = [
     "Adapter",
+    "Choices",
     "ImageNames",
+    "JsonSchema",
     "KRatio",
     "Keep",
     "MaxNewTokens",
@@ -25,11 +27,13 @@ __all__ = [
     "NoTrim",
     "Policy",
     "Prompt",
+    "Regex",
     "Seed",
     "System",
     "Temperature",
     "adapter_of",
     "ask",
+    "constrain",
     "held",
     "policy_help",
     "trim_options",
@@ -82,6 +86,13 @@ Adapter = Annotated[
         help="LoRA adapter that answers: the NAME of one that the server at --address has, or NAME=FOLDER without "
         "--address; default: the base model.",
     ),
+]
+JsonSchema = Annotated[Path | None, typer.Option(help="File with a JSON Schema that the answer is valid against.")]
+Regex = Annotated[
+    str | None, typer.Option(callback=_utf8, help="Regular expression that matches the answer from end to end.")
+]
+Choices = Annotated[
+    list[str] | None, typer.Option("--choice", help="A text that the answer may be; may be given again.")
 ]
 Seed = Annotated[int | None, typer.Option(min=0, max=2**64 - 1, help="Makes sampling repeatable.")]
 
@@ -142,6 +153,33 @@ def adapter_of(adapter: str | None, connection: Connection, config: Config) -> t
     except ValidationError as error:
         raise typer.BadParameter(f"{error.errors()[0]['msg']}, got {adapter!r}", param_hint="--adapter") from None
     return name, config.model_copy(update={"model": model})
+
+
+def constrain(
+    request: pb.GenerateRequest, json_schema: Path | None, regex: str | None, choices: Sequence[str] | None
+) -> None:
+    """Ask for an answer of the form that the options say; at most one of them.
+
+    Args:
+        request: gets the constraint.
+        json_schema: file of a schema.
+        regex: an expression.
+        choices: possible answers.
+    """
+    told = {"--json-schema": json_schema, "--regex": regex, "--choice": choices or None}
+    given = [option for option, value in told.items() if value is not None]
+    if len(given) > 1:
+        raise typer.BadParameter(f"{' and '.join(given)} exclude each other")
+    if json_schema is not None:
+        try:
+            request.json_schema = json_schema.read_text("utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            why = error.strerror if isinstance(error, OSError) else "not UTF-8"
+            raise typer.BadParameter(f"{json_schema}: {why}", param_hint="--json-schema") from None
+    if regex is not None:
+        request.regex = regex
+    if choices:
+        request.choice.options.extend(choices)
 
 
 def trim_options(

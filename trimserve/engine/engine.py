@@ -33,7 +33,7 @@ from trimserve.engine.preparation import Preparation
 from trimserve.engine.processor import Processor
 from trimserve.engine.scheduler import Scheduler
 from trimserve.engine.sequence import Sequence, SequenceState, Sink
-from trimserve.errors import CheckpointError, DeadlinePassed, OutOfMemory, RequestFailed, TrimserveError
+from trimserve.errors import CheckpointError, DeadlinePassed, InvalidRequest, OutOfMemory, RequestFailed, TrimserveError
 from trimserve.executor.executor import Executor
 from trimserve.executor.plan import (
     Drawn,
@@ -157,10 +157,13 @@ class Engine:
             deadline: `time.monotonic()` after which nobody wants the answer; None for never.
             images_taken: called in `step` when work on the request's images begins.
         """
-        tokenizer = self._processor.tokenizer
+        tokenizer, constraint = self._processor.tokenizer, request.constraint
 
         def make(token_ids: tuple[int, ...]) -> Sequence:
-            return Sequence(request, token_ids, self.info, tokenizer, sink, submitted_at, deadline, images_taken)
+            made = Sequence(request, token_ids, self.info, tokenizer, sink, submitted_at, deadline, images_taken)
+            if constraint is not None:
+                self._executor.compile(constraint)
+            return made
 
         return Preparation(self._processor, request.prompt, make, self._check_that_it_fits)
 
@@ -329,6 +332,8 @@ class Engine:
         if sequence is None:
             return
         error: TrimserveError = RequestFailed(failed.message)
+        if failed.field is not None:
+            error = InvalidRequest(failed.field, failed.message)
         if failed.is_out_of_memory:
             most = self.pool.self_bytes(sequence.max_positions) + self.pool.cross_bytes(sequence.max_cross_rows)
             error = OutOfMemory(f"{failed.message}: its KV takes up to {most} bytes")

@@ -84,6 +84,7 @@ class Sequence:
         self.request_id = request.request_id
         self.priority = request.priority
         self.adapter = request.adapter
+        self.constraint = request.constraint
         self.trim = TrimPlan.of(request.trim)
         self.sink = sink
         self.submitted_at = submitted_at
@@ -222,7 +223,8 @@ class Sequence:
         """Tokens that come for certain."""
         params = self.params
         can_stop = not params.ignore_eos or params.stop_strings or params.stop_token_ids
-        return max(1, params.min_new_tokens if can_stop else self.max_new_tokens)
+        certain = params.min_new_tokens if can_stop else self.max_new_tokens
+        return 1 if self.constraint is not None else max(1, certain)
 
     @property
     def num_generated_tokens(self) -> int:
@@ -284,6 +286,7 @@ class Sequence:
             generated_token_ids=tuple(self.generated_token_ids),
             choices=tuple(self.params.of_choice(choice) for choice in choices),
             shares=None if source is None else source.number,
+            constraint=self.constraint,
         )
 
     def release(self) -> None:
@@ -353,7 +356,7 @@ class Sequence:
         self.generated_token_ids.append(token_id)
         watch = self.num_generated_tokens >= self.params.min_new_tokens
         is_end = token_id in self._end_token_ids
-        is_last = is_end or self.num_generated_tokens >= self.max_new_tokens
+        is_last = is_end or drawn.is_complete or self.num_generated_tokens >= self.max_new_tokens
         began_at = time.monotonic()
         text = "" if is_end else detokenizer.add(token_id, watch=watch)
         if is_last:
@@ -362,6 +365,8 @@ class Sequence:
         if is_end or detokenizer.matched_stop is not None:
             self.finish_reason = FinishReason.STOP
             self._matched_stop = token_id if detokenizer.matched_stop is None else detokenizer.matched_stop
+        elif drawn.is_complete:
+            self.finish_reason = FinishReason.STOP
         elif is_last:
             self.finish_reason = FinishReason.LENGTH
         return TokenDelta(text, (token_id,), () if drawn.logprob is None else (drawn.logprob,), self.choice)

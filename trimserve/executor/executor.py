@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Protocol
 
 from trimserve.api.adapter import AdapterInfo
+from trimserve.api.constraint import Constraint
 from trimserve.api.info import ModelInfo
 from trimserve.executor.plan import StepPlan, StepResult
 
@@ -45,6 +46,13 @@ class Executor(Protocol):
 
     def unload_adapter(self, name: str) -> None:
         """Forget an adapter, and the images that were encoded with it; no sequence may have it."""
+
+    def compile(self, constraint: Constraint) -> None:
+        """Compile a constraint, so that it is at hand when a plan names it; on any thread, while steps run.
+
+        Raises:
+            InvalidRequest: it cannot be compiled, is too large, or no token satisfies it.
+        """
 
     def run(self, plan: StepPlan) -> StepResult:
         """Take one step. What goes wrong in one sequence is in the result and harms no other.

@@ -12,11 +12,14 @@ import torch
 from torch import Tensor
 
 from trimserve.api.adapter import AdapterInfo
+from trimserve.api.constraint import Constraint
 from trimserve.api.info import ModelInfo
 from trimserve.api.sampling import SamplingParams
-from trimserve.errors import RequestFailed, TrimserveError
+from trimserve.errors import InvalidRequest, TrimserveError
 from trimserve.executor.ahead import Ahead
 from trimserve.executor.failures import is_device_error, is_out_of_memory
+from trimserve.executor.grammar import Grammars
+from trimserve.executor.guide import Guide, Guides
 from trimserve.executor.image_cache import ImageCache
 from trimserve.executor.model import Model
 from trimserve.executor.page_memory import page_memory
@@ -33,7 +36,7 @@ from trimserve.executor.plan import (
     StepPlan,
     StepResult,
 )
-from trimserve.executor.sampling import SamplingState, sample
+from trimserve.executor.sampling import SampledToken, SamplingState, sample
 from trimserve.model.adapters import Adapter
 from trimserve.model.interruptible import Interruptible
 from trimserve.model.key_values import KeyValues
@@ -54,6 +57,8 @@ class _Sequence:
 
     new: NewSequence
     sampling: SamplingState
+    guide: Guide | None = None
+    """None without a constraint."""
     kv: KeyValues | None = None
     """None before pages are granted."""
     prefill: "Interruptible[tuple[PrefillReport, Tensor]] | None" = None
@@ -92,6 +97,8 @@ class LocalExecutor:
         self._sequences: dict[int, _Sequence] = {}
         self._adapters: dict[str, Adapter] = {}
         self._ahead = Ahead(torch.device(model.info.device))
+        self._grammars = Grammars(model.tokenizer, model.info)
+        self._guides = Guides(self._grammars, model.info)
 
     @property
     def info(self) -> ModelInfo:
@@ -112,6 +119,7 @@ class LocalExecutor:
         """See `Executor.warm_up`."""
         assert self.pages is not None, "pages are allocated first"
         self._model.warm_up_decode(self.pages, max_batch)
+        self._grammars.warm_up()
 
     @torch.inference_mode()
     def load_adapter(self, name: str, folder: Path) -> AdapterInfo:
@@ -133,13 +141,17 @@ class LocalExecutor:
         if image_key:
             self._images.drop(lambda key: key.startswith(image_key))
 
+    def compile(self, constraint: Constraint) -> None:
+        """See `Executor.compile`."""
+        self._grammars.matcher(constraint)
+
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> StepResult:
         """See `Executor.run`."""
         for number in plan.ended:
             self._forget(number)
         for new in plan.new:
-            self._sequences[new.sequence] = _Sequence(new, _sampling_state(new, new.sampling))
+            self._sequences[new.sequence] = self._begin(new, new.sampling)
         for grant in plan.pages:
             self._grant(grant)
         step = _Step()
@@ -150,6 +162,14 @@ class LocalExecutor:
         images = self._images
         counts = ImageCacheCounts(images.used_bytes, images.num_hits, images.num_misses, images.num_evictions)
         return StepResult(step.prefilled, tuple(step.drawn), tuple(step.failed), step.rows_seconds, counts)
+
+    def _begin(self, new: NewSequence, params: SamplingParams, choice: int = 0) -> _Sequence:
+        generated = list(new.generated_token_ids)
+        state = SamplingState(params, new.prompt.token_ids, new.end_token_ids, generated)
+        guide = None
+        if new.constraint is not None:
+            guide = self._guides.begin(new.constraint, params, new.end_token_ids, generated)
+        return _Sequence(new, state, guide, choice=choice)
 
     def _forget(self, number: int) -> None:
         held = self._sequences.pop(number, None)
@@ -275,30 +295,39 @@ class LocalExecutor:
     def _draw_first(self, logits: Tensor, held: _Sequence, step: _Step) -> None:
         """First tokens of all answers to a prompt, of the logits behind it."""
         new = held.new
-        others = [
-            _Sequence(new, _sampling_state(new, params), choice=choice)
-            for choice, params in enumerate(new.choices, start=1)
-        ]
+        others = [self._begin(new, params, choice) for choice, params in enumerate(new.choices, start=1)]
         self._draw(logits.expand(1 + len(others), -1), [held, *others], step)
 
     def _draw(self, logits: Tensor, batch: Sequence[_Sequence], step: _Step) -> None:
+        for held in batch:
+            if held.guide is not None:
+                held.sampling.forbidden = self._guides.forbidden(held.guide, len(held.sampling.generated_token_ids))
+        drawn: list[tuple[_Sequence, SampledToken]] = []
         for held, outcome in zip(batch, sample(logits, [held.sampling for held in batch]), strict=True):
-            number = held.new.sequence
-            if isinstance(outcome, RequestFailed):
-                log.error("request failed", exc_info=outcome, extra={"request_id": held.new.request_id})
-                step.failed.append(Failed(number, str(outcome)))
-            else:
+            error = outcome if isinstance(outcome, TrimserveError) else held.guide and held.guide.failure
+            if error is not None:
+                step.failed.append(_failed(held.new, error))
+            elif isinstance(outcome, SampledToken):
                 held.sampling.generated_token_ids.append(outcome.token_id)
-                step.drawn.append(Drawn(number, outcome.token_id, outcome.logprob, held.choice))
-
-
-def _sampling_state(new: NewSequence, params: SamplingParams) -> SamplingState:
-    return SamplingState(params, new.prompt.token_ids, new.end_token_ids, list(new.generated_token_ids))
+                drawn.append((held, outcome))
+        guided = [(held.guide, token.token_id) for held, token in drawn if held.guide is not None]
+        is_complete = iter(self._guides.take(guided))
+        for held, token in drawn:
+            ends = held.guide is not None and next(is_complete)
+            number = held.new.sequence
+            step.drawn.append(Drawn(number, token.token_id, token.logprob, held.choice, is_complete=ends))
 
 
 def _pages_of(held: _Sequence) -> KeyValues:
     assert held.kv is not None, "pages are granted with the sequence"
     return held.kv
+
+
+def _failed(new: NewSequence, error: TrimserveError) -> Failed:
+    if isinstance(error, InvalidRequest):
+        return Failed(new.sequence, error.message, field=error.field)
+    log.error("request failed", exc_info=error, extra={"request_id": new.request_id})
+    return Failed(new.sequence, str(error))
 
 
 @contextmanager

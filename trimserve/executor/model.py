@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from trimserve.api.info import ModelInfo
@@ -25,6 +26,10 @@ class Model(Protocol):
     @property
     def info(self) -> ModelInfo:
         """Geometry, limits and defaults."""
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """By which constraints know the text of a token."""
 
     def load_adapter(self, folder: Path) -> Adapter:
         """Read an adapter; another thread may compute meanwhile.

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from trimserve.api.chunks import ImageSelection, TokenLogprob
+from trimserve.api.constraint import Constraint
 from trimserve.api.sampling import SamplingParams
 from trimserve.model.key_values import Tables
 from trimserve.model.prefilled import TrimTimes
@@ -54,6 +55,8 @@ class NewSequence:
     shares: int | None = None
     """A known sequence with the same prompt in its pages: those that the prompt fills, and those of the features, are
     granted to both, and the prompt is not read. None if it is."""
+    constraint: Constraint | None = None
+    """What form the answer must have; compiled, or looked up, where tokens are drawn (ADR-0015)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +149,8 @@ class Drawn:
     """None unless the request asked for it."""
     choice: int = 0
     """0 is the sequence itself; n is the first token of the n-th of its `NewSequence.choices`."""
+    is_complete: bool = False
+    """Whether the answer satisfies its constraint with this token, and can have no other after it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +160,8 @@ class Failed:
     sequence: int
     message: str
     is_out_of_memory: bool = False
+    field: str | None = None
+    """Of the request, if that field is to blame."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,6 @@
 """From logits to the next token of each row of a batch: penalties, filters, noise, log-probabilities.
 
-    logits -> logit_bias -> repetition, presence, frequency penalty -> min_new_tokens
+    logits -> logit_bias -> repetition, presence, frequency penalty -> min_new_tokens or constraint
            -> temperature -> top_k -> top_p -> min_p -> Gumbel noise -> argmax
 
 The order is transformers'. Each step takes all rows that need it at once. Rows never see each other, and what is
@@ -16,7 +16,7 @@ from typing import Final
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from trimserve.api.chunks import TokenLogprob
@@ -43,6 +43,9 @@ class SamplingState:
     """Tokens that end this request, impossible before `params.min_new_tokens`."""
     generated_token_ids: list[int] = field(default_factory=list)
     """Only grows."""
+    forbidden: NDArray[np.bool_] | None = None
+    """Bool [V], tokens that a constraint makes impossible, with regard to `params.min_new_tokens`; None for no
+    constraint."""
     _counts: dict[int, int] = field(default_factory=dict, init=False, repr=False)
     _num_counted: int = field(default=0, init=False, repr=False)
 
@@ -91,7 +94,9 @@ def sample(logits: Tensor, states: Sequence[SamplingState]) -> list[SampledToken
 
 
 def apply_penalties(logits: Tensor, states: Sequence[SamplingState]) -> Tensor:
-    """Bias and penalties, and no end token before `min_new_tokens`. Ids past the vocabulary are ignored.
+    """Bias and penalties, no end token before `min_new_tokens`, no token that a constraint forbids.
+
+    Ids past the vocabulary are ignored.
 
     Args:
         logits: float32 [B, V], not changed.
@@ -102,15 +107,18 @@ def apply_penalties(logits: Tensor, states: Sequence[SamplingState]) -> Tensor:
     biases: dict[int, Mapping[int, float]] = {}
     counts: dict[int, Mapping[int, float]] = {}
     ends: dict[int, Mapping[int, float]] = {}
+    forbidden: dict[int, NDArray[np.bool_]] = {}
     for row, state in enumerate(states):
         params = state.params
         if params.logit_bias:
             biases[row] = params.logit_bias
         if params.repetition_penalty != 1.0 or params.presence_penalty or params.frequency_penalty:
             counts[row] = state.token_counts()
-        if len(state.generated_token_ids) < params.min_new_tokens:
+        if state.forbidden is not None:
+            forbidden[row] = state.forbidden
+        elif len(state.generated_token_ids) < params.min_new_tokens:
             ends[row] = dict.fromkeys(state.end_token_ids, -math.inf)
-    if not (biases or counts or ends):
+    if not (biases or counts or ends or forbidden):
         return logits
     logits = logits.clone()
     if biases:
@@ -122,6 +130,11 @@ def apply_penalties(logits: Tensor, states: Sequence[SamplingState]) -> Tensor:
     if ends:
         rows, ids, values = _entries(ends, logits)
         logits[rows, ids] = values
+    if len(forbidden) == len(states):
+        logits.masked_fill_(_tensor(np.stack([*forbidden.values()]), logits), -math.inf)
+    elif forbidden:
+        index = _tensor([*forbidden], logits)
+        logits[index] = logits[index].masked_fill_(_tensor(np.stack([*forbidden.values()]), logits), -math.inf)
     return logits
 
 

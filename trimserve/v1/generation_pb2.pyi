@@ -37,7 +37,7 @@ FINISH_REASON_STOP: FinishReason
 FINISH_REASON_LENGTH: FinishReason
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("request_id", "chat", "raw_prompt", "prompt_token_ids", "images", "sampling", "trim", "priority", "adapter", "num_choices")
+    __slots__ = ("request_id", "chat", "raw_prompt", "prompt_token_ids", "images", "sampling", "trim", "priority", "adapter", "num_choices", "json_schema", "json_object", "regex", "choice", "grammar")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     CHAT_FIELD_NUMBER: _ClassVar[int]
     RAW_PROMPT_FIELD_NUMBER: _ClassVar[int]
@@ -48,6 +48,11 @@ class GenerateRequest(_message.Message):
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
     ADAPTER_FIELD_NUMBER: _ClassVar[int]
     NUM_CHOICES_FIELD_NUMBER: _ClassVar[int]
+    JSON_SCHEMA_FIELD_NUMBER: _ClassVar[int]
+    JSON_OBJECT_FIELD_NUMBER: _ClassVar[int]
+    REGEX_FIELD_NUMBER: _ClassVar[int]
+    CHOICE_FIELD_NUMBER: _ClassVar[int]
+    GRAMMAR_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     chat: Chat
     raw_prompt: str
@@ -58,7 +63,22 @@ class GenerateRequest(_message.Message):
     priority: int
     adapter: str
     num_choices: int
-    def __init__(self, request_id: _Optional[str] = ..., chat: _Optional[_Union[Chat, _Mapping]] = ..., raw_prompt: _Optional[str] = ..., prompt_token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., images: _Optional[_Iterable[_Union[Image, _Mapping]]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., trim: _Optional[_Union[TrimOptions, _Mapping]] = ..., priority: _Optional[int] = ..., adapter: _Optional[str] = ..., num_choices: _Optional[int] = ...) -> None: ...
+    json_schema: str
+    json_object: JsonObject
+    regex: str
+    choice: ChoiceConstraint
+    grammar: str
+    def __init__(self, request_id: _Optional[str] = ..., chat: _Optional[_Union[Chat, _Mapping]] = ..., raw_prompt: _Optional[str] = ..., prompt_token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., images: _Optional[_Iterable[_Union[Image, _Mapping]]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., trim: _Optional[_Union[TrimOptions, _Mapping]] = ..., priority: _Optional[int] = ..., adapter: _Optional[str] = ..., num_choices: _Optional[int] = ..., json_schema: _Optional[str] = ..., json_object: _Optional[_Union[JsonObject, _Mapping]] = ..., regex: _Optional[str] = ..., choice: _Optional[_Union[ChoiceConstraint, _Mapping]] = ..., grammar: _Optional[str] = ...) -> None: ...
+
+class JsonObject(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ChoiceConstraint(_message.Message):
+    __slots__ = ("options",)
+    OPTIONS_FIELD_NUMBER: _ClassVar[int]
+    options: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, options: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Chat(_message.Message):
     __slots__ = ("messages",)

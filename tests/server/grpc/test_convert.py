@@ -21,6 +21,7 @@ from trimserve.api.bounds import (
     MAX_STOP_STRINGS,
     MAX_STOP_TOKENS,
 )
+from trimserve.api.constraint import MAX_CHOICES, Choice, JsonObject, JsonSchema, LarkGrammar, Regex
 from trimserve.api.prompt import ChatPrompt, ImageFile, Message, RawPrompt, Text, TokenPrompt
 from trimserve.api.sampling import SamplingParams
 from trimserve.api.trim import TrimRequest
@@ -373,3 +374,50 @@ def test_a_number_is_taken_exactly_when_it_is_within_its_bounds(path: str) -> No
 @given(path=st.sampled_from(NUMBERS), value=st.floats() | st.integers(0, 30).map(float))
 def test_any_number_is_taken_or_refused_by_its_bounds(path: str, value: float) -> None:
     assert_taken_when_within(path, value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "constraint"),
+    [
+        ({}, None),
+        ({"json_schema": "{}"}, JsonSchema("{}")),
+        ({"json_object": pb.JsonObject()}, JsonObject()),
+        ({"regex": "a+"}, Regex("a+")),
+        ({"choice": pb.ChoiceConstraint(options=["yes", "no"])}, Choice(("yes", "no"))),
+        ({"grammar": 'start: "a"'}, LarkGrammar('start: "a"')),
+    ],
+)
+def test_a_constraint_arrives_as_it_was_sent(fields: dict[str, object], constraint: object) -> None:
+    request = chat_request()
+    request.MergeFrom(pb.GenerateRequest(**fields))  # type: ignore[arg-type]
+    assert converted(request).constraint == constraint
+
+
+@pytest.mark.parametrize(
+    ("fields", "field", "bound"),
+    [
+        ({"json_schema": ""}, "json_schema", "1 to 65536 bytes, got 0"),
+        ({"json_schema": "é" * 40_000}, "json_schema", "1 to 65536 bytes, got 80000"),
+        ({"regex": "a" * 8193}, "regex", "1 to 8192 bytes, got 8193"),
+        ({"grammar": "a" * 8193}, "grammar", "1 to 8192 bytes, got 8193"),
+        ({"choice": pb.ChoiceConstraint()}, "choice.options", "1 to 1024 options, got 0"),
+        (
+            {"choice": pb.ChoiceConstraint(options=["a"] * (MAX_CHOICES + 1))},
+            "choice.options",
+            "1 to 1024 options, got 1025",
+        ),
+        ({"choice": pb.ChoiceConstraint(options=["a", ""])}, "choice.options[1]", "1 to 65536 characters, got 0"),
+        (
+            {"choice": pb.ChoiceConstraint(options=["a" * 40_000, "b" * 40_000])},
+            "choice.options",
+            "65536 bytes in all, got 80000",
+        ),
+    ],
+)
+def test_a_constraint_out_of_bounds_is_refused(fields: dict[str, object], field: str, bound: str) -> None:
+    request = chat_request()
+    request.MergeFrom(pb.GenerateRequest(**fields))  # type: ignore[arg-type]
+    with pytest.raises(InvalidRequest) as refused:
+        converted(request)
+    assert refused.value.field == field
+    assert bound in refused.value.message

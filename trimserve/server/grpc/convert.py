@@ -24,6 +24,17 @@ from trimserve.api.bounds import (
     REQUEST_ID,
     Interval,
 )
+from trimserve.api.constraint import (
+    MAX_CHOICES,
+    MAX_CONSTRAINT_BYTES,
+    MAX_EXPRESSION_BYTES,
+    Choice,
+    Constraint,
+    JsonObject,
+    JsonSchema,
+    LarkGrammar,
+    Regex,
+)
 from trimserve.api.info import ModelInfo, PolicyInfo
 from trimserve.api.prompt import ChatPrompt, ImageFile, Message, Part, Prompt, RawPrompt, Text, TokenPrompt
 from trimserve.api.request import GenerationRequest
@@ -82,6 +93,7 @@ def to_generation_request(request: pb.GenerateRequest, info: ModelInfo, config: 
         num_choices=_optional(request, "num_choices", "", 1),
         priority=_number(request, "priority", path=""),
         adapter=adapter_name("adapter", request.adapter) if request.adapter else None,
+        constraint=_constraint(request),
     )
 
 
@@ -291,6 +303,33 @@ def _parameters(parameters: pb.PolicyParameters, policy: PolicyInfo) -> dict[str
         _check(path, value, Interval(bounds.low, bounds.high, bounds.is_low_open))
         wanted[field.name] = value
     return wanted
+
+
+def _constraint(request: pb.GenerateRequest) -> Constraint | None:
+    match kind := request.WhichOneof("constraint"):
+        case "json_schema":
+            return JsonSchema(_sized(kind, request.json_schema, MAX_CONSTRAINT_BYTES))
+        case "json_object":
+            return JsonObject()
+        case "regex":
+            return Regex(_sized(kind, request.regex, MAX_EXPRESSION_BYTES))
+        case "choice":
+            options = tuple(request.choice.options)
+            _check_count("choice.options", len(options), "options", least=1, most=MAX_CHOICES)
+            for index, option in enumerate(options):
+                _check_count(f"choice.options[{index}]", len(option), "characters", least=1, most=MAX_CONSTRAINT_BYTES)
+            num_bytes = sum(len(option.encode()) for option in options)
+            _check_count("choice.options", num_bytes, "bytes in all", most=MAX_CONSTRAINT_BYTES)
+            return Choice(options)
+        case "grammar":
+            return LarkGrammar(_sized(kind, request.grammar, MAX_EXPRESSION_BYTES))
+        case _:
+            return None
+
+
+def _sized(field: str, text: str, most: int) -> str:
+    _check_count(field, len(text.encode()), "bytes", least=1, most=most)
+    return text
 
 
 def _check_token_ids(field: str, token_ids: Sequence[int], info: ModelInfo, *, may_be_image: bool = False) -> None:
