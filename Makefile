@@ -21,7 +21,7 @@ export PYTHONUNBUFFERED := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test check verify verify-attack check-sanitize verify-meta cuda-check test-gpu bench-gpu lock update test-floor \
+.PHONY: help build demo test check verify verify-attack verify-constraints check-sanitize verify-meta cuda-check test-gpu bench-gpu lock update test-floor \
 	test-newest fmt protos docs bench bench-ops clean
 
 help:  ## list the commands
@@ -56,7 +56,7 @@ verify: check test  ## what takes longer: Meta's code, committed accuracies, ran
 	$(PIP) $(LOCKED) requirements/fuzz.txt && $(BIN)/python scripts/fuzz_convert.py -max_total_time=300
 	$(MAKE) test-floor test-newest
 	PATH="$(abspath $(BIN)):$$PATH" scripts/verify_wheel.sh
-	$(MAKE) check-sanitize verify-meta verify-attack
+	$(MAKE) check-sanitize verify-meta verify-attack verify-constraints
 	scripts/verify_deployment.sh
 	$(BIN)/python scripts/verify_walkthrough.py
 	$(BIN)/python scripts/verify_clients.py  # these as root, on Debian
@@ -69,6 +69,10 @@ verify-attack: build  ## attack a server in 4 GiB with all that callers can do, 
 
 check-sanitize: build  ## run the tests of the ops under AddressSanitizer and UndefinedBehaviorSanitizer
 	PATH="$(abspath $(BIN)):$$PATH" scripts/check_sanitize.sh
+
+verify-constraints: build  ## ask for answers to 1,000 random schemas and 200 expressions, check them, measure the cost
+	PYTHONPATH=. $(BIN)/python scripts/verify_constraints.py
+	$(BIN)/python -m benchmarks.bench_constraints
 
 verify-meta: build build/meta/.installed  ## compare logits, pixels and token ids with Meta's own model code
 	PYTHONPATH=build/meta $(BIN)/python scripts/verify_meta.py
