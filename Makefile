@@ -21,8 +21,8 @@ export PYTHONUNBUFFERED := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test check verify verify-attack check-sanitize verify-http verify-meta cuda-check verify-cuda-build test-gpu \
-	bench-gpu lock update test-floor \
+.PHONY: help build demo test check verify verify-attack verify-constraints verify-cuda-build verify-http verify-meta \
+	check-sanitize cuda-check test-gpu bench-gpu lock update test-floor \
 	test-newest fmt protos docs bench bench-ops clean
 
 help:  ## list the commands
@@ -57,7 +57,7 @@ verify: check test  ## what takes longer: Meta's code, committed accuracies, ran
 	$(PIP) $(LOCKED) requirements/fuzz.txt && $(BIN)/python scripts/fuzz_convert.py -max_total_time=300
 	$(MAKE) test-floor test-newest
 	PATH="$(abspath $(BIN)):$$PATH" scripts/verify_wheel.sh
-	$(MAKE) check-sanitize verify-meta verify-attack verify-http verify-cuda-build
+	$(MAKE) check-sanitize verify-meta verify-attack verify-http verify-constraints verify-cuda-build
 	$(BIN)/python -m pytest --device pretend --hypothesis-profile few --timeout 900 -k "not opcheck" tests/ops \
 		tests/model/test_bucketed_decode.py
 	scripts/verify_deployment.sh
@@ -75,6 +75,10 @@ verify-http: build  ## a hundred streams over HTTP, beside five hundred idle con
 
 check-sanitize: build  ## run the tests of the ops under AddressSanitizer and UndefinedBehaviorSanitizer
 	PATH="$(abspath $(BIN)):$$PATH" scripts/check_sanitize.sh
+
+verify-constraints: build  ## ask for answers to 1,000 random schemas and 200 expressions, check them, measure the cost
+	PYTHONPATH=. $(BIN)/python scripts/verify_constraints.py
+	$(BIN)/python -m benchmarks.bench_constraints
 
 verify-meta: build build/meta/.installed  ## compare logits, pixels and token ids with Meta's own model code
 	PYTHONPATH=build/meta $(BIN)/python scripts/verify_meta.py
