@@ -15,7 +15,7 @@ out=${2:-out/first_gpu}
 
 # What trimserve, its tests and its benchmarks import beside torch and transformers.
 needed() {
-  sed -n 's/^  "\(numpy\|pillow\|jinja2\|pydantic\|safetensors\|tokenizers\|huggingface-hub\|prometheus-client\|structlog\|rich\|typer\)\([^"]*\)".*/\1\2/p' pyproject.toml
+  sed -n 's/^  "\(numpy\|pillow\|jinja2\|pydantic\|safetensors\|tokenizers\|huggingface-hub\|llguidance\|prometheus-client\|structlog\|rich\|typer\)\([^"]*\)".*/\1\2/p' pyproject.toml
   sed -n 's/^  "\(hypothesis\|pytest\|pytest-asyncio\|pytest-timeout\)\(==[^"]*\)".*/\1\2/p' pyproject.toml
   sed -n 's/^build = \[\(.*\)\]/\1/p' pyproject.toml | tr -d '" ' | tr ',' '\n' | grep -v scikit-build
 }

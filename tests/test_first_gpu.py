@@ -14,6 +14,7 @@ OF_THE_SERVER = {
     "grpcio-health-checking",
     "grpcio-reflection",
     "grpcio-status",
+    "h11",
     "protobuf",
 }
 """Not asked for by ops, model, engine and their benchmarks."""
