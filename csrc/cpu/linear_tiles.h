@@ -7,6 +7,7 @@
 #include <limits>
 #include <type_traits>
 
+#include "quantized_units.h"
 #include "simd.h"
 
 namespace trimserve::cpu {
@@ -30,36 +31,6 @@ struct FloatOperands {
   }
   TRIMSERVE_INLINE static void add(Floats& sums, const Vector& x, const Vector& w) {
     unrolled<kVectors>([&](auto i) TRIMSERVE_INLINE_LAMBDA { sums += x[i] * w[i]; });
-  }
-};
-
-// int8 to floats, as many as a vector has lanes.
-template <int kWidth>
-TRIMSERVE_INLINE void widen(typename Simd<kWidth>::Floats& floats, const std::int8_t* source) {
-  typedef std::int8_t Bytes __attribute__((vector_size(kWidth), aligned(1), may_alias));
-  typename Simd<kWidth>::Ints wide;
-#ifdef __x86_64__
-  if constexpr (kWidth >= 8) {  // in one instruction, which GCC 12 does not find by itself
-    asm("vpmovsxbd %1, %0" : "=v"(wide) : "m"(*reinterpret_cast<const Bytes*>(source)));
-    floats = __builtin_convertvector(wide, typename Simd<kWidth>::Floats);
-    return;
-  }
-#endif
-  Bytes bytes;
-  std::memcpy(&bytes, source, sizeof bytes);
-  wide = __builtin_convertvector(bytes, typename Simd<kWidth>::Ints);
-  floats = __builtin_convertvector(wide, typename Simd<kWidth>::Floats);
-}
-
-template <int kWidth>
-struct Int8Operands : FloatOperands<kWidth, DType::kFloat32> {
-  using Base = FloatOperands<kWidth, DType::kFloat32>;
-  using Base::load;
-  static constexpr int kFewestRows = kNever;
-  using StoredWeight = std::int8_t;
-
-  TRIMSERVE_INLINE static void load(typename Base::Vector& w, const std::int8_t* source) {
-    widen<kWidth>(w[0], source);
   }
 };
 
@@ -114,8 +85,9 @@ TRIMSERVE_INLINE void store_tile(const LinearArgs& args, std::int64_t row, std::
   float products[kWidth];
   std::memcpy(products, &gated, sizeof products);
   if constexpr (std::is_same_v<typename Operands::StoredWeight, std::int8_t>) {
+    const auto* const scales = static_cast<const float*>(args.scales);
     for (std::int64_t r = 0; r < num_rows; ++r) {
-      for (std::int64_t c = 0; c < num_columns; ++c) products[r * kColumns + c] *= args.scales[column + c];
+      for (std::int64_t c = 0; c < num_columns; ++c) products[r * kColumns + c] *= scales[column + c];
     }
   }
   auto* const output = static_cast<Element<dtype>*>(args.output) + row * args.num_outputs + column;
@@ -136,12 +108,11 @@ void at_operands(const LinearArgs& args, const Body& body) {
     at_dtype(args.dtype, [&](auto dtype) TRIMSERVE_INLINE_LAMBDA {
 #ifdef __x86_64__
       if constexpr (width == 16 && dtype == DType::kBFloat16) {
-        if (has_pair_products() && args.scales)
+        if (has_pair_products() && args.format == WeightFormat::kInt8)
           return body(width, dtype, std::type_identity<Int8PairOperands>());
         if (has_pair_products()) return body(width, dtype, std::type_identity<PairOperands>());
       }
 #endif
-      if (args.scales) return body(width, dtype, std::type_identity<Int8Operands<width>>());
       body(width, dtype, std::type_identity<FloatOperands<width, dtype>>());
     });
   });

@@ -72,7 +72,7 @@ class ModelInfo:
     dtype: str
     """Of the KV cache and of weights that are not quantized: `float32`, `bfloat16` or `float16`."""
     quantization: str
-    """`none`, or `int8` if the decoder's linear layers are stored as int8."""
+    """How the decoder's linear layers are stored: `none` (as `dtype`), `int8` or `int4`."""
     device: str
     num_parameters: int
     weight_bytes: int

@@ -20,7 +20,7 @@ from trimserve.model.codebook import load_codebook
 from trimserve.model.mllama import Mllama
 from trimserve.model.processor import Processor
 from trimserve.model.vision import vision_scratch_bytes
-from trimserve.model.weights import empty_model, load_weights, weight_bytes
+from trimserve.model.weights import empty_model, load_weights, num_parameters, weight_bytes
 from trimserve.trimming.policies.table import POLICIES
 
 __all__ = [
@@ -145,7 +145,7 @@ def describe_checkpoint(checkpoint: Checkpoint, config: ModelConfig, limits: Eng
         dtype=str(dtype).removeprefix("torch."),
         quantization=config.quantize,
         device=_device(config.device, config.quantize),
-        num_parameters=model.num_parameters(),
+        num_parameters=num_parameters(model),
         weight_bytes=weight_bytes(model),
         vocab_size=text.vocab_size,
         image_token_id=checkpoint.config.image_token_index,

@@ -1,14 +1,16 @@
 """Reads a safetensors checkpoint into a transformers model in which weights that are used together share storage.
 
 The model is built without memory, each parameter gets its place once, and the files are copied into those places
-in slices that are unmapped again, so that loading takes the weights' bytes and one slice; int8 weights are quantized
-slice by slice. Query, key and value projections lie in one tensor (key and value in cross-attention layers, where
-queries come from other rows), the decoder's gate and up projections in another; transformers' own parameters are views
-of them.
+in slices that are unmapped again, so that loading takes the weights' bytes and one slice; int8 and int4 weights are
+quantized slice by slice. Query, key and value projections lie in one tensor (key and value in cross-attention layers,
+where queries come from other rows), the decoder's gate and up projections in another; transformers' own parameters are
+views of them.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,7 +21,7 @@ from trimserve.config import Quantize
 from trimserve.errors import CheckpointError
 from trimserve.model import huge_pages
 from trimserve.model.checkpoint import read_json
-from trimserve.model.int8 import SCALES, make_int8, to_int8
+from trimserve.model.quantization import SCALES, is_quantized, quantize_decoder, quantized_rows
 from trimserve.model.transformers_mllama import (
     MllamaForConditionalGeneration,
     compute_rotary,
@@ -34,6 +36,7 @@ __all__ = [
     "fused_scales",
     "fused_weight",
     "load_weights",
+    "num_parameters",
     "weight_bytes",
 ]
 
@@ -69,11 +72,10 @@ def load_weights(
         CheckpointError: no safetensors files, a parameter is missing or has another shape, or a tensor is unknown.
     """
     model = allocated_model(config, dtype, device, quantize)
-    missing = dict(model.named_parameters())
-    scales = dict(_scales(model))
+    missing = dict(_places(model))
     for file in _files(folder):
         try:
-            _read_file(file, missing, scales)
+            _read_file(file, missing)
         except SafetensorError as error:
             raise CheckpointError(f"{file}: not a complete safetensors file: {error}") from error
     if missing:
@@ -97,15 +99,19 @@ def empty_model(
 ) -> MllamaForConditionalGeneration:
     """The model of a config on the meta device: shapes and dtypes without memory."""
     model = meta_model(config, dtype)
-    if quantize == "int8":
-        make_int8(model)
+    quantize_decoder(model, quantize)
     return model
+
+
+def num_parameters(model: MllamaForConditionalGeneration) -> int:
+    """Numbers that a model's checkpoint holds, however it is stored."""
+    return sum(math.prod(place.shape) for _, place in _places(model))
 
 
 def weight_bytes(model: MllamaForConditionalGeneration) -> int:
     """Bytes of a model's parameters and scales."""
-    scales = (scale for _, scale in _scales(model))
-    return sum(tensor.nbytes for tensor in (*model.parameters(), *scales))
+    places = [place for _, place in _places(model)]
+    return sum(place.weight.nbytes + (0 if place.scales is None else place.scales.nbytes) for place in places)
 
 
 def fuse(linears: Sequence[nn.Linear], device: torch.device) -> None:
@@ -118,8 +124,9 @@ def fuse(linears: Sequence[nn.Linear], device: torch.device) -> None:
     storage = huge_pages.empty((sum(rows), example.shape[1]), example.dtype, device)
     for linear, part in zip(linears, storage.split(rows), strict=True):
         linear.weight = nn.Parameter(part, requires_grad=False)
-    if hasattr(linears[0], SCALES):
-        scales = torch.empty(sum(rows), dtype=torch.float32, device=device)
+    if is_quantized(example):
+        of_first = getattr(linears[0], SCALES)
+        scales = torch.empty((sum(rows), *of_first.shape[1:]), dtype=of_first.dtype, device=device)
         for linear, of_linear in zip(linears, scales.split(rows), strict=True):
             setattr(linear, SCALES, of_linear)
 
@@ -130,7 +137,7 @@ def fused_weight(linears: Sequence[nn.Linear]) -> Tensor:
 
 
 def fused_scales(linears: Sequence[nn.Linear]) -> Tensor:
-    """The same of the scales [rows] of int8 weights."""
+    """The same of the scales [rows, ...] of quantized weights."""
     return _fused([getattr(linear, SCALES) for linear in linears])
 
 
@@ -140,11 +147,26 @@ def _fused(parts: Sequence[Tensor]) -> Tensor:
     return first.as_strided((num_rows, *first.shape[1:]), first.stride(), first.storage_offset())
 
 
-def _scales(model: MllamaForConditionalGeneration) -> Iterator[tuple[str, Tensor]]:
-    """Scales by the name of their weight."""
-    for name, buffer in model.named_buffers():
-        if name.endswith(SCALES):
-            yield name.removesuffix(SCALES) + "weight", buffer
+class _Place(NamedTuple):
+    """Where a tensor of a checkpoint goes."""
+
+    weight: Tensor
+    scales: Tensor | None
+    """Of a quantized weight."""
+    shape: tuple[int, ...]
+    """In the checkpoint."""
+
+
+def _places(model: MllamaForConditionalGeneration) -> Iterator[tuple[str, _Place]]:
+    """By the names of the parameters."""
+    for prefix, module in model.named_modules():
+        for name, parameter in module.named_parameters(prefix, recurse=False):
+            scales = getattr(module, SCALES, None) if is_quantized(parameter) else None
+            shape = tuple(parameter.shape)
+            if scales is not None:
+                assert isinstance(module, nn.Linear)
+                shape = (module.out_features, module.in_features)
+            yield name, _Place(parameter.data, scales, shape)
 
 
 def _give_storage(model: MllamaForConditionalGeneration, device: torch.device) -> None:
@@ -175,15 +197,15 @@ def _files(folder: Path) -> Iterator[Path]:
         yield folder / name
 
 
-def _read_file(file: Path, missing: dict[str, nn.Parameter], scales: Mapping[str, Tensor]) -> None:
-    """Fill the parameters that a file holds, and their scales, and take them out of `missing`."""
+def _read_file(file: Path, missing: dict[str, _Place]) -> None:
+    """Fill the places of what a file holds, and take them out of `missing`."""
     with safe_open(file, framework="pt") as tensors:
         names = list(tensors.keys())
     for name in names:
-        parameter = missing.pop(_current_name(name), None)
-        if parameter is None:
+        place = missing.pop(_current_name(name), None)
+        if place is None:
             raise CheckpointError(f"{file.name}: tensor {name} is not part of an Mllama with this config.json")
-        _read(file, name, parameter.data, scales.get(_current_name(name)))
+        _read(file, name, place)
 
 
 def _current_name(name: str) -> str:
@@ -193,22 +215,19 @@ def _current_name(name: str) -> str:
     return name
 
 
-def _read(file: Path, name: str, target: Tensor, scales: Tensor | None) -> None:
-    """Copy one tensor in slices of rows; reopening unmaps what was read, which else stays resident.
-
-    With scales, the tensor is quantized.
-    """
+def _read(file: Path, name: str, place: _Place) -> None:
+    """Copy one tensor in slices of rows, or quantize it; reopening unmaps what was read, which else stays resident."""
     with safe_open(file, framework="pt") as tensors:
         shape = tuple(tensors.get_slice(name).get_shape())
-    if shape != tuple(target.shape):
-        raise CheckpointError(f"{file.name}: {name} must be {list(target.shape)}, got {list(shape)}")
-    row_bytes = max(1, target[:1].numel() * torch.float32.itemsize)
+    if shape != place.shape:
+        raise CheckpointError(f"{file.name}: {name} must be {list(place.shape)}, got {list(shape)}")
+    row_bytes = max(1, math.prod(shape[1:]) * torch.float32.itemsize)
     num_rows = max(1, _SLICE_BYTES // row_bytes)
     for start in range(0, shape[0], num_rows):
         part = slice(start, start + num_rows)
         with safe_open(file, framework="pt") as tensors:
             rows = tensors.get_slice(name)[part]
-        if scales is None:
-            target[part] = rows
+        if place.scales is None:
+            place.weight[part] = rows
         else:
-            target[part], scales[part] = to_int8(rows)
+            place.weight[part], place.scales[part] = quantized_rows(rows, place.weight.dtype)

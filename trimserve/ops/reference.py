@@ -171,7 +171,7 @@ def decode_layers(
     for layer in range(num_layers):
         is_cross = layer in layers.cross_layers
         norm, projection, *query_norm, output, mlp_norm, gate_up, down = islice(weights, 7 if is_cross else 6)
-        of_linears: list[Tensor | None] = [*islice(scales, 4)] or [None] * 4
+        of_linears = [part if part.numel() else None for part in islice(scales, 4)] or [None] * 4
         attention_gate, mlp_gate = islice(gates, 2) if is_cross else (1.0, 1.0)
         if is_cross and not seen.lengths:
             continue
