@@ -181,8 +181,8 @@ def test_what_is_not_finite_stays_in_its_row_and_quantized_output(dtype: torch.d
 
 X, W, Q, S = torch.zeros(5, 8), torch.zeros(3, 8), torch.zeros(3, 8, dtype=torch.int8), torch.zeros(3)
 U, S4 = torch.zeros(3, 16, dtype=torch.uint8), torch.zeros(3, 1)
-SCALES_OF_8 = "scales must be float32, bfloat16 or float16 [3, groups] of an int4 weight, one for each 32, 64 or 128 of 8 "
-    "inputs, got "
+OF_8 = "of an int4 weight, one for each 32, 64 or 128 of 8 inputs, got "
+SCALES_OF_8 = f"scales must be float32, bfloat16 or float16 [3, groups] {OF_8}"
 REFUSALS: list[tuple[Inputs, str]] = [
     ((X.double(), W, None), "x must be float32, bfloat16 or float16 [R, K], got float64 [5, 8]"),
     ((X[0], W, None), "x must be float32, bfloat16 or float16 [R, K], got float32 [8]"),
