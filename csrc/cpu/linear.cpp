@@ -26,7 +26,7 @@ TRIMSERVE_INLINE void multiply(const typename Operands::Stored* x, std::int64_t 
                                typename Operands::Floats (&sums)[kWidth]) {
   using Vector = typename Operands::Vector;
   constexpr int kColumns = kWidth / kRows, kSize = Operands::kSize;
-  constexpr bool kIsStream = kRows == 1 && !std::is_same_v<typename Operands::StoredWeight, std::int8_t>;
+  constexpr bool kIsStream = kRows == 1;
   constexpr int kAtOnce = kIsStream ? 1 : std::min(kColumns, 8), kSteps = kIsStream ? 8 : 1;
   const typename Operands::Stored* rows[kRows];
   const typename Operands::StoredWeight* columns[kColumns];
@@ -127,16 +127,10 @@ TRIMSERVE_INLINE void multiply_all(const LinearArgs& args, std::int64_t begin, s
   }
 }
 
-// Quantized weights whose rows are packed as floats; int8 also goes in pairs of bfloat16.
-bool takes_floats(const LinearArgs& args) {
-  const bool has_pairs = args.dtype == DType::kBFloat16 && has_pair_products();
-  return args.format == WeightFormat::kInt4 || (args.format == WeightFormat::kInt8 && !has_pairs);
-}
-
 }  // namespace
 
 std::int64_t packed_size(const LinearArgs& args) {
-  if (takes_floats(args)) return quantized_packed_size(args);
+  if (args.format != WeightFormat::kFloats) return quantized_packed_size(args);
   std::int64_t size = 0;
   at_operands(args, [&]<typename Operands>(auto, auto, std::type_identity<Operands>) TRIMSERVE_INLINE_LAMBDA {
     if constexpr (Operands::kFewestRows < kNever)
@@ -146,7 +140,7 @@ std::int64_t packed_size(const LinearArgs& args) {
 }
 
 void pack_rows(const LinearArgs& args, float* packed) {
-  if (takes_floats(args)) return pack_quantized_rows(args, packed);
+  if (args.format != WeightFormat::kFloats) return pack_quantized_rows(args, packed);
   at_operands(args,
               [&]<typename Operands>(auto width, auto, std::type_identity<Operands>) TRIMSERVE_INLINE_LAMBDA {
                 if constexpr (Operands::kFewestRows < kNever) pack_few<width, Operands>(args, packed);
@@ -154,7 +148,7 @@ void pack_rows(const LinearArgs& args, float* packed) {
 }
 
 void linear(const LinearArgs& args, const float* packed, std::int64_t begin, std::int64_t end) {
-  if (takes_floats(args)) return linear_quantized(args, packed, begin, end);
+  if (args.format != WeightFormat::kFloats) return linear_quantized(args, packed, begin, end);
   at_operands(args, [&]<typename Operands>(auto width, auto dtype, std::type_identity<Operands>)
                         TRIMSERVE_INLINE_LAMBDA {
                           if constexpr (Operands::kFewestRows < kNever) {

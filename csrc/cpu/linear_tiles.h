@@ -7,7 +7,6 @@
 #include <limits>
 #include <type_traits>
 
-#include "quantized_units.h"
 #include "simd.h"
 
 namespace trimserve::cpu {
@@ -47,19 +46,6 @@ struct PairOperands {
   TRIMSERVE_INLINE static void load(Vector& x, const Stored* source) { std::memcpy(&x, source, sizeof x); }
   TRIMSERVE_INLINE static void add(Floats& sums, const Vector& x, const Vector& w) { add_pairs(sums, x, w); }
 };
-
-// The same with int8 weights: bfloat16 holds them exactly.
-struct Int8PairOperands : PairOperands {
-  using PairOperands::load;
-  using StoredWeight = std::int8_t;
-
-  TRIMSERVE_INLINE static void load(Vector& w, const std::int8_t* source) {
-    Floats low, high;
-    widen<16>(low, source);
-    widen<16>(high, source + 16);
-    asm("vcvtne2ps2bf16 %2, %1, %0" : "=v"(w) : "v"(high), "v"(low));
-  }
-};
 #endif
 
 // Stores `count` products, or adds them to the output. With a constant count the loop becomes one vector.
@@ -73,7 +59,7 @@ TRIMSERVE_INLINE void store(const float* products, Count count, bool accumulates
   }
 }
 
-// Adds up the lanes of a tile's sums, (row r, output c) at r * kColumns + c, scales them and stores them.
+// Adds up the lanes of a tile's sums, (row r, output c) at r * kColumns + c, stores them.
 template <int kWidth, DType dtype, typename Operands, int kRows>
 TRIMSERVE_INLINE void store_tile(const LinearArgs& args, std::int64_t row, std::int64_t column,
                                  typename Operands::Floats (&sums)[kWidth]) {
@@ -84,12 +70,6 @@ TRIMSERVE_INLINE void store_tile(const LinearArgs& args, std::int64_t row, std::
   const typename Operands::Floats gated = sums[0] * args.gate;
   float products[kWidth];
   std::memcpy(products, &gated, sizeof products);
-  if constexpr (std::is_same_v<typename Operands::StoredWeight, std::int8_t>) {
-    const auto* const scales = static_cast<const float*>(args.scales);
-    for (std::int64_t r = 0; r < num_rows; ++r) {
-      for (std::int64_t c = 0; c < num_columns; ++c) products[r * kColumns + c] *= scales[column + c];
-    }
-  }
   auto* const output = static_cast<Element<dtype>*>(args.output) + row * args.num_outputs + column;
   if (num_columns == kColumns) {
     for (std::int64_t r = 0; r < num_rows; ++r)
@@ -108,8 +88,6 @@ void at_operands(const LinearArgs& args, const Body& body) {
     at_dtype(args.dtype, [&](auto dtype) TRIMSERVE_INLINE_LAMBDA {
 #ifdef __x86_64__
       if constexpr (width == 16 && dtype == DType::kBFloat16) {
-        if (has_pair_products() && args.format == WeightFormat::kInt8)
-          return body(width, dtype, std::type_identity<Int8PairOperands>());
         if (has_pair_products()) return body(width, dtype, std::type_identity<PairOperands>());
       }
 #endif
