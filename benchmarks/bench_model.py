@@ -19,7 +19,16 @@ from transformers import GenerationConfig, MllamaConfig, MllamaForConditionalGen
 
 from trimserve.model.loading import embedded_model_folder
 
-__all__ = ["BENCH_MODEL", "GEOMETRY", "draw_weights", "main", "max_kept_fraction", "write_bench_model"]
+__all__ = [
+    "BENCH_MODEL",
+    "GEOMETRY",
+    "draw_parameter",
+    "draw_weights",
+    "main",
+    "max_kept_fraction",
+    "write_bench_model",
+    "write_small_files",
+]
 
 GEOMETRY = Path(__file__).with_name("bench_geometry.json")
 """Shape of the model, and how it is to be trimmed."""
@@ -48,6 +57,13 @@ def write_bench_model(folder: Path, geometry: dict[str, Any] | None = None, seed
         seed: of the weights.
     """
     geometry = geometry or _read(GEOMETRY)
+    write_small_files(folder, geometry)
+    _random_model(geometry, _read(embedded_model_folder() / "generation_config.json"), seed).save_pretrained(folder)
+    (folder / "model.safetensors").chmod(0o644)  # safetensors writes for the owner alone
+
+
+def write_small_files(folder: Path, geometry: dict[str, Any]) -> None:
+    """Write tokenizer, processor and trimming of a checkpoint, whose folder is made if it is not there."""
     folder.mkdir(parents=True, exist_ok=True)
     source = embedded_model_folder()
     for name in _COPIED:
@@ -62,8 +78,6 @@ def write_bench_model(folder: Path, geometry: dict[str, Any] | None = None, seed
     vocab_size = geometry["text_config"]["vocab_size"]
     _write(folder / "tokenizer.json", _enlarged(_read(source / "tokenizer.json"), vocab_size))
     _write(folder / "trimserve.json", {"k_ratio": geometry["trim"]["k_ratio"]})
-    _random_model(geometry, _read(source / "generation_config.json"), seed).save_pretrained(folder)
-    (folder / "model.safetensors").chmod(0o644)  # safetensors writes for the owner alone
 
 
 def _enlarged(tokenizer: dict[str, Any], vocab_size: int) -> dict[str, Any]:
@@ -112,10 +126,11 @@ def draw_weights(model: MllamaForConditionalGeneration, seed: int = 0) -> None:
     generator = torch.Generator(model.device).manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            _draw(name, parameter, generator)
+            draw_parameter(name, parameter, generator)
 
 
-def _draw(name: str, parameter: torch.Tensor, generator: torch.Generator) -> None:
+def draw_parameter(name: str, parameter: torch.Tensor, generator: torch.Generator) -> None:
+    """Give one parameter its values."""
     if "gate" in name.rsplit(".", 1)[-1]:
         parameter.fill_(_GATE)
     elif "norm" in name:

@@ -28,6 +28,8 @@ inline const char* name_of(ScalarType dtype) {
       return "bfloat16";
     case ScalarType::Char:
       return "int8";
+    case ScalarType::Byte:
+      return "uint8";
     case ScalarType::Int:
       return "int32";
     case ScalarType::Long:

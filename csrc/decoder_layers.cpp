@@ -4,9 +4,11 @@
 
 #include <cmath>
 #include <mutex>
+#include <string>
 #include <unordered_map>
 #include <utility>
 
+#include "op_checks.h"
 #include "ops.h"
 
 namespace trimserve {
@@ -44,19 +46,21 @@ class LayerReader {
 
   LinearWeight linear(const char* name, std::int64_t num_outputs, std::int64_t num_inputs) {
     const Tensor& weight = *weights_++;
-    const ScalarType stored = scales_ ? ScalarType::Char : dtype_;
+    const Tensor* const scales = scales_ && (scales_++)->numel() > 0 ? scales_ - 1 : nullptr;
+    const bool is_int4 = scales && weight.scalar_type() == ScalarType::Byte;
+    const ScalarType stored = is_int4 ? ScalarType::Byte : scales ? ScalarType::Char : dtype_;
+    const Size columns{num_inputs == kAny ? kAny : linear_columns(stored, num_inputs)};
     check(weight.is_cpu() && weight.scalar_type() == stored && weight.dim() == 2 &&
-              fits(weight.size(0), {num_outputs}) && fits(weight.size(1), {num_inputs}),
+              fits(weight.size(0), {num_outputs}) && fits(weight.size(1), columns),
           kOp, ": ", name, " of layer ", layer_, " must be ", name_of(stored), " [", Size{num_outputs}, ", ",
-          Size{num_inputs}, "] on cpu, got ", describe(weight), " on ", Place{weight});
+          columns, "] on cpu, got ", describe(weight), " on ", Place{weight});
     check(weight.is_contiguous(), kOp, ": ", name, " of layer ", layer_, " must be contiguous");
-    if (!scales_) return {weight, std::nullopt};
-    const Tensor& scales = *scales_++;
-    check(scales.is_cpu() && scales.scalar_type() == ScalarType::Float && scales.dim() == 1 &&
-              scales.size(0) == weight.size(0),
-          kOp, ": scales of ", name, " of layer ", layer_, " must be float32 [", weight.size(0),
-          "] on cpu, got ", describe(scales), " on ", Place{scales});
-    return {weight, torch::stable::contiguous(scales)};
+    if (num_inputs == kAny) num_inputs = weight.size(1) * (is_int4 ? kInt4Unit / kInt4UnitBytes : 1);
+    if (!scales) return {weight, std::nullopt, num_inputs};
+    const std::string named = std::string("scales of ") + name + " of layer " + std::to_string(layer_);
+    check(scales->is_cpu(), kOp, ": ", named, " must be on cpu, got ", Place{*scales});
+    check_linear_scales(kOp, named, *scales, weight, num_inputs);
+    return {weight, torch::stable::contiguous(*scales), num_inputs};
   }
 
   MlpWeights mlp(std::int64_t hidden_size, double gate) {
@@ -80,7 +84,7 @@ SelfLayer read_self(LayerReader reader, std::int64_t layer, DecoderLayers& made)
   Tensor norm = reader.norm("input norm", made.hidden_size);
   LinearWeight qkv = reader.linear("query-key-value", kAny, made.hidden_size);
   LinearWeight output = reader.linear("output", made.hidden_size, made.query_size);
-  made.query_size = output.weight.size(1);
+  made.query_size = output.num_inputs;
   const std::int64_t of_both = qkv.weight.size(0) - made.query_size;
   check(of_both >= 2 && of_both % 2 == 0 && (made.num_self == 0 || of_both == 2 * made.kv_size), kOp,
         ": query-key-value of layer ", layer, " must have ", made.query_size,

@@ -17,8 +17,9 @@
 namespace trimserve {
 
 struct LinearWeight {
-  Tensor weight;                 // [N, K], contiguous
-  std::optional<Tensor> scales;  // [N] of an int8 weight
+  Tensor weight;                 // [N, K] or what int4 makes of it, contiguous
+  std::optional<Tensor> scales;  // of an int8 or int4 weight
+  std::int64_t num_inputs;       // K
 };
 
 struct MlpWeights {

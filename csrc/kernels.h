@@ -111,14 +111,21 @@ struct PagedAttentionArgs {
   float scale;
 };
 
-// x [R, K]; weight [N, K]; output [R, N] = gate * x weight^T, added to the old output if `accumulates`; all of `dtype`.
-// With scales [N], which multiply the products, weight is int8, and x is float32 if takes_floats(dtype).
+// How linear's weight is stored: as `dtype`; or as int8, whose scales are float32 [N]; or as int4 (trimserve.ops.
+// reference.unpack_int4 defines it), whose scales are of scale_dtype [N, ceil(K / group)].
+enum class WeightFormat { kFloats, kInt8, kInt4 };
+
+// x [R, K]; weight [N, K]; output [R, N] = gate * x weight^T, added to the old output if `accumulates`; x and output of
+// `dtype`.
 struct LinearArgs {
   const void* x;
   const void* weight;
-  const float* scales;  // or null
+  const void* scales;  // or null
   void* output;
   DType dtype;
+  WeightFormat format;
+  DType scale_dtype;
+  std::int64_t group;  // of inputs, a multiple of kInt4Unit
   bool accumulates;
   float gate;
   std::int64_t num_rows;     // R
@@ -126,7 +133,8 @@ struct LinearArgs {
   std::int64_t num_inputs;   // K
   std::int64_t x_stride;
 };
-constexpr std::int64_t kLinearColumns = 16;  // outputs of a block
+constexpr std::int64_t kInt4Unit = 32, kInt4UnitBytes = 16;  // inputs whose halves of bytes lie together
+constexpr std::int64_t kLinearColumns = 16;                  // outputs of a block
 
 // x and output [R, H, K], weight [K], all of `dtype`.
 struct RmsNormArgs {
@@ -213,12 +221,6 @@ void pack_rows(const LinearArgs& args, float* packed);
 
 // Range over blocks of kLinearColumns outputs; at least one row. packed: filled by pack_rows, or null.
 void linear(const LinearArgs& args, const float* packed, std::int64_t begin, std::int64_t end);
-
-// Whether linear with int8 weights wants rows of this dtype converted to float32.
-bool takes_floats(DType dtype);
-
-// Serial.
-void to_floats(const void* x, DType dtype, std::int64_t count, float* floats);
 
 // Range over rows.
 void rms_norm(const RmsNormArgs& args, std::int64_t begin, std::int64_t end);

@@ -10,21 +10,28 @@ namespace trimserve {
 
 namespace {
 
-// output = gate * x weight^T, or output += gate * x weight^T. Scales, if any, multiply the product.
+WeightFormat format_of(const Tensor& weight) {
+  const ScalarType stored = weight.scalar_type();
+  return stored == ScalarType::Char   ? WeightFormat::kInt8
+         : stored == ScalarType::Byte ? WeightFormat::kInt4
+                                      : WeightFormat::kFloats;
+}
+
+// output = gate * x weight^T, or output += gate * x weight^T. Scales, if any, multiply the weight.
 void multiply(const Tensor& output, const Tensor& x, const Tensor& weight, std::optional<Tensor> scales,
               double gate, bool accumulates) {
   if (scales) scales = torch::stable::contiguous(*scales);
-  const DType dtype = kernel_dtype(x.scalar_type());
-  const bool is_converted = scales && cpu::takes_floats(dtype);
-  const Tensor rows = is_converted ? torch::stable::contiguous(x) : with_contiguous_rows(x);
-  const auto floats = workspace<float>(is_converted ? x.numel() : 0);
-  if (is_converted) cpu::to_floats(rows.const_data_ptr(), dtype, x.numel(), floats.get());
+  const Tensor rows = with_contiguous_rows(x);
+  const WeightFormat format = format_of(weight);
   const LinearArgs args{
-      .x = is_converted ? floats.get() : rows.const_data_ptr(),
+      .x = rows.const_data_ptr(),
       .weight = weight.const_data_ptr(),
-      .scales = scales ? static_cast<const float*>(scales->const_data_ptr()) : nullptr,
+      .scales = scales ? scales->const_data_ptr() : nullptr,
       .output = output.mutable_data_ptr(),
-      .dtype = dtype,
+      .dtype = kernel_dtype(x.scalar_type()),
+      .format = format,
+      .scale_dtype = kernel_dtype(scales ? scales->scalar_type() : ScalarType::Float),
+      .group = format == WeightFormat::kInt4 ? int4_group(x.size(1), scales->size(1)) : 0,
       .accumulates = accumulates,
       .gate = static_cast<float>(gate),
       .num_rows = x.size(0),
@@ -37,8 +44,8 @@ void multiply(const Tensor& output, const Tensor& x, const Tensor& weight, std::
   const auto packed = workspace<float>(packed_size);
   if (packed_size > 0) cpu::pack_rows(args, packed.get());
   // The more rows there are, the more work is in each byte of the weight, and the fewer bytes are worth a thread.
-  const std::int64_t weight_bytes = scales ? 1 : element_bytes(x.scalar_type());
-  const std::int64_t block_bytes = kLinearColumns * args.num_inputs * weight_bytes;
+  const std::int64_t weight_bytes = format == WeightFormat::kFloats ? element_bytes(x.scalar_type()) : 1;
+  const std::int64_t block_bytes = kLinearColumns * weight.size(1) * weight_bytes;
   const std::int64_t blocks_per_thread =
       kGrainBytes / (block_bytes * std::min<std::int64_t>(args.num_rows, 16) + 1) + 1;
   const std::int64_t num_blocks = (args.num_outputs + kLinearColumns - 1) / kLinearColumns;

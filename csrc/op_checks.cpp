@@ -140,18 +140,54 @@ void check_paged_attention(const Tensor& q, const Tensor& pages, std::int64_t la
         describe(*bias));
 }
 
+namespace {
+
+constexpr std::int64_t kInt4Groups[] = {32, 64, 128};
+
+std::int64_t ceil_of(std::int64_t size, std::int64_t part) { return (size + part - 1) / part; }
+
+}  // namespace
+
+std::int64_t int4_group(std::int64_t num_inputs, std::int64_t num_groups) {
+  for (const std::int64_t group : kInt4Groups) {
+    if (ceil_of(num_inputs, group) == num_groups) return group;
+  }
+  return 0;
+}
+
+std::int64_t linear_columns(ScalarType stored, std::int64_t num_inputs) {
+  return stored == ScalarType::Byte ? ceil_of(num_inputs, kInt4Unit) * kInt4UnitBytes : num_inputs;
+}
+
+void check_linear_scales(const char* op, const std::string& name, const Tensor& scales, const Tensor& weight,
+                         std::int64_t num_inputs) {
+  const std::int64_t num_outputs = weight.size(0);
+  if (weight.scalar_type() == ScalarType::Byte) {
+    check(is_floating(scales.scalar_type()) && scales.dim() == 2 && scales.size(0) == num_outputs &&
+              int4_group(num_inputs, scales.size(1)) > 0,
+          op, ": ", name, " must be float32, bfloat16 or float16 [", num_outputs,
+          ", groups] of an int4 weight, one for each 32, 64 or 128 of ", num_inputs, " inputs, got ",
+          describe(scales));
+  } else {
+    check(scales.scalar_type() == ScalarType::Float && scales.dim() == 1 && scales.size(0) == num_outputs, op,
+          ": ", name, " must be float32 [", num_outputs, "] of an int8 weight, got ", describe(scales));
+  }
+}
+
 void check_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& scales) {
   constexpr const char* kOp = "linear";
   check_devices(kOp, {"x", x}, {{"weight", weight}});
   check(is_floating(x.scalar_type()) && x.dim() == 2, kOp,
         ": x must be float32, bfloat16 or float16 [R, K], got ", describe(x));
-  check_tensor(kOp, "weight", weight, scales ? ScalarType::Char : x.scalar_type(), "[N, K] like x",
-               weight.dim() == 2 && weight.size(1) == x.size(1));
+  const std::int64_t num_inputs = x.size(1);
+  const bool is_int4 = scales && weight.scalar_type() == ScalarType::Byte;
+  const ScalarType stored = is_int4 ? ScalarType::Byte : scales ? ScalarType::Char : x.scalar_type();
+  check_tensor(kOp, "weight", weight, stored, is_int4 ? "[N, 16 * ceil(K / 32)] like x" : "[N, K] like x",
+               weight.dim() == 2 && weight.size(1) == linear_columns(stored, num_inputs));
   check(weight.is_contiguous(), kOp, ": weight must be contiguous");
   if (!scales) return;
   check_devices(kOp, {"x", x}, {{"scales", *scales}});
-  check_tensor(kOp, "scales", *scales, ScalarType::Float, "[N] like weight",
-               scales->dim() == 1 && scales->size(0) == weight.size(0));
+  check_linear_scales(kOp, "scales", *scales, weight, num_inputs);
 }
 
 void check_rms_norm(const Tensor& x, const Tensor& weight, double epsilon) {

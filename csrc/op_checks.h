@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <limits>
 #include <optional>
+#include <string>
 #include <vector>
 
 #include "checks.h"
@@ -37,6 +38,16 @@ void check_gather_kv(const Tensor& pages, std::int64_t layer, const Tensor& keys
 
 void check_paged_attention(const Tensor& q, const Tensor& pages, std::int64_t layer, const Tensor& tables,
                            const Tensor& lengths, double scale, const std::optional<Tensor>& bias);
+
+// Columns of a weight that is stored so.
+std::int64_t linear_columns(ScalarType stored, std::int64_t num_inputs);
+
+// Inputs that share a scale of an int4 weight: 32, 64 or 128; 0 if none of them gives so many groups.
+std::int64_t int4_group(std::int64_t num_inputs, std::int64_t num_groups);
+
+// Throws unless scales fit a weight, which is int8 or int4; `name` is what they are called.
+void check_linear_scales(const char* op, const std::string& name, const Tensor& scales, const Tensor& weight,
+                         std::int64_t num_inputs);
 
 void check_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& scales);
 

@@ -11,7 +11,7 @@ from trimserve.config import Config, EngineConfig, ModelConfig, ServerConfig
 BAD = [
     (ModelConfig, "model", ""),
     (ModelConfig, "dtype", "int8"),
-    (ModelConfig, "quantize", "int4"),
+    (ModelConfig, "quantize", "int2"),
     (ModelConfig, "max_model_len", 0),
     (ModelConfig, "intermediate_features", "both"),
     (ModelConfig, "k_ratio", 0.0),

@@ -18,7 +18,7 @@ __all__ = ["Config", "Device", "Dtype", "EngineConfig", "ModelConfig", "Quantize
 
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-Quantize = Literal["none", "int8"]
+Quantize = Literal["none", "int8", "int4"]
 Port = Annotated[int, Field(ge=0, le=65535)]
 
 
@@ -49,9 +49,10 @@ class ModelConfig(_Knobs):
     dtype: Dtype = Field(default="auto", description="Type of weights and KV; `auto` is the checkpoint's own.")
     quantize: Quantize = Field(
         default="none",
-        description="How the decoder's linear layers are stored: `none` is in `dtype`, but int8 of a quantized "
-        "checkpoint stays int8 on a CPU; `int8` is one scale for each output, which takes less memory and makes decode "
-        "steps faster on a CPU. Everything else keeps `dtype`.",
+        description="How the decoder's linear layers are stored: `none` is in `dtype`, but int8 and int4 of a "
+        "quantized checkpoint stay so on a CPU; `int8` is one scale for each output, `int4` one for each 64 inputs of "
+        "it. Both take less memory, and make decode steps faster on a CPU. On a GPU, `int8` works by torch's own "
+        "products, and `int4` is refused. Everything else keeps `dtype`.",
     )
     max_model_len: int | None = Field(
         default=None,

@@ -7,6 +7,7 @@ the second cache holds, by torch or by `ops.linear`, whichever is faster: what a
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 import torch
 from torch import nn
@@ -16,12 +17,15 @@ from benchmarks.generate.timing import time_calls
 from trimserve import ops
 from trimserve.config import Quantize
 from trimserve.model.checkpoint import open_checkpoint
-from trimserve.model.int8 import SCALES, to_int8
+from trimserve.model.int4 import to_int4
+from trimserve.model.int8 import to_int8
+from trimserve.model.quantization import SCALES
 from trimserve.model.weights import empty_model
 
 __all__ = ["Floor", "StepShape"]
 
 _CACHED_BYTES = 2**20
+_QUANTIZED: Final = {"int8": to_int8, "int4": to_int4}
 _SECONDS = 0.05
 
 
@@ -30,7 +34,7 @@ class StepShape:
     """What a decode step of any batch multiplies with."""
 
     dtype: torch.dtype
-    is_int8: bool
+    quantize: Quantize
     weight_bytes: int
     """All weights but the embedding, of which rows are read, and the projections of visual features."""
     linears: tuple[tuple[int, int], ...]
@@ -46,7 +50,7 @@ class StepShape:
         linears = [module for module in modules.values() if isinstance(module, nn.Linear)]
         return cls(
             dtype,
-            quantize == "int8",
+            quantize,
             sum(tensor.nbytes for tensor in (*parameters, *scales)),
             tuple((linear.out_features, linear.in_features) for linear in linears),
         )
@@ -77,17 +81,17 @@ class Floor:
         """Of a batch that attends to so many bytes."""
         num_bytes = shape.weight_bytes + kv_bytes
         sizes = {inputs for _, inputs in shape.linears}
-        rates = {inputs: _product_rate(batch, inputs, shape.dtype, shape.is_int8) for inputs in sizes}
+        rates = {inputs: _product_rate(batch, inputs, shape.dtype, shape.quantize) for inputs in sizes}
         products = sum(2 * batch * outputs * inputs / rates[inputs] for outputs, inputs in shape.linears)
         return cls(num_bytes, num_bytes / bytes_per_second * 1e3, products * 1e3)
 
 
-def _product_rate(rows: int, inputs: int, dtype: torch.dtype, is_int8: bool) -> float:
+def _product_rate(rows: int, inputs: int, dtype: torch.dtype, quantize: Quantize) -> float:
     """Multiplications and additions per second."""
     outputs = _CACHED_BYTES // (inputs * torch.float32.itemsize)
     x, weight = torch.randn(rows, inputs).to(dtype), torch.randn(outputs, inputs)
     floats = weight.to(dtype)
-    stored = to_int8(weight) if is_int8 else (floats,)
+    stored = _QUANTIZED[quantize](weight) if quantize in _QUANTIZED else (floats,)
     calls = (lambda: F.linear(x, floats), lambda: ops.linear(x, *stored))
     fastest = min(time_calls(call, _SECONDS)["p10"] for call in calls)
     return 2 * rows * inputs * outputs / fastest * 1e3

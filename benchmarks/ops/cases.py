@@ -17,7 +17,8 @@ from benchmarks.ops.measure import Floor
 from tests.tolerances import HEADWISE_SCORES, LINEAR, PAGED_ATTENTION
 from trimserve import ops
 from trimserve.model import huge_pages
-from trimserve.model.int8 import multiply_int8, to_int8
+from trimserve.model.int8 import to_int8
+from trimserve.model.quantization import multiply_many
 from trimserve.ops import PAGE_POSITIONS, reference
 
 __all__ = ["GEOMETRY", "Case", "make_cases"]
@@ -259,7 +260,7 @@ def _int8_linear_case(
         f"{num_rows} rows of {size}, int8 weights",
         dtype,
         lambda: ops.linear(x, *stored),
-        lambda: multiply_int8(x, *stored),
+        lambda: multiply_many(x, *stored),
         "weights made floats + linear",
         x.nbytes + sum(tensor.nbytes for tensor in stored) + product.nbytes,
         "read" if num_rows == 1 else None,

@@ -7,6 +7,7 @@
 //   the last bit.
 
 #include "few_rows.h"
+#include "linear_quantized.h"
 #include "linear_tiles.h"
 
 namespace trimserve::cpu {
@@ -25,7 +26,7 @@ TRIMSERVE_INLINE void multiply(const typename Operands::Stored* x, std::int64_t 
                                typename Operands::Floats (&sums)[kWidth]) {
   using Vector = typename Operands::Vector;
   constexpr int kColumns = kWidth / kRows, kSize = Operands::kSize;
-  constexpr bool kIsStream = kRows == 1 && !std::is_same_v<typename Operands::StoredWeight, std::int8_t>;
+  constexpr bool kIsStream = kRows == 1;
   constexpr int kAtOnce = kIsStream ? 1 : std::min(kColumns, 8), kSteps = kIsStream ? 8 : 1;
   const typename Operands::Stored* rows[kRows];
   const typename Operands::StoredWeight* columns[kColumns];
@@ -111,8 +112,7 @@ TRIMSERVE_INLINE void multiply_block(const LinearArgs& args, std::int64_t first_
 // As many rows as stay in the second-level cache while the whole weight passes.
 std::int64_t rows_of_block(const LinearArgs& args) {
   constexpr std::int64_t kBytes = 256 * 1024;
-  const bool has_floats = args.dtype == DType::kFloat32 || (args.scales && takes_floats(args.dtype));
-  const std::int64_t element_bytes = has_floats ? 4 : 2;
+  const std::int64_t element_bytes = args.dtype == DType::kFloat32 ? 4 : 2;
   const std::int64_t rows = kBytes / (args.num_inputs * element_bytes + 1);
   return std::clamp<std::int64_t>(rows / 4 * 4, 8, 64);
 }
@@ -130,6 +130,7 @@ TRIMSERVE_INLINE void multiply_all(const LinearArgs& args, std::int64_t begin, s
 }  // namespace
 
 std::int64_t packed_size(const LinearArgs& args) {
+  if (args.format != WeightFormat::kFloats) return quantized_packed_size(args);
   std::int64_t size = 0;
   at_operands(args, [&]<typename Operands>(auto, auto, std::type_identity<Operands>) TRIMSERVE_INLINE_LAMBDA {
     if constexpr (Operands::kFewestRows < kNever)
@@ -139,6 +140,7 @@ std::int64_t packed_size(const LinearArgs& args) {
 }
 
 void pack_rows(const LinearArgs& args, float* packed) {
+  if (args.format != WeightFormat::kFloats) return pack_quantized_rows(args, packed);
   at_operands(args,
               [&]<typename Operands>(auto width, auto, std::type_identity<Operands>) TRIMSERVE_INLINE_LAMBDA {
                 if constexpr (Operands::kFewestRows < kNever) pack_few<width, Operands>(args, packed);
@@ -146,6 +148,7 @@ void pack_rows(const LinearArgs& args, float* packed) {
 }
 
 void linear(const LinearArgs& args, const float* packed, std::int64_t begin, std::int64_t end) {
+  if (args.format != WeightFormat::kFloats) return linear_quantized(args, packed, begin, end);
   at_operands(args, [&]<typename Operands>(auto width, auto dtype, std::type_identity<Operands>)
                         TRIMSERVE_INLINE_LAMBDA {
                           if constexpr (Operands::kFewestRows < kNever) {
@@ -153,17 +156,6 @@ void linear(const LinearArgs& args, const float* packed, std::int64_t begin, std
                           }
                           multiply_all<width, dtype, Operands>(args, begin, end);
                         });
-}
-
-bool takes_floats(DType dtype) {
-  return dtype != DType::kFloat32 && !(dtype == DType::kBFloat16 && has_pair_products());
-}
-
-void to_floats(const void* x, DType dtype, std::int64_t count, float* floats) {
-  at_dtype(dtype, [&](auto constant) {
-    const auto* const elements = static_cast<const Element<constant>*>(x);
-    for (std::int64_t i = 0; i < count; ++i) floats[i] = elements[i].to_float();
-  });
 }
 
 }  // namespace trimserve::cpu

@@ -33,36 +33,6 @@ struct FloatOperands {
   }
 };
 
-// int8 to floats, as many as a vector has lanes.
-template <int kWidth>
-TRIMSERVE_INLINE void widen(typename Simd<kWidth>::Floats& floats, const std::int8_t* source) {
-  typedef std::int8_t Bytes __attribute__((vector_size(kWidth), aligned(1), may_alias));
-  typename Simd<kWidth>::Ints wide;
-#ifdef __x86_64__
-  if constexpr (kWidth >= 8) {  // in one instruction, which GCC 12 does not find by itself
-    asm("vpmovsxbd %1, %0" : "=v"(wide) : "m"(*reinterpret_cast<const Bytes*>(source)));
-    floats = __builtin_convertvector(wide, typename Simd<kWidth>::Floats);
-    return;
-  }
-#endif
-  Bytes bytes;
-  std::memcpy(&bytes, source, sizeof bytes);
-  wide = __builtin_convertvector(bytes, typename Simd<kWidth>::Ints);
-  floats = __builtin_convertvector(wide, typename Simd<kWidth>::Floats);
-}
-
-template <int kWidth>
-struct Int8Operands : FloatOperands<kWidth, DType::kFloat32> {
-  using Base = FloatOperands<kWidth, DType::kFloat32>;
-  using Base::load;
-  static constexpr int kFewestRows = kNever;
-  using StoredWeight = std::int8_t;
-
-  TRIMSERVE_INLINE static void load(typename Base::Vector& w, const std::int8_t* source) {
-    widen<kWidth>(w[0], source);
-  }
-};
-
 #ifdef __x86_64__
 // bfloat16 products in pairs: half the instructions, no conversions.
 struct PairOperands {
@@ -75,19 +45,6 @@ struct PairOperands {
 
   TRIMSERVE_INLINE static void load(Vector& x, const Stored* source) { std::memcpy(&x, source, sizeof x); }
   TRIMSERVE_INLINE static void add(Floats& sums, const Vector& x, const Vector& w) { add_pairs(sums, x, w); }
-};
-
-// The same with int8 weights: bfloat16 holds them exactly.
-struct Int8PairOperands : PairOperands {
-  using PairOperands::load;
-  using StoredWeight = std::int8_t;
-
-  TRIMSERVE_INLINE static void load(Vector& w, const std::int8_t* source) {
-    Floats low, high;
-    widen<16>(low, source);
-    widen<16>(high, source + 16);
-    asm("vcvtne2ps2bf16 %2, %1, %0" : "=v"(w) : "v"(high), "v"(low));
-  }
 };
 #endif
 
@@ -102,7 +59,7 @@ TRIMSERVE_INLINE void store(const float* products, Count count, bool accumulates
   }
 }
 
-// Adds up the lanes of a tile's sums, (row r, output c) at r * kColumns + c, scales them and stores them.
+// Adds up the lanes of a tile's sums, (row r, output c) at r * kColumns + c, stores them.
 template <int kWidth, DType dtype, typename Operands, int kRows>
 TRIMSERVE_INLINE void store_tile(const LinearArgs& args, std::int64_t row, std::int64_t column,
                                  typename Operands::Floats (&sums)[kWidth]) {
@@ -113,11 +70,6 @@ TRIMSERVE_INLINE void store_tile(const LinearArgs& args, std::int64_t row, std::
   const typename Operands::Floats gated = sums[0] * args.gate;
   float products[kWidth];
   std::memcpy(products, &gated, sizeof products);
-  if constexpr (std::is_same_v<typename Operands::StoredWeight, std::int8_t>) {
-    for (std::int64_t r = 0; r < num_rows; ++r) {
-      for (std::int64_t c = 0; c < num_columns; ++c) products[r * kColumns + c] *= args.scales[column + c];
-    }
-  }
   auto* const output = static_cast<Element<dtype>*>(args.output) + row * args.num_outputs + column;
   if (num_columns == kColumns) {
     for (std::int64_t r = 0; r < num_rows; ++r)
@@ -136,12 +88,9 @@ void at_operands(const LinearArgs& args, const Body& body) {
     at_dtype(args.dtype, [&](auto dtype) TRIMSERVE_INLINE_LAMBDA {
 #ifdef __x86_64__
       if constexpr (width == 16 && dtype == DType::kBFloat16) {
-        if (has_pair_products() && args.scales)
-          return body(width, dtype, std::type_identity<Int8PairOperands>());
         if (has_pair_products()) return body(width, dtype, std::type_identity<PairOperands>());
       }
 #endif
-      if (args.scales) return body(width, dtype, std::type_identity<Int8Operands<width>>());
       body(width, dtype, std::type_identity<FloatOperands<width, dtype>>());
     });
   });

@@ -15,12 +15,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from trimserve.errors import CheckpointError
-from trimserve.model.formats.quantized_linear import Int8Linear, QuantizedLinear
+from trimserve.model.formats.quantized_linear import Int4Linear, Int8Linear, QuantizedLinear
 from trimserve.model.formats.table import quantized_linears
 from trimserve.model.stored_tensors import stored_tensors
 
 FIXTURES = sorted((Path(__file__).parent / "quantized").glob("*.safetensors"))
 INT8 = {"bnb_int8", "w8a8", "w8a8_per_tensor"}
+INT4 = {"auto_round", "auto_round_gptq", "gptq_symmetric", "gptq_v2", "w4a16"}
 
 
 def config_of(fixture: Path) -> dict[str, Any]:
@@ -64,6 +65,20 @@ def test_int8_of_a_row_each_stays_as_it_is_stored(fixture: Path, tmp_path: Path)
         assert scales.shape == (6,)
         exact = numbers * scales[:, None]
         torch.testing.assert_close(exact, expected[3:9].float(), rtol=torch.finfo(expected.dtype).eps, atol=0)
+
+
+@pytest.mark.parametrize("fixture", FIXTURES, ids=lambda fixture: fixture.stem)
+def test_int4_of_groups_without_zero_points_stays_as_it_is_stored(fixture: Path, tmp_path: Path) -> None:
+    tensors = load_file(fixture)
+    layer, expected = layer_of(tensors, config_of(fixture), tmp_path)
+    assert isinstance(layer, Int4Linear) == (fixture.stem in INT4)
+    if isinstance(layer, Int4Linear):
+        numbers, scales = layer.int4(slice(8, 16))
+        assert scales.dtype == layer.scale_dtype == expected.dtype
+        assert scales.shape == (8, expected.shape[1] // layer.group_size)
+        assert (int(numbers.min()), int(numbers.max())) == (-8, 7)
+        exact = numbers.to(scales.dtype) * scales.repeat_interleave(layer.group_size, dim=1)
+        assert torch.equal(exact, expected[8:16])
 
 
 def test_groups_may_be_in_any_order_in_packed_weights(tmp_path: Path) -> None:

@@ -190,7 +190,10 @@ def test_a_gpu_is_taken_where_the_ops_are_built_for_it(checkpoint: Path, monkeyp
     monkeypatch.setattr(ops, "has_cuda_ops", lambda: True)
     assert [device(), device(device="cuda"), device(device="cpu")] == ["cuda:0", "cuda:0", "cpu"]
     assert device(device="cpu", quantize="int8") == "cpu"
+    assert device(device="cpu", quantize="int4") == "cpu"
     assert device(quantize="int8") == "cuda:0"
+    with pytest.raises(CheckpointError, match="quantize int4 is for the CPU; take none or int8, or device cpu"):
+        device(quantize="int4")
     monkeypatch.setattr(ops, "has_cuda_ops", lambda: False)
     assert device() == "cpu"
     with pytest.raises(CheckpointError, match="device cuda: the ops are built without CUDA"):

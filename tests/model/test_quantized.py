@@ -17,10 +17,12 @@ from transformers import MllamaConfig, MllamaForConditionalGeneration
 from tests.model.random_checkpoint import Geometry, save_random_checkpoint
 from trimserve import ops
 from trimserve.api.info import ModelInfo
-from trimserve.config import EngineConfig, ModelConfig
+from trimserve.config import EngineConfig, ModelConfig, Quantize
 from trimserve.errors import CheckpointError
-from trimserve.model.int8 import SCALES, to_int8
+from trimserve.model.int4 import pack_int4
+from trimserve.model.int8 import to_int8
 from trimserve.model.loading import describe_model, load_model
+from trimserve.model.quantization import SCALES
 from trimserve.model.stored_tensors import row_slices
 from trimserve.model.weights import load_weights
 
@@ -43,6 +45,25 @@ def fp8(weight: Tensor) -> Tensors:
     """As compressed-tensors writes float8."""
     scales = weight.abs().amax(1, keepdim=True) / 448
     return {"weight": (weight / scales).to(torch.float8_e4m3fn), "weight_scale": scales}
+
+
+def w4a16(weight: Tensor, group: int = 32) -> Tensors:
+    """As compressed-tensors writes numbers of 4 bits."""
+    groups = weight.unflatten(1, (-1, group))
+    scales = (groups.abs().amax(2) / 8).half()
+    numbers = (groups / scales[:, :, None].float()).round().clamp(-8, 7).flatten(1).to(torch.int32)
+    places = (numbers + 8).unflatten(1, (-1, 8)) << torch.arange(0, 32, 4, dtype=torch.int32)
+    return {
+        "weight_packed": places.sum(2).to(torch.int32),
+        "weight_scale": scales,
+        "weight_shape": torch.tensor(weight.shape),
+    }
+
+
+def int4(parts: Tensors) -> Tensor:
+    """The numbers in what `w4a16` wrote, as they are multiplied."""
+    numbers = (parts["weight_packed"][:, :, None] >> torch.arange(0, 32, 4)) & 15
+    return pack_int4(numbers.flatten(1) - 8)
 
 
 def floats(parts: Tensors) -> Tensor:
@@ -106,6 +127,39 @@ def test_w8a8_stays_as_it_is_stored(folder: Path) -> None:
         saved = sum(3 * part.numel() for parts in stored.values() for part in [parts["weight"]])
         added = sum(4 * len(parts["weight"]) for parts in stored.values())
         assert info.weight_bytes == exact.weight_bytes - saved + added
+
+
+@pytest.fixture
+def folder_of_whole_groups(tmp_path: Path) -> Path:
+    """A checkpoint whose linear layers have inputs that are whole groups."""
+    save_random_checkpoint(tmp_path, Geometry(num_kv_heads=2, heads_per_kv=2, head_dim=16, intermediate_size=128))
+    return tmp_path
+
+
+@pytest.mark.parametrize("quantize_as", ["none", "int4"])
+@pytest.mark.parametrize("group", [32, 64])
+def test_w4a16_stays_as_it_is_stored(folder_of_whole_groups: Path, group: int, quantize_as: Quantize) -> None:
+    folder = folder_of_whole_groups
+    exact = described(folder)
+    stored = quantize(folder, [*linears(folder), OUTPUT], lambda weight: w4a16(weight, group))
+    model = weights(folder, quantize=quantize_as)
+    for name, parts in stored.items():
+        assert torch.equal(layer(model, name).weight, int4(parts))
+        assert torch.equal(getattr(layer(model, name), SCALES), parts["weight_scale"])
+    info = load_model(ModelConfig(model=str(folder), quantize=quantize_as), EngineConfig()).info
+    assert info == described(folder, quantize=quantize_as)
+    assert (info.quantization, info.num_parameters) == ("int4", exact.num_parameters)
+    held = sum(parts["weight_packed"].nbytes + parts["weight_scale"].nbytes for parts in stored.values())
+    before = sum(8 * parts["weight_packed"].nbytes for parts in stored.values())
+    assert info.weight_bytes == exact.weight_bytes - before + held
+
+
+def test_w4a16_in_some_layers_of_the_decoder_only_becomes_floats(folder_of_whole_groups: Path) -> None:
+    one, *others = linears(folder_of_whole_groups)
+    quantize(folder_of_whole_groups, others, w4a16)
+    assert described(folder_of_whole_groups).quantization == "none"
+    model = weights(folder_of_whole_groups, quantize="int8")
+    assert {layer(model, name.removesuffix(".weight")).weight.dtype for name in (one, *others)} == {torch.int8}
 
 
 @pytest.mark.parametrize("with_output", [False, True])

@@ -301,7 +301,7 @@ BAD_LAYERS: list[tuple[dict[str, Any], str]] = [
     (changed("weights", 7, torch.ones(12, D, dtype=BYTES)), r"query of layer 1 must be int8 \[24, 24\] on cpu"),
     (changed("weights", 8, torch.ones(5)), "query of layer 1 must have a multiple of Dh=5 outputs, got 24"),
     (changed("weights", 8, torch.ones(6, device="meta")), "query norm of layer 1 .* on a device that is neither"),
-    (changed("scales", 3, torch.ones(3)), r"scales of down of layer 0 must be float32 \[24\] on cpu, got .* \[3\]"),
+    (changed("scales", 3, torch.ones(3)), r"scales of down of layer 0 must be float32 \[24\] of an int8 .* \[3\]"),
 ]
 
 

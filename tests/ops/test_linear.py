@@ -15,7 +15,10 @@ from tests.tolerances import LINEAR
 from trimserve.ops import layers, linear, reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-OPS = [linear, layers._linear_of_torch]  # the latter is what CUDA runs
+OPS = [linear, layers._linear_of_torch]  # the latter is what CUDA runs, which has no int4
+FORMS = ["floats", "int8", "int4"]
+OPS_AND_FORMS = [*((linear, form) for form in FORMS), *((OPS[1], form) for form in FORMS[:2])]
+GROUPS = [32, 64, 128]
 Inputs = tuple[Tensor, Tensor, Tensor | None]
 
 
@@ -24,16 +27,23 @@ def draw(
     num_outputs: int,
     num_inputs: int,
     dtype: torch.dtype = torch.float32,
-    is_int8: bool = False,
+    form: str = "floats",
     seed: int = 0,
+    *,
+    group: int = 64,
+    scale_dtype: torch.dtype = torch.bfloat16,
 ) -> Inputs:
-    """Random rows and weight; the latter int8 with scales, or of the rows' dtype."""
+    """Random rows and weight; the latter int8 or int4 with scales, or of the rows' dtype."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(num_rows, num_inputs, generator=generator).to(dtype)
-    if not is_int8:
+    if form == "floats":
         return x, torch.randn(num_outputs, num_inputs, generator=generator).to(dtype), None
-    weight = torch.randint(-128, 128, (num_outputs, num_inputs), generator=generator, dtype=torch.int8)
-    return x, weight, torch.rand(num_outputs, generator=generator) / 127
+    if form == "int8":
+        weight = torch.randint(-128, 128, (num_outputs, num_inputs), generator=generator, dtype=torch.int8)
+        return x, weight, torch.rand(num_outputs, generator=generator) / 127
+    packed = torch.randint(0, 256, (num_outputs, 16 * -(-num_inputs // 32)), generator=generator, dtype=torch.uint8)
+    scales = torch.randn(num_outputs, -(-num_inputs // group), generator=generator) / 7
+    return x, packed, scales.to(scale_dtype)
 
 
 def assert_equals_reference(inputs: Inputs, op: Callable[..., Tensor] = linear) -> None:
@@ -48,43 +58,74 @@ def test_rows_are_multiplied_with_every_row_of_the_weight(op: Callable[..., Tens
     assert op(x, weight.to(torch.int8), torch.tensor([10.0, 0.5])).tolist() == [[10, 4], [0, 0]]
 
 
-@pytest.mark.parametrize("is_int8", [False, True])
+@pytest.mark.parametrize("op", [linear, reference.linear])
+def test_halves_of_bytes_are_weights_plus_8_times_the_scale_of_their_group(op: Callable[..., Tensor]) -> None:
+    x = torch.zeros(2, 34)
+    x[0, 0], x[0, 16], x[0, 17] = 1, 10, 100  # low half of byte 0, high halves of bytes 0 and 1
+    x[1, 2], x[1, 32], x[1, 33] = 1, 10, 100  # low halves of byte 2 and of the next 16 bytes
+    weight = torch.full((1, 32), 0x88, dtype=torch.uint8)  # all weights are 0
+    weight[0, 0], weight[0, 1], weight[0, 2] = 0xF9, 0x08, 0x80  # 7 and 1; -8 and 0; 0 and -8
+    weight[0, 16], weight[0, 17] = 0xFA, 0x0B  # 2 and 3; what their high halves say means nothing
+    scales = torch.tensor([[2.0, 0.5]])
+    expected = [[2 * (1 + 70 - 800)], [2 * -8 + 0.5 * (20 + 300)]]
+    for dtype in DTYPES:
+        assert op(x, weight, scales.to(dtype)).tolist() == expected
+
+
+@pytest.mark.parametrize(("op", "form"), OPS_AND_FORMS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("rows", "outputs", "inputs"), [(1, 288, 192), (16, 1024, 192), (70, 33, 200), (9, 640, 3000)])
-@pytest.mark.parametrize("op", OPS)
 def test_equals_reference(
-    op: Callable[..., Tensor], rows: int, outputs: int, inputs: int, dtype: torch.dtype, is_int8: bool
+    op: Callable[..., Tensor], rows: int, outputs: int, inputs: int, dtype: torch.dtype, form: str
 ) -> None:
-    assert_equals_reference(draw(rows, outputs, inputs, dtype, is_int8), op)
+    assert_equals_reference(draw(rows, outputs, inputs, dtype, form), op)
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize(("op", "form"), OPS_AND_FORMS)
 @given(
     num_rows=st.integers(0, 70),
     num_outputs=st.integers(0, 40),
-    num_inputs=st.integers(0, 100),
+    num_inputs=st.integers(0, 300),
     dtype=st.sampled_from(DTYPES),
-    is_int8=st.booleans(),
+    group=st.sampled_from(GROUPS),
+    scale_dtype=st.sampled_from(DTYPES),
     seed=st.integers(0, 2**32),
 )
 def test_equals_reference_on_any_shape(
     op: Callable[..., Tensor],
+    form: str,
     num_rows: int,
     num_outputs: int,
     num_inputs: int,
     dtype: torch.dtype,
-    is_int8: bool,
+    group: int,
+    scale_dtype: torch.dtype,
     seed: int,
 ) -> None:
-    assert_equals_reference(draw(num_rows, num_outputs, num_inputs, dtype, is_int8, seed), op)
+    inputs = draw(num_rows, num_outputs, num_inputs, dtype, form, seed, group=group, scale_dtype=scale_dtype)
+    assert_equals_reference(inputs, op)
 
 
-@pytest.mark.parametrize("is_int8", [False, True])
+@pytest.mark.parametrize("form", ["int8", "int4"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_row_is_the_same_to_the_last_bit_in_every_batch_and_on_every_thread(
-    dtype: torch.dtype, is_int8: bool
-) -> None:
-    x, weight, scales = draw(23, 1100, 1500, dtype, is_int8)  # of bfloat16, 8 rows are not cut along K, 16 are
+@pytest.mark.parametrize("num_inputs", [4096, 4100])  # whole parts of one row, and more
+def test_equals_reference_from_1_to_65_rows(num_inputs: int, dtype: torch.dtype, form: str) -> None:
+    x, weight, scales = draw(65, 18, num_inputs, dtype, form)
+    expected = reference.linear(x, weight, scales)
+    for num_rows in range(1, 66):
+        product = linear(x[:num_rows], weight, scales)
+        torch.testing.assert_close(product, expected[:num_rows], **LINEAR[dtype])
+
+
+def test_int4_is_not_for_cuda() -> None:
+    with pytest.raises(ValueError, match=r"^linear: int4 weights are for the CPU$"):
+        layers._linear_of_torch(*draw(2, 4, 64, form="int4"))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_is_the_same_to_the_last_bit_in_every_batch_and_on_every_thread(dtype: torch.dtype, form: str) -> None:
+    x, weight, scales = draw(23, 1100, 1500, dtype, form)  # of bfloat16, 8 rows are not cut along K, 16 are
     together = linear(x, weight, scales)
     assert_equals_reference((x, weight, scales))
     for end in (1, 2, 3, 4, 5, 8, 13, 16, 17):
@@ -96,34 +137,52 @@ def test_a_row_is_the_same_to_the_last_bit_in_every_batch_and_on_every_thread(
         torch.set_num_threads(1)
 
 
-@pytest.mark.parametrize("is_int8", [False, True])
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_layout_of_rows_does_not_matter(layout: Callable[[Tensor], Tensor], dtype: torch.dtype, is_int8: bool) -> None:
-    x, weight, scales = draw(6, 20, 40, dtype, is_int8)
+def test_layout_of_rows_does_not_matter(layout: Callable[[Tensor], Tensor], dtype: torch.dtype, form: str) -> None:
+    x, weight, scales = draw(6, 20, 40, dtype, form)
     assert torch.equal(linear(layout(x), weight, scales), linear(x, weight, scales))
 
 
-@pytest.mark.parametrize("is_int8", [False, True])
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_reads_nothing_beside_its_arguments(dtype: torch.dtype, is_int8: bool) -> None:
-    x, weight, scales = draw(5, 20, 37, dtype, is_int8)
+def test_reads_nothing_beside_its_arguments(dtype: torch.dtype, form: str) -> None:
+    x, weight, scales = draw(5, 20, 37, dtype, form)
     expected = linear(x, weight, scales)
     for offset in range(18):
         rows = misaligned(x, offset, nan)[0]
-        columns = misaligned(weight, offset, 127 if is_int8 else nan)[0]
+        columns = misaligned(weight, offset, {"floats": nan, "int8": 127, "int4": 255}[form])[0]
         assert torch.equal(linear(rows, columns, scales), expected)
 
 
-def test_what_is_not_finite_stays_in_its_row_and_output() -> None:
-    x, weight, _ = draw(6, 20, 40)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_is_not_finite_stays_in_its_row_and_output(dtype: torch.dtype) -> None:
+    x, weight, _ = draw(6, 20, 40, dtype)
     x[1, 3], weight[7, 0] = nan, inf
     is_finite = torch.ones(6, 20, dtype=torch.bool)
     is_finite[1], is_finite[:, 7] = False, False
     assert torch.equal(linear(x, weight).isfinite(), is_finite)
 
 
+@pytest.mark.parametrize("bad", [nan, inf, -inf])
+@pytest.mark.parametrize("form", ["int8", "int4"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_is_not_finite_stays_in_its_row_and_quantized_output(dtype: torch.dtype, form: str, bad: float) -> None:
+    x, weight, scales = draw(6, 20, 140, dtype, form)
+    assert scales is not None
+    x[1, 3] = x[4, 139] = bad
+    scales[7] = nan
+    is_finite = torch.ones(6, 20, dtype=torch.bool)
+    is_finite[[1, 4]], is_finite[:, 7] = False, False
+    weight[:, 3], weight[:, 139 if form == "int8" else 75] = 1, 1  # not 0, which infinity makes NaN, either
+    assert torch.equal(linear(x, weight, scales).isfinite(), is_finite)
+
+
 X, W, Q, S = torch.zeros(5, 8), torch.zeros(3, 8), torch.zeros(3, 8, dtype=torch.int8), torch.zeros(3)
+U, S4 = torch.zeros(3, 16, dtype=torch.uint8), torch.zeros(3, 1)
+OF_8 = "of an int4 weight, one for each 32, 64 or 128 of 8 inputs, got "
+SCALES_OF_8 = f"scales must be float32, bfloat16 or float16 [3, groups] {OF_8}"
 REFUSALS: list[tuple[Inputs, str]] = [
     ((X.double(), W, None), "x must be float32, bfloat16 or float16 [R, K], got float64 [5, 8]"),
     ((X[0], W, None), "x must be float32, bfloat16 or float16 [R, K], got float32 [8]"),
@@ -133,9 +192,16 @@ REFUSALS: list[tuple[Inputs, str]] = [
     ((X[:, :7], torch.zeros(3, 8)[:, :7], None), "weight must be contiguous"),
     ((X, Q, None), "weight must be float32 [N, K] like x, got int8 [3, 8]"),
     ((X, W, S), "weight must be int8 [N, K] like x, got float32 [3, 8]"),
-    ((X, Q, S.half()), "scales must be float32 [N] like weight, got float16 [3]"),
-    ((X, Q, S[:2]), "scales must be float32 [N] like weight, got float32 [2]"),
-    ((X, Q, S[None]), "scales must be float32 [N] like weight, got float32 [1, 3]"),
+    ((X, Q, S.half()), "scales must be float32 [3] of an int8 weight, got float16 [3]"),
+    ((X, Q, S[:2]), "scales must be float32 [3] of an int8 weight, got float32 [2]"),
+    ((X, Q, S[None]), "scales must be float32 [3] of an int8 weight, got float32 [1, 3]"),
+    ((X, U, None), "weight must be float32 [N, K] like x, got uint8 [3, 16]"),
+    ((X, U[:, :15].contiguous(), S4), "weight must be uint8 [N, 16 * ceil(K / 32)] like x, got uint8 [3, 15]"),
+    ((torch.zeros(5, 33), U, S4), "weight must be uint8 [N, 16 * ceil(K / 32)] like x, got uint8 [3, 16]"),
+    ((X, U, S), SCALES_OF_8 + "float32 [3]"),
+    ((X, U, S4[:2]), SCALES_OF_8 + "float32 [2, 1]"),
+    ((X, U, torch.zeros(3, 2)), SCALES_OF_8 + "float32 [3, 2]"),
+    ((X, U, S4.double()), SCALES_OF_8 + "float64 [3, 1]"),
 ]
 
 
@@ -144,7 +210,7 @@ def test_refuses_with_its_reason(arguments: Inputs, message: str) -> None:
     assert_refused(linear, arguments, message)
 
 
-@pytest.mark.parametrize("is_int8", [False, True])
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_opcheck(dtype: torch.dtype, is_int8: bool) -> None:
-    torch.library.opcheck(torch.ops.trimserve.linear.default, draw(5, 20, 40, dtype, is_int8))
+def test_opcheck(dtype: torch.dtype, form: str) -> None:
+    torch.library.opcheck(torch.ops.trimserve.linear.default, draw(5, 20, 40, dtype, form))

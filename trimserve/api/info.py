@@ -72,7 +72,8 @@ class ModelInfo:
     dtype: str
     """Of the KV cache and of weights that are not quantized: `float32`, `bfloat16` or `float16`."""
     quantization: str
-    """`none`, or `int8` if linear layers of the decoder are int8, by `quantize` or as the checkpoint has them."""
+    """How the decoder's linear layers are stored, by `quantize` or as the checkpoint has them: `none` (as `dtype`),
+    `int8` or `int4`."""
     device: str
     num_parameters: int
     weight_bytes: int

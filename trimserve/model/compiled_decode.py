@@ -6,15 +6,19 @@ Elsewhere, and for larger batches, the decoder runs the layers one by one.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from trimserve import ops
 from trimserve.model.decoder_layers import CrossLayer, RmsNorm, SelfLayer
+from trimserve.model.int4 import UNIT
 from trimserve.model.key_values import BatchTables, FeatureTables
 from trimserve.model.projection import Projection
 from trimserve.model.rotary import Rotation
 
 __all__ = ["CompiledDecode"]
+
+_NO_SCALES = torch.empty(0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,8 +34,8 @@ class CompiledDecode:
         """Describe all layers of a decoder.
 
         Returns:
-            None if the op cannot run these layers: norms with different epsilons, a linear layer with a bias, or
-            weights that are not on the CPU.
+            None if the op cannot run these layers: norms with different epsilons, a linear layer with a bias, int4
+            weights of inputs that are no whole units, or weights that are not on the CPU.
         """
         parts = [part for layer in layers for part in layer.decode_parts]
         linears = [part for part in parts if isinstance(part, Projection)]
@@ -41,10 +45,13 @@ class CompiledDecode:
             return None
         if any(part.weight.device.type != "cpu" for part in parts):
             return None
+        is_int4 = any(linear.weight.dtype == torch.uint8 for linear in linears)
+        if is_int4 and len(norms[0].weight) % UNIT:
+            return None
         cross = {index: layer for index, layer in enumerate(layers) if isinstance(layer, CrossLayer)}
         described = ops.DecoderLayers(
             weights=[part.weight for part in parts],
-            scales=[linear.scales for linear in linears if linear.scales is not None],
+            scales=[_NO_SCALES if linear.scales is None else linear.scales for linear in linears],
             cross_layers=[*cross],
             gates=[gate for layer in cross.values() for gate in layer.gates],
             epsilon=epsilons.pop(),

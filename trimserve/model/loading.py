@@ -23,7 +23,7 @@ from trimserve.model.codebook import load_codebook
 from trimserve.model.mllama import Mllama
 from trimserve.model.processor import Processor
 from trimserve.model.vision import vision_scratch_bytes
-from trimserve.model.weights import empty_model, load_weights, stored_int8, weight_bytes
+from trimserve.model.weights import empty_model, load_weights, num_parameters, stored_formats, weight_bytes
 from trimserve.trimming.policies.table import POLICIES
 
 __all__ = [
@@ -152,8 +152,9 @@ def describe_checkpoint(checkpoint: Checkpoint, config: ModelConfig, limits: Eng
     dtype = checkpoint.dtype(config.dtype)
     head_dim = text.hidden_size // text.num_attention_heads
     device = _device(config.device, config.quantize)
-    int8_layers = stored_int8(checkpoint.config, checkpoint.tensors) if device == "cpu" else ()
-    model = empty_model(checkpoint.config, dtype, config.quantize, int8_layers)
+    stored = stored_formats(checkpoint.config, checkpoint.tensors) if device == "cpu" else {}
+    model = empty_model(checkpoint.config, dtype, config.quantize, stored)
+    kept = [*stored.values()]
     num_cross = len(text.cross_attention_layers or [])
     assert isinstance(vision.image_size, int)
     assert isinstance(vision.patch_size, int)
@@ -162,9 +163,9 @@ def describe_checkpoint(checkpoint: Checkpoint, config: ModelConfig, limits: Eng
         model_id=checkpoint.model_id,
         revision=checkpoint.revision,
         dtype=str(dtype).removeprefix("torch."),
-        quantization="int8" if int8_layers else config.quantize,
+        quantization=kept[0].name if config.quantize == "none" and kept else config.quantize,
         device=device,
-        num_parameters=model.num_parameters(),
+        num_parameters=num_parameters(model),
         weight_bytes=weight_bytes(model),
         vocab_size=text.vocab_size,
         image_token_id=checkpoint.config.image_token_index,

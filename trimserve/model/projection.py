@@ -1,7 +1,6 @@
 """Linear layers of a checkpoint as functions of rows; only this file knows how their weights are stored."""
 
 from dataclasses import dataclass
-from math import inf
 from typing import Final
 
 import torch
@@ -10,7 +9,7 @@ from torch.nn import functional as F
 
 from trimserve import ops
 from trimserve.model.adapters import RowAdapters
-from trimserve.model.int8 import multiply_int8
+from trimserve.model.quantization import is_quantized, multiply_many
 from trimserve.model.weights import fused_scales, fused_weight
 
 __all__ = ["Projection", "projection_of"]
@@ -19,8 +18,8 @@ _MOST_ROWS: Final = {torch.float32: 512, torch.float16: 512, torch.bfloat16: 16}
 """Up to so many rows `ops.linear` is taken on a CPU: it was faster there than torch, whose bfloat16 products catch up
 first (`benchmarks/results/ops.json`, with rows up to these and, of bfloat16, beyond)."""
 
-_MOST_ROWS_OF_INT8: Final = {torch.float32: inf, torch.float16: inf, torch.bfloat16: 32}
-"""The same of int8 weights, beside making them floats (`multiply_int8`)."""
+_MOST_ROWS_QUANTIZED: Final = {torch.float32: 512, torch.float16: 512, torch.bfloat16: 32}
+"""The same of int8 and int4 weights, beside making floats of them slice by slice (`multiply_many`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,9 +27,9 @@ class Projection:
     """Rows [R, columns] times the weights of one or several linear layers, [R, outputs], with its bias."""
 
     weight: Tensor
-    """[outputs, columns], contiguous; of the rows' dtype, or int8."""
+    """[outputs, columns], contiguous; of the rows' dtype, or int8 or int4 as `ops.linear` takes it."""
     scales: Tensor | None = None
-    """float32 [outputs] of int8 weights, see `int8.py`."""
+    """Of int8 or int4 weights."""
     bias: Tensor | None = None
     """[outputs]"""
     linears: tuple[nn.Linear, ...] = ()
@@ -54,7 +53,7 @@ class Projection:
         elif self.scales is None:
             return F.linear(rows, self.weight, self.bias)
         else:
-            product = multiply_int8(rows, self.weight, self.scales)
+            product = multiply_many(rows, self.weight, self.scales)
         return product if self.bias is None else product.add_(self.bias)
 
     def added_to(self, rows: Tensor, inputs: Tensor, gate: float = 1.0, adapters: RowAdapters | None = None) -> Tensor:
@@ -76,7 +75,7 @@ class Projection:
         """Up to so many rows of a dtype `ops.linear` is faster than torch."""
         if self.weight.device.type != "cpu":
             return 0
-        return (_MOST_ROWS if self.scales is None else _MOST_ROWS_OF_INT8)[dtype]
+        return (_MOST_ROWS if self.scales is None else _MOST_ROWS_QUANTIZED)[dtype]
 
 
 def projection_of(*layers: nn.Linear) -> Projection:
@@ -86,4 +85,4 @@ def projection_of(*layers: nn.Linear) -> Projection:
         layers: one, or several without biases whose weights are rows of one tensor, see `weights.fuse`.
     """
     weight = fused_weight(layers)
-    return Projection(weight, fused_scales(layers) if weight.dtype == torch.int8 else None, layers[0].bias, layers)
+    return Projection(weight, fused_scales(layers) if is_quantized(weight) else None, layers[0].bias, layers)

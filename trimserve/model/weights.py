@@ -7,8 +7,10 @@ cross-attention layers, where queries come from other rows), the decoder's gate 
 transformers' own parameters are views of them.
 """
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +19,18 @@ from transformers import MllamaConfig
 from trimserve.config import Quantize
 from trimserve.errors import CheckpointError
 from trimserve.model import huge_pages
-from trimserve.model.formats.quantized_linear import FLOATS, Int8Linear, QuantizedLinear
+from trimserve.model.formats.quantized_linear import FLOATS, Int4Linear, Int8Linear, QuantizedLinear
 from trimserve.model.formats.table import quantized_linears
-from trimserve.model.int8 import SCALES, make_int8, to_int8
+from trimserve.model.int4 import pack_int4
+from trimserve.model.quantization import (
+    INT8,
+    SCALES,
+    WeightFormat,
+    int4_format,
+    is_quantized,
+    quantize_decoder,
+    quantized_rows,
+)
 from trimserve.model.stored_tensors import StoredTensor, row_slices, stored_tensors
 from trimserve.model.transformers_mllama import (
     MllamaForConditionalGeneration,
@@ -36,7 +47,8 @@ __all__ = [
     "fused_scales",
     "fused_weight",
     "load_weights",
-    "stored_int8",
+    "num_parameters",
+    "stored_formats",
     "weight_bytes",
 ]
 
@@ -65,26 +77,26 @@ def load_weights(
     tensors = stored_tensors(folder)
     described = meta_model(config, dtype)
     quantized, used = _quantized(described, tensors)
-    kept = _int8_layers(described, quantized) if device.type == "cpu" else ()
-    model = allocated_model(config, dtype, device, quantize, kept)
-    parameters, scales = dict(model.named_parameters()), dict(_scales(model))
-    unknown = tensors.keys() - parameters.keys() - used
+    stored = _stored_formats(described, quantized) if device.type == "cpu" else {}
+    model = allocated_model(config, dtype, device, quantize, stored)
+    places = dict(_places(model))
+    unknown = tensors.keys() - places.keys() - used
     if unknown:
         raise CheckpointError(f"{tensors[min(unknown)]} is not part of an Mllama with this config.json")
-    missing = [name for name in parameters if name not in tensors and name.removesuffix(".weight") not in quantized]
+    missing = [name for name in places if name not in tensors and name.removesuffix(".weight") not in quantized]
     if missing:
         raise CheckpointError(f"{folder}: {len(missing)} parameters are in no file, the first is {min(missing)}")
-    for name, parameter in parameters.items():
+    for name, place in places.items():
         layer = quantized.pop(name.removesuffix(".weight"), None) if name.endswith(".weight") else None
         if layer is not None:
-            _read_quantized(layer, parameter.data, scales.get(name))
+            _read_quantized(layer, place)
         else:
-            _read(tensors[name], parameter.data, scales.get(name))
+            _read(tensors[name], place)
     return model
 
 
-def stored_int8(config: MllamaConfig, tensors: Mapping[str, StoredTensor]) -> Collection[str]:
-    """Names of the decoder's linear layers that stay as the checkpoint stores them, in int8; on a CPU only.
+def stored_formats(config: MllamaConfig, tensors: Mapping[str, StoredTensor]) -> Mapping[str, WeightFormat]:
+    """Formats of the decoder's linear layers that stay as the checkpoint has them, by name; on a CPU only.
 
     Args:
         config: of the checkpoint.
@@ -93,9 +105,9 @@ def stored_int8(config: MllamaConfig, tensors: Mapping[str, StoredTensor]) -> Co
         CheckpointError: parts of a quantized layer do not fit.
     """
     if not tensors:
-        return ()
+        return {}
     model = meta_model(config, torch.float32)
-    return _int8_layers(model, _quantized(model, tensors)[0])
+    return _stored_formats(model, _quantized(model, tensors)[0])
 
 
 def allocated_model(
@@ -103,10 +115,10 @@ def allocated_model(
     dtype: torch.dtype,
     device: torch.device,
     quantize: Quantize = "none",
-    int8_layers: Collection[str] = (),
+    stored: Mapping[str, WeightFormat] | None = None,
 ) -> MllamaForConditionalGeneration:
     """The model of a config as `load_weights` returns it, but its parameters have no values yet."""
-    model = empty_model(config, dtype, quantize, int8_layers)
+    model = empty_model(config, dtype, quantize, stored)
     _give_storage(model, device)
     compute_rotary(model, device)
     model.eval().requires_grad_(False)
@@ -114,7 +126,10 @@ def allocated_model(
 
 
 def empty_model(
-    config: MllamaConfig, dtype: torch.dtype, quantize: Quantize = "none", int8_layers: Collection[str] = ()
+    config: MllamaConfig,
+    dtype: torch.dtype,
+    quantize: Quantize = "none",
+    stored: Mapping[str, WeightFormat] | None = None,
 ) -> MllamaForConditionalGeneration:
     """The model of a config on the meta device: shapes and dtypes without memory.
 
@@ -122,17 +137,22 @@ def empty_model(
         config: of the checkpoint.
         dtype: of what is not quantized.
         quantize: as in `ModelConfig`.
-        int8_layers: names of layers that are int8 in the checkpoint and stay so, see `stored_int8`.
+        stored: see `stored_formats`; None if no layer stays as the checkpoint has it.
     """
     model = meta_model(config, dtype)
-    make_int8(decoder_linears(model) if quantize == "int8" else map(model.get_submodule, int8_layers))
+    quantize_decoder(model, quantize, stored or {})
     return model
+
+
+def num_parameters(model: MllamaForConditionalGeneration) -> int:
+    """Numbers that a model's weights are, however they are stored."""
+    return sum(math.prod(place.shape) for _, place in _places(model))
 
 
 def weight_bytes(model: MllamaForConditionalGeneration) -> int:
     """Bytes of a model's parameters and scales."""
-    scales = (scale for _, scale in _scales(model))
-    return sum(tensor.nbytes for tensor in (*model.parameters(), *scales))
+    places = [place for _, place in _places(model)]
+    return sum(place.weight.nbytes + (0 if place.scales is None else place.scales.nbytes) for place in places)
 
 
 def fuse(linears: Sequence[nn.Linear], device: torch.device) -> None:
@@ -145,8 +165,9 @@ def fuse(linears: Sequence[nn.Linear], device: torch.device) -> None:
     storage = huge_pages.empty((sum(rows), example.shape[1]), example.dtype, device)
     for linear, part in zip(linears, storage.split(rows), strict=True):
         linear.weight = nn.Parameter(part, requires_grad=False)
-    if hasattr(linears[0], SCALES):
-        scales = torch.empty(sum(rows), dtype=torch.float32, device=device)
+    if is_quantized(example):
+        of_first = getattr(linears[0], SCALES)
+        scales = torch.empty((sum(rows), *of_first.shape[1:]), dtype=of_first.dtype, device=device)
         for linear, of_linear in zip(linears, scales.split(rows), strict=True):
             setattr(linear, SCALES, of_linear)
 
@@ -157,7 +178,7 @@ def fused_weight(linears: Sequence[nn.Linear]) -> Tensor:
 
 
 def fused_scales(linears: Sequence[nn.Linear]) -> Tensor:
-    """The same of the scales [rows] of int8 weights."""
+    """The same of the scales [rows, ...] of quantized weights."""
     return _fused([getattr(linear, SCALES) for linear in linears])
 
 
@@ -167,11 +188,26 @@ def _fused(parts: Sequence[Tensor]) -> Tensor:
     return first.as_strided((num_rows, *first.shape[1:]), first.stride(), first.storage_offset())
 
 
-def _scales(model: MllamaForConditionalGeneration) -> Iterator[tuple[str, Tensor]]:
-    """Scales by the name of their weight."""
-    for name, buffer in model.named_buffers():
-        if name.endswith(SCALES):
-            yield name.removesuffix(SCALES) + "weight", buffer
+class _Place(NamedTuple):
+    """Where a weight of a checkpoint goes."""
+
+    weight: Tensor
+    scales: Tensor | None
+    """Of a quantized weight."""
+    shape: tuple[int, ...]
+    """As floats."""
+
+
+def _places(model: MllamaForConditionalGeneration) -> Iterator[tuple[str, _Place]]:
+    """By the names of the parameters."""
+    for prefix, module in model.named_modules():
+        for name, parameter in module.named_parameters(prefix, recurse=False):
+            scales = getattr(module, SCALES, None) if is_quantized(parameter) else None
+            shape = tuple(parameter.shape)
+            if scales is not None:
+                assert isinstance(module, nn.Linear)
+                shape = (module.out_features, module.in_features)
+            yield name, _Place(parameter.data, scales, shape)
 
 
 def _give_storage(model: MllamaForConditionalGeneration, device: torch.device) -> None:
@@ -196,41 +232,59 @@ def _quantized(
     return quantized_linears(shapes, tensors, getattr(model.config, "quantization_config", None) or {})
 
 
-def _int8_layers(model: MllamaForConditionalGeneration, quantized: Mapping[str, QuantizedLinear]) -> list[str]:
-    """See `stored_int8`: all layers of the decoder or none, because a step runs them as one; the output layer alone."""
+def _stored_formats(
+    model: MllamaForConditionalGeneration, quantized: Mapping[str, QuantizedLinear]
+) -> dict[str, WeightFormat]:
+    """See `stored_formats`: the decoder's layers stay if all have one format, because some of them share storage.
+
+    The output layer counts by itself.
+    """
     names = {module: name for name, module in model.named_modules()}
     *of_layers, output = (names[linear] for linear in decoder_linears(model))
-    are_int8 = all(isinstance(quantized.get(name), Int8Linear) for name in of_layers)
-    return [
-        *(of_layers if are_int8 else ()),
-        *([output] if isinstance(quantized.get(output), Int8Linear) else ()),
-    ]
+    formats = {name: _format(quantized.get(name)) for name in (*of_layers, output)}
+    if len({formats[name] for name in of_layers}) > 1:
+        formats = {output: formats[output]}
+    return {name: stored for name, stored in formats.items() if stored is not None}
 
 
-def _read(tensor: StoredTensor, target: Tensor, scales: Tensor | None) -> None:
+def _format(layer: QuantizedLinear | None) -> WeightFormat | None:
+    """How a layer is multiplied as it is stored, if it is."""
+    if isinstance(layer, Int8Linear):
+        return INT8
+    return int4_format(layer.scale_dtype, layer.group_size) if isinstance(layer, Int4Linear) else None
+
+
+def _read(tensor: StoredTensor, place: _Place) -> None:
     """Copy one tensor, and quantize it if there are scales."""
-    if tensor.shape != tuple(target.shape):
-        raise CheckpointError(f"{tensor} must be {list(target.shape)}, got {list(tensor.shape)}")
+    if tensor.shape != place.shape:
+        raise CheckpointError(f"{tensor} must be {list(place.shape)}, got {list(tensor.shape)}")
     if tensor.dtype not in (*FLOATS, "F64"):
         raise CheckpointError(f"{tensor} is {tensor.dtype} without the scales of a quantized weight beside it")
     for part in row_slices(tensor.shape):
-        _store(tensor.read(part), target, scales, part)
+        _store(tensor.read(part), place, part)
 
 
-def _read_quantized(layer: QuantizedLinear, target: Tensor, scales: Tensor | None) -> None:
-    """The same of a quantized layer; what fits is stored as it is.
-
-    Whoever adds a way to multiply other numbers unchanged, such as int4, copies them here.
-    """
-    for part in row_slices(tuple(target.shape), layer.row_multiple):
-        if scales is not None and isinstance(layer, Int8Linear):
-            target[part], scales[part] = layer.int8(part)
+def _read_quantized(layer: QuantizedLinear, place: _Place) -> None:
+    """The same of a quantized layer; what fits is stored as it is."""
+    scales = place.scales
+    for part in row_slices(place.shape, layer.row_multiple):
+        if scales is not None and place.weight.dtype == torch.int8 and isinstance(layer, Int8Linear):
+            place.weight[part], scales[part] = layer.int8(part)
+        elif scales is not None and isinstance(layer, Int4Linear) and _fits(layer, place, scales):
+            numbers, scales[part] = layer.int4(part)
+            place.weight[part] = pack_int4(numbers)
         else:
-            _store(layer.floats(part), target, scales, part)
+            _store(layer.floats(part), place, part)
 
 
-def _store(floats: Tensor, target: Tensor, scales: Tensor | None, part: slice) -> None:
-    if scales is None:
-        target[part] = floats
+def _fits(layer: Int4Linear, place: _Place, scales: Tensor) -> bool:
+    outputs, inputs = place.shape
+    groups = (outputs, inputs // layer.group_size)
+    return place.weight.dtype == torch.uint8 and (scales.dtype, scales.shape) == (layer.scale_dtype, groups)
+
+
+def _store(floats: Tensor, place: _Place, part: slice) -> None:
+    if place.scales is None:
+        place.weight[part] = floats
     else:
-        target[part], scales[part] = to_int8(floats)
+        place.weight[part], place.scales[part] = quantized_rows(floats, place.weight.dtype)

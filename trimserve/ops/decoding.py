@@ -29,7 +29,8 @@ class DecoderLayers:
     """Layer after layer. Self-attention: input norm, query-key-value, output, MLP norm, gate-up, down. Cross-attention:
     input norm, query, query norm, output, MLP norm, gate-up, down."""
     scales: tuple[Tensor, ...]
-    """float32 [N] of each linear layer in the order of `weights`, four of each layer; empty if no weight is int8."""
+    """As `linear` takes them, of each linear layer in the order of `weights`, four of each layer; one that is not
+    quantized has an empty tensor. No tensors if none is quantized."""
     cross_layers: tuple[int, ...]
     """Which layers are cross-attention, ascending."""
     gates: tuple[float, ...]
@@ -51,7 +52,8 @@ class DecoderLayers:
 
         Args:
             weights: see the attribute. Norms are float32, bfloat16 or float16 [D], or [Dh] for query norms; linear
-                layers have the same dtype, int8 with scales, [outputs, inputs], contiguous.
+                layers are [outputs, inputs], contiguous, of the same dtype, or int8 or int4 with scales. With int4, the
+                output projections of self-attention layers must have a multiple of 32 inputs.
             scales: see the attribute.
             cross_layers: see the attribute.
             gates: see the attribute.

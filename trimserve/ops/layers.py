@@ -24,8 +24,10 @@ def linear(x: Tensor, weight: Tensor, scales: Tensor | None = None) -> Tensor:
 
     Args:
         x: float32, bfloat16 or float16 [R, K].
-        weight: same dtype [N, K], contiguous; int8 with scales.
-        scales: float32 [N], factors of an int8 weight's rows; None if the weight is not int8.
+        weight: same dtype [N, K], or int8 [N, K], or int4 as uint8 [N, 16 * ceil(K / 32)], which
+            `reference.unpack_int4` defines; contiguous.
+        scales: of an int8 weight float32 [N], factors of its rows; of int4 float32, bfloat16 or float16
+            [N, ceil(K / group)] for groups of 32, 64 or 128 inputs; else None.
     Returns:
         [R, N] of the same dtype, accumulated in float32.
     Raises:
@@ -102,6 +104,8 @@ def _fake_rotate(heads: Tensor, cosines: Tensor, sines: Tensor) -> None:
 def _linear_of_torch(x: Tensor, weight: Tensor, scales: Tensor | None = None) -> Tensor:
     if scales is None:
         return F.linear(x, weight)
+    if weight.dtype == torch.uint8:
+        raise ValueError("linear: int4 weights are for the CPU")
     return (F.linear(x.float(), weight.float()) * scales).to(x.dtype)
 
 

@@ -24,6 +24,7 @@ __all__ = [
     "select_features",
     "silu_gate",
     "union_indices",
+    "unpack_int4",
     "write_kv",
 ]
 
@@ -106,8 +107,32 @@ def linear(x: Tensor, weight: Tensor, scales: Tensor | None = None) -> Tensor:
 
 
 def _product(x: Tensor, weight: Tensor, scales: Tensor | None) -> Tensor:
+    if scales is not None and weight.dtype == torch.uint8:
+        weight, scales = unpack_int4(weight, scales, x.shape[1]), None
     product = x.double() @ weight.double().T
     return product if scales is None else product * scales.double()
+
+
+def unpack_int4(weight: Tensor, scales: Tensor, num_inputs: int) -> Tensor:
+    """Define how int4 weights lie in memory.
+
+    A row of 16 bytes for each 32 inputs: byte i has input i in its low half and input i + 16 in its high half, each
+    plus 8. Halves past the last input mean nothing. A weight is that integer in [-8, 7] times the scale of its group:
+    the row's inputs are cut into groups of 32, 64 or 128, of which the last may be shorter. How many groups there are
+    tells their size.
+
+    Args:
+        weight: uint8 [N, 16 * ceil(K / 32)].
+        scales: float32, bfloat16 or float16 [N, ceil(K / group)].
+        num_inputs: K.
+    Returns:
+        float64 [N, K].
+    """
+    units = weight.unflatten(1, (-1, 16))
+    integers = torch.cat([units & 15, units >> 4], dim=2).flatten(1)[:, :num_inputs].double() - 8
+    num_groups = scales.shape[1]
+    group = next(size for size in (32, 64, 128) if -(-num_inputs // size) == num_groups)
+    return integers * scales.double().repeat_interleave(group, dim=1)[:, :num_inputs]
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
@@ -146,7 +171,7 @@ def decode_layers(
     for layer in range(num_layers):
         is_cross = layer in layers.cross_layers
         norm, projection, *query_norm, output, mlp_norm, gate_up, down = islice(weights, 7 if is_cross else 6)
-        of_linears: list[Tensor | None] = [*islice(scales, 4)] or [None] * 4
+        of_linears = [part if part.numel() else None for part in islice(scales, 4)] or [None] * 4
         attention_gate, mlp_gate = islice(gates, 2) if is_cross else (1.0, 1.0)
         if is_cross and not seen.lengths:
             continue

@@ -8,13 +8,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from trimserve.model.formats.packed import scaled, unpack
+from trimserve.model.formats.packed import INT4_GROUPS, INT4_ZERO, scaled, unpack
 from trimserve.model.formats.quantized_linear import FLOATS, LinearParts
 from trimserve.model.stored_tensors import StoredTensor
 
-__all__ = ["Gptq"]
+__all__ = ["Gptq", "GptqInt4"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +55,10 @@ class Gptq:
         parts.get("scales", FLOATS, (num_groups, outputs))
         group = parts.groups("g_idx", scale, num_groups)
         zero_point = parts.get("qzeros", ("I32",), (num_groups, outputs * num_bits // 32))
-        return cls(weight, zero_point, scale, group, num_bits, _zero_offset(config))
+        layer = cls(weight, zero_point, scale, group, num_bits, _zero_offset(config))
+        may_be_int4 = num_bits == 4 and group is None and inputs / num_groups in INT4_GROUPS
+        is_int4 = may_be_int4 and bool((layer.zero_points(slice(None)) == INT4_ZERO).all())
+        return GptqInt4(weight, zero_point, scale, group, num_bits, layer.zero_offset) if is_int4 else layer
 
     @property
     def row_multiple(self) -> int:
@@ -65,9 +69,37 @@ class Gptq:
         """See `QuantizedLinear`."""
         words = slice(rows.start // self.row_multiple, rows.stop // self.row_multiple)
         numbers = unpack(self.weight.read(slice(None), rows).T, self.num_bits)
-        zero_points = unpack(self.zero_point.read(slice(None), words), self.num_bits).T + self.zero_offset
         group = None if self.group is None else self.group.read().long()
-        return scaled(numbers, zero_points, self.scale.read(slice(None), rows).T, group)
+        return scaled(numbers, self.zero_points(words), self.scale.read(slice(None), rows).T, group)
+
+    def zero_points(self, words: slice) -> Tensor:
+        """What numbers are raised by, int16 [outputs, groups].
+
+        Args:
+            words: of packed outputs.
+        """
+        return unpack(self.zero_point.read(slice(None), words), self.num_bits).T + self.zero_offset
+
+
+class GptqInt4(Gptq):
+    """See `Int4Linear`."""
+
+    __slots__ = ()
+
+    @property
+    def group_size(self) -> int:
+        """See `Int4Linear`."""
+        return self.weight.shape[0] * self.row_multiple // self.scale.shape[0]
+
+    @property
+    def scale_dtype(self) -> torch.dtype:
+        """See `Int4Linear`."""
+        return FLOATS[self.scale.dtype]
+
+    def int4(self, rows: slice) -> tuple[Tensor, Tensor]:
+        """See `Int4Linear`."""
+        numbers = unpack(self.weight.read(slice(None), rows).T, self.num_bits)
+        return numbers - INT4_ZERO, self.scale.read(slice(None), rows).T
 
 
 def _zero_offset(config: Mapping[str, Any]) -> int:

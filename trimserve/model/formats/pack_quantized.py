@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from trimserve.errors import CheckpointError
-from trimserve.model.formats.packed import scaled, unpack
+from trimserve.model.formats.packed import INT4_GROUPS, INT4_ZERO, scaled, unpack
 from trimserve.model.formats.quantized_linear import FLOATS, LinearParts
 from trimserve.model.stored_tensors import StoredTensor
 
-__all__ = ["PackQuantized"]
+__all__ = ["PackInt4", "PackQuantized"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,8 @@ class PackQuantized:
         _check_shape(parts)
         packed_outputs = ceil(outputs * num_bits / 32)
         zero_point = parts.find("weight_zero_point", ("I32",), (packed_outputs, num_groups))
-        return cls(packed, scale, zero_point, group, inputs, num_bits)
+        is_int4 = num_bits == 4 and zero_point is None and group is None and inputs / num_groups in INT4_GROUPS
+        return (PackInt4 if is_int4 else cls)(packed, scale, zero_point, group, inputs, num_bits)
 
     @property
     def row_multiple(self) -> int:
@@ -69,6 +70,27 @@ class PackQuantized:
             zero_points = unpack(self.zero_point.read(words).T, self.num_bits)[:, : len(numbers)].T
         group = None if self.group is None else self.group.read().long()
         return scaled(numbers, zero_points, self.scale.read(rows), group)
+
+
+class PackInt4(PackQuantized):
+    """See `Int4Linear`."""
+
+    __slots__ = ()
+
+    @property
+    def group_size(self) -> int:
+        """See `Int4Linear`."""
+        return self.num_inputs // self.scale.shape[1]
+
+    @property
+    def scale_dtype(self) -> torch.dtype:
+        """See `Int4Linear`."""
+        return FLOATS[self.scale.dtype]
+
+    def int4(self, rows: slice) -> tuple[Tensor, Tensor]:
+        """See `Int4Linear`."""
+        numbers = unpack(self.packed.read(rows), self.num_bits)[:, : self.num_inputs]
+        return numbers - INT4_ZERO, self.scale.read(rows)
 
 
 def _check_shape(parts: LinearParts) -> None:

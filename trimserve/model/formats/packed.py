@@ -3,7 +3,13 @@
 import torch
 from torch import Tensor
 
-__all__ = ["scaled", "unpack"]
+__all__ = ["INT4_GROUPS", "INT4_ZERO", "scaled", "unpack"]
+
+INT4_GROUPS = (32, 64, 128)
+"""Inputs that share a scale, where numbers of 4 bits are multiplied as they are stored."""
+
+INT4_ZERO = 8
+"""What numbers of 4 bits without zero points are raised by."""
 
 
 def unpack(words: Tensor, num_bits: int) -> Tensor:

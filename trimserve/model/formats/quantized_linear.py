@@ -1,6 +1,6 @@
 """What a format answers about one linear layer: its weight in floats, slice by slice, or as it is stored."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from typing import Final, Protocol, runtime_checkable
 
 import torch
@@ -9,10 +9,10 @@ from torch import Tensor
 from trimserve.errors import CheckpointError
 from trimserve.model.stored_tensors import StoredTensor
 
-__all__ = ["FLOATS", "Int8Linear", "LinearParts", "QuantizedLinear"]
+__all__ = ["FLOATS", "Int4Linear", "Int8Linear", "LinearParts", "QuantizedLinear"]
 
-FLOATS: Final = ("F32", "BF16", "F16")
-"""What safetensors calls the dtypes that scales may have."""
+FLOATS: Final = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+"""The dtypes that scales may have, by what safetensors calls them."""
 
 
 class QuantizedLinear(Protocol):
@@ -35,6 +35,22 @@ class Int8Linear(QuantizedLinear, Protocol):
 
     def int8(self, rows: slice) -> tuple[Tensor, Tensor]:
         """The same rows as int8 [R, inputs] and float32 scales [R]."""
+
+
+@runtime_checkable
+class Int4Linear(QuantizedLinear, Protocol):
+    """The same of numbers of 4 bits, without zero points, in groups of 32, 64 or 128 inputs."""
+
+    @property
+    def group_size(self) -> int:
+        """Inputs that share a scale."""
+
+    @property
+    def scale_dtype(self) -> torch.dtype:
+        """One of `FLOATS`."""
+
+    def int4(self, rows: slice) -> tuple[Tensor, Tensor]:
+        """The same rows as int16 [R, inputs] in [-8, 7], and scales [R, groups]."""
 
 
 class LinearParts:
@@ -62,7 +78,7 @@ class LinearParts:
         """The parts."""
         return iter(self._tensors)
 
-    def get(self, part: str, dtypes: Sequence[str], *shapes: tuple[int, ...]) -> StoredTensor:
+    def get(self, part: str, dtypes: Collection[str], *shapes: tuple[int, ...]) -> StoredTensor:
         """A part of the layer.
 
         Args:
@@ -84,7 +100,7 @@ class LinearParts:
             raise CheckpointError(f"{tensor} must be {expected}, got {list(tensor.shape)}")
         return tensor
 
-    def find(self, part: str, dtypes: Sequence[str], *shapes: tuple[int, ...]) -> StoredTensor | None:
+    def find(self, part: str, dtypes: Collection[str], *shapes: tuple[int, ...]) -> StoredTensor | None:
         """The same of a part that may be missing."""
         return self.get(part, dtypes, *shapes) if part in self else None
 
