@@ -177,8 +177,9 @@ def test_a_gpu_is_taken_where_the_ops_are_built_for_it(checkpoint: Path, monkeyp
     monkeypatch.setattr(ops, "has_cuda_ops", lambda: True)
     assert [device(), device(device="cuda"), device(device="cpu")] == ["cuda:0", "cuda:0", "cpu"]
     assert device(device="cpu", quantize="int8") == "cpu"
-    with pytest.raises(CheckpointError, match="quantize int8 is for the CPU"):
-        device(quantize="int8")
+    for quantize in ("int8", "int4"):
+        with pytest.raises(CheckpointError, match=f"quantize {quantize} is for the CPU"):
+            device(quantize=quantize)
     monkeypatch.setattr(ops, "has_cuda_ops", lambda: False)
     assert device() == "cpu"
     with pytest.raises(CheckpointError, match="device cuda: the ops are built without CUDA"):
