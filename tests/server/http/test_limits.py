@@ -3,6 +3,7 @@
 import asyncio
 import json
 from contextlib import AsyncExitStack
+from typing import Any
 
 import grpc
 import pytest
@@ -85,7 +86,7 @@ async def test_a_body_that_does_not_arrive_in_time_ends_its_request() -> None:
 
 
 async def test_a_body_that_is_late_holds_room_for_as_much_as_it_declares() -> None:
-    knobs = {"max_message_bytes": 2**20, "max_message_bytes_in_flight": 4 * 2**20}
+    knobs: dict[str, Any] = {"max_message_bytes": 2**20, "max_message_bytes_in_flight": 4 * 2**20}
     async with open_door(**knobs) as door, AsyncExitStack() as stack:
         for _ in range(8):
             slow = await stack.enter_async_context(connected(door.address))

@@ -187,7 +187,7 @@ class _Clock:
 def _client_of(transport: asyncio.Transport) -> str:
     """What gRPC would call the client: the name in its certificate, else its address."""
     certificate: dict[str, Any] = transport.get_extra_info("peercert") or {}
-    names = [name for _, name in certificate.get("subjectAltName", ())]
+    names: list[str] = [name for _, name in certificate.get("subjectAltName", ())]
     names = names or [value for each in certificate.get("subject", ()) for key, value in each if key == "commonName"]
     if names:
         return min(names)

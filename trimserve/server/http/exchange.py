@@ -120,17 +120,20 @@ class Exchange:
         finally:
             self._watcher.cancel()
 
-    async def answer(self, content: Mapping[str, Any], status: int = HTTPStatus.OK, **headers: str) -> None:
+    async def answer(
+        self, content: Mapping[str, Any], status: int = HTTPStatus.OK, headers: Mapping[str, str] | None = None
+    ) -> None:
         """Send a whole answer.
 
         Args:
             content: becomes JSON.
             status: of HTTP.
-            headers: more of them, with underscores for hyphens.
+            headers: more than those of the content.
         """
         body = _json(content)
-        more = {name.replace("_", "-"): value for name, value in headers.items()}
-        await self._begin(status, {"content-type": "application/json", "content-length": str(len(body)), **more})
+        await self._begin(
+            status, {"content-type": "application/json", "content-length": str(len(body)), **(headers or {})}
+        )
         await self.say(body, more_body=False)
 
     async def begin_stream(self) -> None:
@@ -161,7 +164,7 @@ class Exchange:
             return
         headers = headers_of(error)
         if self._is_read or self._method in ("GET", "HEAD"):
-            await self.answer(content, status, **headers)
+            await self.answer(content, status, headers)
             return
         body = _json(content)
         kind = {"content-type": "application/json", "content-length": str(len(body)), "connection": "close"}
