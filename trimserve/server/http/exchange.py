@@ -131,9 +131,8 @@ class Exchange:
             headers: more than those of the content.
         """
         body = _json(content)
-        await self._begin(
-            status, {"content-type": "application/json", "content-length": str(len(body)), **(headers or {})}
-        )
+        kind = {"content-type": "application/json", "content-length": str(len(body))}
+        await self._begin(status, {**kind, **(headers or {})})
         await self.say(body, more_body=False)
 
     async def begin_stream(self) -> None:
@@ -156,7 +155,7 @@ class Exchange:
     async def _refuse(self, error: Exception, status: HTTPStatus) -> None:
         if not self._is_accepted and isinstance(error, TrimserveError):
             self._core.metrics.refused_calls.labels(error.reason.lower()).inc()
-        if not isinstance(error, TrimserveError) or status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+        if status is HTTPStatus.INTERNAL_SERVER_ERROR:
             log.error("request failed", exc_info=error, extra={"request_id": self.request_id})
         content = error_body(error, self.request_id)
         if self._status is not None:  # the stream has begun
