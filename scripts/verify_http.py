@@ -1,8 +1,8 @@
 """The HTTP door of a live server, under what its tests do in small.
 
-A hundred streams at once, beside five hundred silent connections, bodies that never end and bodies that are too large:
-every stream must come whole and equal gRPC's text, the doors of gRPC and of the probes must answer meanwhile, the
-silent must be closed in time, and of clients that leave nothing may be held. Takes a minute.
+A hundred streams at once, beside five hundred silent connections, bodies that never end and one that is too large.
+Every stream must come whole and equal gRPC's text, the doors of gRPC and of the probes must answer meanwhile, silent
+connections must be closed in time, and nothing may be held of clients that leave. Takes a minute.
 
 Usage: python scripts/verify_http.py
 """
@@ -11,7 +11,10 @@ import asyncio
 import sys
 import time
 from contextlib import AsyncExitStack
+from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from openai import AsyncOpenAI, AsyncStream
 from openai.types.chat import ChatCompletionChunk

@@ -20,9 +20,10 @@ from trimserve.errors import (
     InvalidRequest,
     OutOfMemory,
     RequestFailed,
-    TrimserveError,
     UnknownAdapter,
 )
+from trimserve.server.grpc import statuses as grpc_statuses
+from trimserve.server.http import statuses as http_statuses
 
 HELLO: list[Any] = [{"role": "user", "content": "Hello"}]
 ANSWER = "".join(delta.text for delta in DELTAS)
@@ -286,8 +287,22 @@ async def test_the_request_id_is_the_clients_if_it_has_one(door: Door) -> None:
     assert (answer.id, answer._request_id, door.runner.requests[0].request_id) == ("chatcmpl-mine", "mine", "mine")
 
 
-def test_every_error_is_json_that_a_client_can_read() -> None:
-    from trimserve.server.http.statuses import STATUS, error_body
+def test_every_error_has_a_status_through_both_doors() -> None:
+    assert http_statuses.STATUS.keys() == grpc_statuses.STATUS.keys()
+    assert {http_statuses.status_of(error) for error, *_ in FAILURES} >= {400, 404, 429, 500, 503, 504}
 
-    assert STATUS.keys() >= {InvalidRequest, TrimserveError} - {TrimserveError}
-    assert json.dumps(error_body(InvalidRequest("a", "\ud800" * 5000), "id"))
+
+def test_an_error_is_json_whatever_a_client_sent() -> None:
+    content = json.loads(json.dumps(http_statuses.error_body(InvalidRequest("a", "\ud800" * 5000), "id")))
+    assert len(content["error"]["message"].encode()) <= http_statuses.MAX_MESSAGE_BYTES
+
+
+GUIDELLM = {"ignore_eos": True, "stop": None, "stream_options": {"include_usage": True, "continuous_usage_stats": True}}
+LMMS_EVAL = {"max_tokens": 16, "temperature": 0, "top_p": 1.0, "seed": 0, "presence_penalty": 0, "n": 1}
+OPEN_WEBUI = {"metadata": {"chat": "1"}, "tools": [], "tool_choice": "auto", "functions": None, "user": "me"}
+
+
+@pytest.mark.parametrize("fields", [GUIDELLM, LMMS_EVAL, OPEN_WEBUI], ids=["guidellm", "lmms-eval", "open-webui"])
+async def test_what_tools_send_is_taken(door: Door, fields: dict[str, object]) -> None:
+    chunks = [chunk async for chunk in await ask(door, stream=True, extra_body=fields)]
+    assert chunks[0].choices[0].delta.role == "assistant"

@@ -19,6 +19,7 @@ from trimserve.errors import (
     EngineBusy,
     EngineStopped,
     InvalidRequest,
+    MessageLate,
     MessageTooLarge,
     OutOfMemory,
     PermissionDenied,
@@ -49,6 +50,7 @@ STATUS: Mapping[type[TrimserveError], grpc.StatusCode] = {
     TooFast: grpc.StatusCode.RESOURCE_EXHAUSTED,  # retry later
     EngineStopped: grpc.StatusCode.UNAVAILABLE,  # another replica may serve it
     DeadlinePassed: grpc.StatusCode.DEADLINE_EXCEEDED,
+    MessageLate: grpc.StatusCode.DEADLINE_EXCEEDED,
     RequestFailed: grpc.StatusCode.INTERNAL,  # this request only
     CheckpointError: grpc.StatusCode.FAILED_PRECONDITION,  # at load time, before there are RPCs
     AdapterError: grpc.StatusCode.FAILED_PRECONDITION,  # the folder must be another, or mended

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import socket
+from collections.abc import Callable
 from typing import Any
 
 import h11
@@ -85,8 +86,8 @@ class Connection(H11Protocol):
         """
         super().__init__(config, state, {})
         self._connections = connections
-        self._header_clock: asyncio.TimerHandle | None = None
-        self._take_clock: asyncio.TimerHandle | None = None
+        self._header_clock = _Clock(self._headers_are_late)
+        self._take_clock = _Clock(self.abort)
 
     @property
     def is_idle(self) -> bool:
@@ -107,39 +108,38 @@ class Connection(H11Protocol):
             return
         self.app_state = {CLIENT_KEY: _client_of(transport)}
         _ask_for_life(transport.get_extra_info("socket"), round(self._connections.keepalive_seconds))
-        self._header_clock = self.loop.call_later(HEADER_SECONDS, self._headers_are_late)
+        self._header_clock.start(HEADER_SECONDS)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """It is closed, by whomever."""
         self._connections.remove(self)
-        self._header_clock = _stopped(self._header_clock)
-        self._take_clock = _stopped(self._take_clock)
+        self._header_clock.stop()
+        self._take_clock.stop()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
         """Bytes came."""
         super().data_received(data)
         if not self.is_idle:
-            self._header_clock = _stopped(self._header_clock)
-        elif self._header_clock is None and not self.transport.is_closing():
-            self._header_clock = self.loop.call_later(HEADER_SECONDS, self._headers_are_late)
+            self._header_clock.stop()
+        elif not self.transport.is_closing():
+            self._header_clock.start(HEADER_SECONDS)
 
     def pause_writing(self) -> None:
         """The client takes less than there is for it."""
         super().pause_writing()
-        self._take_clock = _stopped(self._take_clock) or self.loop.call_later(TAKE_SECONDS, self.abort)
+        self._take_clock.start(TAKE_SECONDS)
 
     def resume_writing(self) -> None:
         """It took what there was."""
         super().resume_writing()
-        self._take_clock = _stopped(self._take_clock)
+        self._take_clock.stop()
 
     def send_400_response(self, msg: str) -> None:  # noqa: ARG002  # uvicorn's
         """Answer what is no HTTP."""
         self._answer(400, InvalidRequest("request", "must be HTTP/1.1"))
 
     def _headers_are_late(self) -> None:
-        self._header_clock = None
         if self.is_idle and not self.transport.is_closing():
             late = MessageLate(f"the request's headers did not arrive within {HEADER_SECONDS:g} seconds")
             self._answer(408, late)
@@ -161,16 +161,33 @@ class Connection(H11Protocol):
             self.transport.close()
 
 
-def _stopped(clock: asyncio.TimerHandle | None) -> None:
-    """Stop a clock, if it runs."""
-    if clock is not None:
-        clock.cancel()
+class _Clock:
+    """Calls something after a time, unless it is stopped before."""
+
+    def __init__(self, then: Callable[[], None]) -> None:
+        self._then = then
+        self._handle: asyncio.TimerHandle | None = None
+
+    def start(self, seconds: float) -> None:
+        """Begin, unless it runs already."""
+        if self._handle is None:
+            self._handle = asyncio.get_running_loop().call_later(seconds, self._strike)
+
+    def stop(self) -> None:
+        """Do nothing any more."""
+        if self._handle is not None:
+            self._handle.cancel()
+            self._handle = None
+
+    def _strike(self) -> None:
+        self._handle = None
+        self._then()
 
 
 def _client_of(transport: asyncio.Transport) -> str:
     """What gRPC would call the client: the name in its certificate, else its address."""
     certificate: dict[str, Any] = transport.get_extra_info("peercert") or {}
-    names = [name for _, name in certificate.get("subjectAltName", ())]
+    names: list[str] = [name for _, name in certificate.get("subjectAltName", ())]
     names = names or [value for each in certificate.get("subject", ()) for key, value in each if key == "commonName"]
     if names:
         return min(names)

@@ -120,17 +120,19 @@ class Exchange:
         finally:
             self._watcher.cancel()
 
-    async def answer(self, content: Mapping[str, Any], status: int = HTTPStatus.OK, **headers: str) -> None:
+    async def answer(
+        self, content: Mapping[str, Any], status: int = HTTPStatus.OK, headers: Mapping[str, str] | None = None
+    ) -> None:
         """Send a whole answer.
 
         Args:
             content: becomes JSON.
             status: of HTTP.
-            headers: more of them, with underscores for hyphens.
+            headers: more than those of the content.
         """
         body = _json(content)
-        more = {name.replace("_", "-"): value for name, value in headers.items()}
-        await self._begin(status, {"content-type": "application/json", "content-length": str(len(body)), **more})
+        kind = {"content-type": "application/json", "content-length": str(len(body))}
+        await self._begin(status, {**kind, **(headers or {})})
         await self.say(body, more_body=False)
 
     async def begin_stream(self) -> None:
@@ -153,7 +155,7 @@ class Exchange:
     async def _refuse(self, error: Exception, status: HTTPStatus) -> None:
         if not self._is_accepted and isinstance(error, TrimserveError):
             self._core.metrics.refused_calls.labels(error.reason.lower()).inc()
-        if not isinstance(error, TrimserveError) or status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+        if status is HTTPStatus.INTERNAL_SERVER_ERROR:
             log.error("request failed", exc_info=error, extra={"request_id": self.request_id})
         content = error_body(error, self.request_id)
         if self._status is not None:  # the stream has begun
@@ -161,7 +163,7 @@ class Exchange:
             return
         headers = headers_of(error)
         if self._is_read or self._method in ("GET", "HEAD"):
-            await self.answer(content, status, **headers)
+            await self.answer(content, status, headers)
             return
         body = _json(content)
         kind = {"content-type": "application/json", "content-length": str(len(body)), "connection": "close"}

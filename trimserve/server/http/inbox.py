@@ -56,14 +56,17 @@ class Inbox:
             CancelledError: the client left.
         """
         _check_kind(headers)
-        if (length := headers.get("content-length", "0")).isdecimal() and int(length) > self._most:
-            raise self._too_large(length)
+        length = int(headers.get("content-length", self._most))  # digits, as the protocol has seen to
+        if length > self._most:
+            raise MessageTooLarge(f"the body has {length} bytes, {self._most} are allowed (max_message_bytes)")
         seconds = self._seconds
         no_room = TooManyBytes(f"no room for a message within {seconds:g} seconds (max_message_bytes_in_flight)")
         late = MessageLate(f"the request did not arrive within {seconds:g} seconds (receive_timeout_seconds)")
         end = asyncio.get_running_loop().time() + seconds
         async with self._until(end, no_room):
-            admission.holds(await self._room.take(admission.client))
+            hold = await self._room.take(admission.client)
+        admission.holds(hold)
+        hold.shrink(length)
         async with self._until(end, late):
             body = await self._whole(receive)
         admission.received(len(body))
@@ -77,12 +80,9 @@ class Inbox:
                 raise asyncio.CancelledError
             body += message.get("body", b"")
             if len(body) > self._most:
-                raise self._too_large(f"more than {self._most}")
+                raise MessageTooLarge(f"the body has more than {self._most} bytes (max_message_bytes)")
             is_there = not message.get("more_body", False)
         return bytes(body)
-
-    def _too_large(self, got: str) -> MessageTooLarge:
-        return MessageTooLarge(f"the body has {got[:32]} bytes, {self._most} are allowed (max_message_bytes)")
 
     @asynccontextmanager
     async def _until(self, end: float, late: Exception) -> AsyncIterator[None]:
