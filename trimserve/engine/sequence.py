@@ -231,24 +231,20 @@ class Sequence:
         """Tokens drawn until now, an end token among them."""
         return len(self.generated_token_ids)
 
-    def prepared(
-        self, prompt: PreparedPrompt, preprocess_seconds: float, image_spans: Iterable[StageSpan] = ()
-    ) -> None:
+    def prepared(self, prompt: PreparedPrompt, seconds: float, image_spans: Iterable[StageSpan] = ()) -> None:
         """Take the prompt with its images, and note how long preparing them took.
 
         Args:
             prompt: what prefill takes.
-            preprocess_seconds: of tokenising and of all images.
+            seconds: of tokenising and of all images.
             image_spans: one per image, `image_decode`.
         """
         info, counts = self._info, [image.num_tiles * self._info.features_per_tile for image in prompt.images]
-        first, end = visible_images(prompt.token_ids, info.image_token_id)[-1]
+        seen = counts[slice(*visible_images(prompt.token_ids, info.image_token_id)[-1])]
         self._num_features = sum(counts)
-        self.max_cross_rows = sum(
-            max_rows(count, info.num_heads, info.features_per_tile, self.trim) for count in counts[first:end]
-        )
+        self.max_cross_rows = sum(max_rows(count, info.num_heads, info.features_per_tile, self.trim) for count in seen)
         self._prompt = prompt
-        self._preprocess_seconds = preprocess_seconds
+        self._preprocess_seconds = seconds
         self._spans.extend(image_spans)
 
     def admitted(self, number: int, pool: KVPool) -> NewSequence:

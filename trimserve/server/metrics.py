@@ -51,20 +51,6 @@ RPC_CODES = (
 )
 """Codes that RPCs can end with."""
 
-REFUSALS = (
-    "unauthenticated",
-    "permission_denied",
-    "unknown_method",
-    "too_many_calls",
-    "too_many_bytes",
-    "too_fast",
-    "message_too_large",
-    "invalid_request",
-    "deadline_passed",
-    "engine_stopped",
-)
-"""Why a call can end before its message was read."""
-
 # Seconds. Handling covers whole answers, so it ends later than the ecosystem's usual 10 s.
 HANDLING = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 60, 120, 300)
 DURATION = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 60, 120, 300)
@@ -186,25 +172,6 @@ class Metrics(ProcessMetrics):
             self.rpc_handling_seconds.labels(*labels)
             for code in RPC_CODES:
                 self.rpcs_handled.labels(*labels, code)
-
-    def _declare_callers(self) -> None:
-        self.refused_calls = self._counter(
-            "trimserve_refused_calls_total",
-            "Calls that ended before their message was read, health checks and methods that do not exist among them: "
-            "no token, more than the client or the server has room for, or a message that is late, too large or none.",
-            {"reason": REFUSALS},
-        )
-        self.health_watches = self._gauge("trimserve_health_watches", "Health watches that are open now.")
-        self.http_requests = self._counter(
-            "trimserve_http_requests_total",
-            "HTTP requests that were answered, by route and status; 499 means that the client left first.",
-            {"route": (), "status": ()},
-        )
-        self.http_connections = self._gauge("trimserve_http_connections", "Connections of the HTTP port.")
-        self.message_bytes_in_flight = self._gauge(
-            "trimserve_message_bytes_in_flight",
-            "Bytes of requests that are held now, and room set aside for those that are arriving.",
-        )
 
     def _declare_requests(self) -> None:
         self.requests = self._counter(

@@ -1,4 +1,4 @@
-"""Metrics of the process: its workers, event loop, memory, credentials and log."""
+"""Metrics of the process and of what its callers hold: workers, event loop, memory, credentials, log, refusals."""
 
 from trimserve.server.declarations import Declarations
 
@@ -8,6 +8,20 @@ POOLS = ("text", "image")
 """Of the workers that prepare requests: those that tokenise, and those that decode images."""
 
 LAG = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
+
+REFUSALS = (
+    "unauthenticated",
+    "permission_denied",
+    "unknown_method",
+    "too_many_calls",
+    "too_many_bytes",
+    "too_fast",
+    "message_too_large",
+    "invalid_request",
+    "deadline_passed",
+    "engine_stopped",
+)
+"""Why a call can end before its message was read."""
 
 
 class ProcessMetrics(Declarations):
@@ -55,4 +69,23 @@ class ProcessMetrics(Declarations):
         self.log_lines_dropped = self._counter(
             "trimserve_log_lines_dropped_total",
             "Lines of the log that were dropped, because nobody read standard error or it could not be written.",
+        )
+
+    def _declare_callers(self) -> None:
+        self.refused_calls = self._counter(
+            "trimserve_refused_calls_total",
+            "Calls that ended before their message was read, health checks and methods that do not exist among them: "
+            "no token, more than the client or the server has room for, or a message that is late, too large or none.",
+            {"reason": REFUSALS},
+        )
+        self.health_watches = self._gauge("trimserve_health_watches", "Health watches that are open now.")
+        self.http_requests = self._counter(
+            "trimserve_http_requests_total",
+            "HTTP requests that were answered, by route and status; 499 means that the client left first.",
+            {"route": (), "status": ()},
+        )
+        self.http_connections = self._gauge("trimserve_http_connections", "Connections of the HTTP port.")
+        self.message_bytes_in_flight = self._gauge(
+            "trimserve_message_bytes_in_flight",
+            "Bytes of requests that are held now, and room set aside for those that are arriving.",
         )
