@@ -225,7 +225,7 @@ def main() -> None:
     arguments = _arguments()
     console, plan, start = Console(stderr=True), _Plan(), time.monotonic()
     if arguments.quick:
-        plan = _Plan(num_requests=24, num_reserved=2)
+        plan = _Plan(num_requests=16, num_reserved=2, num_repeats=2)
     torch.set_num_threads(plan.num_threads)
     traffic = _Traffic(load_model(ModelConfig(), EngineConfig()), plan)
     runs = _measure(traffic, plan)
