@@ -1,4 +1,4 @@
-"""What bfloat16 and int8 weights cost the embedded model, on held-out questions.
+"""What bfloat16, int8 and int4 weights cost the embedded model, on held-out questions.
 
     python -m benchmarks.bench_precision [--questions 1000] [--out FILE] [--threads 1]
 
@@ -46,6 +46,8 @@ _VARIANTS: Final[tuple[tuple[Dtype, Quantize], ...]] = (
     ("bfloat16", "none"),
     ("float32", "int8"),
     ("bfloat16", "int8"),
+    ("float32", "int4"),
+    ("bfloat16", "int4"),
 )
 
 Floats = NDArray[np.float64]

@@ -28,7 +28,12 @@ from google.protobuf.descriptor_pb2 import (  # noqa: E402 the root must be on t
     ServiceDescriptorProto,
 )
 
-from benchmarks.generate.tables import generate_tables, precision_table  # noqa: E402 as above
+from benchmarks.generate.tables import (  # noqa: E402 as above
+    generate_tables,
+    precision_table,
+    quantized_table,
+    real_size_table,
+)
 from benchmarks.meta_tables import departures_table, meta_table  # noqa: E402 as above
 from benchmarks.policy_tables import (  # noqa: E402 as above
     accuracy_by_kind,
@@ -240,6 +245,8 @@ TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     "generate": ("docs/performance.md", lambda: _generate_tables("generate")),
     "generate-two-threads": ("docs/performance.md", lambda: _generate_tables("generate/two_threads")),
     "precision": ("docs/performance.md", lambda: precision_table(read_result("precision.json"))),
+    "quantized": ("docs/performance.md", lambda: quantized_table(read_result("quantized.json"))),
+    "real-size": ("docs/performance.md", lambda: real_size_table(read_result("real_size.json"))),
     "serve": ("docs/performance.md", lambda: serve_tables(read_result("serve/report.json"))),
 }
 """Marker name -> document, and what generates the text."""

@@ -120,7 +120,10 @@ def test_the_embedded_model_answers_and_accounts_for_every_byte(client: Client) 
     assert events[-1].finished.finish_reason == response.finish_reason
 
 
-@pytest.mark.parametrize(("dtype", "quantize"), [("bfloat16", "none"), ("float32", "int8"), ("bfloat16", "int8")])
+@pytest.mark.parametrize(
+    ("dtype", "quantize"),
+    [("bfloat16", "none"), ("float32", "int8"), ("bfloat16", "int8"), ("float32", "int4"), ("bfloat16", "int4")],
+)
 def test_narrower_weights_give_the_same_answer(client: Client, dtype: Dtype, quantize: Quantize) -> None:
     request = make_request("What colour is the ring?", [sample_image()])
     request.sampling.temperature = 0

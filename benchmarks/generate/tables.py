@@ -1,8 +1,8 @@
-"""Tables of docs/performance.md about decode steps and about precision, made from what was measured."""
+"""Tables of docs/performance.md about decode steps, precision and quantized weights, made from what was measured."""
 
 from typing import Any, Final
 
-__all__ = ["generate_tables", "precision_table"]
+__all__ = ["generate_tables", "precision_table", "quantized_table", "real_size_table"]
 
 _VARIANTS: Final = (
     ("trimserve", "float32", "none"),
@@ -74,6 +74,57 @@ def precision_table(report: dict[str, Any] | None) -> str:
             f"{row['divergence_nats']['value']:.6f} | {row['same_first_token']:.1%} |"
         )
     return "\n".join([*lines, "", f"{report['num_questions']:,} held-out questions to the embedded model."])
+
+
+def quantized_table(report: dict[str, Any] | None) -> str:
+    """Steps and prefills with quantized weights beside their floors, as Markdown.
+
+    Args:
+        report: of `bench_quantized`; None says how to get one.
+    """
+    if report is None:
+        return "Not measured yet: `python -m benchmarks.bench_quantized`."
+    lines = [
+        "| weights | rows | ms | reading the weights, ms | products, ms | times the larger |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    told = []
+    for row in report["rows"]:
+        if "int8_over_int4" in row:
+            told.append(f"{row['int8_over_int4']['median']:.2f} with {row['dtype']} rows")
+            continue
+        lines.append(
+            f"| {_precision(row['dtype'], row['quantize'])} | {row['rows']} | {row['milliseconds']['median']:.1f} | "
+            f"{row['bytes_floor_ms']:.1f} | {row['products_floor_ms']:.1f} | {row['over_floor']:.2f} |"
+        )
+    told_ratios = f"A step with int8 over one with int4: {' and '.join(told)}. The last column compares fastest tenths."
+    return "\n".join([*lines, "", told_ratios, "", _machine(report)])
+
+
+def real_size_table(report: dict[str, Any] | None) -> str:
+    """What serving a model of 11B parameters takes, as Markdown.
+
+    Args:
+        report: of `bench_real_size`; None says how to get one.
+    """
+    if report is None:
+        return "Not measured yet: `python -m benchmarks.bench_real_size`."
+    lines = [
+        "| weights | ready, s | peak memory | first token, new image, s | same image, s | step, ms (times its bytes) |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    lines += [
+        f"| {row['quantize']} | {row['ready_seconds']:,.0f} | {row['peak_bytes'] / 2**30:.1f} GiB | "
+        f"{row['first_token_seconds_of_new_image']:,.1f} | {row['first_token_seconds_of_same_image']:,.1f} | "
+        f"{row['step_ms']:,.0f} ({row['step_over_floor']:.2f}) |"
+        for row in report["rows"]
+    ]
+    return "\n".join([*lines, "", _machine(report)])
+
+
+def _machine(report: dict[str, Any]) -> str:
+    machine, versions = report["machine"], report["versions"]
+    return f"Measured on {machine['cpu']}, {machine['num_threads']} thread(s), torch {versions['torch']}."
 
 
 def _precision(dtype: str, quantize: str) -> str:

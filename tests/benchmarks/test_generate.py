@@ -45,6 +45,8 @@ def test_a_step_reads_all_weights_but_those_of_features_and_most_of_the_embeddin
     others = shape.weight_bytes - 4 * num_products  # norms and gates
     assert 0 < others < 0.05 * shape.weight_bytes
     assert int8.weight_bytes == others + num_products + 4 * sum(outputs for outputs, _ in shape.linears)
+    int4 = StepShape.of_checkpoint(tmp_path, torch.float32, "int4")
+    assert others + 0.5 * num_products < int4.weight_bytes < int8.weight_bytes
 
 
 def test_the_floor_is_the_larger_of_bytes_and_products() -> None:

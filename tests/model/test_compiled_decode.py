@@ -3,6 +3,7 @@
 import gc
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -46,7 +47,12 @@ def decoded(pair: Pair, kvs: list[OwnKeyValues]) -> Tensor:
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize(
     ("dtype", "quantize", "tolerance"),
-    [("float32", "none", LOGITS), ("float32", "int8", LOGITS), ("bfloat16", "none", LOGITS_BFLOAT16)],
+    [
+        ("float32", "none", LOGITS),
+        ("float32", "int8", LOGITS),
+        ("float32", "int4", LOGITS),
+        ("bfloat16", "none", LOGITS_BFLOAT16),
+    ],
 )
 def test_equals_layer_by_layer(
     make_pair: Callable[..., Pair],
@@ -56,7 +62,10 @@ def test_equals_layer_by_layer(
     quantize: str,
     tolerance: float,
 ) -> None:
-    pair = make_pair(draw_geometry(seed), seed, dtype=dtype, quantize=quantize)
+    geometry = draw_geometry(seed)
+    if quantize == "int4":  # whose inputs come in units of 32
+        geometry = replace(geometry, num_kv_heads=2, heads_per_kv=2, head_dim=8)
+    pair = make_pair(geometry, seed, dtype=dtype, quantize=quantize)
     pool = pair.pool
     together = decoded(pair, prefilled(pair, pool))
     monkeypatch.setattr(CompiledDecode, "__call__", lambda *_: pytest.fail("layer by layer was asked for"))
@@ -65,12 +74,18 @@ def test_equals_layer_by_layer(
     torch.testing.assert_close(together, apart, atol=2 * tolerance, rtol=0)  # each is off by as much
 
 
-@pytest.mark.parametrize("quantize", ["none", "int8"])
+@pytest.mark.parametrize("quantize", ["none", "int8", "int4"])
 def test_is_used_on_a_cpu(make_pair: Callable[..., Pair], monkeypatch: pytest.MonkeyPatch, quantize: str) -> None:
     pair = make_pair(Geometry(), quantize=quantize)
     monkeypatch.setattr(CompiledDecode, "__call__", lambda *_: (_ for _ in ()).throw(AssertionError("used")))
     with pytest.raises(AssertionError, match="used"):
         decoded(pair, prefilled(pair, pair.pool))
+
+
+def test_int4_weights_of_no_whole_units_are_decoded_layer_by_layer(make_pair: Callable[..., Pair]) -> None:
+    pair = make_pair(Geometry(head_dim=10), quantize="int4")
+    assert pair.ours._decoder._compiled is None
+    assert decoded(pair, prefilled(pair, pair.pool)).isfinite().all()
 
 
 def test_norms_that_differ_are_decoded_layer_by_layer(make_pair: Callable[..., Pair]) -> None:

@@ -1,9 +1,9 @@
-"""Weight-only int4: packing and rounding by hand, and what a model of it holds and answers."""
+"""Weight-only int4: packing and rounding by hand, and unpacking beside its definition."""
 
 import pytest
 import torch
 
-from trimserve.model.int4 import pack_int4, to_int4
+from trimserve.model.int4 import pack_int4, to_int4, unpack_int4
 from trimserve.ops import reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -25,7 +25,9 @@ def test_unpacking_gives_back_what_was_packed(dtype: torch.dtype, group: int, nu
     weights = torch.randint(-8, 8, (5, num_inputs), generator=generator)
     scales = torch.randn(5, -(-num_inputs // group), generator=generator).to(dtype)
     expected = torch.stack([weights[:, i] * scales[:, i // group].double() for i in range(num_inputs)], dim=1)
-    assert torch.equal(reference.unpack_int4(pack_int4(weights), scales, num_inputs), expected)
+    packed = pack_int4(weights)
+    assert torch.equal(reference.unpack_int4(packed, scales, num_inputs), expected)
+    torch.testing.assert_close(unpack_int4(packed, scales, num_inputs).double(), expected, rtol=1e-7, atol=0)
 
 
 def test_the_largest_magnitude_of_a_group_becomes_minus_8() -> None:

@@ -14,10 +14,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.tolerances import DECODE_LAYERS
+from trimserve.model.int4 import to_int4
 from trimserve.ops import PAGE_POSITIONS, CrossTables, DecoderLayers, SelfTables, decode_layers, reference
 
 Op = Callable[..., None]
 D, HEADS, HEAD_DIM, MLP = 24, 4, 6, 10
+FORMS = ["floats", "int8", "int4", "mixed"]
 NUM_PAGES, NUM_TEXT_PAGES = 48, 36
 
 
@@ -38,9 +40,11 @@ class Step(NamedTuple):
 class Draw:
     """Random layers and steps from one seed."""
 
-    def __init__(self, dtype: torch.dtype = torch.float32, num_kv_heads: int = 2, seed: int = 0) -> None:
+    def __init__(
+        self, dtype: torch.dtype = torch.float32, num_kv_heads: int = 2, seed: int = 0, head_dim: int = HEAD_DIM
+    ) -> None:
         """Start a sequence of random numbers."""
-        self._dtype, self._num_kv_heads = dtype, num_kv_heads
+        self._dtype, self._num_kv_heads, self._head_dim = dtype, num_kv_heads, head_dim
         self._generator = torch.Generator().manual_seed(seed)
 
     def normal(self, *shape: int) -> Tensor:
@@ -49,29 +53,39 @@ class Draw:
     def integers(self, end: int, *shape: int) -> Tensor:
         return torch.randint(end, shape, generator=self._generator)
 
-    def layers(self, kinds: str = "ssxssx", *, is_int8: bool = False) -> DecoderLayers:
-        """Self- (s) and cross-attention (x) layers."""
-        queries, keys_values = HEADS * HEAD_DIM, 2 * self._num_kv_heads * HEAD_DIM
+    def layers(self, kinds: str = "ssxssx", form: str = "floats") -> DecoderLayers:
+        """Self- (s) and cross-attention (x) layers; "mixed" has linear layers of every form."""
+        queries, keys_values = HEADS * self._head_dim, 2 * self._num_kv_heads * self._head_dim
         weights, scales = [], []
         for kind in kinds:
-            attention = [(D,), (queries + keys_values, D)] if kind == "s" else [(D,), (queries, D), (HEAD_DIM,)]
+            attention = [(D,), (queries + keys_values, D)] if kind == "s" else [(D,), (queries, D), (self._head_dim,)]
             for shape in [*attention, (D, queries), (D,), (2 * MLP, D), (D, MLP)]:
                 if len(shape) == 1:
                     weights.append((1 + self.normal(*shape) / 4).to(self._dtype))
-                elif is_int8:
-                    weights.append((self.integers(255, *shape) - 127).to(torch.int8))
-                    scales.append(self.normal(shape[0]).abs() / 70 / shape[1] ** 0.5)
                 else:
-                    weights.append((self.normal(*shape) / shape[1] ** 0.5).to(self._dtype))
+                    weight, of_weight = self._linear(*shape, FORMS[len(weights) % 3] if form == "mixed" else form)
+                    weights.append(weight)
+                    scales.append(of_weight)
+        scales = [] if form == "floats" else scales
         cross = [index for index, kind in enumerate(kinds) if kind == "x"]
         return DecoderLayers(weights, scales, cross, [0.7, -0.4] * len(cross), 1e-5)
+
+    def _linear(self, num_outputs: int, num_inputs: int, form: str) -> tuple[Tensor, Tensor]:
+        """Weight, and scales or an empty tensor."""
+        exact = self.normal(num_outputs, num_inputs) / num_inputs**0.5
+        if form == "floats":
+            return exact.to(self._dtype), torch.empty(0)
+        if form == "int8":
+            weight = (self.integers(255, num_outputs, num_inputs) - 127).to(torch.int8)
+            return weight, self.normal(num_outputs).abs() / 70 / num_inputs**0.5
+        return to_int4(exact, 32)
 
     def step(
         self, layers: DecoderLayers, num_rows: int, *, num_seeing: tuple[int, ...] = (), has_bias: bool = False
     ) -> Step:
         """Pages of two layers, full of numbers; rows of up to three pages of text, and of features where they see."""
-        shape = (NUM_PAGES, 2, 2, self._num_kv_heads, PAGE_POSITIONS, HEAD_DIM)
-        pages, angles = self.normal(*shape).to(self._dtype), self.normal(num_rows, HEAD_DIM // 2) * 3
+        shape = (NUM_PAGES, 2, 2, self._num_kv_heads, PAGE_POSITIONS, self._head_dim)
+        pages, angles = self.normal(*shape).to(self._dtype), self.normal(num_rows, self._head_dim // 2) * 3
         ids = torch.randperm(NUM_TEXT_PAGES, generator=self._generator).int()
         tables = ids[: 2 * num_rows * 3].view(2, num_rows, 3)
         lengths = self.integers(3 * PAGE_POSITIONS, num_rows).int() + 1
@@ -136,7 +150,7 @@ def test_gates_weigh_attention_and_mlp_of_rows_that_see_features(op: Op) -> None
 
 
 @pytest.mark.parametrize("num_kv_heads", [1, 2, 4])
-@pytest.mark.parametrize("is_int8", [False, True], ids=["floats", "int8"])
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @settings(max_examples=20)
 @given(
@@ -148,7 +162,7 @@ def test_gates_weigh_attention_and_mlp_of_rows_that_see_features(op: Op) -> None
 )
 def test_equals_reference(
     dtype: torch.dtype,
-    is_int8: bool,
+    form: str,
     num_kv_heads: int,
     num_rows: int,
     seeing: tuple[int, int] | None,
@@ -156,9 +170,9 @@ def test_equals_reference(
     kinds: str,
     seed: int,
 ) -> None:
-    draw = Draw(dtype, num_kv_heads, seed)
+    draw = Draw(dtype, num_kv_heads, seed, head_dim=HEAD_DIM if form in FORMS[:2] else 8)  # int4 has units of 32 inputs
     num_seeing = tuple(min(rows, num_rows) for rows in seeing or ())
-    layers = draw.layers(kinds, is_int8=is_int8)
+    layers = draw.layers(kinds, form)
     assert_equals_reference(draw.step(layers, num_rows, num_seeing=num_seeing, has_bias=has_bias))
 
 
@@ -264,23 +278,34 @@ def test_tables_are_checked_in_every_step() -> None:
         decode_layers(*step)
 
 
-def layer_arguments(*, is_int8: bool = True) -> dict[str, Any]:
-    layers = Draw().layers("sx", is_int8=is_int8)
+def layer_arguments(*, form: str = "int8") -> dict[str, Any]:
+    layers = Draw().layers("sx", form)
     names = ("weights", "scales", "cross_layers", "gates")
     return {name: list(getattr(layers, name)) for name in names} | {"epsilon": layers.epsilon}
 
 
-def changed(name: str, index: int, value: Tensor, *, is_int8: bool = True) -> dict[str, Any]:
-    arguments = layer_arguments(is_int8=is_int8)
+def changed(name: str, index: int, value: Tensor, *, form: str = "int8") -> dict[str, Any]:
+    arguments = layer_arguments(form=form)
     arguments[name][index] = value
     return arguments
 
 
 BYTES = torch.int8
+INT4 = torch.ones(48, 16, dtype=torch.uint8)
 BAD_LAYERS: list[tuple[dict[str, Any], str]] = [
     ({"weights": layer_arguments()["weights"][:-1]}, "weights must be six of each self-attention layer .* got 12"),
     ({"weights": [], "scales": [], "cross_layers": [], "gates": []}, "weights must be six of each .* got 0"),
     ({"scales": [torch.ones(4)]}, "scales must be four of each of 2 layers, or none, got 1"),
+    (
+        changed("scales", 0, torch.ones(2, 2)),
+        r"scales of query-key-value of layer 0 .* int8 weight, got .* \[2, 2\]",
+    ),
+    (changed("scales", 0, torch.ones(48, device="meta")), "scales of query-key-value of layer 0 must be on cpu, got a"),
+    (changed("scales", 0, torch.empty(0)), r"query-key-value of layer 0 must be float32 \[any, 24\] .* got int8"),
+    (
+        changed("weights", 1, INT4),
+        r"scales of query-key-value of layer 0 .* \[48, groups\] .* got .* \[48\]",
+    ),
     ({"gates": [0.5]}, "gates must be two of each of 1 cross-attention layers, got 1"),
     ({"cross_layers": [2]}, r"cross_layers must ascend within \[0, 2\), got 2 at 0"),
     ({"cross_layers": [-1]}, r"cross_layers must ascend within \[0, 2\), got -1 at 0"),
@@ -292,11 +317,11 @@ BAD_LAYERS: list[tuple[dict[str, Any], str]] = [
     (changed("weights", 0, torch.ones(D - 1)), r"query-key-value of layer 0 must be int8 \[any, 23\]"),
     (changed("weights", 1, torch.ones(48, D)), r"query-key-value of layer 0 must be int8 \[any, 24\] .* got float32"),
     (changed("weights", 1, torch.ones(D, 48, dtype=BYTES).T), "query-key-value of layer 0 must be contiguous"),
-    (changed("weights", 1, torch.ones(24, D), is_int8=False), "query-key-value of layer 0 must have 24 outputs for"),
+    (changed("weights", 1, torch.ones(24, D), form="floats"), "query-key-value of layer 0 must have 24 outputs for"),
     (changed("weights", 2, torch.ones(D - 1, 24, dtype=BYTES)), r"output of layer 0 must be int8 \[24, any\]"),
     (changed("weights", 3, torch.ones(D).half()), r"MLP norm of layer 0 must be float32 \[24\] on cpu, got float16"),
-    (changed("weights", 4, torch.ones(5, D), is_int8=False), "gate-up of layer 0 must have an even number of outputs"),
-    (changed("weights", 1, torch.ones(48, D).half(), is_int8=False), "query-key-value of layer 0 must be float32"),
+    (changed("weights", 4, torch.ones(5, D), form="floats"), "gate-up of layer 0 must have an even number of outputs"),
+    (changed("weights", 1, torch.ones(48, D).half(), form="floats"), "query-key-value of layer 0 must be float32"),
     (changed("weights", 5, torch.ones(D, 4, dtype=BYTES)), r"down of layer 0 must be int8 \[24, 10\] on cpu, got int8"),
     (changed("weights", 7, torch.ones(12, D, dtype=BYTES)), r"query of layer 1 must be int8 \[24, 24\] on cpu"),
     (changed("weights", 8, torch.ones(5)), "query of layer 1 must have a multiple of Dh=5 outputs, got 24"),
@@ -350,10 +375,10 @@ def test_steps_that_do_not_fit_the_layers_are_refused(changes: dict[str, Any], m
         decode_layers(*step_arguments()._replace(**changes))
 
 
-@pytest.mark.parametrize("is_int8", [False, True], ids=["floats", "int8"])
-def test_opcheck(is_int8: bool) -> None:
-    draw = Draw()
-    step = draw.step(draw.layers(is_int8=is_int8), 3, num_seeing=(2, 1), has_bias=True)
+@pytest.mark.parametrize("form", FORMS)
+def test_opcheck(form: str) -> None:
+    draw = Draw(head_dim=8)
+    step = draw.step(draw.layers(form=form), 3, num_seeing=(2, 1), has_bias=True)
     assert step.features is not None
     lists = [[*tensors] for tensors in (step.angles, step.text, *step.features)]
     arguments = (step.hidden, step.pages, step.layers.handle, *lists)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tests.ops.arrays import LAYOUTS, misaligned
 from tests.ops.refusals import assert_refused
-from tests.tolerances import LINEAR
+from tests.tolerances import LINEAR, LINEAR_QUANTIZED
 from trimserve.ops import layers, linear, reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -47,7 +47,8 @@ def draw(
 
 
 def assert_equals_reference(inputs: Inputs, op: Callable[..., Tensor] = linear) -> None:
-    torch.testing.assert_close(op(*inputs), reference.linear(*inputs), **LINEAR[inputs[0].dtype])
+    tolerance = LINEAR if inputs[2] is None else LINEAR_QUANTIZED
+    torch.testing.assert_close(op(*inputs), reference.linear(*inputs), **tolerance[inputs[0].dtype])
 
 
 @pytest.mark.parametrize("op", [*OPS, reference.linear])
@@ -114,7 +115,7 @@ def test_equals_reference_from_1_to_65_rows(num_inputs: int, dtype: torch.dtype,
     expected = reference.linear(x, weight, scales)
     for num_rows in range(1, 66):
         product = linear(x[:num_rows], weight, scales)
-        torch.testing.assert_close(product, expected[:num_rows], **LINEAR[dtype])
+        torch.testing.assert_close(product, expected[:num_rows], **LINEAR_QUANTIZED[dtype])
 
 
 def test_int4_is_not_for_cuda() -> None:
@@ -177,6 +178,25 @@ def test_what_is_not_finite_stays_in_its_row_and_quantized_output(dtype: torch.d
     is_finite[[1, 4]], is_finite[:, 7] = False, False
     weight[:, 3], weight[:, 139 if form == "int8" else 75] = 1, 1  # not 0, which infinity makes NaN, either
     assert torch.equal(linear(x, weight, scales).isfinite(), is_finite)
+
+
+@pytest.mark.parametrize("form", ["int8", "int4"])
+@pytest.mark.parametrize("exponent", [-120, -60, 0, 60, 110])
+def test_inputs_of_any_size_are_multiplied_with_quantized_weights(exponent: int, form: str) -> None:
+    x, weight, scales = draw(3, 10, 200, torch.bfloat16, form)
+    x[:, ::7] = 0
+    product = linear(x, weight, scales)
+    assert torch.equal(linear(x * 2.0**exponent, weight, scales), product * 2.0**exponent) or exponent < -90
+    assert linear(x * 2.0**exponent, weight, scales).isfinite().all()
+
+
+def test_a_bfloat16_input_that_is_larger_than_all_others_leaves_them_their_first_bits() -> None:
+    x = torch.full((1, 128), 1.0, dtype=torch.bfloat16)
+    x[0, 5] = 2.0**10
+    weight = torch.ones(1, 128, dtype=torch.int8)
+    assert linear(x, weight, torch.ones(1)).item() == 1024 + 128  # 1151, in bfloat16
+    weight[0, 5] = 0
+    assert linear(x, weight, torch.ones(1)).item() == 127
 
 
 X, W, Q, S = torch.zeros(5, 8), torch.zeros(3, 8), torch.zeros(3, 8, dtype=torch.int8), torch.zeros(3)

@@ -1,0 +1,54 @@
+"""The measurements of quantized weights run, in little: in this process, and on a served checkpoint in shards."""
+
+import json
+from pathlib import Path
+
+import pytest
+from transformers import MllamaConfig
+
+from benchmarks import bench_quantized, bench_real_size
+from benchmarks.bench_model import GEOMETRY
+from benchmarks.generate.tables import quantized_table, real_size_table
+from benchmarks.real_size_model import write_real_size_model
+from tests.model.random_checkpoint import Geometry, save_random_checkpoint
+from trimserve.config import EngineConfig, ModelConfig
+from trimserve.model.loading import describe_model
+
+
+def small_config() -> MllamaConfig:
+    """The vocabulary and the image geometry of `bench`, but narrow."""
+    geometry = json.loads(GEOMETRY.read_text())
+    vision = geometry["vision_config"] | {"image_size": 56, "hidden_size": 32, "intermediate_size": 64}
+    text = geometry["text_config"] | {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}
+    vision["vision_output_dim"] = 64
+    return MllamaConfig(vision_config=vision, text_config=text | {"vocab_size": 9000}, dtype="bfloat16")
+
+
+def test_steps_and_prefills_take_turns(tmp_path: Path) -> None:
+    save_random_checkpoint(tmp_path, Geometry())
+    rows = bench_quantized.measure(tmp_path, "bfloat16", 2)
+    assert [(row["quantize"], row["rows"]) for row in rows[:-1]] == [
+        (quantize, num_rows) for quantize in ("int8", "int4") for num_rows in (1, 16, 32, 64)
+    ]
+    assert all(row["milliseconds"]["p10"] > 0 and row["over_floor"] > 0 for row in rows[:-1])
+    report = {"rows": rows, "machine": {"cpu": "this", "num_threads": 1}, "versions": {"torch": "2"}}
+    assert "| int4, bfloat16 | 64 |" in quantized_table(report)
+
+
+def test_a_checkpoint_in_shards_is_served_with_quantized_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("benchmarks.real_size_model._SHARD_BYTES", 1 << 20)
+    folder, file = tmp_path / "model", tmp_path / "real_size.json"
+    write_real_size_model(folder, small_config())
+    names = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    assert len(set(names.values())) > 1
+    assert {"language_model.model.embed_tokens.weight", "vision_model.class_embedding"} < set(names)
+    assert describe_model(ModelConfig(model=str(folder)), EngineConfig()).dtype == "bfloat16"
+    options = ["--model", str(folder), "--quantize", "int4", "--tokens", "4", "--threads", "1", "--out", str(file)]
+    monkeypatch.setattr("sys.argv", ["bench_real_size", *options])
+    bench_real_size.main()
+    report = json.loads(file.read_text())
+    assert [row["quantize"] for row in report["rows"]] == ["int4"]
+    assert report["rows"][0]["peak_bytes"] > report["rows"][0]["step_weight_bytes"]
+    assert "| int4 |" in real_size_table(report)
