@@ -21,7 +21,7 @@ from trimserve.model.stored_tensors import stored_tensors
 
 FIXTURES = sorted((Path(__file__).parent / "quantized").glob("*.safetensors"))
 INT8 = {"bnb_int8", "w8a8", "w8a8_per_tensor"}
-INT4 = {"auto_round", "auto_round_gptq", "gptq_symmetric", "gptq_v2", "w4a16"}
+INT4 = {"auto_round", "gptq_symmetric", "w4a16"}
 
 
 def config_of(fixture: Path) -> dict[str, Any]:
