@@ -304,8 +304,8 @@ class LocalExecutor:
                 held.sampling.forbidden = self._guides.forbidden(held.guide, len(held.sampling.generated_token_ids))
         drawn: list[tuple[_Sequence, SampledToken]] = []
         for held, outcome in zip(batch, sample(logits, [held.sampling for held in batch]), strict=True):
-            guided = None if held.guide is None else held.guide.failure
-            error = outcome if isinstance(outcome, TrimserveError) else guided
+            broken = None if held.guide is None else held.guide.failure
+            error = outcome if isinstance(outcome, TrimserveError) else broken
             if error is not None:
                 step.failed.append(_failed(held.new, error))
             elif isinstance(outcome, SampledToken):
