@@ -92,7 +92,7 @@ def measure(folder: Path, dtype: Dtype, runs: int) -> list[Row]:
             }
         )
         print(json.dumps(rows[-1]), flush=True)
-    steps = {row["quantize"]: row["milliseconds"] for row in rows if row["phase"] == "step"}
+    steps: dict[Any, Any] = {row["quantize"]: row["milliseconds"] for row in rows if row["phase"] == "step"}
     ratios = {name: round(steps["int8"][name] / steps["int4"][name], 2) for name in ("median", "p10")}
     rows.append({"dtype": dtype, "phase": "step", "int8_over_int4": ratios})
     return rows

@@ -18,7 +18,8 @@ from torch import Tensor
 from transformers import GenerationConfig, MllamaConfig
 
 from benchmarks.bench_model import draw_parameter, write_small_files
-from trimserve.model.checkpoint import embedded_model_folder, read_json, text_config, vision_config
+from trimserve.model.checkpoint import embedded_model_folder, text_config, vision_config
+from trimserve.model.json_object import read_json
 from trimserve.model.transformers_mllama import meta_model
 
 __all__ = ["REAL_SIZE_MODEL", "write_real_size_model"]

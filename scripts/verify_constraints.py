@@ -24,6 +24,7 @@ from jsonschema import Draft202012Validator
 
 from benchmarks.serve.report import about, write_json
 from trimserve.client import Client, make_request
+from trimserve.refusal import Refusal
 from trimserve.serve import in_process_server
 from trimserve.v1 import generation_pb2 as pb
 
@@ -186,9 +187,10 @@ def _ask(client: Client, number: int, constraint: dict[str, Any]) -> pb.Generate
     try:
         return client.generate(_request(number, constraint))
     except grpc.RpcError as error:
-        if not isinstance(error, grpc.Call) or error.code() is not grpc.StatusCode.INVALID_ARGUMENT:
+        refusal = Refusal.of(error)
+        if refusal.code != "INVALID_ARGUMENT":
             raise
-        return str(error.details())
+        return refusal.message
 
 
 def is_valid(constraint: dict[str, Any], text: str) -> bool:

@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import replace
+from typing import Any
 
 import jsonschema
 import pytest
@@ -26,9 +27,9 @@ PERSON = {
 }
 
 
-def constrained(constraint: Constraint, prompt: str = "?", **sampling: object) -> GenerationRequest:
+def constrained(constraint: Constraint, prompt: str = "?", **sampling: Any) -> GenerationRequest:
     """A request that is sampled at random, and has room for an answer."""
-    params = {"max_new_tokens": 100, "temperature": 1.0, **sampling}
+    params: dict[str, Any] = {"max_new_tokens": 100, "temperature": 1.0, **sampling}
     return replace(request(prompt, **params), constraint=constraint)
 
 
@@ -83,7 +84,7 @@ def test_a_complete_answer_ends_without_an_end_token() -> None:
 
 
 @pytest.mark.parametrize("sampling", [{"min_new_tokens": 50}, {"ignore_eos": True}])
-def test_a_complete_answer_ends_whatever_else_is_asked(sampling: dict[str, object]) -> None:
+def test_a_complete_answer_ends_whatever_else_is_asked(sampling: dict[str, Any]) -> None:
     assert text(answer(constrained(Choice(("yes",)), **sampling))) == "yes"
 
 
@@ -94,13 +95,13 @@ def test_an_answer_ends_where_it_may_when_the_model_wants_it() -> None:
 
 
 @pytest.mark.parametrize("sampling", [{"min_new_tokens": 5}, {"ignore_eos": True, "max_new_tokens": 5}])
-def test_an_answer_that_may_go_on_heeds_how_long_it_should_be(sampling: dict[str, object]) -> None:
+def test_an_answer_that_may_go_on_heeds_how_long_it_should_be(sampling: dict[str, Any]) -> None:
     output = answer(constrained(Regex("a*"), temperature=0.0, **sampling), FakeModel({"?": "aa" + "a" * 3}))
     assert text(output) == "aaaaa"
 
 
 @pytest.mark.parametrize("sampling", [{}, {"ignore_eos": True}, {"min_new_tokens": 3}])
-def test_an_answer_that_may_only_be_empty_is(sampling: dict[str, object]) -> None:
+def test_an_answer_that_may_only_be_empty_is(sampling: dict[str, Any]) -> None:
     output = answer(constrained(Regex("(x?){0}"), **sampling))
     assert (text(output), finished(output).reason) == ("", FinishReason.STOP)
 

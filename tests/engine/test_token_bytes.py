@@ -19,6 +19,7 @@ def test_the_bytes_of_the_tokens_of_a_text_are_the_text(text: str) -> None:
 def test_a_special_token_is_its_name_and_an_unknown_one_nothing() -> None:
     tokenizer = Tokenizer.from_file(str(embedded_model_folder() / "tokenizer.json"))
     special = tokenizer.token_to_id("<|image|>")
+    assert special is not None
     assert token_bytes(tokenizer, special) == b"<|image|>"
     assert token_bytes(tokenizer, 10**9) == b""
 

@@ -11,7 +11,7 @@ from tests.model.random_checkpoint import Geometry, save_random_checkpoint
 from tests.model.test_mllama import ONE, noise, raw
 from tests.tolerances import LOGITS_INT4, LOGITS_INT8, MANY_ROWS
 from trimserve import ops
-from trimserve.config import EngineConfig, ModelConfig
+from trimserve.config import EngineConfig, ModelConfig, Quantize
 from trimserve.model import quantization
 from trimserve.model.int4 import to_int4
 from trimserve.model.int8 import to_int8
@@ -59,7 +59,7 @@ def test_quantized_logits_follow_float32(
 
 
 @pytest.mark.parametrize("quantize", ["int8", "int4"])
-def test_only_the_decoders_linear_layers_shrink(tmp_path: Path, quantize: str) -> None:
+def test_only_the_decoders_linear_layers_shrink(tmp_path: Path, quantize: Quantize) -> None:
     save_random_checkpoint(tmp_path, Geometry())
     config = ModelConfig(model=str(tmp_path), quantize=quantize)
     info = load_model(config, EngineConfig()).info

@@ -63,7 +63,9 @@ class Draw:
                 if len(shape) == 1:
                     weights.append((1 + self.normal(*shape) / 4).to(self._dtype))
                 else:
-                    weight, of_weight = self._linear(*shape, FORMS[len(weights) % 3] if form == "mixed" else form)
+                    weight, of_weight = self._linear(
+                        shape[0], shape[1], FORMS[len(weights) % 3] if form == "mixed" else form
+                    )
                     weights.append(weight)
                     scales.append(of_weight)
         scales = [] if form == "floats" else scales

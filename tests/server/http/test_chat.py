@@ -299,7 +299,13 @@ def test_an_error_is_json_whatever_a_client_sent() -> None:
 
 GUIDELLM = {"ignore_eos": True, "stop": None, "stream_options": {"include_usage": True, "continuous_usage_stats": True}}
 LMMS_EVAL = {"max_tokens": 16, "temperature": 0, "top_p": 1.0, "seed": 0, "presence_penalty": 0, "n": 1}
-OPEN_WEBUI = {"metadata": {"chat": "1"}, "tools": [], "tool_choice": "auto", "functions": None, "user": "me"}
+OPEN_WEBUI: dict[str, Any] = {
+    "metadata": {"chat": "1"},
+    "tools": [],
+    "tool_choice": "auto",
+    "functions": None,
+    "user": "me",
+}
 
 
 @pytest.mark.parametrize("fields", [GUIDELLM, LMMS_EVAL, OPEN_WEBUI], ids=["guidellm", "lmms-eval", "open-webui"])
