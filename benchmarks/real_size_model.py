@@ -36,24 +36,25 @@ _NAMES_OF_META: Final = {
 }
 
 
-def write_real_size_model(folder: Path, config: MllamaConfig | None = None, seed: int = 0) -> None:
+def write_real_size_model(folder: Path, geometry: dict[str, Any] | None = None, seed: int = 0) -> None:
     """Write the checkpoint in bfloat16.
 
     Args:
         folder: made if it is not there.
-        config: of another model; None is the 11B model's, which is transformers' default.
+        geometry: `text_config` and `vision_config` of another model; None is the 11B model's, transformers' default.
         seed: of the weights.
     """
     special = _special_tokens()
-    if config is None:
-        config = MllamaConfig(text_config={**special, "rope_parameters": _ROPE}, dtype="bfloat16")
-    config.image_token_index = text_config(config).vocab_size
-    geometry = {
-        "vision_config": vision_config(config).to_dict(),
-        "text_config": text_config(config).to_dict(),
-        "trim": {"k_ratio": 0.2},
-    }
-    write_small_files(folder, geometry)
+    given = geometry or {"text_config": {"rope_parameters": _ROPE}, "vision_config": {}}
+    config = MllamaConfig(
+        text_config={**given["text_config"], **special}, vision_config=given["vision_config"], dtype="bfloat16"
+    )
+    text, vision = text_config(config), vision_config(config)
+    config.image_token_index = text.vocab_size
+    write_small_files(
+        folder,
+        {"text_config": text.to_dict(), "vision_config": vision.to_dict(), "trim": {"k_ratio": 0.2}},
+    )
     config.save_pretrained(folder)
     GenerationConfig(**special, do_sample=False).save_pretrained(folder)
     weight_map: dict[str, str] = {}

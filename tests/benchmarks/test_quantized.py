@@ -2,9 +2,9 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
-from transformers import MllamaConfig
 
 from benchmarks import bench_quantized, bench_real_size
 from benchmarks.bench_model import GEOMETRY
@@ -15,13 +15,15 @@ from trimserve.config import EngineConfig, ModelConfig
 from trimserve.model.loading import describe_model
 
 
-def small_config() -> MllamaConfig:
-    """The vocabulary and the image geometry of `bench`, but narrow."""
+def small_geometry() -> dict[str, Any]:
+    """That of `bench`, but narrow."""
     geometry = json.loads(GEOMETRY.read_text())
-    vision = geometry["vision_config"] | {"image_size": 56, "hidden_size": 32, "intermediate_size": 64}
-    text = geometry["text_config"] | {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}
-    vision["vision_output_dim"] = 64
-    return MllamaConfig(vision_config=vision, text_config=text | {"vocab_size": 9000}, dtype="bfloat16")
+    vision = {"image_size": 56, "hidden_size": 32, "intermediate_size": 64, "vision_output_dim": 64}
+    text = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}
+    return {
+        "vision_config": geometry["vision_config"] | vision,
+        "text_config": geometry["text_config"] | text | {"vocab_size": 9000},
+    }
 
 
 def test_steps_and_prefills_take_turns(tmp_path: Path) -> None:
@@ -40,7 +42,7 @@ def test_a_checkpoint_in_shards_is_served_with_quantized_weights(
 ) -> None:
     monkeypatch.setattr("benchmarks.real_size_model._SHARD_BYTES", 1 << 20)
     folder, file = tmp_path / "model", tmp_path / "real_size.json"
-    write_real_size_model(folder, small_config())
+    write_real_size_model(folder, small_geometry())
     names = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
     assert len(set(names.values())) > 1
     assert {"language_model.model.embed_tokens.weight", "vision_model.class_embedding"} < set(names)
