@@ -27,8 +27,8 @@ struct FloatMath {
 };
 
 // How bfloat16 rows are: as int16 times a scale for each group of inputs, a power of two. What is within 2^-7 of the
-// group's largest is exact, the rest is off by 2^-16 of the largest at most, whose own last bit is worth 2^-8. Twice the
-// inputs fit in a register, and sums of a group are exact.
+// group's largest is exact, the rest is off by 2^-16 of the largest at most, whose own last bit is worth 2^-8. Twice
+// the inputs fit in a register, and sums of a group are exact.
 template <int kWidth>
 struct WordMath {
   using Element = std::int16_t;
@@ -63,8 +63,9 @@ struct WordMath {
 template <int kWidth>
 using Words __attribute__((vector_size(kWidth * sizeof(float)))) = std::int16_t;
 
-// Units of weights make groups of kGroup inputs, whose products are added up before they are scaled, and fill registers 0, 1, ... kUnit / Math::kInputs - 1. In place i of register r is the weight of
-// input(r, i), to be multiplied with that input times factor(r).
+// Units of weights make groups of kGroup inputs, whose products are added up before they are scaled, and fill registers
+// 0, 1, ... kUnit / Math::kInputs - 1. In place i of register r is the weight of input(r, i), to be multiplied with
+// that input times factor(r).
 template <int kWidth, typename Math>
 struct Int8Unit {
   using Opened = const std::int8_t*;
@@ -122,8 +123,8 @@ TRIMSERVE_INLINE void repeat(typename Simd<kWidth>::Bits& bits, const std::byte*
     std::memcpy(reinterpret_cast<char*>(&bits) + i * 4, &bytes, sizeof bytes);
 }
 
-// Registers hold integers from 0 to 15, whose 8 too many are subtracted with the inputs' sum. Each quarter, 128 bits, of
-// an opened unit has all its 16 bytes, shifted so that other halves of bytes lie under the same masks.
+// Registers hold integers from 0 to 15, whose 8 too many are subtracted with the inputs' sum. Each quarter, 128 bits,
+// of an opened unit has all its 16 bytes, shifted so that other halves of bytes lie under the same masks.
 template <int kWidth, typename Math, int kInputsOfGroup>
 struct Int4Unit {
   static constexpr std::int64_t kGroup = kInputsOfGroup;

@@ -42,8 +42,9 @@ LATER = {
     "trimserve_model_info",
     "trimserve_credentials_loaded_timestamp_seconds",
     "trimserve_tls_certificate_expiry_timestamp_seconds",
+    "trimserve_http_requests_total",
 }
-"""Known once a model, clients or certificates are loaded."""
+"""Known once a model, clients or certificates are loaded, or a request came over HTTP."""
 
 
 def get(loopback: Loopback, path: str, accept: str = "text/plain") -> tuple[int, str]:
