@@ -61,8 +61,8 @@ SILU_GATE: dict[torch.dtype, Tolerance] = {
 }
 
 # Hidden states of up to about 40, and pages, after six layers. Both sides round at the same places; where a bfloat16
-# value rounds to different neighbours, the later layers carry that on; one unit of the last place of 40 is 0.25. A wrong
-# layer is off by 1 and more.
+# value rounds to different neighbours, the later layers carry that on; one unit of the last place of 40 is 0.25. A
+# wrong layer is off by 1 and more.
 DECODE_LAYERS: dict[torch.dtype, Tolerance] = {
     torch.float32: {"rtol": 1e-5, "atol": 1e-4},
     torch.bfloat16: {"rtol": 2**-7, "atol": 0.25},

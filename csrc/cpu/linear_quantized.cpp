@@ -1,9 +1,9 @@
 // linear with int8 or int4 weights, for one row and for many.
-//   Rows are packed once, bfloat16 as int16 with scales (WordMath) and others as floats, in the order in which registers
-//   of weights hold their inputs. A block of outputs then passes rows and inputs in parts that stay in the first-level
-//   cache. Weights leave their bytes in registers only, next to the products. Sums of a group of inputs begin with -8
-//   times the inputs' sum (int4), and are added to float32 sums along K times the scales; those stay vectors until the
-//   end. An output does not depend on the other rows, to the last bit.
+//   Rows are packed once, bfloat16 as int16 with scales (WordMath) and others as floats, in the order in which
+//   registers of weights hold their inputs. A block of outputs then passes rows and inputs in parts that stay in the
+//   first-level cache. Weights leave their bytes in registers only, next to the products. Sums of a group of inputs
+//   begin with -8 times the inputs' sum (int4), and are added to float32 sums along K times the scales; those stay
+//   vectors until the end. An output does not depend on the other rows, to the last bit.
 
 #include "linear_quantized.h"
 
