@@ -11,7 +11,17 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, Validatio
 
 from trimserve.errors import InvalidRequest
 
-__all__ = ["ChatRequest", "ImagePart", "Message", "TextPart", "parse"]
+__all__ = [
+    "ChatRequest",
+    "Extension",
+    "ImagePart",
+    "ImageUrl",
+    "Message",
+    "ResponseFormat",
+    "StreamOptions",
+    "TextPart",
+    "parse",
+]
 
 HARMLESS = frozenset(
     {
