@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import pytest
 from openai import AsyncOpenAI
 
+from tests.patience import PATIENCE_SECONDS
 from tests.server.fakes import CONFIG, FakeRunner
 from trimserve.config import Config, ServerConfig
 from trimserve.serve import make_server
@@ -38,7 +39,7 @@ async def open_door(runner: FakeRunner | None = None, *, token: str = "none", **
     runner = runner or FakeRunner()
     async with running_server(make_server(runner, config)) as server:
         url = f"http://{server.http_address}/v1"
-        async with AsyncOpenAI(base_url=url, api_key=token, max_retries=0) as client:
+        async with AsyncOpenAI(base_url=url, api_key=token, max_retries=0, timeout=PATIENCE_SECONDS) as client:
             yield Door(runner, server, client)
 
 
