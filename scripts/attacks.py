@@ -81,11 +81,12 @@ async def watches(target: Target) -> None:
 async def half_messages(target: Target) -> None:
     """D3: health checks, and calls without a token, that announce 63 MiB and never finish."""
     async with AsyncExitStack() as stack:
-        sending = []
-        for index in range(57):
-            connection = await stack.enter_async_context(RawConnection(target.address))
-            call = connection.call(_GENERATE if index % 2 else _CHECK)
-            sending.append(connection.send(call, framed(bytes(62 * _MIB), announced=63 * _MIB)))
+        connections = [await stack.enter_async_context(RawConnection(target.address)) for _ in range(57)]
+        half = framed(bytes(62 * _MIB), announced=63 * _MIB)
+        sending = [
+            connection.send(connection.call(_GENERATE if index % 2 else _CHECK), half)
+            for index, connection in enumerate(connections)
+        ]
         with suppress(TimeoutError):
             await asyncio.wait_for(asyncio.gather(*sending), 20)
 
@@ -132,11 +133,10 @@ async def large_messages(target: Target) -> None:
     images = [pb.Image(data=bytes(30 * _MIB))] * 2
     whole = pb.GenerateRequest(raw_prompt="<|image|>" * 2, images=images).SerializeToString()
     async with AsyncExitStack() as stack:
+        connections = [await stack.enter_async_context(RawConnection(target.address)) for _ in range(10)]
+        half = framed(bytes(60 * _MIB), announced=63 * _MIB)
         sending: list[Awaitable[object]] = [target.call(whole) for _ in range(10)]
-        for _ in range(10):
-            connection = await stack.enter_async_context(RawConnection(target.address))
-            call = connection.call(_GENERATE, target.authorised)
-            sending.append(connection.send(call, framed(bytes(60 * _MIB), announced=63 * _MIB)))
+        sending += [c.send(c.call(_GENERATE, target.authorised), half) for c in connections]
         with suppress(TimeoutError):
             await asyncio.wait_for(asyncio.gather(*sending), 20)
 

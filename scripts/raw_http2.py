@@ -89,7 +89,7 @@ class RawConnection:
         """
         block = b"".join(_literal(name, value) for name, value in ((":path", method), *_USUAL_HEADERS, *headers))
         stream, self._next_stream = self._next_stream, self._next_stream + 2
-        self._writer.write(_frame(_HEADERS, _END_HEADERS, stream, block))
+        self._write(_frame(_HEADERS, _END_HEADERS, stream, block))
         return stream
 
     async def send(self, stream: int, data: bytes, *, is_last: bool = False) -> int:
@@ -111,11 +111,11 @@ class RawConnection:
             self.num_sent += len(piece)
             self._windows[0] -= len(piece)
             self._windows[stream] -= len(piece)
-            self._writer.write(_frame(_DATA, _END_STREAM if is_last and sent == len(data) else 0, stream, piece))
+            self._write(_frame(_DATA, _END_STREAM if is_last and sent == len(data) else 0, stream, piece))
             with suppress(ConnectionError):
                 await self._writer.drain()
         if is_last and not data:
-            self._writer.write(_frame(_DATA, _END_STREAM, stream))
+            self._write(_frame(_DATA, _END_STREAM, stream))
         return sent
 
     def room(self, stream: int) -> int:
@@ -128,6 +128,10 @@ class RawConnection:
             await self._change()
         found = re.search(rb"grpc-status.(\d+)", self._answers[stream], re.DOTALL)
         return None if found is None else int(found[1])
+
+    def _write(self, frame: bytes) -> None:
+        if not self.is_closed and not self._writer.is_closing():
+            self._writer.write(frame)
 
     async def _change(self) -> None:
         self._changed.clear()
@@ -149,9 +153,9 @@ class RawConnection:
                 for at in range(0, len(payload), 6):
                     if int.from_bytes(payload[at : at + 2], "big") == _INITIAL_WINDOW_SIZE:
                         self._resize(int.from_bytes(payload[at + 2 : at + 6], "big"))
-                self._writer.write(_frame(_SETTINGS, _ACK, 0))
+                self._write(_frame(_SETTINGS, _ACK, 0))
             case 6 if not flags & _ACK:
-                self._writer.write(_frame(_PING, _ACK, 0, payload))
+                self._write(_frame(_PING, _ACK, 0, payload))
             case 8:
                 self._windows[stream] += int.from_bytes(payload, "big")
             case 0 | 1:

@@ -72,7 +72,9 @@ class DecoderProcess:
                 stdout=subprocess.DEVNULL,
                 env=_environment(),
                 pass_fds=[theirs.fileno()],
-                start_new_session=True,  # a signal to the group is for its parent
+                # A signal to the group is for its parent. Not a session of its own: where the kernel shares processor
+                # time between sessions, each would count as much as the whole server.
+                process_group=0,
             )
         try:
             self._receive(_START_SECONDS)

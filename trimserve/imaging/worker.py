@@ -30,6 +30,8 @@ __all__ = ["main"]
 _PR_SET_PDEATHSIG = 1
 _MOST_CHARACTERS = 1000  # of an error: some quote the file
 _MOST_DESCRIPTORS = 32
+_NICE = 5
+"""Where processors are short, it gives way to the process that answers everybody."""
 
 
 def main() -> None:
@@ -50,6 +52,7 @@ def _become_expendable(parent: int, limits: Limits) -> None:
     """End with the parent, whatever ends it; leave signals to the group, and its output, to the parent."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
+    os.nice(_NICE)
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
     if os.getppid() != parent:  # it ended before this was asked for
         sys.exit()
