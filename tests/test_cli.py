@@ -17,6 +17,7 @@ from PIL import Image
 from skimage import data
 from typer.testing import CliRunner, Result
 
+from tests.forked import forked
 from tests.server.fakes import CONFIG, FINISHED, STARTED, FakeRunner
 from trimserve import __version__
 from trimserve.api.chunks import TokenDelta
@@ -365,10 +366,10 @@ def test_status_tells_load_and_memory() -> None:
 def test_an_address_that_is_taken_is_one_line() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
-        command = [sys.executable, "-m", "trimserve", "serve", "--log-level", "error", "--port", port]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=100)
-    assert done.returncode == 1
-    [line] = done.stderr.splitlines()
+        options = ("serve", "--log-level", "error", "--port", port)
+        with forked("from trimserve.cli import main; main()", *options, stderr=subprocess.PIPE) as process:
+            [line] = process.rest().splitlines()
+    assert process.returncode == 1
     assert line.startswith(f"error: cannot listen on 127.0.0.1:{port} (--host, --port): Address already in use")
 
 
@@ -387,12 +388,10 @@ cli.main()
 
 
 def test_an_interrupt_while_the_model_is_loaded_ends_the_command() -> None:
-    command = [sys.executable, "-c", LOADING]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
+    with forked(LOADING, stderr=subprocess.PIPE) as process:
         assert process.stdout.readline() == "loading\n"
         process.send_signal(signal.SIGINT)
-        _, error = process.communicate(timeout=60)
+        error = process.rest()
     assert process.returncode == 130
     assert error == "interrupted\n"
 
@@ -415,7 +414,6 @@ main()
 
 
 def test_serve_ends_cleanly_when_a_signal_comes_while_its_model_loads() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", SIGTERM_WHILE_LOADING], capture_output=True, text=True, timeout=60, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    with forked(SIGTERM_WHILE_LOADING, stderr=subprocess.PIPE) as process:
+        errors = process.rest()
+    assert process.returncode == 0, errors

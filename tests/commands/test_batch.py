@@ -4,13 +4,13 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner, Result
 
+from tests.forked import forked
 from tests.server.fakes import CONFIG, FakeRunner
 from trimserve.cli import app
 from trimserve.model.loading import embedded_model_folder
@@ -71,9 +71,8 @@ def test_a_batch_that_is_killed_three_times_loses_and_doubles_no_line(fake: Fake
     files = (str(tmp_path / "in.jsonl"), str(tmp_path / "out.jsonl"))
     options = ("--concurrency", "7", "--address", os.environ["TRIMSERVE_TEST_ADDRESS"])
     for lines_before_death in ("13", "1", "20"):
-        command = [sys.executable, "-c", DYING, lines_before_death, "batch", *files, *options]
-        killed = subprocess.run(command, capture_output=True, timeout=100, check=False)
-        assert killed.returncode == -signal.SIGKILL, killed.stderr
+        with forked(DYING, lines_before_death, "batch", *files, *options, stderr=subprocess.DEVNULL) as killed:
+            assert killed.wait() == -signal.SIGKILL
     assert len((tmp_path / "out.jsonl").read_bytes().splitlines()) == 35  # the last one is torn
     assert batch(tmp_path).exit_code == 0
     lines = sorted(found(tmp_path), key=lambda line: str(line["index"]).zfill(2))

@@ -4,9 +4,9 @@ import asyncio
 import os
 import signal
 import subprocess
-import sys
 import threading
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 import grpc
@@ -14,6 +14,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
+from tests.forked import Program, forked
 from tests.patience import PATIENCE_SECONDS, soon
 from tests.server.conftest import Loopback
 from tests.server.fakes import CHUNKS, CONFIG, DELTAS, FINISHED, STARTED, FakeRunner, Pause, chat_request
@@ -263,16 +264,13 @@ asyncio.run(main())
 """
 
 
-def run_server(grace: float, *, gated: bool = False) -> subprocess.Popen[str]:
-    program = PROGRAM.format(grace=grace, gated=gated)
-    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([sys.executable, "-c", program], **pipes)
+def run_server(grace: float, *, gated: bool = False) -> AbstractContextManager[Program]:
+    return forked(PROGRAM.format(grace=grace, gated=gated), stderr=subprocess.PIPE)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_drains_cuts_at_the_grace_and_exits_cleanly(number: signal.Signals) -> None:
     with run_server(0.3) as process:
-        assert process.stdout is not None
         address = process.stdout.readline().strip()
         with Client(address) as client:
             stream = client.stream("Hello")
@@ -281,7 +279,7 @@ def test_a_signal_drains_cuts_at_the_grace_and_exits_cleanly(number: signal.Sign
             with pytest.raises(grpc.RpcError) as caught:
                 next(stream)
             assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
-        _, log = process.communicate(timeout=60)
+        log = process.rest()
     assert process.returncode == 0, log
     for event in ("listening", "serving", "draining", "rpc", "stopped"):
         assert f'"event": "{event}"' in log
@@ -292,7 +290,7 @@ def test_a_signal_during_warm_up_ends_the_server() -> None:
         assert process.stderr is not None
         assert "listening" in process.stderr.readline()
         process.send_signal(signal.SIGTERM)
-        _, log = process.communicate(timeout=60)
+        log = process.rest()
     assert process.returncode == 0, log
 
 
@@ -311,15 +309,13 @@ asyncio.run(serve(make_server(runner, config), on_serving=lambda server: print(s
 
 
 def test_a_dead_engine_fails_its_requests_and_ends_the_process_with_the_cause() -> None:
-    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen([sys.executable, "-c", KILLED_ENGINE], **pipes) as process:
-        assert process.stdout is not None
+    with forked(KILLED_ENGINE, stderr=subprocess.PIPE) as process:
         with grpc.insecure_channel(process.stdout.readline().strip()) as channel:  # one that does not try again
             stub = generation_pb2_grpc.GenerationServiceStub(channel)
             assert stub.Generate(pb.GenerateRequest(raw_prompt="hi")).text
             with pytest.raises(grpc.RpcError) as caught:
                 stub.Generate(pb.GenerateRequest(raw_prompt="!kill"))
-        _, log = process.communicate(timeout=60)
+        log = process.rest()
     assert (caught.value.code(), caught.value.details()) == (grpc.StatusCode.UNAVAILABLE, "the engine died")
     assert process.returncode == 1
     assert log.splitlines()[-1] == "trimserve.errors.EngineStopped: the engine died: Killed()"
@@ -353,5 +349,6 @@ asyncio.run(serve(make_server(runner, Config(server=ServerConfig(port=0, metrics
 
 
 def test_sigterm_does_not_wait_for_a_long_load() -> None:
-    done = subprocess.run([sys.executable, "-c", SIGTERM_WHILE_LOADING], timeout=60, check=False, capture_output=True)
-    assert done.returncode == 0, done.stderr
+    with forked(SIGTERM_WHILE_LOADING, stderr=subprocess.PIPE) as process:
+        errors = process.rest()
+    assert process.returncode == 0, errors

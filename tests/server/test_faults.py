@@ -3,8 +3,6 @@
 import io
 import re
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +12,7 @@ import pytest
 from PIL import Image as PilImage
 from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
 
+from tests.forked import forked
 from tests.imaging.files import empty_scans
 from trimserve.client import Client, make_request
 from trimserve.config import Config, EngineConfig, ServerConfig
@@ -93,7 +92,7 @@ from trimserve.client import Client
 from trimserve.v1 import generation_pb2 as pb
 
 with Client(sys.argv[1]) as client:
-    for event in client.stream(pb.GenerateRequest.FromString(sys.stdin.buffer.read())):
+    for event in client.stream(pb.GenerateRequest.FromString(bytes.fromhex(sys.argv[2]))):
         if event.WhichOneof("event") == "delta":
             print("reads", flush=True)
 """
@@ -103,16 +102,9 @@ def test_a_client_that_is_killed_frees_its_pages_and_harms_nobody(server: InProc
     other = question(400, [picture(colour="green")])
     expected = client.generate(other).token_ids
     cancelled_before = num_cancelled(server)
-    command = [sys.executable, "-c", READS_UNTIL_KILLED, server.address]
-    with (
-        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process,
-        ThreadPoolExecutor() as pool,
-    ):
-        assert process.stdin is not None
-        assert process.stdout is not None
-        process.stdin.write(question(LONG, [picture()]).SerializeToString())
-        process.stdin.close()
-        assert process.stdout.readline() == b"reads\n"
+    request = question(LONG, [picture()]).SerializeToString().hex()
+    with forked(READS_UNTIL_KILLED, server.address, request) as process, ThreadPoolExecutor() as pool:
+        assert process.stdout.readline() == "reads\n"
         answer = pool.submit(client.generate, other)
         until(lambda: client.status().num_running == 2)
         process.send_signal(signal.SIGKILL)
@@ -173,7 +165,7 @@ def test_an_image_that_takes_too_long_costs_its_sender_an_error_and_one_process(
 ) -> None:
     before = num_deaths(server)
     with pytest.raises(grpc.RpcError) as caught:
-        client.generate(question(1, [picture(), empty_scans(500_000)]), timeout_seconds=60)
+        client.generate(question(1, [picture(), empty_scans(500_000, side=256)]), timeout_seconds=60)
     assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
     expected = r"parts\[1\].*must decode within 1 s of processor time and 0.25 s for each megapixel"
     assert re.search(expected, str(caught.value.details()))

@@ -4,11 +4,10 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -16,6 +15,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from tests.forked import Program, forked
 from trimserve.client import Client
 from trimserve.v1 import generation_pb2 as pb
 from trimserve.v1 import generation_pb2_grpc
@@ -42,20 +42,11 @@ NUM_STREAMS = 40
 
 @contextmanager
 def server(
-    port: int = 0, grace: float = 30, log: int | IO[str] = subprocess.DEVNULL, prefix: tuple[str, ...] = ()
-) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    port: int = 0, grace: float = 30, log: int | IO[str] = subprocess.DEVNULL, before: str = ""
+) -> Iterator[tuple[Program, str]]:
     """A process that serves a model of 10 ms a step, and its address; ended at the end of the block."""
-    command = [*prefix, sys.executable, "-c", PROGRAM, str(port), str(grace)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True) as process:
-        assert process.stdout is not None
-        try:
-            yield process, process.stdout.readline().strip()
-        finally:
-            process.terminate()
-            try:
-                process.wait(60)
-            finally:
-                process.kill()  # or the block would wait for one that does not end
+    with forked(before + PROGRAM, port, grace, stderr=log) as process:
+        yield process, process.stdout.readline().strip()
 
 
 def long_request(num_tokens: int) -> pb.GenerateRequest:
@@ -160,10 +151,11 @@ def test_a_terminal_that_closes_drains() -> None:
 
 
 def test_under_nohup_a_terminal_that_closes_changes_nothing() -> None:
-    with server(prefix=("nohup",)) as (process, address), Client(address) as client:
+    ignored = "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)"  # which is what nohup does
+    with server(before=ignored) as (process, address), Client(address) as client:
         process.send_signal(signal.SIGHUP)
         assert client.generate(long_request(3)).usage.num_generated_tokens == 3
-        assert process.poll() is None
+        assert process.returncode is None
 
 
 HANGING = """
@@ -193,22 +185,15 @@ asyncio.run(serve(make_server(runner, config), on_serving=lambda server: print(s
 """
 
 
-@contextmanager
 def hanging_server(
     how: str, num_good_steps: int, log: int | IO[str] = subprocess.PIPE
-) -> Iterator[subprocess.Popen[str]]:
+) -> AbstractContextManager[Program]:
     """A process whose model hangs after some decode steps; must have ended by itself at the end of the block."""
-    command = [sys.executable, "-c", HANGING, how, str(num_good_steps)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True) as process:
-        try:
-            yield process
-        finally:
-            process.kill()
+    return forked(HANGING, how, num_good_steps, stderr=log)
 
 
 def test_an_engine_that_hangs_is_no_longer_served_and_ends_the_process_with_the_cause() -> None:
     with hanging_server("sleep_for_ever", num_good_steps=10) as process:
-        assert process.stdout is not None
         with grpc.insecure_channel(process.stdout.readline().strip()) as channel:
             make_stub: Any = health_pb2_grpc.HealthStub
             watch = make_stub(channel).Watch(health_pb2.HealthCheckRequest())
@@ -220,7 +205,7 @@ def test_an_engine_that_hangs_is_no_longer_served_and_ends_the_process_with_the_
                     list(stream)
                 assert (caught.value.code(), caught.value.details()) == (grpc.StatusCode.UNAVAILABLE, "the engine died")
             assert next(watch).status == health_pb2.HealthCheckResponse.NOT_SERVING
-        _, log = process.communicate(timeout=60)
+        log = process.rest()
     assert process.returncode == 1
     cause = "a step has not returned for 4 s (step_timeout_seconds)"
     assert log.splitlines()[-1] == f"trimserve.errors.EngineStopped: the engine died: TimeoutError('{cause}')"
@@ -230,20 +215,19 @@ def test_an_engine_that_hangs_is_no_longer_served_and_ends_the_process_with_the_
 
 def test_an_engine_that_hangs_while_it_warms_up_ends_the_process_with_the_cause() -> None:
     with hanging_server("sleep_for_ever", num_good_steps=0) as process:
-        _, log = process.communicate(timeout=60)
+        log = process.rest()
     assert process.returncode == 1
     assert log.splitlines()[-1] == "TimeoutError: a step has not returned for 4 s (step_timeout_seconds)"
 
 
 def test_an_engine_that_hangs_with_the_lock_of_python_ends_the_process_with_all_stacks() -> None:
     with hanging_server("sleep_with_the_lock_of_python", num_good_steps=10) as process:
-        assert process.stdout is not None
         with (
             grpc.insecure_channel(process.stdout.readline().strip()) as channel,
             pytest.raises(grpc.RpcError) as caught,
         ):
             list(generation_pb2_grpc.GenerationServiceStub(channel).GenerateStream(long_request(100)))
-        _, log = process.communicate(timeout=60)
+        log = process.rest()
     assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
     assert process.returncode == 1
     assert "in sleep_with_the_lock_of_python" in log
@@ -252,7 +236,6 @@ def test_an_engine_that_hangs_with_the_lock_of_python_ends_the_process_with_all_
 @pytest.mark.parametrize("how", ["sleep_for_ever", "sleep_with_the_lock_of_python"])
 def test_an_engine_that_hangs_ends_the_process_though_nobody_reads_the_log(how: str) -> None:
     with full_pipe() as pipe, hanging_server(how, num_good_steps=10, log=pipe) as process:
-        assert process.stdout is not None
         with (
             grpc.insecure_channel(process.stdout.readline().strip()) as channel,
             pytest.raises(grpc.RpcError),
