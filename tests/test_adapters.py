@@ -97,7 +97,7 @@ def test_unloading_under_load_fails_no_call(client: Client, folders: dict[str, P
         calls: list[tuple[str, Future[list[int]]]] = []
         for _ in range(4):
             calls += [(name, pool.submit(tokens, client, request)) for name, request in requests.items()]
-        while client.adapters()[-1].num_requests < 4:
+        while client.adapters()[-1].num_requests < 2:
             assert not all(call.done() for _, call in calls)
         client.unload_adapter("vision")
         assert all(call.done() for name, call in calls if name == "vision")

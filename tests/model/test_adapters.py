@@ -124,7 +124,7 @@ def test_a_mixed_batch_equals_each_merged_model(
     mixed = decoded(pair, batch, tokens, pool)
     for kind, (prompt, adapter), own, logits in zip(kinds, batch, tokens, mixed, strict=True):
         [merged] = decoded(kind.merged, [(prompt, None)], [own])
-        torch.testing.assert_close(logits, merged, atol=LOGITS, rtol=0)
+        torch.testing.assert_close(logits, merged, atol=LOGITS * merged.std().item(), rtol=0)
         [alone] = decoded(pair, [(prompt, adapter)], [own])
         torch.testing.assert_close(logits, alone, atol=LOGITS, rtol=0)
 
