@@ -49,7 +49,7 @@ MAY_IMPORT = {
     "image_files": {"errors", "refusal", "v1"},
     "batch": {"client", "errors", "image_files", "refusal", "v1"},
     "explain": {"api", "v1"},
-    "playground": {"client", "connection", "explain", "imaging", "refusal", "v1"},
+    "playground": {"client", "connection", "errors", "explain", "imaging", "refusal", "v1"},
     "evaluation": {*PLAIN, *ARROW, "client", "connection", "knobs", "v1"},
     "commands": {
         *PLAIN,

@@ -97,7 +97,7 @@ def draw_votes(image: Picture, selection: ImageSelection, *, tile_size: int) -> 
     if not heads:
         return None
     seen = _fit(_as_the_model_saw_it(image, selection, tile_size), _PANEL_WIDTH, _MAX_HEIGHT)
-    return _titled(*_votes_panel(seen, heads, selection))
+    return _votes_panel(seen, heads, selection)[1]
 
 
 def draw_contact_sheet(image: Picture, explained: Mapping[str, Explained], *, tile_size: int, question: str) -> Picture:

@@ -1,6 +1,7 @@
 """`trimserve playground`: a page to try trimming on."""
 
 import threading
+from importlib.util import find_spec
 from typing import Annotated
 
 import typer
@@ -33,16 +34,16 @@ def playground(
     config: Config,
 ) -> None:
     """Open a page that asks about an image under two settings, and shows what each keeps and costs."""
+    if find_spec("gradio") is None:
+        raise typer.BadParameter("needs Gradio: pip install 'trimserve[playground]'")
+
     from trimserve.playground.page import Server, opened
 
     address = connection.address or f"{ServerConfig().host}:{ServerConfig().port}"
     told = Connection(address, connection.tls, connection.token)
     http_address = http_address or f"{address.rpartition(':')[0]}:{_HTTP_PORT}"
     with asked_server(connection, config) as client:
-        try:
-            page = opened(Server(client, client.model(), told, http_address), page_host, page_port)
-        except ImportError as error:
-            raise typer.BadParameter(f"needs Gradio: pip install 'trimserve[playground]' ({error})") from None
+        page = opened(Server(client, client.model(), told, http_address), page_host, page_port)
         print(f"playground on {page.local_url}; Ctrl-C ends it", flush=True)
         try:
             threading.Event().wait()

@@ -23,7 +23,7 @@ def account_table(finished: pb.Finished) -> str:
         finished: the last message.
     """
     held, times = finished.cross_kv_bytes, finished.timings
-    saved = f" ({1 - held.held / held.untrimmed:.1%} less)" if held.untrimmed else ""
+    saved = f" ({1 - held.held / held.untrimmed:.1%} less)" if held.held < held.untrimmed else ""
     return _table(
         {
             **_kept(finished.usage.images),

@@ -11,6 +11,7 @@ from typing import Any
 
 from trimserve.client import Client
 from trimserve.connection import Connection
+from trimserve.errors import InvalidRequest
 from trimserve.imaging.decode import decode_image
 from trimserve.playground.asking import Seen, ask
 from trimserve.playground.samples import samples
@@ -21,10 +22,11 @@ from trimserve.v1 import model_pb2
 __all__ = ["Server", "opened"]
 
 _ABOUT = """## trimserve playground
-{model}: what a question keeps of an image, under two settings. What is **lit** stays in the cache as it is; **heat** is
-how many heads picked a patch. The settings are asked one after the other, so that neither slows the other."""
+**{model}**: what a question keeps of an image, under two settings. What is *lit* stays in the cache as it is; *heat* is
+how many heads picked a patch. The *budget* is `k_ratio`, of a head; of policies that choose before the decoder it is
+the share of the image that stays. The settings are asked one after the other, so that neither slows the other."""
 
-_CSS = ".gradio-container {max-width: 1500px !important} .account table {width: 100%; display: table}"
+_CSS = ".gradio-container {max-width: 1500px !important} [id$=-account] thead {display: none}"
 
 _MAX_FILE_BYTES = 64 * 2**20
 """Of an upload."""
@@ -102,6 +104,7 @@ def _page(gr: Any, server: Server) -> Any:
                     image_mode=None,
                     sources=["upload", "webcam", "clipboard"],
                     height=300,
+                    elem_id="image",
                 )
                 question = gr.Textbox(label="Question", value="What do you see?", elem_id="question")
                 most = gr.Slider(1, 512, 64, step=1, label="max_new_tokens")
@@ -119,22 +122,26 @@ def _page(gr: Any, server: Server) -> Any:
 
 def _side(gr: Any, server: Server, name: str, policy: str) -> _Side:
     model = server.model
-    with gr.Column(scale=3, elem_id=f"side-{name}"):
+    with gr.Column(scale=3, elem_id=f"{name}-side"):
+        chosen = gr.Dropdown(policy_names(model), value=policy, label=f"{name}: policy")
         with gr.Row():
-            controls = [
-                gr.Dropdown(policy_names(model), value=policy, label=f"{name}: policy"),
-                gr.Slider(0.01, 1, model.default_k_ratio, step=0.01, label="budget: k_ratio, or share of the image"),
-                gr.Slider(0, 1, model.default_merge_ratio, step=0.01, label="merge_ratio"),
-            ]
-        text = gr.Textbox(label="Answer", lines=2, interactive=False, elem_classes="answer")
+            budget = gr.Slider(0.01, 1, model.default_k_ratio, step=0.01, label="budget", min_width=120)
+            merged = gr.Slider(0, 1, model.default_merge_ratio, step=0.01, label="merge_ratio", min_width=120)
+        text = gr.Textbox(label="Answer", lines=2, interactive=False, elem_id=f"{name}-answer")
         with gr.Row():
-            kept = gr.Image(label="Kept features lit", interactive=False, elem_classes="kept", format="png")
-            votes = gr.Image(label="Votes of the heads", interactive=False, elem_classes="votes", format="png")
-        account = gr.Markdown(elem_classes="account")
-        with gr.Accordion("This request as Python and curl (of a server with --http-port)", open=False):
-            python = gr.Code(label="Python", language="python", interactive=False, elem_classes="python")
-            curl = gr.Code(label="curl", language="shell", interactive=False, elem_classes="curl")
-    return _Side(controls, text, kept, votes, account, python, curl)
+            kept = _picture(gr, "kept features lit", f"{name}-kept")
+            votes = _picture(gr, "votes of the heads", f"{name}-votes")
+        account = gr.Markdown(elem_id=f"{name}-account")
+        with gr.Accordion("This request as Python and curl", open=False):
+            python = gr.Code(label="Python", language="python", interactive=False, elem_id=f"{name}-python")
+            curl = gr.Code(label="curl", language="shell", interactive=False, elem_id=f"{name}-curl")
+    return _Side([chosen, budget, merged], text, kept, votes, account, python, curl)
+
+
+def _picture(gr: Any, caption: str, elem_id: str) -> Any:
+    with gr.Column(min_width=120):
+        gr.Markdown(caption)  # a label would lie on the picture
+        return gr.Image(interactive=False, show_label=False, buttons=["fullscreen"], elem_id=elem_id, format="png")
 
 
 def _connect(gr: Any, server: Server, asked: list[Any], sides: list[_Side], asks_both: list[Any]) -> None:
@@ -179,7 +186,11 @@ def _answer(
         side.python: as_python(request, server.connection, name),
         side.curl: as_curl(request, server.model.model_id, server.connection, server.http_address, name),
     }
-    picture = None if question.image is None else decode_image(question.image, "image", server.model.max_image_pixels)
+    try:
+        picture = None if question.image is None else decode_image(question.image, "image", server.model.max_image_pixels)
+    except InvalidRequest as error:
+        yield {side.text: str(error)}
+        return
     for seen in ask(server.client, request, picture, server.model.tile_size):
         yield _changes(side, seen)
 

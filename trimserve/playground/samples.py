@@ -9,6 +9,7 @@ _FOLDER = Path(__file__).parent.parent / "assets/samples"
 
 
 def samples() -> list[tuple[str, str]]:
-    """Path of an image, and a question; in the order of the list that the package ships."""
+    """Path of each image, and the first question that is listed for it."""
     listed = json.loads((_FOLDER / "samples.json").read_text())
-    return [(str(_FOLDER / each["file"]), each["question"]) for each in listed]
+    questions = {each["file"]: each["question"] for each in reversed(listed)}
+    return [(str(_FOLDER / file), question) for file, question in sorted(questions.items())]

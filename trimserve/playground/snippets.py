@@ -73,7 +73,7 @@ def as_curl(
 
 
 def _curl(connection: Connection, http_address: str) -> str:
-    words = ["curl --no-buffer --json @-"]
+    words = ["curl --silent --show-error --no-buffer --json @-"]
     if connection.token is not None:
         words.append('--header "Authorization: Bearer $TRIMSERVE_TOKEN"')
     tls = connection.tls
