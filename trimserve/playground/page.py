@@ -11,7 +11,7 @@ from typing import Any
 
 from trimserve.client import Client
 from trimserve.connection import Connection
-from trimserve.errors import InvalidRequest
+from trimserve.errors import CannotListen, InvalidRequest
 from trimserve.imaging.decode import decode_image
 from trimserve.playground.asking import Seen, ask
 from trimserve.playground.samples import samples
@@ -70,26 +70,37 @@ def opened(server: Server, host: str, port: int) -> Any:
         port: to listen on; 0 takes a free one.
     Raises:
         ImportError: Gradio is not installed.
-        OSError: the port is taken.
+        CannotListen: the port is taken, or the host is not ours.
     """
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # it would tell its makers, and ask for news of them
+    _spare_proxies(host)
     import gradio
 
     theme = gradio.themes.Base(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
     page = _page(gradio, server)
-    page.launch(
-        server_name=host,
-        server_port=port or None,
-        prevent_thread_lock=True,
-        quiet=True,
-        share=False,
-        ssr_mode=False,
-        theme=theme,
-        css=_CSS,
-        footer_links=[],
-        max_file_size=_MAX_FILE_BYTES,
-    )
+    try:
+        page.launch(
+            server_name=host,
+            server_port=port or None,
+            prevent_thread_lock=True,
+            quiet=True,
+            share=False,
+            ssr_mode=False,
+            theme=theme,
+            css=_CSS,
+            footer_links=[],
+            max_file_size=_MAX_FILE_BYTES,
+        )
+    except OSError:  # its text names a variable of Gradio's
+        where = f"{host}:{port} (--page-host, --page-port)"
+        raise CannotListen(f"cannot listen on {where}: taken, or not an address of this machine") from None
     return page
+
+
+def _spare_proxies(host: str) -> None:
+    """Gradio looks at its own page when it begins, and would ask a proxy of the environment for it."""
+    spared = (os.environ.get("no_proxy"), os.environ.get("NO_PROXY"), "localhost", "127.0.0.1", host)
+    os.environ["no_proxy"] = ",".join(each for each in spared if each)
 
 
 def _page(gr: Any, server: Server) -> Any:
@@ -187,7 +198,9 @@ def _answer(
         side.curl: as_curl(request, server.model.model_id, server.connection, server.http_address, name),
     }
     try:
-        picture = None if question.image is None else decode_image(question.image, "image", server.model.max_image_pixels)
+        picture = (
+            None if question.image is None else decode_image(question.image, "image", server.model.max_image_pixels)
+        )
     except InvalidRequest as error:
         yield {side.text: str(error)}
         return
