@@ -13,8 +13,11 @@ import argparse
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -50,6 +53,9 @@ window.fetch = async (...asked) => {
 };
 """
 """What the page is sent of its answers; from before it is loaded."""
+
+RUN_SECONDS, HOLD_SECONDS = 0.002, 0.03
+"""Of a server that is slowed."""
 
 MOST_SILENT_EVENTS = 3
 """That an answer without words has: wiped, the pictures, the account."""
@@ -93,9 +99,30 @@ def ask_both(page: Page) -> None:
         wait_for_account(page, side)
 
 
-def check_streaming(page: Page) -> None:
+@contextmanager
+def slowed(pid: int) -> Iterator[None]:
+    """Let a process run for a moment only, time by time, so that the embedded model is as slow as a large one."""
+    is_over = threading.Event()
+
+    def hold() -> None:
+        while not is_over.wait(RUN_SECONDS):
+            os.kill(pid, signal.SIGSTOP)
+            time.sleep(HOLD_SECONDS)
+            os.kill(pid, signal.SIGCONT)
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        holder.join()
+
+
+def check_streaming(page: Page, server: ServerProcess) -> None:
     """Words reach the browser one after the other; how many it draws at once depends on how busy it is."""
-    ask_both(page)
+    with slowed(server.pid):
+        ask_both(page)
     messages = [json.loads(line) for line in re.findall(r"^data: (.+)$", page.evaluate("sent"), re.MULTILINE)]
     counts = Counter(each["event_id"] for each in messages if each["msg"] == "process_generating")
     assert len(counts) == len("AB"), counts
@@ -154,7 +181,9 @@ def verify(page: Page, server: ServerProcess, python: str, out: Path) -> None:
             for side, setting in (("A", trimmed), ("B", Setting(OFF, 1, 0)))
         }
     show(page, PICTURE, QUESTION)
-    check_streaming(page)
+    check_streaming(page, server)
+    show(page, PICTURE, QUESTION)
+    ask_both(page)
     for side, answer in expected.items():
         check_side(page, side, answer)
     expect(page.locator("#A-kept img")).to_be_visible()
