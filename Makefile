@@ -22,7 +22,7 @@ export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
 .PHONY: help build demo test check verify verify-attack verify-constraints verify-cuda-build verify-http verify-meta \
-	check-sanitize cuda-check test-gpu bench-gpu lock update test-floor \
+	verify-playground check-sanitize cuda-check test-gpu bench-gpu lock update test-floor \
 	test-newest fmt protos docs bench bench-ops clean
 
 help:  ## list the commands
@@ -57,7 +57,7 @@ verify: check test  ## what takes longer: Meta's code, committed accuracies, ran
 	$(PIP) $(LOCKED) requirements/fuzz.txt && $(BIN)/python scripts/fuzz_convert.py -max_total_time=300
 	$(MAKE) test-floor test-newest
 	PATH="$(abspath $(BIN)):$$PATH" scripts/verify_wheel.sh
-	$(MAKE) check-sanitize verify-meta verify-attack verify-http verify-constraints verify-cuda-build
+	$(MAKE) check-sanitize verify-meta verify-attack verify-http verify-playground verify-constraints verify-cuda-build
 	$(BIN)/python -m pytest --device pretend --hypothesis-profile few --timeout 900 -k "not opcheck" tests/ops \
 		tests/model/test_bucketed_decode.py
 	scripts/verify_deployment.sh
@@ -72,6 +72,9 @@ verify-attack: build  ## attack a server in 4 GiB with all that callers can do, 
 
 verify-http: build  ## a hundred streams over HTTP, beside five hundred idle connections and slow bodies, on a live server
 	$(BIN)/python scripts/verify_http.py
+
+verify-playground: build build/playground/.installed  ## use the playground in Debian's chromium, and take its picture for docs/
+	build/playground/bin/python scripts/verify_playground.py --python $(BIN)/python
 
 check-sanitize: build  ## run the tests of the ops under AddressSanitizer and UndefinedBehaviorSanitizer
 	PATH="$(abspath $(BIN)):$$PATH" scripts/check_sanitize.sh
@@ -160,6 +163,12 @@ build/meta/.installed: requirements/meta.txt
 	rm -rf build/meta
 	$(PIP) --target build/meta --no-build-isolation $(LOCKED) requirements/meta.txt
 	rm -r build/meta/benchmarks build/meta/models
+	touch $@
+
+# Gradio holds Pillow below the release that is tested; the page needs no torch.
+build/playground/.installed: requirements/playground.txt
+	$(BIN)/python -m venv --clear build/playground
+	build/playground/bin/python -m pip --disable-pip-version-check install --quiet $(LOCKED) requirements/playground.txt
 	touch $@
 
 build/gpu/.built: CMakeLists.txt $(CXX_SOURCES)

@@ -34,6 +34,8 @@ FILES = {
     "fuzz.txt": ("--group=fuzz", "--constraint=requirements/dev.txt"),
     # Beside what dev.txt has, so that Meta's code runs on the torch and the Pillow that are tested.
     "meta.txt": ("--group=meta", "--no-deps"),
+    # An environment of its own: Gradio holds Pillow below what is tested.
+    "playground.txt": ("pyproject.toml", "--group=playground", "--extra=playground"),
     "floor.txt": (
         "pyproject.toml",
         "--group=dev",

@@ -48,12 +48,13 @@ MAY_IMPORT = {
     "refusal": set(),
     "image_files": {"errors", "refusal", "v1"},
     "batch": {"client", "errors", "image_files", "refusal", "v1"},
-    "explain": {"api"},
+    "explain": {"api", "v1"},
+    "playground": {"client", "connection", "errors", "explain", "imaging", "refusal", "v1"},
     "evaluation": {*PLAIN, *ARROW, "client", "connection", "knobs", "v1"},
     "commands": {
         *PLAIN,
         *("ops", "model", "server", "serve"),
-        *("batch", "client", "connection", "explain", "image_files", "knobs", "refusal", "v1"),
+        *("batch", "client", "connection", "explain", "image_files", "knobs", "playground", "refusal", "v1"),
     },
     "cli": {"batch", "commands", "engine", "environment", "errors", "evaluation"},
     "__main__": {"cli"},
@@ -63,11 +64,14 @@ MAY_IMPORT = {
 STANDARD_LIBRARY_ONLY = {"__init__", "__main__", "api", "errors", "loopback", "environment", "process"}
 
 HOMES = {
-    "grpc": {"server/grpc", "client", "connection", "refusal", "image_files", "batch", "commands", "cli", "v1"},
+    "grpc": {
+        *("server/grpc", "client", "connection", "refusal", "image_files", "batch", "commands", "playground", "cli"),
+        "v1",
+    },
     "grpc_health": {"server/grpc"},
     "grpc_reflection": {"server/grpc"},
     "grpc_status": {"server/grpc", "refusal"},
-    "google": {"server/grpc", "server/http", "refusal", "batch", "commands", "v1"},
+    "google": {"server/grpc", "server/http", "refusal", "batch", "commands", "playground", "v1"},
     "prometheus_client": {"server"},
     "opentelemetry": {"server"},
     "structlog": {"server"},
@@ -80,6 +84,7 @@ HOMES = {
     "llguidance": {"executor"},
     "typer": {"cli", "commands", "connection", "evaluation", "knobs"},
     "matplotlib": {"evaluation"},
+    "gradio": {"playground"},
 }
 """Libraries by the parts that may import them."""
 

@@ -70,8 +70,8 @@ def imported(names: list[str]) -> str:
         (["imaging"], [*COMPUTE, *WIRE, *ENGINE, "pydantic", "trimserve.server", "trimserve.v1"]),
         (["server"], [*COMPUTE, *ENGINE, "PIL"]),
         (
-            ["client", "connection", "process", "knobs", "explain", "batch", "commands"],
-            [*COMPUTE, *ENGINE, "trimserve.server"],
+            ["client", "connection", "process", "knobs", "explain", "batch", "playground", "commands"],
+            [*COMPUTE, *ENGINE, "gradio", "trimserve.server"],
         ),
     ],
     ids=["api", "imaging", "server", "tools"],

@@ -20,6 +20,7 @@ from trimserve.commands.chat import chat
 from trimserve.commands.explain import explain
 from trimserve.commands.generate import generate
 from trimserve.commands.info import info
+from trimserve.commands.playground import playground
 from trimserve.commands.question import policy_help
 from trimserve.commands.serve import serve
 from trimserve.commands.status import status
@@ -110,6 +111,7 @@ app.command(epilog=policy_help())(generate)
 app.command(epilog=policy_help())(chat)
 app.command()(batch)
 app.command(epilog=policy_help())(explain)
+app.command()(playground)
 app.command()(status)
 app.command()(info)
 app.command("eval")(evaluate)

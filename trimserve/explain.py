@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from trimserve.api.chunks import ImageSelection
+from trimserve.v1 import generation_pb2 as pb
 
-__all__ = ["Explained", "draw_contact_sheet", "draw_explanation"]
+__all__ = ["Explained", "draw_contact_sheet", "draw_explanation", "draw_kept", "draw_votes", "selection_of"]
 
 Picture = Image.Image
 Grid = NDArray[np.float32]
@@ -39,6 +40,7 @@ _HEAT_OPACITY: Final = 0.75
 
 
 _SHEET_COLUMNS: Final = 4
+_PANEL_WIDTH: Final = (_WIDTH - 3 * _GAP) // 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +51,53 @@ class Explained:
     num_merged: int
     """Rows that the other features were merged into; 0 when they were dropped."""
     answer: str
+
+
+def selection_of(message: pb.ImageSelection) -> ImageSelection:
+    """What a server told of an image, as plain data.
+
+    Args:
+        message: one of `selections`.
+    """
+    return ImageSelection(
+        tiles_high=message.tiles_high,
+        tiles_wide=message.tiles_wide,
+        features_per_tile=message.features_per_tile,
+        content_height=message.content_height,
+        content_width=message.content_width,
+        kept=message.kept,
+        picks_by_head=tuple(message.picks_by_head),
+    )
+
+
+def draw_kept(image: Picture, selection: ImageSelection, *, tile_size: int) -> Picture:
+    """Draw the image as the model saw it, with dropped patches dimmed.
+
+    Args:
+        image: upright RGB, before any resizing.
+        selection: what was kept of it.
+        tile_size: pixels along the side of one tile.
+    Returns:
+        RGB, at most 570 pixels wide.
+    """
+    return _kept_panel(_fit(_as_the_model_saw_it(image, selection, tile_size), _PANEL_WIDTH, _MAX_HEIGHT), selection)
+
+
+def draw_votes(image: Picture, selection: ImageSelection, *, tile_size: int) -> Picture | None:
+    """Draw how many heads picked each patch, as heat on the image.
+
+    Args:
+        image: upright RGB, before any resizing.
+        selection: what was kept of it.
+        tile_size: pixels along the side of one tile.
+    Returns:
+        RGB, at most 570 pixels wide; None if no head was asked.
+    """
+    heads = [_patch_grid(picks, selection) for picks in selection.picks_by_head]
+    if not heads:
+        return None
+    seen = _fit(_as_the_model_saw_it(image, selection, tile_size), _PANEL_WIDTH, _MAX_HEIGHT)
+    return _votes_panel(seen, heads, selection)[1]
 
 
 def draw_contact_sheet(image: Picture, explained: Mapping[str, Explained], *, tile_size: int, question: str) -> Picture:
@@ -72,7 +121,7 @@ def draw_contact_sheet(image: Picture, explained: Mapping[str, Explained], *, ti
         lines = [
             *(_text(line, 20, _INK) for line in _wrapped(policy, 20, width)),
             _text(f"{kept.sum()} of {kept.size} kept{merged}", 14),
-            _with_tiles(_lit(seen, _patch_grid(selection.kept, selection)), selection),
+            _kept_panel(seen, selection),
             *(_text(line, 16, _ANSWER) for line in _wrapped(each.answer, 16, width)),
         ]
         as_wide_as_others = Image.new("RGB", (width, 1), _BACKGROUND)
@@ -99,19 +148,16 @@ def draw_explanation(image: Picture, explained: Explained, *, tile_size: int, qu
     """
     selection, num_merged = explained.selection, explained.num_merged
     seen = _as_the_model_saw_it(image, selection, tile_size)
-    kept = _patch_grid(selection.kept, selection)
     heads = [_patch_grid(picks, selection) for picks in selection.picks_by_head]
     is_wide = seen.width > 2 * seen.height
-    width = _WIDTH - 2 * _GAP if is_wide else (_WIDTH - 3 * _GAP) // 2
+    width = _WIDTH - 2 * _GAP if is_wide else _PANEL_WIDTH
     panel = _fit(seen, width, _MAX_HEIGHT)
     is_padded = seen.size != (selection.content_width, selection.content_height)
     title = "kept features lit, merged ones dark" if num_merged else "kept features lit"
     title = f"{title}, padding plain grey" if is_padded else title
-    panels = [_titled(_text(title, 16), _with_tiles(_lit(panel, kept), selection))]
+    panels = [_titled(_text(title, 16), _kept_panel(panel, selection))]
     if heads:
-        votes = np.sum(np.stack(heads), axis=0)
-        heat = _with_tiles(_heat(panel, votes / max(1, votes.max())), selection)
-        panels.append(_titled(_legend(int(votes.max()), len(heads)), heat))
+        panels.append(_titled(*_votes_panel(panel, heads, selection)))
     blocks = [
         _captions(question, explained.answer, _account(selection, num_merged)),
         _stacked(panels, _GAP) if is_wide else _beside(panels, _GAP),
@@ -119,6 +165,17 @@ def draw_explanation(image: Picture, explained: Explained, *, tile_size: int, qu
     if heads:
         blocks.append(_head_strip(seen, heads))
     return _page(_stacked(blocks, _GAP))
+
+
+def _kept_panel(seen: Picture, selection: ImageSelection) -> Picture:
+    return _with_tiles(_lit(seen, _patch_grid(selection.kept, selection)), selection)
+
+
+def _votes_panel(seen: Picture, heads: Sequence[Grid], selection: ImageSelection) -> tuple[Picture, Picture]:
+    """Legend and heat."""
+    votes = np.sum(np.stack(heads), axis=0)
+    heat = _with_tiles(_heat(seen, votes / max(1, votes.max())), selection)
+    return _legend(int(votes.max()), len(heads)), heat
 
 
 def _page(content: Picture) -> Picture:

@@ -52,17 +52,20 @@ def read_page(url: str, timeout_seconds: float | None = None) -> bytes:
 
 
 @contextmanager
-def server_process(*options: str, log: Path | None = None) -> Iterator[ServerProcess]:
+def server_process(
+    *options: str, log: Path | None = None, python: str | Path = sys.executable
+) -> Iterator[ServerProcess]:
     """Run `trimserve serve` on free ports of loopback until the block ends, and let it drain.
 
     Args:
         *options: of the command.
         log: file that it logs to; None discards the log at the end.
+        python: that runs it.
     Raises:
         OSError: `log` cannot be written.
         ServerFailed: it ended before it served, or with a status other than 0.
     """
-    command = [sys.executable, "-m", "trimserve", "serve", "--port", "0", "--metrics-port", "0", *options]
+    command = [str(python), "-m", "trimserve", "serve", "--port", "0", "--metrics-port", "0", *options]
     with (
         tempfile.TemporaryFile("w+") if log is None else log.open("w+") as written,
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=written, text=True) as process,

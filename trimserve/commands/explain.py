@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -15,9 +15,6 @@ from trimserve.image_files import named_files
 from trimserve.knobs import with_knobs
 from trimserve.v1 import generation_pb2 as pb
 from trimserve.v1.model_pb2 import GetModelResponse
-
-if TYPE_CHECKING:
-    from trimserve.api.chunks import ImageSelection
 
 __all__ = ["explain"]
 
@@ -60,7 +57,7 @@ def explain(
     config: Config,
 ) -> None:
     """Draw which visual features a question kept, and which query heads picked them."""
-    from trimserve.explain import Explained, draw_contact_sheet, draw_explanation
+    from trimserve.explain import Explained, draw_contact_sheet, draw_explanation, selection_of
     from trimserve.model.images import decode_image
 
     if policies is not None and (policy is not None or k_ratio is not None):
@@ -81,7 +78,7 @@ def explain(
             request.trim.CopyFrom(trim)
             response = client.generate(request)
             [selection], [usage] = response.selections, response.usage.images
-            explained[policy_name] = Explained(_selection(selection), usage.merged_features, response.text)
+            explained[policy_name] = Explained(selection_of(selection), usage.merged_features, response.text)
             print(response.text)
             print(f"{policy_name + ': ' if policy_name else ''}{question.held(usage)}: {out}", file=sys.stderr)
     text = request.chat.messages[-1].parts[-1].text
@@ -104,17 +101,3 @@ def _trims_of(
         takes_none = name in known and not known[name].budgets
         trims[name] = question.trim_options(name, None if takes_none else keep, None, merge_ratio)
     return trims
-
-
-def _selection(selection: pb.ImageSelection) -> "ImageSelection":
-    from trimserve.api.chunks import ImageSelection
-
-    return ImageSelection(
-        tiles_high=selection.tiles_high,
-        tiles_wide=selection.tiles_wide,
-        features_per_tile=selection.features_per_tile,
-        content_height=selection.content_height,
-        content_width=selection.content_width,
-        kept=selection.kept,
-        picks_by_head=tuple(selection.picks_by_head),
-    )

@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import dataclasses
 import json
 from typing import Any
 
@@ -11,6 +12,8 @@ import pytest
 from tests.patience import soon
 from tests.server.fakes import CHUNKS, DEFAULTS, DELTAS, FINISHED, INFO, STARTED, FakeRunner, Pause
 from tests.server.http.conftest import Door, open_door
+from trimserve.api.chunks import FinishReason, TokenDelta, TokenLogprob
+from trimserve.api.constraint import JsonObject, JsonSchema
 from trimserve.api.prompt import ChatPrompt, ImageFile, Message, Text
 from trimserve.api.trim import FixedRatio
 from trimserve.errors import (
@@ -132,6 +135,61 @@ async def test_the_extension_sets_trimming_priority_and_deadline(door: Door) -> 
     assert not door.runner.requests[1].trim.enabled
 
 
+async def test_a_response_format_arrives_as_a_constraint(door: Door) -> None:
+    await ask(door, response_format={"type": "json_object"})
+    assert door.runner.requests[-1].constraint == JsonObject()
+    wanted = {"type": "object", "properties": {"name": {"type": "string"}, "age": {"const": "☃"}}}
+    named = {"name": "person", "description": "Who", "strict": True, "schema": wanted}
+    await ask(door, response_format={"type": "json_schema", "json_schema": named})
+    constraint = door.runner.requests[-1].constraint
+    assert isinstance(constraint, JsonSchema)
+    assert list(json.loads(constraint.schema).items()) == list(wanted.items())  # in this order, as answers will be
+
+
+SEVERAL = (
+    STARTED,
+    TokenDelta("a", (5,), (TokenLogprob(-0.5, ()),), choice=1),
+    TokenDelta("b", (6,), (TokenLogprob(-0.25, ()),), choice=0),
+    TokenDelta("c", (9,), (TokenLogprob(-0.75, ()),), choice=1),
+    dataclasses.replace(FINISHED, choice=1, num_generated_tokens=2, reason=FinishReason.LENGTH, matched_stop=None),
+    TokenDelta("d", (), choice=0),
+    dataclasses.replace(FINISHED, choice=0, num_generated_tokens=1),
+)
+"""Chunks of two choices."""
+
+
+async def test_several_choices_are_told_apart_by_their_index() -> None:
+    async with open_door(FakeRunner(SEVERAL)) as door:
+        answer = await ask(door, n=2, logprobs=True)
+        assert door.runner.requests[0].num_choices == 2
+    first, second = answer.choices
+    assert [(each.index, each.message.content, each.finish_reason) for each in answer.choices] == [
+        (0, "bd", "stop"),
+        (1, "ac", "length"),
+    ]
+    assert [entry.token for entry in first.logprobs.content] == ["<6>"]
+    assert [entry.token for entry in second.logprobs.content] == ["<5>", "<9>"]
+    # The prompt was read once.
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens, answer.usage.total_tokens) == (20, 3, 23)
+    assert answer.trimserve["matched_stop"] == "\n"
+
+
+async def test_streamed_choices_joined_are_the_whole_ones() -> None:
+    async with open_door(FakeRunner(SEVERAL)) as door:
+        whole = await ask(door, n=2)
+        stream = await ask(door, n=2, stream=True, stream_options={"include_usage": True})
+        *chunks, usage = [chunk async for chunk in stream]
+    texts, reasons = ["", ""], ["", ""]
+    for chunk in chunks:
+        (choice,) = chunk.choices
+        texts[choice.index] += choice.delta.content or ""
+        reasons[choice.index] += choice.finish_reason or ""
+    assert [(texts[i], reasons[i]) for i in (0, 1)] == [(c.message.content, c.finish_reason) for c in whole.choices]
+    assert [chunk.choices[0].index for chunk in chunks if chunk.choices[0].delta.role == "assistant"] == [0, 1]
+    assert [chunk.trimserve["matched_stop"] for chunk in chunks if chunk.choices[0].finish_reason] == [None, "\n"]
+    assert (usage.choices, usage.usage) == ([], whole.usage)
+
+
 async def test_an_adapter_is_named_as_the_model(door: Door) -> None:
     await door.server._core.backend.load_adapter("birds", None)  # type: ignore[arg-type]  # the fake reads no folder
     answer = await ask(door, model="birds")
@@ -148,6 +206,11 @@ def part(content: object) -> dict[str, object]:
 def url(address: object) -> dict[str, object]:
     """Fields with an image."""
     return part({"type": "image_url", "image_url": {"url": address}})
+
+
+def schema(wanted: object) -> dict[str, object]:
+    """Fields that ask for JSON."""
+    return {"response_format": {"type": "json_schema", "json_schema": {"name": "it", "schema": wanted}}}
 
 
 REFUSED: list[tuple[dict[str, object], str, str]] = [
@@ -168,15 +231,19 @@ REFUSED: list[tuple[dict[str, object], str, str]] = [
     ({"top_p": 0}, "top_p", "(0, 1]"),
     ({"max_tokens": 0}, "max_completion_tokens", "[1, 128]"),
     ({"max_tokens": 1, "max_completion_tokens": 2}, "max_tokens", "1 and 2"),
-    ({"n": 2}, "n", "must be 1"),
+    ({"n": 17}, "n", "[1, 16]"),
+    ({"n": -1}, "n", "greater than or equal to 0"),
     ({"stop": ["x"] * 17}, "stop", "at most 16"),
     ({"seed": -1}, "seed", "greater than or equal to 0"),
     ({"logit_bias": {"1000": 1}}, "logit_bias[1000]", "[0, 999]"),
     ({"logit_bias": {"cat": 1}}, "logit_bias.cat", "integer"),
     ({"top_logprobs": 2}, "top_logprobs", "logprobs is true"),
     ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "[0, 20]"),
-    ({"response_format": {"type": "json_object"}}, "response_format.type", "json_object"),
-    ({"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format.type", "json_schema"),
+    ({"response_format": {"type": "xml"}}, "response_format.type", "json_object, json_schema, got 'xml'"),
+    ({"response_format": {"type": "json_schema"}}, "response_format.json_schema.schema", "got none"),
+    (schema(None), "response_format.json_schema.schema", "got none"),
+    (schema("{}"), "response_format.json_schema.schema", "should be an object"),
+    (schema({"enum": ["x" * 70_000]}), "response_format.json_schema.schema", "65536 bytes"),
     ({"tools": [{"type": "function"}]}, "tools", "not supported"),
     ({"modalities": ["audio"]}, "modalities", "audio"),
     ({"stream_options": {"include_usage": True}}, "stream_options", "stream is true"),

@@ -1,16 +1,19 @@
 """The embedded model answers the same through both doors."""
 
 import base64
+import json
 from collections.abc import Iterator
 from typing import Any
 
+import jsonschema
 import pytest
-from openai import OpenAI
+from openai import BadRequestError, OpenAI
 
 from trimserve.client import Client, make_request
 from trimserve.model.loading import embedded_model_folder
 from trimserve.serve import in_process_server
 from trimserve.server.running import InProcessServer
+from trimserve.v1 import generation_pb2 as pb
 
 PICTURE = embedded_model_folder().parent / "samples/scene.png"
 URI = "data:image/png;base64," + base64.b64encode(PICTURE.read_bytes()).decode()
@@ -63,6 +66,50 @@ def test_text_over_http_equals_text_over_grpc(
     assert answer.trimserve["cross_kv_bytes"]["held"] == expected.cross_kv_bytes.held
     chunks: Any = list(client.chat.completions.create(**asked, stream=True))
     assert "".join(each.choices[0].delta.content or "" for each in chunks) == expected.text
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"colour": {"enum": ["red", "green"]}, "sure": {"type": "boolean"}},
+    "required": ["colour", "sure"],
+    "additionalProperties": False,
+    "x-guidance": {"whitespace_pattern": ""},  # the embedded model fills its tokens with spaces otherwise
+}
+
+
+def test_choices_of_a_schema_over_http_equal_those_over_grpc(server: InProcessServer, client: OpenAI) -> None:
+    request = make_request(QUESTION, [PICTURE], json_schema=SCHEMA, num_choices=3)
+    request.sampling.MergeFrom(pb.SamplingParams(temperature=1, seed=3, max_new_tokens=128))
+    with Client(server.address) as grpc_client:
+        expected = grpc_client.generate(request)
+    asked: dict[str, Any] = {
+        "model": expected.model_id,
+        "messages": [{"role": "user", "content": CONTENT}],
+        "temperature": 1,
+        "seed": 3,
+        "max_completion_tokens": 128,
+        "n": 3,
+        "response_format": {"type": "json_schema", "json_schema": {"name": "star", "schema": SCHEMA}},
+    }
+    answer: Any = client.chat.completions.create(**asked)
+    assert [choice.message.content for choice in answer.choices] == [choice.text for choice in expected.choices]
+    ended = [choice for choice in answer.choices if choice.finish_reason == "stop"]
+    assert ended
+    for choice in ended:
+        jsonschema.validate(json.loads(choice.message.content), SCHEMA)
+    assert answer.usage.prompt_tokens == expected.usage.num_prompt_tokens
+    assert answer.usage.completion_tokens == sum(each.usage.num_generated_tokens for each in expected.choices)
+
+
+def test_a_schema_that_cannot_be_met_is_refused_by_its_openai_name(client: OpenAI) -> None:
+    (model,) = client.models.list().data
+    wanted: Any = {"type": "json_schema", "json_schema": {"name": "none", "schema": {"type": "blob"}}}
+    with pytest.raises(BadRequestError) as caught:
+        client.chat.completions.create(
+            model=model.id, messages=[{"role": "user", "content": QUESTION}], response_format=wanted
+        )
+    assert caught.value.param == "response_format.json_schema.schema"
+    assert "blob" in caught.value.message
 
 
 def test_the_bytes_of_the_tokens_are_the_text(client: OpenAI) -> None:

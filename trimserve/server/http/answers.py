@@ -1,7 +1,8 @@
 """From the api's chunks to OpenAI's objects: a `chat.completion`, or the `chat.completion.chunk`s of a stream.
 
 The object `trimserve` has what OpenAI's shape has no place for: the account of visual features and their bytes, times,
-the seed. It comes with the whole answer, or with the chunk that has the `finish_reason`.
+the seed. It comes with the whole answer, where of several choices it is that of choice 0, or with each chunk that has
+a `finish_reason`, where it is that of its choice.
 """
 
 import base64
@@ -43,10 +44,12 @@ class AnswerWriter:
             "model": request.model,
             "system_fingerprint": info.revision,
         }
+        self._num_choices = 1 if request.n is None else request.n
         self._with_logprobs = bool(request.logprobs)
         self._with_usage = request.stream_options is not None and bool(request.stream_options.include_usage)
         self._token_bytes = token_bytes
         self._started: Started | None = None
+        self._ended: list[Finished] = []
 
     def chunks(self, chunk: GenerationChunk) -> Iterator[Json]:
         """What a stream says of the next chunk."""
@@ -54,35 +57,49 @@ class AnswerWriter:
             case TokenDelta():
                 logprobs = self._logprobs(chunk)
                 if chunk.text or logprobs is not None:
-                    yield self._streamed({"content": chunk.text}, logprobs)
+                    yield self._streamed(chunk.choice, {"content": chunk.text}, logprobs)
             case Started():
                 self._started = chunk
-                yield self._streamed({"role": "assistant", "content": "", "refusal": None})
+                for choice in range(self._num_choices):
+                    yield self._streamed(choice, {"role": "assistant", "content": "", "refusal": None})
             case Finished():
-                yield {**self._streamed({}, None, chunk.reason.value), "trimserve": self._extension(chunk)}
-                if self._with_usage:
-                    yield self._object("chat.completion.chunk", [], usage=_usage(chunk))
+                self._ended.append(chunk)
+                last = self._streamed(chunk.choice, {}, None, chunk.reason.value)
+                yield {**last, "trimserve": self._extension(chunk)}
+                if self._with_usage and len(self._ended) == self._num_choices:
+                    yield self._object("chat.completion.chunk", [], usage=_usage(self._ended))
 
     def whole(self, chunks: Sequence[GenerationChunk]) -> Json:
         """The answer at once; a fold over all chunks."""
-        started, *deltas, finished = chunks
-        assert isinstance(started, Started)
-        assert isinstance(finished, Finished)
-        self._started = started
-        joined = TokenDelta.joined([each for each in deltas if isinstance(each, TokenDelta)])
-        choice = {
-            "index": 0,
+        deltas: dict[int, list[TokenDelta]] = {}
+        ends: dict[int, Finished] = {}
+        for chunk in chunks:
+            match chunk:
+                case Started():
+                    self._started = chunk
+                case TokenDelta():
+                    deltas.setdefault(chunk.choice, []).append(chunk)
+                case Finished():
+                    ends[chunk.choice] = chunk
+        choices = [self._choice(deltas[number], ends[number]) for number in sorted(ends)]
+        answer = self._object("chat.completion", choices, usage=_usage([*ends.values()]))
+        return {**answer, "trimserve": self._extension(ends[0])}
+
+    def _choice(self, deltas: Sequence[TokenDelta], finished: Finished) -> Json:
+        joined = TokenDelta.joined(deltas)
+        return {
+            "index": finished.choice,
             "message": {"role": "assistant", "content": joined.text, "refusal": None},
             "logprobs": self._logprobs(joined),
             "finish_reason": finished.reason.value,
         }
-        answer = self._object("chat.completion", [choice], usage=_usage(finished))
-        return {**answer, "trimserve": self._extension(finished)}
 
-    def _streamed(self, delta: Json, logprobs: Json | None = None, finish_reason: str | None = None) -> Json:
-        choice = {"index": 0, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
+    def _streamed(
+        self, choice: int, delta: Json, logprobs: Json | None = None, finish_reason: str | None = None
+    ) -> Json:
+        streamed = {"index": choice, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
         usage: Json = {"usage": None} if self._with_usage else {}
-        return self._object("chat.completion.chunk", [choice], **usage)
+        return self._object("chat.completion.chunk", [streamed], **usage)
 
     def _object(self, kind: str, choices: list[Json], **others: Any) -> Json:
         return {**self._head, "object": kind, "choices": choices, **others}
@@ -123,6 +140,7 @@ def _selection(selection: ImageSelection) -> Json:
     return {**dataclasses.asdict(selection), "kept": kept, "picks_by_head": heads}
 
 
-def _usage(finished: Finished) -> Json:
-    prompt, generated = finished.num_prompt_tokens, finished.num_generated_tokens
+def _usage(ends: Sequence[Finished]) -> Json:
+    """Of all choices; the prompt is read once for them."""
+    prompt, generated = ends[0].num_prompt_tokens, sum(each.num_generated_tokens for each in ends)
     return {"prompt_tokens": prompt, "completion_tokens": generated, "total_tokens": prompt + generated}

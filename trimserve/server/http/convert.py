@@ -5,6 +5,7 @@ through both doors.
 """
 
 import binascii
+import json
 import re
 from collections.abc import Collection
 
@@ -15,7 +16,7 @@ from trimserve.api.request import GenerationRequest
 from trimserve.config import EngineConfig
 from trimserve.errors import InvalidRequest, UnknownAdapter
 from trimserve.server.grpc.convert import to_generation_request
-from trimserve.server.http.schema import ChatRequest, Extension, ImagePart, Message, TextPart
+from trimserve.server.http.schema import ChatRequest, Extension, ImagePart, Message, ResponseFormat, TextPart
 from trimserve.v1 import generation_pb2 as pb
 
 __all__ = ["convert", "openai_error"]
@@ -45,6 +46,9 @@ OPENAI_NAMES = (
     (re.compile(r"^sampling\."), ""),
     (re.compile(r"^(trim|priority)\b"), r"trimserve.\1"),
     (re.compile(r"^adapter"), "model"),
+    (re.compile(r"^num_choices"), "n"),
+    (re.compile(r"^json_schema"), "response_format.json_schema.schema"),
+    (re.compile(r"^json_object"), "response_format.type"),
 )
 """The contract's fields as a client of this door knows them; the first that fits."""
 
@@ -68,13 +72,15 @@ def convert(
         known = ", ".join((info.model_id, *adapters))
         raise UnknownAdapter(f"model: must be one of {known}, got {request.model[:64]!r}")
     _refuse_what_there_is_not(request)
-    message = pb.GenerateRequest(request_id=request_id, sampling=_sampling(request))
+    message = pb.GenerateRequest(request_id=request_id, sampling=_sampling(request), num_choices=request.n)
     if request.model != info.model_id:
         message.adapter = request.model
     for index, each in enumerate(request.messages):
         _add_message(message.chat, each, f"messages[{index}]")
     if not request.messages:
         raise InvalidRequest("messages", "must have at least 1 message, got 0")
+    if request.response_format is not None:
+        _constrain(message, request.response_format)
     if request.trimserve is not None:
         _extend(message, request.trimserve)
     try:
@@ -93,12 +99,6 @@ def openai_error(error: InvalidRequest) -> InvalidRequest:
 
 
 def _refuse_what_there_is_not(request: ChatRequest) -> None:
-    if request.n not in (None, 1):
-        raise InvalidRequest("n", f"must be 1, because this server gives one answer to a request, got {request.n}")
-    # Constraints go here once the contract has them.
-    if request.response_format is not None and request.response_format.type != "text":
-        kind = request.response_format.type[:64]
-        raise InvalidRequest("response_format.type", f"must be 'text', because answers are free text, got {kind!r}")
     if request.modalities not in (None, [], ["text"]):
         raise InvalidRequest("modalities", f"must be ['text'], got {request.modalities[:4]}")
     if request.stream_options is not None and not request.stream:
@@ -160,6 +160,22 @@ def _image(url: str, field: str) -> bytes:
         return binascii.a2b_base64(url[begin.end() :], strict_mode=True)
     except ValueError as error:
         raise InvalidRequest(field, f"must be valid base64: {error}") from None
+
+
+def _constrain(message: pb.GenerateRequest, wanted: ResponseFormat) -> None:
+    match wanted.type:
+        case "text":
+            pass
+        case "json_object":
+            message.json_object.SetInParent()
+        case "json_schema":
+            schema = None if wanted.json_schema is None else wanted.json_schema.schema_
+            if schema is None:
+                raise InvalidRequest("response_format.json_schema.schema", "must be a JSON Schema, got none")
+            message.json_schema = json.dumps(schema, ensure_ascii=False, separators=(",", ":"))
+        case kind:
+            known = "text, json_object, json_schema"
+            raise InvalidRequest("response_format.type", f"must be one of {known}, got {kind[:64]!r}")
 
 
 def _extend(message: pb.GenerateRequest, extension: Extension) -> None:

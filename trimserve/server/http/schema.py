@@ -16,6 +16,7 @@ __all__ = [
     "Extension",
     "ImagePart",
     "ImageUrl",
+    "JsonSchemaFormat",
     "Message",
     "ResponseFormat",
     "StreamOptions",
@@ -98,10 +99,20 @@ class StreamOptions(_Shape):
     include_obfuscation: bool | None = None
 
 
+class JsonSchemaFormat(_Shape):
+    """A schema, and what the client calls it; `strict` changes nothing, every answer is valid."""
+
+    name: str
+    description: str | None = None
+    schema_: dict[str, Any] | None = Field(default=None, alias="schema")
+    strict: bool | None = None
+
+
 class ResponseFormat(_Shape):
     """What an answer must look like; `type` names it."""
 
     type: str
+    json_schema: JsonSchemaFormat | None = None
 
 
 class Extension(_Shape):
@@ -121,7 +132,7 @@ class ChatRequest(_Shape):
     messages: list[Message]
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    n: int | None = None
+    n: Uint32 | None = None
     max_tokens: Uint32 | None = None
     max_completion_tokens: Uint32 | None = None
     temperature: float | None = None
