@@ -11,6 +11,8 @@ __all__ = ["StepCosts"]
 
 _GROWTH: Final = 1.02
 """Of what is remembered, with each step."""
+_MEMORY: Final = 128
+"""Steps after which a number of rows that none of them had is forgotten, and tried anew."""
 
 
 class StepCosts:
@@ -18,8 +20,11 @@ class StepCosts:
 
     def __init__(self) -> None:
         """Know nothing: all steps cost the same."""
+        self._num_steps = 0
         self._seconds: dict[int, float] = {}
+        self._seen_at: dict[int, int] = {}
         self._known: list[int] = []
+        """Numbers of rows, ascending."""
 
     def saw(self, num_rows: int, seconds: float) -> None:
         """Note a step.
@@ -30,8 +35,10 @@ class StepCosts:
         """
         before = self._seconds.get(num_rows)
         self._seconds[num_rows] = seconds if before is None else min(seconds, before * _GROWTH)
-        if before is None:
-            self._known = sorted(self._seconds)
+        self._num_steps += 1
+        self._seen_at[num_rows] = self._num_steps
+        if before is None or self._num_steps % _MEMORY == 0:
+            self._forget()
 
     def seconds(self, num_rows: int) -> float:
         """Expected of a step; between steps that were seen on a line, beyond them as the next one that was seen.
@@ -50,3 +57,8 @@ class StepCosts:
             return self._seconds[below]
         share = (num_rows - below) / (above - below)
         return self._seconds[below] + share * (self._seconds[above] - self._seconds[below])
+
+    def _forget(self) -> None:
+        for num_rows in [rows for rows, seen_at in self._seen_at.items() if seen_at <= self._num_steps - _MEMORY]:
+            del self._seen_at[num_rows], self._seconds[num_rows]
+        self._known = sorted(self._seconds)

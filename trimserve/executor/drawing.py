@@ -87,10 +87,11 @@ def _accepted(
     guide = answer.guide
     # Behind a draft that the constraint does not allow, or that could not be followed, nothing is drawn.
     known = outcomes if guide is None or guide.failure is not None else outcomes[: len(guide.masks)]
-    for outcome, draft in zip(known, [*drafts[: len(known) - 1], None], strict=True):
+    for row, (outcome, draft) in enumerate(zip(known, [*drafts[: len(known) - 1], None], strict=True)):
         error = outcome if isinstance(outcome, TrimserveError) else None if guide is None else guide.failure
         if error is not None:
-            yield _failed(answer, error)
+            if not row:  # else the tokens before come first, and the next step meets the same
+                yield _failed(answer, error)
             return
         assert isinstance(outcome, SampledToken)
         answer.sampling.generated_token_ids.append(outcome.token_id)

@@ -24,6 +24,8 @@ from trimserve.executor.grammar import Grammars, refusal
 __all__ = ["Guide", "Guides"]
 
 _WORD_BITS: Final = 32
+_MOST_FORCED_BYTES: Final = 64
+"""Of text that must come next: more than the drafts of a step write."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +163,8 @@ class Guides:
         """Tokens that write what must come next, of a guide whose masks are not made yet; see `Drawn.forced`."""
         if guide.failure is not None or guide.matcher is None:
             return ()
-        return tuple(guide.matcher.compute_ff_tokens())
+        text = guide.matcher.compute_ff_bytes()[:_MOST_FORCED_BYTES]
+        return tuple(self._grammars.tokenizer.tokenize_bytes(text)) if text else ()
 
     def make_masks(self, guides: Sequence[Guide]) -> None:
         """Begin with the masks that follow what was taken."""

@@ -278,7 +278,8 @@ class LocalExecutor:
             log.exception("decoding a batch of %d failed; each is tried alone", len(batch))
             for each, held in zip(rows, batch, strict=True):
                 with _alone(held.new, step):
-                    self._draw(self._logits([each], [held]), [each], [held], step)
+                    plain = replace(each, drafts=())
+                    self._draw(self._logits([plain], [held]), [plain], [held], step)
             return
         self._draw(logits, rows, batch, step)
         step.rows_seconds = self._clock() - started_at
