@@ -20,7 +20,9 @@ MOST_DRAFTS: Final = 8
 """Of one sequence in a step."""
 
 _FIRST_RATE: Final = 0.8
-_RATE_AFTER_REST: Final = 0.5
+_RATE_AFTER_REST: Final = 0.4
+_LEAST_RATE: Final = 0.1
+"""Drafts that are right less often are left out, however little their rows seem to cost."""
 _WEIGHT: Final = 0.2
 """Of a draft that was just checked, among all before it."""
 _REST: Final = 32
@@ -165,6 +167,7 @@ class Speculation:
             (each.trust.rate ** (place + 1), each.sequence.number)
             for each in proposals
             for place in range(len(each.drafts))
+            if each.trust.rate ** (place + 1) >= _LEAST_RATE
         ]
         gains.sort(reverse=True)
         tokens, costs = float(batch_size), self._costs
