@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, MllamaForConditionalGeneration
 
 from tests.engine.draft_model import DraftModel
-from tests.engine.fake_model import FakeModel, request
+from tests.engine.fake_model import END, FakeModel, request
 from tests.engine.stepping import Clock, Output, deltas, finished, make_engine, run, start, text
 from tests.engine.test_real_model import GEOMETRY, ONE, THREE
 from tests.executor.executors import PicklingExecutor
@@ -214,7 +214,7 @@ def test_the_drafts_of_a_model_that_would_answer_alike_are_all_accepted(checkpoi
     engine = speculative(model, drafter)
     output, counts = steps(engine, GREEDY_TEXT)
     assert answers(output) == answers(run(make_engine(model), GREEDY_TEXT)[0])
-    assert counts == [10, 9, 5]
+    assert counts == [6, 9, 9]
     assert engine.speculation.num_accepted == engine.speculation.num_proposed
 
 
@@ -243,7 +243,7 @@ def test_drafts_are_accepted_up_to_the_first_that_is_not_drawn() -> None:
     output, counts = steps(engine, request("hi"))
     # The first step of all reads the prompt and decodes; "abc" comes again with the seventh token.
     assert text(output) == "abcdabcdabcdabcd."
-    assert counts == [2, 1, 1, 1, 1, 1, 9, 1, 1]
+    assert counts == [2, 1, 1, 1, 1, 1, 5, 5, 1]
     assert (engine.speculation.num_proposed, engine.speculation.num_accepted) == (11, 8)
 
 
@@ -313,14 +313,30 @@ def test_nobody_is_preempted_for_drafts() -> None:
     assert engine.num_preemptions == 0
 
 
+class Always:
+    """Drafts the same token over and over."""
+
+    def __init__(self, token: str) -> None:
+        """Of one byte."""
+        self._token_id = ord(token)
+
+    def propose(self, texts: Sequence[Text], most: int) -> list[list[int]]:
+        return [[self._token_id] * most for _ in texts]
+
+    def forget(self, sequence: int) -> None:
+        """Nothing is kept."""
+
+
+def test_a_constraint_knows_the_length_of_an_answer_with_its_drafts() -> None:
+    model, clock = FakeModel({"?": "aaaaa"}), Clock()
+    engine = Engine(model, LocalExecutor(model, clock=clock), EngineConfig(), clock=clock, drafter=Always("a"))
+    wanted = replace(request("?", min_new_tokens=4), constraint=Regex("a*"))
+    output, counts = steps(engine, wanted)
+    assert (text(output), finished(output).matched_stop) == ("aaaaa", END)
+    assert counts == [6]
+
+
 def test_a_failure_behind_drafts_counts_only_where_they_are_drawn() -> None:
-    class Wrong:
-        def propose(self, texts: Sequence[Text], most: int) -> list[list[int]]:
-            return [[ord("!")] * most for _ in texts]
-
-        def forget(self, sequence: int) -> None:
-            """Nothing is kept."""
-
     class Broken(FakeModel):
         """Its logits are NaN behind an exclamation mark."""
 
@@ -331,7 +347,7 @@ def test_a_failure_behind_drafts_counts_only_where_they_are_drawn() -> None:
 
     model = Broken({"hi": "yes", "ho": "no!"})
     clock = Clock()
-    engine = Engine(model, LocalExecutor(model, clock=clock), EngineConfig(), clock=clock, drafter=Wrong())
+    engine = Engine(model, LocalExecutor(model, clock=clock), EngineConfig(), clock=clock, drafter=Always("!"))
     fine, broken = run(engine, request("hi"), request("ho"))
     assert text(fine) == "yes"
     assert isinstance(broken[-1], RequestFailed)

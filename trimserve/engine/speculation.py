@@ -5,7 +5,7 @@ steps with so many rows took, says how many pay; where none does, it looks again
 """
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -19,7 +19,7 @@ __all__ = ["MOST_DRAFTS", "Speculation"]
 MOST_DRAFTS: Final = 8
 """Of one sequence in a step."""
 
-_FIRST_RATE: Final = 0.8
+_FIRST_RATE: Final = 0.6
 _RATE_AFTER_REST: Final = 0.4
 _LEAST_RATE: Final = 0.1
 """Drafts that are right less often are left out, however little their rows seem to cost."""
@@ -113,7 +113,7 @@ class Speculation:
                 each.trust.pause(each.sequence.num_generated_tokens)
         return chosen
 
-    def saw(self, rows: Iterable[Rows], result: StepResult) -> None:
+    def saw(self, rows: Collection[Rows], result: StepResult) -> None:
         """Learn from a step.
 
         Args:
@@ -122,15 +122,15 @@ class Speculation:
         """
         if not self.is_on:
             return
-        num_drawn = Counter(drawn.sequence for drawn in result.drawn)
-        num_rows = 0
-        for each in rows:
-            num_drafts, num_accepted = len(each.drafts), max(0, num_drawn[each.sequence] - 1)
-            num_rows += 1 + num_drafts
+        num_rows = sum(1 + len(each.drafts) for each in rows)
+        with_drafts = [each for each in rows if each.drafts]
+        num_drawn = Counter(drawn.sequence for drawn in result.drawn) if with_drafts else {}
+        for each in with_drafts:
+            num_drafts, num_accepted = len(each.drafts), max(0, num_drawn.get(each.sequence, 0) - 1)
             self.num_proposed += num_drafts
             self.num_accepted += num_accepted
             followed = self._followed.get(each.sequence)
-            if num_drafts and followed is not None and followed.checked is not None:
+            if followed is not None and followed.checked is not None:
                 followed.checked.saw(num_drafts, num_accepted)
         if result.rows_seconds:
             self._costs.saw(num_rows, result.rows_seconds)
@@ -138,7 +138,7 @@ class Speculation:
     def expect(self, sequence: int, forced: tuple[int, ...]) -> None:
         """Take what a running sequence's constraint forces next; see `Drawn.forced`."""
         if self.is_on:
-            self._followed.setdefault(sequence, _Followed()).forced = forced
+            self._known(sequence).forced = forced
 
     def forget(self, sequence: int) -> None:
         """Let go of what is known of a sequence, by its number."""
@@ -148,18 +148,24 @@ class Speculation:
     def _proposals(self, drafter: Drafter, batch: Iterable[Sequence]) -> list[_Proposal]:
         proposals, asked = [], []
         for sequence in batch:
-            followed = self._followed.setdefault(sequence.number, _Followed())
-            num_tokens = sequence.num_generated_tokens
-            if followed.forced and num_tokens >= followed.trust_forced.resumes_at:
-                proposals.append(_Proposal(sequence, followed.forced, followed.trust_forced))
-            elif num_tokens >= followed.trust_drafter.resumes_at:
+            known, num_tokens = self._known(sequence.number), sequence.num_generated_tokens
+            if known.forced and num_tokens >= known.trust_forced.resumes_at:
+                proposals.append(_Proposal(sequence, known.forced, known.trust_forced))
+            elif num_tokens >= known.trust_drafter.resumes_at:
                 asked.append(sequence)
         texts = [Text(each.number, each.prompt_token_ids, each.generated_token_ids) for each in asked]
         for sequence, drafts in zip(asked, drafter.propose(texts, MOST_DRAFTS), strict=True):
-            trust = self._followed[sequence.number].trust_drafter
-            proposals.append(_Proposal(sequence, tuple(drafts), trust))
+            if drafts:
+                trust = self._known(sequence.number).trust_drafter
+                proposals.append(_Proposal(sequence, tuple(drafts), trust))
         # The last token that a sequence may draw has no drafts behind it.
         return [each for each in map(_cut, proposals) if each.drafts]
+
+    def _known(self, sequence: int) -> _Followed:
+        known = self._followed.get(sequence)
+        if known is None:
+            known = self._followed[sequence] = _Followed()
+        return known
 
     def _worth(self, proposals: Iterable[_Proposal], batch_size: int, room: int) -> Counter[int]:
         """How many drafts of each proposal bring the most tokens a second together."""

@@ -1,14 +1,12 @@
 """What the engine needs of a drafter: the seam between what a text may go on with and checking it (ADR-0021)."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 __all__ = ["Drafter", "Text"]
 
 
-@dataclass(frozen=True, slots=True)
-class Text:
+class Text(NamedTuple):
     """Tokens of a running sequence."""
 
     sequence: int
