@@ -159,10 +159,7 @@ ROWS: dict[str, tuple[Panel, ...]] = {
         Panel(
             "Drafts",
             "cps",
-            {
-                "proposed": rate("trimserve_proposed_tokens_total"),
-                "accepted": rate("trimserve_accepted_tokens_total"),
-            },
+            {"proposed": rate("trimserve_proposed_tokens_total"), "accepted": rate("trimserve_accepted_tokens_total")},
             "Tokens that steps checked before they were drawn (speculation), and those that then were.",
         ),
         Panel(
