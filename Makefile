@@ -50,6 +50,7 @@ check: build  ## lint, types, formatting, and that everything generated is up to
 
 verify: check test  ## what takes longer: Meta's code, committed accuracies, random mixes, full load, wheel, Prometheus, image, benchmarks
 	$(BIN)/python -m pytest tests/engine/test_random_mixes.py --mixes 200 --timeout 3600
+	$(BIN)/python -m pytest tests/engine/test_speculation.py --speculated 500 --timeout 3600
 	$(BIN)/python -m benchmarks.soak
 	$(BIN)/python -m benchmarks.soak load
 	$(BIN)/python -m benchmarks.bench_batch --out out/bench/batch.json

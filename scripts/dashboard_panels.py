@@ -157,6 +157,12 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             "Work that preemptions cost. Much of it: raise kv_cache_bytes, or lower max_batch.",
         ),
         Panel(
+            "Drafts",
+            "cps",
+            {"proposed": rate("trimserve_proposed_tokens_total"), "accepted": rate("trimserve_accepted_tokens_total")},
+            "Tokens that steps checked before they were drawn (speculation), and those that then were.",
+        ),
+        Panel(
             "Cross KV: held and untrimmed",
             "bytes",
             {

@@ -33,6 +33,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         choices=["cpu", "cuda", "fibers", "pretend"],
         help="run only tests that need a device, on this one",
     )
+    parser.addoption(
+        "--speculated", type=int, default=30, help="random requests that are answered with and without drafts"
+    )
     parser.addoption("--mixes", type=int, default=20, help="random mixes of requests that are compared with each alone")
 
 
@@ -70,4 +73,11 @@ def device(request: pytest.FixtureRequest) -> Iterator[str]:
 def mixes(request: pytest.FixtureRequest) -> int:
     """How many random mixes of requests to try."""
     count: int = request.config.getoption("--mixes")
+    return count
+
+
+@pytest.fixture(scope="session")
+def speculated(request: pytest.FixtureRequest) -> int:
+    """How many random requests to answer with and without drafts."""
+    count: int = request.config.getoption("--speculated")
     return count

@@ -147,6 +147,12 @@ class EngineConfig(_Knobs):
         description="Seconds that running requests wait, between two of their tokens, for the prefill of the next "
         "one; the layer that has begun is finished.",
     )
+    speculation: bool = Field(
+        default=False,
+        description="Whether a step also checks drafts: tokens that followed the same ones earlier in prompt or "
+        "answer, and those that a constraint forces. Answers are the same. Drafts take free places of `max_batch`, and "
+        "stop by themselves where they make nothing faster.",
+    )
     step_timeout_seconds: float = Field(
         default=300.0,
         gt=0,

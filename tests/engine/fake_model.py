@@ -234,7 +234,9 @@ class FakeModel:
             if text.startswith(prompt):
                 answer = (*(reply.encode() if isinstance(reply, str) else reply), END)
                 position = len(history) - len(prompt.encode())
-                return torch.nn.functional.one_hot(torch.tensor(answer[position]), 257).float() * 50
+                return (
+                    torch.nn.functional.one_hot(torch.tensor(answer[min(position, len(answer) - 1)]), 257).float() * 50
+                )
         # Printable ASCII, never the end token.
         generator = torch.Generator().manual_seed(hash(tuple(history)) % 2**63)
         logits = torch.full((257,), -100.0)

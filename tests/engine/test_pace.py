@@ -12,8 +12,8 @@ def test_the_bound_is_of_the_fastest_prefill_and_the_fastest_step() -> None:
     pace.saw_prefill(10, 1.0)
     pace.saw_prefill(10, 5.0)
     assert pace.least_seconds(10, 100) == 1.0
-    pace.saw_step(0.5)
-    pace.saw_step(0.25)
+    pace.saw_token(0.5)
+    pace.saw_token(0.25)
     # The first token comes with the prefill.
     assert pace.least_seconds(10, 5) == 2.0
     assert pace.least_seconds(10, 1) == 1.0

@@ -128,6 +128,23 @@ def test_a_batch_of_any_size_gets_the_logits_of_ordinary_steps(
         kv.release()
 
 
+def test_several_rows_of_a_sequence_get_the_logits_that_one_after_another_get(
+    model: Mllama, pool: OwnPages, warm: Callable[[Capture], None], capture: Capture
+) -> None:
+    kvs = prefilled(model, pool, 4)
+    counts, tokens = [3, 1, 1, 4], [*range(3, 12)]
+    rows, before = iter(tokens), [kv.length for kv in kvs]
+    singly = [
+        model.decode([next(rows)], [kv]).clone() for kv, count in zip(kvs, counts, strict=True) for _ in range(count)
+    ]
+    for kv, length in zip(kvs, before, strict=True):
+        kv.length = length
+    warm(capture)
+    torch.testing.assert_close(model.decode(tokens, kvs, counts), torch.cat(singly), atol=LOGITS, rtol=0)
+    for kv in kvs:
+        kv.release()
+
+
 def test_rows_that_pad_a_batch_change_no_page_but_the_last(
     model: Mllama, pool: OwnPages, warm: Callable[[Capture], None], capture: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -50,6 +50,10 @@ class EngineStatus:
     """Times since the start that a running request lost its pages to more urgent ones."""
     num_recomputed_tokens: int
     """Tokens that were read again after a preemption since the start."""
+    num_proposed_tokens: int
+    """Drafts that decode steps have checked since the start."""
+    num_accepted_tokens: int
+    """Those of them that were what was drawn."""
     pixel_bytes: int
     """Decoded images that requests keep, in the machine's memory, to be computed again."""
     image_cache_capacity_bytes: int

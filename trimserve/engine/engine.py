@@ -1,13 +1,15 @@
 """The engine: decides what runs next, and says what became of it.
 
 Each `step()` plans work for an executor: a slice of the next prompt, so that running streams wait no longer than the
-slice and one layer, then one new token for every running sequence. It owns the sequences, their order and their pages;
+slice and one layer, then a new token for every running sequence, and further ones
+where drafts were right. It owns the sequences, their order and their pages;
 it knows no tensor, thread, event loop or wire. Its owner calls `step()`; chunks go into sinks.
 """
 
 import itertools
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,21 +21,17 @@ from trimserve.api.request import GenerationRequest
 from trimserve.api.status import StepListener
 from trimserve.config import EngineConfig
 from trimserve.engine.detokenizer import token_bytes
-from trimserve.engine.kv_pool import KVPool
 from trimserve.engine.limits import check_that_it_fits
-from trimserve.engine.memory import (
-    activation_bytes,
-    available_bytes,
-    check_room_for_adapter,
-    default_kv_cache_bytes,
-    prefill_scratch_bytes,
-)
+from trimserve.engine.memory import available_bytes, check_room_for_adapter, make_pool
 from trimserve.engine.pace import Pace
 from trimserve.engine.preparation import Preparation
 from trimserve.engine.processor import Processor
+from trimserve.engine.repeats import Repeats
 from trimserve.engine.scheduler import Scheduler
 from trimserve.engine.sequence import Sequence, SequenceState, Sink
-from trimserve.errors import CheckpointError, DeadlinePassed, InvalidRequest, OutOfMemory, RequestFailed, TrimserveError
+from trimserve.engine.speculation import Speculation
+from trimserve.errors import DeadlinePassed, InvalidRequest, OutOfMemory, RequestFailed, TrimserveError
+from trimserve.executor.drafter import Drafter
 from trimserve.executor.executor import Executor
 from trimserve.executor.plan import (
     Drawn,
@@ -62,6 +60,7 @@ class Engine:
         config: EngineConfig,
         on_step: StepListener | None = None,
         clock: Callable[[], float] = time.monotonic,
+        drafter: Drafter | None = None,
     ) -> None:
         """Start with nothing to do.
 
@@ -71,6 +70,7 @@ class Engine:
             config: how much to take on.
             on_step: called in `step` after every decode step.
             clock: seconds, by which steps are timed and deadlines pass.
+            drafter: in place of the look-up that `config.speculation` turns on.
         Raises:
             CheckpointError: `kv_cache_bytes` does not even hold the prefill scratch and a page, or
                 `kv_layers_per_page` does not fit the model.
@@ -97,6 +97,8 @@ class Engine:
         self._ended: list[int] = []
         """Numbers that the executor is yet to forget."""
         self._pace = Pace()
+        self.speculation = Speculation(drafter or (Repeats() if config.speculation else None), config.max_batch)
+        """Drafts of tokens that several rows of a step check."""
         self._make_pool()
 
     def resize_after_warm_up(self) -> None:
@@ -110,24 +112,11 @@ class Engine:
         self._pace = Pace()
         self._executor.free_pages()  # or what they hold would count as taken
         self._make_pool()
-        self._executor.warm_up(self._config.max_batch)
+        self._executor.warm_up(self.speculation.most_rows)
 
     def _make_pool(self) -> None:
-        info, config = self.info, self._config
-        wanted: int | None = config.kv_cache_bytes
-        if wanted is None:
-            wanted = default_kv_cache_bytes(info, config.max_batch, available_bytes(info.device))
-        scratch = prefill_scratch_bytes(info) + activation_bytes(info, config.max_batch, wanted)
-        try:
-            self.pool = KVPool(info, wanted - scratch, config.kv_layers_per_page)
-            """Pages of the running sequences."""
-        except ValueError as error:
-            raise CheckpointError(f"kv_layers_per_page: {error}") from error
-        if not self.pool.num_pages:
-            raise CheckpointError(
-                f"kv_cache_bytes: must be at least {scratch + self.pool.page_bytes}, the scratch of a prefill with "
-                f"{info.max_images} images (max_images) and a page, got {wanted}"
-            )
+        self.pool = make_pool(self.info, self._config, self.speculation.most_rows, available_bytes(self.info.device))
+        """Pages of the running sequences."""
         self._executor.allocate(self.pool.num_pages, self.pool.layers_per_page)
 
     @property
@@ -274,7 +263,7 @@ class Engine:
                     break
                 self._scheduler.admit()
                 number = next(self._numbers)
-                new = sequence.admitted(number, self.pool)
+                new = replace(sequence.admitted(number, self.pool), wants_forced=self.speculation.is_on)
                 self._sequences[number] = self._prefill = sequence
                 return StepPlan(new=(new,), pages=(_grant(sequence),))
             self.cancel(sequence)
@@ -282,13 +271,25 @@ class Engine:
         return StepPlan()
 
     def _decode(self, batch: list[Sequence], grown: set[Sequence]) -> None:
+        chosen = self.speculation.drafts(batch)
+        drafts = {each: self._with_room(each, own, grown) for each in batch if (own := chosen.get(each.number))}
         pages = tuple(_grant(each) for each in batch if each in grown)
-        rows = tuple(Rows(each.number, each.num_positions) for each in batch)
+        rows = tuple(Rows(each.number, each.num_positions, drafts=drafts.get(each, ())) for each in batch)
         result = self._run(StepPlan(pages=pages, rows=rows))
+        self.speculation.saw(rows, result)
         if result.rows_seconds:  # a batch that failed says nothing of the pace
-            self._pace.saw_step(result.rows_seconds)
+            most = max(Counter(drawn.sequence for drawn in result.drawn).values(), default=1) if drafts else 1
+            self._pace.saw_token(result.rows_seconds / most)
             if self._on_step is not None:
                 self._on_step(len(batch), result.rows_seconds)
+
+    def _with_room(self, sequence: Sequence, drafts: tuple[int, ...], grown: set[Sequence]) -> tuple[int, ...]:
+        """The drafts that there are pages for. Nobody is preempted for drafts, and what is rejected is written over."""
+        pages, wanted = sequence.pages, sequence.num_tokens + len(drafts)
+        if 0 < pages.missing_pages(wanted) <= self.pool.num_free_pages:
+            pages.grow(wanted)
+            grown.add(sequence)
+        return drafts[: pages.num_positions - sequence.num_tokens]
 
     # ---- results ----
 
@@ -326,6 +327,8 @@ class Engine:
                 sequence.sink(sequence.finished())
             elif not sequence.holds_pages:  # another answer, which has its first token
                 self._scheduler.add(sequence)
+            else:
+                self.speculation.expect(sequence.number, drawn.forced)
 
     def _take_failed(self, failed: Failed) -> None:
         sequence = self._sequences.get(failed.sequence)
@@ -354,6 +357,7 @@ class Engine:
             self._prefill = None
         if sequence.holds_pages:
             self._ended.append(sequence.number)
+            self.speculation.forget(sequence.number)
             del self._sequences[sequence.number]
             sequence.release()
         if sequence.state is SequenceState.ENDED:

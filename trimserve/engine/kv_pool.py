@@ -172,6 +172,12 @@ class SequencePages:
         self._cross_counts = [cross_tables.shape[1]] * len(cross_tables)
 
     @property
+    def num_positions(self) -> int:
+        """Positions of its text that there are pages for."""
+        held: int = self.self_tables.shape[1]
+        return held * PAGE_POSITIONS
+
+    @property
     def self_bytes(self) -> int:
         """Bytes of self-attention KV, whole pages."""
         return self.self_tables.size * self._pool.page_bytes

@@ -7,8 +7,10 @@ from pathlib import Path
 import torch
 
 from trimserve.api.info import ModelInfo
+from trimserve.config import EngineConfig
 from trimserve.engine.cgroup import CGROUPS, OWN_GROUPS, memory_left
-from trimserve.errors import OutOfMemory
+from trimserve.engine.kv_pool import KVPool
+from trimserve.errors import CheckpointError, OutOfMemory
 from trimserve.model.adapter_files import WEIGHTS_FILE
 from trimserve.model.key_values import layers_per_page, num_pages
 from trimserve.model.pieces import MLP_ROWS
@@ -20,6 +22,7 @@ __all__ = [
     "available_bytes",
     "check_room_for_adapter",
     "default_kv_cache_bytes",
+    "make_pool",
     "memory_by_kind",
     "prefill_scratch_bytes",
 ]
@@ -115,7 +118,7 @@ def prefill_scratch_bytes(info: ModelInfo) -> int:
     return own + (prefill_scratch_bytes(guide) + guide.vision_scratch_bytes if guide else 0)
 
 
-def activation_bytes(info: ModelInfo, max_batch: int, available: int) -> int:
+def activation_bytes(info: ModelInfo, max_rows: int, available: int) -> int:
     """Bytes that text takes on a GPU for a while, beside keys and values; 0 on a CPU, where they are not counted.
 
     The rows of the longest prompt that the pool can hold, between the parts of a layer, a piece of them in its MLP,
@@ -123,7 +126,7 @@ def activation_bytes(info: ModelInfo, max_batch: int, available: int) -> int:
 
     Args:
         info: of the model.
-        max_batch: requests that run together.
+        max_rows: of a decode step.
         available: for keys and values and all scratch.
     """
     if torch.device(info.device).type == "cpu":
@@ -133,7 +136,7 @@ def activation_bytes(info: ModelInfo, max_batch: int, available: int) -> int:
     row = (5 * info.hidden_size + heads) * dtype.itemsize  # came in, normed, attended, added, goes out; projected
     num_rows = min(info.max_model_len, available // (row + info.self_kv_bytes_per_token))
     in_mlp = min(num_rows, MLP_ROWS) * 3 * info.intermediate_size * dtype.itemsize
-    logits = max_batch * info.vocab_size * (dtype.itemsize + torch.float32.itemsize)
+    logits = max_rows * info.vocab_size * (dtype.itemsize + torch.float32.itemsize)
     return num_rows * row + in_mlp + logits
 
 
@@ -153,3 +156,31 @@ def default_kv_cache_bytes(info: ModelInfo, max_batch: int, available: int) -> i
     share = int(available * _SHARE[torch.device(info.device).type])
     scratch = prefill_scratch_bytes(info) + activation_bytes(info, max_batch, share)
     return min(max_batch * pages * page_bytes + scratch, share)
+
+
+def make_pool(info: ModelInfo, config: EngineConfig, max_rows: int, available: int) -> KVPool:
+    """The page pool that a config asks for, or that the memory allows.
+
+    Args:
+        info: of the model.
+        config: `kv_cache_bytes` and `kv_layers_per_page`, with `max_batch`.
+        max_rows: of a decode step.
+        available: see `available_bytes`.
+    Raises:
+        CheckpointError: `kv_cache_bytes` does not even hold the prefill scratch and a page, or `kv_layers_per_page`
+            does not fit the model.
+    """
+    wanted: int | None = config.kv_cache_bytes
+    if wanted is None:
+        wanted = default_kv_cache_bytes(info, config.max_batch, available)
+    scratch = prefill_scratch_bytes(info) + activation_bytes(info, max_rows, wanted)
+    try:
+        pool = KVPool(info, wanted - scratch, config.kv_layers_per_page)
+    except ValueError as error:
+        raise CheckpointError(f"kv_layers_per_page: {error}") from error
+    if not pool.num_pages:
+        raise CheckpointError(
+            f"kv_cache_bytes: must be at least {scratch + pool.page_bytes}, the scratch of a prefill with "
+            f"{info.max_images} images (max_images) and a page, got {wanted}"
+        )
+    return pool

@@ -50,6 +50,8 @@ def engine_status(
         cross_kv_untrimmed_bytes=sum(sequence.cross_kv.untrimmed for sequence in running if sequence),
         num_preemptions=0 if engine is None else engine.num_preemptions,
         num_recomputed_tokens=0 if engine is None else engine.num_recomputed_tokens,
+        num_proposed_tokens=0 if engine is None else engine.speculation.num_proposed,
+        num_accepted_tokens=0 if engine is None else engine.speculation.num_accepted,
         pixel_bytes=sum(stream.sequence.pixel_bytes for stream in streams if stream.sequence is not None),
         image_cache_capacity_bytes=int(config.image_cache_bytes) if images else 0,
         image_cache_bytes=images.num_bytes if images else 0,

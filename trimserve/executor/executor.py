@@ -32,7 +32,7 @@ class Executor(Protocol):
         """Give back the memory of the pages, so that what is left can be measured; no sequence may be known."""
 
     def warm_up(self, max_batch: int) -> None:
-        """Make steps ready for up to `max_batch` sequences, once the pages are allocated for good."""
+        """Make steps ready for up to `max_batch` rows, once the pages are allocated for good."""
 
     def load_adapter(self, name: str, folder: Path) -> AdapterInfo:
         """Read an adapter, which plans may name from then on; on any thread, while steps run.

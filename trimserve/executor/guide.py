@@ -8,6 +8,7 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Final
 
 import numpy as np
@@ -23,6 +24,18 @@ from trimserve.executor.grammar import Grammars, refusal
 __all__ = ["Guide", "Guides"]
 
 _WORD_BITS: Final = 32
+_MOST_FORCED_BYTES: Final = 64
+"""Of text that must come next: more than the drafts of a step write."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Mask:
+    """What may be next at one place of an answer."""
+
+    words: NDArray[np.int32]
+    """A bit for each token."""
+    may_end: bool
+    """Whether the constraint is satisfied as it is."""
 
 
 @dataclass(slots=True)
@@ -37,15 +50,13 @@ class Guide:
     """Why the constraint cannot be followed any further; `forbidden` forbids nothing then."""
     matcher: LLMatcher | None = None
     """None until the first mask is made."""
-    words: NDArray[np.int32] | None = None
-    """A bit for each token that may be next."""
-    may_end: bool = False
-    """Whether the constraint is satisfied as it is."""
+    masks: list[_Mask] = field(default_factory=list, repr=False)
+    """What follows the last token, then what follows each draft, as far as the constraint allows the drafts."""
     work: "Future[None] | None" = field(default=None, repr=False)
-    """What makes the mask that follows the last token."""
+    """What makes the masks."""
 
     def wait(self) -> None:
-        """Wait for the mask that follows the last token."""
+        """Wait for the masks."""
         if self.work is not None:
             work, self.work = self.work, None
             try:
@@ -92,21 +103,36 @@ class Guides:
         guide.work = self._thread.submit(self._begin, guide, tuple(generated_token_ids))
         return guide
 
-    def forbidden(self, guide: Guide, num_generated: int) -> NDArray[np.bool_]:
+    def look_ahead(self, guide: Guide, drafts: Sequence[int]) -> None:
+        """Begin with the masks that follow drafts, beside the step that computes their logits.
+
+        Args:
+            guide: of a sequence whose answer is not complete.
+            drafts: tokens that may be next, in order.
+        """
+        guide.work = self._thread.submit(self._make_more_masks, guide, guide.work, tuple(drafts))
+
+    def forbidden(self, guide: Guide, num_generated: int, num_drafts: int = 0) -> NDArray[np.bool_] | None:
         """Tokens that may not be next, bool [vocab_size].
 
         Args:
             guide: of a sequence whose answer is not complete.
-            num_generated: tokens it has.
+            num_generated: tokens it has, drafts among them.
+            num_drafts: that it has been given in `look_ahead`, if they are drawn.
+        Returns:
+            None where these drafts cannot be drawn, or could not be followed.
         """
         guide.wait()
-        if guide.failure is not None or guide.words is None:
+        if guide.failure is not None:
             return np.zeros(self._num_tokens, np.bool_)
-        bits = np.unpackbits(guide.words.view(np.uint8), bitorder="little")[: self._num_tokens]
+        if num_drafts >= len(guide.masks):
+            return None
+        mask = guide.masks[num_drafts]
+        bits = np.unpackbits(mask.words.view(np.uint8), bitorder="little")[: self._num_tokens]
         allowed = np.zeros(self._num_tokens, np.bool_)  # the mask may be narrower than the logits
         allowed[: len(bits)] = bits
         own, models = self._known(guide.end_token_ids), self._known(self._model_ends)
-        if guide.may_end:
+        if mask.may_end:
             allowed[own + models] = True
         going_on = allowed.copy()
         if guide.params.ignore_eos:
@@ -116,24 +142,15 @@ class Guides:
         # Where nothing else is possible it ends, whatever was asked.
         return ~(going_on if going_on.any() else allowed)
 
-    def take(self, drawn: Sequence[tuple[Guide, int]]) -> list[bool]:
-        """Go on by a token each, and begin with the masks that follow.
+    def take(self, guide: Guide, token_id: int) -> bool:
+        """Go on by a token that was drawn where `forbidden` allowed it; `make_masks` comes when there are no more.
 
-        Args:
-            drawn: guides, and what was drawn where `forbidden` allowed it.
         Returns:
-            Of each whether its answer is complete with this token.
+            Whether the answer is complete with it.
         """
-        complete = [guide.failure is not None or self._consume(guide, token_id) for guide, token_id in drawn]
-        going_on = [guide for (guide, _), is_complete in zip(drawn, complete, strict=True) if not is_complete]
-        if going_on:
-            work = self._thread.submit(self._make_masks, going_on)
-            for guide in going_on:
-                guide.work = work
-        return complete
-
-    def _consume(self, guide: Guide, token_id: int) -> bool:
         matcher = guide.matcher
+        if guide.failure is not None:
+            return True
         assert matcher is not None, "a guide is waited for before a token is drawn"
         if token_id in guide.end_token_ids or token_id in self._model_ends:
             return True
@@ -141,6 +158,20 @@ class Guides:
         if matcher.is_error():
             guide.failure = refusal(guide.constraint, matcher.get_error())
         return matcher.is_stopped()
+
+    def forced(self, guide: Guide) -> tuple[int, ...]:
+        """Tokens that write what must come next, of a guide whose masks are not made yet; see `Drawn.forced`."""
+        if guide.failure is not None or guide.matcher is None:
+            return ()
+        text = guide.matcher.compute_ff_bytes()[:_MOST_FORCED_BYTES]
+        return tuple(self._grammars.tokenizer.tokenize_bytes(text)) if text else ()
+
+    def make_masks(self, guides: Sequence[Guide]) -> None:
+        """Begin with the masks that follow what was taken."""
+        if guides:
+            work = self._thread.submit(self._make_masks, guides)
+            for guide in guides:
+                guide.work = work
 
     # ---- the thread ----
 
@@ -152,15 +183,33 @@ class Guides:
 
     def _make_masks(self, guides: Sequence[Guide]) -> None:
         matchers = [guide.matcher for guide in guides if guide.matcher is not None]
-        num_words = -(-self._grammars.tokenizer.vocab_size // _WORD_BITS)
-        words = np.empty((len(guides), num_words), np.int32)
-        rows = [(matcher, row) for row, matcher in enumerate(matchers)]
-        self._llguidance.unsafe_compute_mask_ptr(rows, words.ctypes.data, words.strides[0], len(rows))
-        for guide, matcher, own in zip(guides, matchers, words, strict=True):
-            guide.words = own
-            guide.may_end = matcher.is_accepting()
+        for guide, matcher, mask in zip(guides, matchers, self._masks(matchers), strict=True):
+            guide.masks = [mask]
             if matcher.is_error():
                 guide.failure = refusal(guide.constraint, matcher.get_error())
+
+    def _make_more_masks(self, guide: Guide, before: "Future[None] | None", drafts: Sequence[int]) -> None:
+        if before is not None:
+            before.result()  # it is done, on this thread
+        assert guide.matcher is not None, "a guide begins with a matcher"
+        matcher = guide.matcher.deep_copy()  # which may fail on drafts that are never drawn
+        ends = guide.end_token_ids | self._model_ends
+        text = [*takewhile(lambda token_id: token_id not in ends, drafts)]
+        for token_id in text[: matcher.validate_tokens(text)]:
+            matcher.consume_token(token_id)
+            if matcher.is_stopped():  # complete, or in error
+                return
+            [mask] = self._masks([matcher])
+            if matcher.is_error():
+                return
+            guide.masks.append(mask)
+
+    def _masks(self, matchers: Sequence[LLMatcher]) -> list[_Mask]:
+        num_words = -(-self._grammars.tokenizer.vocab_size // _WORD_BITS)
+        words = np.empty((len(matchers), num_words), np.int32)
+        rows = [(matcher, row) for row, matcher in enumerate(matchers)]
+        self._llguidance.unsafe_compute_mask_ptr(rows, words.ctypes.data, words.strides[0], len(rows))
+        return [_Mask(own, matcher.is_accepting()) for matcher, own in zip(matchers, words, strict=True)]
 
     def _known(self, token_ids: frozenset[int]) -> list[int]:
         return [token_id for token_id in token_ids if token_id < self._num_tokens]

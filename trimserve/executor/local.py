@@ -2,10 +2,9 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -15,11 +14,12 @@ from trimserve.api.adapter import AdapterInfo
 from trimserve.api.constraint import Constraint
 from trimserve.api.info import ModelInfo
 from trimserve.api.sampling import SamplingParams
-from trimserve.errors import InvalidRequest, TrimserveError
+from trimserve.errors import TrimserveError
 from trimserve.executor.ahead import Ahead
+from trimserve.executor.drawing import Answer, draw
 from trimserve.executor.failures import is_device_error, is_out_of_memory
 from trimserve.executor.grammar import Grammars
-from trimserve.executor.guide import Guide, Guides
+from trimserve.executor.guide import Guides
 from trimserve.executor.image_cache import ImageCache
 from trimserve.executor.model import Model
 from trimserve.executor.page_memory import page_memory
@@ -36,7 +36,7 @@ from trimserve.executor.plan import (
     StepPlan,
     StepResult,
 )
-from trimserve.executor.sampling import SampledToken, SamplingState, sample
+from trimserve.executor.sampling import SamplingState
 from trimserve.model.adapters import Adapter
 from trimserve.model.interruptible import Interruptible
 from trimserve.model.key_values import KeyValues
@@ -56,16 +56,12 @@ class _Sequence:
     """What the executor holds of a sequence."""
 
     new: NewSequence
-    sampling: SamplingState
-    guide: Guide | None = None
-    """None without a constraint."""
+    answer: Answer
     kv: KeyValues | None = None
     """None before pages are granted."""
     prefill: "Interruptible[tuple[PrefillReport, Tensor]] | None" = None
     """What is left of the prompt; None before and after."""
     prefill_seconds: float = 0.0
-    choice: int = 0
-    """See `Drawn.choice`."""
 
 
 @dataclass(slots=True)
@@ -76,6 +72,14 @@ class _Step:
     drawn: list[Drawn] = field(default_factory=list)
     failed: list[Failed] = field(default_factory=list)
     rows_seconds: float = 0.0
+
+    def add(self, results: Iterable[Drawn | Failed]) -> None:
+        """Take what was drawn, and who failed."""
+        for each in results:
+            if isinstance(each, Drawn):
+                self.drawn.append(each)
+            else:
+                self.failed.append(each)
 
 
 class LocalExecutor:
@@ -169,7 +173,7 @@ class LocalExecutor:
         guide = None
         if new.constraint is not None:
             guide = self._guides.begin(new.constraint, params, new.end_token_ids, generated)
-        return _Sequence(new, state, guide, choice=choice)
+        return _Sequence(new, Answer(new.sequence, new.request_id, state, guide, choice, new.wants_forced))
 
     def _forget(self, number: int) -> None:
         held = self._sequences.pop(number, None)
@@ -216,7 +220,7 @@ class LocalExecutor:
                     # Nobody here needs the pixels any more.
                     held.new = replace(held.new, prompt=PreparedPrompt(held.new.prompt.token_ids, ()))
                     step.prefilled = replace(report, seconds=held.prefill_seconds)
-                    if not held.sampling.generated_token_ids:
+                    if not held.answer.sampling.generated_token_ids:
                         self._draw_first(logits, held, step)
                     return
                 if self._clock() >= end:
@@ -252,7 +256,7 @@ class LocalExecutor:
         prompt saw all of them.
         """
         kv = _pages_of(held)
-        again = held.sampling.generated_token_ids[:-1]
+        again = held.answer.sampling.generated_token_ids[:-1]
         for first in range(0, len(again), _MOST_ROWS):
             token_ids = again[first : first + _MOST_ROWS]
             self._model.decode(token_ids, [kv], [len(token_ids)])
@@ -263,6 +267,9 @@ class LocalExecutor:
     def _run_rows(self, rows: Sequence[Rows], step: _Step) -> None:
         started_at = self._clock()
         batch = [self._sequences[each.sequence] for each in rows]
+        for each, held in zip(rows, batch, strict=True):
+            if each.drafts and held.answer.guide is not None:
+                self._guides.look_ahead(held.answer.guide, each.drafts)
         try:
             logits = self._logits(rows, batch)
         except Exception as error:
@@ -271,64 +278,43 @@ class LocalExecutor:
             log.exception("decoding a batch of %d failed; each is tried alone", len(batch))
             for each, held in zip(rows, batch, strict=True):
                 with _alone(held.new, step):
-                    self._draw(self._logits([each], [held]), [held], step)
+                    plain = replace(each, drafts=())
+                    self._draw(self._logits([plain], [held]), [plain], [held], step)
             return
-        self._draw(logits, batch, step)
+        self._draw(logits, rows, batch, step)
         step.rows_seconds = self._clock() - started_at
 
     def _logits(self, rows: Sequence[Rows], batch: Sequence[_Sequence]) -> Tensor:
-        """After the last row of each sequence, [B, vocab_size]."""
+        """After the last row of each sequence, and after each of its drafts; [R, vocab_size]."""
         token_ids: list[int] = []
         kvs, counts = [], []
+        wanted: list[int] = []
         for each, held in zip(rows, batch, strict=True):
-            new = held.sampling.generated_token_ids[-1:] if each.token_ids is None else each.token_ids
-            token_ids += new
+            new = held.answer.sampling.generated_token_ids[-1:] if each.token_ids is None else each.token_ids
+            token_ids += [*new, *each.drafts]
+            wanted += range(len(token_ids) - len(each.drafts) - 1, len(token_ids))
             kv = _pages_of(held)
-            kv.length = each.position  # also of rows that are tried again
+            kv.length = each.position  # also of rows that are tried again, or behind drafts that were not drawn
             kvs.append(kv)
-            counts.append(len(new))
+            counts.append(len(new) + len(each.drafts))
         if len(token_ids) == len(kvs):
             return self._model.decode(token_ids, kvs)
         logits = self._model.decode(token_ids, kvs, counts)
-        return logits[[end - 1 for end in accumulate(counts)]]
+        return logits if len(wanted) == len(token_ids) else logits[wanted]
 
     def _draw_first(self, logits: Tensor, held: _Sequence, step: _Step) -> None:
         """First tokens of all answers to a prompt, of the logits behind it."""
         new = held.new
-        others = [self._begin(new, params, choice) for choice, params in enumerate(new.choices, start=1)]
-        self._draw(logits.expand(1 + len(others), -1), [held, *others], step)
+        others = [self._begin(new, params, choice).answer for choice, params in enumerate(new.choices, start=1)]
+        step.add(draw(logits.expand(1 + len(others), -1), [held.answer, *others], self._guides))
 
-    def _draw(self, logits: Tensor, batch: Sequence[_Sequence], step: _Step) -> None:
-        for held in batch:
-            if held.guide is not None:
-                held.sampling.forbidden = self._guides.forbidden(held.guide, len(held.sampling.generated_token_ids))
-        drawn: list[tuple[_Sequence, SampledToken]] = []
-        for held, outcome in zip(batch, sample(logits, [held.sampling for held in batch]), strict=True):
-            broken = None if held.guide is None else held.guide.failure
-            error = outcome if isinstance(outcome, TrimserveError) else broken
-            if error is not None:
-                step.failed.append(_failed(held.new, error))
-            elif isinstance(outcome, SampledToken):
-                held.sampling.generated_token_ids.append(outcome.token_id)
-                drawn.append((held, outcome))
-        guided = [(held.guide, token.token_id) for held, token in drawn if held.guide is not None]
-        is_complete = iter(self._guides.take(guided))
-        for held, token in drawn:
-            ends = held.guide is not None and next(is_complete)
-            number = held.new.sequence
-            step.drawn.append(Drawn(number, token.token_id, token.logprob, held.choice, is_complete=ends))
+    def _draw(self, logits: Tensor, rows: Sequence[Rows], batch: Sequence[_Sequence], step: _Step) -> None:
+        step.add(draw(logits, [held.answer for held in batch], self._guides, [each.drafts for each in rows]))
 
 
 def _pages_of(held: _Sequence) -> KeyValues:
     assert held.kv is not None, "pages are granted with the sequence"
     return held.kv
-
-
-def _failed(new: NewSequence, error: TrimserveError) -> Failed:
-    if isinstance(error, InvalidRequest):
-        return Failed(new.sequence, error.message, field=error.field)
-    log.error("request failed", exc_info=error, extra={"request_id": new.request_id})
-    return Failed(new.sequence, str(error))
 
 
 @contextmanager

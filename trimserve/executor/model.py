@@ -57,7 +57,7 @@ class Model(Protocol):
         """
 
     def warm_up_decode(self, pages: Tensor, max_batch: int) -> None:
-        """Make decode steps ready for up to `max_batch` sequences with KV in `pages`."""
+        """Make decode steps ready for up to `max_batch` rows of sequences with KV in `pages`."""
 
     def decode(
         self, token_ids: Sequence[int], kvs: Sequence[KeyValues], num_rows: Sequence[int] | None = None

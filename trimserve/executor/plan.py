@@ -57,6 +57,8 @@ class NewSequence:
     granted to both, and the prompt is not read. None if it is."""
     constraint: Constraint | None = None
     """What form the answer must have; compiled, or looked up, where tokens are drawn (ADR-0015)."""
+    wants_forced: bool = False
+    """Whether `Drawn.forced` is filled in."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,13 +82,16 @@ class PrefillSlice:
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """New text rows of a sequence, after the last of which a token is drawn."""
+    """New text rows of a sequence, after the last of which a token is drawn, and rows of what that may be."""
 
     sequence: int
     position: int
     """Of the first row."""
     token_ids: tuple[int, ...] | None = None
     """At least one; None is the token that was drawn last, so that a step can be planned before it is known."""
+    drafts: tuple[int, ...] = ()
+    """Tokens that may be drawn next, in order, each a row of its own in the pages. One is drawn after each row, as it
+    would be without drafts, for as long as drafts are what is drawn (ADR-0021)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +146,7 @@ class PrefillReport:
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """A sequence's next token."""
+    """A sequence's next token; those of one step are in order."""
 
     sequence: int
     token_id: int
@@ -151,6 +156,9 @@ class Drawn:
     """0 is the sequence itself; n is the first token of the n-th of its `NewSequence.choices`."""
     is_complete: bool = False
     """Whether the answer satisfies its constraint with this token, and can have no other after it."""
+    forced: tuple[int, ...] = ()
+    """Tokens that write the only text with which the constraint lets the answer go on. Other tokens may write it too,
+    so these are drafts. Of the last token that a step drew, if `NewSequence.wants_forced`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -59,6 +59,20 @@ class SamplingState:
         self._num_counted = len(self.generated_token_ids)
         return counts
 
+    def after(self, drafts: Sequence[int], forbidden: NDArray[np.bool_] | None) -> "SamplingState":
+        """The state if drafts had been drawn.
+
+        Args:
+            drafts: tokens.
+            forbidden: by the constraint then.
+        """
+        generated = [*self.generated_token_ids, *drafts]
+        state = SamplingState(self.params, self.prompt_token_ids, self.end_token_ids, generated, forbidden)
+        if _has_penalty(self.params):
+            state._counts = {**self.token_counts()}
+            state._num_counted = len(self.generated_token_ids)
+        return state
+
 
 @dataclass(frozen=True, slots=True)
 class SampledToken:
@@ -112,7 +126,7 @@ def apply_penalties(logits: Tensor, states: Sequence[SamplingState]) -> Tensor:
         params = state.params
         if params.logit_bias:
             biases[row] = params.logit_bias
-        if params.repetition_penalty != 1.0 or params.presence_penalty or params.frequency_penalty:
+        if _has_penalty(params):
             counts[row] = state.token_counts()
         if state.forbidden is not None:
             forbidden[row] = state.forbidden
@@ -228,6 +242,10 @@ def _draw(logits: Tensor, states: Sequence[SamplingState], num_candidates: int) 
 
 def _has_filter(params: SamplingParams) -> bool:
     return params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0.0
+
+
+def _has_penalty(params: SamplingParams) -> bool:
+    return params.repetition_penalty != 1.0 or bool(params.presence_penalty or params.frequency_penalty)
 
 
 def _penalize(logits: Tensor, times: Tensor, params: Sequence[SamplingParams], rows: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ it keeps (ADR-0008). A pass can be interrupted after every layer.
 
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import Protocol
+from typing import Final, Protocol
 
 from torch import Tensor
 
@@ -30,6 +30,10 @@ from trimserve.model.upload import upload_ids
 from trimserve.trimming.policies.policy import CrossAttentionView
 
 __all__ = ["Pass", "RaggedDecoder", "SequenceRows"]
+
+
+_MOST_BATCHES: Final = 4
+"""Whose tables are kept."""
 
 
 class Pass(Protocol):
@@ -81,7 +85,7 @@ class RaggedDecoder:
                 self._layers.append(SelfLayer(layer, num_self, head_dim))
                 num_self += 1
         self._compiled = CompiledDecode.of(self._layers)
-        self._batch: DecodeBatch | None = None
+        self._batches: list[DecodeBatch] = []
 
     def prefill(
         self, token_ids: Tensor, prompts: Sequence[SequenceRows], *, all_rows: bool = False
@@ -130,9 +134,7 @@ class RaggedDecoder:
         Returns:
             float32 logits [R, vocab_size].
         """
-        batch = self._batch
-        if batch is None or not batch.is_of(new):
-            self._batch = batch = DecodeBatch(new)
+        batch = self._batch_of(new)
         positions = batch.positions(new)
         text = batch.text(new.kvs[0].pages, positions)
         rotation = self._angles.at(positions)
@@ -169,6 +171,12 @@ class RaggedDecoder:
                 hidden = rows.place(hidden, seen, layer)
             yield
         return hidden
+
+    def _batch_of(self, new: NewRows) -> DecodeBatch:
+        """Steps with drafts come between those without, so some more than the last one are kept."""
+        batch = next((each for each in self._batches if each.is_of(new)), None) or DecodeBatch(new)
+        self._batches = [batch, *(each for each in self._batches if each is not batch)][:_MOST_BATCHES]
+        return batch
 
     def _rotation(self, prompts: Sequence[SequenceRows]) -> Rotation:
         return self._angles.at([row for prompt in prompts for row in range(prompt.num_rows)])

@@ -136,6 +136,8 @@ class Metrics(ProcessMetrics):
         with self._lock:
             self._raise_to("preemptions", self.preemptions, status.num_preemptions)
             self._raise_to("recomputed", self.recomputed_tokens, status.num_recomputed_tokens)
+            self._raise_to("proposed", self.proposed_tokens, status.num_proposed_tokens)
+            self._raise_to("accepted", self.accepted_tokens, status.num_accepted_tokens)
             self._raise_to("hits", self.image_cache_hits, status.image_cache_hits)
             self._raise_to("misses", self.image_cache_misses, status.image_cache_misses)
             self._raise_to("evictions", self.image_cache_evictions, status.image_cache_evictions)
@@ -318,6 +320,12 @@ class Metrics(ProcessMetrics):
         self.recomputed_tokens = self._counter(
             "trimserve_recomputed_tokens_total",
             "Tokens of prompts and answers that were read again after a preemption.",
+        )
+        self.proposed_tokens = self._counter(
+            "trimserve_proposed_tokens_total", "Drafts that decode steps checked (`speculation`), a row each."
+        )
+        self.accepted_tokens = self._counter(
+            "trimserve_accepted_tokens_total", "Drafts that were what was drawn: tokens that took no step of their own."
         )
         self.pixel_bytes = self._gauge(
             "trimserve_pixel_bytes",

@@ -1,0 +1,219 @@
+"""What checking drafts is worth: tokens a second with and without, where answers repeat the prompt and elsewhere.
+
+    python -m benchmarks.bench_speculation [--pairs 15] [--tokens 192] [--out FILE]
+
+Two engines over one `bench` model take turns, an answer each, so that both meet the same moments of the machine; the
+same requests must get the same tokens. Engines are driven without service and sockets, on one thread; seconds are the
+thread's own, so that other work on the machine does not count. `bench` has random weights and would repeat nothing, so
+its weights are changed, not its shape: after a token comes the next one of the vocabulary.
+
+- `repeats`: the prompt counts up, and the answer counts up from the same token.
+- `ordinary`: tokens at random, in which nothing is ever found.
+- `misleading`: the prompt has every beginning that comes up, and goes on otherwise: the look-up is always wrong.
+- `halting`: as `repeats`, but the look-up is wrong once in six tokens.
+- `forced`: a constraint leaves no choice.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from benchmarks.bench_checkouts import interval
+from benchmarks.bench_model import BENCH_MODEL, write_bench_model
+from benchmarks.serve.report import about, write_json
+from trimserve.api.chunks import GenerationChunk, TokenDelta
+from trimserve.api.constraint import Regex
+from trimserve.api.prompt import TokenPrompt
+from trimserve.api.request import GenerationRequest
+from trimserve.api.sampling import SamplingParams
+from trimserve.api.trim import TrimRequest
+from trimserve.config import EngineConfig, ModelConfig
+from trimserve.engine.engine import Engine
+from trimserve.errors import TrimserveError
+from trimserve.executor.local import LocalExecutor
+from trimserve.model.loading import load_model
+from trimserve.model.mllama import Mllama
+
+__all__ = ["main"]
+
+_OUT: Final = Path(__file__).parent / "results" / "speculation.json"
+_FIRST: Final = 1000
+"""Token from which prompts count; those before it include all that are special."""
+_SHARPNESS: Final = 0.05
+"""Of `lm_head`: the next token's logit is 26 above the others', whose standard deviation is 1."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Case:
+    """Requests of one kind."""
+
+    name: str
+    batch: int
+    prompt: Callable[[int, int], tuple[int, ...]]
+    """Of the number of a request and the tokens of its answer."""
+    temperature: float = 0.0
+    is_forced: bool = False
+
+    def request(self, number: int, num_tokens: int) -> GenerationRequest:
+        """The one with that number."""
+        sampling = SamplingParams(max_new_tokens=num_tokens, ignore_eos=True, temperature=self.temperature, seed=number)
+        request = GenerationRequest(
+            f"{self.name}-{number}", TokenPrompt(self.prompt(number, num_tokens)), sampling, TrimRequest(k_ratio=0.2)
+        )
+        text = "all of this must be written, word by word, " * (num_tokens // 4)  # more than is asked for
+        return replace(request, constraint=Regex(text)) if self.is_forced else request
+
+
+def _counting(number: int, num_tokens: int) -> tuple[int, ...]:
+    first = _FIRST + 7 * number
+    return (*range(first, first + num_tokens + 8), *range(first, first + 4))
+
+
+def _short(number: int, _: int) -> tuple[int, ...]:
+    return tuple(range(_FIRST + 7 * number, _FIRST + 7 * number + 16))
+
+
+def _misleading(number: int, num_tokens: int) -> tuple[int, ...]:
+    return (*_traps(number, num_tokens, 1), *_counting(number, num_tokens)[-4:])
+
+
+def _halting(number: int, num_tokens: int) -> tuple[int, ...]:
+    counted = _counting(number, num_tokens)
+    return (*counted[:-4], *_traps(number, num_tokens, 6), *counted[-4:])
+
+
+def _traps(number: int, num_tokens: int, every: int) -> Iterator[int]:
+    """Three tokens that will come, and what will not come behind them."""
+    first = _FIRST + 7 * number
+    for begin in range(first, first + num_tokens + 8, every):
+        yield from (*range(begin, begin + 3), begin - 9)
+
+
+_CASES: Final = (
+    _Case("repeats", 1, _counting),
+    _Case("ordinary", 1, _short, temperature=8.0),
+    _Case("misleading", 1, _misleading),
+    _Case("halting", 1, _halting),
+    _Case("forced", 1, _short, temperature=8.0, is_forced=True),
+    _Case("repeats", 4, _counting),
+    _Case("repeats", 16, _counting),
+    _Case("ordinary", 16, _short, temperature=8.0),
+)
+
+
+class _Engine:
+    """An engine that is measured, with drafts or without."""
+
+    def __init__(self, model: Mllama, *, speculation: bool) -> None:
+        self.num_steps = 0
+        self.token_ids: dict[str, list[int]] = {}
+        config = EngineConfig(speculation=speculation, prefill_slice_seconds=1e6)
+        self.engine = Engine(model, LocalExecutor(model), config, self._saw_step)
+
+    def _saw_step(self, num_sequences: int, seconds: float) -> None:  # noqa: ARG002  # as a listener has them
+        self.num_steps += 1
+
+    def answer(self, case: _Case, num_tokens: int, first: int) -> float:
+        """Answer a batch of requests; tokens a second of its decode steps."""
+        self.num_steps, self.token_ids = 0, {}
+        for number in range(first, first + case.batch):
+            request = case.request(number, num_tokens)
+            sequence = self.engine.prepare(request, self._sink(request.request_id), time.monotonic())
+            self.engine.add(sequence)
+        while len(self.token_ids) < case.batch:  # a step reads all prompts that there are places for
+            self.engine.step()
+        began, num_before = time.thread_time(), sum(map(len, self.token_ids.values()))
+        self.num_steps = 0
+        while self.engine.has_work:
+            self.engine.step()
+        seconds = time.thread_time() - began
+        return (sum(map(len, self.token_ids.values())) - num_before) / seconds
+
+    def _sink(self, name: str) -> Callable[[GenerationChunk | TrimserveError], None]:
+        def sink(chunk: GenerationChunk | TrimserveError) -> None:
+            if isinstance(chunk, TrimserveError):
+                raise chunk
+            if isinstance(chunk, TokenDelta):
+                self.token_ids.setdefault(name, []).extend(chunk.token_ids)
+
+        return sink
+
+
+@torch.inference_mode()
+def _count_up(model: Mllama) -> None:
+    """Let the token with the next id follow each: layers add next to nothing, and the last product finds it."""
+    parameters = dict(model._model.named_parameters())
+    for name, parameter in parameters.items():
+        if "language_model" in name and name.endswith(("o_proj.weight", "down_proj.weight")):
+            parameter.mul_(1e-3)
+    [embedding] = [each for name, each in parameters.items() if name.endswith("embed_tokens.weight")]
+    [head] = [each for name, each in parameters.items() if name.endswith("lm_head.weight")]
+    head.copy_(_SHARPNESS * embedding[: len(head)].roll(1, dims=0))
+
+
+def _measure(model: Mllama, case: _Case, num_tokens: int, num_pairs: int) -> dict[str, Any]:
+    plain, speculative = (_Engine(model, speculation=is_on) for is_on in (False, True))
+    rows = []
+    for number in range(1 + num_pairs):  # the first warms up
+        rates = {}
+        for engine in (plain, speculative) if number % 2 else (speculative, plain):
+            rates[engine is speculative] = engine.answer(case, num_tokens, number)
+        if plain.token_ids != speculative.token_ids:
+            raise AssertionError(f"{case.name}: drafts changed an answer")
+        rows.append((rates[False], rates[True], speculative.num_steps / max(1, plain.num_steps)))
+    rows = rows[1:]
+    ratios = [on / off for off, on, _ in rows]
+    speculation = speculative.engine.speculation
+    row = {
+        "case": case.name,
+        "batch": case.batch,
+        "plain_tokens_per_second": round(statistics.median(off for off, _, _ in rows), 2),
+        "tokens_per_second": round(statistics.median(on for _, on, _ in rows), 2),
+        "speedup": round(statistics.median(ratios), 4),
+        "interval": interval(ratios),
+        "steps_ratio": round(statistics.median(steps for *_, steps in rows), 4),
+        "proposed": speculation.num_proposed,
+        "accepted": speculation.num_accepted,
+        "pairs": num_pairs,
+    }
+    print(json.dumps(row), flush=True)
+    return row
+
+
+def main() -> None:
+    """Print a row for each case; the last line is the report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=int, default=15)
+    parser.add_argument("--tokens", type=int, default=192, help="of each answer")
+    parser.add_argument("--cases", nargs="*", help="names of those to measure; all if none is given")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--model", type=Path, default=BENCH_MODEL)
+    parser.add_argument("--out", type=Path, default=_OUT)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    if not (arguments.model / "config.json").exists():
+        write_bench_model(arguments.model)
+    model = load_model(ModelConfig(model=str(arguments.model), dtype=arguments.dtype), EngineConfig())
+    _count_up(model)
+    cases = [case for case in _CASES if not arguments.cases or case.name in arguments.cases]
+    rows = [_measure(model, case, arguments.tokens, arguments.pairs) for case in cases]
+    report = {
+        "benchmark": "speculation",
+        **about(1),
+        "dtype": arguments.dtype,
+        "tokens": arguments.tokens,
+        "rows": rows,
+    }
+    write_json(report, arguments.out)
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()
