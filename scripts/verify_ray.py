@@ -8,6 +8,7 @@ Usage: PYTHONPATH=build/ray:. python scripts/verify_ray.py [--haproxy]
 
 import argparse
 import asyncio
+import importlib
 import os
 import sys
 from collections.abc import Iterator
@@ -51,16 +52,16 @@ def ray_serve(*, is_haproxy: bool) -> Iterator[tuple[str, Any]]:
     os.environ |= {"RAY_SERVE_ENABLE_HA_PROXY": "1" if is_haproxy else "0", "RAY_USAGE_STATS_ENABLED": "0"}
     sys.path.insert(0, str(FOLDER))
     import ray
-    from deployment import Trimserve
     from ray import serve
     from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, gRPCOptions
 
+    application = importlib.import_module("deployment")  # by the name that workers know
     port, http_port = free_ports(2)
     servicers = [
         "trimserve.v1.generation_pb2_grpc.add_GenerationServiceServicer_to_server",
         "trimserve.v1.model_pb2_grpc.add_ModelServiceServicer_to_server",
     ]
-    ray.init(num_cpus=8, include_dashboard=False, configure_logging=False)
+    ray.init(num_cpus=8, include_dashboard=False, configure_logging=False, log_to_driver=False)
     try:
         serve.start(
             http_options={"port": http_port}, grpc_options=gRPCOptions(port=port, grpc_servicer_functions=servicers)
@@ -75,7 +76,7 @@ def ray_serve(*, is_haproxy: bool) -> Iterator[tuple[str, Any]]:
             policy=AutoscalingPolicy(policy_function="deployment:by_queue"),
         )
         engine = {"max_batch": MAX_BATCH, "max_queue": 512, "num_threads": 1}
-        serve.run(Trimserve.options(autoscaling_config=quick).bind({}, engine), name="trimserve")
+        serve.run(application.Trimserve.options(autoscaling_config=quick).bind({}, engine), name="trimserve")
         yield f"127.0.0.1:{port}", serve
     finally:
         serve.shutdown()
