@@ -11,7 +11,8 @@ import asyncio
 import importlib
 import os
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -45,8 +46,8 @@ TOKENS = 1500
 
 
 @contextmanager
-def ray_serve(*, is_haproxy: bool) -> Iterator[tuple[str, Any]]:
-    """The application on a Ray of its own; the address of gRPC, and Serve."""
+def ray_serve(*, is_haproxy: bool) -> Iterator[tuple[str, Any, Callable[[int | None], None]]]:
+    """A Ray of its own: the address of gRPC, Serve, and what deploys so many replicas, or as many as it takes."""
     # Workers find what is found here.
     os.environ["PYTHONPATH"] = os.pathsep.join([str(FOLDER), str(ROOT), os.environ.get("PYTHONPATH", "")])
     os.environ |= {"RAY_SERVE_ENABLE_HA_PROXY": "1" if is_haproxy else "0", "RAY_USAGE_STATS_ENABLED": "0"}
@@ -76,8 +77,13 @@ def ray_serve(*, is_haproxy: bool) -> Iterator[tuple[str, Any]]:
             policy=AutoscalingPolicy(policy_function="deployment:by_queue"),
         )
         engine = {"max_batch": MAX_BATCH, "max_queue": 512, "num_threads": 1}
-        serve.run(application.Trimserve.options(autoscaling_config=quick).bind({}, engine), name="trimserve")
-        yield f"127.0.0.1:{port}", serve
+
+        def deploy(num_replicas: int | None) -> None:
+            scaling = None if num_replicas else quick
+            options = {"num_replicas": num_replicas or "auto", "autoscaling_config": scaling}
+            serve.run(application.Trimserve.options(**options).bind({}, engine), name="trimserve")
+
+        yield f"127.0.0.1:{port}", serve, deploy
     finally:
         serve.shutdown()
         ray.shutdown()
@@ -104,6 +110,16 @@ class Replicas:
     def status(self) -> Any:
         """Of one of them."""
         return self._stub.GetServerStatus(model_pb2.GetServerStatusRequest(), metadata=METADATA)
+
+    def both(self) -> list[Any]:
+        """Of two that began at different times; each call is answered by one of them."""
+        found: dict[float, Any] = {}
+        while len(found) < 2:
+            status = self.status()
+            began_at = time.monotonic() - status.uptime_seconds
+            if all(abs(began_at - other) > 0.1 for other in found):
+                found[began_at] = status
+        return [*found.values()]
 
     def is_idle(self) -> bool:
         """Whether a lone replica holds no pages."""
@@ -134,12 +150,13 @@ async def scale(front: Caller, replicas: Replicas) -> int:
 
 
 async def images_stay_where_they_are(front: Caller, replicas: Replicas) -> None:
-    """Ask two questions on each of some images: each is encoded once; with a lone replica that is no art."""
-    before = replicas.status().image_cache_hits
+    """Ask two questions on each of some images, of two replicas: each is encoded once."""
+    before = sum(status.image_cache_hits for status in replicas.both())
     for number in range(NUM_IMAGES):
         for question in "What is this?", "Which colour?":
             await front.whole(request(question, 4, [picture(number)]))
-    assert replicas.status().image_cache_hits - before == NUM_IMAGES
+    hits = sum(status.image_cache_hits for status in replicas.both()) - before
+    assert hits == NUM_IMAGES, f"{hits} of {NUM_IMAGES} second questions found their image cached"
 
 
 def seconds_of_ray() -> float:
@@ -162,16 +179,21 @@ async def milliseconds_a_token(front: Caller) -> float:
     return (seconds_of_ray() - before) * 1e3 / TOKENS
 
 
-async def verify(address: str, serve: Any) -> None:
+async def verify(address: str, serve: Any, deploy: Callable[[int | None], None], *, is_haproxy: bool) -> None:
     """All of it."""
+    replicas = Replicas(serve, address)
     with in_process_server() as server:
         async with calling(address, METADATA) as front, calling(server.address) as direct:
-            replicas = Replicas(serve, address)
+            if not is_haproxy:
+                await asyncio.to_thread(deploy, 2)
+                await images_stay_where_they_are(front, replicas)
+                say(f"{NUM_IMAGES} of {NUM_IMAGES} images were encoded once, by one of two replicas")
+            await asyncio.to_thread(deploy, None)
+            await until(lambda: replicas.count() == 1, "a replica")
             await same_refusals(front, direct)
             await deadlines(front, TOKENS)
             say("codes and details are as direct, deadlines end calls")
             await until(replicas.is_idle, "no pages are held")
-            await images_stay_where_they_are(front, replicas)
             say(f"{await milliseconds_a_token(front):.2f} ms of processor a token, all of Ray together")
             await cancel_many(front, TOKENS)
             await until(replicas.is_idle, "no pages are held")
@@ -184,8 +206,9 @@ def main() -> int:
     """Run Ray."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--haproxy", action="store_true", help="Ray's HAProxy mode in place of its own proxy")
-    with ray_serve(is_haproxy=parser.parse_args().haproxy) as (address, serve):
-        asyncio.run(verify(address, serve))
+    is_haproxy = parser.parse_args().haproxy
+    with ray_serve(is_haproxy=is_haproxy) as (address, serve, deploy):
+        asyncio.run(verify(address, serve, deploy, is_haproxy=is_haproxy))
     return 0
 
 

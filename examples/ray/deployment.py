@@ -4,6 +4,7 @@ serve run deployment:app, or serve_config.yaml, from this folder. An exception w
 Ray cannot unpickle it: a status is set on Ray's context instead, and an empty message carries it.
 """
 
+import os
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -25,6 +26,11 @@ MOST_WAITING = 4
 """Requests that wait for each replica before there is one more."""
 BUSY, IDLE = 0.8, 0.3
 """Shares of the pools of keys and values above which there is one more replica, and below which one less."""
+
+
+# In Ray's HAProxy mode that balances calls by itself, and a router is refused.
+IS_HAPROXY = os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1"
+ROUTING = {} if IS_HAPROXY else {"request_router_config": RequestRouterConfig(request_router_class=ImageRouter)}
 
 
 def by_queue(context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
@@ -50,7 +56,7 @@ def by_queue(context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
         downscale_delay_s=300,
         policy=AutoscalingPolicy(policy_function=by_queue),
     ),
-    request_router_config=RequestRouterConfig(request_router_class=ImageRouter),
+    **ROUTING,
 )
 class Trimserve:
     """One replica."""
