@@ -20,8 +20,8 @@ from trimserve.commands.chat import chat
 from trimserve.commands.explain import explain
 from trimserve.commands.generate import generate
 from trimserve.commands.info import info
-from trimserve.commands.playground import playground
 from trimserve.commands.plan import plan
+from trimserve.commands.playground import playground
 from trimserve.commands.question import policy_help
 from trimserve.commands.serve import serve
 from trimserve.commands.status import status
