@@ -101,13 +101,13 @@ def test_kept_features_make_room_for_more_requests_and_all_of_one_are_needed_to_
 
 
 def test_tensor_parallel_devices_divide_linear_layers_and_keys_and_values(llama_11b: Path) -> None:
-    options = ("--model", llama_11b, "--gpu-memory", "18GiB")
-    assert planned(*options, fits=False)["limit"] == "the weights are larger than the memory"
-    rank, whole = planned(*options, "--tensor-parallel", 2), planned("--model", llama_11b, "--gpu-memory", "40GiB")
+    options = ("--model", llama_11b, "--gpu-memory")
+    assert planned(*options, "18GiB", fits=False)["limit"] == "the weights are larger than the memory"
+    rank, whole = planned(*options, "24GiB", "--tensor-parallel", 2), planned(*options, "40GiB")
     assert rank["weight_bytes"] == pytest.approx(12.0e9, rel=0.03)  # as measured of a sharded model
     for name in ("self_kv_bytes_per_request", "cross_kv_bytes_per_request", "step_bytes_alone"):
         assert rank[name] == whole[name] // 2
-    assert "num_kv_heads, 8, got 3" in refusal(*options, "--tensor-parallel", 3)
+    assert "num_kv_heads, 8, got 3" in refusal(*options, "24GiB", "--tensor-parallel", 3)
 
 
 def test_quantized_linear_layers_take_half(llama_11b: Path) -> None:
