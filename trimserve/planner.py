@@ -127,7 +127,7 @@ def make_plan(
     """
     _check(info, workload)
     # How many features stay is up to all heads, on whatever device.
-    most = _most_rows(info, workload)
+    most = _most_kept(info, workload)
     rank = of_rank(info, num_devices)
 
     def plan(count: int) -> Plan:
@@ -157,7 +157,7 @@ def _num_features(workload: Workload, info: ModelInfo) -> int:
     return (workload.num_tiles or info.max_tiles) * info.features_per_tile
 
 
-def _most_rows(info: ModelInfo, workload: Workload) -> int:
+def _most_kept(info: ModelInfo, workload: Workload) -> int:
     trim = TrimPlan.of(TrimRequest(k_ratio=info.default_k_ratio, merge_ratio=info.default_merge_ratio))
     features = _num_features(workload, info)
     return workload.num_images * max_rows(features, info.num_heads, info.features_per_tile, trim)
