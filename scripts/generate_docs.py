@@ -45,6 +45,7 @@ from benchmarks.policy_tables import (  # noqa: E402 as above
 from benchmarks.tables import (  # noqa: E402 as above
     batch_table,
     bytes_tables,
+    fleet_table,
     headline,
     load_table,
     read_result,
@@ -229,6 +230,7 @@ TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     "meta": ("docs/correctness.md", lambda: meta_table(read_result("meta.json"))),
     "departures": ("docs/correctness.md", lambda: departures_table(read_result("meta.json"))),
     "batch": ("docs/command-line.md", lambda: batch_table(read_result("batch.json"))),
+    "fleet": ("docs/fleet.md", lambda: fleet_table(read_result("fleet.json"))),
     "load": ("docs/service.md", lambda: load_table(read_result("load.json"))),
     "policies": ("docs/policies.md", lambda: accuracy_by_policy(comparison())),
     "policies-by-kind": ("docs/policies.md", lambda: accuracy_by_kind(comparison())),

@@ -32,6 +32,9 @@ FILES = {
     "serve.txt": ("pyproject.toml", "--extra=http", "--extra=tracing", "--constraint=requirements/dev.txt"),
     "build.txt": ("--group=build", "--constraint=requirements/dev.txt"),
     "fuzz.txt": ("--group=fuzz", "--constraint=requirements/dev.txt"),
+    "envoy.txt": ("--group=envoy", "--no-deps"),
+    "ray.txt": ("--group=ray", "--constraint=requirements/dev.txt"),
+    "sbom.txt": ("--group=sbom",),
     # Beside what dev.txt has, so that Meta's code runs on the torch and the Pillow that are tested.
     "meta.txt": ("--group=meta", "--no-deps"),
     # An environment of its own: Gradio holds Pillow below what is tested.

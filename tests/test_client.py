@@ -1,8 +1,11 @@
 """The client: requests made from strings and files, and calls over a real connection."""
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -12,7 +15,7 @@ from tests.server.test_access import entry
 from tests.server.test_tls import Files, server_config
 from trimserve.api.constraint import Choice, JsonObject, JsonSchema, LarkGrammar, Regex
 from trimserve.api.prompt import ChatPrompt, ImageFile, Message, Text
-from trimserve.client import SERVICE_CONFIG, Client, Tls, make_request
+from trimserve.client import SERVICE_CONFIG, Client, Tls, image_hash, make_image, make_request
 from trimserve.config import EngineConfig
 from trimserve.errors import EngineBusy, EngineStopped, RequestFailed
 from trimserve.serve import make_server
@@ -62,6 +65,46 @@ def test_a_conversation_and_options_arrive_unchanged(client: Client, runner: Fak
     assert [message.role for message in request.prompt.messages] == ["user", "assistant", "user"]
     assert (request.request_id, request.priority, request.trim.k_ratio) == ("mine", 3, 0.5)
     assert request.num_choices == 2
+
+
+def test_a_request_is_routed_by_its_first_image() -> None:
+    first, other = b"first", b"other"
+    conversation = [pb.Message(parts=[pb.Part(text="a"), pb.Part(image=make_image(first))]), pb.Message()]
+    digests = {
+        image_hash(request)
+        for request in (
+            make_request("?", [first]),
+            make_request("else?", [first, other]),
+            make_request(conversation),
+            pb.GenerateRequest(raw_prompt="<|image|>", images=[make_image(first)]),
+        )
+    }
+    assert digests == {hashlib.sha256(first).hexdigest()[:32]}
+    assert image_hash(make_request("?", [other])) not in digests
+    assert image_hash(make_request("?")) is None
+
+
+def test_calls_carry_the_digest_of_their_image() -> None:
+    seen: list[dict[str, Any]] = []
+
+    class Sees(grpc.ServerInterceptor):
+        def intercept_service(self, continuation: Any, handler_call_details: Any) -> Any:
+            if "Generation" in handler_call_details.method:  # health is watched, too
+                seen.append(dict(handler_call_details.invocation_metadata))
+            return continuation(handler_call_details)
+
+    server = grpc.server(ThreadPoolExecutor(1), interceptors=[Sees()])  # it has no services
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    with Client(f"127.0.0.1:{port}", token="secret") as client:
+        for images in [b"image"], []:
+            for call in (client.generate, lambda *asked: list(client.stream(*asked))):
+                with pytest.raises(grpc.RpcError, match="UNIMPLEMENTED"):
+                    call("?", images)
+    server.stop(None)
+    digest = image_hash(make_request("?", [b"image"]))
+    assert [call.get("x-image-hash") for call in seen] == [digest, digest, None, None]
+    assert {call["authorization"] for call in seen} == {"Bearer secret"}
 
 
 def test_an_answer_can_be_asked_for_in_a_form(client: Client, runner: FakeRunner) -> None:

@@ -52,7 +52,7 @@ def used(folder: str) -> dict[str, Path]:
 
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_whatever_is_imported_is_locked(folder: str) -> None:
-    files = ("dev.txt", "fuzz.txt", "meta.txt", "playground.txt")
+    files = ("dev.txt", "fuzz.txt", "meta.txt", "playground.txt", "ray.txt")
     locked = {"torch"}.union(*(pins(file) for file in files))
     missing = {name: path for name, path in used(folder).items() if name not in locked}
     assert not missing, "add it to pyproject.toml and run `make lock`"

@@ -1,15 +1,31 @@
-"""The Kubernetes manifest and the compose file fit the image and each other; verify_deployment.sh validates them."""
+"""Manifests, compose file, unit and Envoy fit the server and each other; verify_deployment.sh validates them."""
 
+import json
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from prometheus_client import generate_latest
 
 from tests.test_container import DOCKERFILE, VARIABLES
 from tests.test_repository import ROOT
+from trimserve.client import IMAGE_HASH, MAX_MESSAGE_BYTES, SERVICE_CONFIG
 from trimserve.config import Config, ServerConfig
+from trimserve.server.grpc.services import RPCS
+from trimserve.server.metrics import Metrics
+from trimserve.trimming.policies.table import POLICIES
 
-DEPLOYMENT, SERVICE, MONITOR = yaml.safe_load_all((ROOT / "docker/kubernetes.yaml").read_text())
+KUBERNETES = ROOT / "docker/kubernetes"
+
+
+def read(path: str) -> Any:
+    return yaml.safe_load((ROOT / "docker" / path).read_text())
+
+
+BASE = {path.stem: read(f"kubernetes/base/{path.name}") for path in sorted((KUBERNETES / "base").glob("*.yaml"))}
+DEPLOYMENT, SERVICE, MONITOR = BASE["deployment"], BASE["service"], BASE["monitor"]
 COMPOSE = yaml.safe_load((ROOT / "docker/compose.yaml").read_text())["services"]
 POD = DEPLOYMENT["spec"]["template"]
 [CONTAINER] = POD["spec"]["containers"]
@@ -30,6 +46,46 @@ def test_selectors_select() -> None:
     labels = POD["metadata"]["labels"]
     assert DEPLOYMENT["spec"]["selector"]["matchLabels"] == SERVICE["spec"]["selector"] == labels
     assert MONITOR["spec"]["selector"]["matchLabels"] == SERVICE["metadata"]["labels"]
+    assert BASE["disruption"]["spec"]["selector"]["matchLabels"] == labels
+    assert BASE["network"]["spec"]["podSelector"]["matchLabels"] == labels
+    assert read("kubernetes/inference-pool/values.yaml")["inferencePool"]["modelServers"]["matchLabels"] == labels
+    for scaler in read("kubernetes/hpa/autoscaler.yaml"), read("kubernetes/keda/scaledobject.yaml"):
+        assert scaler["spec"]["scaleTargetRef"]["name"] == DEPLOYMENT["metadata"]["name"]
+
+
+def test_every_resource_of_the_base_is_applied() -> None:
+    assert {Path(name).stem for name in BASE["kustomization"]["resources"]} == BASE.keys() - {"kustomization"}
+
+
+def test_pods_share_a_volume_of_models() -> None:
+    claims = [volume.get("persistentVolumeClaim", {}).get("claimName") for volume in POD["spec"]["volumes"]]
+    assert BASE["models"]["metadata"]["name"] in claims
+
+
+def test_what_scales_replicas_asks_for_metrics_of_one_series_each() -> None:
+    texts = [
+        path.read_text() for name in ("hpa", "keda", "inference-pool") for path in (KUBERNETES / name).glob("*.yaml")
+    ]
+    asked = [metric for text in texts for metric in re.findall(r"(?:name: |metric: |sum\()(trimserve_\w+)", text)]
+    assert len(asked) == 7
+    page = generate_latest(Metrics(POLICIES, RPCS).registry).decode()
+    for metric in asked:
+        assert len(re.findall(rf"^{metric}(?:\{{| )", page, re.MULTILINE)) == 1, metric
+
+
+def test_envoy_routes_by_our_header_to_our_service_and_holds_the_largest_request() -> None:
+    resources = read("envoy.yaml")["static_resources"]
+    [chain] = resources["listeners"][0]["filter_chains"]
+    [host] = chain["filters"][0]["typed_config"]["route_config"]["virtual_hosts"]
+    assert host["request_body_buffer_limit"] == MAX_MESSAGE_BYTES == DEFAULTS.max_message_bytes
+    *_, last = host["routes"]
+    assert last["route"]["hash_policy"] == [{"header": {"header_name": IMAGE_HASH}}]
+    [cluster] = resources["clusters"]
+    [endpoint] = cluster["load_assignment"]["endpoints"][0]["lb_endpoints"]
+    address = endpoint["endpoint"]["address"]["socket_address"]
+    assert address == {"address": SERVICE["metadata"]["name"], "port_value": DEFAULTS.port}
+    health = json.loads(SERVICE_CONFIG.read_text())["healthCheckConfig"]["serviceName"]
+    assert cluster["health_checks"][0]["grpc_health_check"]["service_name"] == health
 
 
 def test_ports_are_the_servers_and_are_found_by_name() -> None:
@@ -46,6 +102,8 @@ def test_ports_are_the_servers_and_are_found_by_name() -> None:
 
 def test_a_drain_may_end_before_the_process_is_killed() -> None:
     assert POD["spec"]["terminationGracePeriodSeconds"] > DEFAULTS.drain_grace_seconds
+    unit = (ROOT / "docker/trimserve.service").read_text()
+    assert int(re.findall(r"^TimeoutStopSec=(\d+)$", unit, re.MULTILINE)[0]) > DEFAULTS.drain_grace_seconds
     assert int(COMPOSE["trimserve"]["stop_grace_period"].removesuffix("s")) > DEFAULTS.drain_grace_seconds
 
 

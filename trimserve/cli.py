@@ -20,6 +20,7 @@ from trimserve.commands.chat import chat
 from trimserve.commands.explain import explain
 from trimserve.commands.generate import generate
 from trimserve.commands.info import info
+from trimserve.commands.plan import plan
 from trimserve.commands.playground import playground
 from trimserve.commands.question import policy_help
 from trimserve.commands.serve import serve
@@ -114,5 +115,6 @@ app.command(epilog=policy_help())(explain)
 app.command()(playground)
 app.command()(status)
 app.command()(info)
+app.command()(plan)
 app.command("eval")(evaluate)
 app.add_typer(codebook, name="codebook")

@@ -6,6 +6,7 @@ Programs with an event loop use `make_request` with the generated stubs, and
 `channel_options`.
 """
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from trimserve.loopback import proxy_options
 from trimserve.v1 import adapter_pb2, adapter_pb2_grpc, generation_pb2, generation_pb2_grpc, model_pb2, model_pb2_grpc
 
 __all__ = [
+    "IMAGE_HASH",
     "MAX_MESSAGE_BYTES",
     "SERVICE_CONFIG",
     "ChatInput",
@@ -27,6 +29,7 @@ __all__ = [
     "RequestOptions",
     "Tls",
     "channel_options",
+    "image_hash",
     "make_image",
     "make_request",
 ]
@@ -36,6 +39,9 @@ MAX_MESSAGE_BYTES = 64 * 2**20
 
 SERVICE_CONFIG = Path(__file__).with_name("service_config.json")
 """Timeouts, retries, load balancing and health checking of clients."""
+
+IMAGE_HASH = "x-image-hash"
+"""Metadata by which a proxy can send questions on one image to the server that has it cached."""
 
 ImageSource = bytes | str | Path
 """Content of an image file, or its path."""
@@ -96,6 +102,19 @@ def make_image(source: ImageSource) -> generation_pb2.Image:
         OSError: the file cannot be read.
     """
     return generation_pb2.Image(data=source if isinstance(source, bytes) else Path(source).read_bytes())
+
+
+def image_hash(request: generation_pb2.GenerateRequest) -> str | None:
+    """The value of `IMAGE_HASH` for a request, 32 hexadecimal digits of its first image; None without images.
+
+    A conversation that is shown others later stays where it is.
+
+    Args:
+        request: of any kind of prompt.
+    """
+    parts = (part for message in request.chat.messages for part in message.parts if part.HasField("image"))
+    first = next((part.image for part in parts), request.images[0] if request.images else None)
+    return None if first is None else hashlib.sha256(first.data).hexdigest()[:32]
 
 
 class RequestOptions(TypedDict, total=False):
@@ -190,7 +209,7 @@ class Client:
             self._channel = grpc.insecure_channel(address, options)
         else:
             self._channel = grpc.secure_channel(address, tls.credentials(), options)
-        self._metadata = () if token is None else (("authorization", f"Bearer {token}"),)
+        self._metadata: tuple[tuple[str, str], ...] = () if token is None else (("authorization", f"Bearer {token}"),)
         self._generation = generation_pb2_grpc.GenerationServiceStub(self._channel)
         self._adapters = adapter_pb2_grpc.AdapterServiceStub(self._channel)
         self._model = model_pb2_grpc.ModelServiceStub(self._channel)
@@ -227,7 +246,7 @@ class Client:
             OSError: an image file cannot be read.
         """
         request = _request(prompt, images, options)
-        return self._generation.Generate(request, timeout=timeout_seconds, metadata=self._metadata)
+        return self._generation.Generate(request, timeout=timeout_seconds, metadata=self._metadata_of(request))
 
     def stream(
         self,
@@ -249,11 +268,16 @@ class Client:
             OSError: an image file cannot be read.
         """
         request = _request(prompt, images, options)
-        call = self._generation.GenerateStream(request, timeout=timeout_seconds, metadata=self._metadata)
+        metadata = self._metadata_of(request)
+        call = self._generation.GenerateStream(request, timeout=timeout_seconds, metadata=metadata)
         try:
             yield from call
         finally:
             call.cancel()
+
+    def _metadata_of(self, request: generation_pb2.GenerateRequest) -> tuple[tuple[str, str], ...]:
+        digest = image_hash(request)
+        return self._metadata if digest is None else (*self._metadata, (IMAGE_HASH, digest))
 
     def model(self, *, timeout_seconds: float | None = None) -> model_pb2.GetModelResponse:
         """The served model.

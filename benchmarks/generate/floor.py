@@ -4,7 +4,6 @@ The rate of products is that of as many rows with a part of a weight that
 the second cache holds, by torch or by `ops.linear`, whichever is faster: what a product takes when memory is free.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -19,8 +18,8 @@ from trimserve.config import Quantize
 from trimserve.model.checkpoint import open_checkpoint
 from trimserve.model.int4 import to_int4
 from trimserve.model.int8 import to_int8
-from trimserve.model.quantization import SCALES
-from trimserve.model.weights import empty_model
+from trimserve.model.transformers_mllama import step_modules
+from trimserve.model.weights import empty_model, weight_bytes
 
 __all__ = ["Floor", "StepShape"]
 
@@ -44,23 +43,10 @@ class StepShape:
     def of_checkpoint(cls, folder: Path, dtype: torch.dtype, quantize: Quantize) -> "StepShape":
         """Of a checkpoint as `load_weights` stores it."""
         config = open_checkpoint(str(folder), None, with_weights=False).config
-        modules = dict(_used(empty_model(config, dtype, quantize)))
-        parameters = [parameter for module in modules.values() for parameter in module.parameters(recurse=False)]
-        scales = [getattr(module, SCALES) for module in modules.values() if hasattr(module, SCALES)]
-        linears = [module for module in modules.values() if isinstance(module, nn.Linear)]
-        return cls(
-            dtype,
-            quantize,
-            sum(tensor.nbytes for tensor in (*parameters, *scales)),
-            tuple((linear.out_features, linear.in_features) for linear in linears),
-        )
-
-
-def _used(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    for name, module in model.named_modules():
-        is_of_step = name.startswith(("model.language_model.layers", "model.language_model.norm", "lm_head"))
-        if is_of_step and not name.endswith(("cross_attn.k_proj", "cross_attn.v_proj", "cross_attn.k_norm")):
-            yield name, module
+        modules = [*step_modules(empty_model(config, dtype, quantize))]
+        linears = [module for module in modules if isinstance(module, nn.Linear)]
+        shapes = tuple((linear.out_features, linear.in_features) for linear in linears)
+        return cls(dtype, quantize, weight_bytes(modules), shapes)
 
 
 @dataclass(frozen=True, slots=True)

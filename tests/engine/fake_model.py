@@ -94,6 +94,8 @@ class FakeModel:
             device="cpu",
             num_parameters=0,
             weight_bytes=0,
+            linear_bytes=0,
+            step_weight_bytes=0,
             vocab_size=257,
             image_token_id=IMAGE,
             max_model_len=self.max_model_len,

@@ -47,6 +47,8 @@ def info(tokens: TinyTokens) -> ModelInfo:
         device="cpu",
         num_parameters=0,
         weight_bytes=0,
+        linear_bytes=0,
+        step_weight_bytes=0,
         vocab_size=tokens.vocab_size,
         image_token_id=tokens.image_token_id,
         max_model_len=MAX_MODEL_LEN,

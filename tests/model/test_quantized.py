@@ -282,7 +282,7 @@ config = MllamaConfig.from_pretrained(folder)
 (torch.ones(1024, 1024) @ torch.ones(1024, 1024)).to(torch.float8_e4m3fn).float()
 before = peak()
 model = load_weights(folder, config, torch.bfloat16, torch.device("cpu"))
-print((peak() - before) / weight_bytes(model))
+print((peak() - before) / weight_bytes(model.modules()))
 """
 
 

@@ -78,6 +78,10 @@ class ModelInfo:
     num_parameters: int
     weight_bytes: int
     """Of all parameters, as stored."""
+    linear_bytes: int
+    """Of the decoder's linear layers and the output layer: what tensor parallelism divides."""
+    step_weight_bytes: int
+    """Of what a decode step reads: all but the vision encoder, the embedding and the projections of features."""
     vocab_size: int
     """Size of the logits; the id of `<|image|>` is past it."""
     image_token_id: int

@@ -22,6 +22,7 @@ __all__ = [
     "available_bytes",
     "check_room_for_adapter",
     "default_kv_cache_bytes",
+    "kv_budget",
     "make_pool",
     "memory_by_kind",
     "prefill_scratch_bytes",
@@ -158,29 +159,41 @@ def default_kv_cache_bytes(info: ModelInfo, max_batch: int, available: int) -> i
     return min(max_batch * pages * page_bytes + scratch, share)
 
 
+def kv_budget(info: ModelInfo, config: EngineConfig, max_rows: int, available: int) -> tuple[int, int]:
+    """What keys, values and scratch take together, and the scratch among it, in bytes.
+
+    Args:
+        info: of the model.
+        config: `kv_cache_bytes`, or without it `max_batch`, which `default_kv_cache_bytes` goes by.
+        max_rows: of a decode step.
+        available: see `available_bytes`, beside the model.
+    """
+    total: int | None = config.kv_cache_bytes
+    if total is None:
+        total = default_kv_cache_bytes(info, config.max_batch, available)
+    return total, prefill_scratch_bytes(info) + activation_bytes(info, max_rows, total)
+
+
 def make_pool(info: ModelInfo, config: EngineConfig, max_rows: int, available: int) -> KVPool:
     """The page pool that a config asks for, or that the memory allows.
 
     Args:
         info: of the model.
-        config: `kv_cache_bytes` and `kv_layers_per_page`, with `max_batch`.
-        max_rows: of a decode step.
-        available: see `available_bytes`.
+        config: see `kv_budget`; and `kv_layers_per_page`.
+        max_rows: see `kv_budget`.
+        available: see `kv_budget`.
     Raises:
         CheckpointError: `kv_cache_bytes` does not even hold the prefill scratch and a page, or `kv_layers_per_page`
             does not fit the model.
     """
-    wanted: int | None = config.kv_cache_bytes
-    if wanted is None:
-        wanted = default_kv_cache_bytes(info, config.max_batch, available)
-    scratch = prefill_scratch_bytes(info) + activation_bytes(info, max_rows, wanted)
+    total, scratch = kv_budget(info, config, max_rows, available)
     try:
-        pool = KVPool(info, wanted - scratch, config.kv_layers_per_page)
+        pool = KVPool(info, total - scratch, config.kv_layers_per_page)
     except ValueError as error:
         raise CheckpointError(f"kv_layers_per_page: {error}") from error
     if not pool.num_pages:
         raise CheckpointError(
             f"kv_cache_bytes: must be at least {scratch + pool.page_bytes}, the scratch of a prefill with "
-            f"{info.max_images} images (max_images) and a page, got {wanted}"
+            f"{info.max_images} images (max_images) and a page, got {total}"
         )
     return pool

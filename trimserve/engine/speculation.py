@@ -14,7 +14,7 @@ from trimserve.engine.step_costs import StepCosts
 from trimserve.executor.drafter import Drafter, Text
 from trimserve.executor.plan import Rows, StepResult
 
-__all__ = ["MOST_DRAFTS", "Speculation"]
+__all__ = ["MOST_DRAFTS", "Speculation", "most_rows"]
 
 MOST_DRAFTS: Final = 8
 """Of one sequence in a step."""
@@ -73,6 +73,11 @@ class _Proposal:
     trust: _Trust
 
 
+def most_rows(max_batch: int, *, has_drafts: bool) -> int:
+    """Rows of the largest step of a batch, and of its drafts if there are any."""
+    return max(max_batch, 1 + MOST_DRAFTS) if has_drafts else max_batch
+
+
 class Speculation:
     """Chooses drafts for each step, and learns from what became of them."""
 
@@ -85,7 +90,7 @@ class Speculation:
         """
         self.is_on = drafter is not None
         """Whether there are drafts."""
-        self.most_rows = max(max_batch, 1 + MOST_DRAFTS) if self.is_on else max_batch
+        self.most_rows = most_rows(max_batch, has_drafts=self.is_on)
         """Of a step."""
         self.num_proposed = 0
         """Drafts that were checked."""

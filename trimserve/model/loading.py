@@ -22,6 +22,7 @@ from trimserve.model.checkpoint import (
 from trimserve.model.codebook import load_codebook
 from trimserve.model.mllama import Mllama
 from trimserve.model.processor import Processor
+from trimserve.model.transformers_mllama import decoder_linears, step_modules
 from trimserve.model.vision import vision_scratch_bytes
 from trimserve.model.weights import empty_model, load_weights, num_parameters, stored_formats, weight_bytes
 from trimserve.trimming.policies.table import POLICIES
@@ -38,18 +39,19 @@ __all__ = [
 _ON_GPU: Final[tuple[Quantize, ...]] = ("none", "int8")
 
 
-def describe_model(config: ModelConfig, limits: EngineConfig) -> ModelInfo:
+def describe_model(config: ModelConfig, limits: EngineConfig, device: str | None = None) -> ModelInfo:
     """Describe a checkpoint, and its guide, from their small files; weights are not read, but adapters are checked.
 
     Args:
         config: which one, and how it would be read.
         limits: bounds of a request's images and tokens.
+        device: `cpu` or `cuda:0`, which need not be there; None is what `config.device` says.
     Raises:
         CheckpointError: not found, not an Mllama, something that cannot be honoured, such as a device that is not
             there, or a codebook, a guide or an adapter that does not fit.
     """
     checkpoint = open_checkpoint(config.model, config.revision, with_weights=False)
-    info = describe_checkpoint(checkpoint, config, limits)
+    info = describe_checkpoint(checkpoint, config, limits, device)
     if config.codebook is not None:
         load_codebook(config.codebook, info, config.intermediate_features)
     if config.adapter:
@@ -120,7 +122,7 @@ def _guide_config(config: ModelConfig) -> ModelConfig:
 
 
 def _describe_guide(config: ModelConfig, limits: EngineConfig, info: ModelInfo) -> ModelInfo:
-    guide = describe_model(_guide_config(config), limits)
+    guide = describe_model(_guide_config(config), limits, info.device)
     if _grid(guide) != _grid(info):
         raise CheckpointError(
             f"guide_model: must have the patch grid of the model: {guide.model_id} has {_grid(guide)}, "
@@ -138,20 +140,24 @@ def _grid(info: ModelInfo) -> str:
     return f"up to {info.max_tiles} tiles of {info.tile_size} pixels, patches of {info.patch_size}"
 
 
-def describe_checkpoint(checkpoint: Checkpoint, config: ModelConfig, limits: EngineConfig) -> ModelInfo:
+def describe_checkpoint(
+    checkpoint: Checkpoint, config: ModelConfig, limits: EngineConfig, device: str | None = None
+) -> ModelInfo:
     """The same of a checkpoint whose small files were read.
 
     Args:
         checkpoint: which one; its folder is not looked at.
         config: how it would be read.
         limits: as in `describe_model`.
+        device: as in `describe_model`.
     Raises:
         CheckpointError: something that cannot be honoured.
     """
     text, vision = text_config(checkpoint.config), vision_config(checkpoint.config)
     dtype = checkpoint.dtype(config.dtype)
     head_dim = text.hidden_size // text.num_attention_heads
-    device = _device(config.device, config.quantize)
+    device = _device(config.device) if device is None else device
+    _check_quantization(config.quantize, device)
     stored = stored_formats(checkpoint.config, checkpoint.tensors) if device == "cpu" else {}
     model = empty_model(checkpoint.config, dtype, config.quantize, stored)
     kept = [*stored.values()]
@@ -166,7 +172,9 @@ def describe_checkpoint(checkpoint: Checkpoint, config: ModelConfig, limits: Eng
         quantization=kept[0].name if config.quantize == "none" and kept else config.quantize,
         device=device,
         num_parameters=num_parameters(model),
-        weight_bytes=weight_bytes(model),
+        weight_bytes=weight_bytes(model.modules()),
+        linear_bytes=weight_bytes(decoder_linears(model)),
+        step_weight_bytes=weight_bytes(step_modules(model)),
         vocab_size=text.vocab_size,
         image_token_id=checkpoint.config.image_token_index,
         max_model_len=_max_model_len(text.max_position_embeddings, config.max_model_len),
@@ -195,7 +203,12 @@ def describe_checkpoint(checkpoint: Checkpoint, config: ModelConfig, limits: Eng
     return info if config.guide_model is None else replace(info, guide=_describe_guide(config, limits, info))
 
 
-def _device(wanted: Device, quantize: Quantize) -> str:
+def _check_quantization(quantize: Quantize, device: str) -> None:
+    if device != "cpu" and quantize not in _ON_GPU:
+        raise CheckpointError(f"quantize {quantize} is for the CPU; take {' or '.join(_ON_GPU)}, or device cpu")
+
+
+def _device(wanted: Device) -> str:
     """As in `ModelInfo.device`."""
     why_not = None
     if not torch.cuda.is_available():
@@ -206,8 +219,6 @@ def _device(wanted: Device, quantize: Quantize) -> str:
         return "cpu"
     if why_not is not None:
         raise CheckpointError(f"device cuda: {why_not}")
-    if quantize not in _ON_GPU:
-        raise CheckpointError(f"quantize {quantize} is for the CPU; take {' or '.join(_ON_GPU)}, or device cpu")
     return "cuda:0"
 
 

@@ -38,6 +38,7 @@ __all__ = [
     "decoder_parts",
     "fused_linears",
     "meta_model",
+    "step_modules",
     "vision_layer_parts",
     "vision_module_names",
     "vision_parts",
@@ -191,6 +192,17 @@ def decoder_linears(model: MllamaForConditionalGeneration) -> Iterator[nn.Linear
     """Every linear layer of the decoder's layers, and the output layer."""
     for module in (*model.model.language_model.layers.modules(), model.lm_head):
         if isinstance(module, nn.Linear):
+            yield module
+
+
+def step_modules(model: MllamaForConditionalGeneration) -> Iterator[nn.Module]:
+    """Modules whose own parameters a decode step reads whole.
+
+    That leaves out the embedding, of which it reads rows, and the projections of visual features.
+    """
+    for name, module in model.named_modules():
+        is_of_step = name.startswith(("model.language_model.layers", "model.language_model.norm", "lm_head"))
+        if is_of_step and not name.endswith(("cross_attn.k_proj", "cross_attn.v_proj", "cross_attn.k_norm")):
             yield module
 
 

@@ -8,7 +8,7 @@ transformers' own parameters are views of them.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -149,10 +149,10 @@ def num_parameters(model: MllamaForConditionalGeneration) -> int:
     return sum(math.prod(place.shape) for _, place in _places(model))
 
 
-def weight_bytes(model: MllamaForConditionalGeneration) -> int:
-    """Bytes of a model's parameters and scales."""
-    places = [place for _, place in _places(model)]
-    return sum(place.weight.nbytes + (0 if place.scales is None else place.scales.nbytes) for place in places)
+def weight_bytes(modules: Iterable[nn.Module]) -> int:
+    """Bytes of the modules' own parameters and scales; `model.modules()` are all of a model."""
+    tensors = [[*module.parameters(recurse=False), getattr(module, SCALES, None)] for module in modules]
+    return sum(tensor.nbytes for own in tensors for tensor in own if tensor is not None)
 
 
 def fuse(linears: Sequence[nn.Linear], device: torch.device) -> None:
