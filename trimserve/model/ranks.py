@@ -182,7 +182,9 @@ def connect(
         file = _distributed.FileStore(str(store), shard.size)
         backend = _nccl if device.type == "cuda" else _gloo
         collectives = backend(file, shard, timedelta(seconds=timeout_seconds))
-    return RankGroup(shard, collectives, connections)
+    group = RankGroup(shard, collectives, connections)
+    group.sum(torch.zeros(1, device=device))  # NCCL connects when something is summed first
+    return group
 
 
 def _gloo(store: object, shard: Shard, timeout: timedelta) -> Collectives:
