@@ -14,11 +14,11 @@ from torch import Tensor
 from trimserve.api.info import ModelInfo
 from trimserve.config import EngineConfig, ModelConfig
 from trimserve.executor.local import LocalExecutor
+from trimserve.executor.model import Model
 from trimserve.model.loading import describe_model
-from trimserve.model.mllama import Mllama
 from trimserve.model.ranks import RankGroup, Shard, connect
 
-__all__ = ["Description", "Done", "Order", "Setup", "describe", "follow", "join"]
+__all__ = ["Description", "Done", "Follower", "Order", "Setup", "describe", "follow", "join"]
 
 
 class Setup(NamedTuple):
@@ -65,27 +65,35 @@ def join(setup: Setup, info: ModelInfo, timeout_seconds: float, connections: Seq
     return connect(setup.shard, device, setup.store, timeout_seconds, connections)
 
 
-def follow(model: Mllama, group: RankGroup, image_cache_bytes: int, reply: Callable[[object], None]) -> None:
+class Follower(LocalExecutor):
+    """Runs the plans of rank 0 without drawing: they name the tokens."""
+
+    def __init__(self, model: Model, group: RankGroup, image_cache_bytes: int = 0) -> None:
+        """Hold no pages yet.
+
+        Args:
+            model: this rank's part.
+            group: hears rank 0.
+            image_cache_bytes: the same as of rank 0, so that both hold the same images.
+        """
+        super().__init__(model, image_cache_bytes, clock=lambda: group.hear(float), is_fatal=lambda _: True)
+
+    def _draw(self, logits: Tensor, batch: object, step: object) -> None:
+        """Rank 0 has the logits."""
+
+
+def follow(executor: Follower, group: RankGroup, reply: Callable[[object], None]) -> None:
     """Take orders for ever.
 
     Args:
-        model: this rank's part.
+        executor: of this rank.
         group: hears rank 0.
-        image_cache_bytes: the same as of rank 0, so that both hold the same images.
         reply: called with `Done` after every order that is no step.
     Raises:
         EOFError: rank 0 is gone.
     """
-    executor = _Follower(model, image_cache_bytes, clock=lambda: group.hear(float), is_fatal=lambda _: True)
     while True:
         order = group.hear(Order)
         getattr(executor, order.name)(*order.arguments)
         if order.name != "run":
             reply(Done())
-
-
-class _Follower(LocalExecutor):
-    """Runs plans without drawing: they name the tokens."""
-
-    def _draw(self, logits: Tensor, batch: object, step: object) -> None:
-        """Rank 0 has the logits."""

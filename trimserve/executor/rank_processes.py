@@ -32,7 +32,7 @@ T = TypeVar("T")
 
 RANK_MODULE: Final = ("-m", "trimserve.executor.rank_main")
 
-_CAUSE_SECONDS: Final = 0.5
+_CAUSE_SECONDS: Final = 0.25
 """Between the end of a connection and that of the process, or until a process has said why it ends."""
 
 
