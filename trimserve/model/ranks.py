@@ -36,8 +36,6 @@ class Collectives(Protocol):
 
     def gather(self, outputs: list[list[Tensor]], inputs: list[Tensor]) -> Any: ...
 
-    def abort(self) -> None: ...
-
 
 class Shard(NamedTuple):
     """Which part of a model a rank holds."""
@@ -158,10 +156,6 @@ class RankGroup(Ranks):
         if not isinstance(message, kind):
             raise RankFailed(f"ranks are not in step: expected {kind.__name__}, got {type(message).__name__}")
         return message
-
-    def leave(self) -> None:
-        """Take part no more: who waits for this rank fails at once."""
-        self._collectives.abort()
 
 
 def connect(
