@@ -189,8 +189,7 @@ class EngineConfig(_Knobs):
         default=1,
         ge=1,
         description="Processes of this machine that hold a part of the model each, on a GPU each or on the CPU; must "
-        "divide the model's KV heads and the width of its MLP. `kv_cache_bytes` are of all of them together. See "
-        "[tensor-parallel.md](tensor-parallel.md).",
+        "divide the model's KV heads and the width of its MLP. `kv_cache_bytes` are of all of them together.",
     )
 
 

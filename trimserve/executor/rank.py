@@ -78,8 +78,11 @@ class Follower(LocalExecutor):
         """
         super().__init__(model, image_cache_bytes, clock=lambda: group.hear(float), is_fatal=lambda _: True)
 
-    def _draw(self, logits: Tensor, batch: object, step: object) -> None:
+    def _draw_first(self, logits: Tensor, held: object, step: object) -> None:
         """Rank 0 has the logits."""
+
+    def _draw(self, logits: Tensor, rows: object, batch: object, step: object) -> None:
+        """The same."""
 
 
 def follow(executor: Follower, group: RankGroup, reply: Callable[[object], None]) -> None:

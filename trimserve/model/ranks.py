@@ -29,7 +29,7 @@ _CONNECT: Final = timedelta(seconds=120)
 """For all ranks to find each other once each of them has begun."""
 
 
-class Collectives(Protocol):
+class _Collectives(Protocol):
     """What is needed of a backend of torch.distributed."""
 
     def allreduce(self, tensors: list[Tensor]) -> Any: ...
@@ -59,7 +59,7 @@ class Shard(NamedTuple):
 UNSHARDED: Final = Shard()
 
 
-class Decided(NamedTuple):
+class _Decided(NamedTuple):
     """What rank 0 chose, as plain data."""
 
     answer: KeptSet | Verdict
@@ -97,7 +97,7 @@ ALONE: Final = Ranks()
 class RankGroup(Ranks):
     """One of several processes that share a model; used by one thread at a time."""
 
-    def __init__(self, shard: Shard, collectives: Collectives, connections: Sequence[Connection]) -> None:
+    def __init__(self, shard: Shard, collectives: _Collectives, connections: Sequence[Connection]) -> None:
         """Use `connect`.
 
         Args:
@@ -126,10 +126,10 @@ class RankGroup(Ranks):
     def decide(self, choose: Callable[[], Selection | Verdict], device: torch.device) -> Selection | Verdict:
         """See `Ranks.decide`."""
         if self.shard.rank:
-            answer = self.hear(Decided).answer
+            answer = self.hear(_Decided).answer
             return answer.selection(device) if isinstance(answer, KeptSet) else answer
         chosen = choose()
-        self.tell(Decided(KeptSet.of(chosen, AHEAD) if isinstance(chosen, Selection) else chosen))
+        self.tell(_Decided(KeptSet.of(chosen, AHEAD) if isinstance(chosen, Selection) else chosen))
         return chosen
 
     def tell(self, message: object) -> None:
@@ -181,7 +181,7 @@ def connect(
     return group
 
 
-def _gloo(store: object, shard: Shard, timeout: timedelta) -> Collectives:
+def _gloo(store: object, shard: Shard, timeout: timedelta) -> _Collectives:
     # Not `init_process_group`, which keeps one group for the whole process: a program may serve two models.
     gloo = _distributed.ProcessGroupGloo
     options = gloo._Options()
@@ -189,15 +189,15 @@ def _gloo(store: object, shard: Shard, timeout: timedelta) -> Collectives:
     options._timeout = _CONNECT
     group = gloo(store, *shard, options)
     group._set_default_timeout(timeout)
-    collectives: Collectives = group
+    collectives: _Collectives = group
     return collectives
 
 
-def _nccl(store: object, shard: Shard, timeout: timedelta) -> Collectives:
+def _nccl(store: object, shard: Shard, timeout: timedelta) -> _Collectives:
     nccl = _distributed.ProcessGroupNCCL
     options = nccl.Options()
     options._timeout = timeout
-    collectives: Collectives = nccl(store, *shard, options)
+    collectives: _Collectives = nccl(store, *shard, options)
     return collectives
 
 
