@@ -2,7 +2,7 @@
 
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import replace
@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 from pydantic import ByteSize
 
-from tests.engine.stepping import run
+from tests.engine.stepping import deltas, run
 from tests.engine.test_random_mixes import answer, assert_same, choices_of, draw_request
-from tests.engine.test_real_model import GEOMETRY, ONE
+from tests.engine.test_real_model import GEOMETRY, ONE, REQUESTS
 from tests.model.random_checkpoint import save_random_checkpoint
 from tests.model.ranks import ThreadRanks
 from tests.patience import PATIENCE_SECONDS
@@ -26,6 +26,7 @@ from trimserve.config import EngineConfig, ModelConfig
 from trimserve.engine.engine import Engine
 from trimserve.engine.sequence import SequenceState
 from trimserve.errors import AdapterError, RankFailed, TrimserveError
+from trimserve.executor.drafter import Text
 from trimserve.executor.local import LocalExecutor
 from trimserve.executor.rank import Description, Follower, follow
 from trimserve.executor.tensor_parallel import TensorParallelExecutor, check_agreement
@@ -35,7 +36,10 @@ from trimserve.model.mllama import Mllama
 Output = list[GenerationChunk | TrimserveError]
 
 LIMITS = EngineConfig(
-    max_batch=12, kv_cache_bytes=ByteSize(2**23), image_cache_bytes=ByteSize(2**15), prefill_slice_seconds=0.002
+    max_batch=12,
+    kv_cache_bytes=ByteSize(2**23),
+    image_cache_bytes=ByteSize(2**15),
+    prefill_slice_seconds=0.002,
 )
 """Fewer images fit into the cache than there are, and a prefill is cut into slices."""
 
@@ -103,6 +107,12 @@ def parts(folder: Path, ranks: ThreadRanks) -> list[Mllama]:
     return ranks.load(ModelConfig(model=str(folder)))
 
 
+@pytest.fixture(scope="module")
+def whole(folder: Path) -> Mllama:
+    """In one process."""
+    return load_model(ModelConfig(model=str(folder)), LIMITS)
+
+
 @pytest.fixture
 def pair(ranks: ThreadRanks, parts: list[Mllama]) -> Iterator[Pair]:
     pair = Pair(ranks, parts)
@@ -118,9 +128,8 @@ def drawn_requests(num: int) -> list[GenerationRequest]:
     return [replace(each, constraint=constraint) if number % 9 == 0 else each for number, each in enumerate(wanted)]
 
 
-def test_200_requests_with_cancels_get_the_tokens_of_one_process_and_leave_nothing(pair: Pair, folder: Path) -> None:
+def test_200_requests_with_cancels_get_the_tokens_of_one_process_and_leave_nothing(pair: Pair, whole: Mllama) -> None:
     requests = drawn_requests(200)
-    whole = load_model(ModelConfig(model=str(folder)), LIMITS)
     expected = run(Engine(whole.processor, LocalExecutor(whole, LIMITS.image_cache_bytes), LIMITS), *requests)
     engine, rng = pair.engine, random.Random("cancels")
     outputs: list[Output] = [[] for _ in requests]
@@ -153,6 +162,34 @@ def test_200_requests_with_cancels_get_the_tokens_of_one_process_and_leave_nothi
     ours, theirs = pair.locals
     assert list(ours._images._images) == list(theirs._images._images)
     assert ours._images.num_evictions == theirs._images.num_evictions > 0
+
+
+class Knowing:
+    """Drafts what it was told, with a wrong token in every third place."""
+
+    def __init__(self, answers: Sequence[Sequence[int]]) -> None:
+        """Of answers that begin differently."""
+        self._answers = answers
+
+    def propose(self, texts: Sequence[Text], most: int) -> list[list[int]]:
+        return [self._next(list(text.generated_token_ids), most) for text in texts]
+
+    def forget(self, sequence: int) -> None:
+        """Nothing is kept."""
+
+    def _next(self, told: list[int], most: int) -> list[int]:
+        [answer] = (each for each in self._answers if list(each[: len(told)]) == told)
+        return [token + (place % 3 == 2) for place, token in enumerate(answer)][len(told) : len(told) + most]
+
+
+def test_drafts_are_rows_on_every_rank(pair: Pair, whole: Mllama) -> None:
+    requests = [REQUESTS[index] for index in (0, 2, 5)]
+    expected = run(Engine(whole.processor, LocalExecutor(whole), LIMITS), *requests)
+    answers = [[token for delta in deltas(output) for token in delta.token_ids] for output in expected]
+    engine = Engine(whole.processor, pair.executor, LIMITS, drafter=Knowing(answers))
+    outputs = run(engine, *requests)
+    assert [[token for delta in deltas(output) for token in delta.token_ids] for output in outputs] == answers
+    assert 0 < engine.speculation.num_accepted < engine.speculation.num_proposed
 
 
 def test_an_error_between_two_sums_on_either_rank_is_fatal_20_of_20(
