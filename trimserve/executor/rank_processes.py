@@ -170,7 +170,7 @@ class RankProcesses:
                 rank = self.connections.index(connection) + 1
                 try:
                     message: object = pickle.loads(connection.recv_bytes())
-                except (EOFError, OSError):
+                except Exception:  # noqa: BLE001  # it ended, or said something that is no message
                     message = None
                 if message is None or isinstance(message, Raised):
                     self._fail(rank, message)
