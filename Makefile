@@ -22,7 +22,7 @@ export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
 .PHONY: help build demo test check verify verify-attack verify-constraints verify-cuda-build verify-envoy verify-http \
-	verify-meta verify-playground verify-ray verify-sbom \
+	verify-meta verify-playground verify-ranks verify-ray verify-sbom \
 	check-sanitize cuda-check test-gpu bench-gpu lock update test-floor \
 	test-newest fmt protos docs bench bench-ops clean
 
@@ -60,7 +60,7 @@ verify: check test  ## what takes longer: Meta's code, committed accuracies, ran
 	$(MAKE) test-floor test-newest
 	PATH="$(abspath $(BIN)):$$PATH" scripts/verify_wheel.sh
 	$(MAKE) check-sanitize verify-meta verify-attack verify-http verify-playground verify-constraints verify-cuda-build
-	$(MAKE) verify-envoy verify-ray verify-sbom
+	$(MAKE) verify-envoy verify-ranks verify-ray verify-sbom
 	$(BIN)/python -m pytest --device pretend --hypothesis-profile few --timeout 900 -k "not opcheck" tests/ops \
 		tests/model/test_bucketed_decode.py
 	scripts/verify_deployment.sh
@@ -91,6 +91,9 @@ verify-sbom: build build/sbom/.installed  ## write out/sbom.json, the image's bi
 
 check-sanitize: build  ## run the tests of the ops under AddressSanitizer and UndefinedBehaviorSanitizer
 	PATH="$(abspath $(BIN)):$$PATH" scripts/check_sanitize.sh
+
+verify-ranks: build  ## break one of two processes that share a model, in every way, and see the server end with the cause
+	$(BIN)/python scripts/verify_ranks.py
 
 verify-constraints: build  ## ask for answers to 1,000 random schemas and 200 expressions, check them, measure the cost
 	PYTHONPATH=. $(BIN)/python scripts/verify_constraints.py

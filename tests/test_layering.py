@@ -27,13 +27,14 @@ MAY_IMPORT = {
     "api": set(),
     "errors": set(),
     "loopback": set(),
+    "parent": set(),
     "environment": set(),
     "process": set(),
     "v1": set(),
     "config": {"api", "loopback"},
-    "imaging": {"errors"},
+    "imaging": {"errors", "parent"},
     # the arrow
-    **{part: {*PLAIN, "imaging", *ARROW[:place]} for place, part in enumerate(ARROW)},
+    **{part: {*PLAIN, "imaging", "parent", *ARROW[:place]} for place, part in enumerate(ARROW)},
     # the server, which the arrow reaches only through its protocol of an engine
     "server": PLAIN,
     "server/grpc": {*PLAIN, "server", "v1"},
@@ -63,7 +64,7 @@ MAY_IMPORT = {
 }
 """Parts of the package by the part that may import them."""
 
-STANDARD_LIBRARY_ONLY = {"__init__", "__main__", "api", "errors", "loopback", "environment", "process"}
+STANDARD_LIBRARY_ONLY = {"__init__", "__main__", "api", "errors", "loopback", "environment", "parent", "process"}
 
 HOMES = {
     "grpc": {

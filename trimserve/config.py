@@ -182,7 +182,14 @@ class EngineConfig(_Knobs):
     num_threads: int | None = Field(
         default=None,
         ge=1,
-        description="Threads of one op on the CPU; unset is PyTorch's choice: `OMP_NUM_THREADS`, else all cores.",
+        description="Threads of one op on the CPU; unset is PyTorch's choice: `OMP_NUM_THREADS`, else all cores; of "
+        "`tensor_parallel` processes each takes its part of these.",
+    )
+    tensor_parallel: int = Field(
+        default=1,
+        ge=1,
+        description="Processes of this machine that hold a part of the model each, on a GPU each or on the CPU; must "
+        "divide the model's KV heads and the width of its MLP. `kv_cache_bytes` are of all of them together.",
     )
 
 

@@ -13,6 +13,7 @@
     │   ├── TooManyBytes   messages of others take all the room there is for them
     │   └── TooFast        a client asks for more in a minute than it may
     ├── EngineStopped      starting, draining or dead: another replica may serve it
+    │   └── RankFailed     a process that shares the model with others failed: the engine ends, whatever it was doing
     ├── DeadlinePassed     the request's deadline came before its end
     │   └── MessageLate    its message did not arrive in time
     ├── RequestFailed      this request failed inside the model; others are not affected
@@ -41,6 +42,7 @@ __all__ = [
     "MessageTooLarge",
     "OutOfMemory",
     "PermissionDenied",
+    "RankFailed",
     "RequestFailed",
     "TooFast",
     "TooManyBytes",
@@ -179,6 +181,10 @@ class EngineStopped(TrimserveError):
     """The engine takes no request now: it is starting, draining or has died."""
 
     reason = "ENGINE_STOPPED"
+
+
+class RankFailed(EngineStopped):
+    """One of the processes that share a model ended, hangs or is not in step; none of them can go on."""
 
 
 class DeadlinePassed(TrimserveError):

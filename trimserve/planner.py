@@ -130,8 +130,12 @@ def make_plan(
     most = _most_kept(info, workload)
     rank = of_rank(info, num_devices)
 
+    of_all = config.kv_cache_bytes
+    kv_cache_bytes = None if of_all is None else of_all // num_devices
+
     def plan(count: int) -> Plan:
-        return _plan_for(rank, config.model_copy(update={"max_batch": count}), workload, most, memory_bytes)
+        own = config.model_copy(update={"max_batch": count, "kv_cache_bytes": kv_cache_bytes})
+        return _plan_for(rank, own, workload, most, memory_bytes)
 
     if num_requests is not None:
         return plan(num_requests)

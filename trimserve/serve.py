@@ -4,7 +4,9 @@ import torch
 
 from trimserve.config import Config, EngineConfig, ModelConfig, ServerConfig
 from trimserve.engine.runner import Runner
+from trimserve.executor.executor import Executor
 from trimserve.executor.local import LocalExecutor
+from trimserve.executor.tensor_parallel import start_ranks
 from trimserve.imaging.limits import Limits
 from trimserve.imaging.pool import DecoderPool
 from trimserve.model.loading import load_model
@@ -33,7 +35,9 @@ def make_runner(config: Config) -> Runner:
     engine = config.engine
     decoders = DecoderPool(engine.num_preprocess_workers, Limits(engine.max_image_pixels))
 
-    def load() -> tuple[Processor, LocalExecutor]:
+    def load() -> tuple[Processor, Executor]:
+        if engine.tensor_parallel > 1:
+            return start_ranks(config.model, engine, decoders.decode)
         if engine.num_threads is not None:
             torch.set_num_threads(engine.num_threads)
         model = load_model(config.model, engine, decoders.decode)

@@ -78,6 +78,18 @@ def test_on_a_gpu_the_rows_of_the_longest_prompt_that_fits_count_and_the_logits_
     )
 
 
+def test_of_several_ranks_each_sets_aside_what_rank_0_gathers() -> None:
+    ranks = replace(INFO, tensor_parallel=2, num_heads=4, num_kv_heads=2, kv_bytes_per_position=16)
+    # Features are whole on both, keys and values are cut; 80 gathered keys and the queries are there twice.
+    assert prefill_scratch_bytes(ranks) == 2 * (SCRATCH + 80 * 16)
+    query = 2 * 4 * ranks.head_dim * 4
+    assert activation_bytes(ranks, 3, 2**40) == ranks.max_model_len * query
+    few = 7 * (query + ranks.self_kv_bytes_per_token)  # the pool holds no more of a prompt
+    assert activation_bytes(ranks, 3, few) == 7 * query
+    on_gpus = replace(ranks, device="cuda:0", max_model_len=2**40)
+    assert default_kv_cache_bytes(on_gpus, 3, 10_000) == 2 * 9000
+
+
 def test_the_default_is_half_of_the_memory_where_that_is_less() -> None:
     assert default_kv_cache_bytes(replace(INFO, max_model_len=2**40), 3, 10_001) == 5000
 

@@ -81,7 +81,7 @@ class Recording:
         self.info, self.allocate = executor.info, executor.allocate
         self.free_pages, self.warm_up = executor.free_pages, executor.warm_up
         self.load_adapter, self.unload_adapter = executor.load_adapter, executor.unload_adapter
-        self.compile = executor.compile
+        self.compile, self.watch, self.close = executor.compile, executor.watch, executor.close
         self.new: list[NewSequence] = []
 
     def run(self, plan: StepPlan) -> StepResult:

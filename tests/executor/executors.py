@@ -44,6 +44,12 @@ class PicklingExecutor:
     def compile(self, constraint: Constraint) -> None:
         self._executor.compile(pickle.loads(pickle.dumps(constraint)))
 
+    def watch(self, on_failure: Callable[[BaseException], None]) -> None:
+        self._executor.watch(on_failure)
+
+    def close(self) -> None:
+        self._executor.close()
+
     def run(self, plan: StepPlan) -> StepResult:
         result: StepResult = pickle.loads(pickle.dumps(self._executor.run(pickle.loads(pickle.dumps(plan)))))
         return result
@@ -82,6 +88,9 @@ class ProcessExecutor:
 
     def compile(self, constraint: Constraint) -> None:
         self._call("compile", constraint)
+
+    def watch(self, on_failure: Callable[[BaseException], None]) -> None:
+        del on_failure
 
     def run(self, plan: StepPlan) -> StepResult:
         result: StepResult = self._call("run", plan)

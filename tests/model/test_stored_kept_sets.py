@@ -124,7 +124,7 @@ def test_only_a_policy_that_is_asked_after_a_layer_is_shown_it(
 ) -> None:
     shown = []
 
-    def watched(attended: Any, layer: CrossLayer, *rows: Tensor) -> CrossAttentionView:
+    def watched(attended: Any, layer: CrossLayer, *rows: Any) -> CrossAttentionView:
         shown.append(layer.index)
         return _view(attended, layer, *rows)
 

@@ -78,8 +78,6 @@ ATTRIBUTES = {
     f"{TEXT}.norm.variance_epsilon": 1e-5,
     f"{SELF}.input_layernorm.variance_epsilon": 1e-5,
     f"{CROSS}.cross_attn.k_norm.variance_epsilon": 1e-5,
-    f"{SELF}.self_attn.num_heads": 6,
-    f"{SELF}.self_attn.num_key_value_heads": 2,
     f"{LOCAL}.self_attn.num_heads": 2,
     f"{LOCAL}.self_attn.head_dim": 16,
     f"{LOCAL}.self_attn.scaling": 1 / 4,

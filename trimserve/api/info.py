@@ -116,6 +116,8 @@ class ModelInfo:
     policy_details: tuple[PolicyInfo, ...]
     """All policies; the first is the default."""
     generation_defaults: GenerationDefaults
+    tensor_parallel: int = 1
+    """Processes that hold a part of the model each; bytes here are of all of them together."""
     guide: "ModelInfo | None" = None
     """The model that chooses visual features for this one; None if there is none."""
 

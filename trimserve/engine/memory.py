@@ -109,36 +109,42 @@ def prefill_scratch_bytes(info: ModelInfo) -> int:
 
     Features and the first cross-attention layer's keys and values, before selection and gathered; and what a policy
     takes while it chooses, one image after the other. A guide takes as much of its own, and encodes images meanwhile;
-    when the model encodes its own, little of the above is there yet.
+    when the model encodes its own, little of the above is there yet. Of several ranks each sets aside what rank 0
+    takes: features are whole everywhere, and rank 0 gathers the keys of all heads (twice while it does).
     """
-    num_features = info.max_images * info.max_tiles * info.features_per_tile
+    num_features, size = info.max_images * info.max_tiles * info.features_per_tile, info.tensor_parallel
     dtype: torch.dtype = getattr(torch, info.dtype)
-    rows = 2 * num_features * (info.hidden_size * dtype.itemsize + info.kv_bytes_per_position)
-    own = rows + scratch_bytes(info.max_tiles, info.features_per_tile, info.hidden_size)
+    rows = 2 * num_features * (info.hidden_size * dtype.itemsize + info.kv_bytes_per_position // size)
+    gathered_keys = num_features * info.kv_bytes_per_position if size > 1 else 0
+    own = rows + gathered_keys + scratch_bytes(info.max_tiles, info.features_per_tile, info.hidden_size)
     guide = info.guide
-    return own + (prefill_scratch_bytes(guide) + guide.vision_scratch_bytes if guide else 0)
+    return size * own + (prefill_scratch_bytes(guide) + size * guide.vision_scratch_bytes if guide else 0)
 
 
 def activation_bytes(info: ModelInfo, max_rows: int, available: int) -> int:
-    """Bytes that text takes on a GPU for a while, beside keys and values; 0 on a CPU, where they are not counted.
+    """Bytes that text takes for a while, beside keys and values.
 
-    The rows of the longest prompt that the pool can hold, between the parts of a layer, a piece of them in its MLP,
-    and the logits of the largest step, for which graphs hold memory.
+    On a GPU the rows of the longest prompt that the pool can hold, between the parts of a layer, a piece of them in its
+    MLP, and the logits of the largest step, for which graphs hold memory; on a CPU these are not counted. With several
+    ranks also these rows' queries of all heads, which rank 0 gathers (twice while it does).
 
     Args:
         info: of the model.
         max_rows: of a decode step.
         available: for keys and values and all scratch.
     """
-    if torch.device(info.device).type == "cpu":
-        return 0
     dtype: torch.dtype = getattr(torch, info.dtype)
-    heads = (info.num_heads + 2 * info.num_kv_heads) * info.head_dim
-    row = (5 * info.hidden_size + heads) * dtype.itemsize  # came in, normed, attended, added, goes out; projected
-    num_rows = min(info.max_model_len, available // (row + info.self_kv_bytes_per_token))
-    in_mlp = min(num_rows, MLP_ROWS) * 3 * info.intermediate_size * dtype.itemsize
+    size = info.tensor_parallel
+    gathered = 2 * info.num_heads * info.head_dim * dtype.itemsize if size > 1 else 0
+    if torch.device(info.device).type == "cpu":  # only rank 0 takes it, of the memory of all
+        return gathered * min(info.max_model_len, available // (gathered + info.self_kv_bytes_per_token))
+    heads = (info.num_heads + 2 * info.num_kv_heads) * info.head_dim // size
+    # Came in, normed, attended, added, goes out; projected.
+    row = (5 * info.hidden_size + heads) * dtype.itemsize + gathered
+    num_rows = min(info.max_model_len, available // (size * row + info.self_kv_bytes_per_token))
+    in_mlp = min(num_rows, MLP_ROWS) * 3 * info.intermediate_size // size * dtype.itemsize
     logits = max_rows * info.vocab_size * (dtype.itemsize + torch.float32.itemsize)
-    return num_rows * row + in_mlp + logits
+    return size * (num_rows * row + in_mlp + logits)
 
 
 def default_kv_cache_bytes(info: ModelInfo, max_batch: int, available: int) -> int:
@@ -147,14 +153,15 @@ def default_kv_cache_bytes(info: ModelInfo, max_batch: int, available: int) -> i
     Args:
         info: of the model.
         max_batch: requests that run together.
-        available: see `available_bytes`.
+        available: see `available_bytes`; of rank 0's GPU, which the others' are taken to be like.
     """
     layers = layers_per_page(info.num_self_attention_layers, info.num_cross_attention_layers)
     num_features = info.max_images * info.max_tiles * info.features_per_tile
     groups = (info.num_self_attention_layers, info.max_model_len), (info.num_cross_attention_layers, num_features)
     pages = sum(count // layers * num_pages(positions) for count, positions in groups)
     page_bytes = PAGE_POSITIONS * layers * info.kv_bytes_per_position
-    share = int(available * _SHARE[torch.device(info.device).type])
+    kind = torch.device(info.device).type
+    share = int(available * _SHARE[kind]) * (info.tensor_parallel if kind == "cuda" else 1)
     scratch = prefill_scratch_bytes(info) + activation_bytes(info, max_batch, share)
     return min(max_batch * pages * page_bytes + scratch, share)
 

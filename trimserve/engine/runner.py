@@ -46,9 +46,6 @@ __all__ = ["Runner"]
 
 log = logging.getLogger(__name__)
 
-_JOIN_SECONDS = 0.1
-"""How late it may be told that the engine hangs while its end is awaited."""
-
 
 class Runner:
     """Runs an engine beside an event loop. All methods belong to that loop's thread."""
@@ -65,8 +62,7 @@ class Runner:
         Args:
             load: called once by `start`, in a thread.
             config: how much to take on. Of its workers, as many tokenise as decode images.
-            decoders: decodes the images of the processor that is loaded; started and closed with the engine. None if
-                the processor does so itself.
+            decoders: decodes the processor's images; started and closed with the engine. None if it does so itself.
             adapters: folders of those that `start` loads, by name.
         """
         self._load = load
@@ -75,6 +71,7 @@ class Runner:
         self._config = config
         self._workers = PreparationWorkers(config.num_preprocess_workers, decoders)
         self._on_step: StepListener | None = None
+        self._executor: Executor | None = None
         self._engine: Engine | None = None
         self._thread: threading.Thread | None = None
         self._watcher: asyncio.Task[None] | None = None
@@ -103,7 +100,7 @@ class Runner:
         return self._loaded.info
 
     def token_bytes(self, token_ids: Iterable[int]) -> tuple[bytes, ...]:
-        """What each token adds to a text; see `detokenizer.token_bytes`."""
+        """See `detokenizer.token_bytes`."""
         return self._loaded.token_bytes(token_ids)
 
     def watch_steps(self, listener: StepListener) -> None:
@@ -124,6 +121,7 @@ class Runner:
         self._workers.start()
         try:
             processor, executor = await in_daemon_thread(self._load)
+            self._executor = executor
             if self._refusal != starting:
                 raise EngineStopped("the engine was stopped while its model was loaded")
             for name, folder in self._adapters_at_start.items():
@@ -131,9 +129,9 @@ class Runner:
                 await self._adapters.load(name, read)
             self._engine = Engine(processor, executor, self._config, self._on_step)
             is_warm: asyncio.Future[None] = self._loop.create_future()
-            self._thread = threading.Thread(
-                target=self._run, args=(self._engine, is_warm), name="trimserve-engine", daemon=True
-            )
+            executor.watch(lambda error: call_on(self._loop, partial(self._break, is_warm, error)))
+            take_steps = partial(self._run, self._engine, is_warm)
+            self._thread = threading.Thread(target=take_steps, name="trimserve-engine", daemon=True)
             self._thread.start()
             self._watcher = asyncio.create_task(self._watch(self._engine, self._thread, is_warm))
             await is_warm
@@ -234,8 +232,7 @@ class Runner:
         del request  # see `submit`
         try:
             if deadline is not None:
-                remaining = deadline - time.monotonic()
-                timer = self._loop.call_later(remaining, self._expire, stream)
+                timer = self._loop.call_later(deadline - time.monotonic(), self._expire, stream)
             self._workers.text.submit(stream.urgency, partial(self._prepare, stream))
             while True:
                 for chunk in await stream.take():
@@ -312,8 +309,12 @@ class Runner:
         self._end([stream], lambda: DeadlinePassed(f"the deadline passed while the request was {doing}"))
 
     async def _watch(self, engine: Engine, thread: threading.Thread, is_warm: "asyncio.Future[None]") -> None:
-        error = await hang(thread, lambda: engine.step_began_at, self._config.step_timeout_seconds)
-        leave_behind(thread)  # it cannot be ended from outside
+        self._break(is_warm, await hang(thread, lambda: engine.step_began_at, self._config.step_timeout_seconds))
+
+    def _break(self, is_warm: "asyncio.Future[None]", error: BaseException) -> None:
+        """Die, whatever the engine's thread is doing."""
+        if self._thread is not None:
+            leave_behind(self._thread)  # it cannot be ended from outside
         self._die(error)
         settle(is_warm, error)
 
@@ -327,8 +328,10 @@ class Runner:
 
     def _join(self) -> None:
         while self._is_alive and self._thread is not None and self._thread.is_alive():
-            self._thread.join(_JOIN_SECONDS)
+            self._thread.join(0.1)  # then look whether it hangs
         self._workers.stop()
+        if self._executor is not None:
+            self._executor.close()
 
     @property
     def _loaded(self) -> Engine:

@@ -1,5 +1,6 @@
 """What the engine needs of an executor: the seam between deciding what runs and running it."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
@@ -53,6 +54,16 @@ class Executor(Protocol):
         Raises:
             InvalidRequest: it cannot be compiled, is too large, or no token satisfies it.
         """
+
+    def watch(self, on_failure: Callable[[BaseException], None]) -> None:
+        """Name who is told if the executor breaks while no step runs, or a step does not return for it.
+
+        Args:
+            on_failure: called with the cause, once, on any thread.
+        """
+
+    def close(self) -> None:
+        """End what runs beside this process; nothing is asked of the executor any more."""
 
     def run(self, plan: StepPlan) -> StepResult:
         """Take one step. What goes wrong in one sequence is in the result and harms no other.

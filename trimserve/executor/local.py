@@ -85,18 +85,26 @@ class _Step:
 class LocalExecutor:
     """Runs plans on a model of this process; see `Executor`."""
 
-    def __init__(self, model: Model, image_cache_bytes: int = 0, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        model: Model,
+        image_cache_bytes: int = 0,
+        clock: Callable[[], float] = time.monotonic,
+        is_fatal: Callable[[BaseException], bool] = is_device_error,
+    ) -> None:
         """Hold no pages yet.
 
         Args:
             model: nothing else uses it meanwhile.
             image_cache_bytes: of visual features kept for another question on the same image; 0 keeps none.
             clock: seconds, by which slices end and rows are timed.
+            is_fatal: tells errors that end the executor from those that end one sequence.
         """
         self.pages: Tensor | None = None
         """See `page_memory`; None before `allocate`."""
         self._model = model
         self._clock = clock
+        self._is_fatal = is_fatal
         self._images = ImageCache(image_cache_bytes)
         self._sequences: dict[int, _Sequence] = {}
         self._adapters: dict[str, Adapter] = {}
@@ -148,6 +156,12 @@ class LocalExecutor:
     def compile(self, constraint: Constraint) -> None:
         """See `Executor.compile`."""
         self._grammars.matcher(constraint)
+
+    def watch(self, on_failure: Callable[[BaseException], None]) -> None:
+        """See `Executor.watch`; what fails here fails in a step."""
+
+    def close(self) -> None:
+        """See `Executor.close`; nothing runs beside this process."""
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> StepResult:
@@ -202,7 +216,7 @@ class LocalExecutor:
     def _go_on_with_prompt(self, wanted: PrefillSlice, step: _Step) -> None:
         held = self._sequences[wanted.sequence]
         end = self._clock() + wanted.seconds
-        with _alone(held.new, step):
+        with self._alone(held.new, step):
             if held.prefill is None:
                 held.prefill = self._read_prompt(held)
             while True:
@@ -273,11 +287,11 @@ class LocalExecutor:
         try:
             logits = self._logits(rows, batch)
         except Exception as error:
-            if is_device_error(error):
+            if self._is_fatal(error):
                 raise
             log.exception("decoding a batch of %d failed; each is tried alone", len(batch))
             for each, held in zip(rows, batch, strict=True):
-                with _alone(held.new, step):
+                with self._alone(held.new, step):
                     plain = replace(each, drafts=())
                     self._draw(self._logits([plain], [held]), [plain], [held], step)
             return
@@ -311,28 +325,29 @@ class LocalExecutor:
     def _draw(self, logits: Tensor, rows: Sequence[Rows], batch: Sequence[_Sequence], step: _Step) -> None:
         step.add(draw(logits, [held.answer for held in batch], self._guides, [each.drafts for each in rows]))
 
+    @contextmanager
+    def _alone(self, new: NewSequence, step: _Step) -> Iterator[None]:
+        """Let an exception end this sequence and no other, unless it is fatal."""
+        try:
+            yield
+        except Exception as error:
+            if self._is_fatal(error):
+                raise
+            log.exception("request failed", extra={"request_id": new.request_id})
+            if is_out_of_memory(error):
+                step.failed.append(
+                    Failed(new.sequence, f"out of memory on request {new.request_id}", is_out_of_memory=True)
+                )
+            else:
+                why = (
+                    str(error) if isinstance(error, TrimserveError) else f"the model failed on request {new.request_id}"
+                )
+                step.failed.append(Failed(new.sequence, why))
+
 
 def _pages_of(held: _Sequence) -> KeyValues:
     assert held.kv is not None, "pages are granted with the sequence"
     return held.kv
-
-
-@contextmanager
-def _alone(new: NewSequence, step: _Step) -> Iterator[None]:
-    """Let an exception end this sequence and no other, unless the device failed."""
-    try:
-        yield
-    except Exception as error:
-        if is_device_error(error):
-            raise
-        log.exception("request failed", extra={"request_id": new.request_id})
-        if is_out_of_memory(error):
-            step.failed.append(
-                Failed(new.sequence, f"out of memory on request {new.request_id}", is_out_of_memory=True)
-            )
-        else:
-            why = str(error) if isinstance(error, TrimserveError) else f"the model failed on request {new.request_id}"
-            step.failed.append(Failed(new.sequence, why))
 
 
 def _report(sequence: int, prefilled: Prefilled, kv: KeyValues, times: PrefillTimes) -> PrefillReport:

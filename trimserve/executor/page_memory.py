@@ -11,9 +11,9 @@ __all__ = ["page_memory"]
 
 
 def page_memory(info: ModelInfo, num_pages: int, layers_per_page: int) -> Tensor:
-    """Memory of pages, [num_pages + 1, layers_per_page, 2, Hkv, 16, Dh]; on a CPU it is taken once it is written.
+    """Memory of a rank's pages, [num_pages + 1, layers_per_page, 2, KV heads of a rank, 16, Dh].
 
-    The last page is no sequence's: rows that pad a batch write there.
+    On a CPU memory is taken once it is written. The last page is no sequence's: rows that pad a batch write there.
 
     Args:
         info: geometry, dtype and device.
@@ -22,5 +22,6 @@ def page_memory(info: ModelInfo, num_pages: int, layers_per_page: int) -> Tensor
     Raises:
         MemoryError, RuntimeError, torch.OutOfMemoryError: there is not as much memory.
     """
-    shape = (num_pages + 1, layers_per_page, 2, info.num_kv_heads, PAGE_POSITIONS, info.head_dim)
+    num_kv_heads = info.num_kv_heads // info.tensor_parallel
+    shape = (num_pages + 1, layers_per_page, 2, num_kv_heads, PAGE_POSITIONS, info.head_dim)
     return huge_pages.empty(shape, getattr(torch, info.dtype), torch.device(info.device))

@@ -7,7 +7,6 @@ processor time than its limit ends the process by SIGPROF: nothing else interrup
 nor anything else that takes long to load.
 """
 
-import ctypes
 import json
 import os
 import resource
@@ -24,10 +23,10 @@ from trimserve.imaging.decode import ImageReader
 from trimserve.imaging.limits import Limits
 from trimserve.imaging.memory import new_memory
 from trimserve.imaging.messages import receive, send
+from trimserve.parent import end_with_parent
 
 __all__ = ["main"]
 
-_PR_SET_PDEATHSIG = 1
 _MOST_CHARACTERS = 1000  # of an error: some quote the file
 _MOST_DESCRIPTORS = 32
 _NICE = 5
@@ -49,13 +48,9 @@ def main() -> None:
 
 
 def _become_expendable(parent: int, limits: Limits) -> None:
-    """End with the parent, whatever ends it; leave signals to the group, and its output, to the parent."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
+    """End with the parent, within limits, and give way to it; leave output to it, too."""
     os.nice(_NICE)
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
-    if os.getppid() != parent:  # it ended before this was asked for
-        sys.exit()
+    end_with_parent(parent)
     for kind, most in (
         (resource.RLIMIT_CORE, 0),
         (resource.RLIMIT_NOFILE, _MOST_DESCRIPTORS),

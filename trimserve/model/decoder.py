@@ -7,10 +7,11 @@ a cross-attention layer, whose attention used all that was held before; later la
 it keeps (ADR-0008). A pass can be interrupted after every layer.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from typing import Final, Protocol
 
+import torch
 from torch import Tensor
 
 from trimserve.model.adapters import RowAdapters
@@ -23,6 +24,7 @@ from trimserve.model.decoder_layers import CrossLayer, RmsNorm, SelfLayer
 from trimserve.model.interruptible import Interruptible, run_through
 from trimserve.model.projection import projection_of
 from trimserve.model.prompt_rows import LookingRows, PromptRows, SequenceRows
+from trimserve.model.ranks import ALONE, Ranks, Shard
 from trimserve.model.rotary import RotaryAngles, Rotation
 from trimserve.model.step_buffers import StepBuffers, StepInputs
 from trimserve.model.transformers_mllama import CrossLayerParts, MllamaForConditionalGeneration, decoder_parts
@@ -66,8 +68,14 @@ class Pass(Protocol):
 class RaggedDecoder:
     """The decoder of one checkpoint, over a transformers model's weights."""
 
-    def __init__(self, model: MllamaForConditionalGeneration) -> None:
-        """Borrow the weights of a model that `weights.load_weights` has built."""
+    def __init__(self, model: MllamaForConditionalGeneration, ranks: Ranks = ALONE) -> None:
+        """Borrow the weights of a model that `weights.load_weights` has built.
+
+        Args:
+            model: the weights, of which each rank has its part.
+            ranks: that share them.
+        """
+        self._ranks = ranks
         parts = decoder_parts(model)
         config = text_config(model.config)
         head_dim = config.hidden_size // config.num_attention_heads
@@ -75,16 +83,18 @@ class RaggedDecoder:
         self._angles = RotaryAngles(parts.rotary)
         self._norm = RmsNorm(parts.norm)
         self._lm_head = projection_of(parts.lm_head)
+        self._vocab_size = config.vocab_size
         self._layers: list[SelfLayer | CrossLayer] = []
         num_self = num_cross = 0
         for layer in parts.layers:
             if isinstance(layer, CrossLayerParts):
-                self._layers.append(CrossLayer(layer, num_cross, head_dim))
+                self._layers.append(CrossLayer(layer, num_cross, head_dim, ranks))
                 num_cross += 1
             else:
-                self._layers.append(SelfLayer(layer, num_self, head_dim))
+                self._layers.append(SelfLayer(layer, num_self, head_dim, ranks))
                 num_self += 1
-        self._compiled = CompiledDecode.of(self._layers)
+        # The op that runs all layers at once cannot stop for sums between them.
+        self._compiled = CompiledDecode.of(self._layers) if ranks.shard.size == 1 else None
         self._batches: list[DecodeBatch] = []
 
     def prefill(
@@ -99,7 +109,7 @@ class RaggedDecoder:
         Returns:
             float32 logits [B, vocab_size], or [R, vocab_size].
         """
-        rows = PromptRows(prompts, self._rotation(prompts))
+        rows = PromptRows(prompts, self._rotation(prompts), self._ranks)
         hidden = yield from self._run(self._embedded(token_ids, rows.adapters), rows)
         for prompt in prompts:
             if prompt.kv is not None:
@@ -120,7 +130,7 @@ class RaggedDecoder:
         Returns:
             What that layer computes from the images.
         """
-        rows = LookingRows(prompt, self._rotation([prompt]))
+        rows = LookingRows(prompt, self._rotation([prompt]), self._ranks)
         yield from self._run(self._embedded(token_ids, rows.adapters), rows)
         assert rows.view is not None, "an Mllama has cross-attention layers"
         return rows.view
@@ -188,4 +198,16 @@ class RaggedDecoder:
         return embedded
 
     def _logits(self, hidden: Tensor, adapters: RowAdapters | None) -> Tensor:
-        return self._lm_head(self._norm(hidden), adapters).float()
+        product = self._lm_head(self._norm(hidden), adapters)
+        parts = self._ranks.gather(product)
+        if len(parts) > 1:
+            product = torch.cat([*self._new_columns(parts)], dim=1)
+        return product.float()
+
+    def _new_columns(self, parts: Sequence[Tensor]) -> Iterator[Tensor]:
+        """Of each rank's part of the logits what the ranks before it do not have; see `Shard.equal`."""
+        num_known = 0
+        for rank, part in enumerate(parts):
+            end = Shard(rank, len(parts)).equal(self._vocab_size).stop
+            yield part[:, part.shape[1] - (end - num_known) :]
+            num_known = end

@@ -12,6 +12,7 @@ from trimserve.model.adapters import RowAdapters
 from trimserve.model.attention import attention
 from trimserve.model.pieces import MLP_ROWS
 from trimserve.model.projection import Projection, projection_of
+from trimserve.model.ranks import Ranks
 from trimserve.model.rotary import Rotation
 from trimserve.model.transformers_mllama import CrossLayerParts, NormParts, SelfLayerParts
 
@@ -37,7 +38,7 @@ Part = Projection | RmsNorm
 class _Layer:
     """What self- and cross-attention layers share: the shape of heads, prompt attention and the MLP."""
 
-    def __init__(self, layer: SelfLayerParts | CrossLayerParts, index: int, head_dim: int) -> None:
+    def __init__(self, layer: SelfLayerParts | CrossLayerParts, index: int, head_dim: int, ranks: Ranks) -> None:
         self.index = index
         """Position among the layers of its kind, from 0."""
         self._head_dim = head_dim
@@ -46,7 +47,8 @@ class _Layer:
         self._input_norm = RmsNorm(layer.input_norm)
         self._mlp_norm = RmsNorm(layer.mlp_norm)
         self._gate_up = projection_of(*layer.gate_up)
-        self._down = projection_of(layer.down)
+        self._output = projection_of(layer.output, ranks=ranks)
+        self._down = projection_of(layer.down, ranks=ranks)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool = False, bias: Tensor | None = None) -> Tensor:
         """Attention of prompt rows, [T, H, Dh] over [L, Hkv, Dh] -> [T, H * Dh].
@@ -79,12 +81,11 @@ class _Layer:
 class SelfLayer(_Layer):
     """A self-attention layer."""
 
-    def __init__(self, layer: SelfLayerParts, index: int, head_dim: int) -> None:
+    def __init__(self, layer: SelfLayerParts, index: int, head_dim: int, ranks: Ranks) -> None:
         """Borrow the weights of transformers' layer, the `index`-th of its kind."""
-        super().__init__(layer, index, head_dim)
+        super().__init__(layer, index, head_dim, ranks)
         self._qkv = projection_of(*layer.qkv)
-        self._split = [layer.num_heads, layer.num_kv_heads, layer.num_kv_heads]
-        self._output = projection_of(layer.output)
+        self._split = [len(linear.weight) // head_dim for linear in layer.qkv]
 
     @property
     def decode_parts(self) -> list[Part]:
@@ -108,14 +109,13 @@ class SelfLayer(_Layer):
 class CrossLayer(_Layer):
     """A cross-attention layer, for rows that see an image."""
 
-    def __init__(self, layer: CrossLayerParts, index: int, head_dim: int) -> None:
+    def __init__(self, layer: CrossLayerParts, index: int, head_dim: int, ranks: Ranks) -> None:
         """Borrow the weights of transformers' layer, the `index`-th of its kind."""
-        super().__init__(layer, index, head_dim)
+        super().__init__(layer, index, head_dim, ranks)
         self._attention_gate = layer.attention_gate.tanh().item()
         self._mlp_gate = layer.mlp_gate.tanh().item()
         self._query = projection_of(layer.query)
         self._kv = projection_of(*layer.kv)
-        self._output = projection_of(layer.output)
         self._q_norm = RmsNorm(layer.q_norm)
         self._k_norm = RmsNorm(layer.k_norm)
 

@@ -22,6 +22,8 @@ from trimserve.model.checkpoint import (
 from trimserve.model.codebook import load_codebook
 from trimserve.model.mllama import Mllama
 from trimserve.model.processor import Processor
+from trimserve.model.ranks import ALONE, Ranks, Shard
+from trimserve.model.sharding import check_shares
 from trimserve.model.transformers_mllama import decoder_linears, step_modules
 from trimserve.model.vision import vision_scratch_bytes
 from trimserve.model.weights import empty_model, load_weights, num_parameters, stored_formats, weight_bytes
@@ -61,34 +63,35 @@ def describe_model(config: ModelConfig, limits: EngineConfig, device: str | None
     return info
 
 
-def load_model(config: ModelConfig, limits: EngineConfig, decode: Decode | None = None) -> Mllama:
+def load_model(config: ModelConfig, limits: EngineConfig, decode: Decode | None = None, ranks: Ranks = ALONE) -> Mllama:
     """Load a checkpoint, with its guide and codebook.
 
     Args:
         config: which one, and how.
         limits: bounds of a request's images and tokens.
         decode: decodes image files, see `Processor`.
+        ranks: `limits.tensor_parallel` of them, of which this process loads its part.
     Returns:
         The model on its device.
     Raises:
         CheckpointError: as `describe_model`, or weights that are missing, broken or not in safetensors.
     """
     checkpoint = open_checkpoint(config.model, config.revision, with_weights=True)
-    info = describe_checkpoint(checkpoint, config, limits)
+    info = _of_rank(describe_checkpoint(checkpoint, config, limits), ranks)
     processor = _processor(checkpoint, info, config, limits, decode)
     prototypes = guide = None
     if config.codebook is not None:
         prototypes = load_codebook(config.codebook, info, config.intermediate_features)
     if config.guide_model is not None:
-        guide = load_model(_guide_config(config), limits)
+        guide = load_model(_guide_config(config), limits, ranks=ranks)
     if guide is not None and guide.tokenizer.get_vocab() != processor.tokenizer.get_vocab():
         raise CheckpointError(f"guide_model {guide.info.model_id}: has other tokens than {info.model_id}")
     dtype, device = checkpoint.dtype(config.dtype), torch.device(info.device)
     torch.set_float32_matmul_precision("highest")  # float32 means float32, whatever was set or is in the environment
     if device.type == "cuda":
         torch.backends.cudnn.allow_tf32 = False  # in convolutions too
-    model = load_weights(checkpoint.folder, checkpoint.config, dtype, device, config.quantize)
-    return Mllama(model, processor, info, config.intermediate_features, prototypes, guide)
+    model = load_weights(checkpoint.folder, checkpoint.config, dtype, device, config.quantize, ranks.shard)
+    return Mllama(model, processor, info, config.intermediate_features, prototypes, guide, ranks)
 
 
 def load_processor(config: ModelConfig, limits: EngineConfig) -> Processor:
@@ -114,6 +117,12 @@ def _processor(
         max_image_pixels=limits.max_image_pixels,
         decode=decode,
     )
+
+
+def _of_rank(info: ModelInfo, ranks: Ranks) -> ModelInfo:
+    """With the device of this rank."""
+    assert info.tensor_parallel == ranks.shard.size
+    return replace(info, device=f"cuda:{ranks.shard.rank}") if info.device.startswith("cuda") else info
 
 
 def _guide_config(config: ModelConfig) -> ModelConfig:
@@ -160,6 +169,8 @@ def describe_checkpoint(
     _check_quantization(config.quantize, device)
     stored = stored_formats(checkpoint.config, checkpoint.tensors) if device == "cpu" else {}
     model = empty_model(checkpoint.config, dtype, config.quantize, stored)
+    size = limits.tensor_parallel
+    of_rank = model if size == 1 else empty_model(checkpoint.config, dtype, config.quantize, stored, Shard(0, size))
     kept = [*stored.values()]
     num_cross = len(text.cross_attention_layers or [])
     assert isinstance(vision.image_size, int)
@@ -172,9 +183,10 @@ def describe_checkpoint(
         quantization=kept[0].name if config.quantize == "none" and kept else config.quantize,
         device=device,
         num_parameters=num_parameters(model),
-        weight_bytes=weight_bytes(model.modules()),
-        linear_bytes=weight_bytes(decoder_linears(model)),
-        step_weight_bytes=weight_bytes(step_modules(model)),
+        weight_bytes=size * weight_bytes(of_rank.modules()),
+        linear_bytes=size * weight_bytes(decoder_linears(of_rank)),
+        step_weight_bytes=size * weight_bytes(step_modules(of_rank)),
+        tensor_parallel=size,
         vocab_size=text.vocab_size,
         image_token_id=checkpoint.config.image_token_index,
         max_model_len=_max_model_len(text.max_position_embeddings, config.max_model_len),
@@ -200,6 +212,7 @@ def describe_checkpoint(
         ),
         generation_defaults=_generation_defaults(checkpoint, limits.default_max_new_tokens),
     )
+    check_shares(config, info)
     return info if config.guide_model is None else replace(info, guide=_describe_guide(config, limits, info))
 
 

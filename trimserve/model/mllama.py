@@ -5,7 +5,7 @@ text, and reserves no pages.
 """
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -25,6 +25,7 @@ from trimserve.model.key_values import KeyValues
 from trimserve.model.prefilled import Prefilled, TrimTimes
 from trimserve.model.prepared import PreparedImage, PreparedPrompt, TokenizedPrompt
 from trimserve.model.processor import Processor
+from trimserve.model.ranks import ALONE, Ranks
 from trimserve.model.step_buffers import StepBuffers
 from trimserve.model.transformers_mllama import MllamaForConditionalGeneration
 from trimserve.model.upload import upload_ids
@@ -50,6 +51,7 @@ class Mllama:
         intermediate_features: IntermediateFeatures = "inputs",
         prototypes: Tensor | None = None,
         guide: "Mllama | None" = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         """Use `loading.load_model`."""
         self._prototypes = prototypes
@@ -57,7 +59,8 @@ class Mllama:
         self._processor = processor
         self._model = model
         self._vision = VisionEncoder(model, intermediate_features)
-        self._decoder = RaggedDecoder(model)
+        self._ranks = ranks
+        self._decoder = RaggedDecoder(model, ranks)
         self._device = model.device
         self._info = info
         self._bucketed: BucketedDecode | None = None
@@ -171,10 +174,11 @@ class Mllama:
         Args:
             pages: see `KeyValues.pages`.
             max_batch: most rows of a step; larger steps run layer by layer.
-            capture: how a step is made ready; None captures CUDA graphs on a GPU and nothing on a CPU.
+            capture: how a step is made ready; None captures CUDA graphs on a GPU, and nothing on a CPU or on several
+                ranks.
         """
         if capture is None:
-            if self._device.type == "cpu":
+            if self._device.type == "cpu" or self._ranks.shard.size > 1:
                 return
             capture = CudaGraphs()
         self._bucketed = self._decoder.bucketed(StepBuffers(self._info, pages, max_batch), capture)
@@ -264,9 +268,10 @@ class Mllama:
         if trim.place is Place.BEFORE_DECODER:
             choices = []
             for image in images:
-                choices.append(choose_from_image(image, trim))
+                if not self._ranks.shard.rank:
+                    choices.append(choose_from_image(image, trim))
                 yield
-            return Selection.of(choices, [image.num_features for image in images])
+            return self._chosen(lambda: Selection.of(choices, [image.num_features for image in images]))
         if trim.place is Place.IN_GUIDE:
             assert self._guide is not None, "requests name such a policy only if there is a guide"
             seen = []
@@ -274,8 +279,14 @@ class Mllama:
                 if image.guide is None:
                     image.guide = yield from self._guide.encode_image(prepared)
                 seen.append(image.guide)
-            return select((yield from self._guide.look(prompt, seen, trim)), trim)
+            view = yield from self._guide.look(prompt, seen, trim)
+            return self._chosen(lambda: select(view, trim))
         return None
+
+    def _chosen(self, choose: Callable[[], Selection]) -> Selection:
+        selection = self._ranks.decide(choose, self._device)
+        assert isinstance(selection, Selection)
+        return selection
 
     def _vision_rows(
         self,

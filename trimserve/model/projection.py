@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from trimserve import ops
 from trimserve.model.adapters import RowAdapters
 from trimserve.model.quantization import is_quantized, multiply_many
+from trimserve.model.ranks import ALONE, Ranks
 from trimserve.model.weights import fused_scales, fused_weight
 
 __all__ = ["Projection", "projection_of"]
@@ -34,6 +35,8 @@ class Projection:
     """[outputs]"""
     linears: tuple[nn.Linear, ...] = ()
     """The layers, by which adapters know them."""
+    ranks: Ranks = ALONE
+    """Each of which multiplies its part of the columns, without a bias; the outputs are the sum of their products."""
 
     def __call__(self, rows: Tensor, adapters: RowAdapters | None = None, /) -> Tensor:
         """The outputs of all layers, one after another.
@@ -42,7 +45,7 @@ class Projection:
             rows: [R, columns].
             adapters: of the rows; None if all of them are the base model's.
         """
-        product = self._product(rows)
+        product = self.ranks.sum(self._product(rows))
         if adapters is not None:
             adapters.change(product, rows, self.linears)
         return product
@@ -67,7 +70,8 @@ class Projection:
         Returns:
             [R, outputs]
         """
-        if rows.is_cuda and self.scales is None and self.bias is None and adapters is None:
+        is_plain = self.scales is None and self.bias is None and self.ranks is ALONE
+        if rows.is_cuda and is_plain and adapters is None:
             return rows.addmm_(inputs, self.weight.T, alpha=gate)
         return rows.add(self(inputs, adapters), alpha=gate)
 
@@ -78,11 +82,12 @@ class Projection:
         return (_MOST_ROWS if self.scales is None else _MOST_ROWS_QUANTIZED)[dtype]
 
 
-def projection_of(*layers: nn.Linear) -> Projection:
+def projection_of(*layers: nn.Linear, ranks: Ranks = ALONE) -> Projection:
     """Take linear layers as one, as `weights.load_weights` stored them.
 
     Args:
         layers: one, or several without biases whose weights are rows of one tensor, see `weights.fuse`.
+        ranks: that have columns of the weight each; `ALONE` if this one has all of them.
     """
     weight = fused_weight(layers)
-    return Projection(weight, fused_scales(layers) if is_quantized(weight) else None, layers[0].bias, layers)
+    return Projection(weight, fused_scales(layers) if is_quantized(weight) else None, layers[0].bias, layers, ranks)

@@ -16,6 +16,7 @@ from trimserve.model.adapters import Adapter, RowAdapters
 from trimserve.model.decoder_layers import CrossLayer, SelfLayer
 from trimserve.model.key_values import KeyValues, PromptSlots
 from trimserve.model.prefilled import TrimTimes
+from trimserve.model.ranks import Ranks
 from trimserve.model.rotary import Rotation
 from trimserve.model.upload import upload, upload_ids
 from trimserve.model.visibility import feature_visibility
@@ -56,14 +57,16 @@ class _Attended:
 class PromptRows:
     """The rows of several prompts, one prompt after another."""
 
-    def __init__(self, prompts: Sequence[SequenceRows], rotation: Rotation) -> None:
+    def __init__(self, prompts: Sequence[SequenceRows], rotation: Rotation, ranks: Ranks) -> None:
         """Begin a prefill: the prompts' `kv` hold nothing.
 
         Args:
             prompts: with R rows in all.
             rotation: of R rows at their positions.
+            ranks: that share the model.
         """
         self.rotation = rotation
+        self._ranks = ranks
         self._prompts = prompts
         self._num_rows = [prompt.num_rows for prompt in prompts]
         self.adapters = self._adapters_of(self._num_rows)
@@ -135,9 +138,9 @@ class PromptRows:
         """
         attended, self._attended = self._attended, []
         sizes = [each if isinstance(each, int) else len(each.queries) for each in attended]
-        for each, *rows in zip(attended, hidden.split(sizes), added.split(sizes), strict=True):
+        for each, before, plus in zip(attended, hidden.split(sizes), added.split(sizes), strict=True):
             if not isinstance(each, int):
-                _decide(each, layer, *rows)
+                _decide(each, layer, before, plus, self._ranks)
                 self._sees_less = self._sees_less or each.vision.has_left
 
     def _see(self) -> None:
@@ -169,14 +172,15 @@ class PromptRows:
 class LookingRows(PromptRows):
     """One prompt that goes as far as the first cross-attention layer, to see what that knows of its images."""
 
-    def __init__(self, prompt: SequenceRows, rotation: Rotation) -> None:
+    def __init__(self, prompt: SequenceRows, rotation: Rotation, ranks: Ranks) -> None:
         """Begin.
 
         Args:
             prompt: with at least one image, and without pages.
             rotation: of its rows.
+            ranks: that share the model; only rank 0 sees more than its own heads.
         """
-        super().__init__([prompt], rotation)
+        super().__init__([prompt], rotation, ranks)
         assert prompt.vision is not None
         self._vision = prompt.vision
         self.view: CrossAttentionView | None = None
@@ -186,7 +190,7 @@ class LookingRows(PromptRows):
         """See `PromptRows.attend_features`; looks and ends the pass."""
         features = self._vision.features
         keys, _ = layer.keys_values(features, None)
-        self.view = _made_view(self._vision, layer, q, keys, features)
+        self.view = _made_view(self._vision, layer, *_of_all_heads(self._ranks, q, keys), features)
         return None
 
 
@@ -199,13 +203,21 @@ def _attend_runs(layer: CrossLayer, q: Tensor, keys: Tensor, values: Tensor, vis
     ]
 
 
-def _view(attended: _Attended, layer: CrossLayer, hidden: Tensor, added: Tensor) -> CrossAttentionView:
-    vision, keys = attended.vision, attended.keys
-    features = vision.features
+def _of_all_heads(ranks: Ranks, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+    """On rank 0 queries [S, H, Dh] and keys [N, Hkv, Dh] of the heads of all ranks; policies compare across heads."""
+    queries, keys = (
+        torch.cat(parts, dim=1) if len(parts) > 1 else parts[0] for parts in map(ranks.gather, (queries, keys))
+    )
+    return queries, keys
+
+
+def _view(attended: _Attended, layer: CrossLayer, hidden: Tensor, added: Tensor, ranks: Ranks) -> CrossAttentionView:
+    vision, features = attended.vision, attended.vision.features
+    queries, keys = _of_all_heads(ranks, attended.queries, attended.keys)
     if vision.num_merged:  # policies see kept features only
         places = vision.kept_places
         keys, features = keys[places], features[places]
-    view = _made_view(vision, layer, attended.queries, keys, features)
+    view = _made_view(vision, layer, queries, keys, features)
     view.hidden, view.added = hidden, layer.gated(added)
     return view
 
@@ -234,12 +246,13 @@ def _is_decided_after(layer: int, vision: VisionRows) -> bool:
     return stored.made_after(layer) is not None or stored.left_after == layer
 
 
-def _decide(attended: _Attended, layer: CrossLayer, hidden: Tensor, added: Tensor) -> None:
+def _decide(attended: _Attended, layer: CrossLayer, hidden: Tensor, added: Tensor, ranks: Ranks) -> None:
     """Ask the policy, or what was stored, and store keys and values accordingly."""
     vision = attended.vision
     began_at = time.monotonic()
     if vision.stored is None:
-        answer = vision.trim.after_layer(_view(attended, layer, hidden, added))
+        view = _view(attended, layer, hidden, added, ranks)
+        answer = ranks.decide(lambda: vision.trim.after_layer(view), hidden.device)
     else:
         kept = vision.stored.made_after(layer.index)
         answer = Verdict.LEAVE if kept is None else kept.selection(hidden.device)

@@ -61,8 +61,6 @@ class SelfLayerParts:
     input_norm: NormParts
     qkv: tuple[nn.Linear, nn.Linear, nn.Linear]
     """[H * Dh, D], then twice [Hkv * Dh, D]; without biases."""
-    num_heads: int
-    num_kv_heads: int
     output: nn.Linear
     """[D, H * Dh]"""
     mlp_norm: NormParts
@@ -264,8 +262,6 @@ def _self_layer(layer: nn.Module) -> SelfLayerParts:
     return SelfLayerParts(
         input_norm=_norm(layer.input_layernorm),
         qkv=(attention.q_proj, attention.k_proj, attention.v_proj),
-        num_heads=attention.num_heads,
-        num_kv_heads=attention.num_key_value_heads,
         output=attention.o_proj,
         mlp_norm=_norm(layer.post_attention_layernorm),
         gate_up=(mlp.gate_proj, mlp.up_proj),

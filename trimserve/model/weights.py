@@ -31,6 +31,8 @@ from trimserve.model.quantization import (
     quantize_decoder,
     quantized_rows,
 )
+from trimserve.model.ranks import UNSHARDED, Shard
+from trimserve.model.sharding import WHOLE, Share, shard_decoder, shares
 from trimserve.model.stored_tensors import StoredTensor, row_slices, stored_tensors
 from trimserve.model.transformers_mllama import (
     MllamaForConditionalGeneration,
@@ -59,6 +61,7 @@ def load_weights(
     dtype: torch.dtype,
     device: torch.device,
     quantize: Quantize = "none",
+    shard: Shard = UNSHARDED,
 ) -> MllamaForConditionalGeneration:
     """Build the model that a checkpoint folder describes.
 
@@ -68,6 +71,7 @@ def load_weights(
         dtype: of the parameters; the files may hold another.
         device: where the parameters go.
         quantize: as in `ModelConfig`.
+        shard: what is read of it.
     Returns:
         The model in evaluation mode, without gradients.
     Raises:
@@ -78,7 +82,9 @@ def load_weights(
     described = meta_model(config, dtype)
     quantized, used = _quantized(described, tensors)
     stored = _stored_formats(described, quantized) if device.type == "cpu" else {}
-    model = allocated_model(config, dtype, device, quantize, stored)
+    model = allocated_model(config, dtype, device, quantize, stored, shard)
+    shapes = {name: place.shape for name, place in _places(described)}
+    of_rank = shares(described, shard)
     places = dict(_places(model))
     unknown = tensors.keys() - places.keys() - used
     if unknown:
@@ -88,10 +94,11 @@ def load_weights(
         raise CheckpointError(f"{folder}: {len(missing)} parameters are in no file, the first is {min(missing)}")
     for name, place in places.items():
         layer = quantized.pop(name.removesuffix(".weight"), None) if name.endswith(".weight") else None
+        share = of_rank.get(name.removesuffix(".weight"), WHOLE)
         if layer is not None:
-            _read_quantized(layer, place)
+            _read_quantized(layer, place, share)
         else:
-            _read(tensors[name], place)
+            _read(tensors[name], shapes[name], place, share)
     return model
 
 
@@ -116,9 +123,10 @@ def allocated_model(
     device: torch.device,
     quantize: Quantize = "none",
     stored: Mapping[str, WeightFormat] | None = None,
+    shard: Shard = UNSHARDED,
 ) -> MllamaForConditionalGeneration:
     """The model of a config as `load_weights` returns it, but its parameters have no values yet."""
-    model = empty_model(config, dtype, quantize, stored)
+    model = empty_model(config, dtype, quantize, stored, shard)
     _give_storage(model, device)
     compute_rotary(model, device)
     model.eval().requires_grad_(False)
@@ -130,6 +138,7 @@ def empty_model(
     dtype: torch.dtype,
     quantize: Quantize = "none",
     stored: Mapping[str, WeightFormat] | None = None,
+    shard: Shard = UNSHARDED,
 ) -> MllamaForConditionalGeneration:
     """The model of a config on the meta device: shapes and dtypes without memory.
 
@@ -138,8 +147,10 @@ def empty_model(
         dtype: of what is not quantized.
         quantize: as in `ModelConfig`.
         stored: see `stored_formats`; None if no layer stays as the checkpoint has it.
+        shard: what is left of it.
     """
     model = meta_model(config, dtype)
+    shard_decoder(model, shard)
     quantize_decoder(model, quantize, stored or {})
     return model
 
@@ -254,27 +265,35 @@ def _format(layer: QuantizedLinear | None) -> WeightFormat | None:
     return int4_format(layer.scale_dtype, layer.group_size) if isinstance(layer, Int4Linear) else None
 
 
-def _read(tensor: StoredTensor, place: _Place) -> None:
-    """Copy one tensor, and quantize it if there are scales."""
-    if tensor.shape != place.shape:
-        raise CheckpointError(f"{tensor} must be {list(place.shape)}, got {list(tensor.shape)}")
+def _read(tensor: StoredTensor, shape: tuple[int, ...], place: _Place, share: Share) -> None:
+    """Copy a share of one tensor of this shape, and quantize it if there are scales."""
+    if tensor.shape != shape:
+        raise CheckpointError(f"{tensor} must be {list(shape)}, got {list(tensor.shape)}")
     if tensor.dtype not in (*FLOATS, "F64"):
         raise CheckpointError(f"{tensor} is {tensor.dtype} without the scales of a quantized weight beside it")
-    for part in row_slices(tensor.shape):
-        _store(tensor.read(part), place, part)
+    for part in row_slices(place.shape):
+        rows = _rows(part, share)
+        if place.scales is None and share.columns != WHOLE.columns:
+            place.weight[part] = tensor.read(rows, share.columns)
+        else:
+            _store(tensor.read(rows), place, part, share)
 
 
-def _read_quantized(layer: QuantizedLinear, place: _Place) -> None:
+def _read_quantized(layer: QuantizedLinear, place: _Place, share: Share) -> None:
     """The same of a quantized layer; what fits is stored as it is."""
-    scales = place.scales
-    for part in row_slices(place.shape, layer.row_multiple):
+    scales, multiple = place.scales, layer.row_multiple
+    if (share.rows.start or 0) % multiple:
+        raise CheckpointError(f"tensor_parallel must cut quantized rows at multiples of {multiple}, got {share.rows}")
+    for part in row_slices(place.shape, multiple):
+        rows = _rows(part, share)
         if scales is not None and place.weight.dtype == torch.int8 and isinstance(layer, Int8Linear):
-            place.weight[part], scales[part] = layer.int8(part)
+            numbers, scales[part] = layer.int8(rows)
+            place.weight[part] = numbers[:, share.columns]
         elif scales is not None and isinstance(layer, Int4Linear) and _fits(layer, place, scales):
-            numbers, scales[part] = layer.int4(part)
+            numbers, scales[part] = layer.int4(rows)
             place.weight[part] = pack_int4(numbers)
         else:
-            _store(layer.floats(part), place, part)
+            _store(layer.floats(rows), place, part, share)
 
 
 def _fits(layer: Int4Linear, place: _Place, scales: Tensor) -> bool:
@@ -283,8 +302,16 @@ def _fits(layer: Int4Linear, place: _Place, scales: Tensor) -> bool:
     return place.weight.dtype == torch.uint8 and (scales.dtype, scales.shape) == (layer.scale_dtype, groups)
 
 
-def _store(floats: Tensor, place: _Place, part: slice) -> None:
+def _rows(part: slice, share: Share) -> slice:
+    """Where rows of a share lie in the whole tensor."""
+    start = share.rows.start or 0
+    return slice(start + part.start, start + part.stop)
+
+
+def _store(floats: Tensor, place: _Place, part: slice, share: Share) -> None:
+    """Store whole rows, from which scales are made, as far as they are in the share."""
     if place.scales is None:
-        place.weight[part] = floats
+        place.weight[part] = floats if share is WHOLE else floats[:, share.columns]
     else:
-        place.weight[part], place.scales[part] = quantized_rows(floats, place.weight.dtype)
+        numbers, place.scales[part] = quantized_rows(floats, place.weight.dtype)
+        place.weight[part] = numbers[:, share.columns]

@@ -23,6 +23,7 @@ from trimserve.errors import (
     MessageTooLarge,
     OutOfMemory,
     PermissionDenied,
+    RankFailed,
     RequestFailed,
     TooFast,
     TooManyBytes,
@@ -49,6 +50,7 @@ STATUS: Mapping[type[TrimserveError], grpc.StatusCode] = {
     TooManyBytes: grpc.StatusCode.RESOURCE_EXHAUSTED,  # retry later
     TooFast: grpc.StatusCode.RESOURCE_EXHAUSTED,  # retry later
     EngineStopped: grpc.StatusCode.UNAVAILABLE,  # another replica may serve it
+    RankFailed: grpc.StatusCode.UNAVAILABLE,  # the engine ends with it
     DeadlinePassed: grpc.StatusCode.DEADLINE_EXCEEDED,
     MessageLate: grpc.StatusCode.DEADLINE_EXCEEDED,
     RequestFailed: grpc.StatusCode.INTERNAL,  # this request only

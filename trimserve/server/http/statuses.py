@@ -21,6 +21,7 @@ from trimserve.errors import (
     MessageTooLarge,
     OutOfMemory,
     PermissionDenied,
+    RankFailed,
     RequestFailed,
     TooFast,
     TooManyBytes,
@@ -47,6 +48,7 @@ STATUS: Mapping[type[TrimserveError], HTTPStatus] = {
     TooManyBytes: HTTPStatus.TOO_MANY_REQUESTS,  # retry later
     TooFast: HTTPStatus.TOO_MANY_REQUESTS,  # retry later
     EngineStopped: HTTPStatus.SERVICE_UNAVAILABLE,  # another replica may serve it
+    RankFailed: HTTPStatus.SERVICE_UNAVAILABLE,  # the engine ends with it
     DeadlinePassed: HTTPStatus.GATEWAY_TIMEOUT,
     MessageLate: HTTPStatus.REQUEST_TIMEOUT,
     RequestFailed: HTTPStatus.INTERNAL_SERVER_ERROR,  # this request only
