@@ -169,7 +169,7 @@ def test_closing_ends_what_is_being_decoded_and_refuses_the_rest() -> None:
 
 
 def test_a_bad_file_costs_its_sender_an_error_and_the_others_nothing() -> None:
-    limits = Limits(1_000_000, cpu_seconds=0.1, cpu_seconds_per_megapixel=0.1)
+    limits = Limits(1_000_000, cpu_seconds=0.1, cpu_seconds_per_megapixel=0.1, wall_ratio=400)
     pool = DecoderPool(2, limits)
     pool.start()
     photo = encode(Image.fromarray(photograph()), "JPEG")

@@ -22,7 +22,7 @@ from trimserve.imaging.limits import Limits
 from trimserve.imaging.process import DecoderProcess, ProcessEnded
 
 LIMITS = Limits(max_pixels=1_000_000)
-SHORT = replace(LIMITS, cpu_seconds=0.1, cpu_seconds_per_megapixel=0.1)
+SHORT = replace(LIMITS, cpu_seconds=0.1, cpu_seconds_per_megapixel=0.1, wall_ratio=400)
 KINDS = kinds()
 FIELD = "images[0]"
 
