@@ -35,6 +35,27 @@ struct HeadwiseScoresArgs {
   float scale;
 };
 
+// q and attended [T, H, Dh], k and v [N, Hkv, Dh] of `dtype`; visibility [T, 2]; bias [N]; log_sums [H, T].
+struct AttentionArgs {
+  const void* q;
+  const void* k;
+  const void* v;
+  const std::int32_t* visibility;
+  const float* bias;  // or null
+  void* attended;
+  float* log_sums;
+  DType dtype;
+  std::int64_t num_rows;      // T
+  std::int64_t num_keys;      // N
+  std::int64_t num_heads;     // H
+  std::int64_t num_kv_heads;  // Hkv
+  std::int64_t head_dim;      // Dh
+  std::int64_t q_stride;
+  std::int64_t k_stride;
+  std::int64_t v_stride;
+  float scale;
+};
+
 // One image's features: `size` of them from `begin` on. A head picks `k` of them, which start at `picks_begin` in its
 // row of picks.
 struct Segment {
@@ -175,6 +196,16 @@ std::int64_t headwise_scores_workspace(const HeadwiseScoresArgs& args);
 
 // Range over heads.
 void headwise_scores(const HeadwiseScoresArgs& args, std::int64_t begin, std::int64_t end, float* workspace);
+
+// Range and memory of one call of attention.
+struct AttentionSizes {
+  std::int64_t num_blocks;  // its range: blocks of rows of each KV head
+  std::int64_t workspace;   // floats of each range
+};
+AttentionSizes attention_sizes(const AttentionArgs& args);
+
+// Range over blocks.
+void attention(const AttentionArgs& args, std::int64_t begin, std::int64_t end, float* workspace);
 
 // Range over heads. workspace: one key for each feature of the longest segment.
 void headwise_topk(const HeadwiseTopkArgs& args, std::int64_t begin, std::int64_t end,

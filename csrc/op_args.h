@@ -32,6 +32,30 @@ inline HeadwiseScoresArgs headwise_scores_args(const Tensor& q, const Tensor& k,
   };
 }
 
+inline AttentionArgs attention_args(const Tensor& q, const Tensor& k, const Tensor& v,
+                                    const Tensor& visibility, const std::optional<Tensor>& bias,
+                                    const Tensor& attended, const Tensor& log_sums, double scale) {
+  return {
+      .q = q.const_data_ptr(),
+      .k = k.const_data_ptr(),
+      .v = v.const_data_ptr(),
+      .visibility = static_cast<const std::int32_t*>(visibility.const_data_ptr()),
+      .bias = bias ? static_cast<const float*>(bias->const_data_ptr()) : nullptr,
+      .attended = attended.mutable_data_ptr(),
+      .log_sums = static_cast<float*>(log_sums.mutable_data_ptr()),
+      .dtype = kernel_dtype(q.scalar_type()),
+      .num_rows = q.size(0),
+      .num_keys = k.size(0),
+      .num_heads = q.size(1),
+      .num_kv_heads = k.size(1),
+      .head_dim = q.size(2),
+      .q_stride = q.stride(0),
+      .k_stride = k.stride(0),
+      .v_stride = v.stride(0),
+      .scale = static_cast<float>(scale),
+  };
+}
+
 // Points to the segments of `selection`.
 inline HeadwiseTopkArgs headwise_topk_args(const Tensor& scores, const Selection& selection,
                                            const Tensor& picks) {

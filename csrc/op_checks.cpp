@@ -5,23 +5,55 @@
 
 namespace trimserve {
 
+namespace {
+
+// Queries, keys and what each row sees of the keys.
+void check_seeing_rows(const char* op, const Tensor& q, const Tensor& k, const Tensor& visibility,
+                       double scale) {
+  const ScalarType dtype = q.scalar_type();
+  check(is_floating(dtype) && q.dim() == 3, op, ": q must be float32, bfloat16 or float16 [T, H, Dh], got ",
+        describe(q));
+  check(k.dim() == 3 && k.scalar_type() == dtype && k.size(2) == q.size(2), op, ": k must be ",
+        name_of(dtype), " [N, Hkv, ", q.size(2), "] like q, got ", describe(k));
+  check(q.size(1) >= 1 && k.size(1) >= 1 && q.size(1) % k.size(1) == 0, op,
+        ": H must be a multiple of Hkv, both at least 1, got H=", q.size(1), ", Hkv=", k.size(1));
+  check(q.size(2) >= 1, op, ": Dh must be at least 1, got 0");
+  check(k.size(0) <= kMaxFeatures, op, ": N must be at most ", kMaxFeatures, ", got ", k.size(0));
+  check_tensor(op, "visibility", visibility, ScalarType::Int, "[T, 2]",
+               visibility.dim() == 2 && visibility.size(1) == 2);
+  check(visibility.size(0) == q.size(0), op, ": visibility must have T=", q.size(0), " rows like q, got ",
+        visibility.size(0));
+  check(std::isfinite(scale), op, ": scale must be finite, got ", scale);
+}
+
+}  // namespace
+
 void check_headwise_scores(const Tensor& q, const Tensor& k, const Tensor& visibility, double scale) {
   constexpr const char* kOp = "headwise_scores";
   check_devices(kOp, {"q", q}, {{"k", k}, {"visibility", visibility}});
-  const ScalarType dtype = q.scalar_type();
-  check(is_floating(dtype) && q.dim() == 3, kOp, ": q must be float32, bfloat16 or float16 [T, H, Dh], got ",
-        describe(q));
-  check(k.dim() == 3 && k.scalar_type() == dtype && k.size(2) == q.size(2), kOp, ": k must be ",
-        name_of(dtype), " [N, Hkv, ", q.size(2), "] like q, got ", describe(k));
-  check(q.size(1) >= 1 && k.size(1) >= 1 && q.size(1) % k.size(1) == 0, kOp,
-        ": H must be a multiple of Hkv, both at least 1, got H=", q.size(1), ", Hkv=", k.size(1));
-  check(q.size(2) >= 1, kOp, ": Dh must be at least 1, got 0");
-  check(k.size(0) <= kMaxFeatures, kOp, ": N must be at most ", kMaxFeatures, ", got ", k.size(0));
-  check_tensor(kOp, "visibility", visibility, ScalarType::Int, "[T, 2]",
-               visibility.dim() == 2 && visibility.size(1) == 2);
-  check(visibility.size(0) == q.size(0), kOp, ": visibility must have T=", q.size(0), " rows like q, got ",
-        visibility.size(0));
-  check(std::isfinite(scale), kOp, ": scale must be finite, got ", scale);
+  check_seeing_rows(kOp, q, k, visibility, scale);
+}
+
+void check_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& visibility,
+                     double scale, const std::optional<Tensor>& bias) {
+  constexpr const char* kOp = "attention";
+  check_devices(kOp, {"q", q}, {{"k", k}, {"v", v}, {"visibility", visibility}});
+  check_seeing_rows(kOp, q, k, visibility, scale);
+  check_tensor(kOp, "v", v, q.scalar_type(), "[N, Hkv, Dh] like k",
+               v.dim() == 3 && v.size(0) == k.size(0) && v.size(1) == k.size(1) && v.size(2) == k.size(2));
+  if (!bias) return;
+  check_devices(kOp, {"q", q}, {{"bias", *bias}});
+  check_tensor(kOp, "bias", *bias, ScalarType::Float, "[N] like k",
+               bias->dim() == 1 && bias->size(0) == k.size(0));
+}
+
+void check_ranges(const char* op, const Tensor& visibility, std::int64_t num_features) {
+  const auto* ranges = static_cast<const std::int32_t*>(visibility.const_data_ptr());
+  for (std::int64_t t = 0; t < visibility.size(0); ++t) {
+    const std::int32_t begin = ranges[2 * t], end = ranges[2 * t + 1];
+    check(0 <= begin && begin <= end && end <= num_features, op, ": visibility[", t,
+          "] must be a range within [0, ", num_features, "], got [", begin, ", ", end, "]");
+  }
 }
 
 namespace {

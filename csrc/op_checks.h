@@ -17,6 +17,12 @@ constexpr std::int64_t kMaxFeatures = std::numeric_limits<std::int32_t>::max(); 
 
 void check_headwise_scores(const Tensor& q, const Tensor& k, const Tensor& visibility, double scale);
 
+void check_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& visibility,
+                     double scale, const std::optional<Tensor>& bias);
+
+// Throws unless each row's range, [T, 2] contiguous on the CPU, lies within num_features.
+void check_ranges(const char* op, const Tensor& visibility, std::int64_t num_features);
+
 // Images and picks of an op that takes scores [H, N].
 struct Selection {
   std::vector<Segment> segments;

@@ -30,6 +30,10 @@ std::tuple<Tensor, Tensor> union_indices(const Tensor& picks, std::int64_t num_f
 std::tuple<Tensor, Tensor> select_features(const Tensor& scores, std::vector<std::int64_t> segments,
                                            std::vector<std::int64_t> k);
 
+// attention.cpp
+std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Tensor& v,
+                                     const Tensor& visibility, double scale, std::optional<Tensor> bias);
+
 // paging.cpp
 void write_kv(const Tensor& pages, std::int64_t layer, const Tensor& keys, const Tensor& values,
               const Tensor& slots);

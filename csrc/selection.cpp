@@ -11,15 +11,6 @@ namespace {
 
 constexpr std::int64_t kGrainScores = 16384;  // scores that are worth a thread
 
-void check_ranges(const Tensor& visibility, std::int64_t num_features) {
-  const auto* ranges = static_cast<const std::int32_t*>(visibility.const_data_ptr());
-  for (std::int64_t t = 0; t < visibility.size(0); ++t) {
-    const std::int32_t begin = ranges[2 * t], end = ranges[2 * t + 1];
-    check(0 <= begin && begin <= end && end <= num_features, "headwise_scores: visibility[", t,
-          "] must be a range within [0, ", num_features, "], got [", begin, ", ", end, "]");
-  }
-}
-
 // Calls body with ranges of the heads of scores [H, N].
 template <typename Body>
 void for_heads(const Tensor& scores, const Body& body) {
@@ -42,7 +33,7 @@ Tensor headwise_scores(const Tensor& q, const Tensor& k, const Tensor& visibilit
   check_headwise_scores(q, k, visibility, scale);
   const Tensor queries = with_contiguous_rows(q), keys = with_contiguous_rows(k);
   const Tensor ranges = torch::stable::contiguous(visibility);
-  check_ranges(ranges, k.size(0));
+  check_ranges("headwise_scores", ranges, k.size(0));
 
   Tensor scores = torch::stable::new_empty(q, {q.size(1), k.size(0)}, ScalarType::Float);
   const HeadwiseScoresArgs args = headwise_scores_args(queries, keys, ranges, scores, scale);

@@ -13,6 +13,7 @@ from torch import Tensor
 from trimserve.ops.decoding import CrossTables, DecoderLayers, SelfTables
 
 __all__ = [
+    "attention",
     "decode_layers",
     "gather_kv",
     "headwise_scores",
@@ -39,6 +40,20 @@ def headwise_scores(q: Tensor, k: Tensor, visibility: Tensor, scale: float) -> T
     weights = logits.masked_fill(~is_seen, -torch.inf).softmax(dim=-1)
     total = torch.where(is_seen, weights, 0.0).sum(dim=1)  # [H, N]
     return (total / is_seen.sum(dim=0).clamp(min=1)).float()
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, visibility: Tensor, scale: float, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Define `trimserve.ops.attention`; computes in float64."""
+    keys, values = (part.double().repeat_interleave(q.shape[1] // k.shape[1], dim=1) for part in (k, v))  # [N, H, Dh]
+    logits = torch.einsum("thd,nhd->htn", q.double(), keys) * scale
+    position = torch.arange(k.shape[0], device=q.device)
+    is_seen = (visibility[:, :1] <= position) & (position < visibility[:, 1:])  # [T, N]
+    logits = (logits if bias is None else logits + bias.double()).masked_fill(~is_seen, -torch.inf)
+    log_sums = logits.logsumexp(dim=-1)
+    weights = torch.where(is_seen, (logits - log_sums[..., None]).exp(), 0.0)
+    return torch.einsum("htn,nhd->thd", weights, values).to(q.dtype), log_sums.float()
 
 
 def headwise_topk(scores: Tensor, segments: Sequence[int], k: Sequence[int]) -> Tensor:
