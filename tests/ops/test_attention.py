@@ -189,7 +189,9 @@ def test_reads_only_its_inputs(dtype: torch.dtype) -> None:
     expected, expected_sums = attention(*inputs)
     scale = inputs[4]
     for offset in range(18):
-        views, buffers = zip(*(misaligned(each, offset, 7) for each in (*inputs[:3], inputs[3], inputs[5])), strict=True)
+        views, buffers = zip(
+            *(misaligned(each, offset, 7) for each in (*inputs[:3], inputs[3], inputs[5])), strict=True
+        )
         before = [buffer.clone() for buffer in buffers]
         attended, log_sums = attention(*views[:4], scale, views[4])
         assert torch.equal(attended, expected)

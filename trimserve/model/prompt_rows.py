@@ -13,6 +13,7 @@ from torch import Tensor
 
 from trimserve import ops
 from trimserve.model.adapters import Adapter, RowAdapters
+from trimserve.model.attention import Run, attention, causal_attention
 from trimserve.model.decoder_layers import CrossLayer, SelfLayer
 from trimserve.model.key_values import KeyValues, PromptSlots
 from trimserve.model.prefilled import TrimTimes
@@ -51,6 +52,8 @@ class _Attended:
     queries: Tensor
     keys: Tensor
     values: Tensor
+    log_sums: Tensor | None
+    """See `attention`."""
 
 
 class PromptRows:
@@ -86,7 +89,7 @@ class PromptRows:
             queries, keys, values = of_prompt
             if slots is not None:
                 slots.write_text(layer.index, keys, values)
-            attended.append(layer.attend(queries, keys, values, is_causal=len(queries) > 1))
+            attended.append(causal_attention(queries, keys, values, layer.scale))
         return torch.cat(attended)
 
     def seeing(
@@ -109,8 +112,10 @@ class PromptRows:
             if prompt.vision is not None and prompt.kv is not None and slots is not None and len(queries):
                 vision = prompt.vision
                 keys, values = layer.keys_values(vision.features, RowAdapters.alike(prompt.adapter))
-                pieces += _attend_runs(layer, queries, keys, values, vision)
-                attended = _Attended(vision, prompt.kv, slots, queries, keys, values)
+                runs = [Run(end_row - row, first, end) for row, end_row, first, end in vision.visible_runs()]
+                looked, log_sums = attention(queries, keys, values, runs, layer.scale, vision.bias)
+                pieces.append(looked)
+                attended = _Attended(vision, prompt.kv, slots, queries, keys, values, log_sums)
                 if _is_decided_after(layer.index, vision):
                     self._attended.append(attended)
                 else:  # at once: other prompts of the batch need the memory
@@ -188,15 +193,6 @@ class LookingRows(PromptRows):
         keys, _ = layer.keys_values(features, None)
         self.view = _made_view(self._vision, layer, q, keys, features)
         return None
-
-
-def _attend_runs(layer: CrossLayer, q: Tensor, keys: Tensor, values: Tensor, vision: VisionRows) -> list[Tensor]:
-    runs, bias = vision.visible_runs(), vision.bias
-    pieces = q.split([end_row - first_row for first_row, end_row, _, _ in runs])
-    return [
-        layer.attend(piece, keys[first:end], values[first:end], bias=None if bias is None else bias[first:end])
-        for piece, (_, _, first, end) in zip(pieces, runs, strict=True)
-    ]
 
 
 def _view(attended: _Attended, layer: CrossLayer, hidden: Tensor, added: Tensor) -> CrossAttentionView:
