@@ -15,8 +15,7 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Ten
   check_ranges("attention", ranges, k.size(0));
   Tensor attended = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2)});
   Tensor log_sums = torch::stable::new_empty(q, {q.size(1), q.size(0)}, ScalarType::Float);
-  const AttentionArgs args =
-      attention_args(queries, keys, values, ranges, bias, attended, log_sums, scale);
+  const AttentionArgs args = attention_args(queries, keys, values, ranges, bias, attended, log_sums, scale);
   const cpu::AttentionSizes sizes = cpu::attention_sizes(args);
   torch::stable::parallel_for(0, sizes.num_blocks, 1, [&](std::int64_t begin, std::int64_t end) {
     cpu::attention(args, begin, end, workspace<float>(sizes.workspace).get());

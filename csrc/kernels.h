@@ -23,6 +23,7 @@ struct HeadwiseScoresArgs {
   const void* q;
   const void* k;
   const std::int32_t* visibility;
+  const float* log_sums;  // of attention [H, T], or null
   float* scores;
   DType dtype;
   std::int64_t num_rows;      // T
@@ -87,8 +88,10 @@ struct SelectFeaturesArgs {
 };
 
 // Keys and values live in pages [P, G, 2, Hkv, kPagePositions, Dh]: a page holds kPagePositions positions of G layers;
-// 2 stands for keys, values. A sequence's table lists its pages.
+// 2 stands for keys, values. A sequence's table lists its pages. Pages of int8 have rows of Dh integers and the float16
+// that multiplies them, Dh + kScaleBytes in all.
 constexpr std::int64_t kPagePositions = 16;
+constexpr std::int64_t kScaleBytes = 2;
 
 // Rows [N, Hkv, Dh], each head contiguous.
 struct KvRows {
@@ -97,7 +100,7 @@ struct KvRows {
   std::int64_t head_stride_bytes;
 };
 
-// Row kept[r] goes to page slots[r] / kPagePositions, offset slots[r] % kPagePositions.
+// keys and values of `dtype`. Row kept[r] goes to page slots[r] / kPagePositions, offset slots[r] % kPagePositions.
 struct WriteKvArgs {
   KvRows keys;
   KvRows values;
@@ -105,8 +108,11 @@ struct WriteKvArgs {
   const std::int64_t* kept;  // null for r itself
   const std::int64_t* slots;
   std::int64_t num_kv_heads;  // Hkv
-  std::int64_t head_bytes;    // of Dh elements
+  std::int64_t head_bytes;    // of Dh elements, in a page
   std::int64_t page_stride_bytes;
+  std::int64_t head_dim;  // Dh
+  DType dtype;            // of keys and values
+  bool is_int8;           // pages are
   bool is_streamed;  // bypasses the caches; pages and head_bytes must then be multiples of kStreamedBytes
 };
 
@@ -120,7 +126,8 @@ struct PagedAttentionArgs {
   const std::int32_t* lengths;
   const float* bias;  // or null
   void* attended;
-  DType dtype;
+  DType dtype;                 // of q, and of pages if they are not int8
+  bool is_int8;                // pages are
   std::int64_t num_sequences;  // B
   std::int64_t num_heads;      // H
   std::int64_t num_kv_heads;   // Hkv

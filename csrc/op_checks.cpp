@@ -28,10 +28,15 @@ void check_seeing_rows(const char* op, const Tensor& q, const Tensor& k, const T
 
 }  // namespace
 
-void check_headwise_scores(const Tensor& q, const Tensor& k, const Tensor& visibility, double scale) {
+void check_headwise_scores(const Tensor& q, const Tensor& k, const Tensor& visibility, double scale,
+                           const std::optional<Tensor>& log_sums) {
   constexpr const char* kOp = "headwise_scores";
   check_devices(kOp, {"q", q}, {{"k", k}, {"visibility", visibility}});
   check_seeing_rows(kOp, q, k, visibility, scale);
+  if (!log_sums) return;
+  check_devices(kOp, {"q", q}, {{"log_sums", *log_sums}});
+  check_tensor(kOp, "log_sums", *log_sums, ScalarType::Float, "[H, T] like q",
+               log_sums->dim() == 2 && log_sums->size(0) == q.size(1) && log_sums->size(1) == q.size(0));
 }
 
 void check_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& visibility,
@@ -100,23 +105,46 @@ void check_union_indices(const Tensor& picks, std::int64_t num_features) {
 }
 
 void check_pages(const char* op, const Tensor& pages, std::int64_t layer) {
-  check(is_floating(pages.scalar_type()) && pages.dim() == 6 && pages.size(2) == 2 &&
+  const bool is_int8 = pages.scalar_type() == ScalarType::Char && pages.is_cpu();
+  check((is_floating(pages.scalar_type()) || is_int8) && pages.dim() == 6 && pages.size(2) == 2 &&
             pages.size(4) == kPagePositions,
-        op, ": pages must be float32, bfloat16 or float16 [P, G, 2, Hkv, ", kPagePositions, ", Dh], got ",
+        op, ": pages must be float32, bfloat16 or float16 [P, G, 2, Hkv, ", kPagePositions,
+        ", Dh], or int8 [P, G, 2, Hkv, ", kPagePositions, ", Dh + ", kScaleBytes, "] on a CPU, got ",
         describe(pages));
+  check(!is_int8 || pages.size(5) >= kScaleBytes, op, ": pages of int8 must have rows of at least ",
+        kScaleBytes, ", got ", pages.size(5));
   check(pages.is_contiguous(), op, ": pages must be contiguous");
   check(0 <= layer && layer < pages.size(1), op, ": layer must be in [0, ", pages.size(1), "), got ", layer);
 }
 
+std::int64_t page_head_dim(const Tensor& pages) {
+  return pages.size(5) - (pages.scalar_type() == ScalarType::Char ? kScaleBytes : 0);
+}
+
 namespace {
+
+// What is written to pages or compared with them has their dtype; int8 pages take any floats.
+bool fits_pages(ScalarType dtype, const Tensor& pages) {
+  return pages.scalar_type() == ScalarType::Char ? is_floating(dtype) : dtype == pages.scalar_type();
+}
+
+const char* fitting_name(const Tensor& pages) {
+  return pages.scalar_type() == ScalarType::Char ? "float32, bfloat16 or float16"
+                                                 : name_of(pages.scalar_type());
+}
 
 // Keys or values that go to pages; `like` names what their shape comes from.
 void check_kv_rows(const char* op, const char* name, const Tensor& rows, std::int64_t num_rows,
                    const Tensor& pages, const char* like) {
-  check(rows.scalar_type() == pages.scalar_type() && rows.dim() == 3 && rows.size(0) == num_rows &&
-            rows.size(1) == pages.size(3) && rows.size(2) == pages.size(5),
-        op, ": ", name, " must be ", name_of(pages.scalar_type()), " [", num_rows, ", ", pages.size(3), ", ",
-        pages.size(5), "] like ", like, ", got ", describe(rows));
+  check(fits_pages(rows.scalar_type(), pages) && rows.dim() == 3 && rows.size(0) == num_rows &&
+            rows.size(1) == pages.size(3) && rows.size(2) == page_head_dim(pages),
+        op, ": ", name, " must be ", fitting_name(pages), " [", num_rows, ", ", pages.size(3), ", ",
+        page_head_dim(pages), "] like ", like, ", got ", describe(rows));
+}
+
+void check_same_dtype(const char* op, const Tensor& keys, const Tensor& values) {
+  check(keys.scalar_type() == values.scalar_type(), op, ": values must be ", name_of(keys.scalar_type()),
+        " like keys, got ", name_of(values.scalar_type()));
 }
 
 }  // namespace
@@ -129,6 +157,7 @@ void check_write_kv(const Tensor& pages, std::int64_t layer, const Tensor& keys,
   check_tensor(kOp, "slots", slots, ScalarType::Long, "[R]", slots.dim() == 1);
   check_kv_rows(kOp, "keys", keys, slots.size(0), pages, "slots and pages");
   check_kv_rows(kOp, "values", values, slots.size(0), pages, "slots and pages");
+  check_same_dtype(kOp, keys, values);
 }
 
 void check_gather_kv(const Tensor& pages, std::int64_t layer, const Tensor& keys, const Tensor& values,
@@ -140,6 +169,7 @@ void check_gather_kv(const Tensor& pages, std::int64_t layer, const Tensor& keys
   check(keys.dim() == 3, kOp, ": keys must be [N, Hkv, Dh], got ", describe(keys));
   check_kv_rows(kOp, "keys", keys, keys.size(0), pages, "pages");
   check_kv_rows(kOp, "values", values, keys.size(0), pages, "keys and pages");
+  check_same_dtype(kOp, keys, values);
   check_tensor(kOp, "kept", kept, ScalarType::Long, "[M]", kept.dim() == 1);
   check_tensor(kOp, "slots", slots, ScalarType::Long, "[M]", slots.dim() == 1);
   check(slots.size(0) == kept.size(0), kOp, ": slots must have M=", kept.size(0), " entries like kept, got ",
@@ -151,8 +181,8 @@ void check_paged_attention(const Tensor& q, const Tensor& pages, std::int64_t la
   constexpr const char* kOp = "paged_attention";
   check_devices(kOp, {"q", q}, {{"pages", pages}, {"tables", tables}, {"lengths", lengths}});
   check_pages(kOp, pages, layer);
-  check(q.scalar_type() == pages.scalar_type() && q.dim() == 3 && q.size(2) == pages.size(5), kOp,
-        ": q must be ", name_of(pages.scalar_type()), " [B, H, ", pages.size(5), "] like pages, got ",
+  check(fits_pages(q.scalar_type(), pages) && q.dim() == 3 && q.size(2) == page_head_dim(pages), kOp,
+        ": q must be ", fitting_name(pages), " [B, H, ", page_head_dim(pages), "] like pages, got ",
         describe(q));
   check(q.size(1) >= 1 && pages.size(3) >= 1 && q.size(1) % pages.size(3) == 0, kOp,
         ": H must be a multiple of Hkv, both at least 1, got H=", q.size(1), ", Hkv=", pages.size(3));

@@ -5,7 +5,8 @@
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(trimserve, m) {
-  m.def("headwise_scores(Tensor q, Tensor k, Tensor visibility, float scale) -> Tensor");
+  m.def(
+      "headwise_scores(Tensor q, Tensor k, Tensor visibility, float scale, Tensor? log_sums=None) -> Tensor");
   m.def(
       "attention(Tensor q, Tensor k, Tensor v, Tensor visibility, float scale, Tensor? bias=None) -> "
       "(Tensor attended, Tensor log_sums)");

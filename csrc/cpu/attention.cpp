@@ -297,8 +297,7 @@ TRIMSERVE_INLINE void attend_block(const AttentionArgs& args, std::int64_t kv_he
       if (tile.num_vectors == 1) attend_tile<Units, 1>(tile, own, first, count, args.scale);
     }
   }
-  for (std::int64_t i = 0; i < num_tiles; ++i)
-    finish_tile<Units>(args, kv_head, tiles[i], of_tile(ws, i));
+  for (std::int64_t i = 0; i < num_tiles; ++i) finish_tile<Units>(args, kv_head, tiles[i], of_tile(ws, i));
 }
 static_assert(kTileVectors == 3);
 

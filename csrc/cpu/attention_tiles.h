@@ -80,8 +80,9 @@ void at_units(DType kind, const Body& body) {
 
 // sums[i][j] = sum over u < count of broadcast(scalars[i * step + u * stride]) * vectors[u][j].
 template <typename Units, int kVectors>
-TRIMSERVE_INLINE void multiply_step(const typename Units::Unit* scalars, std::int64_t step, std::int64_t stride,
-                                    const typename Units::Unit* vectors, std::int64_t count,
+TRIMSERVE_INLINE void multiply_step(const typename Units::Unit* scalars, std::int64_t step,
+                                    std::int64_t stride, const typename Units::Unit* vectors,
+                                    std::int64_t count,
                                     typename Units::Floats (&sums)[Units::kStep][kVectors]) {
   constexpr int kWidth = Units::kWidth;
   unrolled<Units::kStep>([&](auto i) TRIMSERVE_INLINE_LAMBDA {
@@ -108,6 +109,10 @@ TRIMSERVE_INLINE void pack_keys(const Element<Units::dtype>* rows, std::int64_t 
     std::int64_t u = 0;
     if (r < num_rows) {
       const auto* const row = rows + r * stride;
+      if constexpr (sizeof(typename Units::Unit) == Units::kElements * sizeof *row) {
+        std::memcpy(packed, row, whole * sizeof *packed);
+        u = whole;
+      }
       for (; u < whole; ++u) packed[u] = Units::unit(row + u * Units::kElements, 1);
       if (head_dim % Units::kElements) {
         const Element<Units::dtype> last[2] = {row[head_dim - 1], {}};
@@ -120,8 +125,9 @@ TRIMSERVE_INLINE void pack_keys(const Element<Units::dtype>* rows, std::int64_t 
 
 // Rows of head_dim elements -> units [num_rows / kElements, dim], positions side by side; zeros behind.
 template <typename Units>
-TRIMSERVE_INLINE void pack_values(const Element<Units::dtype>* rows, std::int64_t stride, std::int64_t num_rows,
-                                  std::int64_t head_dim, std::int64_t dim, typename Units::Unit* packed) {
+TRIMSERVE_INLINE void pack_values(const Element<Units::dtype>* rows, std::int64_t stride,
+                                  std::int64_t num_rows, std::int64_t head_dim, std::int64_t dim,
+                                  typename Units::Unit* packed) {
   const std::int64_t num_rounded = round_up(num_rows, Units::kStep);
   for (std::int64_t r = 0; r < num_rounded; r += Units::kElements, packed += dim) {
     const auto* const row = rows + r * stride;

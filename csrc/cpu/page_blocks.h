@@ -1,7 +1,8 @@
 // Attention over one block: the kPagePositions keys or values of one KV head, contiguous in a page.
 //
-// Rows are padded_dim elements long, a whole number of vectors. Queries and sums over values are in the lane order of
-// their dtype (simd.h). `ahead` is the memory to prefetch, line by line, while the block is processed.
+// Rows have padded_dim elements, a whole number of vectors, and begin `stride` elements apart. Queries and sums over
+// values are in the lane order of their dtype (simd.h), and int8 rows are read in that order. `ahead` is the memory to
+// prefetch, line by line, while the block is processed.
 
 #pragma once
 
@@ -17,6 +18,8 @@ struct FloatProducts {
   static constexpr DType dtype = kDtype;
   static constexpr int width = kWidth;
   static constexpr int kVectors = Packed<kWidth, dtype>::kVectors;
+  static constexpr bool kHasScales = false;  // at the end of each row
+  using Stored = Element<dtype>;             // of a page
   using Query = float;
   using Floats = typename Simd<kWidth>::Floats;
   using Vector = Floats[kVectors];
@@ -31,11 +34,64 @@ struct FloatProducts {
   TRIMSERVE_INLINE static void load_query(Vector& q, const float* query) {
     unrolled<kVectors>([&](auto i) TRIMSERVE_INLINE_LAMBDA { Simd<kWidth>::load(q[i], query + i * kWidth); });
   }
-  TRIMSERVE_INLINE static void load_key(Vector& k, const Element<dtype>* key) {
-    Packed<kWidth, dtype>::load(k, key);
+  TRIMSERVE_INLINE static void load_key(Vector& k, const Stored* key) { Packed<kWidth, dtype>::load(k, key); }
+  TRIMSERVE_INLINE static void load_value(Vector& v, const Stored* value) {
+    Packed<kWidth, dtype>::load(v, value);
   }
   TRIMSERVE_INLINE static void add(Floats& sums, const Vector& q, const Vector& k) {
     unrolled<kVectors>([&](auto i) TRIMSERVE_INLINE_LAMBDA { sums += q[i] * k[i]; });
+  }
+};
+
+// Keys and values as int8, whose scales are applied to logits and weights: widened in registers only.
+template <int kWidth, DType kDtype>
+struct Int8Products : FloatProducts<kWidth, kDtype> {
+  using Base = FloatProducts<kWidth, kDtype>;
+  using typename Base::Vector;
+  static constexpr bool kHasScales = true;
+  using Stored = std::int8_t;
+
+  // In the lane order of Packed: one vector in order, even and odd elements of bfloat16, or halves in order.
+  TRIMSERVE_INLINE static void load_key(Vector& k, const Stored* key) {
+    if constexpr (kDtype == DType::kBFloat16) {
+      Ints pairs;  // an even element in the low byte of a lane, an odd one above
+      widen_pairs(pairs, key);
+      const Ints even = pairs << 24 >> 24, odd = pairs >> 8;
+      k[0] = __builtin_convertvector(even, typename Base::Floats);
+      k[1] = __builtin_convertvector(odd, typename Base::Floats);
+    } else {
+      unrolled<Base::kVectors>([&](auto i) TRIMSERVE_INLINE_LAMBDA {
+        Ints integers;
+        widen(integers, key + i * kWidth);
+        k[i] = __builtin_convertvector(integers, typename Base::Floats);
+      });
+    }
+  }
+  TRIMSERVE_INLINE static void load_value(Vector& v, const Stored* value) { load_key(v, value); }
+
+ private:
+  using Ints = typename Simd<kWidth>::Ints;
+  typedef std::int8_t Bytes __attribute__((vector_size(kWidth), aligned(1), may_alias));
+  typedef std::int16_t Pairs __attribute__((vector_size(2 * kWidth), aligned(1), may_alias));
+
+  TRIMSERVE_INLINE static void widen(Ints& integers, const Stored* source) {
+#ifdef __x86_64__
+    // In one instruction, which GCC 12 does not find by itself.
+    if constexpr (kWidth >= 8) {
+      asm("vpmovsxbd %1, %0" : "=v"(integers) : "m"(*reinterpret_cast<const Bytes*>(source)));
+      return;
+    }
+#endif
+    integers = __builtin_convertvector(*reinterpret_cast<const Bytes*>(source), Ints);
+  }
+  TRIMSERVE_INLINE static void widen_pairs(Ints& pairs, const Stored* source) {
+#ifdef __x86_64__
+    if constexpr (kWidth >= 8) {
+      asm("vpmovsxwd %1, %0" : "=v"(pairs) : "m"(*reinterpret_cast<const Pairs*>(source)));
+      return;
+    }
+#endif
+    pairs = __builtin_convertvector(*reinterpret_cast<const Pairs*>(source), Ints);
   }
 };
 
@@ -45,6 +101,8 @@ struct PairProducts {
   static constexpr DType dtype = DType::kBFloat16;
   static constexpr int width = 16;
   static constexpr int kVectors = 2;
+  static constexpr bool kHasScales = false;
+  using Stored = Element<dtype>;
   using Query = Element<dtype>;
   using Floats = Simd<width>::Floats;
   using Vector = Simd<width>::Bits;
@@ -53,18 +111,28 @@ struct PairProducts {
     std::memcpy(query, row, padded_dim * sizeof(Query));
   }
   TRIMSERVE_INLINE static void load_query(Vector& q, const Query* query) { std::memcpy(&q, query, sizeof q); }
-  TRIMSERVE_INLINE static void load_key(Vector& k, const Query* key) { std::memcpy(&k, key, sizeof k); }
+  TRIMSERVE_INLINE static void load_key(Vector& k, const Stored* key) { std::memcpy(&k, key, sizeof k); }
+  TRIMSERVE_INLINE static void load_value(Floats (&v)[kVectors], const Stored* value) {
+    Packed<width, dtype>::load(v, value);
+  }
   TRIMSERVE_INLINE static void add(Floats& sums, const Vector& q, const Vector& k) { add_pairs(sums, q, k); }
 };
 #endif
+
+// Keys or values of a block.
+template <typename Stored>
+struct Rows {
+  const Stored* first;
+  std::int64_t stride;
+};
 
 // logits[h * stride + p] = queries[h] . keys[p] * scale for kHeads heads. Each vector of keys is loaded once for all
 // heads.
 template <typename Products, int kHeads>
 TRIMSERVE_INLINE void multiply_keys_of_heads(const typename Products::Query* queries,
-                                             const Element<Products::dtype>* keys, std::int64_t padded_dim,
-                                             float scale, float* logits, std::int64_t stride,
-                                             const Element<Products::dtype>* ahead) {
+                                             const Rows<typename Products::Stored>& keys,
+                                             std::int64_t padded_dim, float scale, float* logits,
+                                             std::int64_t stride, const typename Products::Stored* ahead) {
   constexpr int kWidth = Products::width, kPositions = kWidth / kHeads, kSize = Products::kVectors * kWidth;
   for (std::int64_t p = 0; p < kPagePositions; p += kPositions) {
     typename Products::Floats sums[kWidth];
@@ -74,7 +142,7 @@ TRIMSERVE_INLINE void multiply_keys_of_heads(const typename Products::Query* que
       unrolled<kHeads>(
           [&](auto h) TRIMSERVE_INLINE_LAMBDA { Products::load_query(q[h], queries + h * padded_dim + d); });
       unrolled<kPositions>([&](auto i) TRIMSERVE_INLINE_LAMBDA {
-        Products::load_key(k, keys + (p + i) * padded_dim + d);
+        Products::load_key(k, keys.first + (p + i) * keys.stride + d);
         __builtin_prefetch(ahead + p * padded_dim + d * kPositions + i * kSize);
         unrolled<kHeads>([&](auto h)
                              TRIMSERVE_INLINE_LAMBDA { Products::add(sums[h * kPositions + i], q[h], k); });
@@ -91,14 +159,15 @@ TRIMSERVE_INLINE void multiply_keys_of_heads(const typename Products::Query* que
 
 // attended[h] += weights[h * stride + p] * values[p] over p < count, for kHeads heads and kRegisters registers of
 // elements. Values from count on may be NaN.
-template <int kWidth, DType dtype, int kHeads, int kRegisters>
-TRIMSERVE_INLINE void add_values_tile(const float* weights, std::int64_t stride, const Element<dtype>* values,
-                                      std::int64_t count, std::int64_t padded_dim, float* attended,
-                                      const Element<dtype>* ahead) {
-  using Row = Packed<kWidth, dtype>;
+template <typename Products, int kHeads, int kRegisters>
+TRIMSERVE_INLINE void add_values_tile(const float* weights, std::int64_t stride,
+                                      const Rows<typename Products::Stored>& values, std::int64_t count,
+                                      std::int64_t padded_dim, float* attended,
+                                      const typename Products::Stored* ahead) {
+  constexpr int kWidth = Products::width, kOfRegister = Products::kVectors;
   using Vectors = Simd<kWidth>;
-  constexpr int kSize = Row::kVectors * kWidth, kVectors = kRegisters * Row::kVectors;
-  typename Row::Floats sums[kHeads][kVectors], v[kRegisters][Row::kVectors];
+  constexpr int kSize = kOfRegister * kWidth, kVectors = kRegisters * kOfRegister;
+  typename Products::Floats sums[kHeads][kVectors], v[kRegisters][kOfRegister];
   unrolled<kHeads>([&](auto h) TRIMSERVE_INLINE_LAMBDA {
     unrolled<kVectors>([&](auto i) TRIMSERVE_INLINE_LAMBDA {
       Vectors::load(sums[h][i], attended + h * padded_dim + i * kWidth);
@@ -106,13 +175,13 @@ TRIMSERVE_INLINE void add_values_tile(const float* weights, std::int64_t stride,
   });
   for (std::int64_t p = 0; p < count; ++p) {
     unrolled<kRegisters>([&](auto i) TRIMSERVE_INLINE_LAMBDA {
-      Row::load(v[i], values + p * padded_dim + i * kSize);
+      Products::load_value(v[i], values.first + p * values.stride + i * kSize);
       __builtin_prefetch(ahead + (p * kRegisters + i) * kSize);
     });
     unrolled<kHeads>([&](auto h) TRIMSERVE_INLINE_LAMBDA {
       const float weight = weights[h * stride + p];
       unrolled<kVectors>([&](auto i) TRIMSERVE_INLINE_LAMBDA {
-        sums[h][i] += weight * v[i / Row::kVectors][i % Row::kVectors];
+        sums[h][i] += weight * v[i / kOfRegister][i % kOfRegister];
       });
     });
   }
@@ -123,20 +192,34 @@ TRIMSERVE_INLINE void add_values_tile(const float* weights, std::int64_t stride,
   });
 }
 
-template <int kWidth, DType dtype, int kHeads>
+template <typename Products, int kHeads>
 TRIMSERVE_INLINE void add_values_of_heads(const float* weights, std::int64_t stride,
-                                          const Element<dtype>* values, std::int64_t count,
+                                          const Rows<typename Products::Stored>& values, std::int64_t count,
                                           std::int64_t padded_dim, float* attended,
-                                          const Element<dtype>* ahead) {
-  constexpr int kVectors = Packed<kWidth, dtype>::kVectors, kSize = kVectors * kWidth;
+                                          const typename Products::Stored* ahead) {
+  constexpr int kWidth = Products::width, kVectors = Products::kVectors, kSize = kVectors * kWidth;
   constexpr int kRegisters = (kWidth == 16 ? 4 : 2) / kVectors;  // AVX2 has half the registers
   std::int64_t d = 0;
   for (; d + kRegisters * kSize <= padded_dim; d += kRegisters * kSize)
-    add_values_tile<kWidth, dtype, kHeads, kRegisters>(weights, stride, values + d, count, padded_dim,
-                                                       attended + d, ahead + d * kPagePositions);
+    add_values_tile<Products, kHeads, kRegisters>(weights, stride, {values.first + d, values.stride}, count,
+                                                  padded_dim, attended + d, ahead + d * kPagePositions);
   for (; d < padded_dim; d += kSize)
-    add_values_tile<kWidth, dtype, kHeads, 1>(weights, stride, values + d, count, padded_dim, attended + d,
-                                              ahead + d * kPagePositions);
+    add_values_tile<Products, kHeads, 1>(weights, stride, {values.first + d, values.stride}, count,
+                                         padded_dim, attended + d, ahead + d * kPagePositions);
+}
+
+// numbers[h * stride + p] *= the scale of int8 row p, for a block's positions and some heads.
+template <int kWidth>
+TRIMSERVE_INLINE void multiply_scales(const Rows<std::int8_t>& rows, std::int64_t head_dim,
+                                      std::int64_t num_heads, float* numbers, std::int64_t stride) {
+  Element<DType::kFloat16> scales[kPagePositions];
+  for (std::int64_t p = 0; p < kPagePositions; ++p)
+    std::memcpy(&scales[p], rows.first + p * rows.stride + head_dim, sizeof scales[p]);
+  float factors[kPagePositions];
+  for (std::int64_t p = 0; p < kPagePositions; ++p) factors[p] = scales[p].to_float();
+  for (std::int64_t h = 0; h < num_heads; ++h) {
+    for (std::int64_t p = 0; p < kPagePositions; ++p) numbers[h * stride + p] *= factors[p];
+  }
 }
 
 // Calls body(number of heads, first head) for tiles of 4, 2 or 1 heads that cover num_heads.

@@ -113,7 +113,8 @@ def prefill_scratch_bytes(info: ModelInfo) -> int:
     """
     num_features = info.max_images * info.max_tiles * info.features_per_tile
     dtype: torch.dtype = getattr(torch, info.dtype)
-    rows = 2 * num_features * (info.hidden_size * dtype.itemsize + info.kv_bytes_per_position)
+    keys_values = 2 * info.num_kv_heads * info.head_dim
+    rows = 2 * num_features * (info.hidden_size + keys_values) * dtype.itemsize
     own = rows + scratch_bytes(info.max_tiles, info.features_per_tile, info.hidden_size)
     guide = info.guide
     return own + (prefill_scratch_bytes(guide) + guide.vision_scratch_bytes if guide else 0)

@@ -16,6 +16,7 @@ from trimserve.model.adapters import Adapter, RowAdapters
 from trimserve.model.attention import Run, attention, causal_attention
 from trimserve.model.decoder_layers import CrossLayer, SelfLayer
 from trimserve.model.key_values import KeyValues, PromptSlots
+from trimserve.model.kv_format import round_as_stored
 from trimserve.model.prefilled import TrimTimes
 from trimserve.model.rotary import Rotation
 from trimserve.model.upload import upload, upload_ids
@@ -88,6 +89,8 @@ class PromptRows:
         for slots, *of_prompt in zip(self._slots, *(x.split(self._num_rows) for x in (q, k, v)), strict=True):
             queries, keys, values = of_prompt
             if slots is not None:
+                for rows in (keys, values):
+                    round_as_stored(rows, slots.pages)
                 slots.write_text(layer.index, keys, values)
             attended.append(causal_attention(queries, keys, values, layer.scale))
         return torch.cat(attended)
@@ -112,6 +115,8 @@ class PromptRows:
             if prompt.vision is not None and prompt.kv is not None and slots is not None and len(queries):
                 vision = prompt.vision
                 keys, values = layer.keys_values(vision.features, RowAdapters.alike(prompt.adapter))
+                for rows in (keys, values):
+                    round_as_stored(rows, slots.pages)
                 runs = [Run(end_row - row, first, end) for row, end_row, first, end in vision.visible_runs()]
                 looked, log_sums = attention(queries, keys, values, runs, layer.scale, vision.bias)
                 pieces.append(looked)
@@ -196,13 +201,13 @@ class LookingRows(PromptRows):
 
 
 def _view(attended: _Attended, layer: CrossLayer, hidden: Tensor, added: Tensor) -> CrossAttentionView:
-    vision, keys = attended.vision, attended.keys
+    vision, keys, log_sums = attended.vision, attended.keys, attended.log_sums
     features = vision.features
     if vision.num_merged:  # policies see kept features only
         places = vision.kept_places
-        keys, features = keys[places], features[places]
+        keys, features, log_sums = keys[places], features[places], None
     view = _made_view(vision, layer, attended.queries, keys, features)
-    view.hidden, view.added = hidden, layer.gated(added)
+    view.hidden, view.added, view.log_sums = hidden, layer.gated(added), log_sums
     return view
 
 

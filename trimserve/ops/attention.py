@@ -43,7 +43,12 @@ def attention(
 
 
 def _fake_attention(
-    q: Tensor, k: Tensor, v: Tensor, visibility: Tensor, scale: float, bias: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    visibility: Tensor,
+    scale: float,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
 

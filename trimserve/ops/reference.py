@@ -18,6 +18,7 @@ __all__ = [
     "gather_kv",
     "headwise_scores",
     "headwise_topk",
+    "int8_rows",
     "linear",
     "paged_attention",
     "rms_norm",
@@ -26,11 +27,18 @@ __all__ = [
     "silu_gate",
     "union_indices",
     "unpack_int4",
+    "widened_rows",
     "write_kv",
 ]
 
 
-def headwise_scores(q: Tensor, k: Tensor, visibility: Tensor, scale: float) -> Tensor:
+def headwise_scores(
+    q: Tensor,
+    k: Tensor,
+    visibility: Tensor,
+    scale: float,
+    log_sums: Tensor | None = None,  # noqa: ARG001 - they follow from the others
+) -> Tensor:
     """Define `trimserve.ops.headwise_scores`; computes in float64."""
     num_heads, num_kv_heads, num_features = q.shape[1], k.shape[1], k.shape[0]
     keys = k.double().repeat_interleave(num_heads // num_kv_heads, dim=1)  # [N, H, Dh]
@@ -85,7 +93,32 @@ def write_kv(pages: Tensor, layer: int, keys: Tensor, values: Tensor, slots: Ten
     page_positions = pages.shape[4]
     page, offset = slots // page_positions, slots % page_positions
     for half, rows in enumerate((keys, values)):
-        pages[:, layer, half].transpose(1, 2)[page, offset] = rows  # [P, 16, Hkv, Dh] at [R], [R]
+        stored = int8_rows(rows) if pages.dtype == torch.int8 else rows
+        pages[:, layer, half].transpose(1, 2)[page, offset] = stored  # [P, 16, Hkv, Dh] at [R], [R]
+
+
+def int8_rows(rows: Tensor) -> Tensor:
+    """Define how a row of keys or values lies in int8 pages: Dh integers and the float16 that multiplies them.
+
+    The scale is the float16 next to the largest magnitude / 127; an integer is the element / scale, rounded to the
+    nearest, ties to even, and clamped to [-127, 127]. A row without a finite scale has scale NaN.
+
+    Args:
+        rows: float32, bfloat16 or float16 [..., Dh].
+    Returns:
+        int8 [..., Dh + 2].
+    """
+    floats = rows.float()
+    scales = (floats.abs().amax(dim=-1, keepdim=True) / 127).half()
+    scales = scales.masked_fill(~scales.isfinite(), torch.nan)
+    divisors = scales.float().masked_fill(scales == 0, torch.inf)
+    integers = (floats / divisors).round().clamp(-127, 127).nan_to_num()  # all 0 where the scale is 0 or NaN
+    return torch.cat([integers.to(torch.int8), scales.view(torch.int8)], dim=-1)
+
+
+def widened_rows(stored: Tensor) -> Tensor:
+    """What `int8_rows` stored, float32 [..., Dh]."""
+    return stored[..., :-2].float() * stored[..., -2:].contiguous().view(torch.float16).float()
 
 
 def gather_kv(pages: Tensor, layer: int, keys: Tensor, values: Tensor, kept: Tensor, slots: Tensor) -> None:
@@ -108,7 +141,9 @@ def paged_attention(
     for b, length in enumerate(lengths.tolist()):
         if length:
             used = tables[b, : -(-length // pages.shape[4])].long()
-            keys, values = pages[used, layer].double().permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, :length]
+            rows = pages[used, layer]
+            rows = widened_rows(rows) if pages.dtype == torch.int8 else rows
+            keys, values = rows.double().permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, :length]
             keys, values = (part.repeat_interleave(group, dim=0) for part in (keys, values))  # [H, length, Dh]
             logits = torch.einsum("hd,hpd->hp", q[b].double(), keys) * scale
             weights = (logits if bias is None else logits + bias[b, :length]).softmax(dim=-1)
@@ -179,7 +214,8 @@ def decode_layers(
 ) -> None:
     """Define `trimserve.ops.decode_layers`."""
     weights, scales, gates = iter(layers.weights), iter(layers.scales), iter(layers.gates)
-    layers_per_page, num_kv_heads, head_dim = pages.shape[1], pages.shape[3], pages.shape[5]
+    layers_per_page, num_kv_heads = pages.shape[1], pages.shape[3]
+    head_dim = pages.shape[5] - (2 if pages.dtype == torch.int8 else 0)
     num_layers = (len(layers.weights) - len(layers.cross_layers)) // 6
     seen = CrossTables((), ()) if features is None else features
     num_self = num_cross = 0
