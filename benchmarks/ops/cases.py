@@ -248,14 +248,14 @@ def _attention_case(
     some = torch.randint(num_rows, (16,), generator=generator)
     expected, _ = reference.attention(q[some], k, v, visibility[some], scale)
     torch.testing.assert_close(attended[some], expected, **MANY_ROWS_ATTENTION[dtype])
-    by_head = [part.transpose(0, 1)[None].contiguous() for part in (q, k, v)]
+    queries, keys, values = (part.transpose(0, 1)[None].contiguous() for part in (q, k, v))
     has_groups = heads.num_heads != heads.num_kv_heads
     return Case(
         "attention",
         f"{num_rows} rows of a {'prompt' if is_causal else 'vision encoder'}",
         dtype,
         lambda: ops.attention(q, k, v, visibility, scale),
-        lambda: F.scaled_dot_product_attention(*by_head, is_causal=is_causal, enable_gqa=has_groups),
+        lambda: F.scaled_dot_product_attention(queries, keys, values, is_causal=is_causal, enable_gqa=has_groups),
         "sdpa",
         2 * q.nbytes + k.nbytes + v.nbytes,
         None,

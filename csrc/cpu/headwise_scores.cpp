@@ -8,7 +8,8 @@
 //   [N, rows of the block], are normalised there and added to the scores: [T, N] or [H, T, N] never exists. Maxima and
 //   sums are lane by lane; lanes are added up at the end only, kWidth features at once. Reads k once per block. Heads
 //   are independent and rows are added in order, so results repeat bit for bit for any number of threads.
-//   With log_sums [H, T], which attention found, a logit becomes a weight by itself: one pass over the logits, not three.
+//   With log_sums [H, T], which attention found, a logit becomes a weight by itself: one pass over the logits, not
+//   three.
 
 #include <algorithm>
 #include <array>

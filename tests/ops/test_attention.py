@@ -106,9 +106,9 @@ def test_query_heads_share_their_group_s_kv_head() -> None:
 def test_equals_reference(
     num_rows: int, num_keys: int, num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype
 ) -> None:
-    *inputs, bias = draw(num_rows, num_keys, num_heads, num_kv_heads, head_dim, dtype)
-    assert_equals_reference((*inputs, bias))
-    assert_equals_reference((*inputs, None))
+    inputs = draw(num_rows, num_keys, num_heads, num_kv_heads, head_dim, dtype)
+    assert_equals_reference(inputs)
+    assert_equals_reference((*inputs[:5], None))
 
 
 @given(
@@ -131,8 +131,8 @@ def test_causal_ranges_equal_torch_s_attention(dtype: torch.dtype) -> None:
     q, k, v, _, scale, _ = draw(300, 300, 4, 4, 32, dtype)
     rows = torch.arange(300, dtype=torch.int32)
     attended, _ = attention(q, k, v, torch.stack([torch.zeros_like(rows), rows + 1], dim=1), scale)
-    by_head = (part.double().transpose(0, 1) for part in (q, k, v))
-    expected = F.scaled_dot_product_attention(*by_head, is_causal=True, scale=scale).transpose(0, 1)
+    queries, keys, values = (part.double().transpose(0, 1) for part in (q, k, v))
+    expected = F.scaled_dot_product_attention(queries, keys, values, is_causal=True, scale=scale).transpose(0, 1)
     torch.testing.assert_close(attended, expected.to(dtype), **MANY_ROWS_ATTENTION[dtype])
 
 
@@ -185,18 +185,16 @@ def test_layout_does_not_matter(layout: Callable[[Tensor], Tensor]) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_reads_only_its_inputs(dtype: torch.dtype) -> None:
-    inputs = draw(9, 137, head_dim=13, dtype=dtype)
-    expected, expected_sums = attention(*inputs)
-    scale = inputs[4]
+    q, k, v, ranges, scale, bias = draw(9, 137, head_dim=13, dtype=dtype)
+    assert bias is not None
+    expected, expected_sums = attention(q, k, v, ranges, scale, bias)
     for offset in range(18):
-        views, buffers = zip(
-            *(misaligned(each, offset, 7) for each in (*inputs[:3], inputs[3], inputs[5])), strict=True
-        )
-        before = [buffer.clone() for buffer in buffers]
-        attended, log_sums = attention(*views[:4], scale, views[4])
+        placed = [misaligned(each, offset, 7) for each in (q, k, v, ranges, bias)]
+        views, before = [view for view, _ in placed], [buffer.clone() for _, buffer in placed]
+        attended, log_sums = attention(views[0], views[1], views[2], views[3], scale, views[4])
         assert torch.equal(attended, expected)
         assert torch.equal(log_sums, expected_sums)
-        assert all(map(torch.equal, buffers, before))
+        assert all(torch.equal(buffer, old) for (_, buffer), old in zip(placed, before, strict=True))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

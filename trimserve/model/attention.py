@@ -76,10 +76,12 @@ def _torch_attention(
     if group > 1 and q.is_cuda and (bias is not None or q.dtype == torch.float32):
         # Of the kernels that keep no logits of all pairs, only flash attention shares keys between heads.
         k, v = (rows[:, :, None].expand(-1, -1, group, -1).flatten(1, 2) for rows in (k, v))
-    by_head = (rows.transpose(0, 1)[None] for rows in (q, k, v))
+    queries, keys, values = (rows.transpose(0, 1)[None] for rows in (q, k, v))
     with _kernels_for(q):
         attended = F.scaled_dot_product_attention(
-            *by_head,
+            queries,
+            keys,
+            values,
             attn_mask=None if bias is None else bias.to(q.dtype).expand(1, 1, len(q), -1),
             is_causal=is_causal,
             scale=scale,
