@@ -88,8 +88,8 @@ struct SelectFeaturesArgs {
 };
 
 // Keys and values live in pages [P, G, 2, Hkv, kPagePositions, Dh]: a page holds kPagePositions positions of G layers;
-// 2 stands for keys, values. A sequence's table lists its pages. Pages of int8 have rows of Dh integers and the float16
-// that multiplies them, Dh + kScaleBytes in all.
+// 2 stands for keys, values. A sequence's table lists its pages. Pages of int8 have Dh + kScaleBytes to each
+// row of a head: the integers of its kPagePositions positions, then as many float16 that multiply them.
 constexpr std::int64_t kPagePositions = 16;
 constexpr std::int64_t kScaleBytes = 2;
 
@@ -108,7 +108,7 @@ struct WriteKvArgs {
   const std::int64_t* kept;  // null for r itself
   const std::int64_t* slots;
   std::int64_t num_kv_heads;  // Hkv
-  std::int64_t head_bytes;    // of Dh elements, in a page
+  std::int64_t head_bytes;    // of one position in a page
   std::int64_t page_stride_bytes;
   std::int64_t head_dim;  // Dh
   DType dtype;            // of keys and values

@@ -1,13 +1,16 @@
 // Attention over one block: the kPagePositions keys or values of one KV head, contiguous in a page.
 //
-// Rows have padded_dim elements, a whole number of vectors, and begin `stride` elements apart. Queries and sums over
-// values are in the lane order of their dtype (simd.h), and int8 rows are read in that order. `ahead` is the memory to
-// prefetch, line by line, while the block is processed.
+// Rows are padded_dim elements long, a whole number of vectors. Queries and sums over values are in the lane order of
+// their dtype (simd.h), and int8 values are read in that order. `ahead` is the memory to prefetch, line by line, while
+// the block is processed.
 
 #pragma once
 
+#include <algorithm>
+#include <cmath>
 #include <cstring>
 
+#include "quantized_units.h"
 #include "simd.h"
 
 namespace trimserve::cpu {
@@ -18,18 +21,21 @@ struct FloatProducts {
   static constexpr DType dtype = kDtype;
   static constexpr int width = kWidth;
   static constexpr int kVectors = Packed<kWidth, dtype>::kVectors;
-  static constexpr bool kHasScales = false;  // at the end of each row
+  static constexpr bool kHasScales = false;  // behind the rows of a block
   using Stored = Element<dtype>;             // of a page
   using Query = float;
   using Floats = typename Simd<kWidth>::Floats;
+  using Sums = Floats;
   using Vector = Floats[kVectors];
 
-  TRIMSERVE_INLINE static void pack_query(float* query, const Element<dtype>* row, std::int64_t padded_dim) {
+  // Returns what logits are to be multiplied with.
+  TRIMSERVE_INLINE static float pack_query(float* query, const Element<dtype>* row, std::int64_t padded_dim) {
     for (std::int64_t d = 0; d < padded_dim; d += kVectors * kWidth) {
       Vector x;
       Packed<kWidth, dtype>::load(x, row + d);
       std::memcpy(query + d, x, sizeof x);
     }
+    return 1.0f;
   }
   TRIMSERVE_INLINE static void load_query(Vector& q, const float* query) {
     unrolled<kVectors>([&](auto i) TRIMSERVE_INLINE_LAMBDA { Simd<kWidth>::load(q[i], query + i * kWidth); });
@@ -51,8 +57,12 @@ struct Int8Products : FloatProducts<kWidth, kDtype> {
   static constexpr bool kHasScales = true;
   using Stored = std::int8_t;
 
+  TRIMSERVE_INLINE static void load_key(Vector& k, const Stored* key) { load(k, key); }
+  TRIMSERVE_INLINE static void load_value(Vector& v, const Stored* value) { load(v, value); }
+
+ private:
   // In the lane order of Packed: one vector in order, even and odd elements of bfloat16, or halves in order.
-  TRIMSERVE_INLINE static void load_key(Vector& k, const Stored* key) {
+  TRIMSERVE_INLINE static void load(Vector& k, const Stored* key) {
     if constexpr (kDtype == DType::kBFloat16) {
       Ints pairs;  // an even element in the low byte of a lane, an odd one above
       widen_pairs(pairs, key);
@@ -67,9 +77,7 @@ struct Int8Products : FloatProducts<kWidth, kDtype> {
       });
     }
   }
-  TRIMSERVE_INLINE static void load_value(Vector& v, const Stored* value) { load_key(v, value); }
 
- private:
   using Ints = typename Simd<kWidth>::Ints;
   typedef std::int8_t Bytes __attribute__((vector_size(kWidth), aligned(1), may_alias));
   typedef std::int16_t Pairs __attribute__((vector_size(2 * kWidth), aligned(1), may_alias));
@@ -95,6 +103,55 @@ struct Int8Products : FloatProducts<kWidth, kDtype> {
   }
 };
 
+// The same for bfloat16 queries of at most kMostWords elements, which become int16 times a scale of their head: what is
+// within 2^-6 of the largest is exact, and so are products and sums.
+template <int kVectorWidth, bool kHasDots>
+struct Int8WordProducts : Int8Products<kVectorWidth, DType::kBFloat16> {
+  static constexpr DType dtype = DType::kBFloat16;
+  static constexpr int kWidth = kVectorWidth;
+  using Stored = std::int8_t;
+  using Query = std::int16_t;
+  using Sums = typename Simd<kWidth>::Ints;
+  using Vector = typename Simd<kWidth>::Bits;  // of int16
+
+  TRIMSERVE_INLINE static float pack_query(Query* query, const Element<dtype>* row, std::int64_t padded_dim) {
+    float largest = 0.0f, none = 0.0f;
+    for (std::int64_t d = 0; d < padded_dim; ++d) {
+      largest = std::max(largest, std::abs(row[d].to_float()));
+      none += row[d].to_float() * 0.0f;  // NaN of what is not finite
+    }
+    const bool is_finite = none == 0.0f;
+    const float factor = is_finite && largest > 0.0f ? 32767.0f / largest : 0.0f;
+    for (std::int64_t d = 0; d < padded_dim; ++d)
+      query[d] = static_cast<Query>(is_finite ? std::nearbyint(row[d].to_float() * factor) : 0.0f);
+    return is_finite ? largest / 32767.0f : none;
+  }
+  TRIMSERVE_INLINE static void load_query(Vector& q, const Query* query) { std::memcpy(&q, query, sizeof q); }
+  TRIMSERVE_INLINE static void load_key(Vector& k, const Stored* key) {
+    typedef std::int8_t Bytes __attribute__((vector_size(2 * kWidth), aligned(1), may_alias));
+#ifdef __x86_64__
+    if constexpr (kWidth >= 8) {
+      asm("vpmovsxbw %1, %0" : "=v"(k) : "m"(*reinterpret_cast<const Bytes*>(key)));
+      return;
+    }
+#endif
+    const Words<kWidth> words = __builtin_convertvector(*reinterpret_cast<const Bytes*>(key), Words<kWidth>);
+    std::memcpy(&k, &words, sizeof k);
+  }
+  TRIMSERVE_INLINE static void add(Sums& sums, const Vector& q, const Vector& k) {
+#ifdef __x86_64__
+    if constexpr (kHasDots) {
+      Sums sum = sums;
+      asm("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(q), "v"(k));
+      sums = sum;
+      return;
+    }
+#endif
+    WordMath<kWidth>::add(sums, q, k);
+  }
+};
+constexpr std::int64_t kMostWords = 2048;  // int32 holds the sums of a lane
+
 #ifdef __x86_64__
 // bfloat16 products in pairs, each exact, summed in float32: half the instructions, no conversions.
 struct PairProducts {
@@ -105,10 +162,12 @@ struct PairProducts {
   using Stored = Element<dtype>;
   using Query = Element<dtype>;
   using Floats = Simd<width>::Floats;
+  using Sums = Floats;
   using Vector = Simd<width>::Bits;
 
-  TRIMSERVE_INLINE static void pack_query(Query* query, const Query* row, std::int64_t padded_dim) {
+  TRIMSERVE_INLINE static float pack_query(Query* query, const Query* row, std::int64_t padded_dim) {
     std::memcpy(query, row, padded_dim * sizeof(Query));
+    return 1.0f;
   }
   TRIMSERVE_INLINE static void load_query(Vector& q, const Query* query) { std::memcpy(&q, query, sizeof q); }
   TRIMSERVE_INLINE static void load_key(Vector& k, const Stored* key) { std::memcpy(&k, key, sizeof k); }
@@ -119,37 +178,34 @@ struct PairProducts {
 };
 #endif
 
-// Keys or values of a block.
-template <typename Stored>
-struct Rows {
-  const Stored* first;
-  std::int64_t stride;
-};
-
 // logits[h * stride + p] = queries[h] . keys[p] * scale for kHeads heads. Each vector of keys is loaded once for all
 // heads.
 template <typename Products, int kHeads>
 TRIMSERVE_INLINE void multiply_keys_of_heads(const typename Products::Query* queries,
-                                             const Rows<typename Products::Stored>& keys,
-                                             std::int64_t padded_dim, float scale, float* logits,
-                                             std::int64_t stride, const typename Products::Stored* ahead) {
+                                             const typename Products::Stored* keys, std::int64_t padded_dim,
+                                             float scale, float* logits, std::int64_t stride,
+                                             const typename Products::Stored* ahead) {
   constexpr int kWidth = Products::width, kPositions = kWidth / kHeads, kSize = Products::kVectors * kWidth;
   for (std::int64_t p = 0; p < kPagePositions; p += kPositions) {
-    typename Products::Floats sums[kWidth];
-    unrolled<kWidth>([&](auto i) TRIMSERVE_INLINE_LAMBDA { sums[i] = typename Products::Floats{}; });
+    typename Products::Sums sums[kWidth];
+    unrolled<kWidth>([&](auto i) TRIMSERVE_INLINE_LAMBDA { sums[i] = typename Products::Sums{}; });
     for (std::int64_t d = 0; d < padded_dim; d += kSize) {
       typename Products::Vector q[kHeads], k;
       unrolled<kHeads>(
           [&](auto h) TRIMSERVE_INLINE_LAMBDA { Products::load_query(q[h], queries + h * padded_dim + d); });
       unrolled<kPositions>([&](auto i) TRIMSERVE_INLINE_LAMBDA {
-        Products::load_key(k, keys.first + (p + i) * keys.stride + d);
+        Products::load_key(k, keys + (p + i) * padded_dim + d);
         __builtin_prefetch(ahead + p * padded_dim + d * kPositions + i * kSize);
         unrolled<kHeads>([&](auto h)
                              TRIMSERVE_INLINE_LAMBDA { Products::add(sums[h * kPositions + i], q[h], k); });
       });
     }
-    Simd<kWidth>::sum_lanes(sums);
-    const typename Products::Floats scaled = sums[0] * scale;
+    typename Products::Floats lanes[kWidth];
+    unrolled<kWidth>([&](auto i) TRIMSERVE_INLINE_LAMBDA {
+      lanes[i] = __builtin_convertvector(sums[i], typename Products::Floats);
+    });
+    Simd<kWidth>::sum_lanes(lanes);
+    const typename Products::Floats scaled = lanes[0] * scale;
     float products[kWidth];
     std::memcpy(products, &scaled, sizeof products);
     for (int h = 0; h < kHeads; ++h)
@@ -161,7 +217,7 @@ TRIMSERVE_INLINE void multiply_keys_of_heads(const typename Products::Query* que
 // elements. Values from count on may be NaN.
 template <typename Products, int kHeads, int kRegisters>
 TRIMSERVE_INLINE void add_values_tile(const float* weights, std::int64_t stride,
-                                      const Rows<typename Products::Stored>& values, std::int64_t count,
+                                      const typename Products::Stored* values, std::int64_t count,
                                       std::int64_t padded_dim, float* attended,
                                       const typename Products::Stored* ahead) {
   constexpr int kWidth = Products::width, kOfRegister = Products::kVectors;
@@ -175,7 +231,7 @@ TRIMSERVE_INLINE void add_values_tile(const float* weights, std::int64_t stride,
   });
   for (std::int64_t p = 0; p < count; ++p) {
     unrolled<kRegisters>([&](auto i) TRIMSERVE_INLINE_LAMBDA {
-      Products::load_value(v[i], values.first + p * values.stride + i * kSize);
+      Products::load_value(v[i], values + p * padded_dim + i * kSize);
       __builtin_prefetch(ahead + (p * kRegisters + i) * kSize);
     });
     unrolled<kHeads>([&](auto h) TRIMSERVE_INLINE_LAMBDA {
@@ -194,31 +250,40 @@ TRIMSERVE_INLINE void add_values_tile(const float* weights, std::int64_t stride,
 
 template <typename Products, int kHeads>
 TRIMSERVE_INLINE void add_values_of_heads(const float* weights, std::int64_t stride,
-                                          const Rows<typename Products::Stored>& values, std::int64_t count,
+                                          const typename Products::Stored* values, std::int64_t count,
                                           std::int64_t padded_dim, float* attended,
                                           const typename Products::Stored* ahead) {
   constexpr int kWidth = Products::width, kVectors = Products::kVectors, kSize = kVectors * kWidth;
   constexpr int kRegisters = (kWidth == 16 ? 4 : 2) / kVectors;  // AVX2 has half the registers
   std::int64_t d = 0;
   for (; d + kRegisters * kSize <= padded_dim; d += kRegisters * kSize)
-    add_values_tile<Products, kHeads, kRegisters>(weights, stride, {values.first + d, values.stride}, count,
-                                                  padded_dim, attended + d, ahead + d * kPagePositions);
+    add_values_tile<Products, kHeads, kRegisters>(weights, stride, values + d, count, padded_dim,
+                                                  attended + d, ahead + d * kPagePositions);
   for (; d < padded_dim; d += kSize)
-    add_values_tile<Products, kHeads, 1>(weights, stride, {values.first + d, values.stride}, count,
-                                         padded_dim, attended + d, ahead + d * kPagePositions);
+    add_values_tile<Products, kHeads, 1>(weights, stride, values + d, count, padded_dim, attended + d,
+                                         ahead + d * kPagePositions);
 }
 
-// numbers[h * stride + p] *= the scale of int8 row p, for a block's positions and some heads.
+// numbers[h * stride + p] *= factors[h] * scales[p], for a block's positions and some heads; factors may be null for
+// ones.
 template <int kWidth>
-TRIMSERVE_INLINE void multiply_scales(const Rows<std::int8_t>& rows, std::int64_t head_dim,
-                                      std::int64_t num_heads, float* numbers, std::int64_t stride) {
-  Element<DType::kFloat16> scales[kPagePositions];
-  for (std::int64_t p = 0; p < kPagePositions; ++p)
-    std::memcpy(&scales[p], rows.first + p * rows.stride + head_dim, sizeof scales[p]);
-  float factors[kPagePositions];
-  for (std::int64_t p = 0; p < kPagePositions; ++p) factors[p] = scales[p].to_float();
+TRIMSERVE_INLINE void multiply_scales(const std::int8_t* scales, const float* factors, std::int64_t num_heads,
+                                      float* numbers, std::int64_t stride) {
+  using Halves = Packed<kWidth, DType::kFloat16>;
+  Element<DType::kFloat16> halves[Halves::kVectors * kWidth * (kWidth == 4 ? 2 : 1)] = {};
+  std::memcpy(halves, scales, kPagePositions * sizeof *halves);
+  constexpr int kVectors = kPagePositions / kWidth;
+  typename Halves::Floats x[std::max(kVectors, Halves::kVectors)][1], number;
+  for (int i = 0; i < kVectors; i += Halves::kVectors)
+    Halves::load(reinterpret_cast<typename Halves::Floats(&)[Halves::kVectors]>(x[i]), halves + i * kWidth);
   for (std::int64_t h = 0; h < num_heads; ++h) {
-    for (std::int64_t p = 0; p < kPagePositions; ++p) numbers[h * stride + p] *= factors[p];
+    const float factor = factors ? factors[h] : 1.0f;
+    for (int i = 0; i < kVectors; ++i) {
+      float* const place = numbers + h * stride + i * kWidth;
+      Simd<kWidth>::load(number, place);
+      number *= x[i][0] * factor;
+      Simd<kWidth>::store(place, number);
+    }
   }
 }
 

@@ -3,7 +3,8 @@
 //   bias [B, max_pages * 16] float32, or null for zeros
 //   attended[b, h] = sum over positions p < lengths[b] of softmax(q[b, h] . k[p] * scale + bias[b, p])[p] * v[p],
 //     k and v of KV head h / (H / Hkv) in page tables[b, p / 16] at offset p % 16; 0 where lengths[b] is 0.
-//   int8 pages have rows [Dh + 2], integers and the float16 that multiplies them; they are widened in registers only.
+//   int8 pages [.., 16, Dh + 2] have 16 times Dh integers, then 16 float16 that multiply them; they are widened in
+//   registers only.
 //
 //   A sequence is cut into pieces of kPiecePositions. Some KV heads of a piece are processed together: keys to logits
 //   for all their query heads, then softmax, then values. A page's keys are contiguous, so memory is read once and in
@@ -70,12 +71,13 @@ struct Item {
 
 struct Workspace {
   std::int64_t padded_dim;
-  float* logits;    // [H, kPiecePositions]; then weights
-  float* queries;   // [H, padded_dim]
-  float* attended;  // [H, padded_dim], weighted sums of values
-  float* maxima;    // [H], largest logits
-  float* totals;    // [H], of the weights
-  float* rows;      // [kPagePositions, padded_dim]
+  float* logits;        // [H, kPiecePositions]; then weights
+  float* queries;       // [H, padded_dim]
+  float* attended;      // [H, padded_dim], weighted sums of values
+  float* maxima;        // [H], largest logits
+  float* totals;        // [H], of the weights
+  float* query_scales;  // [H], what logits are multiplied with
+  float* rows;          // [kPagePositions, padded_dim]
 };
 
 Workspace divide(const PagedAttentionArgs& args, float* workspace) {
@@ -84,20 +86,22 @@ Workspace divide(const PagedAttentionArgs& args, float* workspace) {
   float* const attended = queries + padded_size;
   float* const maxima = attended + padded_size;
   float* const totals = maxima + args.num_heads;
-  return {padded_dim, workspace, queries, attended, maxima, totals, totals + args.num_heads};
+  float* const query_scales = totals + args.num_heads;
+  return {padded_dim, workspace, queries,      attended,
+          maxima,     totals,    query_scales, query_scales + args.num_heads};
 }
 
 // Rows of head_dim elements as rows of padded_dim: where they lie, or copied.
 template <typename Stored>
-TRIMSERVE_INLINE Rows<Stored> padded_rows(const Rows<Stored>& rows, std::int64_t num_rows,
-                                          std::int64_t head_dim, const Workspace& ws) {
+TRIMSERVE_INLINE const Stored* padded_rows(const Stored* rows, std::int64_t num_rows, std::int64_t head_dim,
+                                           const Workspace& ws) {
   if (head_dim == ws.padded_dim) return rows;
   auto* const copy = reinterpret_cast<Stored*>(ws.rows);
   for (std::int64_t r = 0; r < num_rows; ++r) {
-    std::copy_n(rows.first + r * rows.stride, head_dim, copy + r * ws.padded_dim);
+    std::copy_n(rows + r * head_dim, head_dim, copy + r * ws.padded_dim);
     std::fill(copy + r * ws.padded_dim + head_dim, copy + (r + 1) * ws.padded_dim, Stored{});
   }
-  return {copy, ws.padded_dim};
+  return copy;
 }
 
 // out[0..head_dim) = row * factor. row: padded, in lane order.
@@ -195,9 +199,8 @@ TRIMSERVE_INLINE void attend(const PagedAttentionArgs& args, const Item& item, c
   auto* const queries = reinterpret_cast<typename Products::Query*>(ws.queries);
   const auto* const q = static_cast<const Element<dtype>*>(args.q) + item.sequence * args.q_stride;
   for (std::int64_t h = first_head; h < end_head; ++h)
-    Products::pack_query(queries + h * padded_dim,
-                         padded_rows<Element<dtype>>({q + h * head_dim, head_dim}, 1, head_dim, ws).first,
-                         padded_dim);
+    ws.query_scales[h] = Products::pack_query(queries + h * padded_dim,
+                                              padded_rows(q + h * head_dim, 1, head_dim, ws), padded_dim);
   std::fill(ws.attended + first_head * padded_dim, ws.attended + end_head * padded_dim, 0.0f);
 
   const std::int64_t row_size = head_dim + (Products::kHasScales ? kScaleBytes : 0),
@@ -211,8 +214,8 @@ TRIMSERVE_INLINE void attend(const PagedAttentionArgs& args, const Item& item, c
                         divide_up(kAheadBytes, block_size * sizeof(Stored))};
   for (std::int64_t page = 0; page < pages; ++page) {
     for (std::int64_t i = 0; i < blocks.num_heads; ++i) {
-      const Rows<Stored> stored{blocks.at(page, i), row_size};
-      const Rows<Stored> keys = padded_rows(stored, kPagePositions, head_dim, ws);
+      const Stored* const stored = blocks.at(page, i);
+      const Stored* const keys = padded_rows(stored, kPagePositions, head_dim, ws);
       const Stored* const ahead = blocks.ahead_of(page, i, half_size);
       const std::int64_t first = first_head + i * group;
       for_heads(group, [&](auto heads, std::int64_t h) TRIMSERVE_INLINE_LAMBDA {
@@ -221,7 +224,7 @@ TRIMSERVE_INLINE void attend(const PagedAttentionArgs& args, const Item& item, c
             ws.logits + (first + h) * kPiecePositions + page * kPagePositions, kPiecePositions, ahead);
       });
       if constexpr (Products::kHasScales)
-        multiply_scales<kWidth>(stored, head_dim, group,
+        multiply_scales<kWidth>(stored + kPagePositions * head_dim, ws.query_scales + first, group,
                                 ws.logits + first * kPiecePositions + page * kPagePositions, kPiecePositions);
     }
   }
@@ -236,13 +239,13 @@ TRIMSERVE_INLINE void attend(const PagedAttentionArgs& args, const Item& item, c
   blocks.first += half_size;
   for (std::int64_t page = 0; page < pages; ++page) {
     for (std::int64_t i = 0; i < blocks.num_heads; ++i) {
-      const Rows<Stored> stored{blocks.at(page, i), row_size};
-      const Rows<Stored> values = padded_rows(stored, kPagePositions, head_dim, ws);
+      const Stored* const stored = blocks.at(page, i);
+      const Stored* const values = padded_rows(stored, kPagePositions, head_dim, ws);
       const Stored* const ahead = blocks.ahead_of(page, i, 0);
       const std::int64_t first = first_head + i * group, p = page * kPagePositions;
       if constexpr (Products::kHasScales)
-        multiply_scales<kWidth>(stored, head_dim, group, ws.logits + first * kPiecePositions + p,
-                                kPiecePositions);
+        multiply_scales<kWidth>(stored + kPagePositions * head_dim, nullptr, group,
+                                ws.logits + first * kPiecePositions + p, kPiecePositions);
       for_heads(group, [&](auto heads, std::int64_t h) TRIMSERVE_INLINE_LAMBDA {
         add_values_of_heads<Products, heads>(ws.logits + (first + h) * kPiecePositions + p, kPiecePositions,
                                              values, std::min(kPagePositions, count - p), padded_dim,
@@ -298,6 +301,20 @@ TRIMSERVE_INLINE void attend_pages(const PagedAttentionArgs& args, std::int64_t 
   }
 }
 
+// The same of int8 pages.
+template <int kWidth, DType dtype>
+TRIMSERVE_INLINE void attend_int8(const PagedAttentionArgs& args, std::int64_t begin, std::int64_t end,
+                                  float* partials, const Workspace& ws) {
+  if constexpr (dtype == DType::kBFloat16) {
+    if (kWidth == 16 && has_pair_products() &&
+        args.head_dim <= kMostWords)  // machines that have one have both
+      return attend_pages<Int8WordProducts<kWidth, kWidth == 16>>(args, begin, end, partials, ws);
+    if (args.head_dim <= kMostWords)
+      return attend_pages<Int8WordProducts<kWidth, false>>(args, begin, end, partials, ws);
+  }
+  attend_pages<Int8Products<kWidth, dtype>>(args, begin, end, partials, ws);
+}
+
 // One head of a sequence of several pieces, whose partials are `stride` apart.
 template <int kWidth, DType dtype>
 TRIMSERVE_INLINE void merge_head(float* partials, std::int64_t stride, std::int64_t pieces,
@@ -325,7 +342,7 @@ PagedAttentionSizes paged_attention_sizes(const PagedAttentionArgs& args) {
     sizes.num_pages += args.num_kv_heads * num_pages(args.lengths[b]);
     if (pieces > 1) sizes.partials += pieces * args.num_heads * partial_size(padded_dim);
   }
-  sizes.workspace = args.num_heads * (kPiecePositions + 2 * padded_dim + 2) + kPagePositions * padded_dim;
+  sizes.workspace = args.num_heads * (kPiecePositions + 2 * padded_dim + 3) + kPagePositions * padded_dim;
   return sizes;
 }
 
@@ -334,7 +351,7 @@ void paged_attention(const PagedAttentionArgs& args, std::int64_t begin, std::in
   const Workspace ws = divide(args, workspace);
   at_width(vector_width(args), [&](auto width) TRIMSERVE_INLINE_LAMBDA {
     at_dtype(args.dtype, [&](auto dtype) TRIMSERVE_INLINE_LAMBDA {
-      if (args.is_int8) return attend_pages<Int8Products<width, dtype>>(args, begin, end, partials, ws);
+      if (args.is_int8) return attend_int8<width, dtype>(args, begin, end, partials, ws);
 #ifdef __x86_64__
       if constexpr (width == PairProducts::width && dtype == PairProducts::dtype) {
         if (has_pair_products()) return attend_pages<PairProducts>(args, begin, end, partials, ws);

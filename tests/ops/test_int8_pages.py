@@ -12,7 +12,7 @@ from torch import Tensor
 from tests.ops.arrays import seeded, with_strided_rows
 from tests.ops.refusals import assert_refused
 from tests.ops.test_paged_attention import EDGES, place
-from tests.tolerances import PAGED_ATTENTION
+from tests.tolerances import INT8_PAGES
 from trimserve.model.kv_format import round_as_stored, row_bytes
 from trimserve.ops import PAGE_POSITIONS, gather_kv, paged_attention, reference, write_kv
 
@@ -21,12 +21,8 @@ Inputs = tuple[Tensor, Tensor, int, Tensor, Tensor, float, Tensor | None]
 
 
 def empty_pages(num_pages: int, num_kv_heads: int, head_dim: int, layers: int = 1) -> Tensor:
-    """Pages full of what a NaN scale would be."""
+    """Pages full of NaN scales."""
     return torch.full((num_pages, layers, 2, num_kv_heads, PAGE_POSITIONS, head_dim + 2), 127, dtype=torch.int8)
-
-
-def scale_of(row: Tensor) -> float:
-    return row[-2:].view(torch.float16).item()
 
 
 TABLE = [  # a row, its integers, its scale
@@ -48,10 +44,9 @@ def test_hand_worked_rows(op: object, row: list[float], integers: list[int], sca
     pages = empty_pages(1, 1, len(row))
     rows = torch.tensor(row).view(1, 1, -1)
     op(pages, 0, rows, rows.flip(2), torch.tensor([3]))
-    keys, values = pages[0, 0, 0, 0, 3], pages[0, 0, 1, 0, 3]
-    assert keys[:-2].tolist() == integers
-    assert values[:-2].tolist() == integers[::-1]
-    assert scale_of(keys) == scale or math.isnan(scale_of(keys)) == math.isnan(scale)
+    stored, scales = (part[0, 0, :, 0, 3] for part in reference.int8_parts(pages))
+    assert stored.tolist() == [integers, integers[::-1]]
+    torch.testing.assert_close(scales, torch.full((2,), scale, dtype=torch.float16), rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -74,9 +69,20 @@ def test_writing_equals_the_reference(num_rows: int, num_kv_heads: int, head_dim
 def test_a_prompt_attends_to_what_is_read_from_its_pages(dtype: torch.dtype) -> None:
     rows = torch.randn(600, 2, 16, generator=seeded(0)).to(dtype)
     rows[1, 0, 3], rows[2, 1] = math.nan, 0
-    expected = reference.widened_rows(reference.int8_rows(rows)).to(dtype)
+    pages, slots = empty_pages(38, 2, 16), torch.arange(600)
+    write_kv(pages, 0, rows, rows, slots)
+    read = reference.widened_pages(pages)[:, 0, 0].transpose(1, 2).flatten(0, 1)[:600]
+    expected = read.to(dtype)
     round_as_stored(rows, empty_pages(1, 2, 16))
     torch.testing.assert_close(rows, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def to_int8(floats: Tensor) -> Tensor:
+    """Pages of floats as int8, with NaN scales where no position is."""
+    pages = torch.empty(*floats.shape[:-1], floats.shape[-1] + 2, dtype=torch.int8)
+    for stored, part in zip(reference.int8_parts(pages), reference.int8_rows(floats), strict=True):
+        stored.copy_(part)
+    return pages
 
 
 def draw(
@@ -87,14 +93,14 @@ def draw(
     q = torch.randn(len(lengths), num_heads, head_dim, generator=generator) * 4
     keys, values = torch.randn(2, sum(lengths), num_kv_heads, head_dim, generator=generator)
     floats, tables = place(keys, values, lengths, generator)
-    pages = reference.int8_rows(floats).contiguous()  # NaN scales where no position is
+    pages = to_int8(floats)
     bias = torch.randn(len(lengths), tables.shape[1] * PAGE_POSITIONS, generator=generator)
     return q.to(dtype), pages, 1, tables, torch.tensor(lengths, dtype=torch.int32), head_dim**-0.5, bias
 
 
 def assert_equals_reference(inputs: Inputs) -> None:
     attended, expected = paged_attention(*inputs), reference.paged_attention(*inputs)
-    torch.testing.assert_close(attended, expected, equal_nan=True, **PAGED_ATTENTION[attended.dtype])
+    torch.testing.assert_close(attended, expected, equal_nan=True, **INT8_PAGES[attended.dtype])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -124,7 +130,7 @@ def test_reading_equals_the_reference_on_any_shape(
 def test_a_spoiled_row_spoils_only_its_sequence_and_head() -> None:
     q, pages, layer, tables, lengths, scale, _ = draw([20, 700], 4, 2, 16, torch.float32)
     expected = paged_attention(q, pages, layer, tables, lengths, scale)
-    pages[tables[1, 3], layer, 0, 1, 5] = reference.int8_rows(torch.full((16,), math.nan))
+    reference.int8_parts(pages)[1][tables[1, 3], layer, 0, 1, 5] = math.nan
     attended = paged_attention(q, pages, layer, tables, lengths, scale)
     assert attended[1, 2:].isnan().all()
     assert torch.equal(attended[1, :2], expected[1, :2])

@@ -2,8 +2,8 @@
 
 A page pool is one contiguous tensor [P, G, 2, Hkv, PAGE_POSITIONS, Dh] of float32, bfloat16 or float16: P pages; a page
 holds PAGE_POSITIONS positions of G layers; 2 stands for keys, values. On a CPU it may be int8 [P, G, 2, Hkv,
-PAGE_POSITIONS, Dh + 2] instead: a row is Dh integers and the float16 that multiplies them (`reference.int8_rows`), and
-is widened in registers only. A sequence's table lists the pages of its positions in order.
+PAGE_POSITIONS, Dh + 2] instead: the integers of a head's positions, then the float16 that multiplies each one's
+(`reference.int8_parts`), widened in registers only. A sequence's table lists the pages of its positions in order.
 
 Typed wrappers over the compiled ops of `csrc/paging.cpp`, each with its fake kernel (shapes only, for torch.compile).
 All checks are made in C++. `reference.py` defines what each op computes.

@@ -18,6 +18,7 @@ __all__ = [
     "gather_kv",
     "headwise_scores",
     "headwise_topk",
+    "int8_parts",
     "int8_rows",
     "linear",
     "paged_attention",
@@ -27,7 +28,7 @@ __all__ = [
     "silu_gate",
     "union_indices",
     "unpack_int4",
-    "widened_rows",
+    "widened_pages",
     "write_kv",
 ]
 
@@ -93,12 +94,13 @@ def write_kv(pages: Tensor, layer: int, keys: Tensor, values: Tensor, slots: Ten
     page_positions = pages.shape[4]
     page, offset = slots // page_positions, slots % page_positions
     for half, rows in enumerate((keys, values)):
-        stored = int8_rows(rows) if pages.dtype == torch.int8 else rows
-        pages[:, layer, half].transpose(1, 2)[page, offset] = stored  # [P, 16, Hkv, Dh] at [R], [R]
+        parts = zip(int8_parts(pages), int8_rows(rows), strict=True) if pages.dtype == torch.int8 else [(pages, rows)]
+        for stored, part in parts:
+            stored[:, layer, half].transpose(1, 2)[page, offset] = part  # [P, 16, Hkv, ...] at [R], [R]
 
 
-def int8_rows(rows: Tensor) -> Tensor:
-    """Define how a row of keys or values lies in int8 pages: Dh integers and the float16 that multiplies them.
+def int8_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Define what int8 pages hold of a row of keys or values: Dh integers and the float16 that multiplies them.
 
     The scale is the float16 next to the largest magnitude / 127; an integer is the element / scale, rounded to the
     nearest, ties to even, and clamped to [-127, 127]. A row without a finite scale has scale NaN.
@@ -106,19 +108,33 @@ def int8_rows(rows: Tensor) -> Tensor:
     Args:
         rows: float32, bfloat16 or float16 [..., Dh].
     Returns:
-        int8 [..., Dh + 2].
+        int8 [..., Dh] and float16 [...].
     """
     floats = rows.float()
-    scales = (floats.abs().amax(dim=-1, keepdim=True) / 127).half()
+    scales = (floats.abs().amax(dim=-1) / 127).half()
     scales = scales.masked_fill(~scales.isfinite(), torch.nan)
-    divisors = scales.float().masked_fill(scales == 0, torch.inf)
+    divisors = scales.float().masked_fill(scales == 0, torch.inf)[..., None]
     integers = (floats / divisors).round().clamp(-127, 127).nan_to_num()  # all 0 where the scale is 0 or NaN
-    return torch.cat([integers.to(torch.int8), scales.view(torch.int8)], dim=-1)
+    return integers.to(torch.int8), scales
 
 
-def widened_rows(stored: Tensor) -> Tensor:
-    """What `int8_rows` stored, float32 [..., Dh]."""
-    return stored[..., :-2].float() * stored[..., -2:].contiguous().view(torch.float16).float()
+def int8_parts(pages: Tensor) -> tuple[Tensor, Tensor]:
+    """Define where int8 pages have them: the integers of a head's 16 positions, then the 16 scales.
+
+    Args:
+        pages: int8 [P, G, 2, Hkv, 16, Dh + 2], contiguous.
+    Returns:
+        Views of it, int8 [P, G, 2, Hkv, 16, Dh] and float16 [P, G, 2, Hkv, 16].
+    """
+    page_positions, row = pages.shape[-2:]
+    integers, scales = pages.flatten(-2).split([page_positions * (row - 2), page_positions * 2], dim=-1)
+    return integers.unflatten(-1, (page_positions, row - 2)), scales.view(torch.float16)
+
+
+def widened_pages(pages: Tensor) -> Tensor:
+    """What int8 pages stand for, float32 [P, G, 2, Hkv, 16, Dh]."""
+    integers, scales = int8_parts(pages)
+    return integers.float() * scales.float()[..., None]
 
 
 def gather_kv(pages: Tensor, layer: int, keys: Tensor, values: Tensor, kept: Tensor, slots: Tensor) -> None:
@@ -141,9 +157,9 @@ def paged_attention(
     for b, length in enumerate(lengths.tolist()):
         if length:
             used = tables[b, : -(-length // pages.shape[4])].long()
-            rows = pages[used, layer]
-            rows = widened_rows(rows) if pages.dtype == torch.int8 else rows
-            keys, values = rows.double().permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, :length]
+            of_sequence = pages[used, layer : layer + 1]
+            rows = widened_pages(of_sequence) if pages.dtype == torch.int8 else of_sequence
+            keys, values = rows[:, 0].double().permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, :length]
             keys, values = (part.repeat_interleave(group, dim=0) for part in (keys, values))  # [H, length, Dh]
             logits = torch.einsum("hd,hpd->hp", q[b].double(), keys) * scale
             weights = (logits if bias is None else logits + bias[b, :length]).softmax(dim=-1)
