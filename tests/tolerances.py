@@ -61,8 +61,8 @@ INT8_PAGES: dict[torch.dtype, Tolerance] = {
     torch.bfloat16: {"rtol": 2**-7, "atol": 2e-4},
 }
 
-# As PAGED_ATTENTION; machines that multiply pairs of bfloat16 also round each weight to it, which takes up to 2^-9 of each of the
-# values, themselves up to about 4, that a row adds up.
+# As PAGED_ATTENTION; machines that multiply pairs of bfloat16 also round each weight to it, which takes up to 2^-9 of
+# each of the values, themselves up to about 4, that a row adds up.
 MANY_ROWS_ATTENTION: dict[torch.dtype, Tolerance] = {
     **PAGED_ATTENTION,
     torch.bfloat16: {"rtol": 2**-7, "atol": 2**-7},
