@@ -5,8 +5,8 @@
 //     h / (H / Hkv); log_sums[h, t] = log of the sum of the exponentials. 0 and -inf where t sees nothing.
 //
 //   The lanes of a vector are rows: those of all query heads of a KV head, row by row. A block of rows passes over the
-//   keys in blocks of kBlockKeys, which are packed once for all tiles of the block: keys to logits, exponentials under a
-//   running maximum, values. Key blocks that no row of a tile sees are skipped. Where a block begins depends on the
+//   keys in blocks of kBlockKeys, which are packed once for all tiles of the block: keys to logits, exponentials under
+//   a running maximum, values. Key blocks that no row of a tile sees are skipped. Where a block begins depends on the
 //   keys only, so a row's result does not depend on the other rows or on the number of threads, to the last bit.
 //   bfloat16 weights are rounded to bfloat16 where the machine multiplies pairs; everything else is float32.
 

@@ -1,8 +1,8 @@
 // Matrix products of attention over many rows, in blocks that stay in cache.
 //
 // The lanes of a vector are query rows, kTileVectors vectors of them to a tile. Queries and weights are packed with one
-// value of each lane side by side; keys and values are broadcast. What is multiplied is a unit of 32 bits: a float, or a
-// pair of bfloat16 where the machine multiplies those (two components of a key; two positions of a value). Dimensions
+// value of each lane side by side; keys and values are broadcast. What is multiplied is a unit of 32 bits: a float, or
+// a pair of bfloat16 where the machine multiplies those (two components of a key; two positions of a value). Dimensions
 // are padded with zeros to whole steps, so that no loop has a tail.
 
 #pragma once

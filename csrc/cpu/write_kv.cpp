@@ -33,7 +33,8 @@ TRIMSERVE_INLINE void stream(std::byte* destination, const std::byte* source, st
 #endif
 }
 
-// Dh integers and their scale, of a place in its block. Without a finite scale, as NaN or infinity among the elements gives, it is NaN.
+// Dh integers and their scale, of a place in its block. Without a finite scale, as NaN or infinity among the elements
+// gives, it is NaN.
 template <DType dtype>
 TRIMSERVE_INLINE void quantize(std::byte* block, std::int64_t place, const std::byte* source,
                                std::int64_t head_dim) {
