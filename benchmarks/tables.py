@@ -10,6 +10,7 @@ __all__ = [
     "bytes_tables",
     "fleet_table",
     "headline",
+    "kv_int8_table",
     "load_table",
     "read_result",
     "serve_tables",
@@ -127,6 +128,27 @@ def fleet_table(report: dict[str, Any] | None) -> str:
             spread = f"{cost['low']:.3f} to {cost['high']:.3f}"
             lines.append(f"| {name.replace('_', ', ')}, {run.replace('_', ' ', 1)} | {cost['median']:.3f} | {spread} |")
     return "\n".join([*lines, "", _origin(report)])
+
+
+def kv_int8_table(report: dict[str, Any] | None) -> str:
+    """Decode steps with int8 keys and values beside bfloat16, and answers that stay the same, as Markdown.
+
+    Args:
+        report: of `bench_kv_int8`; None says how to get one.
+    """
+    if report is None:
+        return _missing("bench_kv_int8")
+    lines = ["| batch | bfloat16, ms | int8, ms | times as fast [95 %] | bytes of KV |", "|---:|---:|---:|---:|---:|"]
+    for row in report["steps"]:
+        low, high = row["interval"]
+        times = f"{row['bfloat16_ms']:.1f} | {row['int8_ms']:.1f} | {row['speedup']:.2f} [{low:.2f}, {high:.2f}]"
+        lines.append(f"| {row['batch']} | {times} | {row['bytes_ratio']:.1%} |")
+    unchanged = report["answers"]["unchanged"]
+    told = (
+        f"Of {report['answers']['num_questions']:,} answers of the embedded model, {unchanged['untrimmed']:.1%} "
+        f"untrimmed and {unchanged['trimmed']:.1%} trimmed stay the same to the letter."
+    )
+    return "\n".join([*lines, "", told, "", _origin(report)])
 
 
 def serve_tables(report: dict[str, Any] | None) -> str:

@@ -35,7 +35,7 @@ struct CrossTables {
 struct Step {
   const DecoderLayers& layers;
   const Tensor& hidden;  // [B, D]
-  const Tensor& pages;   // [P, G, 2, Hkv, kPagePositions, Dh]
+  const Tensor& pages;   // see check_pages
   const Tensor& cosines;
   const Tensor& sines;
   SelfTables text;
@@ -43,7 +43,7 @@ struct Step {
 
   std::int64_t layers_per_page() const { return pages.size(1); }
   std::int64_t num_kv_heads() const { return pages.size(3); }
-  std::int64_t head_dim() const { return pages.size(5); }
+  std::int64_t head_dim() const { return page_head_dim(pages); }
 };
 
 void check_hidden_and_pages(const Step& step) {
@@ -51,8 +51,8 @@ void check_hidden_and_pages(const Step& step) {
   check_pages(kOp, step.pages, 0);
   const std::int64_t head_dim = step.head_dim();
   check(head_dim >= 1, kOp, ": Dh must be at least 1, got 0");
-  check(step.pages.scalar_type() == layers.dtype, kOp, ": pages must be ", name_of(layers.dtype),
-        " like the layers, got ", describe(step.pages));
+  check(step.pages.scalar_type() == layers.dtype || step.pages.scalar_type() == ScalarType::Char, kOp,
+        ": pages must be ", name_of(layers.dtype), " like the layers, or int8, got ", describe(step.pages));
   check((layers.num_self == 0 || step.num_kv_heads() * head_dim == layers.kv_size) &&
             (layers.num_cross == 0 || head_dim == layers.head_dim) && layers.query_size % head_dim == 0,
         kOp, ": pages must have the layers' heads, Hkv * Dh=", layers.kv_size,

@@ -23,6 +23,7 @@ struct HeadwiseScoresArgs {
   const void* q;
   const void* k;
   const std::int32_t* visibility;
+  const float* log_sums;  // of attention [H, T], or null
   float* scores;
   DType dtype;
   std::int64_t num_rows;      // T
@@ -32,6 +33,27 @@ struct HeadwiseScoresArgs {
   std::int64_t head_dim;      // Dh
   std::int64_t q_stride;
   std::int64_t k_stride;
+  float scale;
+};
+
+// q and attended [T, H, Dh], k and v [N, Hkv, Dh] of `dtype`; visibility [T, 2]; bias [N]; log_sums [H, T].
+struct AttentionArgs {
+  const void* q;
+  const void* k;
+  const void* v;
+  const std::int32_t* visibility;
+  const float* bias;  // or null
+  void* attended;
+  float* log_sums;
+  DType dtype;
+  std::int64_t num_rows;      // T
+  std::int64_t num_keys;      // N
+  std::int64_t num_heads;     // H
+  std::int64_t num_kv_heads;  // Hkv
+  std::int64_t head_dim;      // Dh
+  std::int64_t q_stride;
+  std::int64_t k_stride;
+  std::int64_t v_stride;
   float scale;
 };
 
@@ -66,8 +88,10 @@ struct SelectFeaturesArgs {
 };
 
 // Keys and values live in pages [P, G, 2, Hkv, kPagePositions, Dh]: a page holds kPagePositions positions of G layers;
-// 2 stands for keys, values. A sequence's table lists its pages.
+// 2 stands for keys, values. A sequence's table lists its pages. Pages of int8 have Dh + kScaleBytes to each
+// row of a head: the integers of its kPagePositions positions, then as many float16 that multiply them.
 constexpr std::int64_t kPagePositions = 16;
+constexpr std::int64_t kScaleBytes = 2;
 
 // Rows [N, Hkv, Dh], each head contiguous.
 struct KvRows {
@@ -76,7 +100,7 @@ struct KvRows {
   std::int64_t head_stride_bytes;
 };
 
-// Row kept[r] goes to page slots[r] / kPagePositions, offset slots[r] % kPagePositions.
+// keys and values of `dtype`. Row kept[r] goes to page slots[r] / kPagePositions, offset slots[r] % kPagePositions.
 struct WriteKvArgs {
   KvRows keys;
   KvRows values;
@@ -84,8 +108,11 @@ struct WriteKvArgs {
   const std::int64_t* kept;  // null for r itself
   const std::int64_t* slots;
   std::int64_t num_kv_heads;  // Hkv
-  std::int64_t head_bytes;    // of Dh elements
+  std::int64_t head_bytes;    // of one position in a page
   std::int64_t page_stride_bytes;
+  std::int64_t head_dim;  // Dh
+  DType dtype;            // of keys and values
+  bool is_int8;           // pages are
   bool is_streamed;  // bypasses the caches; pages and head_bytes must then be multiples of kStreamedBytes
 };
 
@@ -99,7 +126,8 @@ struct PagedAttentionArgs {
   const std::int32_t* lengths;
   const float* bias;  // or null
   void* attended;
-  DType dtype;
+  DType dtype;                 // of q, and of pages if they are not int8
+  bool is_int8;                // pages are
   std::int64_t num_sequences;  // B
   std::int64_t num_heads;      // H
   std::int64_t num_kv_heads;   // Hkv
@@ -175,6 +203,16 @@ std::int64_t headwise_scores_workspace(const HeadwiseScoresArgs& args);
 
 // Range over heads.
 void headwise_scores(const HeadwiseScoresArgs& args, std::int64_t begin, std::int64_t end, float* workspace);
+
+// Range and memory of one call of attention.
+struct AttentionSizes {
+  std::int64_t num_blocks;  // its range: blocks of rows of each KV head
+  std::int64_t workspace;   // floats of each range
+};
+AttentionSizes attention_sizes(const AttentionArgs& args);
+
+// Range over blocks.
+void attention(const AttentionArgs& args, std::int64_t begin, std::int64_t end, float* workspace);
 
 // Range over heads. workspace: one key for each feature of the longest segment.
 void headwise_topk(const HeadwiseTopkArgs& args, std::int64_t begin, std::int64_t end,

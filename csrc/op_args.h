@@ -14,11 +14,13 @@ inline Tensor with_contiguous_heads(const Tensor& rows) {
 }
 
 inline HeadwiseScoresArgs headwise_scores_args(const Tensor& q, const Tensor& k, const Tensor& visibility,
-                                               const Tensor& scores, double scale) {
+                                               const std::optional<Tensor>& log_sums, const Tensor& scores,
+                                               double scale) {
   return {
       .q = q.const_data_ptr(),
       .k = k.const_data_ptr(),
       .visibility = static_cast<const std::int32_t*>(visibility.const_data_ptr()),
+      .log_sums = log_sums ? static_cast<const float*>(log_sums->const_data_ptr()) : nullptr,
       .scores = static_cast<float*>(scores.mutable_data_ptr()),
       .dtype = kernel_dtype(q.scalar_type()),
       .num_rows = q.size(0),
@@ -28,6 +30,30 @@ inline HeadwiseScoresArgs headwise_scores_args(const Tensor& q, const Tensor& k,
       .head_dim = q.size(2),
       .q_stride = q.stride(0),
       .k_stride = k.stride(0),
+      .scale = static_cast<float>(scale),
+  };
+}
+
+inline AttentionArgs attention_args(const Tensor& q, const Tensor& k, const Tensor& v,
+                                    const Tensor& visibility, const std::optional<Tensor>& bias,
+                                    const Tensor& attended, const Tensor& log_sums, double scale) {
+  return {
+      .q = q.const_data_ptr(),
+      .k = k.const_data_ptr(),
+      .v = v.const_data_ptr(),
+      .visibility = static_cast<const std::int32_t*>(visibility.const_data_ptr()),
+      .bias = bias ? static_cast<const float*>(bias->const_data_ptr()) : nullptr,
+      .attended = attended.mutable_data_ptr(),
+      .log_sums = static_cast<float*>(log_sums.mutable_data_ptr()),
+      .dtype = kernel_dtype(q.scalar_type()),
+      .num_rows = q.size(0),
+      .num_keys = k.size(0),
+      .num_heads = q.size(1),
+      .num_kv_heads = k.size(1),
+      .head_dim = q.size(2),
+      .q_stride = q.stride(0),
+      .k_stride = k.stride(0),
+      .v_stride = v.stride(0),
       .scale = static_cast<float>(scale),
   };
 }
@@ -48,8 +74,9 @@ inline HeadwiseTopkArgs headwise_topk_args(const Tensor& scores, const Selection
 // kept: null for all rows.
 inline WriteKvArgs write_kv_args(const Tensor& pages, std::int64_t layer, const Tensor& keys,
                                  const Tensor& values, const std::int64_t* kept, const Tensor& slots) {
-  const std::int64_t item_bytes = element_bytes(pages.scalar_type()),
-                     layer_bytes = pages.stride(1) * item_bytes;
+  const std::int64_t page_item_bytes = element_bytes(pages.scalar_type()),
+                     item_bytes = element_bytes(keys.scalar_type()),
+                     layer_bytes = pages.stride(1) * page_item_bytes;
   const auto rows_of = [&](const Tensor& rows) {
     return KvRows{static_cast<const std::byte*>(rows.const_data_ptr()), rows.stride(0) * item_bytes,
                   rows.stride(1) * item_bytes};
@@ -61,8 +88,11 @@ inline WriteKvArgs write_kv_args(const Tensor& pages, std::int64_t layer, const 
       .kept = kept,
       .slots = static_cast<const std::int64_t*>(slots.const_data_ptr()),
       .num_kv_heads = pages.size(3),
-      .head_bytes = pages.size(5) * item_bytes,
+      .head_bytes = pages.size(5) * page_item_bytes,
       .page_stride_bytes = pages.size(1) * layer_bytes,
+      .head_dim = keys.size(2),
+      .dtype = kernel_dtype(keys.scalar_type()),
+      .is_int8 = pages.scalar_type() == ScalarType::Char,
       .is_streamed = false,
   };
 }
@@ -71,7 +101,7 @@ inline PagedAttentionArgs paged_attention_args(const Tensor& q, const Tensor& pa
                                                const Tensor& tables, const Tensor& lengths,
                                                const std::optional<Tensor>& bias, const Tensor& attended,
                                                double scale) {
-  const std::int64_t layer_bytes = pages.stride(1) * element_bytes(q.scalar_type());
+  const std::int64_t layer_bytes = pages.stride(1) * element_bytes(pages.scalar_type());
   return {
       .q = q.const_data_ptr(),
       .pages = static_cast<const std::byte*>(pages.const_data_ptr()) + layer * layer_bytes,
@@ -80,6 +110,7 @@ inline PagedAttentionArgs paged_attention_args(const Tensor& q, const Tensor& pa
       .bias = bias ? static_cast<const float*>(bias->const_data_ptr()) : nullptr,
       .attended = attended.mutable_data_ptr(),
       .dtype = kernel_dtype(q.scalar_type()),
+      .is_int8 = pages.scalar_type() == ScalarType::Char,
       .num_sequences = q.size(0),
       .num_heads = q.size(1),
       .num_kv_heads = pages.size(3),

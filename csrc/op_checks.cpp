@@ -5,23 +5,60 @@
 
 namespace trimserve {
 
-void check_headwise_scores(const Tensor& q, const Tensor& k, const Tensor& visibility, double scale) {
+namespace {
+
+// Queries, keys and what each row sees of the keys.
+void check_seeing_rows(const char* op, const Tensor& q, const Tensor& k, const Tensor& visibility,
+                       double scale) {
+  const ScalarType dtype = q.scalar_type();
+  check(is_floating(dtype) && q.dim() == 3, op, ": q must be float32, bfloat16 or float16 [T, H, Dh], got ",
+        describe(q));
+  check(k.dim() == 3 && k.scalar_type() == dtype && k.size(2) == q.size(2), op, ": k must be ",
+        name_of(dtype), " [N, Hkv, ", q.size(2), "] like q, got ", describe(k));
+  check(q.size(1) >= 1 && k.size(1) >= 1 && q.size(1) % k.size(1) == 0, op,
+        ": H must be a multiple of Hkv, both at least 1, got H=", q.size(1), ", Hkv=", k.size(1));
+  check(q.size(2) >= 1, op, ": Dh must be at least 1, got 0");
+  check(k.size(0) <= kMaxFeatures, op, ": N must be at most ", kMaxFeatures, ", got ", k.size(0));
+  check_tensor(op, "visibility", visibility, ScalarType::Int, "[T, 2]",
+               visibility.dim() == 2 && visibility.size(1) == 2);
+  check(visibility.size(0) == q.size(0), op, ": visibility must have T=", q.size(0), " rows like q, got ",
+        visibility.size(0));
+  check(std::isfinite(scale), op, ": scale must be finite, got ", scale);
+}
+
+}  // namespace
+
+void check_headwise_scores(const Tensor& q, const Tensor& k, const Tensor& visibility, double scale,
+                           const std::optional<Tensor>& log_sums) {
   constexpr const char* kOp = "headwise_scores";
   check_devices(kOp, {"q", q}, {{"k", k}, {"visibility", visibility}});
-  const ScalarType dtype = q.scalar_type();
-  check(is_floating(dtype) && q.dim() == 3, kOp, ": q must be float32, bfloat16 or float16 [T, H, Dh], got ",
-        describe(q));
-  check(k.dim() == 3 && k.scalar_type() == dtype && k.size(2) == q.size(2), kOp, ": k must be ",
-        name_of(dtype), " [N, Hkv, ", q.size(2), "] like q, got ", describe(k));
-  check(q.size(1) >= 1 && k.size(1) >= 1 && q.size(1) % k.size(1) == 0, kOp,
-        ": H must be a multiple of Hkv, both at least 1, got H=", q.size(1), ", Hkv=", k.size(1));
-  check(q.size(2) >= 1, kOp, ": Dh must be at least 1, got 0");
-  check(k.size(0) <= kMaxFeatures, kOp, ": N must be at most ", kMaxFeatures, ", got ", k.size(0));
-  check_tensor(kOp, "visibility", visibility, ScalarType::Int, "[T, 2]",
-               visibility.dim() == 2 && visibility.size(1) == 2);
-  check(visibility.size(0) == q.size(0), kOp, ": visibility must have T=", q.size(0), " rows like q, got ",
-        visibility.size(0));
-  check(std::isfinite(scale), kOp, ": scale must be finite, got ", scale);
+  check_seeing_rows(kOp, q, k, visibility, scale);
+  if (!log_sums) return;
+  check_devices(kOp, {"q", q}, {{"log_sums", *log_sums}});
+  check_tensor(kOp, "log_sums", *log_sums, ScalarType::Float, "[H, T] like q",
+               log_sums->dim() == 2 && log_sums->size(0) == q.size(1) && log_sums->size(1) == q.size(0));
+}
+
+void check_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& visibility,
+                     double scale, const std::optional<Tensor>& bias) {
+  constexpr const char* kOp = "attention";
+  check_devices(kOp, {"q", q}, {{"k", k}, {"v", v}, {"visibility", visibility}});
+  check_seeing_rows(kOp, q, k, visibility, scale);
+  check_tensor(kOp, "v", v, q.scalar_type(), "[N, Hkv, Dh] like k",
+               v.dim() == 3 && v.size(0) == k.size(0) && v.size(1) == k.size(1) && v.size(2) == k.size(2));
+  if (!bias) return;
+  check_devices(kOp, {"q", q}, {{"bias", *bias}});
+  check_tensor(kOp, "bias", *bias, ScalarType::Float, "[N] like k",
+               bias->dim() == 1 && bias->size(0) == k.size(0));
+}
+
+void check_ranges(const char* op, const Tensor& visibility, std::int64_t num_features) {
+  const auto* ranges = static_cast<const std::int32_t*>(visibility.const_data_ptr());
+  for (std::int64_t t = 0; t < visibility.size(0); ++t) {
+    const std::int32_t begin = ranges[2 * t], end = ranges[2 * t + 1];
+    check(0 <= begin && begin <= end && end <= num_features, op, ": visibility[", t,
+          "] must be a range within [0, ", num_features, "], got [", begin, ", ", end, "]");
+  }
 }
 
 namespace {
@@ -68,23 +105,46 @@ void check_union_indices(const Tensor& picks, std::int64_t num_features) {
 }
 
 void check_pages(const char* op, const Tensor& pages, std::int64_t layer) {
-  check(is_floating(pages.scalar_type()) && pages.dim() == 6 && pages.size(2) == 2 &&
+  const bool is_int8 = pages.scalar_type() == ScalarType::Char && pages.is_cpu();
+  check((is_floating(pages.scalar_type()) || is_int8) && pages.dim() == 6 && pages.size(2) == 2 &&
             pages.size(4) == kPagePositions,
-        op, ": pages must be float32, bfloat16 or float16 [P, G, 2, Hkv, ", kPagePositions, ", Dh], got ",
+        op, ": pages must be float32, bfloat16 or float16 [P, G, 2, Hkv, ", kPagePositions,
+        ", Dh], or int8 [P, G, 2, Hkv, ", kPagePositions, ", Dh + ", kScaleBytes, "] on a CPU, got ",
         describe(pages));
+  check(!is_int8 || pages.size(5) >= kScaleBytes, op, ": pages of int8 must have rows of at least ",
+        kScaleBytes, ", got ", pages.size(5));
   check(pages.is_contiguous(), op, ": pages must be contiguous");
   check(0 <= layer && layer < pages.size(1), op, ": layer must be in [0, ", pages.size(1), "), got ", layer);
 }
 
+std::int64_t page_head_dim(const Tensor& pages) {
+  return pages.size(5) - (pages.scalar_type() == ScalarType::Char ? kScaleBytes : 0);
+}
+
 namespace {
+
+// What is written to pages or compared with them has their dtype; int8 pages take any floats.
+bool fits_pages(ScalarType dtype, const Tensor& pages) {
+  return pages.scalar_type() == ScalarType::Char ? is_floating(dtype) : dtype == pages.scalar_type();
+}
+
+const char* fitting_name(const Tensor& pages) {
+  return pages.scalar_type() == ScalarType::Char ? "float32, bfloat16 or float16"
+                                                 : name_of(pages.scalar_type());
+}
 
 // Keys or values that go to pages; `like` names what their shape comes from.
 void check_kv_rows(const char* op, const char* name, const Tensor& rows, std::int64_t num_rows,
                    const Tensor& pages, const char* like) {
-  check(rows.scalar_type() == pages.scalar_type() && rows.dim() == 3 && rows.size(0) == num_rows &&
-            rows.size(1) == pages.size(3) && rows.size(2) == pages.size(5),
-        op, ": ", name, " must be ", name_of(pages.scalar_type()), " [", num_rows, ", ", pages.size(3), ", ",
-        pages.size(5), "] like ", like, ", got ", describe(rows));
+  check(fits_pages(rows.scalar_type(), pages) && rows.dim() == 3 && rows.size(0) == num_rows &&
+            rows.size(1) == pages.size(3) && rows.size(2) == page_head_dim(pages),
+        op, ": ", name, " must be ", fitting_name(pages), " [", num_rows, ", ", pages.size(3), ", ",
+        page_head_dim(pages), "] like ", like, ", got ", describe(rows));
+}
+
+void check_same_dtype(const char* op, const Tensor& keys, const Tensor& values) {
+  check(keys.scalar_type() == values.scalar_type(), op, ": values must be ", name_of(keys.scalar_type()),
+        " like keys, got ", name_of(values.scalar_type()));
 }
 
 }  // namespace
@@ -97,6 +157,7 @@ void check_write_kv(const Tensor& pages, std::int64_t layer, const Tensor& keys,
   check_tensor(kOp, "slots", slots, ScalarType::Long, "[R]", slots.dim() == 1);
   check_kv_rows(kOp, "keys", keys, slots.size(0), pages, "slots and pages");
   check_kv_rows(kOp, "values", values, slots.size(0), pages, "slots and pages");
+  check_same_dtype(kOp, keys, values);
 }
 
 void check_gather_kv(const Tensor& pages, std::int64_t layer, const Tensor& keys, const Tensor& values,
@@ -108,6 +169,7 @@ void check_gather_kv(const Tensor& pages, std::int64_t layer, const Tensor& keys
   check(keys.dim() == 3, kOp, ": keys must be [N, Hkv, Dh], got ", describe(keys));
   check_kv_rows(kOp, "keys", keys, keys.size(0), pages, "pages");
   check_kv_rows(kOp, "values", values, keys.size(0), pages, "keys and pages");
+  check_same_dtype(kOp, keys, values);
   check_tensor(kOp, "kept", kept, ScalarType::Long, "[M]", kept.dim() == 1);
   check_tensor(kOp, "slots", slots, ScalarType::Long, "[M]", slots.dim() == 1);
   check(slots.size(0) == kept.size(0), kOp, ": slots must have M=", kept.size(0), " entries like kept, got ",
@@ -119,8 +181,8 @@ void check_paged_attention(const Tensor& q, const Tensor& pages, std::int64_t la
   constexpr const char* kOp = "paged_attention";
   check_devices(kOp, {"q", q}, {{"pages", pages}, {"tables", tables}, {"lengths", lengths}});
   check_pages(kOp, pages, layer);
-  check(q.scalar_type() == pages.scalar_type() && q.dim() == 3 && q.size(2) == pages.size(5), kOp,
-        ": q must be ", name_of(pages.scalar_type()), " [B, H, ", pages.size(5), "] like pages, got ",
+  check(fits_pages(q.scalar_type(), pages) && q.dim() == 3 && q.size(2) == page_head_dim(pages), kOp,
+        ": q must be ", fitting_name(pages), " [B, H, ", page_head_dim(pages), "] like pages, got ",
         describe(q));
   check(q.size(1) >= 1 && pages.size(3) >= 1 && q.size(1) % pages.size(3) == 0, kOp,
         ": H must be a multiple of Hkv, both at least 1, got H=", q.size(1), ", Hkv=", pages.size(3));

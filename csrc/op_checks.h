@@ -15,7 +15,14 @@ namespace trimserve {
 
 constexpr std::int64_t kMaxFeatures = std::numeric_limits<std::int32_t>::max();  // kernels may count in int32
 
-void check_headwise_scores(const Tensor& q, const Tensor& k, const Tensor& visibility, double scale);
+void check_headwise_scores(const Tensor& q, const Tensor& k, const Tensor& visibility, double scale,
+                           const std::optional<Tensor>& log_sums);
+
+void check_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& visibility,
+                     double scale, const std::optional<Tensor>& bias);
+
+// Throws unless each row's range, [T, 2] contiguous on the CPU, lies within num_features.
+void check_ranges(const char* op, const Tensor& visibility, std::int64_t num_features);
 
 // Images and picks of an op that takes scores [H, N].
 struct Selection {
@@ -28,7 +35,11 @@ Selection make_selection(const char* op, const Tensor& scores, const std::vector
 
 void check_union_indices(const Tensor& picks, std::int64_t num_features);
 
+// Pages of floats, or of int8 on the CPU.
 void check_pages(const char* op, const Tensor& pages, std::int64_t layer);
+
+// Dh of what lies in pages.
+std::int64_t page_head_dim(const Tensor& pages);
 
 void check_write_kv(const Tensor& pages, std::int64_t layer, const Tensor& keys, const Tensor& values,
                     const Tensor& slots);

@@ -5,7 +5,11 @@
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(trimserve, m) {
-  m.def("headwise_scores(Tensor q, Tensor k, Tensor visibility, float scale) -> Tensor");
+  m.def(
+      "headwise_scores(Tensor q, Tensor k, Tensor visibility, float scale, Tensor? log_sums=None) -> Tensor");
+  m.def(
+      "attention(Tensor q, Tensor k, Tensor v, Tensor visibility, float scale, Tensor? bias=None) -> "
+      "(Tensor attended, Tensor log_sums)");
   m.def("headwise_topk(Tensor scores, int[] segments, int[] k) -> Tensor");
   m.def("union_indices(Tensor picks, int num_features) -> (Tensor kept, Tensor num_kept)");
   m.def("select_features(Tensor scores, int[] segments, int[] k) -> (Tensor kept, Tensor num_kept)");
@@ -32,6 +36,7 @@ STABLE_TORCH_LIBRARY(trimserve, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(trimserve, CPU, m) {
   m.impl("headwise_scores", TORCH_BOX(&trimserve::headwise_scores));
+  m.impl("attention", TORCH_BOX(&trimserve::attention));
   m.impl("headwise_topk", TORCH_BOX(&trimserve::headwise_topk));
   m.impl("union_indices", TORCH_BOX(&trimserve::union_indices));
   m.impl("select_features", TORCH_BOX(&trimserve::select_features));

@@ -24,11 +24,16 @@
 namespace trimserve {
 
 // selection.cpp
-Tensor headwise_scores(const Tensor& q, const Tensor& k, const Tensor& visibility, double scale);
+Tensor headwise_scores(const Tensor& q, const Tensor& k, const Tensor& visibility, double scale,
+                       std::optional<Tensor> log_sums);
 Tensor headwise_topk(const Tensor& scores, std::vector<std::int64_t> segments, std::vector<std::int64_t> k);
 std::tuple<Tensor, Tensor> union_indices(const Tensor& picks, std::int64_t num_features);
 std::tuple<Tensor, Tensor> select_features(const Tensor& scores, std::vector<std::int64_t> segments,
                                            std::vector<std::int64_t> k);
+
+// attention.cpp
+std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Tensor& v,
+                                     const Tensor& visibility, double scale, std::optional<Tensor> bias);
 
 // paging.cpp
 void write_kv(const Tensor& pages, std::int64_t layer, const Tensor& keys, const Tensor& values,
@@ -72,7 +77,9 @@ inline DType kernel_dtype(ScalarType dtype) {
   }
 }
 
-inline std::int64_t element_bytes(ScalarType dtype) { return dtype == ScalarType::Float ? 4 : 2; }
+inline std::int64_t element_bytes(ScalarType dtype) {
+  return dtype == ScalarType::Float ? 4 : dtype == ScalarType::Char ? 1 : 2;
+}
 
 inline std::int64_t rows_per_thread(std::int64_t row_elements, ScalarType dtype) {
   return kGrainBytes / (row_elements * element_bytes(dtype) + 1) + 1;

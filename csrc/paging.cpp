@@ -32,7 +32,8 @@ void write_rows(const Tensor& pages, std::int64_t layer, const Tensor& keys, con
   const Tensor key_rows = with_contiguous_heads(keys), value_rows = with_contiguous_heads(values);
   WriteKvArgs args = write_kv_args(pages, layer, key_rows, value_rows, kept, slots);
   const std::int64_t row_bytes = 2 * args.num_kv_heads * args.head_bytes, num_rows = slots.size(0);
-  args.is_streamed = num_rows * row_bytes >= kCachedBytes && args.head_bytes % kStreamedBytes == 0 &&
+  args.is_streamed = !args.is_int8 && num_rows * row_bytes >= kCachedBytes &&
+                     args.head_bytes % kStreamedBytes == 0 &&
                      reinterpret_cast<std::uintptr_t>(args.pages) % kStreamedBytes == 0;
   const std::int64_t rows_per_thread = kGrainBytes / std::max<std::int64_t>(row_bytes, 1) + 1;
   torch::stable::parallel_for(0, num_rows, rows_per_thread,

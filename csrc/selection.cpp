@@ -11,15 +11,6 @@ namespace {
 
 constexpr std::int64_t kGrainScores = 16384;  // scores that are worth a thread
 
-void check_ranges(const Tensor& visibility, std::int64_t num_features) {
-  const auto* ranges = static_cast<const std::int32_t*>(visibility.const_data_ptr());
-  for (std::int64_t t = 0; t < visibility.size(0); ++t) {
-    const std::int32_t begin = ranges[2 * t], end = ranges[2 * t + 1];
-    check(0 <= begin && begin <= end && end <= num_features, "headwise_scores: visibility[", t,
-          "] must be a range within [0, ", num_features, "], got [", begin, ", ", end, "]");
-  }
-}
-
 // Calls body with ranges of the heads of scores [H, N].
 template <typename Body>
 void for_heads(const Tensor& scores, const Body& body) {
@@ -38,14 +29,16 @@ std::tuple<Tensor, Tensor> list_kept(const Tensor& like, const std::uint8_t* is_
 
 }  // namespace
 
-Tensor headwise_scores(const Tensor& q, const Tensor& k, const Tensor& visibility, double scale) {
-  check_headwise_scores(q, k, visibility, scale);
+Tensor headwise_scores(const Tensor& q, const Tensor& k, const Tensor& visibility, double scale,
+                       std::optional<Tensor> log_sums) {
+  check_headwise_scores(q, k, visibility, scale, log_sums);
+  if (log_sums) log_sums = torch::stable::contiguous(*log_sums);
   const Tensor queries = with_contiguous_rows(q), keys = with_contiguous_rows(k);
   const Tensor ranges = torch::stable::contiguous(visibility);
-  check_ranges(ranges, k.size(0));
+  check_ranges("headwise_scores", ranges, k.size(0));
 
   Tensor scores = torch::stable::new_empty(q, {q.size(1), k.size(0)}, ScalarType::Float);
-  const HeadwiseScoresArgs args = headwise_scores_args(queries, keys, ranges, scores, scale);
+  const HeadwiseScoresArgs args = headwise_scores_args(queries, keys, ranges, log_sums, scores, scale);
   torch::stable::parallel_for(0, args.num_heads, 1, [&](std::int64_t begin, std::int64_t end) {
     cpu::headwise_scores(args, begin, end, workspace<float>(cpu::headwise_scores_workspace(args)).get());
   });

@@ -130,6 +130,7 @@ def test_streamed_json_is_one_event_a_line(address: str) -> None:
 def test_info_tells_versions_ops_and_geometry() -> None:
     about = json.loads(run("info", "--json").stdout)
     assert about["ops"] == [
+        "attention",
         "decode_layers",
         "gather_kv",
         "headwise_scores",

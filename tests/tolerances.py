@@ -8,6 +8,7 @@ __all__ = [
     "ATTENTION",
     "DECODE_LAYERS",
     "HEADWISE_SCORES",
+    "INT8_PAGES",
     "LINEAR",
     "LINEAR_QUANTIZED",
     "LOGITS",
@@ -15,6 +16,7 @@ __all__ = [
     "LOGITS_INT4",
     "LOGITS_INT8",
     "MANY_ROWS",
+    "MANY_ROWS_ATTENTION",
     "PAGED_ATTENTION",
     "SILU_GATE",
     "Tolerance",
@@ -50,6 +52,20 @@ PAGED_ATTENTION: dict[torch.dtype, Tolerance] = {
     torch.float32: {"rtol": 1e-5, "atol": 1e-5},
     torch.bfloat16: {"rtol": 2**-7, "atol": 1e-5},
     torch.float16: {"rtol": 2**-10, "atol": 1e-5},
+}
+
+# As above; bfloat16 queries become int16 beside int8 keys: each element is off by up to 2^-16 of its head's largest,
+# about 12, in logits of up to 128 products with a standard deviation of 4.
+INT8_PAGES: dict[torch.dtype, Tolerance] = {
+    **PAGED_ATTENTION,
+    torch.bfloat16: {"rtol": 2**-7, "atol": 2e-4},
+}
+
+# As PAGED_ATTENTION; machines that multiply pairs of bfloat16 also round each weight to it, which takes up to 2^-9 of
+# each of the values, themselves up to about 4, that a row adds up.
+MANY_ROWS_ATTENTION: dict[torch.dtype, Tolerance] = {
+    **PAGED_ATTENTION,
+    torch.bfloat16: {"rtol": 2**-7, "atol": 2**-7},
 }
 
 # One unit of the last place, and another where both sides round to different neighbours; a gate of magnitude G is off

@@ -14,11 +14,12 @@ from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationInfo, fie
 from trimserve.api.adapter import ADAPTER_NAME, ADAPTER_NAME_RULE
 from trimserve.loopback import is_loopback
 
-__all__ = ["Config", "Device", "Dtype", "EngineConfig", "ModelConfig", "Quantize", "ServerConfig"]
+__all__ = ["Config", "Device", "Dtype", "EngineConfig", "KvDtype", "ModelConfig", "Quantize", "ServerConfig"]
 
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Quantize = Literal["none", "int8", "int4"]
+KvDtype = Literal["auto", "int8"]
 Port = Annotated[int, Field(ge=0, le=65535)]
 
 
@@ -46,13 +47,18 @@ class ModelConfig(_Knobs):
         description="Where the model runs; `auto` is `cuda` where torch sees a GPU and the ops are built for it, else "
         "`cpu`. `cuda` is the first GPU that `CUDA_VISIBLE_DEVICES` leaves.",
     )
-    dtype: Dtype = Field(default="auto", description="Type of weights and KV; `auto` is the checkpoint's own.")
+    dtype: Dtype = Field(default="auto", description="Type of weights; `auto` is the checkpoint's own.")
     quantize: Quantize = Field(
         default="none",
         description="How the decoder's linear layers are stored: `none` is in `dtype`, but int8 and int4 of a "
         "quantized checkpoint stay so on a CPU; `int8` is one scale for each output, `int4` one for each 64 inputs of "
         "it. Both take less memory, and make decode steps faster on a CPU. On a GPU, `int8` works by torch's own "
         "products, and `int4` is refused. Everything else keeps `dtype`.",
+    )
+    kv_dtype: KvDtype = Field(
+        default="auto",
+        description="How keys and values are held: `auto` is in `dtype`; `int8` with a scale to each head and position "
+        "takes about half the bytes of bfloat16, and answers may differ a little. `int8` is refused on a GPU.",
     )
     max_model_len: int | None = Field(
         default=None,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.generate.setting import Setting, make_prompt, trim_params
-from trimserve.config import Dtype, EngineConfig, ModelConfig, Quantize
+from trimserve.config import Dtype, EngineConfig, KvDtype, ModelConfig, Quantize
 from trimserve.evaluation.pages import OwnKeyValues, OwnPages
 from trimserve.model.interruptible import run_through
 from trimserve.model.loading import load_model
@@ -27,18 +27,27 @@ class Ours:
     """A loaded model."""
 
     def __init__(
-        self, folder: Path, dtype: Dtype, quantize: Quantize, *, max_kept_fraction: float | None, most: int
+        self,
+        folder: Path,
+        dtype: Dtype,
+        quantize: Quantize,
+        *,
+        max_kept_fraction: float | None,
+        most: int,
+        kv_dtype: KvDtype = "auto",
     ) -> None:
         """Load it.
 
         Args:
             folder: of the checkpoint.
-            dtype: of weights and KV.
+            dtype: of weights.
             quantize: as in `ModelConfig`.
             max_kept_fraction: cap of trimmed settings.
             most: sequences that decode together, at most.
+            kv_dtype: as in `ModelConfig`.
         """
-        self.model = load_model(ModelConfig(model=str(folder), dtype=dtype, quantize=quantize), EngineConfig())
+        config = ModelConfig(model=str(folder), dtype=dtype, quantize=quantize, kv_dtype=kv_dtype)
+        self.model = load_model(config, EngineConfig())
         self.max_kept_fraction = max_kept_fraction
         info = self.model.info
         of_text = info.self_kv_bytes_per_token * 4 * _ANSWER_TOKENS

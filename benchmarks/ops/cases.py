@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from transformers.models.mllama.modeling_mllama import repeat_kv
 
 from benchmarks.ops.measure import Floor
-from tests.tolerances import HEADWISE_SCORES, LINEAR, PAGED_ATTENTION
+from tests.tolerances import HEADWISE_SCORES, LINEAR, MANY_ROWS_ATTENTION, PAGED_ATTENTION
 from trimserve import ops
 from trimserve.model import huge_pages
 from trimserve.model.int8 import to_int8
@@ -47,6 +47,8 @@ class _Heads(NamedTuple):
     head_dim: int
 
 
+_VISION_ROWS, _PROMPT_ROWS = 4 * 1608, 2048
+_HEADS_VISION = _Heads(16, 16, 80)
 _HEADS_11B, _HEADS_BENCH = _Heads(_HEADS, _KV_HEADS, _HEAD_DIM), _Heads(16, 4, 64)
 
 
@@ -84,7 +86,9 @@ def make_cases(dtype: torch.dtype) -> Iterator[Case]:
     for batch in (1, _BATCH):
         for length in (_TEXT_LENGTH, _FEATURES // 2):
             yield _paged_attention_case(dtype, generator, _HEADS_BENCH, batch, length)
-    if device.type == "cpu":  # of an op that has no CUDA kernel
+    if device.type == "cpu":  # of ops that have no CUDA kernel
+        yield _attention_case(dtype, generator, _HEADS_VISION, _VISION_ROWS, is_causal=False)
+        yield _attention_case(dtype, generator, _HEADS_11B, _PROMPT_ROWS, is_causal=True)
         yield from _linear_cases(dtype, generator)
 
 
@@ -227,6 +231,34 @@ def _paged_attention_case(
         "repeat_kv + sdpa",
         together.nbytes,
         "read" if length > _TEXT_LENGTH else None,  # so few bytes take less time than the call
+    )
+
+
+def _attention_case(
+    dtype: torch.dtype, generator: torch.Generator, heads: _Heads, num_rows: int, *, is_causal: bool
+) -> Case:
+    """The vision encoder of an image of four tiles, or a prompt."""
+    scale = heads.head_dim**-0.5
+    q = _draw(num_rows, heads.num_heads, heads.head_dim, dtype=dtype, generator=generator)
+    k, v = _draw(2, num_rows, heads.num_kv_heads, heads.head_dim, dtype=dtype, generator=generator)
+    rows = torch.arange(num_rows, dtype=torch.int32)
+    ends = rows + 1 if is_causal else torch.full_like(rows, num_rows)
+    visibility = torch.stack([torch.zeros_like(rows), ends], dim=1)
+    attended, _ = ops.attention(q, k, v, visibility, scale)
+    some = torch.randint(num_rows, (16,), generator=generator)
+    expected, _ = reference.attention(q[some], k, v, visibility[some], scale)
+    torch.testing.assert_close(attended[some], expected, **MANY_ROWS_ATTENTION[dtype])
+    queries, keys, values = (part.transpose(0, 1)[None].contiguous() for part in (q, k, v))
+    has_groups = heads.num_heads != heads.num_kv_heads
+    return Case(
+        "attention",
+        f"{num_rows} rows of a {'prompt' if is_causal else 'vision encoder'}",
+        dtype,
+        lambda: ops.attention(q, k, v, visibility, scale),
+        lambda: F.scaled_dot_product_attention(queries, keys, values, is_causal=is_causal, enable_gqa=has_groups),
+        "sdpa",
+        2 * q.nbytes + k.nbytes + v.nbytes,
+        None,
     )
 
 

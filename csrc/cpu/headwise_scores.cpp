@@ -8,6 +8,8 @@
 //   [N, rows of the block], are normalised there and added to the scores: [T, N] or [H, T, N] never exists. Maxima and
 //   sums are lane by lane; lanes are added up at the end only, kWidth features at once. Reads k once per block. Heads
 //   are independent and rows are added in order, so results repeat bit for bit for any number of threads.
+//   With log_sums [H, T], which attention found, a logit becomes a weight by itself: one pass over the logits, not
+//   three.
 
 #include <algorithm>
 #include <array>
@@ -170,39 +172,62 @@ TRIMSERVE_INLINE void multiply(const HeadwiseScoresArgs& args, const RowBlock<kW
   }
 }
 
-// scores += what each lane's softmax gives, summed over lanes. Overwrites the logits.
+// The logits of vector i become exponentials under each lane's maximum, 0 where it sees nothing; `inverse` is one over
+// their sum.
 template <int kWidth>
-TRIMSERVE_INLINE void add_softmax(const RowBlock<kWidth>& block, float* logits, float* scores) {
+TRIMSERVE_INLINE void exponentiate(const RowBlock<kWidth>& block, int i, float* column,
+                                   typename Simd<kWidth>::Floats& inverse) {
+  using Vectors = Simd<kWidth>;
+  using Floats = typename Vectors::Floats;
+  constexpr int kRows = RowBlock<kWidth>::kRows;
+  Floats x, maximum = Floats{} + kMinusInfinity, sum = {};
+  typename Vectors::Ints seen;
+  for (std::int32_t n = block.begin; n < block.end; ++n) {
+    Vectors::load(x, column + n * kRows);
+    block.seeing(seen, i, n);
+    choose<kWidth>(x, seen, kMinusInfinity);
+    maximum = x > maximum ? x : maximum;
+  }
+  for (std::int32_t n = block.begin; n < block.end; ++n) {
+    Vectors::load(x, column + n * kRows);
+    x -= maximum;
+    Vectors::exp_of_nonpositive(x);
+    block.seeing(seen, i, n);
+    choose<kWidth>(x, seen, 0.0f);
+    Vectors::store(column + n * kRows, x);
+    sum += x;
+  }
+  inverse = 1.0f / sum;
+}
+
+// scores += what each lane's softmax gives, summed over lanes. log_sums: of the lanes, or null. Overwrites the logits.
+template <int kWidth>
+TRIMSERVE_INLINE void add_softmax(const RowBlock<kWidth>& block, const float* log_sums, float* logits,
+                                  float* scores) {
   using Vectors = Simd<kWidth>;
   using Floats = typename Vectors::Floats;
   constexpr int kRows = RowBlock<kWidth>::kRows;
   const int num_vectors = block.size > kWidth ? 2 : 1;
   for (int i = 0; i < num_vectors; ++i) {
     float* const column = logits + i * kWidth;
-    Floats x, maximum = Floats{} + kMinusInfinity, sum = {};
+    Floats inverse{}, log_sum{};
     typename Vectors::Ints seen;
-    for (std::int32_t n = block.begin; n < block.end; ++n) {
-      Vectors::load(x, column + n * kRows);
-      block.seeing(seen, i, n);
-      choose<kWidth>(x, seen, kMinusInfinity);
-      maximum = x > maximum ? x : maximum;
+    if (log_sums) {
+      Vectors::load(log_sum, log_sums + i * kWidth);
+    } else {
+      exponentiate<kWidth>(block, i, column, inverse);
     }
-    for (std::int32_t n = block.begin; n < block.end; ++n) {
-      Vectors::load(x, column + n * kRows);
-      x -= maximum;
-      Vectors::exp_of_nonpositive(x);
-      block.seeing(seen, i, n);
-      choose<kWidth>(x, seen, 0.0f);
-      Vectors::store(column + n * kRows, x);
-      sum += x;
-    }
-    const Floats inverse = 1.0f / sum;
     for (std::int32_t n = block.begin; n < block.end; n += kWidth) {
       Floats weights[kWidth];
       unrolled<kWidth>([&](auto j) TRIMSERVE_INLINE_LAMBDA {
         block.seeing(seen, i, n + j);
         Vectors::load(weights[j], column + (n + j) * kRows);
-        weights[j] *= inverse;
+        if (log_sums) {
+          weights[j] -= log_sum;
+          Vectors::exp_of_nonpositive(weights[j]);
+        } else {
+          weights[j] *= inverse;
+        }
         choose<kWidth>(weights[j], seen, 0.0f);  // a row with NaN spoils only what it sees
       });
       Vectors::sum_lanes(weights);
@@ -229,7 +254,10 @@ TRIMSERVE_INLINE void score_heads(const HeadwiseScoresArgs& args, std::int64_t b
       } else {
         multiply<kWidth, 1, dtype>(args, block, head / heads_per_kv_head, ws);
       }
-      add_softmax<kWidth>(block, ws.logits, scores);
+      std::array<float, RowBlock<kWidth>::kRows> log_sums{};
+      for (int r = 0; args.log_sums && r < block.size; ++r)
+        log_sums[r] = args.log_sums[head * args.num_rows + block.rows[r]];
+      add_softmax<kWidth>(block, args.log_sums ? log_sums.data() : nullptr, ws.logits, scores);
     }
     for (std::int64_t n = 0; n < num_features; ++n) scores[n] *= ws.row_weights[n];
   }

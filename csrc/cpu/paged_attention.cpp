@@ -3,6 +3,8 @@
 //   bias [B, max_pages * 16] float32, or null for zeros
 //   attended[b, h] = sum over positions p < lengths[b] of softmax(q[b, h] . k[p] * scale + bias[b, p])[p] * v[p],
 //     k and v of KV head h / (H / Hkv) in page tables[b, p / 16] at offset p % 16; 0 where lengths[b] is 0.
+//   int8 pages [.., 16, Dh + 2] have 16 times Dh integers, then 16 float16 that multiply them; they are widened in
+//   registers only.
 //
 //   A sequence is cut into pieces of kPiecePositions. Some KV heads of a piece are processed together: keys to logits
 //   for all their query heads, then softmax, then values. A page's keys are contiguous, so memory is read once and in
@@ -69,12 +71,13 @@ struct Item {
 
 struct Workspace {
   std::int64_t padded_dim;
-  float* logits;    // [H, kPiecePositions]; then weights
-  float* queries;   // [H, padded_dim]
-  float* attended;  // [H, padded_dim], weighted sums of values
-  float* maxima;    // [H], largest logits
-  float* totals;    // [H], of the weights
-  float* rows;      // [kPagePositions, padded_dim]
+  float* logits;        // [H, kPiecePositions]; then weights
+  float* queries;       // [H, padded_dim]
+  float* attended;      // [H, padded_dim], weighted sums of values
+  float* maxima;        // [H], largest logits
+  float* totals;        // [H], of the weights
+  float* query_scales;  // [H], what logits are multiplied with
+  float* rows;          // [kPagePositions, padded_dim]
 };
 
 Workspace divide(const PagedAttentionArgs& args, float* workspace) {
@@ -83,18 +86,20 @@ Workspace divide(const PagedAttentionArgs& args, float* workspace) {
   float* const attended = queries + padded_size;
   float* const maxima = attended + padded_size;
   float* const totals = maxima + args.num_heads;
-  return {padded_dim, workspace, queries, attended, maxima, totals, totals + args.num_heads};
+  float* const query_scales = totals + args.num_heads;
+  return {padded_dim, workspace, queries,      attended,
+          maxima,     totals,    query_scales, query_scales + args.num_heads};
 }
 
 // Rows of head_dim elements as rows of padded_dim: where they lie, or copied.
-template <DType dtype>
-TRIMSERVE_INLINE const Element<dtype>* padded_rows(const Element<dtype>* rows, std::int64_t num_rows,
-                                                   std::int64_t head_dim, const Workspace& ws) {
+template <typename Stored>
+TRIMSERVE_INLINE const Stored* padded_rows(const Stored* rows, std::int64_t num_rows, std::int64_t head_dim,
+                                           const Workspace& ws) {
   if (head_dim == ws.padded_dim) return rows;
-  auto* const copy = reinterpret_cast<Element<dtype>*>(ws.rows);
+  auto* const copy = reinterpret_cast<Stored*>(ws.rows);
   for (std::int64_t r = 0; r < num_rows; ++r) {
     std::copy_n(rows + r * head_dim, head_dim, copy + r * ws.padded_dim);
-    std::fill(copy + r * ws.padded_dim + head_dim, copy + (r + 1) * ws.padded_dim, Element<dtype>{});
+    std::fill(copy + r * ws.padded_dim + head_dim, copy + (r + 1) * ws.padded_dim, Stored{});
   }
   return copy;
 }
@@ -159,9 +164,9 @@ TRIMSERVE_INLINE void exponentiate(float* logits, std::int64_t count, float* max
 }
 
 // The blocks of an item: its heads of a page, then those of the next page.
-template <DType dtype>
+template <typename Stored>
 struct Blocks {
-  const Element<dtype>* first;  // of the item's first head in page 0
+  const Stored* first;  // of the item's first head in page 0
   const std::int32_t* table;
   std::int64_t num_pages;
   std::int64_t num_heads;
@@ -169,12 +174,11 @@ struct Blocks {
   std::int64_t block_size;
   std::int64_t num_ahead;
 
-  TRIMSERVE_INLINE const Element<dtype>* at(std::int64_t page, std::int64_t head) const {
+  TRIMSERVE_INLINE const Stored* at(std::int64_t page, std::int64_t head) const {
     return first + table[page] * page_stride + head * block_size;
   }
   // What to fetch while the block (page, head) is worked on: kAheadBytes on, or of what comes `behind` these.
-  TRIMSERVE_INLINE const Element<dtype>* ahead_of(std::int64_t page, std::int64_t head,
-                                                  std::int64_t behind) const {
+  TRIMSERVE_INLINE const Stored* ahead_of(std::int64_t page, std::int64_t head, std::int64_t behind) const {
     head += num_ahead;
     page += head / num_heads;
     head %= num_heads;
@@ -187,6 +191,7 @@ template <typename Products>
 TRIMSERVE_INLINE void attend(const PagedAttentionArgs& args, const Item& item, const Workspace& ws) {
   constexpr int kWidth = Products::width;
   constexpr DType dtype = Products::dtype;
+  using Stored = typename Products::Stored;
   const std::int64_t head_dim = args.head_dim, padded_dim = ws.padded_dim,
                      group = args.num_heads / args.num_kv_heads;
   const std::int64_t first_head = item.first_kv_head * group, end_head = item.end_kv_head * group;
@@ -194,28 +199,33 @@ TRIMSERVE_INLINE void attend(const PagedAttentionArgs& args, const Item& item, c
   auto* const queries = reinterpret_cast<typename Products::Query*>(ws.queries);
   const auto* const q = static_cast<const Element<dtype>*>(args.q) + item.sequence * args.q_stride;
   for (std::int64_t h = first_head; h < end_head; ++h)
-    Products::pack_query(queries + h * padded_dim, padded_rows(q + h * head_dim, 1, head_dim, ws),
-                         padded_dim);
+    ws.query_scales[h] = Products::pack_query(queries + h * padded_dim,
+                                              padded_rows(q + h * head_dim, 1, head_dim, ws), padded_dim);
   std::fill(ws.attended + first_head * padded_dim, ws.attended + end_head * padded_dim, 0.0f);
 
-  const std::int64_t block_size = kPagePositions * head_dim, half_size = args.num_kv_heads * block_size;
-  Blocks<dtype> blocks{static_cast<const Element<dtype>*>(args.pages) + item.first_kv_head * block_size,
-                       args.tables + item.sequence * args.table_stride + item.begin / kPagePositions,
-                       pages,
-                       item.end_kv_head - item.first_kv_head,
-                       args.page_stride,
-                       block_size,
-                       divide_up(kAheadBytes, block_size * sizeof(Element<dtype>))};
+  const std::int64_t row_size = head_dim + (Products::kHasScales ? kScaleBytes : 0),
+                     block_size = kPagePositions * row_size, half_size = args.num_kv_heads * block_size;
+  Blocks<Stored> blocks{static_cast<const Stored*>(args.pages) + item.first_kv_head * block_size,
+                        args.tables + item.sequence * args.table_stride + item.begin / kPagePositions,
+                        pages,
+                        item.end_kv_head - item.first_kv_head,
+                        args.page_stride,
+                        block_size,
+                        divide_up(kAheadBytes, block_size * sizeof(Stored))};
   for (std::int64_t page = 0; page < pages; ++page) {
     for (std::int64_t i = 0; i < blocks.num_heads; ++i) {
-      const Element<dtype>* const keys = padded_rows(blocks.at(page, i), kPagePositions, head_dim, ws);
-      const Element<dtype>* const ahead = blocks.ahead_of(page, i, half_size);
+      const Stored* const stored = blocks.at(page, i);
+      const Stored* const keys = padded_rows(stored, kPagePositions, head_dim, ws);
+      const Stored* const ahead = blocks.ahead_of(page, i, half_size);
       const std::int64_t first = first_head + i * group;
       for_heads(group, [&](auto heads, std::int64_t h) TRIMSERVE_INLINE_LAMBDA {
         multiply_keys_of_heads<Products, heads>(
             queries + (first + h) * padded_dim, keys, padded_dim, args.scale,
             ws.logits + (first + h) * kPiecePositions + page * kPagePositions, kPiecePositions, ahead);
       });
+      if constexpr (Products::kHasScales)
+        multiply_scales<kWidth>(stored + kPagePositions * head_dim, ws.query_scales + first, group,
+                                ws.logits + first * kPiecePositions + page * kPagePositions, kPiecePositions);
     }
   }
   const float* const bias = args.bias ? args.bias + item.sequence * args.bias_stride + item.begin : nullptr;
@@ -229,13 +239,17 @@ TRIMSERVE_INLINE void attend(const PagedAttentionArgs& args, const Item& item, c
   blocks.first += half_size;
   for (std::int64_t page = 0; page < pages; ++page) {
     for (std::int64_t i = 0; i < blocks.num_heads; ++i) {
-      const Element<dtype>* const values = padded_rows(blocks.at(page, i), kPagePositions, head_dim, ws);
-      const Element<dtype>* const ahead = blocks.ahead_of(page, i, 0);
+      const Stored* const stored = blocks.at(page, i);
+      const Stored* const values = padded_rows(stored, kPagePositions, head_dim, ws);
+      const Stored* const ahead = blocks.ahead_of(page, i, 0);
       const std::int64_t first = first_head + i * group, p = page * kPagePositions;
+      if constexpr (Products::kHasScales)
+        multiply_scales<kWidth>(stored + kPagePositions * head_dim, nullptr, group,
+                                ws.logits + first * kPiecePositions + p, kPiecePositions);
       for_heads(group, [&](auto heads, std::int64_t h) TRIMSERVE_INLINE_LAMBDA {
-        add_values_of_heads<kWidth, dtype, heads>(
-            ws.logits + (first + h) * kPiecePositions + p, kPiecePositions, values,
-            std::min(kPagePositions, count - p), padded_dim, ws.attended + (first + h) * padded_dim, ahead);
+        add_values_of_heads<Products, heads>(ws.logits + (first + h) * kPiecePositions + p, kPiecePositions,
+                                             values, std::min(kPagePositions, count - p), padded_dim,
+                                             ws.attended + (first + h) * padded_dim, ahead);
       });
     }
   }
@@ -287,6 +301,20 @@ TRIMSERVE_INLINE void attend_pages(const PagedAttentionArgs& args, std::int64_t 
   }
 }
 
+// The same of int8 pages.
+template <int kWidth, DType dtype>
+TRIMSERVE_INLINE void attend_int8(const PagedAttentionArgs& args, std::int64_t begin, std::int64_t end,
+                                  float* partials, const Workspace& ws) {
+  if constexpr (dtype == DType::kBFloat16) {
+    if (kWidth == 16 && has_pair_products() &&
+        args.head_dim <= kMostWords)  // machines that have one have both
+      return attend_pages<Int8WordProducts<kWidth, kWidth == 16>>(args, begin, end, partials, ws);
+    if (args.head_dim <= kMostWords)
+      return attend_pages<Int8WordProducts<kWidth, false>>(args, begin, end, partials, ws);
+  }
+  attend_pages<Int8Products<kWidth, dtype>>(args, begin, end, partials, ws);
+}
+
 // One head of a sequence of several pieces, whose partials are `stride` apart.
 template <int kWidth, DType dtype>
 TRIMSERVE_INLINE void merge_head(float* partials, std::int64_t stride, std::int64_t pieces,
@@ -314,7 +342,7 @@ PagedAttentionSizes paged_attention_sizes(const PagedAttentionArgs& args) {
     sizes.num_pages += args.num_kv_heads * num_pages(args.lengths[b]);
     if (pieces > 1) sizes.partials += pieces * args.num_heads * partial_size(padded_dim);
   }
-  sizes.workspace = args.num_heads * (kPiecePositions + 2 * padded_dim + 2) + kPagePositions * padded_dim;
+  sizes.workspace = args.num_heads * (kPiecePositions + 2 * padded_dim + 3) + kPagePositions * padded_dim;
   return sizes;
 }
 
@@ -323,6 +351,7 @@ void paged_attention(const PagedAttentionArgs& args, std::int64_t begin, std::in
   const Workspace ws = divide(args, workspace);
   at_width(vector_width(args), [&](auto width) TRIMSERVE_INLINE_LAMBDA {
     at_dtype(args.dtype, [&](auto dtype) TRIMSERVE_INLINE_LAMBDA {
+      if (args.is_int8) return attend_int8<width, dtype>(args, begin, end, partials, ws);
 #ifdef __x86_64__
       if constexpr (width == PairProducts::width && dtype == PairProducts::dtype) {
         if (has_pair_products()) return attend_pages<PairProducts>(args, begin, end, partials, ws);

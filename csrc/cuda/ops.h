@@ -14,7 +14,8 @@
 namespace trimserve::cuda {
 
 // selection.cpp
-Tensor headwise_scores(const Tensor& q, const Tensor& k, const Tensor& visibility, double scale);
+Tensor headwise_scores(const Tensor& q, const Tensor& k, const Tensor& visibility, double scale,
+                       std::optional<Tensor> log_sums);
 Tensor headwise_topk(const Tensor& scores, std::vector<std::int64_t> segments, std::vector<std::int64_t> k);
 std::tuple<Tensor, Tensor> union_indices(const Tensor& picks, std::int64_t num_features);
 std::tuple<Tensor, Tensor> select_features(const Tensor& scores, std::vector<std::int64_t> segments,

@@ -24,13 +24,14 @@ std::tuple<Tensor, Tensor> list(const Tensor& like, std::int64_t num_features, s
 
 }  // namespace
 
-Tensor headwise_scores(const Tensor& q, const Tensor& k, const Tensor& visibility, double scale) {
-  check_headwise_scores(q, k, visibility, scale);
+Tensor headwise_scores(const Tensor& q, const Tensor& k, const Tensor& visibility, double scale,
+                       std::optional<Tensor> log_sums) {
+  check_headwise_scores(q, k, visibility, scale, log_sums);
   const OnDevice device = on_device(q);
   const Tensor queries = with_contiguous_rows(q), keys = with_contiguous_rows(k);
   const Tensor ranges = torch::stable::contiguous(visibility);
   Tensor scores = torch::stable::new_empty(q, {q.size(1), k.size(0)}, ScalarType::Float);
-  const HeadwiseScoresArgs args = headwise_scores_args(queries, keys, ranges, scores, scale);
+  const HeadwiseScoresArgs args = headwise_scores_args(queries, keys, ranges, std::nullopt, scores, scale);
   Tensor workspace = torch::stable::new_empty(q, {headwise_scores_workspace(args)}, ScalarType::Float);
   headwise_scores(args, static_cast<float*>(workspace.mutable_data_ptr()), device.stream);
   return scores;

@@ -90,6 +90,7 @@ class FakeModel:
             model_id="fake",
             revision="0",
             dtype="float32",
+            kv_dtype="float32",
             quantization="none",
             device="cpu",
             num_parameters=0,

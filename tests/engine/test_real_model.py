@@ -30,11 +30,23 @@ NUM_NEW = 24
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Mllama:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random checkpoint."""
-    folder: Path = tmp_path_factory.mktemp("checkpoint")
+    folder = tmp_path_factory.mktemp("checkpoint")
     save_random_checkpoint(folder, GEOMETRY)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> Mllama:
+    """The checkpoint as it is."""
     return load_model(ModelConfig(model=str(folder)), EngineConfig())
+
+
+@pytest.fixture(scope="module")
+def int8(folder: Path) -> Mllama:
+    """The checkpoint with keys and values in int8."""
+    return load_model(ModelConfig(model=str(folder), kv_dtype="int8"), EngineConfig())
 
 
 def noise(high: int, wide: int, seed: int) -> ImageFile:
@@ -83,7 +95,12 @@ def generate(model: Mllama, *requests: GenerationRequest) -> list[tuple[list[int
     return results
 
 
-def test_a_mixed_batch_gives_the_tokens_and_the_kept_features_that_each_gives_alone(model: Mllama) -> None:
+@pytest.mark.parametrize("kv_dtype", ["float32", "int8"])
+def test_a_mixed_batch_gives_the_tokens_and_the_kept_features_that_each_gives_alone(
+    model: Mllama, int8: Mllama, kv_dtype: str
+) -> None:
+    model = int8 if kv_dtype == "int8" else model
+    assert model.info.kv_dtype == kv_dtype
     alone = [generate(model, request)[0] for request in REQUESTS]
     assert generate(model, *REQUESTS) == alone
     assert generate(model, *reversed(REQUESTS)) == alone[::-1]

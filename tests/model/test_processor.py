@@ -43,6 +43,7 @@ def info(tokens: TinyTokens) -> ModelInfo:
         model_id="tiny",
         revision="",
         dtype="float32",
+        kv_dtype="float32",
         quantization="none",
         device="cpu",
         num_parameters=0,

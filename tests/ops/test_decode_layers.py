@@ -349,7 +349,7 @@ INTS = torch.ones(1, dtype=torch.int32)
 BAD_STEPS: list[tuple[dict[str, Any], str]] = [
     ({"pages": torch.zeros(3, 1, 2, 2, PAGE_POSITIONS, 0)}, "Dh must be at least 1, got 0"),
     ({"pages": torch.zeros(3, 1, 2, 2, 8, HEAD_DIM)}, "pages must be float32, bfloat16 or float16"),
-    ({"pages": GIVEN.pages.half()}, "pages must be float32 like the layers, got float16"),
+    ({"pages": GIVEN.pages.half()}, "pages must be float32 like the layers, or int8, got float16"),
     ({"pages": GIVEN.pages[:, :, :, :1].contiguous()}, r"pages must have .* Hkv \* Dh=12 .* got Hkv=1, Dh=6"),
     ({"pages": torch.zeros(3, 2, 2, 4, PAGE_POSITIONS, 3)}, "pages must have .* got Hkv=4, Dh=3"),
     ({"hidden": torch.ones(2, 1, D)}, r"hidden must be contiguous float32 \[B, 24\], got float32 \[2, 1, 24\]"),

@@ -11,8 +11,10 @@ from trimserve.ops import PAGE_POSITIONS
 ROWS, HEADS = torch.zeros(3, 4), torch.zeros(3, 2, 4)
 PAGES = torch.zeros(2, 1, 2, 2, PAGE_POSITIONS, 4)
 PLACES, COUNTS = torch.arange(3), torch.zeros(3, dtype=torch.int32)
+RANGES = torch.zeros(3, 2, dtype=torch.int32)
 ARGUMENTS: dict[str, list[Any]] = {
-    "headwise_scores": [HEADS, HEADS, torch.zeros(3, 2, dtype=torch.int32), 1.0],
+    "headwise_scores": [HEADS, HEADS, RANGES, 1.0, torch.zeros(2, 3)],
+    "attention": [HEADS, HEADS, HEADS, RANGES, 1.0, torch.zeros(3)],
     "write_kv": [PAGES, 0, HEADS, HEADS, PLACES],
     "gather_kv": [PAGES, 0, HEADS, HEADS, PLACES, PLACES],
     "paged_attention": [HEADS, PAGES, 0, COUNTS[:, None], COUNTS, 1.0, torch.zeros(3, PAGE_POSITIONS)],

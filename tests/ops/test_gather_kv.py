@@ -126,10 +126,14 @@ def test_refused_indices_leave_the_pages_alone() -> None:
 
 P, KV = torch.zeros(3, 4, 2, 2, PAGE_POSITIONS, 8), torch.zeros(5, 2, 8)
 M = torch.arange(3)
+PAGES = (
+    "pages must be float32, bfloat16 or float16 [P, G, 2, Hkv, 16, Dh], "
+    "or int8 [P, G, 2, Hkv, 16, Dh + 2] on a CPU, got float32 [4, 2, 2, 16, 8]"
+)
 REFUSALS: list[tuple[Inputs, str]] = [
     (
         (P[0], 0, KV, KV, M, M),
-        "pages must be float32, bfloat16 or float16 [P, G, 2, Hkv, 16, Dh], got float32 [4, 2, 2, 16, 8]",
+        PAGES,
     ),
     ((P[:, :2], 0, KV, KV, M, M), "pages must be contiguous"),
     ((P, 4, KV, KV, M, M), "layer must be in [0, 4), got 4"),

@@ -127,6 +127,16 @@ def test_equals_reference_on_any_shape(
     assert_equals_reference(draw(num_rows, num_features, num_heads, num_kv_heads, head_dim, dtype, seed))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_log_sums_of_attention_change_nothing_but_the_last_bits(dtype: torch.dtype) -> None:
+    q, k, visibility, scale = draw(100, 260, 8, 2, 40, dtype)
+    q[3, 1, 0] = math.nan
+    _, log_sums = reference.attention(q, k, k, visibility, scale)
+    found = headwise_scores(q, k, visibility, scale, log_sums)
+    expected = reference.headwise_scores(q, k, visibility, scale)
+    torch.testing.assert_close(found, expected, equal_nan=True, **HEADWISE_SCORES)
+
+
 def test_large_logits_do_not_overflow() -> None:
     q, k, visibility, _ = draw(5, 40)
     scores = headwise_scores(q, k, visibility, 1000.0)

@@ -273,7 +273,10 @@ def test_any_number_of_threads_gives_the_same_bits(lengths: list[int]) -> None:
 
 Q, P = torch.zeros(2, 4, 8), torch.zeros(3, 4, 2, 2, PAGE_POSITIONS, 8)
 T, L = torch.zeros(2, 2, dtype=torch.int32), torch.tensor([32, 17], dtype=torch.int32)
-PAGES = "pages must be float32, bfloat16 or float16 [P, G, 2, Hkv, 16, Dh], got"
+PAGES = (
+    "pages must be float32, bfloat16 or float16 [P, G, 2, Hkv, 16, Dh], "
+    "or int8 [P, G, 2, Hkv, 16, Dh + 2] on a CPU, got"
+)
 LIKE = "q must be float32 [B, H, 8] like pages, got"
 MULTIPLE = "H must be a multiple of Hkv, both at least 1, got"
 NO_HEADS, NO_DIM = torch.zeros(3, 4, 2, 0, PAGE_POSITIONS, 8), torch.zeros(3, 4, 2, 2, PAGE_POSITIONS, 0)

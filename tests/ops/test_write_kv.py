@@ -135,7 +135,10 @@ def test_refused_slots_leave_the_pages_alone() -> None:
 
 
 P, KV, S = torch.zeros(3, 4, 2, 2, PAGE_POSITIONS, 8), torch.zeros(5, 2, 8), torch.arange(5)
-PAGES = "pages must be float32, bfloat16 or float16 [P, G, 2, Hkv, 16, Dh], got"
+PAGES = (
+    "pages must be float32, bfloat16 or float16 [P, G, 2, Hkv, 16, Dh], "
+    "or int8 [P, G, 2, Hkv, 16, Dh + 2] on a CPU, got"
+)
 LIKE = "must be float32 [5, 2, 8] like slots and pages, got"
 REFUSALS: list[tuple[Inputs, str]] = [
     ((P.double(), 0, KV, KV, S), f"{PAGES} float64 [3, 4, 2, 2, 16, 8]"),

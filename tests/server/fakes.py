@@ -44,6 +44,7 @@ INFO = ModelInfo(
     model_id="fake",
     revision="cafe",
     dtype="float32",
+    kv_dtype="float32",
     quantization="none",
     device="cpu",
     num_parameters=123,

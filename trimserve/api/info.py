@@ -70,7 +70,9 @@ class ModelInfo:
     revision: str
     """Commit hash of a hub checkpoint, content hash of a folder."""
     dtype: str
-    """Of the KV cache and of weights that are not quantized: `float32`, `bfloat16` or `float16`."""
+    """Of weights that are not quantized and of what is computed: `float32`, `bfloat16` or `float16`."""
+    kv_dtype: str
+    """Of keys and values in pages: as `dtype`, or `int8`."""
     quantization: str
     """How the decoder's linear layers are stored, by `quantize` or as the checkpoint has them: `none` (as `dtype`),
     `int8` or `int4`."""
@@ -106,7 +108,7 @@ class ModelInfo:
     features_per_tile: int
     """Patches of a tile plus its class token."""
     kv_bytes_per_position: int
-    """K and V of one position in one layer."""
+    """K and V of one position in one layer, with their scales."""
     vision_scratch_bytes: int
     """Peak of temporary memory while one image is encoded, without its features."""
     default_k_ratio: float

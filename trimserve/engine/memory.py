@@ -114,8 +114,9 @@ def prefill_scratch_bytes(info: ModelInfo) -> int:
     """
     num_features, size = info.max_images * info.max_tiles * info.features_per_tile, info.tensor_parallel
     dtype: torch.dtype = getattr(torch, info.dtype)
-    rows = 2 * num_features * (info.hidden_size * dtype.itemsize + info.kv_bytes_per_position // size)
-    gathered_keys = num_features * info.kv_bytes_per_position if size > 1 else 0
+    keys_values = 2 * info.num_kv_heads * info.head_dim * dtype.itemsize
+    rows = 2 * num_features * (info.hidden_size * dtype.itemsize + keys_values // size)
+    gathered_keys = num_features * keys_values if size > 1 else 0
     own = rows + gathered_keys + scratch_bytes(info.max_tiles, info.features_per_tile, info.hidden_size)
     guide = info.guide
     return size * own + (prefill_scratch_bytes(guide) + size * guide.vision_scratch_bytes if guide else 0)

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from trimserve import ops
 from trimserve.model.adapters import RowAdapters
-from trimserve.model.attention import attention
 from trimserve.model.pieces import MLP_ROWS
 from trimserve.model.projection import Projection, projection_of
 from trimserve.model.ranks import Ranks
@@ -36,7 +35,7 @@ Part = Projection | RmsNorm
 
 
 class _Layer:
-    """What self- and cross-attention layers share: the shape of heads, prompt attention and the MLP."""
+    """What self- and cross-attention layers share: the shape of heads and the MLP."""
 
     def __init__(self, layer: SelfLayerParts | CrossLayerParts, index: int, head_dim: int, ranks: Ranks) -> None:
         self.index = index
@@ -49,19 +48,6 @@ class _Layer:
         self._gate_up = projection_of(*layer.gate_up)
         self._output = projection_of(layer.output, ranks=ranks)
         self._down = projection_of(layer.down, ranks=ranks)
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool = False, bias: Tensor | None = None) -> Tensor:
-        """Attention of prompt rows, [T, H, Dh] over [L, Hkv, Dh] -> [T, H * Dh].
-
-        Args:
-            q: queries.
-            k: keys.
-            v: values.
-            is_causal: row t attends up to position t.
-            bias: [L], added to every row's logits.
-        """
-        by_head = (rows.transpose(0, 1) for rows in (q, k, v))
-        return attention(*by_head, scale=self.scale, is_causal=is_causal, bias=bias)
 
     def _with_mlp(self, hidden: Tensor, adapters: RowAdapters | None, gate: float = 1.0) -> Tensor:
         # Adapters name rows of the whole batch, which is therefore not cut.

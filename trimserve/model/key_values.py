@@ -76,7 +76,7 @@ class KeyValues:
     """Where one sequence's keys and values lie. The model fills pages that were granted and reserves none itself."""
 
     pages: Tensor
-    """[P, G, 2, Hkv, 16, Dh], shared with other sequences; 0 are keys, 1 values. The last page is no sequence's."""
+    """[P, G, 2, Hkv, 16, row], shared with other sequences; 0 are keys, 1 values. The last page is no sequence's."""
     self_tables: Tables
     """Pages of the text, for every position that a step writes."""
     cross_tables: Tables

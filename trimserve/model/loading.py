@@ -20,6 +20,7 @@ from trimserve.model.checkpoint import (
     vision_config,
 )
 from trimserve.model.codebook import load_codebook
+from trimserve.model.kv_format import row_bytes
 from trimserve.model.mllama import Mllama
 from trimserve.model.processor import Processor
 from trimserve.model.ranks import ALONE, Ranks, Shard
@@ -166,7 +167,8 @@ def describe_checkpoint(
     dtype = checkpoint.dtype(config.dtype)
     head_dim = text.hidden_size // text.num_attention_heads
     device = _device(config.device) if device is None else device
-    _check_quantization(config.quantize, device)
+    _check_stored(config, device)
+    kv_dtype = str(dtype).removeprefix("torch.") if config.kv_dtype == "auto" else config.kv_dtype
     stored = stored_formats(checkpoint.config, checkpoint.tensors) if device == "cpu" else {}
     model = empty_model(checkpoint.config, dtype, config.quantize, stored)
     size = limits.tensor_parallel
@@ -180,6 +182,7 @@ def describe_checkpoint(
         model_id=checkpoint.model_id,
         revision=checkpoint.revision,
         dtype=str(dtype).removeprefix("torch."),
+        kv_dtype=kv_dtype,
         quantization=kept[0].name if config.quantize == "none" and kept else config.quantize,
         device=device,
         num_parameters=num_parameters(model),
@@ -202,7 +205,7 @@ def describe_checkpoint(
         patch_size=vision.patch_size,
         max_tiles=vision.max_num_tiles,
         features_per_tile=features_per_tile,
-        kv_bytes_per_position=2 * text.num_key_value_heads * head_dim * dtype.itemsize,
+        kv_bytes_per_position=2 * text.num_key_value_heads * row_bytes(kv_dtype, head_dim),
         vision_scratch_bytes=vision_scratch_bytes(vision, features_per_tile, dtype),
         default_k_ratio=config.k_ratio or checkpoint.trimserve.k_ratio,
         default_merge_ratio=checkpoint.trimserve.merge_ratio if config.merge_ratio is None else config.merge_ratio,
@@ -216,9 +219,12 @@ def describe_checkpoint(
     return info if config.guide_model is None else replace(info, guide=_describe_guide(config, limits, info))
 
 
-def _check_quantization(quantize: Quantize, device: str) -> None:
-    if device != "cpu" and quantize not in _ON_GPU:
-        raise CheckpointError(f"quantize {quantize} is for the CPU; take {' or '.join(_ON_GPU)}, or device cpu")
+def _check_stored(config: ModelConfig, device: str) -> None:
+    """Only a CPU takes every way to store weights, keys and values."""
+    if device != "cpu" and config.quantize not in _ON_GPU:
+        raise CheckpointError(f"quantize {config.quantize} is for the CPU; take {' or '.join(_ON_GPU)}, or device cpu")
+    if device != "cpu" and config.kv_dtype != "auto":
+        raise CheckpointError(f"kv_dtype {config.kv_dtype} is for the CPU; take auto, or device cpu")
 
 
 def _device(wanted: Device) -> str:

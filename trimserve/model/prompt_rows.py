@@ -13,8 +13,10 @@ from torch import Tensor
 
 from trimserve import ops
 from trimserve.model.adapters import Adapter, RowAdapters
+from trimserve.model.attention import Run, attention, causal_attention
 from trimserve.model.decoder_layers import CrossLayer, SelfLayer
 from trimserve.model.key_values import KeyValues, PromptSlots
+from trimserve.model.kv_format import round_as_stored
 from trimserve.model.prefilled import TrimTimes
 from trimserve.model.ranks import Ranks
 from trimserve.model.rotary import Rotation
@@ -52,6 +54,8 @@ class _Attended:
     queries: Tensor
     keys: Tensor
     values: Tensor
+    log_sums: Tensor | None
+    """See `attention`."""
 
 
 class PromptRows:
@@ -88,8 +92,10 @@ class PromptRows:
         for slots, *of_prompt in zip(self._slots, *(x.split(self._num_rows) for x in (q, k, v)), strict=True):
             queries, keys, values = of_prompt
             if slots is not None:
+                for rows in (keys, values):
+                    round_as_stored(rows, slots.pages)
                 slots.write_text(layer.index, keys, values)
-            attended.append(layer.attend(queries, keys, values, is_causal=len(queries) > 1))
+            attended.append(causal_attention(queries, keys, values, layer.scale))
         return torch.cat(attended)
 
     def seeing(
@@ -112,8 +118,12 @@ class PromptRows:
             if prompt.vision is not None and prompt.kv is not None and slots is not None and len(queries):
                 vision = prompt.vision
                 keys, values = layer.keys_values(vision.features, RowAdapters.alike(prompt.adapter))
-                pieces += _attend_runs(layer, queries, keys, values, vision)
-                attended = _Attended(vision, prompt.kv, slots, queries, keys, values)
+                for rows in (keys, values):
+                    round_as_stored(rows, slots.pages)
+                runs = [Run(end_row - row, first, end) for row, end_row, first, end in vision.visible_runs()]
+                looked, log_sums = attention(queries, keys, values, runs, layer.scale, vision.bias)
+                pieces.append(looked)
+                attended = _Attended(vision, prompt.kv, slots, queries, keys, values, log_sums)
                 if _is_decided_after(layer.index, vision):
                     self._attended.append(attended)
                 else:  # at once: other prompts of the batch need the memory
@@ -189,36 +199,27 @@ class LookingRows(PromptRows):
     def attend_features(self, layer: CrossLayer, q: Tensor) -> Tensor | None:
         """See `PromptRows.attend_features`; looks and ends the pass."""
         features = self._vision.features
-        keys, _ = layer.keys_values(features, None)
-        self.view = _made_view(self._vision, layer, *_of_all_heads(self._ranks, q, keys), features)
+        own_keys, _ = layer.keys_values(features, None)
+        queries, keys = (_of_all_heads(self._ranks, part, dim=1) for part in (q, own_keys))
+        self.view = _made_view(self._vision, layer, queries, keys, features)
         return None
 
 
-def _attend_runs(layer: CrossLayer, q: Tensor, keys: Tensor, values: Tensor, vision: VisionRows) -> list[Tensor]:
-    runs, bias = vision.visible_runs(), vision.bias
-    pieces = q.split([end_row - first_row for first_row, end_row, _, _ in runs])
-    return [
-        layer.attend(piece, keys[first:end], values[first:end], bias=None if bias is None else bias[first:end])
-        for piece, (_, _, first, end) in zip(pieces, runs, strict=True)
-    ]
-
-
-def _of_all_heads(ranks: Ranks, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
-    """On rank 0 queries [S, H, Dh] and keys [N, Hkv, Dh] of the heads of all ranks; policies compare across heads."""
-    queries, keys = (
-        torch.cat(parts, dim=1) if len(parts) > 1 else parts[0] for parts in map(ranks.gather, (queries, keys))
-    )
-    return queries, keys
+def _of_all_heads(ranks: Ranks, part: Tensor, dim: int) -> Tensor:
+    """On rank 0 what all ranks have of their heads, which are along a dimension; policies compare across heads."""
+    parts = ranks.gather(part)
+    return torch.cat(parts, dim) if len(parts) > 1 else parts[0]
 
 
 def _view(attended: _Attended, layer: CrossLayer, hidden: Tensor, added: Tensor, ranks: Ranks) -> CrossAttentionView:
-    vision, features = attended.vision, attended.vision.features
-    queries, keys = _of_all_heads(ranks, attended.queries, attended.keys)
+    vision, features, log_sums = attended.vision, attended.vision.features, attended.log_sums
+    queries, keys = (_of_all_heads(ranks, part, dim=1) for part in (attended.queries, attended.keys))
     if vision.num_merged:  # policies see kept features only
         places = vision.kept_places
-        keys, features = keys[places], features[places]
+        keys, features, log_sums = keys[places], features[places], None
     view = _made_view(vision, layer, queries, keys, features)
     view.hidden, view.added = hidden, layer.gated(added)
+    view.log_sums = None if log_sums is None else _of_all_heads(ranks, log_sums, dim=0)
     return view
 
 

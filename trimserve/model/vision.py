@@ -1,8 +1,8 @@
 """From pixels to visual features, one image at a time (ADR-0007): transformers' vision weights in a loop of our own.
 
 Two things differ from transformers' forward pass, neither from what it means. Its attention mask only blocks
-padding rows from padding rows, so one unmasked attention of the real rows over all rows and one of the padding
-rows over the real rows give the same output and let fused kernels run. And the intermediate features are the
+padding rows from padding rows, so attention of the real rows over all rows and of the padding rows over the real rows
+gives the same output and needs no mask. And the intermediate features are the
 *inputs* of the layers in `intermediate_layers_indices`, as Meta trained the weights; transformers 5.23 takes the
 outputs (`intermediate_features="outputs"` asks for that). Text and trimming are unknown here.
 """
@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from transformers.models.mllama.configuration_mllama import MllamaVisionConfig
 
 from trimserve.model.adapters import Adapter, RowAdapters
-from trimserve.model.attention import attention
+from trimserve.model.attention import Run, attention
 from trimserve.model.checkpoint import vision_config
 from trimserve.model.interruptible import Interruptible
 from trimserve.model.prepared import PreparedImage
@@ -178,16 +178,11 @@ class VisionLayer:
         Returns:
             [R, width]
         """
-        q, k, v = qkv.unflatten(1, self._heads_shape).permute(1, 2, 0, 3)
-        image.observer.attends(q, k, self._scale)
-        real = image.num_real
-        of_real = self._attend_to(q[:, :real], k, v)
-        of_padding = self._attend_to(q[:, real:], k[:, :real], v[:, :real])
-        return torch.cat([of_real, of_padding])
-
-    def _attend_to(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """[heads, T, Dh] over [heads, R, Dh] -> [T, width]."""
-        return attention(q, k, v, scale=self._scale)
+        q, k, v = qkv.unflatten(1, self._heads_shape).unbind(dim=1)
+        image.observer.attends(q.transpose(0, 1), k.transpose(0, 1), self._scale)
+        num_rows, real = len(qkv), image.num_real
+        runs = [Run(real, 0, num_rows), Run(num_rows - real, 0, real)]
+        return attention(q, k, v, runs, self._scale)[0]
 
 
 def _factors(gates: tuple[Tensor, Tensor] | None) -> tuple[float, float]:

@@ -41,7 +41,7 @@ class VisionRows:
     num_merged: tuple[int, ...] = field(default=(), init=False)
     """Merged rows of each image; empty if nothing is merged."""
     bias: Tensor | None = field(default=None, init=False)
-    """[rows of `features`], added to every logit of a row, of the features' dtype; None if there is no bias."""
+    """float32 [rows of `features`], added to every logit of a row; None if there is no bias."""
     held_bias: NDArray[np.float32] | None = field(default=None, init=False)
     """`bias` of `held_range`, on the host."""
 
@@ -111,7 +111,8 @@ class VisionRows:
             num_rows = sum(self.num_held)
             self.features = everything.new_empty(num_rows, everything.shape[1])
             self.features.index_copy_(0, kept, stays).index_copy_(0, merged, groups.mean(everything))
-            self._weigh(everything.new_zeros(num_rows).index_copy_(0, merged, groups.sizes.log().to(everything.dtype)))
+            weights = torch.zeros(num_rows, device=everything.device)
+            self._weigh(weights.index_copy_(0, merged, groups.sizes.float().log()))
         return kept, merged
 
     def hold_fewer(self, selection: Selection, layer: int) -> Tensor:
@@ -138,7 +139,7 @@ class VisionRows:
     def _weigh(self, bias: Tensor | None) -> None:
         first, end = self.held_range
         self.bias = bias
-        self.held_bias = None if bias is None else bias[first:end].float().cpu().numpy()
+        self.held_bias = None if bias is None else bias[first:end].cpu().numpy()
 
     def _places(self) -> tuple[Tensor, Tensor]:
         """Where `features` has kept features and merged rows: int64, each ascending."""

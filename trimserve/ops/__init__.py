@@ -1,8 +1,9 @@
-"""Compiled ops: feature selection, paged attention, per-row layers, and a decode step of all layers.
+"""Compiled ops: feature selection, attention, per-row layers, and a decode step of all layers.
 
 Importing this package loads the compiled ops. It knows nothing about models.
 """
 
+from trimserve.ops.attention import attention
 from trimserve.ops.decoding import CrossTables, DecoderLayers, SelfTables, decode_layers
 from trimserve.ops.layers import linear, rms_norm, rotate, silu_gate
 from trimserve.ops.library import build_info, has_cuda_ops, load_library
@@ -14,6 +15,7 @@ __all__ = [
     "CrossTables",
     "DecoderLayers",
     "SelfTables",
+    "attention",
     "build_info",
     "decode_layers",
     "gather_kv",

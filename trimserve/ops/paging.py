@@ -1,9 +1,12 @@
 """Ops on paged keys and values: storing positions, attending to a sequence's positions.
 
-A page pool is one contiguous tensor [P, G, 2, Hkv, PAGE_POSITIONS, Dh]: P pages; a page holds PAGE_POSITIONS
-positions of G layers; 2 stands for keys, values. A sequence's table lists the pages of its positions in order. Typed
-wrappers over the compiled ops of `csrc/paging.cpp`, each with its fake kernel (shapes only, for torch.compile). All
-checks are made in C++. `reference.py` defines what each op computes.
+A page pool is one contiguous tensor [P, G, 2, Hkv, PAGE_POSITIONS, Dh] of float32, bfloat16 or float16: P pages; a page
+holds PAGE_POSITIONS positions of G layers; 2 stands for keys, values. On a CPU it may be int8 [P, G, 2, Hkv,
+PAGE_POSITIONS, Dh + 2] instead: the integers of a head's positions, then the float16 that multiplies each one's
+(`reference.int8_parts`), widened in registers only. A sequence's table lists the pages of its positions in order.
+
+Typed wrappers over the compiled ops of `csrc/paging.cpp`, each with its fake kernel (shapes only, for torch.compile).
+All checks are made in C++. `reference.py` defines what each op computes.
 """
 
 import torch
@@ -26,9 +29,9 @@ def write_kv(pages: Tensor, layer: int, keys: Tensor, values: Tensor, slots: Ten
     between them are read in place.
 
     Args:
-        pages: float32, bfloat16 or float16 [P, G, 2, Hkv, PAGE_POSITIONS, Dh], contiguous; written to.
+        pages: contiguous; written to.
         layer: slot of the layer in its pages, in [0, G).
-        keys: same dtype [R, Hkv, Dh]; R may be 0.
+        keys: dtype of pages, or any of theirs if pages are int8, [R, Hkv, Dh]; R may be 0.
         values: as keys.
         slots: int64 [R], in [0, P * PAGE_POSITIONS), none of them twice.
     Raises:
@@ -45,9 +48,9 @@ def gather_kv(pages: Tensor, layer: int, keys: Tensor, values: Tensor, kept: Ten
     between them are read in place.
 
     Args:
-        pages: float32, bfloat16 or float16 [P, G, 2, Hkv, PAGE_POSITIONS, Dh], contiguous; written to.
+        pages: contiguous; written to.
         layer: slot of the layer in its pages, in [0, G).
-        keys: same dtype [N, Hkv, Dh].
+        keys: dtype of pages, or any of theirs if pages are int8, [N, Hkv, Dh].
         values: as keys.
         kept: int64 [M], indices in [0, N), any order; M may be 0.
         slots: int64 [M], in [0, P * PAGE_POSITIONS), none of them twice.
@@ -76,8 +79,9 @@ def paged_attention(
     place.
 
     Args:
-        q: dtype of pages [B, H, Dh], queries; Hkv divides H, query head h reads KV head h // (H / Hkv).
-        pages: float32, bfloat16 or float16 [P, G, 2, Hkv, PAGE_POSITIONS, Dh], contiguous.
+        q: dtype of pages, or any of theirs if pages are int8, [B, H, Dh], queries; Hkv divides H, query head h reads KV
+            head h // (H / Hkv).
+        pages: contiguous.
         layer: slot of the layer in its pages, in [0, G).
         tables: int32 [B, max_pages], pages in [0, P).
         lengths: int32 [B], in [0, max_pages * PAGE_POSITIONS].

@@ -13,10 +13,13 @@ from torch import Tensor
 from trimserve.ops.decoding import CrossTables, DecoderLayers, SelfTables
 
 __all__ = [
+    "attention",
     "decode_layers",
     "gather_kv",
     "headwise_scores",
     "headwise_topk",
+    "int8_parts",
+    "int8_rows",
     "linear",
     "paged_attention",
     "rms_norm",
@@ -25,11 +28,18 @@ __all__ = [
     "silu_gate",
     "union_indices",
     "unpack_int4",
+    "widened_pages",
     "write_kv",
 ]
 
 
-def headwise_scores(q: Tensor, k: Tensor, visibility: Tensor, scale: float) -> Tensor:
+def headwise_scores(
+    q: Tensor,
+    k: Tensor,
+    visibility: Tensor,
+    scale: float,
+    log_sums: Tensor | None = None,  # noqa: ARG001 - they follow from the others
+) -> Tensor:
     """Define `trimserve.ops.headwise_scores`; computes in float64."""
     num_heads, num_kv_heads, num_features = q.shape[1], k.shape[1], k.shape[0]
     keys = k.double().repeat_interleave(num_heads // num_kv_heads, dim=1)  # [N, H, Dh]
@@ -39,6 +49,20 @@ def headwise_scores(q: Tensor, k: Tensor, visibility: Tensor, scale: float) -> T
     weights = logits.masked_fill(~is_seen, -torch.inf).softmax(dim=-1)
     total = torch.where(is_seen, weights, 0.0).sum(dim=1)  # [H, N]
     return (total / is_seen.sum(dim=0).clamp(min=1)).float()
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, visibility: Tensor, scale: float, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Define `trimserve.ops.attention`; computes in float64."""
+    keys, values = (part.double().repeat_interleave(q.shape[1] // k.shape[1], dim=1) for part in (k, v))  # [N, H, Dh]
+    logits = torch.einsum("thd,nhd->htn", q.double(), keys) * scale
+    position = torch.arange(k.shape[0], device=q.device)
+    is_seen = (visibility[:, :1] <= position) & (position < visibility[:, 1:])  # [T, N]
+    logits = (logits if bias is None else logits + bias.double()).masked_fill(~is_seen, -torch.inf)
+    log_sums = logits.logsumexp(dim=-1)
+    weights = torch.where(is_seen, (logits - log_sums[..., None]).exp(), 0.0)
+    return torch.einsum("htn,nhd->thd", weights, values).to(q.dtype), log_sums.float()
 
 
 def headwise_topk(scores: Tensor, segments: Sequence[int], k: Sequence[int]) -> Tensor:
@@ -70,7 +94,47 @@ def write_kv(pages: Tensor, layer: int, keys: Tensor, values: Tensor, slots: Ten
     page_positions = pages.shape[4]
     page, offset = slots // page_positions, slots % page_positions
     for half, rows in enumerate((keys, values)):
-        pages[:, layer, half].transpose(1, 2)[page, offset] = rows  # [P, 16, Hkv, Dh] at [R], [R]
+        parts = zip(int8_parts(pages), int8_rows(rows), strict=True) if pages.dtype == torch.int8 else [(pages, rows)]
+        for stored, part in parts:
+            stored[:, layer, half].transpose(1, 2)[page, offset] = part  # [P, 16, Hkv, ...] at [R], [R]
+
+
+def int8_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Define what int8 pages hold of a row of keys or values: Dh integers and the float16 that multiplies them.
+
+    The scale is the float16 next to the largest magnitude / 127; an integer is the element / scale, rounded to the
+    nearest, ties to even, and clamped to [-127, 127]. A row without a finite scale has scale NaN.
+
+    Args:
+        rows: float32, bfloat16 or float16 [..., Dh].
+    Returns:
+        int8 [..., Dh] and float16 [...].
+    """
+    floats = rows.float()
+    scales = (floats.abs().amax(dim=-1) / 127).half()
+    scales = scales.masked_fill(~scales.isfinite(), torch.nan)
+    divisors = scales.float().masked_fill(scales == 0, torch.inf)[..., None]
+    integers = (floats / divisors).round().clamp(-127, 127).nan_to_num()  # all 0 where the scale is 0 or NaN
+    return integers.to(torch.int8), scales
+
+
+def int8_parts(pages: Tensor) -> tuple[Tensor, Tensor]:
+    """Define where int8 pages have them: the integers of a head's 16 positions, then the 16 scales.
+
+    Args:
+        pages: int8 [P, G, 2, Hkv, 16, Dh + 2], contiguous.
+    Returns:
+        Views of it, int8 [P, G, 2, Hkv, 16, Dh] and float16 [P, G, 2, Hkv, 16].
+    """
+    page_positions, row = pages.shape[-2:]
+    integers, scales = pages.flatten(-2).split([page_positions * (row - 2), page_positions * 2], dim=-1)
+    return integers.unflatten(-1, (page_positions, row - 2)), scales.view(torch.float16)
+
+
+def widened_pages(pages: Tensor) -> Tensor:
+    """What int8 pages stand for, float32 [P, G, 2, Hkv, 16, Dh]."""
+    integers, scales = int8_parts(pages)
+    return integers.float() * scales.float()[..., None]
 
 
 def gather_kv(pages: Tensor, layer: int, keys: Tensor, values: Tensor, kept: Tensor, slots: Tensor) -> None:
@@ -93,7 +157,9 @@ def paged_attention(
     for b, length in enumerate(lengths.tolist()):
         if length:
             used = tables[b, : -(-length // pages.shape[4])].long()
-            keys, values = pages[used, layer].double().permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, :length]
+            of_sequence = pages[used, layer : layer + 1]
+            rows = widened_pages(of_sequence) if pages.dtype == torch.int8 else of_sequence
+            keys, values = rows[:, 0].double().permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, :length]
             keys, values = (part.repeat_interleave(group, dim=0) for part in (keys, values))  # [H, length, Dh]
             logits = torch.einsum("hd,hpd->hp", q[b].double(), keys) * scale
             weights = (logits if bias is None else logits + bias[b, :length]).softmax(dim=-1)
@@ -164,7 +230,8 @@ def decode_layers(
 ) -> None:
     """Define `trimserve.ops.decode_layers`."""
     weights, scales, gates = iter(layers.weights), iter(layers.scales), iter(layers.gates)
-    layers_per_page, num_kv_heads, head_dim = pages.shape[1], pages.shape[3], pages.shape[5]
+    layers_per_page, num_kv_heads = pages.shape[1], pages.shape[3]
+    head_dim = pages.shape[5] - (2 if pages.dtype == torch.int8 else 0)
     num_layers = (len(layers.weights) - len(layers.cross_layers)) // 6
     seen = CrossTables((), ()) if features is None else features
     num_self = num_cross = 0

@@ -16,7 +16,7 @@ __all__ = ["headwise_scores", "headwise_topk", "select_features", "union_indices
 load_library()
 
 
-def headwise_scores(q: Tensor, k: Tensor, visibility: Tensor, scale: float) -> Tensor:
+def headwise_scores(q: Tensor, k: Tensor, visibility: Tensor, scale: float, log_sums: Tensor | None = None) -> Tensor:
     """Measure how much the text attends to each visual feature, per query head.
 
     The score of feature n for head h is the mean, over the text rows that see n, of the row's attention
@@ -29,13 +29,15 @@ def headwise_scores(q: Tensor, k: Tensor, visibility: Tensor, scale: float) -> T
         k: same dtype [N, Hkv, Dh], keys; Hkv divides H, query head h reads key head h // (H / Hkv).
         visibility: int32 [T, 2], row t sees features [visibility[t, 0], visibility[t, 1]), which may be empty.
         scale: factor of the logits, finite.
+        log_sums: float32 [H, T] of these very rows, keys and ranges, see `attention`; saves two passes on a CPU, and is
+            not read on a GPU. None if they are not known.
     Returns:
         float32 [H, N], each in [0, 1], accumulated in float32.
     Raises:
         ValueError: a wrong dtype or shape, a range outside [0, N], or a scale that is not finite.
     Source: arXiv 2504.00557, method section. Definition: reference.headwise_scores.
     """
-    result: Tensor = torch.ops.trimserve.headwise_scores(q, k, visibility, scale)
+    result: Tensor = torch.ops.trimserve.headwise_scores(q, k, visibility, scale, log_sums)
     return result
 
 
@@ -95,7 +97,9 @@ def select_features(scores: Tensor, segments: Sequence[int], k: Sequence[int]) -
     return result
 
 
-def _fake_headwise_scores(q: Tensor, k: Tensor, visibility: Tensor, scale: float) -> Tensor:
+def _fake_headwise_scores(
+    q: Tensor, k: Tensor, visibility: Tensor, scale: float, log_sums: Tensor | None = None
+) -> Tensor:
     return q.new_empty((q.shape[1], k.shape[0]), dtype=torch.float32)
 
 

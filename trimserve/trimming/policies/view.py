@@ -38,16 +38,19 @@ class CrossAttentionView:
     """[S, D], what those rows were before the layer; None when a guide looks."""
     added: Tensor | None = None
     """[S, D], what the layer's gated attention added to them; None when a guide looks."""
+    log_sums: Tensor | None = None
+    """float32 [H, S], see `ops.attention`; None if they are not known."""
 
     @cached_property
     def scores(self) -> Tensor:
         """float32 [H, N], see `ops.headwise_scores`."""
-        return ops.headwise_scores(self.queries, self.keys, self.visibility, self.scale)
+        return ops.headwise_scores(self.queries, self.keys, self.visibility, self.scale, self.log_sums)
 
     def scores_of(self, rows: Tensor) -> Tensor:
         """The same, averaged over the given rows only, int64 [R]."""
         visibility = self.visibility[rows.to(self.visibility.device)]
-        return ops.headwise_scores(self.queries[rows], self.keys, visibility, self.scale)
+        log_sums = None if self.log_sums is None else self.log_sums[:, rows]
+        return ops.headwise_scores(self.queries[rows], self.keys, visibility, self.scale, log_sums)
 
     def images(self) -> list["SeenImage"]:
         """The images one by one, in order."""
