@@ -136,8 +136,9 @@ def test_four_ranks_do_so_in_a_drawn_geometry(make_both: Callable[..., Both], tm
         assert_same_sets(found_kept, kept)
 
 
-def test_int8_weights_have_the_scales_of_whole_rows(make_both: Callable[..., Both], pair: Pair) -> None:
-    int8 = make_both(pair.folder, 2, quantize="int8")
+@pytest.mark.parametrize("knob", ["quantize", "kv_dtype"])
+def test_int8_has_the_scales_of_one_process(make_both: Callable[..., Both], pair: Pair, knob: str) -> None:
+    int8 = make_both(pair.folder, 2, **{knob: "int8"})
     (expected, kept), (found, found_kept) = int8.read(TrimRequest(k_ratio=0.1))
     assert (found - expected).abs().max() < LOGITS
     assert_same_sets(found_kept, kept)
@@ -147,7 +148,7 @@ def test_int8_weights_have_the_scales_of_whole_rows(make_both: Callable[..., Bot
 def test_without_the_gather_rank_0_would_keep_something_else(
     two: Both, monkeypatch: pytest.MonkeyPatch, merge_ratio: float
 ) -> None:
-    monkeypatch.setattr(prompt_rows, "_of_all_heads", lambda _ranks, queries, keys: (queries, keys))
+    monkeypatch.setattr(prompt_rows, "_of_all_heads", lambda _ranks, part, dim: part)  # noqa: ARG005 - as the original
     (expected, kept), (found, found_kept) = two.read(TrimRequest(k_ratio=0.1, merge_ratio=merge_ratio))
     assert not are_same_sets(found_kept, kept)
     assert (found - expected).abs().max() > LOGITS
