@@ -14,6 +14,7 @@ __all__ = [
     "load_table",
     "read_result",
     "serve_tables",
+    "speculation_table",
     "walkthrough_table",
 ]
 
@@ -149,6 +150,27 @@ def kv_int8_table(report: dict[str, Any] | None) -> str:
         f"untrimmed and {unchanged['trimmed']:.1%} trimmed stay the same to the letter."
     )
     return "\n".join([*lines, "", told, "", _origin(report)])
+
+
+def speculation_table(report: dict[str, Any] | None) -> str:
+    """Tokens a second with and without drafts, by what the answers are like, as Markdown.
+
+    Args:
+        report: of `bench_speculation`; None says how to get one.
+    """
+    if report is None:
+        return _missing("bench_speculation")
+    lines = [
+        "| answers | batch | tokens/s without | with | times as fast [95 %] | steps a token | drafts right |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in report["rows"]:
+        low, high = row["interval"]
+        rates = f"{row['plain_tokens_per_second']:.0f} | {row['tokens_per_second']:.0f}"
+        right = f"{row['accepted'] / row['proposed']:.0%}" if row["proposed"] else "none made"
+        times = f"{row['speedup']:.2f} [{low:.2f}, {high:.2f}] | {row['steps_ratio']:.2f} | {right}"
+        lines.append(f"| {row['case']} | {row['batch']} | {rates} | {times} |")
+    return "\n".join([*lines, "", _origin(report)])
 
 
 def serve_tables(report: dict[str, Any] | None) -> str:

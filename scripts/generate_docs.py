@@ -51,6 +51,7 @@ from benchmarks.tables import (  # noqa: E402 as above
     load_table,
     read_result,
     serve_tables,
+    speculation_table,
     walkthrough_table,
 )
 from training.readme import accuracy_table  # noqa: E402 as above
@@ -231,6 +232,7 @@ TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     "meta": ("docs/correctness.md", lambda: meta_table(read_result("meta.json"))),
     "departures": ("docs/correctness.md", lambda: departures_table(read_result("meta.json"))),
     "kv-int8": ("docs/performance.md", lambda: kv_int8_table(read_result("kv_int8.json"))),
+    "speculation": ("docs/performance.md", lambda: speculation_table(read_result("speculation.json"))),
     "batch": ("docs/command-line.md", lambda: batch_table(read_result("batch.json"))),
     "fleet": ("docs/fleet.md", lambda: fleet_table(read_result("fleet.json"))),
     "load": ("docs/service.md", lambda: load_table(read_result("load.json"))),
