@@ -122,6 +122,9 @@ def _run(
         if descriptor.number != number:
             os.close(descriptor.number)
     sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", buffering=1, closefd=False)  # noqa: SIM115 - its own
+    # As in a terminal, though the tests may run in the background or under nohup.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     os.environ.clear()
     os.environ.update(environment)
     sys.argv = ["-c", *arguments]

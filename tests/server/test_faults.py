@@ -106,8 +106,7 @@ def test_a_client_that_is_killed_frees_its_pages_and_harms_nobody(server: InProc
     with forked(READS_UNTIL_KILLED, server.address, request) as process, ThreadPoolExecutor() as pool:
         assert process.stdout.readline() == "reads\n"
         answer = pool.submit(client.generate, other)
-        until(lambda: client.status().num_running == 2)
-        process.send_signal(signal.SIGKILL)
+        process.send_signal(signal.SIGKILL)  # at once: a fast machine has the whole answer in a second
         assert answer.result().token_ids == expected
     until(lambda: is_idle(client))
     until(lambda: num_cancelled(server) == cancelled_before + 1)

@@ -63,7 +63,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         scale: factor of the logits.
     """
     if q.device.type == "cpu":
-        ends = torch.arange(1, len(q) + 1, dtype=torch.int32)
+        ends = torch.arange(1, len(q) + 1, dtype=torch.int32, device=q.device)
         return ops.attention(q, k, v, torch.stack([torch.zeros_like(ends), ends], dim=1), scale)[0].flatten(1)
     return _torch_attention(q, k, v, scale, is_causal=len(q) > 1)
 
