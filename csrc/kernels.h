@@ -163,6 +163,7 @@ struct LinearArgs {
 };
 constexpr std::int64_t kInt4Unit = 32, kInt4UnitBytes = 16;  // inputs whose halves of bytes lie together
 constexpr std::int64_t kLinearColumns = 16;                  // outputs of a block
+constexpr std::int64_t kLinearRows = 256;                    // at most, of one call
 
 // x and output [R, H, K], weight [K], all of `dtype`.
 struct RmsNormArgs {
@@ -257,7 +258,7 @@ std::int64_t packed_size(const LinearArgs& args);
 // Serial.
 void pack_rows(const LinearArgs& args, float* packed);
 
-// Range over blocks of kLinearColumns outputs; at least one row. packed: filled by pack_rows, or null.
+// Range over blocks of kLinearColumns outputs; 1 to kLinearRows rows. packed: filled by pack_rows, or null.
 void linear(const LinearArgs& args, const float* packed, std::int64_t begin, std::int64_t end);
 
 // Range over rows.

@@ -17,6 +17,28 @@ WeightFormat format_of(const Tensor& weight) {
                                       : WeightFormat::kFloats;
 }
 
+std::int64_t divide_up(std::int64_t size, std::int64_t part) { return (size + part - 1) / part; }
+
+// Some of the rows, at most kLinearRows.
+void multiply_rows(LinearArgs args, std::int64_t first_row, std::int64_t num_rows) {
+  const std::int64_t element_size = (args.dtype == DType::kFloat32 ? 4 : 2);
+  args.x = static_cast<const std::byte*>(args.x) + first_row * args.x_stride * element_size;
+  args.output = static_cast<std::byte*>(args.output) + first_row * args.num_outputs * element_size;
+  args.num_rows = num_rows;
+  const std::int64_t packed_size = cpu::packed_size(args);
+  const auto packed = workspace<float>(packed_size);
+  if (packed_size > 0) cpu::pack_rows(args, packed.get());
+  // The more rows there are, the more work is in each byte of the weight, and the fewer bytes are worth a thread.
+  const std::int64_t weight_bytes = args.format == WeightFormat::kFloats ? element_size : 1;
+  const std::int64_t block_bytes = kLinearColumns * args.num_inputs * weight_bytes;
+  const std::int64_t blocks_per_thread =
+      kGrainBytes / (block_bytes * std::min<std::int64_t>(num_rows, 16) + 1) + 1;
+  const std::int64_t num_blocks = divide_up(args.num_outputs, kLinearColumns);
+  torch::stable::parallel_for(0, num_blocks, blocks_per_thread, [&](std::int64_t begin, std::int64_t end) {
+    cpu::linear(args, packed_size > 0 ? packed.get() : nullptr, begin, end);
+  });
+}
+
 // output = gate * x weight^T, or output += gate * x weight^T. Scales, if any, multiply the weight.
 void multiply(const Tensor& output, const Tensor& x, const Tensor& weight, std::optional<Tensor> scales,
               double gate, bool accumulates) {
@@ -40,18 +62,11 @@ void multiply(const Tensor& output, const Tensor& x, const Tensor& weight, std::
       .x_stride = rows.stride(0),
   };
   if (args.num_rows == 0) return;
-  const std::int64_t packed_size = cpu::packed_size(args);
-  const auto packed = workspace<float>(packed_size);
-  if (packed_size > 0) cpu::pack_rows(args, packed.get());
-  // The more rows there are, the more work is in each byte of the weight, and the fewer bytes are worth a thread.
-  const std::int64_t weight_bytes = format == WeightFormat::kFloats ? element_bytes(x.scalar_type()) : 1;
-  const std::int64_t block_bytes = kLinearColumns * weight.size(1) * weight_bytes;
-  const std::int64_t blocks_per_thread =
-      kGrainBytes / (block_bytes * std::min<std::int64_t>(args.num_rows, 16) + 1) + 1;
-  const std::int64_t num_blocks = (args.num_outputs + kLinearColumns - 1) / kLinearColumns;
-  torch::stable::parallel_for(0, num_blocks, blocks_per_thread, [&](std::int64_t begin, std::int64_t end) {
-    cpu::linear(args, packed_size > 0 ? packed.get() : nullptr, begin, end);
-  });
+  // Turns of equal length, none of which has so few rows that another kernel would take them.
+  const std::int64_t num_turns = divide_up(args.num_rows, kLinearRows);
+  const std::int64_t rows_of_turn = divide_up(args.num_rows, num_turns);
+  for (std::int64_t row = 0; row < args.num_rows; row += rows_of_turn)
+    multiply_rows(args, row, std::min(rows_of_turn, args.num_rows - row));
 }
 
 }  // namespace

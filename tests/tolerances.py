@@ -15,9 +15,9 @@ __all__ = [
     "LOGITS_BFLOAT16",
     "LOGITS_INT4",
     "LOGITS_INT8",
-    "MANY_ROWS",
     "MANY_ROWS_ATTENTION",
     "PAGED_ATTENTION",
+    "PRODUCT_OF_A_GPU",
     "SILU_GATE",
     "Tolerance",
 ]
@@ -97,17 +97,17 @@ LOGITS_INT8 = 0.1
 # The same of int4: a sixteenth of a group's largest at most, 10 % of the weights' own standard deviation.
 LOGITS_INT4 = 0.5
 
-# As LINEAR, for quantized weights. bfloat16 rows are multiplied as 16-bit integers: what is smaller than 2^-7 of a
-# group's largest, itself about 4, is off by 2^-16 of it, in sums of up to 4100 such products.
+# As LINEAR, for quantized weights. A few bfloat16 rows are multiplied as 16-bit integers: what is smaller than 2^-7 of
+# a group's largest, itself about 4, is off by 2^-16 of it, in sums of up to 4100 such products.
 LINEAR_QUANTIZED: dict[torch.dtype, Tolerance] = {
     torch.float32: {"rtol": 1e-5, "atol": 3e-4},
     torch.bfloat16: {"rtol": 2**-7, "atol": 2e-3},
     torch.float16: {"rtol": 2**-10, "atol": 3e-4},
 }
 
-# Many rows times weights that are made floats first, by dtype of the rows: those of other dtypes are rounded to
-# bfloat16 with their scales, which takes 2^-9 of each of hundreds of products.
-MANY_ROWS: dict[torch.dtype, Tolerance] = {
+# A GPU's product of rows and int8 weights, by dtype of the rows: others than float32 are rounded to bfloat16, and so is
+# the sum before it is scaled.
+PRODUCT_OF_A_GPU: dict[torch.dtype, Tolerance] = {
     torch.float32: {"rtol": 1e-5, "atol": 1e-5},
     torch.bfloat16: {"rtol": 2**-6, "atol": 0.1},
     torch.float16: {"rtol": 2**-6, "atol": 0.1},

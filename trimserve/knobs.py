@@ -1,4 +1,4 @@
-"""The knobs of `config.py` as command options and environment variables."""
+"""The knobs of `config.py` as command options and environment variables, and the option that may add to them."""
 
 import difflib
 import inspect
@@ -15,7 +15,7 @@ from pydantic import BaseModel, ByteSize, ValidationError
 from trimserve.config import Config, EngineConfig, ModelConfig, ServerConfig
 from trimserve.options import Command, with_options
 
-__all__ = ["with_knobs"]
+__all__ = ["adapter_of", "with_knobs"]
 
 _SECTIONS: dict[str, type[BaseModel]] = {"model": ModelConfig, "engine": EngineConfig, "server": ServerConfig}
 _PREFIX = "TRIMSERVE__"
@@ -37,6 +37,28 @@ def with_knobs(*sections: str) -> Callable[[Command], Command]:
         return with_options(command, "config", knobs, config)
 
     return decorate
+
+
+def adapter_of(adapter: str | None, config: Config, *, is_served: bool) -> tuple[str | None, Config]:
+    """The name of an adapter, and the config of a model of one's own that has it loaded.
+
+    Args:
+        adapter: as the option says it.
+        config: without the adapter.
+        is_served: whether a running server is asked.
+    """
+    if adapter is None:
+        return None, config
+    name, equals, _ = adapter.partition("=")
+    if bool(equals) == is_served:
+        raise typer.BadParameter("must be NAME=FOLDER without --address, and NAME with it", param_hint="--adapter")
+    if not equals:
+        return name, config
+    try:
+        model = ModelConfig(**{**dict(config.model), "adapter": (adapter,)})
+    except ValidationError as error:
+        raise typer.BadParameter(f"{error.errors()[0]['msg']}, got {adapter!r}", param_hint="--adapter") from None
+    return name, config.model_copy(update={"model": model})
 
 
 def _refuse_unknown_variables() -> None:

@@ -18,7 +18,7 @@ from tests.tolerances import HEADWISE_SCORES, LINEAR, MANY_ROWS_ATTENTION, PAGED
 from trimserve import ops
 from trimserve.model import huge_pages
 from trimserve.model.int8 import to_int8
-from trimserve.model.quantization import multiply_many
+from trimserve.model.quantization import multiply_int8
 from trimserve.ops import PAGE_POSITIONS, reference
 
 __all__ = ["GEOMETRY", "Case", "make_cases"]
@@ -282,7 +282,7 @@ def _linear_case(dtype: torch.dtype, generator: torch.Generator, num_rows: int, 
 def _int8_linear_case(
     dtype: torch.dtype, generator: torch.Generator, num_rows: int, size: int = _HEADS * _HEAD_DIM
 ) -> Case:
-    """Beside what model/projection.py does with more rows than its limit."""
+    """Beside what model/projection.py does on a GPU."""
     x, weight = (_draw(n, size, dtype=dtype, generator=generator) for n in (num_rows, size))
     stored = to_int8(weight)
     product = ops.linear(x, *stored)
@@ -292,7 +292,7 @@ def _int8_linear_case(
         f"{num_rows} rows of {size}, int8 weights",
         dtype,
         lambda: ops.linear(x, *stored),
-        lambda: multiply_many(x, *stored),
+        lambda: multiply_int8(x, *stored),
         "weights made floats + linear",
         x.nbytes + sum(tensor.nbytes for tensor in stored) + product.nbytes,
         "read" if num_rows == 1 else None,

@@ -130,6 +130,7 @@ TRIMSERVE_INLINE void multiply_all(const LinearArgs& args, std::int64_t begin, s
 }  // namespace
 
 std::int64_t packed_size(const LinearArgs& args) {
+  if (args.format != WeightFormat::kFloats && has_many_rows(args)) return many_packed_size(args);
   if (args.format != WeightFormat::kFloats) return quantized_packed_size(args);
   std::int64_t size = 0;
   at_operands(args, [&]<typename Operands>(auto, auto, std::type_identity<Operands>) TRIMSERVE_INLINE_LAMBDA {
@@ -140,6 +141,7 @@ std::int64_t packed_size(const LinearArgs& args) {
 }
 
 void pack_rows(const LinearArgs& args, float* packed) {
+  if (args.format != WeightFormat::kFloats && has_many_rows(args)) return pack_many_rows(args, packed);
   if (args.format != WeightFormat::kFloats) return pack_quantized_rows(args, packed);
   at_operands(args,
               [&]<typename Operands>(auto width, auto, std::type_identity<Operands>) TRIMSERVE_INLINE_LAMBDA {
@@ -148,6 +150,8 @@ void pack_rows(const LinearArgs& args, float* packed) {
 }
 
 void linear(const LinearArgs& args, const float* packed, std::int64_t begin, std::int64_t end) {
+  if (args.format != WeightFormat::kFloats && has_many_rows(args))
+    return linear_many(args, packed, begin, end);
   if (args.format != WeightFormat::kFloats) return linear_quantized(args, packed, begin, end);
   at_operands(args, [&]<typename Operands>(auto width, auto dtype, std::type_identity<Operands>)
                         TRIMSERVE_INLINE_LAMBDA {

@@ -1,4 +1,5 @@
-// linear with int8 or int4 weights, for one row and for many.
+// linear with int8 or int4 weights, for up to 15 rows; on machines without products of bfloat16 pairs for any number of
+// bfloat16 rows.
 //   Rows are packed once, bfloat16 as int16 with scales (WordMath) and others as floats, in the order in which
 //   registers of weights hold their inputs. A block of outputs then passes rows and inputs in parts that stay in the
 //   first-level cache. Weights leave their bytes in registers only, next to the products. Sums of a group of inputs

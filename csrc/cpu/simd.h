@@ -219,6 +219,22 @@ struct Simd {
   }
 };
 
+// Lane j of rows[i] becomes lane i of rows[j]. Rows are vectors of kWidth lanes.
+template <int kWidth, int kStride = kWidth / 2, typename Row>
+TRIMSERVE_INLINE void transpose(Row (&rows)[kWidth]) {
+  [&]<int... kLanes>(std::integer_sequence<int, kLanes...>) TRIMSERVE_INLINE_LAMBDA {
+    unrolled<kWidth / 2>([&](auto pair) TRIMSERVE_INLINE_LAMBDA {
+      constexpr int kLow = pair / kStride * 2 * kStride + pair % kStride, kHigh = kLow + kStride;
+      const Row low = rows[kLow], high = rows[kHigh];
+      rows[kLow] =
+          __builtin_shufflevector(low, high, (kLanes & kStride ? kWidth + (kLanes ^ kStride) : kLanes)...);
+      rows[kHigh] =
+          __builtin_shufflevector(low, high, (kLanes & kStride ? kWidth + kLanes : kLanes ^ kStride)...);
+    });
+  }(std::make_integer_sequence<int, kWidth>());
+  if constexpr (kStride > 1) transpose<kWidth, kStride / 2>(rows);
+}
+
 #ifdef __x86_64__
 // sums += the products of 16 pairs of bfloat16, where has_pair_products(): exact, added up in float32.
 TRIMSERVE_INLINE void add_pairs(Simd<16>::Floats& sums, const Simd<16>::Bits& x, const Simd<16>::Bits& y) {

@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from tests.model.adapters import CONFIGS, save_adapter, save_merged
 from trimserve.api.prompt import ChatPrompt, ImageFile, Message, Text
 from trimserve.api.trim import TrimRequest
 from trimserve.client import Client
-from trimserve.config import ModelConfig
+from trimserve.config import EngineConfig, ModelConfig
 from trimserve.errors import RequestFailed
 from trimserve.evaluation.answers import UNTRIMMED, Answer
 from trimserve.evaluation.dataset import DatasetError, Question
@@ -20,6 +21,7 @@ from trimserve.evaluation.in_process import InProcess
 from trimserve.evaluation.pages import OwnPages
 from trimserve.evaluation.served import Served
 from trimserve.model.interruptible import run_through
+from trimserve.model.loading import load_model
 from trimserve.model.mllama import Mllama
 from trimserve.model.prefilled import Prefilled
 from trimserve.serve import in_process_server
@@ -153,3 +155,18 @@ def test_both_say_which_model_answered(client: Client, model: Mllama) -> None:
     assert {**ours.describe(), "through": ""} == {**theirs.describe(), "through": ""}
     assert ours.describe()["through"] != theirs.describe()["through"]
     assert ours.policies == theirs.policies == tuple(name for name, each in POLICIES.items() if not each.knob)
+
+
+def test_an_adapter_answers_as_the_merged_model_does_here_and_on_a_server(
+    model: Mllama, checkpoint: Path, questions: list[Question], rows: list[list[Answer]], tmp_path: Path
+) -> None:
+    folder = save_adapter(tmp_path / "adapter", checkpoint, CONFIGS["vision"])
+    merged = load_model(ModelConfig(model=str(save_merged(tmp_path / "merged", checkpoint, folder))), EngineConfig())
+    expected = texts(answered(merged, questions))
+    assert expected != texts(rows)
+    here = InProcess(model, adapter=folder)
+    assert texts(list(here.answers(questions, TRIMS, max_new_tokens=8))) == expected
+    config = ModelConfig(model=str(checkpoint), adapter=(f"mine={folder}",))
+    with in_process_server(config) as server, Client(server.address) as connected:
+        there = Served(connected, adapter="mine")
+        assert texts(list(there.answers(questions, TRIMS, max_new_tokens=8))) == expected

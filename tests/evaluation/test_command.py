@@ -9,6 +9,7 @@ import grpc
 import pytest
 from typer.testing import CliRunner, Result
 
+from tests.model.adapters import CONFIGS, save_adapter
 from tests.server.test_access import entry
 from tests.server.test_tls import Files, server_config
 from trimserve.cli import app
@@ -86,6 +87,14 @@ def test_the_server_that_is_asked_may_speak_tls_and_want_a_token(
     assert "a server" in report.model["through"]
 
 
+def test_the_report_names_the_adapter_that_answered(data: Path, checkpoint: Path, tmp_path: Path) -> None:
+    folder = save_adapter(tmp_path / "adapter", checkpoint, CONFIGS["text"])
+    options = ("--policies", "strided", "--k-ratios", "0.2", "--limit", 1, "--adapter", f"mine={folder}")
+    result = run("--data", data, "--out", tmp_path / "out", "--model", checkpoint, *options)
+    assert result.exit_code == 0, result.output
+    assert Report.from_json((tmp_path / "out/report.json").read_text()).model["adapter"] == str(folder)
+
+
 def test_calibration_is_written_and_told(data: Path, checkpoint: Path, tmp_path: Path) -> None:
     options = ("--calibrate", "--max-kl", 0.5)
     result = run("--data", data, "--out", tmp_path, "--model", checkpoint, *options)
@@ -130,6 +139,7 @@ def test_parameters_most_like_untrimmed_are_written_and_can_be_compared(
         (("--policies", "gprune:temperature=0", "--keep", "0.5"), "must be a number in (0, 10], got '0'"),
         (("--calibrate", "--policies", "fastv", "--keep", "0.5"), "fastv has no parameters to be found"),
         (("--address", "localhost:1"), "--address excludes --model"),
+        (("--adapter", "mine"), "must be NAME=FOLDER without --address, and NAME with it"),
     ],
 )
 def test_bad_options_are_refused_before_anything_is_asked(

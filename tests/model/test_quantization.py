@@ -1,4 +1,4 @@
-"""Quantized decoders: what they hold and answer; many rows, for which slices of weights become floats."""
+"""Quantized decoders: what they hold and answer; the product of a GPU."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,36 +9,29 @@ import torch
 from tests.model.conftest import Pair
 from tests.model.random_checkpoint import Geometry, save_random_checkpoint
 from tests.model.test_mllama import ONE, noise, raw
-from tests.tolerances import LOGITS_INT4, LOGITS_INT8, MANY_ROWS
+from tests.tolerances import LOGITS_INT4, LOGITS_INT8, PRODUCT_OF_A_GPU
 from trimserve import ops
 from trimserve.config import EngineConfig, ModelConfig, Quantize
-from trimserve.model import quantization
-from trimserve.model.int4 import to_int4
 from trimserve.model.int8 import to_int8
 from trimserve.model.loading import describe_model, load_model
-from trimserve.model.quantization import multiply_many
+from trimserve.model.quantization import multiply_int8
 from trimserve.ops import reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-Quantizer = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
-@pytest.mark.parametrize("quantizer", [to_int8, to_int4])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("num_rows", [0, 1, 5, 100])
-def test_many_rows_are_multiplied_with_the_rounded_weights_slice_by_slice(
-    monkeypatch: pytest.MonkeyPatch, num_rows: int, dtype: torch.dtype, quantizer: Quantizer
-) -> None:
-    monkeypatch.setattr(quantization, "_SLICE_WEIGHTS", 1000)  # 13 of 80 outputs
+@pytest.mark.parametrize("num_rows", [0, 1, 100])
+def test_the_product_of_a_gpu_equals_the_reference(num_rows: int, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(num_rows)
     rows = torch.randn(num_rows, 72, generator=generator).to(dtype)
-    stored = quantizer(torch.randn(80, 72, generator=generator))
-    product = multiply_many(rows, *stored)
+    stored = to_int8(torch.randn(80, 72, generator=generator))
+    product = multiply_int8(rows, *stored)
     assert product.dtype == dtype
-    torch.testing.assert_close(product, reference.linear(rows, *stored), **MANY_ROWS[dtype])
+    torch.testing.assert_close(product, reference.linear(rows, *stored), **PRODUCT_OF_A_GPU[dtype])
 
 
-@pytest.mark.parametrize("op", [multiply_many, ops.linear])
+@pytest.mark.parametrize("op", [multiply_int8, ops.linear])
 def test_sums_before_the_scale_may_be_larger_than_float16_holds(op: Callable[..., torch.Tensor]) -> None:
     rows, weights = torch.full((1, 1024), 4.0, dtype=torch.float16), torch.full((1, 1024), 127, dtype=torch.int8)
     assert op(rows, weights, torch.tensor([1e-4])).item() == 52.03125  # 1024 * 4 * 127 * 1e-4, in float16

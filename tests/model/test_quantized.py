@@ -1,6 +1,7 @@
 """Whole quantized checkpoints: what stays as it is stored, what becomes floats, and what that costs."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
@@ -14,7 +15,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import MllamaConfig, MllamaForConditionalGeneration
 
+from tests.model.conftest import Pair
+from tests.model.peer import Peer
 from tests.model.random_checkpoint import Geometry, save_random_checkpoint
+from tests.model.test_mllama import ONE, assert_logits_equal, noise, raw
 from trimserve import ops
 from trimserve.api.info import ModelInfo
 from trimserve.config import EngineConfig, ModelConfig, Quantize
@@ -152,6 +156,26 @@ def test_w4a16_stays_as_it_is_stored(folder_of_whole_groups: Path, group: int, q
     held = sum(parts["weight_packed"].nbytes + parts["weight_scale"].nbytes for parts in stored.values())
     before = sum(8 * parts["weight_packed"].nbytes for parts in stored.values())
     assert info.weight_bytes == exact.weight_bytes - before + held
+
+
+def test_logits_of_stored_w4a16_are_those_of_transformers_with_its_floats(
+    folder_of_whole_groups: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = folder_of_whole_groups
+    exact = shutil.copytree(folder, tmp_path_factory.mktemp("floats"), dirs_exist_ok=True)
+    stored = quantize(folder, [*linears(folder), OUTPUT], w4a16)
+    tensors = load_file(exact / "model.safetensors")
+    for name, parts in stored.items():
+        numbers = (parts["weight_packed"][:, :, None] >> torch.arange(0, 32, 4) & 15) - 8
+        groups = numbers.flatten(1).unflatten(1, (-1, 32)) * parts["weight_scale"].float()[:, :, None]
+        tensors[f"{name}.weight"] = groups.flatten(1)
+    save_file(tensors, exact / "model.safetensors", {"format": "pt"})
+    model = load_model(ModelConfig(model=str(folder)), EngineConfig())
+    assert model.info.quantization == "int4"
+    pair = Pair(folder, model, Peer(exact))
+    image = noise((1, 2), model.info.tile_size)
+    for prompt, images in ((raw(ONE, [image]), [image]), (raw("just words " * 10, []), [])):
+        assert_logits_equal(pair, prompt, images)
 
 
 def test_w4a16_in_some_layers_of_the_decoder_only_becomes_floats(folder_of_whole_groups: Path) -> None:

@@ -14,7 +14,7 @@ from trimserve.config import Config
 from trimserve.connection import Connection, with_connection
 from trimserve.errors import InvalidRequest
 from trimserve.image_files import named_files, read_image
-from trimserve.knobs import with_knobs
+from trimserve.knobs import adapter_of, with_knobs
 from trimserve.refusal import Refusal
 from trimserve.v1 import generation_pb2 as pb
 
@@ -49,7 +49,7 @@ def chat(
     """Talk with the model in this terminal; /help lists what it understands beside questions."""
     sampling = pb.SamplingParams(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
     trim = question.trim_options(policy, keep, k_ratio, merge_ratio, no_trim=no_trim)
-    name, config = question.adapter_of(adapter, connection, config)
+    name, config = adapter_of(adapter, config, is_served=connection.address is not None)
     with asked_server(connection, config) as client:
         conversation = Conversation(client, system, sampling, trim, name)
         for path in image or []:

@@ -12,7 +12,7 @@ from trimserve.commands.server import OWN_SERVER, asked_server
 from trimserve.config import Config
 from trimserve.connection import Connection, with_connection
 from trimserve.image_files import named_files
-from trimserve.knobs import with_knobs
+from trimserve.knobs import adapter_of, with_knobs
 from trimserve.v1 import generation_pb2 as pb
 from trimserve.v1.model_pb2 import GetModelResponse
 
@@ -62,7 +62,7 @@ def explain(
 
     if policies is not None and (policy is not None or k_ratio is not None):
         raise typer.BadParameter("--policies excludes --policy and --k-ratio")
-    name, config = question.adapter_of(adapter, connection, config)
+    name, config = adapter_of(adapter, config, is_served=connection.address is not None)
     request = question.ask(prompt, [image], system, pb.SamplingParams(temperature=0), pb.TrimOptions(), name)
     content = request.chat.messages[-1].parts[0].image.data
     picture = decode_image(content, image, config.engine.max_image_pixels)

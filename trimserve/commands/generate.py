@@ -11,7 +11,7 @@ from trimserve.commands.server import OWN_SERVER, asked_server
 from trimserve.config import Config
 from trimserve.connection import Connection, with_connection
 from trimserve.image_files import named_files
-from trimserve.knobs import with_knobs
+from trimserve.knobs import adapter_of, with_knobs
 from trimserve.v1 import generation_pb2 as pb
 
 __all__ = ["generate"]
@@ -44,7 +44,7 @@ def generate(
     """Ask a question about images and print the answer."""
     sampling = pb.SamplingParams(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
     trim = question.trim_options(policy, keep, k_ratio, merge_ratio, no_trim=no_trim)
-    name, config = question.adapter_of(adapter, connection, config)
+    name, config = adapter_of(adapter, config, is_served=connection.address is not None)
     request = question.ask(prompt, image or [], system, sampling, trim, name)
     question.constrain(request, json_schema, regex, choice)
     with asked_server(connection, config) as client, named_files(request, image or []):

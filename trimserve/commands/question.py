@@ -7,11 +7,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from pydantic import ValidationError
 
 from trimserve.client import RequestOptions, make_request
-from trimserve.config import Config, ModelConfig
-from trimserve.connection import Connection
 from trimserve.image_files import STANDARD_INPUT, read_image
 from trimserve.v1 import generation_pb2 as pb
 
@@ -31,7 +28,6 @@ __all__ = [
     "Seed",
     "System",
     "Temperature",
-    "adapter_of",
     "ask",
     "constrain",
     "held",
@@ -131,28 +127,6 @@ def _read_prompt() -> str:
     except UnicodeDecodeError as error:
         got = f"byte {content[error.start]:#04x} at position {error.start}"
         raise typer.BadParameter(f"standard input must be UTF-8, got {got}", param_hint="--prompt") from None
-
-
-def adapter_of(adapter: str | None, connection: Connection, config: Config) -> tuple[str | None, Config]:
-    """The name of an adapter, and the config of a server of one's own that has it loaded.
-
-    Args:
-        adapter: as the option says it.
-        connection: tells whether a running server is asked.
-        config: without the adapter.
-    """
-    if adapter is None:
-        return None, config
-    name, equals, _ = adapter.partition("=")
-    if bool(equals) == (connection.address is not None):
-        raise typer.BadParameter("must be NAME=FOLDER without --address, and NAME with it", param_hint="--adapter")
-    if not equals:
-        return name, config
-    try:
-        model = ModelConfig(**{**dict(config.model), "adapter": (adapter,)})
-    except ValidationError as error:
-        raise typer.BadParameter(f"{error.errors()[0]['msg']}, got {adapter!r}", param_hint="--adapter") from None
-    return name, config.model_copy(update={"model": model})
 
 
 def constrain(

@@ -12,11 +12,12 @@ from rich.console import Console
 from rich.table import Table
 
 from trimserve.client import Client
-from trimserve.config import EngineConfig, ModelConfig
+from trimserve.config import Config, EngineConfig, ModelConfig
 from trimserve.connection import Connection, connected, with_connection
 from trimserve.evaluation import options
 from trimserve.evaluation.dataset import ALL_KINDS, Question, describe_questions, load_questions
 from trimserve.evaluation.progress import progress
+from trimserve.knobs import adapter_of
 
 if TYPE_CHECKING:
     from trimserve.api.trim import TrimRequest
@@ -46,6 +47,7 @@ def evaluate(
     quantize: options.ModelQuantize = "none",
     codebook: options.ModelCodebook = None,
     guide_model: options.GuideModel = None,
+    adapter: options.Adapter = None,
     *,
     connection: Connection,
 ) -> None:
@@ -69,8 +71,9 @@ def evaluate(
         )
     if is_served and only_calibrate and is_kept:
         raise typer.BadParameter("--calibrate with --keep compares logits, which a server does not tell")
+    adapter_name, with_adapter = adapter_of(adapter, Config(model=config), is_served=is_served)
     server = connected(connection) if is_served else None
-    with _answerer(server, config, num_threads) as answerer:
+    with _answerer(server, with_adapter.model, num_threads, adapter_name) as answerer:
         trims = parse_policies(policies, answerer.policies, is_kept=is_kept)
         first = replace(trims[0], merge_ratio=merge_budgets[0])
         if only_calibrate and is_kept and not has_parameters(first):
@@ -177,7 +180,7 @@ def _tell_files(*files: Path) -> None:
 
 @contextmanager
 def _answerer(
-    server: AbstractContextManager[Client] | None, model: ModelConfig, num_threads: int | None
+    server: AbstractContextManager[Client] | None, model: ModelConfig, num_threads: int | None, adapter: str | None
 ) -> Iterator["Answerer"]:
     """A server, or a model in this process."""
     if server is None:
@@ -188,12 +191,13 @@ def _answerer(
 
         if num_threads is not None:
             torch.set_num_threads(num_threads)
-        yield InProcess(load_model(model, EngineConfig()))
+        folder = None if adapter is None else model.adapters[adapter]
+        yield InProcess(load_model(model, EngineConfig()), adapter=folder)
         return
     from trimserve.evaluation.served import Served
 
     with server as client:
-        yield Served(client)
+        yield Served(client, adapter=adapter)
 
 
 def _find_picture(*, is_comparison: bool) -> Callable[["Report", Path], None]:

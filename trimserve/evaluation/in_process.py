@@ -53,15 +53,20 @@ class _Run:
 class InProcess:
     """A loaded model as an `Answerer`."""
 
-    def __init__(self, model: Mllama, *, batch: int = 64) -> None:
+    def __init__(self, model: Mllama, *, batch: int = 64, adapter: Path | None = None) -> None:
         """Borrow a model.
 
         Args:
             model: nothing else uses it meanwhile.
             batch: about how many settings of questions run together, at least 1; all settings of a question do.
+            adapter: folder of the LoRA adapter that answers; None is the base model.
+        Raises:
+            AdapterError: the adapter cannot be used with the model.
         """
         self._model = model
         self._batch = batch
+        self._adapter = None if adapter is None else model.load_adapter(adapter)
+        self._adapter_folder = adapter
         self._pool = OwnPages(model.info, available_bytes(model.info.device) // 2)
         self._end_token_ids = frozenset(model.info.generation_defaults.eos_token_ids)
         self._encoded: tuple[Path, frozenset[Observation], list[EncodedImage]] | None = None
@@ -80,6 +85,7 @@ class InProcess:
             "dtype": info.dtype,
             "quantization": info.quantization,
             "through": "this process",
+            **({} if self._adapter_folder is None else {"adapter": str(self._adapter_folder)}),
         }
 
     def answers(
@@ -105,7 +111,7 @@ class InProcess:
         limit = min(room, max_new_tokens or info.generation_defaults.max_new_tokens)
         needs = frozenset[Observation]().union(*(TrimPlan.of(trim).needs for trim in settings))
         if self._encoded is None or self._encoded[0] != question.image or self._encoded[1] != needs:
-            encoded = [run_through(self._model.encode_image(image, needs)) for image in prompt.images]
+            encoded = [run_through(self._model.encode_image(image, needs, self._adapter)) for image in prompt.images]
             for image in encoded:
                 image.max_choices = len(settings)
             self._encoded = question.image, needs, encoded
@@ -115,6 +121,7 @@ class InProcess:
             plan, counts = TrimPlan.of(trim), [image.num_features for image in images]
             most_rows = sum(max_rows(count, info.num_heads, info.features_per_tile, plan) for count in counts)
             kv = self._pool.key_values(len(prompt.token_ids) + limit, most_rows)
+            kv.adapter = self._adapter
             rows = self._model.prompt_rows(prompt, images, plan, kv)
             runs.append(_Run(_source(question), prompt, rows, kv, sum(counts), limit))
         return runs

@@ -10,6 +10,7 @@ from trimserve.config import Device, Dtype, Quantize
 __all__ = [
     "ALL_POLICIES",
     "KEEP_OF_ALL",
+    "Adapter",
     "By",
     "Calibrate",
     "Data",
@@ -93,4 +94,11 @@ ModelDevice = Annotated[
 ModelDtype = Annotated[Dtype, typer.Option(help="Of weights and KV of a model in this process.")]
 ModelQuantize = Annotated[Quantize, typer.Option(help="How that model's linear layers are stored.")]
 ModelCodebook = Annotated[Path | None, typer.Option(help="File of prototypes for its policy `codebook`.")]
+Adapter = Annotated[
+    str | None,
+    typer.Option(
+        help="LoRA adapter that answers: the NAME of one that the server at --address has, or NAME=FOLDER without "
+        "--address; default: the base model."
+    ),
+]
 GuideModel = Annotated[str | None, typer.Option(help="Folder or hub id of the guide for its policy `guided`.")]

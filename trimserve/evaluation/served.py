@@ -23,17 +23,19 @@ _NUM_TOP_LOGPROBS = 20  # the most that a server tells
 class Served:
     """A server as an `Answerer`."""
 
-    def __init__(self, client: Client, *, concurrency: int = 16) -> None:
+    def __init__(self, client: Client, *, concurrency: int = 16, adapter: str | None = None) -> None:
         """Ask which model it serves.
 
         Args:
             client: connected to the server.
             concurrency: requests at the same time, at least 1; more than the server's `max_batch` only queue.
+            adapter: name of the LoRA adapter that answers; None is the base model.
         Raises:
             grpc.RpcError: the server does not answer.
         """
         self._client = client
         self._concurrency = concurrency
+        self._adapter = adapter
         self._model = client.model()
 
     @property
@@ -49,6 +51,7 @@ class Served:
             "dtype": self._model.dtype,
             "quantization": self._model.quantization,
             "through": f"a server of version {self._client.status().version}",
+            **({} if self._adapter is None else {"adapter": self._adapter}),
         }
 
     def answers(
@@ -59,7 +62,7 @@ class Served:
         runs = ((question, trim) for question in questions for trim in settings)
 
         def ask(run: tuple[Question, TrimRequest]) -> pb.GenerateResponse:
-            return self._client.generate(_request(*run, max_new_tokens))
+            return self._client.generate(_request(*run, max_new_tokens, self._adapter))
 
         with ThreadPoolExecutor(self._concurrency) as pool:
             responses = pool.map(ask, runs)
@@ -68,11 +71,14 @@ class Served:
                 yield [_answer(response, untrimmed) for response in group]
 
 
-def _request(question: Question, trim: TrimRequest, max_new_tokens: int | None) -> pb.GenerateRequest:
+def _request(
+    question: Question, trim: TrimRequest, max_new_tokens: int | None, adapter: str | None
+) -> pb.GenerateRequest:
     mode = pb.TRIM_MODE_ON if trim.enabled else pb.TRIM_MODE_OFF
     return make_request(
         question.text,
         [question.image],
+        adapter=adapter,
         sampling=pb.SamplingParams(
             max_new_tokens=max_new_tokens,
             temperature=0,

@@ -1,5 +1,6 @@
 """Linear layers of a checkpoint as functions of rows; only this file knows how their weights are stored."""
 
+import math
 from dataclasses import dataclass
 from typing import Final
 
@@ -9,7 +10,7 @@ from torch.nn import functional as F
 
 from trimserve import ops
 from trimserve.model.adapters import RowAdapters
-from trimserve.model.quantization import is_quantized, multiply_many
+from trimserve.model.quantization import is_quantized, multiply_int8
 from trimserve.model.ranks import ALONE, Ranks
 from trimserve.model.weights import fused_scales, fused_weight
 
@@ -18,9 +19,6 @@ __all__ = ["Projection", "projection_of"]
 _MOST_ROWS: Final = {torch.float32: 512, torch.float16: 512, torch.bfloat16: 16}
 """Up to so many rows `ops.linear` is taken on a CPU: it was faster there than torch, whose bfloat16 products catch up
 first (`benchmarks/results/ops.json`, with rows up to these and, of bfloat16, beyond)."""
-
-_MOST_ROWS_QUANTIZED: Final = {torch.float32: 512, torch.float16: 512, torch.bfloat16: 32}
-"""The same of int8 and int4 weights, beside making floats of them slice by slice (`multiply_many`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +54,7 @@ class Projection:
         elif self.scales is None:
             return F.linear(rows, self.weight, self.bias)
         else:
-            product = multiply_many(rows, self.weight, self.scales)
+            product = multiply_int8(rows, self.weight, self.scales)
         return product if self.bias is None else product.add_(self.bias)
 
     def added_to(self, rows: Tensor, inputs: Tensor, gate: float = 1.0, adapters: RowAdapters | None = None) -> Tensor:
@@ -76,10 +74,10 @@ class Projection:
         return rows.add(self(inputs, adapters), alpha=gate)
 
     def most_rows(self, dtype: torch.dtype) -> float:
-        """Up to so many rows of a dtype `ops.linear` is faster than torch."""
+        """Up to so many rows of a dtype `ops.linear` is taken: of quantized weights any number, but on a GPU none."""
         if self.weight.device.type != "cpu":
             return 0
-        return (_MOST_ROWS if self.scales is None else _MOST_ROWS_QUANTIZED)[dtype]
+        return _MOST_ROWS[dtype] if self.scales is None else math.inf
 
 
 def projection_of(*layers: nn.Linear, ranks: Ranks = ALONE) -> Projection:

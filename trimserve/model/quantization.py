@@ -1,4 +1,4 @@
-"""Weight-only quantization of a decoder: which layers hold int8 or int4 weights, and what multiplies with them.
+"""Weight-only quantization of a decoder: which layers hold int8 or int4 weights.
 
 Linear layers of the decoder and the output layer are quantized. Rows that are multiplied keep their dtype, as do
 embeddings, norms, gates, the vision encoder, keys and values.
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from trimserve.config import Quantize
-from trimserve.model.int4 import GROUP, packed_columns, to_int4, unpack_int4
+from trimserve.model.int4 import GROUP, packed_columns, to_int4
 from trimserve.model.int8 import to_int8
 from trimserve.model.transformers_mllama import MllamaForConditionalGeneration, decoder_linears
 
@@ -22,16 +22,13 @@ __all__ = [
     "WeightFormat",
     "int4_format",
     "is_quantized",
-    "multiply_many",
+    "multiply_int8",
     "quantize_decoder",
     "quantized_rows",
 ]
 
 SCALES = "weight_scales"
 """Name of a quantized linear layer's buffer beside its `weight`: what `ops.linear` takes as scales."""
-
-_SLICE_WEIGHTS = 1 << 20
-"""That are numbers of the rows' dtype at once where there are many rows, on a CPU."""
 
 
 class WeightFormat(NamedTuple):
@@ -112,26 +109,15 @@ def quantized_rows(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return to_int4(rows) if dtype == torch.uint8 else to_int8(rows)
 
 
-def multiply_many(rows: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
-    """Rows [R, columns] times quantized weights, for many rows: slices of the weights are made floats first.
-
-    On a GPU the whole weight is one slice: launches cost more there than memory.
+def multiply_int8(rows: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
+    """Rows [R, columns] times int8 weights on a GPU, whose floats torch's own product reads.
 
     Args:
         rows: float32, bfloat16 or float16.
-        weight: int8 or int4, as `ops.linear` takes it.
-        scales: of the weights.
+        weight: int8 [outputs, columns].
+        scales: float32 [outputs].
     Returns:
         [R, outputs] of the rows' dtype.
     """
     dtype = torch.bfloat16 if rows.dtype == torch.float16 else rows.dtype  # sums of int8 weights overflow float16
-    given, num_columns = rows.to(dtype), rows.shape[1]
-    product = rows.new_empty(len(rows), len(weight))
-    num_outputs = max(1, len(weight) if rows.is_cuda else _SLICE_WEIGHTS // max(1, num_columns))
-    for start in range(0, len(weight), num_outputs):
-        part = slice(start, start + num_outputs)
-        if weight.dtype == torch.uint8:
-            product[:, part] = F.linear(given, unpack_int4(weight[part], scales[part], num_columns).to(dtype))
-        else:
-            product[:, part] = F.linear(given, weight[part].to(dtype)) * scales[part]
-    return product
+    return (F.linear(rows.to(dtype), weight.to(dtype)) * scales).to(rows.dtype)

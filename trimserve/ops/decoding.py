@@ -101,7 +101,7 @@ def decode_layers(
 
     Rows that see no features pass a cross-attention layer unchanged. Layers are counted among their own kind: layer l
     uses slot l % G of the pages of group l // G. A row's result does not depend on the other rows or on the number of
-    threads, to the last bit. Other Python threads run meanwhile.
+    threads, to the last bit (of quantized weights see `linear`). Other Python threads run meanwhile.
 
     Args:
         layers: the weights.
