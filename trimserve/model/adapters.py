@@ -62,6 +62,8 @@ class Adapter:
     """The largest of its ranks; 0 without LoRA."""
     image_key: bytes
     """Tells visual features that it changes from all others; empty if it leaves them as the base model's."""
+    kv_key: bytes
+    """The same of the keys and values that cross-attention layers make of visual features."""
 
     @property
     def nbytes(self) -> int:

@@ -22,6 +22,9 @@ first (`benchmarks/results/ops.json`, with rows up to these and, of bfloat16, be
 _MOST_ROWS_QUANTIZED: Final = {torch.float32: 512, torch.float16: 512, torch.bfloat16: 32}
 """The same of int8 and int4 weights, beside making floats of them slice by slice (`multiply_many`)."""
 
+_BLOCK: Final = 512
+"""Rows, see `Projection.row_by_row`."""
+
 
 @dataclass(frozen=True, slots=True)
 class Projection:
@@ -49,6 +52,19 @@ class Projection:
         if adapters is not None:
             adapters.change(product, rows, self.linears)
         return product
+
+    def row_by_row(self, rows: Tensor, adapters: RowAdapters | None = None) -> Tensor:
+        """The same, but on a CPU the outputs of a row do not depend on the other rows, to the last bit (ADR-0020).
+
+        `ops.linear` promises that, and is not slower here with many float32 rows. torch takes other loops for what is
+        left over of a block of rows, and for few rows, so it always gets whole blocks.
+        """
+        if self.weight.device.type != "cpu":
+            return self(rows, adapters)
+        if adapters is None and self.most_rows(rows.dtype) >= _BLOCK:
+            product = ops.linear(rows, self.weight, self.scales)
+            return product if self.bias is None else product.add_(self.bias)
+        return self(F.pad(rows, (0, 0, 0, -len(rows) % _BLOCK)), adapters)[: len(rows)]
 
     def _product(self, rows: Tensor) -> Tensor:
         if len(rows) <= self.most_rows(rows.dtype):

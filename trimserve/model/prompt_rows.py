@@ -7,6 +7,7 @@ layer, and takes the times of that.
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -117,9 +118,8 @@ class PromptRows:
         for prompt, slots, queries in of_prompts:
             if prompt.vision is not None and prompt.kv is not None and slots is not None and len(queries):
                 vision = prompt.vision
-                keys, values = layer.keys_values(vision.features, RowAdapters.alike(prompt.adapter))
-                for rows in (keys, values):
-                    round_as_stored(rows, slots.pages)
+                project = partial(_project, layer, RowAdapters.alike(prompt.adapter), slots.pages)
+                keys, values = vision.keys_values(layer.index, project)
                 runs = [Run(end_row - row, first, end) for row, end_row, first, end in vision.visible_runs()]
                 looked, log_sums = attention(queries, keys, values, runs, layer.scale, vision.bias)
                 pieces.append(looked)
@@ -203,6 +203,14 @@ class LookingRows(PromptRows):
         queries, keys = (_of_all_heads(self._ranks, part, dim=1) for part in (q, own_keys))
         self.view = _made_view(self._vision, layer, queries, keys, features)
         return None
+
+
+def _project(layer: CrossLayer, adapters: RowAdapters | None, pages: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values of features as they are stored."""
+    keys, values = layer.keys_values(features, adapters)
+    for rows in (keys, values):
+        round_as_stored(rows, pages)
+    return keys, values
 
 
 def _of_all_heads(ranks: Ranks, part: Tensor, dim: int) -> Tensor:
