@@ -83,8 +83,9 @@ class Mllama:
 
     @property
     def _kv_row_bytes(self) -> int:
-        """Of one visual feature's keys and values in one layer, as they are computed."""
-        return 2 * self._info.num_kv_heads * self._info.head_dim * self._dtype.itemsize
+        """Of one visual feature's keys and values in one layer, as they are computed: of the heads that lie here."""
+        num_heads = self._info.num_kv_heads // self._info.tensor_parallel
+        return 2 * num_heads * self._info.head_dim * self._dtype.itemsize
 
     @property
     def processor(self) -> Processor:
