@@ -8,6 +8,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from trimserve.model.attention import Run
+from trimserve.model.interruptible import Interruptible
 from trimserve.model.prefilled import TrimTimes
 from trimserve.trimming.feature_kv import FeatureKeyValues, Project
 from trimserve.trimming.plan import TrimPlan
@@ -91,8 +93,19 @@ class VisionRows:
                 runs.append((start, end, offsets[first], offsets[last]))
         return runs
 
-    def keys_values(self, layer: int, project: Project) -> tuple[Tensor, Tensor]:
-        """Keys and values of `features` in a cross-attention layer.
+    def runs_of(self, first: int, end: int) -> list[Run]:
+        """Runs of alike rows among those that see an image, of which the first is `first`."""
+        runs, start = [], 0
+        for row, end_row, first_feature, end_feature in self.visible_runs():
+            stop = start + end_row - row
+            num_rows = min(stop, end) - max(start, first)
+            if num_rows > 0:
+                runs.append(Run(num_rows, first_feature, end_feature))
+            start = stop
+        return runs
+
+    def keys_values(self, layer: int, project: Project) -> Interruptible[tuple[Tensor, Tensor]]:
+        """Keys and values of `features` in a cross-attention layer; yields after each image but the last.
 
         Args:
             layer: which.
@@ -100,10 +113,12 @@ class VisionRows:
         Returns:
             [rows of `features`, Hkv, Dh] each; nobody may change them.
         """
-        pieces = []
+        pieces: list[tuple[Tensor, Tensor]] = []
         kept_of = self.kept or [None] * len(self.num_held)
         images = zip(self.features.split(self.num_held), self.num_kept, kept_of, self.known, strict=True)
         for features, num_kept, kept, known in images:
+            if pieces:
+                yield
             if known is not None and known.serves(layer, kept):
                 pieces.append(known.rows(layer, kept, features[:num_kept], project))
                 features = features[num_kept:]  # merged rows are the request's own
