@@ -32,7 +32,6 @@ HELD, UNTRIMMED = (
 SAVED = f"1 - {HELD} / {UNTRIMMED}"
 FAILED = rate("trimserve_requests_total", 'finish_reason="error"') + " / " + rate("trimserve_requests_total")
 HITS, MISSES = rate("trimserve_image_cache_hits_total"), rate("trimserve_image_cache_misses_total")
-KV_HITS = rate("trimserve_image_cache_kv_hits_total")
 IMAGES = total("trimserve_image_cache_used_bytes"), total("trimserve_image_cache_capacity_bytes")
 
 ROWS: dict[str, tuple[Panel, ...]] = {
@@ -209,11 +208,11 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             "percentunit",
             {
                 "hits": f"{HITS} / ({HITS} + {MISSES})",
-                "keys and values": f"{KV_HITS} / ({HITS} + {MISSES})",
+                "KV hits": f"{rate('trimserve_image_cache_kv_hits_total')} / ({HITS} + {MISSES})",
                 "full": " / ".join(IMAGES),
+                "full of KV": f"{total('trimserve_image_cache_kv_bytes')} / {IMAGES[1]}",
             },
-            "Images that were not encoded again, those of them that hardly had to be projected, and how full the cache "
-            "is.",
+            "Images that were not encoded again, those of them with keys and values, and how full the cache is.",
         ),
         Panel(
             "Image decoders that ended",
