@@ -208,9 +208,11 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             "percentunit",
             {
                 "hits": f"{HITS} / ({HITS} + {MISSES})",
+                "KV hits": f"{rate('trimserve_image_cache_kv_hits_total')} / ({HITS} + {MISSES})",
                 "full": " / ".join(IMAGES),
+                "full of KV": f"{total('trimserve_image_cache_kv_bytes')} / {IMAGES[1]}",
             },
-            "Images that were not encoded again, and how full the cache is.",
+            "Images that were not encoded again, those of them with keys and values, and how full the cache is.",
         ),
         Panel(
             "Image decoders that ended",

@@ -145,7 +145,8 @@ class EngineConfig(_Knobs):
     image_cache_bytes: ByteSize = Field(
         default=ByteSize(512 * 2**20),
         ge=0,
-        description="Bytes of visual features that are kept for another question on the same image; 0 keeps none.",
+        description="Bytes of visual features, and of their keys and values, that are kept for another question on the "
+        "same image; 0 keeps none.",
     )
     prefill_slice_seconds: float = Field(
         default=0.1,

@@ -158,7 +158,7 @@ class FakeModel:
         if folder.name == "broken":
             raise AdapterError(f"{folder}: is broken")
         changes: dict[torch.nn.Module, Change] = {torch.nn.Identity(): Change(weight=torch.zeros(3))}
-        return Adapter(changes, ("lm_head",), rank=4, image_key=b"own" if folder.name == "vision" else b"")
+        return Adapter(changes, ("lm_head",), rank=4, image_key=b"own" if folder.name == "vision" else b"", kv_key=b"")
 
     def encode_image(
         self,

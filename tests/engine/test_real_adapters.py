@@ -134,12 +134,14 @@ def test_only_an_adapter_that_changes_visual_features_has_cached_images_of_its_o
         counts.append((engine.image_cache.num_hits, engine.image_cache.num_misses))
         used.append(engine.image_cache.num_bytes)
     assert counts == [(0, 1), (1, 1), (2, 1), (3, 1), (3, 2), (4, 2)]
-    assert used[-1] == 2 * used[0]
+    one, kv_bytes = used[0], used[1] - used[0]  # `cross` and `vocabulary` change keys and values of the same features
+    assert used == [one, one + kv_bytes, one + kv_bytes, one + 2 * kv_bytes, *[2 * one + 2 * kv_bytes] * 2]
+    assert (engine.image_cache.num_kv_bytes, engine.image_cache.num_kv_hits) == (4 * kv_bytes, 2)
     engine.unload_adapter("vision")
     engine.unload_adapter("cross")
     finish(engine, start(engine, REQUESTS[0])[1])
     assert (engine.image_cache.num_hits, engine.image_cache.num_misses) == (5, 2)
-    assert engine.image_cache.num_bytes == used[0]
+    assert engine.image_cache.num_bytes == one + kv_bytes  # of `vocabulary`
     executor.load_adapter("vision", adapted.folders["vision"])
     finish(engine, start(engine, REQUESTS[1])[1])
     assert engine.image_cache.num_misses == 3

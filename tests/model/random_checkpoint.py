@@ -33,6 +33,7 @@ class Geometry:
     global_layers: int = 2
     intermediate_layers: tuple[int, ...] = (1, 2)
     intermediate_size: int = 48
+    max_position_embeddings: int = 512
     norm_epsilon: float = 1e-5
 
     @property
@@ -88,7 +89,7 @@ def _config(geometry: Geometry, tokens: TinyTokens) -> MllamaConfig:
             "num_key_value_heads": geometry.num_kv_heads,
             "intermediate_size": geometry.intermediate_size,
             "rms_norm_eps": geometry.norm_epsilon,
-            "max_position_embeddings": 512,
+            "max_position_embeddings": geometry.max_position_embeddings,
             "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
             "bos_token_id": tokens.bos,
             "eos_token_id": list(tokens.eos_ids),

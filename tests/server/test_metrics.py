@@ -306,6 +306,7 @@ async def test_gauges_show_the_engine_as_it_is(loopback: Loopback) -> None:
     assert series["trimserve_image_cache_capacity_bytes"] == 8888
     assert (series["trimserve_image_cache_hits_total"], series["trimserve_image_cache_misses_total"]) == (66, 55)
     assert series["trimserve_image_cache_evictions_total"] == 44
+    assert (series["trimserve_image_cache_kv_hits_total"], series["trimserve_image_cache_kv_bytes"]) == (33, 333)
     causes = ("processor_time", "wall_clock", "crash")
     assert [series[f'trimserve_decoder_deaths_total{{cause="{cause}"}}'] for cause in causes] == [33, 2, 1]
     kinds = ("weights", "kv", "free", "allocated")

@@ -57,11 +57,15 @@ class EngineStatus:
     pixel_bytes: int
     """Decoded images that requests keep, in the machine's memory, to be computed again."""
     image_cache_capacity_bytes: int
-    """Most bytes of visual features that are cached."""
+    """Most bytes of visual features, and of their keys and values, that are cached."""
     image_cache_bytes: int
-    """Bytes of visual features cached now."""
+    """Bytes of visual features, and of their keys and values, cached now."""
+    image_cache_kv_bytes: int
+    """Of these, bytes set aside for keys and values."""
     image_cache_hits: int
     """Images found in the cache since the start."""
+    image_cache_kv_hits: int
+    """Images since the start whose keys and values were found too."""
     image_cache_misses: int
     """Images that had to be encoded since the start."""
     image_cache_evictions: int

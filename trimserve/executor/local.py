@@ -149,9 +149,11 @@ class LocalExecutor:
 
     def unload_adapter(self, name: str) -> None:
         """See `Executor.unload_adapter`."""
-        image_key = self._adapters.pop(name).image_key
-        if image_key:
-            self._images.drop(lambda key: key.startswith(image_key))
+        adapter = self._adapters.pop(name)
+        if adapter.image_key:
+            self._images.drop(lambda key: key.startswith(adapter.image_key))
+        if adapter.kv_key:
+            self._images.drop_keys_values(adapter.kv_key)
 
     def compile(self, constraint: Constraint) -> None:
         """See `Executor.compile`."""
@@ -178,7 +180,14 @@ class LocalExecutor:
         if plan.rows:
             self._run_rows(plan.rows, step)
         images = self._images
-        counts = ImageCacheCounts(images.used_bytes, images.num_hits, images.num_misses, images.num_evictions)
+        counts = ImageCacheCounts(
+            num_bytes=images.used_bytes,
+            num_hits=images.num_hits,
+            num_misses=images.num_misses,
+            num_evictions=images.num_evictions,
+            num_kv_bytes=images.kv_bytes,
+            num_kv_hits=images.num_kv_hits,
+        )
         return StepResult(step.prefilled, tuple(step.drawn), tuple(step.failed), step.rows_seconds, counts)
 
     def _begin(self, new: NewSequence, params: SamplingParams, choice: int = 0) -> _Sequence:
@@ -249,13 +258,15 @@ class LocalExecutor:
             nothing = Prefilled(torch.empty(0), num_padding=(), num_valid=(), num_kept=())
             return _report(new.sequence, nothing, kv, times), nothing.logits
         # An adapter that leaves visual features as they are shares them with the base model.
-        image_key = b"" if kv.adapter is None else kv.adapter.image_key
+        image_key, kv_key = (b"", b"") if kv.adapter is None else (kv.adapter.image_key, kv.adapter.kv_key)
         images = []
         for image in new.prompt.images:
-            encoded = self._images.get(image_key + image.key, new.trim.needs)
+            key = image_key + image.key
+            encoded = self._images.get(key, new.trim.needs)
             if encoded is None:
                 encoded = yield from self._model.encode_image(image, new.trim.needs, kv.adapter)
-                self._images.put(image_key + image.key, encoded)
+                self._images.put(key, encoded)
+            self._images.keep_keys_values(key, kv_key)
             images.append(encoded)
         encoded_at = time.monotonic()
         prefilled = yield from self._model.prefill(new.prompt, images, new.trim, kv, new.stored)

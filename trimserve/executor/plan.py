@@ -180,6 +180,10 @@ class ImageCacheCounts:
     num_hits: int = 0
     num_misses: int = 0
     num_evictions: int = 0
+    num_kv_bytes: int = 0
+    """Of `num_bytes`, set aside for keys and values."""
+    num_kv_hits: int = 0
+    """Images whose keys and values were there."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,12 @@ from trimserve.errors import AdapterError, CheckpointError
 from trimserve.model.adapters import Adapter, Change
 from trimserve.model.json_object import read_json
 from trimserve.model.stored_tensors import current_name
-from trimserve.model.transformers_mllama import MllamaForConditionalGeneration, decoder_parts, vision_module_names
+from trimserve.model.transformers_mllama import (
+    MllamaForConditionalGeneration,
+    decoder_parts,
+    feature_kv_module_names,
+    vision_module_names,
+)
 
 __all__ = ["CONFIG_FILE", "WEIGHTS_FILE", "read_adapter"]
 
@@ -138,11 +143,13 @@ def read_adapter(folder: Path, model: MllamaForConditionalGeneration, dtype: tor
         raise AdapterError(f"{file}: not a complete safetensors file: {error}") from error
     vision = vision_module_names()
     changes_images = any(layer.name.startswith(vision) for layer in layers)
+    changes_kv = any(layer.name.endswith(feature_kv_module_names()) for layer in layers)
     return Adapter(
         changes=changes,
         modules=tuple(sorted({re.sub(r"\.\d+\.", ".*.", layer.name) for layer in layers})),
         rank=max((config.rank(layer.spelled) for layer in layers if "down" in layer.tensors), default=0),
         image_key=uuid.uuid4().bytes if changes_images else b"",
+        kv_key=uuid.uuid4().bytes if changes_kv else b"",
     )
 
 

@@ -62,6 +62,8 @@ class Adapter:
     """The largest of its ranks; 0 without LoRA."""
     image_key: bytes
     """Tells visual features that it changes from all others; empty if it leaves them as the base model's."""
+    kv_key: bytes
+    """The same of the keys and values that cross-attention layers make of visual features."""
 
     @property
     def nbytes(self) -> int:
@@ -78,7 +80,7 @@ class RowAdapters:
         self._device = device
         self._groups: list[tuple[Adapter, Tensor | None]] = []
         """Each adapter with the indices of its rows, int64 ascending; None if all rows are its own."""
-        self._first: dict[int, RowAdapters | None] = {}
+        self._parts: dict[tuple[int, int], RowAdapters | None] = {}
         for adapter in dict.fromkeys(adapters):
             if adapter is not None:
                 rows = [row for row, each in enumerate(adapters) if each is adapter]
@@ -102,11 +104,13 @@ class RowAdapters:
         """Of any number of rows with one adapter; None for the base model."""
         return None if adapter is None else cls([adapter], torch.device("cpu"))
 
-    def first(self, num_rows: int) -> "RowAdapters | None":
-        """Of the first rows only; made once, since every step of a batch asks for the same."""
-        if num_rows not in self._first:
-            self._first[num_rows] = RowAdapters.of(self._adapters[:num_rows], self._device)
-        return self._first[num_rows]
+    def part(self, first: int, end: int) -> "RowAdapters | None":
+        """Of some of the rows; made once, since every layer and every step of a batch asks for the same."""
+        if (first, end) == (0, len(self._adapters)):
+            return self
+        if (first, end) not in self._parts:
+            self._parts[first, end] = RowAdapters.of(self._adapters[first:end], self._device)
+        return self._parts[first, end]
 
     def change(self, outputs: Tensor, rows: Tensor, linears: Sequence[nn.Linear]) -> None:
         """Change what linear layers made of the rows, in place.

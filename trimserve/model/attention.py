@@ -54,17 +54,18 @@ def attention(
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """Attend with row t to positions up to t, [T, H, Dh] over [T, Hkv, Dh] -> [T, H * Dh].
+    """Attend with the last rows of a text to positions up to their own, [T, H, Dh] over [L, Hkv, Dh] -> [T, H * Dh].
 
     Args:
-        q: queries.
+        q: queries, of the last T of L positions; on other devices than a CPU of all.
         k: keys; Hkv divides H.
         v: values.
         scale: factor of the logits.
     """
     if q.device.type == "cpu":
-        ends = torch.arange(1, len(q) + 1, dtype=torch.int32, device=q.device)
+        ends = torch.arange(len(k) - len(q) + 1, len(k) + 1, dtype=torch.int32, device=q.device)
         return ops.attention(q, k, v, torch.stack([torch.zeros_like(ends), ends], dim=1), scale)[0].flatten(1)
+    assert len(q) == len(k), "elsewhere rows are not cut into pieces"
     return _torch_attention(q, k, v, scale, is_causal=len(q) > 1)
 
 

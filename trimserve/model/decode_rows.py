@@ -1,6 +1,6 @@
 """Rows of a decode step on their way through the decoder's layers: they attend to pages."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -61,9 +61,12 @@ class DecodeRows:
     adapters: RowAdapters | None
     """None if all rows are the base model's."""
 
-    def attend(self, layer: SelfLayer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """See `PromptRows.attend`."""
+    def store(self, layer: SelfLayer, k: Tensor, v: Tensor) -> None:
+        """See `PromptRows.store`."""
         self.text.write(layer.index, k, v)
+
+    def attend(self, layer: SelfLayer, q: Tensor, piece: slice) -> Tensor:  # noqa: ARG002 - a step is one piece
+        """See `PromptRows.attend`."""
         return self.text.attend(layer.index, q, layer.scale).flatten(1)
 
     def seeing(self, hidden: Tensor, layer: CrossLayer) -> tuple[Tensor, RowAdapters | None] | None:
@@ -73,9 +76,18 @@ class DecodeRows:
             return None
         if num_seeing == len(hidden):
             return hidden, self.adapters
-        return hidden[:num_seeing], None if self.adapters is None else self.adapters.first(num_seeing)
+        return hidden[:num_seeing], None if self.adapters is None else self.adapters.part(0, num_seeing)
 
-    def attend_features(self, layer: CrossLayer, q: Tensor) -> Tensor | None:
+    @property
+    def has_ended(self) -> bool:
+        """Decoding goes through all layers."""
+        return False
+
+    def read_features(self, layer: CrossLayer, q: Tensor) -> Iterable[None]:  # noqa: ARG002 - they lie in pages
+        """See `PromptRows.read_features`."""
+        return ()
+
+    def attend_features(self, layer: CrossLayer, q: Tensor, piece: slice) -> Tensor:  # noqa: ARG002 - a step is one
         """See `PromptRows.attend_features`."""
         assert self.features is not None
         return self.features.attend(self.text.pages, layer.index, q, layer.scale).flatten(1)
@@ -87,8 +99,9 @@ class DecodeRows:
         hidden[: len(seen)] = seen
         return hidden
 
-    def after_layer(self, layer: CrossLayer, hidden: Tensor, added: Tensor) -> None:
+    def after_layer(self, layer: CrossLayer, hidden: Tensor, added: Tensor) -> Iterable[None]:  # noqa: ARG002
         """Decoding trims nothing."""
+        return ()
 
 
 @dataclass(frozen=True, slots=True)

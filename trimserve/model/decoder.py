@@ -4,10 +4,11 @@ One loop over the layers serves prefill, decode steps and a guide's look. What d
 and which rows see an image; each user hands in a `Pass` that does it. A row that sees no image passes a
 cross-attention layer unchanged (both of its branches are zero there). In a prefill the trimming policy is asked after
 a cross-attention layer, whose attention used all that was held before; later layers project, cache and attend to what
-it keeps (ADR-0008). A pass can be interrupted after every layer.
+it keeps (ADR-0008). A pass can be interrupted after every layer, and on a CPU within one after every piece of a long
+prompt (ADR-0005).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import accumulate
 from typing import Final, Protocol
 
@@ -22,6 +23,7 @@ from trimserve.model.decode_batch import DecodeBatch
 from trimserve.model.decode_rows import BucketRows, DecodeRows, NewRows
 from trimserve.model.decoder_layers import CrossLayer, RmsNorm, SelfLayer
 from trimserve.model.interruptible import Interruptible, run_through
+from trimserve.model.pieces import pieces
 from trimserve.model.projection import projection_of
 from trimserve.model.prompt_rows import LookingRows, PromptRows, SequenceRows
 from trimserve.model.ranks import ALONE, Ranks, Shard
@@ -49,20 +51,30 @@ class Pass(Protocol):
     def adapters(self) -> RowAdapters | None:
         """Of all rows; None if all are the base model's."""
 
-    def attend(self, layer: SelfLayer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Store keys and values, and attend to the text."""
+    def store(self, layer: SelfLayer, k: Tensor, v: Tensor) -> None:
+        """Store keys and values of the text."""
+
+    def attend(self, layer: SelfLayer, q: Tensor, piece: slice) -> Tensor:
+        """Attend to the text with a piece of the rows."""
 
     def seeing(self, hidden: Tensor, layer: CrossLayer) -> tuple[Tensor, RowAdapters | None] | None:
         """The rows that see an image, and their adapters; None if none does."""
 
-    def attend_features(self, layer: CrossLayer, q: Tensor) -> Tensor | None:
-        """Attend to visual features; None ends the pass."""
+    @property
+    def has_ended(self) -> bool:
+        """Whether the pass goes no further than to the features it has read."""
+
+    def read_features(self, layer: CrossLayer, q: Tensor) -> Iterable[None]:
+        """Make keys and values of visual features; yields where there may be a pause."""
+
+    def attend_features(self, layer: CrossLayer, q: Tensor, piece: slice) -> Tensor:
+        """Attend to visual features with a piece of the rows that see an image."""
 
     def place(self, hidden: Tensor, seen: Tensor, layer: CrossLayer) -> Tensor:
         """Put the rows that see an image back."""
 
-    def after_layer(self, layer: CrossLayer, hidden: Tensor, added: Tensor) -> None:
-        """Decide what later layers hold."""
+    def after_layer(self, layer: CrossLayer, hidden: Tensor, added: Tensor) -> Iterable[None]:
+        """Decide what later layers hold; yields where there may be a pause."""
 
 
 class RaggedDecoder:
@@ -165,19 +177,14 @@ class RaggedDecoder:
         return self._logits(run_through(self._run(self._embed(inputs.token_ids), rows)), None)
 
     def _run(self, hidden: Tensor, rows: Pass) -> Interruptible[Tensor]:
-        """The loop over layers, [R, D] -> [R, D]; yields after each."""
-        adapters = rows.adapters
+        """The loop over layers, [R, D] -> [R, D]; yields after each, and within one after each piece of many rows."""
         for layer in self._layers:
             if isinstance(layer, SelfLayer):
-                attended = rows.attend(layer, *layer.project(hidden, rows.rotation, adapters))
-                hidden = layer.finish(hidden, attended, adapters)
+                hidden = yield from _through_text(layer, hidden, rows)
             elif (those := rows.seeing(hidden, layer)) is not None:
-                seeing, of_seeing = those
-                looked = rows.attend_features(layer, layer.queries(seeing, of_seeing))
-                if looked is None:
+                seen = yield from _through_features(layer, *those, rows)
+                if seen is None:
                     return hidden
-                seen, added = layer.finish(seeing, looked, of_seeing)
-                rows.after_layer(layer, seeing, added)
                 hidden = rows.place(hidden, seen, layer)
             yield
         return hidden
@@ -211,3 +218,54 @@ class RaggedDecoder:
             end = Shard(rank, len(parts)).equal(self._vocab_size).stop
             yield part[:, part.shape[1] - (end - num_known) :]
             num_known = end
+
+
+def _through_text(layer: SelfLayer, hidden: Tensor, rows: Pass) -> Interruptible[Tensor]:
+    """One self-attention layer, [R, D] -> [R, D]."""
+
+    def project(piece: slice) -> tuple[Tensor, ...]:
+        return layer.project(hidden[piece], rows.rotation.part(piece), _part(rows.adapters, piece))
+
+    def finish(piece: slice) -> tuple[Tensor, ...]:
+        attended = rows.attend(layer, q, piece)
+        return (layer.finish(hidden[piece], attended, _part(rows.adapters, piece)),)
+
+    q, k, v = yield from _in_pieces(project, hidden)
+    rows.store(layer, k, v)
+    (hidden,) = yield from _in_pieces(finish, hidden)
+    return hidden
+
+
+def _through_features(
+    layer: CrossLayer, seeing: Tensor, adapters: RowAdapters | None, rows: Pass
+) -> Interruptible[Tensor | None]:
+    """One cross-attention layer for the rows that see an image, [S, D] -> [S, D]; None ends the pass."""
+
+    def query(piece: slice) -> tuple[Tensor, ...]:
+        return (layer.queries(seeing[piece], _part(adapters, piece)),)
+
+    def finish(piece: slice) -> tuple[Tensor, ...]:
+        looked = rows.attend_features(layer, q, piece)
+        return layer.finish(seeing[piece], looked, _part(adapters, piece))
+
+    (q,) = yield from _in_pieces(query, seeing)
+    yield from rows.read_features(layer, q)
+    if rows.has_ended:
+        return None
+    seen, added = yield from _in_pieces(finish, seeing)
+    yield from rows.after_layer(layer, seeing, added)
+    return seen
+
+
+def _in_pieces(work: Callable[[slice], tuple[Tensor, ...]], of: Tensor) -> Interruptible[tuple[Tensor, ...]]:
+    """What comes of all rows, piece by piece with pauses between them."""
+    parts: list[tuple[Tensor, ...]] = []
+    for piece in pieces(len(of), of.device):
+        if parts:
+            yield
+        parts.append(work(piece))
+    return parts[0] if len(parts) == 1 else tuple(map(torch.cat, zip(*parts, strict=True)))
+
+
+def _part(adapters: RowAdapters | None, piece: slice) -> RowAdapters | None:
+    return None if adapters is None else adapters.part(piece.start, piece.stop)

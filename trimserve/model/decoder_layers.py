@@ -121,8 +121,9 @@ class CrossLayer(_Layer):
         return self._q_norm(self._heads(self._query(self._input_norm(hidden), adapters)))
 
     def keys_values(self, features: Tensor, adapters: RowAdapters | None) -> tuple[Tensor, Tensor]:
-        """Features [N, D] -> keys and values [N, Hkv, Dh]."""
-        keys, values = (self._heads(part) for part in self._kv(features, adapters).chunk(2, dim=-1))
+        """Features [N, D] -> keys and values [N, Hkv, Dh]; on a CPU a row's do not depend on the other rows."""
+        projected = self._kv.row_by_row(features, adapters)
+        keys, values = (self._heads(part) for part in projected.chunk(2, dim=-1))
         return self._k_norm(keys), values
 
     def finish(self, hidden: Tensor, attended: Tensor, adapters: RowAdapters | None) -> tuple[Tensor, Tensor]:

@@ -33,6 +33,7 @@ from trimserve.model.visibility import visible_images
 from trimserve.model.vision import IntermediateFeatures, VisionEncoder
 from trimserve.model.vision_rows import VisionRows
 from trimserve.trimming.encoded_image import EncodedImage, Observation
+from trimserve.trimming.feature_kv import FeatureKeyValues
 from trimserve.trimming.plan import TrimPlan, bitmap, choose_from_image, select
 from trimserve.trimming.policies.policy import CrossAttentionView, Place
 from trimserve.trimming.selection import AHEAD, KeptSets, Selection
@@ -73,8 +74,18 @@ class Mllama:
     @property
     def feature_bytes(self) -> int:
         """Bytes of one visual feature."""
+        return self._info.hidden_size * self._dtype.itemsize
+
+    @property
+    def _dtype(self) -> torch.dtype:
         dtype: torch.dtype = getattr(torch, self._info.dtype)
-        return self._info.hidden_size * dtype.itemsize
+        return dtype
+
+    @property
+    def _kv_row_bytes(self) -> int:
+        """Of one visual feature's keys and values in one layer, as they are computed: of the heads that lie here."""
+        num_heads = self._info.num_kv_heads // self._info.tensor_parallel
+        return 2 * num_heads * self._info.head_dim * self._dtype.itemsize
 
     @property
     def processor(self) -> Processor:
@@ -102,7 +113,7 @@ class Mllama:
 
     def load_adapter(self, folder: Path) -> Adapter:
         """Read an adapter of this model; another thread may compute meanwhile. See `adapter_files.read_adapter`."""
-        return read_adapter(folder, self._model, getattr(torch, self._info.dtype))
+        return read_adapter(folder, self._model, self._dtype)
 
     # ---- computation ----
 
@@ -121,6 +132,9 @@ class Mllama:
         encoded.prototypes = self._prototypes
         if self._guide is not None:
             encoded.guide_bytes = encoded.num_features * self._guide.feature_bytes
+        # On other devices only the first layer always projects all features, see `FeatureKeyValues.serves`.
+        encoded.num_kv_layers = self._info.num_cross_attention_layers if self._device.type == "cpu" else 1
+        encoded.kv_layer_bytes = encoded.num_features * self._kv_row_bytes
         return encoded
 
     @torch.inference_mode()
@@ -235,7 +249,8 @@ class Mllama:
             images: of the prompt, at least one, as this model sees them.
             trim: whether picks are wanted.
         """
-        rows = SequenceRows(len(prompt.token_ids), None, self._vision_rows(prompt, images, trim))
+        vision = self._vision_rows(prompt, images, trim, [None] * len(images))
+        rows = SequenceRows(len(prompt.token_ids), None, vision)
         return (yield from self._decoder.look(self._ids(prompt.token_ids), rows))
 
     def _prompt_rows(
@@ -254,7 +269,9 @@ class Mllama:
             else:
                 kept = stored.made_after(AHEAD)
                 selection = None if kept is None else kept.selection(self._device)
-            rows.vision = vision = self._vision_rows(prompt, images, trim, stored)
+            owner = b"" if kv.adapter is None else kv.adapter.kv_key
+            known = [image.keys_values.get(owner) for image in images]
+            rows.vision = vision = self._vision_rows(prompt, images, trim, known, stored)
             if selection is not None:
                 selected_at = time.monotonic()
                 vision.hold(selection)
@@ -293,12 +310,13 @@ class Mllama:
         prompt: PreparedPrompt,
         images: Sequence[EncodedImage],
         trim: TrimPlan,
+        known: list[FeatureKeyValues | None],
         stored: KeptSets | None = None,
     ) -> VisionRows:
         visible = visible_images(prompt.token_ids, self._info.image_token_id)
         counts = tuple(image.num_features for image in images)
         features = images[0].features if len(images) == 1 else torch.cat([image.features for image in images])
-        return VisionRows(features, counts, visible, self._info.features_per_tile, trim, stored)
+        return VisionRows(features, counts, visible, self._info.features_per_tile, trim, known, stored)
 
     def _layer_rows(self, vision: VisionRows) -> tuple[tuple[int, ...], ...]:
         first, *later = vision.layer_rows

@@ -20,6 +20,9 @@ _MOST_ROWS: Final = {torch.float32: 512, torch.float16: 512, torch.bfloat16: 16}
 """Up to so many rows `ops.linear` is taken on a CPU: it was faster there than torch, whose bfloat16 products catch up
 first (`benchmarks/results/ops.json`, with rows up to these and, of bfloat16, beyond)."""
 
+_BLOCK: Final = 512
+"""Rows, see `Projection.row_by_row`."""
+
 
 @dataclass(frozen=True, slots=True)
 class Projection:
@@ -47,6 +50,19 @@ class Projection:
         if adapters is not None:
             adapters.change(product, rows, self.linears)
         return product
+
+    def row_by_row(self, rows: Tensor, adapters: RowAdapters | None = None) -> Tensor:
+        """The same, but on a CPU the outputs of a row do not depend on the other rows, to the last bit (ADR-0020).
+
+        `ops.linear` promises that, and is not slower here with many float32 rows. torch takes other loops for what is
+        left over of a block of rows, and for few rows, so it always gets whole blocks.
+        """
+        if self.weight.device.type != "cpu":
+            return self(rows, adapters)
+        if adapters is None and self.most_rows(rows.dtype) >= _BLOCK:
+            product = ops.linear(rows, self.weight, self.scales)
+            return product if self.bias is None else product.add_(self.bias)
+        return self(F.pad(rows, (0, 0, 0, -len(rows) % _BLOCK)), adapters)[: len(rows)]
 
     def _product(self, rows: Tensor) -> Tensor:
         if len(rows) <= self.most_rows(rows.dtype):

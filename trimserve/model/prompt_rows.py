@@ -5,16 +5,18 @@ layer, and takes the times of that.
 """
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from trimserve import ops
 from trimserve.model.adapters import Adapter, RowAdapters
-from trimserve.model.attention import Run, attention, causal_attention
+from trimserve.model.attention import attention, causal_attention
 from trimserve.model.decoder_layers import CrossLayer, SelfLayer
+from trimserve.model.interruptible import Interruptible
 from trimserve.model.key_values import KeyValues, PromptSlots
 from trimserve.model.kv_format import round_as_stored
 from trimserve.model.prefilled import TrimTimes
@@ -51,11 +53,24 @@ class _Attended:
     vision: VisionRows
     kv: KeyValues
     slots: PromptSlots
+    first_row: int
+    """Of those that see an image."""
     queries: Tensor
     keys: Tensor
     values: Tensor
-    log_sums: Tensor | None
-    """See `attention`."""
+    log_sums: list[Tensor | None] = field(default_factory=list)
+    """See `attention`; of each piece of the rows."""
+
+    @property
+    def all_log_sums(self) -> Tensor | None:
+        """Of all rows."""
+        known = [each for each in self.log_sums if each is not None]
+        return torch.cat(known, dim=1) if known else None
+
+    @property
+    def end_row(self) -> int:
+        """Behind the last one."""
+        return self.first_row + len(self.queries)
 
 
 class PromptRows:
@@ -75,8 +90,12 @@ class PromptRows:
         self._num_rows = [prompt.num_rows for prompt in prompts]
         self.adapters = self._adapters_of(self._num_rows)
         """See `Pass.adapters`."""
-        self._attended: list[_Attended | int] = []
-        """For each prompt that sees an image, in the current layer; its number of rows if nothing is to be decided."""
+        self.has_ended = False
+        """See `Pass.has_ended`."""
+        self._text: list[tuple[int, Tensor, Tensor]] = []
+        """For each prompt, in the current layer, its first row, keys and values."""
+        self._attended: list[_Attended] = []
+        """For each prompt that sees an image, in the current layer."""
         self._slots = [None if prompt.kv is None else PromptSlots.of(prompt.kv, prompt.num_rows) for prompt in prompts]
         """Of each prompt; None if it stores nothing."""
         for kv in (prompt.kv for prompt in prompts if prompt.kv is not None):
@@ -86,16 +105,25 @@ class PromptRows:
         """Whether a prompt has left, so that fewer rows see an image in the next layer."""
         self._see()
 
-    def attend(self, layer: SelfLayer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Store keys and values [R, Hkv, Dh] and attend with queries [R, H, Dh] -> [R, H * Dh]."""
-        attended = []
-        for slots, *of_prompt in zip(self._slots, *(x.split(self._num_rows) for x in (q, k, v)), strict=True):
-            queries, keys, values = of_prompt
+    def store(self, layer: SelfLayer, k: Tensor, v: Tensor) -> None:
+        """Store keys and values [R, Hkv, Dh]."""
+        self._text, start = [], 0
+        for slots, keys, values in zip(self._slots, *(x.split(self._num_rows) for x in (k, v)), strict=True):
             if slots is not None:
                 for rows in (keys, values):
                     round_as_stored(rows, slots.pages)
                 slots.write_text(layer.index, keys, values)
-            attended.append(causal_attention(queries, keys, values, layer.scale))
+            self._text.append((start, keys, values))
+            start += len(keys)
+
+    def attend(self, layer: SelfLayer, q: Tensor, piece: slice) -> Tensor:
+        """Attend with a piece of the queries [R, H, Dh] -> [rows of the piece, H * Dh]."""
+        attended = []
+        for start, keys, values in self._text:
+            first, end = max(piece.start, start), min(piece.stop, start + len(keys))
+            if first < end:
+                seen = slice(0, end - start)
+                attended.append(causal_attention(q[first:end], keys[seen], values[seen], layer.scale))
         return torch.cat(attended)
 
     def seeing(
@@ -110,26 +138,30 @@ class PromptRows:
             return None
         return (hidden, self.adapters) if self._index is None else (hidden[self._index], self._of_seeing)
 
-    def attend_features(self, layer: CrossLayer, q: Tensor) -> Tensor | None:
-        """Attend with queries [S, H, Dh] to what each row sees -> [S, H * Dh]; None ends the pass here."""
-        pieces = []
+    def read_features(self, layer: CrossLayer, q: Tensor) -> Iterable[None]:
+        """Make keys and values of what the queries [S, H, Dh] see; yields after each image."""
+        self._attended, start = [], 0
         of_prompts = zip(self._prompts, self._slots, q.split(self._num_seeing), strict=True)
         for prompt, slots, queries in of_prompts:
             if prompt.vision is not None and prompt.kv is not None and slots is not None and len(queries):
-                vision = prompt.vision
-                keys, values = layer.keys_values(vision.features, RowAdapters.alike(prompt.adapter))
-                for rows in (keys, values):
-                    round_as_stored(rows, slots.pages)
-                runs = [Run(end_row - row, first, end) for row, end_row, first, end in vision.visible_runs()]
-                looked, log_sums = attention(queries, keys, values, runs, layer.scale, vision.bias)
-                pieces.append(looked)
-                attended = _Attended(vision, prompt.kv, slots, queries, keys, values, log_sums)
-                if _is_decided_after(layer.index, vision):
-                    self._attended.append(attended)
-                else:  # at once: other prompts of the batch need the memory
-                    _store(attended, layer.index)
-                    self._attended.append(len(queries))
-        return torch.cat(pieces)
+                project = partial(_project, layer, RowAdapters.alike(prompt.adapter), slots.pages)
+                keys, values = yield from prompt.vision.keys_values(layer.index, project)
+                self._attended.append(_Attended(prompt.vision, prompt.kv, slots, start, queries, keys, values))
+                start += len(queries)
+                yield
+
+    def attend_features(self, layer: CrossLayer, q: Tensor, piece: slice) -> Tensor:  # noqa: ARG002 - known from before
+        """Attend with a piece of the queries to what each row sees -> [rows of the piece, H * Dh]."""
+        attended = []
+        for each in self._attended:
+            first, end = max(piece.start, each.first_row), min(piece.stop, each.end_row)
+            if first < end:
+                queries = each.queries[first - each.first_row : end - each.first_row]
+                runs = each.vision.runs_of(first - each.first_row, end - each.first_row)
+                looked, log_sums = attention(queries, each.keys, each.values, runs, layer.scale, each.vision.bias)
+                attended.append(looked)
+                each.log_sums.append(log_sums)
+        return torch.cat(attended)
 
     def place(self, hidden: Tensor, seen: Tensor, layer: CrossLayer) -> Tensor:  # noqa: ARG002 - alike in all layers
         """Put the rows that see an image, [S, D], back among all, [R, D]."""
@@ -138,7 +170,7 @@ class PromptRows:
         hidden[self._index] = seen
         return hidden
 
-    def after_layer(self, layer: CrossLayer, hidden: Tensor, added: Tensor) -> None:
+    def after_layer(self, layer: CrossLayer, hidden: Tensor, added: Tensor) -> Iterable[None]:
         """Ask each prompt's policy what later layers hold, and store what decoding sees of this one.
 
         Args:
@@ -147,11 +179,13 @@ class PromptRows:
             added: see `CrossLayer.finish`.
         """
         attended, self._attended = self._attended, []
-        sizes = [each if isinstance(each, int) else len(each.queries) for each in attended]
+        sizes = [len(each.queries) for each in attended]
         for each, before, plus in zip(attended, hidden.split(sizes), added.split(sizes), strict=True):
-            if not isinstance(each, int):
-                _decide(each, layer, before, plus, self._ranks)
+            if _is_decided_after(layer.index, each.vision):
+                yield from _decide(each, layer, before, plus, self._ranks)
                 self._sees_less = self._sees_less or each.vision.has_left
+            else:
+                _store(each, layer.index)
 
     def _see(self) -> None:
         """Find the rows that see an image in the layers to come."""
@@ -196,13 +230,22 @@ class LookingRows(PromptRows):
         self.view: CrossAttentionView | None = None
         """What was seen; None until the pass ends."""
 
-    def attend_features(self, layer: CrossLayer, q: Tensor) -> Tensor | None:
-        """See `PromptRows.attend_features`; looks and ends the pass."""
+    def read_features(self, layer: CrossLayer, q: Tensor) -> Iterable[None]:
+        """See `PromptRows.read_features`; looks and ends the pass."""
         features = self._vision.features
         own_keys, _ = layer.keys_values(features, None)
         queries, keys = (_of_all_heads(self._ranks, part, dim=1) for part in (q, own_keys))
         self.view = _made_view(self._vision, layer, queries, keys, features)
-        return None
+        self.has_ended = True
+        return ()
+
+
+def _project(layer: CrossLayer, adapters: RowAdapters | None, pages: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values of features as they are stored."""
+    keys, values = layer.keys_values(features, adapters)
+    for rows in (keys, values):
+        round_as_stored(rows, pages)
+    return keys, values
 
 
 def _of_all_heads(ranks: Ranks, part: Tensor, dim: int) -> Tensor:
@@ -212,7 +255,7 @@ def _of_all_heads(ranks: Ranks, part: Tensor, dim: int) -> Tensor:
 
 
 def _view(attended: _Attended, layer: CrossLayer, hidden: Tensor, added: Tensor, ranks: Ranks) -> CrossAttentionView:
-    vision, features, log_sums = attended.vision, attended.vision.features, attended.log_sums
+    vision, features, log_sums = attended.vision, attended.vision.features, attended.all_log_sums
     queries, keys = (_of_all_heads(ranks, part, dim=1) for part in (attended.queries, attended.keys))
     if vision.num_merged:  # policies see kept features only
         places = vision.kept_places
@@ -247,12 +290,14 @@ def _is_decided_after(layer: int, vision: VisionRows) -> bool:
     return stored.made_after(layer) is not None or stored.left_after == layer
 
 
-def _decide(attended: _Attended, layer: CrossLayer, hidden: Tensor, added: Tensor, ranks: Ranks) -> None:
+def _decide(attended: _Attended, layer: CrossLayer, hidden: Tensor, added: Tensor, ranks: Ranks) -> Interruptible[None]:
     """Ask the policy, or what was stored, and store keys and values accordingly."""
     vision = attended.vision
     began_at = time.monotonic()
     if vision.stored is None:
         view = _view(attended, layer, hidden, added, ranks)
+        if ranks.shard.size == 1:  # ranks pause together, and this one has all scores
+            yield from view.read_scores()
         answer = ranks.decide(lambda: vision.trim.after_layer(view), hidden.device)
     else:
         kept = vision.stored.made_after(layer.index)

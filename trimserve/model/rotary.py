@@ -20,6 +20,10 @@ class Rotation(NamedTuple):
     """float32 [R, Dh / 2]"""
     sines: Tensor
 
+    def part(self, rows: slice) -> "Rotation":
+        """Of some of the rows."""
+        return Rotation(self.cosines[rows], self.sines[rows])
+
 
 class RotaryAngles:
     """Cosines and sines of all positions so far."""

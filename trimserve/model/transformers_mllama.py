@@ -36,6 +36,7 @@ __all__ = [
     "compute_rotary",
     "decoder_linears",
     "decoder_parts",
+    "feature_kv_module_names",
     "fused_linears",
     "meta_model",
     "step_modules",
@@ -225,6 +226,11 @@ def vision_parts(model: MllamaForConditionalGeneration) -> VisionParts:
 def vision_module_names() -> tuple[str, ...]:
     """How the names of modules begin that an image's visual features are made of."""
     return "model.vision_model.", "model.multi_modal_projector"
+
+
+def feature_kv_module_names() -> tuple[str, ...]:
+    """How the names of modules end that make keys and values of visual features."""
+    return ".cross_attn.k_proj", ".cross_attn.v_proj", ".cross_attn.k_norm"
 
 
 def vision_layer_parts(layer: nn.Module) -> VisionLayerParts:

@@ -8,7 +8,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from trimserve.model.attention import Run
+from trimserve.model.interruptible import Interruptible
 from trimserve.model.prefilled import TrimTimes
+from trimserve.trimming.feature_kv import FeatureKeyValues, Project
 from trimserve.trimming.plan import TrimPlan
 from trimserve.trimming.selection import AHEAD, KeptSet, KeptSets, Selection
 
@@ -28,8 +31,12 @@ class VisionRows:
     """For each row of the prompt the half-open range of images that it sees."""
     features_per_tile: int
     trim: TrimPlan
+    known: list[FeatureKeyValues | None]
+    """Keys and values of each image; None if none are kept."""
     stored: KeptSets | None = None
     """What an earlier prefill kept; the policy is not asked then."""
+    kept: tuple[Tensor, ...] | None = field(default=None, init=False)
+    """Kept features of each image, int64, counted within the image; None if all are."""
     selection: Selection | None = field(default=None, init=False)
     """The first one; None before it, and if there is none."""
     kept_sets: KeptSets = field(default_factory=KeptSets, init=False)
@@ -86,6 +93,42 @@ class VisionRows:
                 runs.append((start, end, offsets[first], offsets[last]))
         return runs
 
+    def runs_of(self, first: int, end: int) -> list[Run]:
+        """Runs of alike rows among those that see an image, of which the first is `first`."""
+        runs, start = [], 0
+        for row, end_row, first_feature, end_feature in self.visible_runs():
+            stop = start + end_row - row
+            num_rows = min(stop, end) - max(start, first)
+            if num_rows > 0:
+                runs.append(Run(num_rows, first_feature, end_feature))
+            start = stop
+        return runs
+
+    def keys_values(self, layer: int, project: Project) -> Interruptible[tuple[Tensor, Tensor]]:
+        """Keys and values of `features` in a cross-attention layer; yields after each image but the last.
+
+        Args:
+            layer: which.
+            project: makes those that are not known.
+        Returns:
+            [rows of `features`, Hkv, Dh] each; nobody may change them.
+        """
+        pieces: list[tuple[Tensor, Tensor]] = []
+        kept_of = self.kept or [None] * len(self.num_held)
+        images = zip(self.features.split(self.num_held), self.num_kept, kept_of, self.known, strict=True)
+        for features, num_kept, kept, known in images:
+            if pieces:
+                yield
+            if known is not None and known.serves(layer, kept):
+                pieces.append(known.rows(layer, kept, features[:num_kept], project))
+                features = features[num_kept:]  # merged rows are the request's own
+            if len(features):
+                pieces.append(project(features))
+        if len(pieces) == 1:
+            return pieces[0]
+        keys, values = (torch.cat(parts) for parts in zip(*pieces, strict=True))
+        return keys, values
+
     def leave(self, layer: int) -> None:
         """Skip the cross-attention layers after this one."""
         self.kept_sets = KeptSets(self.kept_sets.sets, left_after=layer)
@@ -100,6 +143,9 @@ class VisionRows:
             Where `features` now has the kept features and the merged rows: int64 [M] and [G], each ascending.
         """
         everything, groups = self.features, selection.groups
+        starts = self.offsets[:-1]
+        of_images = selection.kept.split(selection.num_kept)
+        self.kept = tuple(kept - start for kept, start in zip(of_images, starts, strict=True))
         stays = everything.index_select(0, selection.kept)  # on a CPU faster than indexing
         self.selection = selection
         self.num_merged = () if groups is None else groups.num_groups
@@ -124,8 +170,12 @@ class VisionRows:
         Returns:
             Which rows of `features` stay, int64, ascending.
         """
+        assert self.kept is not None, "something was selected first"
         kept, merged = self._places()
         rows = torch.cat([kept[selection.kept], merged]).sort().values
+        starts = [0, *accumulate(self.num_kept)][:-1]
+        of_images = zip(self.kept, selection.kept.split(selection.num_kept), starts, strict=True)
+        self.kept = tuple(before[places - start] for before, places, start in of_images)
         self.features = self.features[rows]
         self._note(selection, layer)
         self._weigh(None if self.bias is None else self.bias[rows])

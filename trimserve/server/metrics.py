@@ -125,6 +125,7 @@ class Metrics(ProcessMetrics):
         self.kv_cache_usage_ratio.set(status.kv_usage_ratio)
         self.pixel_bytes.set(status.pixel_bytes)
         self.image_cache_used_bytes.set(status.image_cache_bytes)
+        self.image_cache_kv_bytes.set(status.image_cache_kv_bytes)
         self.image_cache_capacity_bytes.set(status.image_cache_capacity_bytes)
         for kind, num_bytes in status.memory_bytes.items():
             self.device_memory_bytes.labels(kind).set(num_bytes)
@@ -139,6 +140,7 @@ class Metrics(ProcessMetrics):
             self._raise_to("proposed", self.proposed_tokens, status.num_proposed_tokens)
             self._raise_to("accepted", self.accepted_tokens, status.num_accepted_tokens)
             self._raise_to("hits", self.image_cache_hits, status.image_cache_hits)
+            self._raise_to("kv hits", self.image_cache_kv_hits, status.image_cache_kv_hits)
             self._raise_to("misses", self.image_cache_misses, status.image_cache_misses)
             self._raise_to("evictions", self.image_cache_evictions, status.image_cache_evictions)
             for cause, total in status.decoder_deaths.items():
@@ -335,6 +337,11 @@ class Metrics(ProcessMetrics):
         self.image_cache_hits = self._counter(
             "trimserve_image_cache_hits_total", "Images whose visual features were still known: not encoded again."
         )
+        self.image_cache_kv_hits = self._counter(
+            "trimserve_image_cache_kv_hits_total",
+            "Images whose cross-attention keys and values were known too: only those that a question needs beside are "
+            "computed.",
+        )
         self.image_cache_misses = self._counter(
             "trimserve_image_cache_misses_total", "Images that went through the vision encoder."
         )
@@ -347,7 +354,11 @@ class Metrics(ProcessMetrics):
             {"cause": ("processor_time", "wall_clock", "crash")},
         )
         self.image_cache_used_bytes = self._gauge(
-            "trimserve_image_cache_used_bytes", "Bytes of the visual features that are kept for another question."
+            "trimserve_image_cache_used_bytes",
+            "Bytes of the visual features that are kept for another question, with their keys and values.",
+        )
+        self.image_cache_kv_bytes = self._gauge(
+            "trimserve_image_cache_kv_bytes", "Of these, bytes set aside for keys and values."
         )
         self.image_cache_capacity_bytes = self._gauge(
             "trimserve_image_cache_capacity_bytes", "Most bytes that the image cache holds."

@@ -10,6 +10,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from trimserve.trimming.feature_kv import FeatureKeyValues
 from trimserve.trimming.merging import Groups
 
 __all__ = ["MAX_CHOICES", "Choice", "EncodedImage", "Observation"]
@@ -62,6 +63,12 @@ class EncodedImage:
     """The same image as the model's guide sees it; None until the guide is asked."""
     guide_bytes: int = 0
     """Set aside for it."""
+    num_kv_layers: int = 0
+    """Cross-attention layers whose keys and values may be kept beside it."""
+    kv_layer_bytes: int = 0
+    """Of all features in one such layer."""
+    keys_values: dict[bytes, FeatureKeyValues] = field(default_factory=dict)
+    """By `Adapter.kv_key`, those that the cache has room for; it counts their bytes."""
     _choices: OrderedDict[Hashable, Choice] = field(default_factory=OrderedDict, init=False)
 
     @property
@@ -71,7 +78,7 @@ class EncodedImage:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors, with room for the guide's and for every choice that it may come to remember."""
+        """Bytes of all tensors but keys and values, with room for the guide's and all choices that it may remember."""
         observed = sum(tensor.nbytes for tensor in self.observed.values())
         return self.features.nbytes + observed + self.guide_bytes + self.max_choices * _CHOICE_BYTES * self.num_features
 

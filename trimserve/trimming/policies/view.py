@@ -1,15 +1,20 @@
 """What a policy sees after a cross-attention layer: queries, keys and features of one request's images."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
+from typing import Final
 
+import torch
 from torch import Tensor
 
 from trimserve import ops
 
 __all__ = ["CrossAttentionView", "SeenImage"]
+
+_SCORED_ROWS: Final = 1024
+"""Between two pauses."""
 
 
 @dataclass(eq=False)
@@ -45,6 +50,28 @@ class CrossAttentionView:
     def scores(self) -> Tensor:
         """float32 [H, N], see `ops.headwise_scores`."""
         return ops.headwise_scores(self.queries, self.keys, self.visibility, self.scale, self.log_sums)
+
+    def read_scores(self) -> Iterator[None]:
+        """Make the scores of many rows piece by piece; yields after each piece."""
+        num_rows = len(self.queries)
+        if num_rows <= _SCORED_ROWS or self.queries.device.type != "cpu":
+            return
+        counts = self._num_seeing(slice(None))
+        self.scores = self.queries.new_zeros((self.queries.shape[1], len(self.keys)), dtype=torch.float32)
+        for first in range(0, num_rows, _SCORED_ROWS):
+            rows = slice(first, first + _SCORED_ROWS)
+            log_sums = None if self.log_sums is None else self.log_sums[:, rows].contiguous()
+            scores = ops.headwise_scores(self.queries[rows], self.keys, self.visibility[rows], self.scale, log_sums)
+            self.scores.addcmul_(scores, self._num_seeing(rows) / counts.clamp(min=1))
+            yield
+
+    def _num_seeing(self, rows: slice) -> Tensor:
+        """How many of some rows see each feature, float32 [N]."""
+        first, end = self.visibility[rows].long().unbind(dim=1)
+        changes = torch.zeros(len(self.keys) + 1, device=first.device)
+        ones = torch.ones_like(first, dtype=torch.float32)
+        changes.index_add_(0, first, ones).index_add_(0, end, -ones)
+        return changes.cumsum(dim=0)[:-1]
 
     def scores_of(self, rows: Tensor) -> Tensor:
         """The same, averaged over the given rows only, int64 [R]."""
