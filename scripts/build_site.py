@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-__all__ = ["documents", "links_rewritten", "listed", "place", "stage"]
+__all__ = ["documents", "links_rewritten", "listed", "pipes_unescaped", "place", "stage"]
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -27,6 +27,7 @@ SITE = STAGE / "site"
 LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s#]+)((?:#[^)\s]*)?)\)")
 """`[text](target#anchor)` to another document or file; the text may hold a link's brackets, as badges do."""
 CODE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
+CODE_SPAN = re.compile(r"`[^`]+`")
 
 
 def place(path: Path) -> Path:
@@ -82,6 +83,13 @@ def links_rewritten(document: Path, found: list[Path]) -> str:
     return "".join([*parts, LINK.sub(rewritten, text[end:])])
 
 
+def pipes_unescaped(text: str) -> str:
+    """Text whose tables have plain pipes in code: GitHub wants them escaped there, Zensical shows the backslash."""
+    return re.sub(
+        r"^\|.*$", lambda row: CODE_SPAN.sub(lambda span: span[0].replace("\\|", "|"), row[0]), text, flags=re.M
+    )
+
+
 def stage() -> None:
     """Write all pages, and the files that they link to, below `PAGES`.
 
@@ -98,9 +106,10 @@ def stage() -> None:
         staged = PAGES / place(path)
         staged.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix == ".md":
-            staged.write_text(links_rewritten(path, waiting))
+            staged.write_text(pipes_unescaped(links_rewritten(path, waiting)))
         else:
             shutil.copy(path, staged)
+    shutil.copy(DOCS / "site.css", PAGES)
     shutil.copy(DOCS / "zensical.toml", STAGE)
 
 
