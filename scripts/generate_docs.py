@@ -211,8 +211,8 @@ def decisions() -> str:
     """Every ADR, by number and title."""
     lines = ["| number | decision |", "| --- | --- |"]
     for path in sorted((ROOT / "docs/adr").glob("[0-9]*.md")):
-        number, _, title = path.read_text().partition("\n")[0].removeprefix("# ADR-").partition(": ")
-        lines.append(f"| [{number}]({path.name}) | {title[0].upper()}{title[1:]} |")
+        title = path.read_text().partition("\n")[0].partition(": ")[2]
+        lines.append(f"| [{path.name[:4]}]({path.name}) | {title[0].upper()}{title[1:]} |")
     return "\n".join(lines)
 
 
