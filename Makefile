@@ -22,7 +22,7 @@ export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
 .PHONY: help build demo test check verify verify-attack verify-constraints verify-cuda-build verify-envoy verify-http \
-	verify-meta verify-playground verify-ranks verify-ray verify-sbom \
+	site verify-meta verify-playground verify-ranks verify-ray verify-sbom verify-site \
 	check-sanitize cuda-check test-gpu bench-gpu lock update test-floor \
 	test-newest fmt protos docs bench bench-ops clean
 
@@ -60,7 +60,7 @@ verify: check test  ## what takes longer: Meta's code, committed accuracies, ran
 	$(MAKE) test-floor test-newest
 	PATH="$(abspath $(BIN)):$$PATH" scripts/verify_wheel.sh
 	$(MAKE) check-sanitize verify-meta verify-attack verify-http verify-playground verify-constraints verify-cuda-build
-	$(MAKE) verify-envoy verify-ranks verify-ray verify-sbom
+	$(MAKE) verify-envoy verify-ranks verify-ray verify-sbom verify-site
 	$(BIN)/python -m pytest --device pretend --hypothesis-profile few --timeout 900 -k "not opcheck" tests/ops \
 		tests/model/test_bucketed_decode.py
 	scripts/verify_deployment.sh
@@ -88,6 +88,12 @@ verify-ray: build/ray/.installed  ## examples/ray on a Ray of this machine: refu
 
 verify-sbom: build build/sbom/.installed  ## write out/sbom.json, the image's bill of materials, and hold it against the lock
 	PYTHONPATH=build/sbom $(BIN)/python scripts/verify_sbom.py
+
+site: build/site-tools/.installed  ## build the documentation site, build/site/index.html, from docs/; needs no compiler and no torch
+	build/site-tools/bin/python scripts/build_site.py
+
+verify-site: site  ## check every link and anchor of the documentation site, and that it loads nothing from elsewhere
+	build/site-tools/bin/python scripts/verify_site.py
 
 check-sanitize: build  ## run the tests of the ops under AddressSanitizer and UndefinedBehaviorSanitizer
 	PATH="$(abspath $(BIN)):$$PATH" scripts/check_sanitize.sh
@@ -185,6 +191,11 @@ build/meta/.installed: requirements/meta.txt
 build/playground/.installed: requirements/playground.txt
 	$(BIN)/python -m venv --clear build/playground
 	build/playground/bin/python -m pip --disable-pip-version-check install --quiet $(LOCKED) requirements/playground.txt
+
+build/site-tools/.installed: requirements/site.txt
+	$(PYTHON) -m venv --clear build/site-tools
+	build/site-tools/bin/python -m pip --disable-pip-version-check install --quiet $(LOCKED) requirements/site.txt
+	touch $@
 
 # Folders of their own as well: what these bring is none of ours.
 build/ray/.installed build/sbom/.installed: build/%/.installed: requirements/%.txt $(VENV)/.built

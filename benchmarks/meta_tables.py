@@ -45,5 +45,7 @@ def departures_table(report: dict[str, Any] | None) -> str:
     if report is None:
         return "Not compared yet: `make verify-meta`."
     lines = ["| input | Meta's code | trimserve |", "|---|---|---|"]
-    lines += [f"| {each['given']} | {each['meta']} | {each['trimserve']} |" for each in report["departures"]]
+    for each in report["departures"]:
+        cells = (each[side].replace("|", r"\|") for side in ("given", "meta", "trimserve"))
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

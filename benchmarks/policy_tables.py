@@ -63,7 +63,7 @@ def accuracy_by_kind(report: Report | None) -> str:
         rows = [row for row in report.rows if row.kind == kind and not row.merge_ratio]
         [untrimmed] = (row for row in rows if row.policy == UNTRIMMED_POLICY)
         tables += [
-            f"<details><summary>{kind}: {number} questions, untrimmed {_percent(untrimmed)}</summary>",
+            f"<details markdown><summary>{kind}: {number} questions, untrimmed {_percent(untrimmed)}</summary>",
             _by_budget(rows, report.advantages, _with_interval),
             "</details>",
         ]

@@ -50,11 +50,11 @@ from benchmarks.tables import (  # noqa: E402 as above
     kv_int8_table,
     load_table,
     read_result,
+    saving,
     serve_tables,
     speculation_table,
     walkthrough_table,
 )
-from training.readme import accuracy_table  # noqa: E402 as above
 from trimserve.config import Config  # noqa: E402 as above
 from trimserve.evaluation.report import Report  # noqa: E402 as above
 from trimserve.server.declarations import Declared  # noqa: E402 as above
@@ -207,9 +207,13 @@ def _row(*cells: str) -> str:
     return "| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |"
 
 
-def accuracy() -> str:
-    """How well the embedded model answers, from the report of its evaluation."""
-    return accuracy_table(json.loads((ROOT / "training/report.json").read_text()))
+def decisions() -> str:
+    """Every ADR, by number and title."""
+    lines = ["| number | decision |", "| --- | --- |"]
+    for path in sorted((ROOT / "docs/adr").glob("[0-9]*.md")):
+        title = path.read_text().partition("\n")[0].partition(": ")[2]
+        lines.append(f"| [{path.name[:4]}]({path.name}) | {title[0].upper()}{title[1:]} |")
+    return "\n".join(lines)
 
 
 def comparison() -> Report | None:
@@ -227,8 +231,9 @@ TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     "metrics": ("docs/metrics.md", metrics),
     "api": ("docs/api.md", api),
     "headline": ("README.md", lambda: headline(read_result("bytes.json"), read_result("trimming/report.json"))),
-    "accuracy": ("README.md", accuracy),
-    "walkthrough": ("README.md", lambda: walkthrough_table(read_result("walkthrough.json"))),
+    "saving": ("docs/index.md", lambda: saving(read_result("bytes.json"), read_result("trimming/report.json"))),
+    "decisions": ("docs/adr/README.md", decisions),
+    "walkthrough": ("docs/start.md", lambda: walkthrough_table(read_result("walkthrough.json"))),
     "meta": ("docs/correctness.md", lambda: meta_table(read_result("meta.json"))),
     "departures": ("docs/correctness.md", lambda: departures_table(read_result("meta.json"))),
     "kv-int8": ("docs/performance.md", lambda: kv_int8_table(read_result("kv_int8.json"))),

@@ -35,6 +35,7 @@ FILES = {
     "envoy.txt": ("--group=envoy", "--no-deps"),
     "ray.txt": ("--group=ray", "--constraint=requirements/dev.txt"),
     "sbom.txt": ("--group=sbom",),
+    "site.txt": ("--group=site",),
     # Beside what dev.txt has, so that Meta's code runs on the torch and the Pillow that are tested.
     "meta.txt": ("--group=meta", "--no-deps"),
     # An environment of its own: Gradio holds Pillow below what is tested.

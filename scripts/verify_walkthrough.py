@@ -1,4 +1,4 @@
-"""README's way from a clone to a dashboard, walked by its very commands, each step timed.
+"""The way of docs/start.md from a clone to a dashboard, walked by its very commands, each step timed.
 
 The metrics page must have every metric that the Grafana dashboard asks for, and the Node client must stream an answer.
 
@@ -64,8 +64,8 @@ def main() -> None:
 
 
 def commands() -> list[str]:
-    """What README tells to type, without the clone."""
-    section = (ROOT / "README.md").read_text().partition(HEADING)[2].partition("\n## ")[0]
+    """What docs/start.md tells to type, without the clone."""
+    section = (ROOT / "docs/start.md").read_text().partition(HEADING)[2].partition("\n## ")[0]
     return re.findall(r"^\$ (.+?)(?:\s+#.*)?$", section, re.MULTILINE)
 
 
