@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from pydantic import ByteSize
 from transformers import MllamaConfig
 from typer.testing import CliRunner
@@ -17,7 +18,8 @@ from trimserve.api.trim import TrimRequest
 from trimserve.cli import app
 from trimserve.client import Client, make_request
 from trimserve.config import EngineConfig, ModelConfig
-from trimserve.model.loading import embedded_model_folder, load_model
+from trimserve.engine.memory import kv_budget
+from trimserve.model.loading import describe_model, embedded_model_folder, load_model
 from trimserve.serve import in_process_server
 from trimserve.v1 import generation_pb2 as pb
 
@@ -105,9 +107,30 @@ def test_tensor_parallel_devices_divide_linear_layers_and_keys_and_values(llama_
     assert planned(*options, "18GiB", fits=False)["limit"] == "the weights are larger than the memory"
     rank, whole = planned(*options, "24GiB", "--tensor-parallel", 2), planned(*options, "40GiB")
     assert rank["weight_bytes"] == pytest.approx(12.0e9, rel=0.03)  # as measured of a sharded model
-    for name in ("self_kv_bytes_per_request", "cross_kv_bytes_per_request", "step_bytes_alone"):
+    assert rank["step_bytes_alone"] == pytest.approx(whole["step_bytes_alone"] / 2, rel=1e-3)  # norms are on both
+    for name in ("self_kv_bytes_per_request", "cross_kv_bytes_per_request"):
         assert rank[name] == whole[name] // 2
-    assert "num_kv_heads, 8, got 3" in refusal(*options, "24GiB", "--tensor-parallel", 3)
+    refused = CliRunner().invoke(app, ["plan", *map(str, options), "24GiB", "--tensor-parallel", "3"]).exception
+    assert "must divide the 8 KV heads" in str(refused)
+
+
+@pytest.mark.parametrize(("where", "memory", "num_devices"), [("cuda:0", "--gpu-memory", 2), ("cpu", "--memory", 1)])
+def test_devices_or_processes_that_share_a_model_are_planned_as_their_server_sizes_its_pool(
+    llama_11b: Path, monkeypatch: pytest.MonkeyPatch, where: str, memory: str, num_devices: int
+) -> None:
+    plan = planned("--model", llama_11b, memory, "48GiB", "--tensor-parallel", 2, "--image-cache-bytes", "100MiB")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    limits = EngineConfig(tensor_parallel=2, max_batch=plan["num_requests"])
+    info = describe_model(ModelConfig(model=str(llama_11b)), limits, where)
+    weights = info.weight_bytes // num_devices
+    total, scratch = kv_budget(info, limits, limits.max_batch, 48 * GIB - weights)
+    assert [plan[name] for name in ("weight_bytes", "kv_cache_bytes", "scratch_bytes")] == [
+        weights,
+        total // num_devices,
+        scratch // num_devices,
+    ]
+    # Each process has a cache and an encoder of its own.
+    assert plan["image_cache_bytes"] == 2 // num_devices * 100 * 2**20
 
 
 def test_quantized_linear_layers_take_half(llama_11b: Path) -> None:

@@ -3,7 +3,7 @@
 A plan is arithmetic over a `ModelInfo`: no weights are read, and the device need not be there.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from trimserve.api.info import ModelInfo
 from trimserve.api.trim import TrimRequest
@@ -14,7 +14,7 @@ from trimserve.engine.speculation import most_rows
 from trimserve.trimming.budget import cap
 from trimserve.trimming.plan import TrimPlan, max_rows
 
-__all__ = ["MOST_REQUESTS", "Plan", "Workload", "make_plan", "of_rank"]
+__all__ = ["MOST_REQUESTS", "Plan", "Workload", "make_plan"]
 
 MOST_REQUESTS = 4096
 """Where the search for the most requests ends."""
@@ -35,7 +35,10 @@ class Workload:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What goes where on one device, in bytes unless said otherwise; of N tensor-parallel devices, on each."""
+    """What goes where on one device, in bytes unless said otherwise.
+
+    Of the GPUs that share a model on each; processes that share it on a CPU share the memory, too, and count together.
+    """
 
     memory_bytes: int
     weight_bytes: int
@@ -77,41 +80,8 @@ class Plan:
         return None
 
 
-def of_rank(info: ModelInfo, num_devices: int) -> ModelInfo:
-    """One of N tensor-parallel devices' share of a model.
-
-    Linear layers of the decoder, heads and their keys and values are divided; the vision encoder, embedding and norms
-    are on each.
-
-    Args:
-        info: of the whole model.
-        num_devices: N, which must divide the KV heads and the width of the MLP.
-    Raises:
-        ValueError: it does not.
-    """
-    for name in ("num_kv_heads", "intermediate_size"):
-        if getattr(info, name) % num_devices:
-            raise ValueError(f"must divide the model's {name}, {getattr(info, name)}, got {num_devices}")
-    elsewhere = info.linear_bytes - info.linear_bytes // num_devices
-    return replace(
-        info,
-        weight_bytes=info.weight_bytes - elsewhere,
-        linear_bytes=info.linear_bytes - elsewhere,
-        step_weight_bytes=info.step_weight_bytes // num_devices,
-        num_heads=info.num_heads // num_devices,
-        num_kv_heads=info.num_kv_heads // num_devices,
-        intermediate_size=info.intermediate_size // num_devices,
-        kv_bytes_per_position=info.kv_bytes_per_position // num_devices,
-    )
-
-
 def make_plan(
-    info: ModelInfo,
-    config: EngineConfig,
-    workload: Workload,
-    memory_bytes: int,
-    num_requests: int | None = None,
-    num_devices: int = 1,
+    info: ModelInfo, config: EngineConfig, workload: Workload, memory_bytes: int, num_requests: int | None = None
 ) -> Plan:
     """Plan one device.
 
@@ -121,21 +91,13 @@ def make_plan(
         workload: the requests.
         memory_bytes: of the device, for trimserve alone.
         num_requests: that are to decode together, at least 1; None is as many as fit, up to `MOST_REQUESTS`.
-        num_devices: tensor-parallel ones.
     Raises:
-        ValueError: the workload is more than a request may ask for, or the devices cannot share the model.
+        ValueError: the workload is more than a request may ask for.
     """
     _check(info, workload)
-    # How many features stay is up to all heads, on whatever device.
-    most = _most_kept(info, workload)
-    rank = of_rank(info, num_devices)
-
-    of_all = config.kv_cache_bytes
-    kv_cache_bytes = None if of_all is None else of_all // num_devices
 
     def plan(count: int) -> Plan:
-        own = config.model_copy(update={"max_batch": count, "kv_cache_bytes": kv_cache_bytes})
-        return _plan_for(rank, own, workload, most, memory_bytes)
+        return _plan_for(info, config.model_copy(update={"max_batch": count}), workload, memory_bytes)
 
     if num_requests is not None:
         return plan(num_requests)
@@ -167,30 +129,33 @@ def _most_kept(info: ModelInfo, workload: Workload) -> int:
     return workload.num_images * max_rows(features, info.num_heads, info.features_per_tile, trim)
 
 
-def _plan_for(rank: ModelInfo, config: EngineConfig, workload: Workload, most_kept: int, memory_bytes: int) -> Plan:
-    weights = rank.weight_bytes + (rank.guide.weight_bytes if rank.guide else 0)
+def _plan_for(info: ModelInfo, config: EngineConfig, workload: Workload, memory_bytes: int) -> Plan:
+    # What follows is of all ranks together until it is divided among the devices that have memory of their own.
+    devices = 1 if info.device == "cpu" else info.tensor_parallel
+    ranks_of_device = info.tensor_parallel // devices
+    weights = info.weight_bytes + (info.guide.weight_bytes if info.guide else 0)
     rows_of_step = most_rows(config.max_batch, has_drafts=config.speculation)
-    total, scratch = kv_budget(rank, config, rows_of_step, max(0, memory_bytes - weights))
-    sizes = KVPool(rank, 0, config.kv_layers_per_page)  # for the sizes of pages
-    features = workload.num_images * _num_features(workload, rank)
+    total, scratch = kv_budget(info, config, rows_of_step, max(0, memory_bytes - weights // devices))
+    sizes = KVPool(info, 0, config.kv_layers_per_page)  # for the sizes of pages
+    features, most_kept = workload.num_images * _num_features(workload, info), _most_kept(info, workload)
     rows = min(most_kept, cap(workload.kept_fraction, features)) if features else 0
-    self_bytes = sizes.self_bytes(workload.num_tokens)
-    held, joining = self_bytes + sizes.cross_bytes(rows), self_bytes + sizes.cross_bytes(most_kept)
+    self_bytes, cross_bytes = sizes.self_bytes(workload.num_tokens), sizes.cross_bytes(rows)
+    held, joining = self_bytes + cross_bytes, self_bytes + sizes.cross_bytes(most_kept)
     pool_bytes = max(0, total - scratch) // sizes.page_bytes * sizes.page_bytes
     num_fitting = 0 if joining > pool_bytes else 1 + (pool_bytes - joining) // held
     return Plan(
         memory_bytes=memory_bytes,
-        weight_bytes=weights,
-        kv_cache_bytes=total,
-        scratch_bytes=scratch,
-        left_bytes=memory_bytes - weights - total,
-        image_cache_bytes=config.image_cache_bytes,
-        vision_scratch_bytes=rank.vision_scratch_bytes,
-        self_kv_bytes_per_request=self_bytes,
-        cross_kv_bytes_per_request=held - self_bytes,
-        joining_kv_bytes=joining,
+        weight_bytes=weights // devices,
+        kv_cache_bytes=total // devices,
+        scratch_bytes=scratch // devices,
+        left_bytes=memory_bytes - (weights + total) // devices,
+        image_cache_bytes=config.image_cache_bytes * ranks_of_device,
+        vision_scratch_bytes=info.vision_scratch_bytes * ranks_of_device,
+        self_kv_bytes_per_request=self_bytes // devices,
+        cross_kv_bytes_per_request=cross_bytes // devices,
+        joining_kv_bytes=joining // devices,
         num_requests=config.max_batch,
         num_fitting=num_fitting,
-        step_bytes=rank.step_weight_bytes + config.max_batch * held,
-        step_bytes_alone=rank.step_weight_bytes + held,
+        step_bytes=(info.step_weight_bytes + config.max_batch * held) // devices,
+        step_bytes_alone=(info.step_weight_bytes + held) // devices,
     )

@@ -184,3 +184,15 @@ def test_what_cannot_be_followed_is_refused_with_the_field_and_the_reason(constr
     with pytest.raises(InvalidRequest, match=f"(?s){words}") as refused:
         start(engine, constrained(constraint))
     assert len(refused.value.message) < 1200
+
+
+@pytest.mark.parametrize("speculation", [False, True])
+def test_an_answer_whose_constraint_cannot_be_followed_any_further_is_not_complete(speculation: bool) -> None:
+    """What comes behind "a" has no end."""
+    endless = LarkGrammar('start: "a" more\nmore: "b" more')
+    [output] = run(make_engine(FakeModel(), speculation=speculation), constrained(endless))
+    assert text(output) == "a"
+    error = output[-1]
+    assert isinstance(error, InvalidRequest)
+    assert error.field == "grammar"
+    assert "cannot be followed: parser error: Too many items" in error.message

@@ -9,6 +9,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -33,6 +34,7 @@ from trimserve.config import EngineConfig, ModelConfig
 from trimserve.engine.engine import Engine
 from trimserve.engine.memory import prefill_scratch_bytes
 from trimserve.engine.repeats import Repeats
+from trimserve.engine.speculation import Speculation
 from trimserve.errors import RequestFailed
 from trimserve.executor.drafter import Drafter, Text
 from trimserve.executor.local import LocalExecutor
@@ -325,6 +327,23 @@ class Always:
 
     def forget(self, sequence: int) -> None:
         """Nothing is kept."""
+
+
+def test_a_sequence_whose_drafts_only_lacked_room_has_some_soon_after_there_is_room() -> None:
+    speculation = Speculation(Always("a"), max_batch=10)
+    # What it knows of sequences: nine of them leave room for one draft.
+    batch: list[Any] = [
+        SimpleNamespace(number=number, prompt_token_ids=(1,), generated_token_ids=(1,), max_new_tokens=2000)
+        for number in range(9)
+    ]
+
+    def drafts(num_tokens: int, batch: list[Any]) -> dict[int, tuple[int, ...]]:
+        for sequence in batch:
+            sequence.num_generated_tokens = num_tokens
+        return speculation.drafts(batch)
+
+    assert all(len(drafts(count, batch)) == 1 for count in range(1, 1000))
+    assert any(drafts(count, batch[:1]) for count in range(1000, 1040))
 
 
 def test_a_constraint_knows_the_length_of_an_answer_with_its_drafts() -> None:

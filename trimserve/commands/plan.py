@@ -54,7 +54,6 @@ def _with_workload() -> Callable[[Command], Command]:
 def plan(
     gpu_memory: Annotated[str | None, typer.Option(help="Memory of one GPU, such as 24GiB.")] = None,
     memory: Annotated[str | None, typer.Option(help="Memory of a machine whose CPU runs the model.")] = None,
-    tensor_parallel: Annotated[int, typer.Option(min=1, help="Devices that share the model, by formula.")] = 1,
     # It has the name of the knob whose place it takes.
     max_batch: Annotated[
         int | None, typer.Option("--requests", min=1, help="That are to decode together; default: all that fit.")
@@ -74,15 +73,14 @@ def plan(
     device, memory_bytes = _device(gpu_memory, memory, config)
     info = describe_model(config.model, config.engine, device)
     try:
-        made = make_plan(info, config.engine, workload, memory_bytes, max_batch, tensor_parallel)
+        made = make_plan(info, config.engine, workload, memory_bytes, max_batch)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     floors = {} if bandwidth is None else _floors(made, bandwidth)
     if as_json:
         print(json.dumps({**asdict(made), **floors, "limit": made.limit}, indent=2))
     else:
-        shared = f", each of {tensor_parallel} tensor-parallel ones" if tensor_parallel > 1 else ""
-        print_facts({**_facts_of_memory(info, made, shared), **_facts_of_requests(made, floors)})
+        print_facts({**_facts_of_memory(info, made), **_facts_of_requests(made, floors)})
     if made.limit is not None:
         raise typer.Exit(1)
 
@@ -109,8 +107,10 @@ def _floors(plan: "Plan", gigabytes_per_second: float) -> dict[str, float]:
     return {"floor_ms_alone": plan.step_bytes_alone / per_ms, "floor_ms": plan.step_bytes / per_ms}
 
 
-def _facts_of_memory(info: "ModelInfo", plan: "Plan", shared: str) -> dict[str, str]:
+def _facts_of_memory(info: "ModelInfo", plan: "Plan") -> dict[str, str]:
     where = "the CPU's machine" if info.device == "cpu" else "a GPU"
+    size = info.tensor_parallel
+    shared = "" if size == 1 else f", for all {size} processes" if info.device == "cpu" else f", each of {size}"
     quantized = "" if info.quantization == "none" else f", linear layers in {info.quantization}"
     left = f"-{as_bytes(-plan.left_bytes)}" if plan.left_bytes < 0 else as_bytes(plan.left_bytes)
     return {

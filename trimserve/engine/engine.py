@@ -1,9 +1,9 @@
 """The engine: decides what runs next, and says what became of it.
 
 Each `step()` plans work for an executor: a slice of the next prompt, so that running streams wait no longer than the
-slice and one layer, then a new token for every running sequence, and further ones
-where drafts were right. It owns the sequences, their order and their pages;
-it knows no tensor, thread, event loop or wire. Its owner calls `step()`; chunks go into sinks.
+slice and one layer, then a new token for every running sequence, and further ones where drafts were right. It owns the
+sequences, their order and their pages; it knows no tensor, thread, event loop or wire. Its owner calls `step()`; chunks
+go into sinks.
 """
 
 import itertools
@@ -192,7 +192,7 @@ class Engine:
         self._let_go(sequence)
 
     def step(self) -> None:
-        """Work on the next prompt for a slice of time, then decode one token of every running sequence."""
+        """Work on the next prompt for a slice of time, then decode every running sequence."""
         self.step_began_at = self._clock()
         grown = self._grow()
         self._read_prompts()

@@ -38,6 +38,8 @@ class _Trust:
     resumes_at: int = 0
     """Tokens that the sequence has when drafts are tried again."""
     rest: int = _REST
+    was_checked: bool = False
+    """Whether any draft was, since the last rest."""
 
     def saw(self, num_drafts: int, num_accepted: int) -> None:
         for _ in range(num_accepted):
@@ -46,10 +48,13 @@ class _Trust:
             self.rate -= _WEIGHT * self.rate
         if num_accepted:
             self.rest = _REST
+        self.was_checked = True
 
     def pause(self, num_tokens: int) -> None:
-        self.resumes_at, self.rest = num_tokens + self.rest, 2 * self.rest
-        self.rate = max(self.rate, _RATE_AFTER_REST)
+        self.resumes_at = num_tokens + self.rest
+        if self.was_checked:  # else they were not wrong: others took the room, or steps were dear
+            self.rest *= 2
+        self.rate, self.was_checked = max(self.rate, _RATE_AFTER_REST), False
 
 
 @dataclass(slots=True)

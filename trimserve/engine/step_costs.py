@@ -53,8 +53,6 @@ class StepCosts:
         below = known[max(place - 1, 0)]
         if above == num_rows or above <= below:
             return self._seconds[above]
-        if num_rows < below:
-            return self._seconds[below]
         share = (num_rows - below) / (above - below)
         return self._seconds[below] + share * (self._seconds[above] - self._seconds[below])
 

@@ -149,15 +149,14 @@ class Guides:
             Whether the answer is complete with it.
         """
         matcher = guide.matcher
-        if guide.failure is not None:
-            return True
         assert matcher is not None, "a guide is waited for before a token is drawn"
         if token_id in guide.end_token_ids or token_id in self._model_ends:
             return True
         matcher.consume_token(token_id)
+        is_stopped = matcher.is_stopped()  # complete, or in error, which may come of asking
         if matcher.is_error():
             guide.failure = refusal(guide.constraint, matcher.get_error())
-        return matcher.is_stopped()
+        return is_stopped and guide.failure is None
 
     def forced(self, guide: Guide) -> tuple[int, ...]:
         """Tokens that write what must come next, of a guide whose masks are not made yet; see `Drawn.forced`."""

@@ -166,7 +166,7 @@ def describe_checkpoint(
     text, vision = text_config(checkpoint.config), vision_config(checkpoint.config)
     dtype = checkpoint.dtype(config.dtype)
     head_dim = text.hidden_size // text.num_attention_heads
-    device = _device(config.device) if device is None else device
+    device = _device(config.device, limits.tensor_parallel) if device is None else device
     _check_stored(config, device)
     kv_dtype = str(dtype).removeprefix("torch.") if config.kv_dtype == "auto" else config.kv_dtype
     stored = stored_formats(checkpoint.config, checkpoint.tensors) if device == "cpu" else {}
@@ -227,8 +227,8 @@ def _check_stored(config: ModelConfig, device: str) -> None:
         raise CheckpointError(f"kv_dtype {config.kv_dtype} is for the CPU; take auto, or device cpu")
 
 
-def _device(wanted: Device) -> str:
-    """As in `ModelInfo.device`."""
+def _device(wanted: Device, num_ranks: int) -> str:
+    """As in `ModelInfo.device`; there are as many."""
     why_not = None
     if not torch.cuda.is_available():
         why_not = "torch sees no GPU"
@@ -238,6 +238,8 @@ def _device(wanted: Device) -> str:
         return "cpu"
     if why_not is not None:
         raise CheckpointError(f"device cuda: {why_not}")
+    if torch.cuda.device_count() < num_ranks:
+        raise CheckpointError(f"tensor_parallel must be at most {torch.cuda.device_count()}, the GPUs, got {num_ranks}")
     return "cuda:0"
 
 

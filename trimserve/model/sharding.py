@@ -62,7 +62,7 @@ def check_shares(config: ModelConfig, info: ModelInfo) -> None:
         config: how it is read.
         info: of the model.
     Raises:
-        CheckpointError: it cannot, or there are fewer GPUs than ranks.
+        CheckpointError: it cannot.
     """
     size = info.tensor_parallel
     if size == 1:
@@ -74,8 +74,6 @@ def check_shares(config: ModelConfig, info: ModelInfo) -> None:
         raise CheckpointError("tensor_parallel does not work with int4 weights, whose groups may not be cut")
     if config.adapter:
         raise CheckpointError("tensor_parallel does not work with adapters (adapter)")
-    if torch.device(info.device).type == "cuda" and torch.cuda.device_count() < size:
-        raise CheckpointError(f"tensor_parallel must be at most {torch.cuda.device_count()}, the GPUs, got {size}")
 
 
 def _shares(model: MllamaForConditionalGeneration, shard: Shard) -> Iterator[tuple[nn.Linear, Share]]:
