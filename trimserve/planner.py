@@ -91,7 +91,7 @@ def of_rank(info: ModelInfo, num_devices: int) -> ModelInfo:
     """
     for name in ("num_kv_heads", "intermediate_size"):
         if getattr(info, name) % num_devices:
-            raise ValueError(f"must divide the model's {name}, {getattr(info, name)}, got {num_devices}")
+            raise ValueError(f"num_devices: must divide the model's {name}, {getattr(info, name)}, got {num_devices}")
     elsewhere = info.linear_bytes - info.linear_bytes // num_devices
     return replace(
         info,
