@@ -273,6 +273,9 @@ def test_what_the_user_can_mend_is_one_line_and_status_1(
     ("arguments", "message"),
     [
         (["serve", "--max-batch", "0"], "--max-batch: Input should be greater than or equal to 1, got 0"),
+        (["serve", "--adapter", "x"], "--adapter: String should match pattern"),
+        (["serve", "--tls-cert", "x"], "--tls-key: must be given with tls_cert"),
+        (["serve", "--quantize", "int3"], "'--quantize': 'int3' is not one of 'none', 'int8', 'int4'"),
         (["generate", "--prompt", "x", "--seed", "-1"], "'--seed'"),
         (["generate", "--prompt", "x", "--max-new-tokens", "-1"], "'--max-new-tokens'"),
         (["generate"], "Missing option '--prompt' (see trimserve generate --help)"),

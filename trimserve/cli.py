@@ -76,6 +76,7 @@ def _refuse_usage(error: Any) -> NoReturn:
     message = error.format_message()
     if not message:  # no command was given, and the help is printed
         raise SystemExit(error.exit_code) from None
+    message = message.replace(": Value error, ", ": ")  # pydantic says so of errors that a validator words
     command = error.ctx.command_path if error.ctx else "trimserve"
     _fail(f"error: {message.rstrip('.')} (see {command} --help)", error.exit_code)
 

@@ -326,7 +326,7 @@ class ServerConfig(_Knobs):
     def _has_room_for_one(cls, num_bytes: ByteSize, info: ValidationInfo) -> ByteSize:
         least = info.data.get("max_message_bytes", 0)
         if num_bytes < least:
-            raise ValueError(f"must be at least max_message_bytes, {least}, got {num_bytes}")
+            raise ValueError(f"must be at least max_message_bytes, {least}")
         return num_bytes
 
     @field_validator("allow_plaintext")

@@ -111,5 +111,6 @@ def _config(knobs: Mapping[str, Any]) -> Config:
         return Config.model_validate(sections)
     except ValidationError as error:
         first = error.errors()[0]
-        option = "--" + str(first["loc"][-1]).replace("_", "-")
+        _, knob, *_ = first["loc"]  # behind the section; of a knob that is given again, its index follows
+        option = "--" + str(knob).replace("_", "-")
         raise typer.BadParameter(f"{first['msg']}, got {first['input']!r}", param_hint=option) from None
