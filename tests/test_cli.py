@@ -294,6 +294,27 @@ def test_what_is_typed_wrongly_is_one_line_and_status_2(
     assert message in failed(2, arguments, monkeypatch, capsys)
 
 
+@pytest.mark.parametrize(
+    ("status", "arguments", "message"),
+    [
+        (2, ["plan"], "--gpu-memory: must be given"),
+        (2, ["plan", "--memory", "1GiB", "--bandwidth", "0"], "--bandwidth: must be above 0, got 0.0"),
+        (2, ["plan", "--memory", "1GiB", "--kept-fraction", "2"], "--kept-fraction: must be in (0, 1], got 2.0"),
+        (1, ["explain", "--prompt", "x", "--image", "no.png"], "no.png: No such file or directory"),
+    ],
+)
+def test_what_is_typed_wrongly_is_told_before_slow_imports(
+    status: int,
+    arguments: list[str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for slow in ("trimserve.planner", "trimserve.explain"):
+        monkeypatch.setitem(sys.modules, slow, None)  # an import of it fails
+    assert message in failed(status, arguments, monkeypatch, capsys)
+
+
 def test_a_prompt_on_standard_input_that_is_not_utf8_is_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

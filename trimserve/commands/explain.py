@@ -57,13 +57,14 @@ def explain(
     config: Config,
 ) -> None:
     """Draw which visual features a question kept, and which query heads picked them."""
-    from trimserve.explain import Explained, draw_contact_sheet, draw_explanation, selection_of
-    from trimserve.model.images import decode_image
-
     if policies is not None and (policy is not None or k_ratio is not None):
         raise typer.BadParameter("--policies excludes --policy and --k-ratio")
     name, config = adapter_of(adapter, config, is_served=connection.address is not None)
     request = question.ask(prompt, [image], system, pb.SamplingParams(temperature=0), pb.TrimOptions(), name)
+
+    from trimserve.explain import Explained, draw_contact_sheet, draw_explanation, selection_of
+    from trimserve.model.images import decode_image
+
     content = request.chat.messages[-1].parts[0].image.data
     picture = decode_image(content, image, config.engine.max_image_pixels)
     out.parent.mkdir(parents=True, exist_ok=True)

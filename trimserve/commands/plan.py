@@ -16,13 +16,16 @@ from trimserve.options import Command, with_options
 
 if TYPE_CHECKING:
     from trimserve.api.info import ModelInfo
-    from trimserve.planner import Plan, Workload
+    from trimserve.planner import Plan
 
 __all__ = ["plan"]
 
 
 def _with_workload() -> Callable[[Command], Command]:
-    """Add the options of a request; the command receives them as its argument `workload`."""
+    """Add the options of a request; the command receives them, checked, as its argument `workload`.
+
+    They are no `Workload` yet, because that needs torch, and what is typed wrongly is told before torch is there.
+    """
     options = {
         "tokens": (int, 512, typer.Option(min=1, help="Of prompt and answer of a request together.")),
         "images": (int, 1, typer.Option(min=0, help="Of a request.")),
@@ -38,13 +41,11 @@ def _with_workload() -> Callable[[Command], Command]:
         for name, (kind, default, option) in options.items()
     ]
 
-    def make(values: Mapping[str, Any]) -> "Workload":
-        from trimserve.planner import Workload
-
+    def make(values: Mapping[str, Any]) -> Mapping[str, Any]:
         fraction = values["kept_fraction"]
         if fraction is not None and not 0 < fraction <= 1:
             raise typer.BadParameter(f"must be in (0, 1], got {fraction}", param_hint="--kept-fraction")
-        return Workload(values["tokens"], values["images"], values["tiles"], fraction)
+        return {name: values[name] for name in options}
 
     return lambda command: with_options(command, "workload", parameters, make)
 
@@ -61,19 +62,21 @@ def plan(
     bandwidth: Annotated[float | None, typer.Option(help="Of a device's memory in GB/s, for the decode floor.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
     *,
-    workload: "Workload",
+    workload: Mapping[str, Any],
     config: Config,
 ) -> None:
     """Tell how many requests fit beside a model, and what limits them; exit status 1 if the plan does not fit."""
-    from trimserve.model.loading import describe_model
-    from trimserve.planner import make_plan
-
     if bandwidth is not None and bandwidth <= 0:
         raise typer.BadParameter(f"must be above 0, got {bandwidth}", param_hint="--bandwidth")
     device, memory_bytes = _device(gpu_memory, memory, config)
+
+    from trimserve.model.loading import describe_model
+    from trimserve.planner import Workload, make_plan
+
+    each = Workload(workload["tokens"], workload["images"], workload["tiles"], workload["kept_fraction"])
     info = describe_model(config.model, config.engine, device)
     try:
-        made = make_plan(info, config.engine, workload, memory_bytes, max_batch)
+        made = make_plan(info, config.engine, each, memory_bytes, max_batch)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     floors = {} if bandwidth is None else _floors(made, bandwidth)
