@@ -20,6 +20,13 @@ if TYPE_CHECKING:
 
 __all__ = ["plan"]
 
+_OPTIONS = {
+    "num_tokens": "--tokens",
+    "num_images": "--images",
+    "num_tiles": "--tiles",
+}
+"""What the planner refuses, as the command line names it."""
+
 
 def _with_workload() -> Callable[[Command], Command]:
     """Add the options of a request; the command receives them, checked, as its argument `workload`.
@@ -78,7 +85,8 @@ def plan(
     try:
         made = make_plan(info, config.engine, each, memory_bytes, max_batch)
     except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
+        name, _, why = str(error).partition(": ")
+        raise typer.BadParameter(why, param_hint=_OPTIONS[name]) from None
     floors = {} if bandwidth is None else _floors(made, bandwidth)
     if as_json:
         print(json.dumps({**asdict(made), **floors, "limit": made.limit}, indent=2))
