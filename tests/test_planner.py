@@ -158,8 +158,8 @@ def test_what_is_left_must_hold_cached_images_and_the_encoder(llama_11b: Path) -
         (("--memory", "1GiB", "--bandwidth", 0), "must be above 0, got 0.0"),
         (("--memory", "1GiB", "--tokens", 9999), "--tokens: must be at most 2048, got 9999"),
         (("--memory", "1GiB", "--images", 9), "--images: must be at most 8, got 9"),
+        (("--memory", "1GiB", "--kv-layers-per-page", 2), "--kv-layers-per-page: must divide 3"),
         (("--memory", "1GiB", "--tiles", 9), "--tiles: must be at most 4, got 9"),
-        (("--memory", "1GiB", "--tensor-parallel", 3), "--tensor-parallel: must divide the model's num_kv_heads, 2"),
     ],
 )
 def test_a_plan_that_makes_no_sense_is_refused(options: tuple[object, ...], words: str) -> None:

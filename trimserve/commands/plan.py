@@ -24,6 +24,7 @@ _OPTIONS = {
     "num_tokens": "--tokens",
     "num_images": "--images",
     "num_tiles": "--tiles",
+    "kv_layers_per_page": "--kv-layers-per-page",
 }
 """What the planner refuses, as the command line names it."""
 

@@ -23,6 +23,9 @@ first (`benchmarks/results/ops.json`, with rows up to these and, of bfloat16, be
 _BLOCK: Final = 512
 """Rows, see `Projection.row_by_row`."""
 
+_MANY: Final = 16
+"""Rows from which on `ops.linear` multiplies quantized weights in another way."""
+
 
 @dataclass(frozen=True, slots=True)
 class Projection:
@@ -54,13 +57,15 @@ class Projection:
     def row_by_row(self, rows: Tensor, adapters: RowAdapters | None = None) -> Tensor:
         """The same, but on a CPU the outputs of a row do not depend on the other rows, to the last bit (ADR-0020).
 
-        `ops.linear` promises that, and is not slower here with many float32 rows. torch takes other loops for what is
-        left over of a block of rows, and for few rows, so it always gets whole blocks.
+        `ops.linear` promises that, of quantized weights for `_MANY` rows and more, and is not slower here with many
+        float32 rows. torch takes other loops for what is left over of a block of rows, and for few rows, so it always
+        gets whole blocks.
         """
         if self.weight.device.type != "cpu":
             return self(rows, adapters)
         if adapters is None and self.most_rows(rows.dtype) >= _BLOCK:
-            product = ops.linear(rows, self.weight, self.scales)
+            num_missing = 0 if self.scales is None else max(0, _MANY - len(rows))
+            product = ops.linear(F.pad(rows, (0, 0, 0, num_missing)), self.weight, self.scales)[: len(rows)]
             return product if self.bias is None else product.add_(self.bias)
         return self(F.pad(rows, (0, 0, 0, -len(rows) % _BLOCK)), adapters)[: len(rows)]
 
