@@ -1,4 +1,4 @@
-"""Which drafts a step checks: those that are expected to bring more tokens a second than their rows cost (ADR-0021).
+"""Which drafts a step checks: those that are expected to bring more tokens a second than their rows cost (ADR-0018).
 
 Drafts take places of the batch that are free, so a full batch has none. How often they were right lately, and what
 steps with so many rows took, says how many pay; where none does, it looks again after a while. It makes no drafts.

@@ -1,4 +1,4 @@
-"""What the engine needs of a drafter: the seam between what a text may go on with and checking it (ADR-0021)."""
+"""What the engine needs of a drafter: the seam between what a text may go on with and checking it (ADR-0018)."""
 
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol

@@ -2,7 +2,7 @@
 
 A row behind drafts is drawn as if the drafts had been drawn before it, with the same seed and position, penalties and
 constraint. A draft is accepted while it equals what is drawn in its place, so the tokens are those of a run without
-drafts (ADR-0021). It knows no model and no pages.
+drafts (ADR-0018). It knows no model and no pages.
 """
 
 import logging

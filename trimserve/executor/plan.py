@@ -91,7 +91,7 @@ class Rows:
     """At least one; None is the token that was drawn last, so that a step can be planned before it is known."""
     drafts: tuple[int, ...] = ()
     """Tokens that may be drawn next, in order, each a row of its own in the pages. One is drawn after each row, as it
-    would be without drafts, for as long as drafts are what is drawn (ADR-0021)."""
+    would be without drafts, for as long as drafts are what is drawn (ADR-0018)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -55,7 +55,7 @@ class Projection:
         return product
 
     def row_by_row(self, rows: Tensor, adapters: RowAdapters | None = None) -> Tensor:
-        """The same, but on a CPU the outputs of a row do not depend on the other rows, to the last bit (ADR-0020).
+        """The same, but on a CPU the outputs of a row do not depend on the other rows, to the last bit (ADR-0017).
 
         `ops.linear` promises that, of quantized weights for `_MANY` rows and more, and is not slower here with many
         float32 rows. torch takes other loops for what is left over of a block of rows, and for few rows, so it always
