@@ -1,7 +1,7 @@
 // linear with int8 or int4 weights, for many rows: what bounds it is the products, not reading the weight.
-//   A panel of outputs, a part of K long, becomes floats in the first- or second-level cache, where a lane is an output,
-//   and all rows pass it. Its numbers are the stored integers, which bfloat16 holds too; scales multiply the sums of a
-//   group. An output does not depend on the other rows, to the last bit.
+//   A panel of outputs, a part of K long, becomes floats in the first- or second-level cache, where a lane is an
+//   output, and all rows pass it. Its numbers are the stored integers, which bfloat16 holds too; scales multiply the
+//   sums of a group. An output does not depend on the other rows, to the last bit.
 
 #include <algorithm>
 #include <cstring>

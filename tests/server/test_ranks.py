@@ -4,6 +4,7 @@ import os
 import re
 import signal
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 
 import grpc
@@ -24,9 +25,10 @@ LONG = pb.GenerateRequest(
 
 def other_rank(pid: int) -> int:
     """The process of rank 1."""
-    children = [
-        child for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()
-    ]
+    children: list[str] = []
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        with suppress(FileNotFoundError):  # a thread may end meanwhile
+            children += (task / "children").read_text().split()
     [rank] = (int(child) for child in children if b"rank_main" in Path(f"/proc/{child}/cmdline").read_bytes())
     return rank
 

@@ -238,7 +238,7 @@ def _device(wanted: Device, num_ranks: int) -> str:
         return "cpu"
     if why_not is not None:
         raise CheckpointError(f"device cuda: {why_not}")
-    if torch.cuda.device_count() < num_ranks:
+    if 1 < num_ranks > torch.cuda.device_count():
         raise CheckpointError(f"tensor_parallel must be at most {torch.cuda.device_count()}, the GPUs, got {num_ranks}")
     return "cuda:0"
 

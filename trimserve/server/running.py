@@ -22,6 +22,7 @@ __all__ = ["InProcessServer", "running_server", "serve"]
 log = logging.getLogger(__name__)
 
 
+_LOOK_UP_SECONDS = 0.5
 LAST_LINES_SECONDS = 2.0
 """For the last lines of the log to be written."""
 
@@ -127,6 +128,9 @@ class InProcessServer:
         """
         self._thread.start()
         try:
+            # Python may miss a signal that comes while a thread begins to wait, so this one looks up now and then.
+            while not concurrent.futures.wait([self._ready], _LOOK_UP_SECONDS).done:
+                pass
             self._ready.result()
         except BaseException:
             self._is_over.set_result(None)
