@@ -16,6 +16,7 @@ __all__ = [
     "saving",
     "serve_tables",
     "speculation_table",
+    "vision_table",
     "walkthrough_table",
 ]
 
@@ -337,3 +338,19 @@ def _origin(report: dict[str, Any]) -> str:
 
 def _missing(module: str) -> str:
     return f"Not measured yet: `python -m benchmarks.{module}`."
+
+
+def vision_table(report: dict[str, Any] | None) -> str:
+    """Seconds of the vision encoder's layers beside transformers', as Markdown.
+
+    Args:
+        report: of `bench_vision`; None says how to get one.
+    """
+    if report is None:
+        return _missing("bench_vision")
+    lines = ["| tiles | dtype | trimserve, s | transformers, s | times as fast [95 %] |", "|---:|---|---:|---:|---:|"]
+    for row in report["results"]:
+        low, high = row["interval"]
+        seconds = f"{row['seconds']:.2f} | {row['transformers_seconds']:.2f}"
+        lines.append(f"| {row['tiles']} | {row['dtype']} | {seconds} | {row['speedup']:.2f} [{low:.2f}, {high:.2f}] |")
+    return "\n".join([*lines, "", _origin(report)])

@@ -53,6 +53,7 @@ from benchmarks.tables import (  # noqa: E402 as above
     saving,
     serve_tables,
     speculation_table,
+    vision_table,
     walkthrough_table,
 )
 from trimserve.config import Config  # noqa: E402 as above
@@ -237,6 +238,7 @@ TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     "meta": ("docs/correctness.md", lambda: meta_table(read_result("meta.json"))),
     "departures": ("docs/correctness.md", lambda: departures_table(read_result("meta.json"))),
     "kv-int8": ("docs/performance.md", lambda: kv_int8_table(read_result("kv_int8.json"))),
+    "vision": ("docs/performance.md", lambda: vision_table(read_result("vision.json"))),
     "speculation": ("docs/performance.md", lambda: speculation_table(read_result("speculation.json"))),
     "batch": ("docs/command-line.md", lambda: batch_table(read_result("batch.json"))),
     "fleet": ("docs/fleet.md", lambda: fleet_table(read_result("fleet.json"))),
