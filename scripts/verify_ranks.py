@@ -81,7 +81,11 @@ def attempt(
                 broken_at = time.monotonic()
                 act(process.pid, rank)
             codes, times = zip(*(end.result() for end in ends), strict=True)
-        _, log = process.communicate(timeout=60)
+        try:
+            _, log = process.communicate(timeout=60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            return f"{name}: the server did not end; streams ended with {codes}"
     last = log.splitlines()[-1]
     if broken_at is None:
         broken_at = float(log.partition("broken at ")[2].split()[0])
