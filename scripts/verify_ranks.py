@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -135,9 +136,10 @@ def _end_of(client: Client) -> tuple[grpc.StatusCode, float]:
 
 
 def _other_rank(pid: int) -> int:
-    children = [
-        each for task in Path(f"/proc/{pid}/task").iterdir() for each in (task / "children").read_text().split()
-    ]
+    children: list[str] = []
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        with suppress(FileNotFoundError):  # a thread may end meanwhile
+            children += (task / "children").read_text().split()
     [rank] = (int(each) for each in children if b"rank_main" in Path(f"/proc/{each}/cmdline").read_bytes())
     return rank
 
