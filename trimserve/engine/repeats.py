@@ -43,6 +43,7 @@ class _Text:
         """Place of the token that followed these last."""
 
     def add(self, token_ids: Sequence[int]) -> None:
+        """Go on with tokens, and remember what each of them followed."""
         known = self.token_ids
         for token_id in token_ids:
             if len(known) >= _ALIKE:
@@ -50,6 +51,7 @@ class _Text:
             known.append(token_id)
 
     def next_tokens(self, most: int) -> list[int]:
+        """What followed the last tokens when they came before, up to `most`; none if they did not."""
         known = self.token_ids
         place = self._followers.get(tuple(known[-_ALIKE:]))
         if place is None:

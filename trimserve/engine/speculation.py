@@ -38,10 +38,12 @@ class _Trust:
     resumes_at: int = 0
     """Tokens that the sequence has when drafts are tried again."""
     rest: int = _REST
+    """Tokens without drafts that the next pause lasts."""
     was_checked: bool = False
     """Whether any draft was, since the last rest."""
 
     def saw(self, num_drafts: int, num_accepted: int) -> None:
+        """Learn from drafts that a step has checked."""
         for _ in range(num_accepted):
             self.rate += _WEIGHT * (1 - self.rate)
         if num_accepted < num_drafts:
@@ -51,6 +53,7 @@ class _Trust:
         self.was_checked = True
 
     def pause(self, num_tokens: int) -> None:
+        """Try no drafts for a while, from so many tokens of the sequence on."""
         self.resumes_at = num_tokens + self.rest
         if self.was_checked:  # else they were not wrong: others took the room, or steps were dear
             self.rest *= 2
