@@ -191,6 +191,7 @@ build/meta/.installed: requirements/meta.txt
 build/playground/.installed: requirements/playground.txt
 	$(BIN)/python -m venv --clear build/playground
 	build/playground/bin/python -m pip --disable-pip-version-check install --quiet $(LOCKED) requirements/playground.txt
+	touch $@
 
 build/site-tools/.installed: requirements/site.txt
 	$(PYTHON) -m venv --clear build/site-tools
