@@ -13,6 +13,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -29,7 +30,7 @@ from transformers.models.mllama.image_processing_pil_mllama import MllamaImagePr
 
 from benchmarks.serve.report import about, write_json
 from trimserve.config import EngineConfig
-from trimserve.imaging.decode import decode_pixels
+from trimserve.imaging.decode import Pixels, decode_pixels
 from trimserve.imaging.limits import Limits
 from trimserve.imaging.pool import DecoderPool
 from trimserve.model.images import prepare_image
@@ -67,7 +68,7 @@ def main() -> None:
     pool = DecoderPool(plan.num_processes, limits)
     pool.start()
     ways = {
-        "thread": _way(lambda data: decode_pixels(data, "image", limits.max_pixels)),
+        "thread": _way(lambda data: nullcontext(decode_pixels(data, "image", limits.max_pixels))),
         "process": _way(lambda data: pool.decode(data, "image")),
     }
     rows = []
@@ -99,10 +100,15 @@ def _photograph(plan: _Plan, file_format: str) -> bytes:
     return buffer.getvalue()
 
 
-def _way(decode: Callable[[bytes], Any]) -> Prepare:
+def _way(decode: Callable[[bytes], AbstractContextManager[Pixels]]) -> Prepare:
     """A file into tiles, with one way to decode it."""
     processor = MllamaImageProcessorPil(size={"height": _TILE_SIZE, "width": _TILE_SIZE}, max_image_tiles=_MAX_TILES)
-    return lambda data: prepare_image(decode(data), processor)
+
+    def prepare(data: bytes) -> PreparedImage:
+        with decode(data) as pixels:
+            return prepare_image(pixels, processor)
+
+    return prepare
 
 
 def _measure(ways: dict[str, Prepare], data: bytes, plan: _Plan, name: str) -> dict[str, Any]:
