@@ -21,10 +21,13 @@ export PYTHONUNBUFFERED := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test check verify verify-attack verify-constraints verify-cuda-build verify-envoy verify-http \
-	site verify-meta verify-playground verify-ranks verify-ray verify-sbom verify-site \
-	check-sanitize cuda-check test-gpu bench-gpu lock update test-floor \
-	test-newest fmt protos docs bench bench-ops clean
+PHONY_TARGETS := $(shell sed -n 's/^\([a-z-]*\):.*## .*/\1/p' $(MAKEFILE_LIST))
+.PHONY: $(PHONY_TARGETS)
+
+# What `verify` runs beside `check` and `test`, each by itself too. Those whose names end so need root and Debian.
+VERIFIED := mixes speculation soak load batch training fuzz versions wheel sanitize meta attack http playground \
+	constraints cuda-build envoy ranks ray sbom site pretended-gpu deployment clients
+VERIFIED_AS_ROOT := walkthrough all-clients monitoring image
 
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1|\2/' | column -t -s '|'
@@ -49,26 +52,59 @@ check: build  ## lint, types, formatting, and that everything generated is up to
 	$(BIN)/python -m scripts.generate.dashboards --check
 	$(BIN)/python -m scripts.verify.cuda_check
 
-verify: check test  ## what takes longer: Meta's code, committed accuracies, random mixes, full load, wheel, Prometheus, image, benchmarks
+verify: check test $(VERIFIED:%=verify-%) $(VERIFIED_AS_ROOT:%=verify-%-as-root) bench  ## everything below, in hours
+
+verify-mixes: build  ## two hundred random mixes of requests, each answer as alone
 	$(BIN)/python -m pytest tests/engine/test_random_mixes.py --mixes 200 --timeout 3600
+
+verify-speculation: build  ## five hundred random requests, with and without drafts
 	$(BIN)/python -m pytest tests/engine/test_speculation.py --speculated 500 --timeout 3600
-	$(BIN)/python -m scripts.verify.load
+
+verify-soak: build  ## ten minutes at full load with cancels and bad input: no leak, no error that was not provoked
+	$(BIN)/python -m scripts.verify.load soak
+
+verify-load: build  ## ten minutes of two hundred streams: all come whole, and onlookers are answered at once
 	$(BIN)/python -m scripts.verify.load load
+
+verify-batch: build  ## `trimserve batch` is as fast as bare clients, and loses nothing when it is killed
 	$(BIN)/python -m benchmarks.bench_batch --out out/bench/batch.json
+
+verify-training: build  ## the committed accuracies, from the committed weights
 	$(BIN)/python -m training.reproduce
-	$(PIP) $(LOCKED) requirements/fuzz.txt && $(BIN)/python -m scripts.verify.fuzz_convert -max_total_time=300
-	$(MAKE) test-floor test-newest
+
+verify-fuzz: build  ## five minutes of mutated requests into the conversion from protobuf
+	$(PIP) $(LOCKED) requirements/fuzz.txt
+	$(BIN)/python -m scripts.verify.fuzz_convert -max_total_time=300
+
+verify-versions: test-floor test-newest  ## the tests with the oldest and the newest releases
+
+verify-wheel: build  ## a wheel in an environment without any development tool answers a question
 	PATH="$(abspath $(BIN)):$$PATH" scripts/verify/wheel.sh
-	$(MAKE) check-sanitize verify-meta verify-attack verify-http verify-playground verify-constraints verify-cuda-build
-	$(MAKE) verify-envoy verify-ranks verify-ray verify-sbom verify-site
+
+verify-sanitize: build  ## the tests of the ops under AddressSanitizer and UndefinedBehaviorSanitizer
+	PATH="$(abspath $(BIN)):$$PATH" scripts/verify/sanitize.sh
+
+verify-pretended-gpu: build  ## the tests of the CUDA ops and of decode steps, with kernels that run on the CPU
 	$(BIN)/python -m pytest --device pretend --hypothesis-profile few --timeout 900 -k "not opcheck" tests/ops \
 		tests/model/test_bucketed_decode.py
+
+verify-deployment: build  ## Dockerfile, compose file, manifests, unit and dashboard; needs npm, kubectl, systemd
 	scripts/verify/deployment.sh
+
+verify-clients: build  ## the Node client by the commands of its README; needs npm
+	$(BIN)/python -m scripts.verify.clients node
+
+verify-all-clients-as-root: build  ## the clients in C++, Go and Node; installs Debian's compilers
+	$(BIN)/python -m scripts.verify.clients
+
+verify-walkthrough-as-root: build  ## the commands of docs/start.md, in a fresh clone, each timed
 	$(BIN)/python -m scripts.verify.walkthrough
-	$(BIN)/python -m scripts.verify.clients  # these as root, on Debian
+
+verify-monitoring-as-root: build  ## alerts and dashboard against Debian's Prometheus, which it installs
 	$(BIN)/python -m scripts.verify.monitoring
+
+verify-image-as-root: build  ## build the image with Debian's buildah, which it installs, and use it
 	scripts/verify/image.sh
-	$(MAKE) bench
 
 verify-attack: build  ## attack a server in 4 GiB with all that callers can do, for ten minutes; ATTACK="--seconds 60" for less
 	$(BIN)/python -m scripts.verify.attack $(ATTACK)
@@ -84,7 +120,7 @@ verify-envoy: build  ## docker/envoy.yaml before two servers: refusals, routing 
 	$(BIN)/python -m scripts.verify.envoy
 
 verify-ray: build/ray/.installed  ## examples/ray on a Ray of this machine: refusals, cancels, one replica, two, and one again
-	PYTHONPATH=build/ray:. $(BIN)/python -m scripts.verify.ray_serve
+	PYTHONPATH=build/ray $(BIN)/python -m scripts.verify.ray_serve
 
 verify-sbom: build build/sbom/.installed  ## write out/sbom.json, the image's bill of materials, and hold it against the lock
 	PYTHONPATH=build/sbom $(BIN)/python -m scripts.verify.sbom
@@ -95,14 +131,11 @@ site: build/site-tools/.installed  ## build the documentation site, build/site/i
 verify-site: site  ## check every link and anchor of the documentation site, and that it loads nothing from elsewhere
 	build/site-tools/bin/python -m scripts.verify.site_links
 
-check-sanitize: build  ## run the tests of the ops under AddressSanitizer and UndefinedBehaviorSanitizer
-	PATH="$(abspath $(BIN)):$$PATH" scripts/verify/sanitize.sh
-
 verify-ranks: build  ## break one of two processes that share a model, in every way, and see the server end with the cause
 	$(BIN)/python -m scripts.verify.ranks
 
 verify-constraints: build  ## ask for answers to 1,000 random schemas and 200 expressions, check them, measure the cost
-	PYTHONPATH=. $(BIN)/python -m scripts.verify.constraints
+	$(BIN)/python -m scripts.verify.constraints
 	$(BIN)/python -m benchmarks.bench_constraints
 
 verify-meta: build build/meta/.installed  ## compare logits, pixels and token ids with Meta's own model code
@@ -151,13 +184,12 @@ bench-ops: build  ## measure the ops and a layer of the vision encoder, in four 
 	$(BIN)/python -m benchmarks.bench_ops
 	$(BIN)/python -m benchmarks.bench_vision --runs 2
 
-bench: bench-ops  ## measure ops and metrics, and try the load generator and the byte count (docs/performance.md measures with them)
+bench: bench-ops  ## measure ops and policies, and try the other benchmarks (docs/performance.md measures with them)
 	$(BIN)/python -m benchmarks.bench_policies
-	$(BIN)/python -m benchmarks.bench_metrics --out benchmarks/results/metrics.json
 	$(BIN)/python -m benchmarks.bench_images --quick --out out/bench/images.json
 	$(BIN)/python -m benchmarks.bench_generate --quick --out out/bench/generate
-	$(BIN)/python -m benchmarks.bench_serve --quick --models embedded --out out/bench
-	$(BIN)/python -m benchmarks.bench_bytes --models embedded --max-new-tokens 32 --out out/bench/bytes.json
+	$(BIN)/python -m benchmarks.bench_serve --quick --models embedded --out out/bench/serve
+	$(BIN)/python -m benchmarks.bench_bytes --quick --out out/bench/bytes.json
 
 clean:  ## remove everything that was built
 	rm -rf $(VENV) build dist out

@@ -10,7 +10,9 @@ bit for bit.
 import io
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from statistics import median
 from typing import Any, Final
 
 import numpy as np
@@ -18,10 +20,10 @@ import torch
 from PIL import Image
 from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
 
-from benchmarks.measure import in_pairs, seconds_of, spread
+from benchmarks.measure import in_pairs, interval, seconds_of, spread
 from benchmarks.report import finish, options
 from trimserve.config import EngineConfig
-from trimserve.imaging.decode import decode_pixels
+from trimserve.imaging.decode import Pixels, decode_pixels
 from trimserve.imaging.limits import Limits
 from trimserve.imaging.pool import DecoderPool
 from trimserve.model.images import prepare_image
@@ -47,10 +49,15 @@ def _photograph(file_format: str) -> bytes:
     return buffer.getvalue()
 
 
-def _way(decode: Callable[[bytes], Any]) -> Prepare:
+def _way(decode: Callable[[bytes], AbstractContextManager[Pixels]]) -> Prepare:
     """A file into tiles, with one way to decode it."""
     processor = MllamaImageProcessorPil(size={"height": _TILE_SIZE, "width": _TILE_SIZE}, max_image_tiles=_MAX_TILES)
-    return lambda data: prepare_image(decode(data), processor)
+
+    def prepare(data: bytes) -> PreparedImage:
+        with decode(data) as pixels:
+            return prepare_image(pixels, processor)
+
+    return prepare
 
 
 def _measure(ways: dict[str, Prepare], data: bytes, rounds: int, rounds_at_once: int) -> dict[str, Any]:
@@ -65,24 +72,29 @@ def _measure(ways: dict[str, Prepare], data: bytes, rounds: int, rounds_at_once:
 
     thread, process = ways.values()
     with ThreadPoolExecutor(_NUM_PROCESSES) as threads:  # as many as a server has workers for images
-        one = zip(*in_pairs(partial(alone, thread), partial(alone, process), rounds), strict=True)
-        many = zip(*in_pairs(partial(at_once, thread), partial(at_once, process), rounds_at_once), strict=True)
+        one = in_pairs(partial(alone, thread), partial(alone, process), rounds)
+        many = in_pairs(partial(at_once, thread), partial(at_once, process), rounds_at_once)
+    ratios = [other / own for own, other in many]
+    low, high = interval(ratios)
     return {
-        "alone_seconds": {way: spread(values) for way, values in zip(ways, one, strict=True)},
-        "at_once_seconds_per_image": {way: spread(values) for way, values in zip(ways, many, strict=True)},
+        "alone_seconds": {way: spread(values) for way, values in zip(ways, zip(*one, strict=True), strict=True)},
+        "at_once_seconds_per_image": {
+            way: spread(values) for way, values in zip(ways, zip(*many, strict=True), strict=True)
+        },
+        "at_once_ratio": {"median": round(median(ratios), 4), "low": low, "high": high},
     }
 
 
 def main() -> None:
     """Command line; the last line of standard output is the report as one JSON document."""
     arguments = options(__doc__, "images.json", quick=True).parse_args()
-    rounds, rounds_at_once = (5, 1) if arguments.quick else (60, 10)
+    rounds, rounds_at_once = (5, 2) if arguments.quick else (30, 40)
     torch.set_num_threads(1)
     limits = Limits(EngineConfig().max_image_pixels)
     pool = DecoderPool(_NUM_PROCESSES, limits)
     pool.start()
     ways = {
-        "thread": _way(lambda data: decode_pixels(data, "image", limits.max_pixels)),
+        "thread": _way(lambda data: nullcontext(decode_pixels(data, "image", limits.max_pixels))),
         "process": _way(lambda data: pool.decode(data, "image")),
     }
     rows = []
