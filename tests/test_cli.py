@@ -371,7 +371,7 @@ def test_help_lists_every_policy_with_a_line(command: str) -> None:
 def test_info_of_a_server_has_the_fields_of_info_here(address: str) -> None:
     here, there = (json.loads(run("info", "--json", *option).stdout) for option in ((), ("--address", address)))
     assert there["address"] == address
-    for name in ("num_parameters", "weight_bytes", "dtype", "revision", "cross_kv_bytes_per_feature", "max_tiles"):
+    for name in ("num_parameters", "weight_bytes", "dtype", "revision", "max_tiles", "tensor_parallel"):
         assert there["model"][name] == here["model"][name]
     for option in ((), ("--address", address)):
         told = run("info", *option).stdout

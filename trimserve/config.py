@@ -146,7 +146,7 @@ class EngineConfig(_Knobs):
         default=ByteSize(512 * 2**20),
         ge=0,
         description="Bytes of visual features, and of their keys and values, that are kept for another question on the "
-        "same image; 0 keeps none.",
+        "same image, in each of `tensor_parallel` processes; 0 keeps none.",
     )
     prefill_slice_seconds: float = Field(
         default=0.1,
