@@ -12,7 +12,7 @@ import pytest
 from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2
 
-from scripts.raw_http2 import RawConnection, framed
+from scripts.verify.raw_http2 import RawConnection, framed
 from tests.patience import soon, until
 from tests.server.conftest import Loopback
 from tests.server.fakes import FINISHED, STARTED, Pause, Script, chat_request
