@@ -22,6 +22,7 @@ from transformers import MllamaForConditionalGeneration
 
 from training.attention import WRITTEN_OUT, register
 from training.batches import Batch, Batcher
+from training.examples import SCENES_ONLY, TRAINING_PICTURES
 from training.mended import mend
 from training.model import PatchHead, encode_images, make_model
 from training.scenes import Split
@@ -48,6 +49,8 @@ class Settings:
     warm_up: float = 0.02
     """Share of the run."""
     weight_decay: float = 0.01
+    has_harder_pictures: bool = False
+    """Whether busy scenes, objects, pages and charts are shown as well: `TRAINING_PICTURES`."""
 
 
 class Trainer:
@@ -70,7 +73,8 @@ class Trainer:
         self.model.set_attn_implementation(WRITTEN_OUT)
         torch.manual_seed(settings.seed)
         self.head = PatchHead(self.model.config.get_text_config().hidden_size).to(device)
-        self.batcher = Batcher(make_processor())
+        pictures = TRAINING_PICTURES if settings.has_harder_pictures else SCENES_ONLY
+        self.batcher = Batcher(make_processor(), pictures=pictures)
         self._optimizers = self._make_optimizers()
 
     @property
@@ -168,6 +172,14 @@ class Trainer:
             optimizer.load_state_dict(saved)
         return trainer
 
+    def take_weights(self, checkpoint: Path) -> None:
+        """Start from the weights of an exported model; optimizers and the auxiliary head start afresh.
+
+        Args:
+            checkpoint: folder with `model.safetensors`, in any float dtype.
+        """
+        self.model.load_state_dict(MllamaForConditionalGeneration.from_pretrained(checkpoint).float().state_dict())
+
     def _forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         model: MllamaForConditionalGeneration = self.model
         mask = torch.zeros(batch.attention_mask.shape, device=self.device).masked_fill(~batch.attention_mask, -1e9)
@@ -216,12 +228,20 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=Settings.learning_rate)
     parser.add_argument("--muon-learning-rate", type=float, default=Settings.muon_learning_rate)
     parser.add_argument("--seed", type=int, default=Settings.seed)
+    parser.add_argument(
+        "--harder-pictures",
+        dest="has_harder_pictures",
+        action="store_true",
+        help="busy scenes, objects, pages and charts as well; fetches packages",
+    )
+    parser.add_argument("--from-checkpoint", type=Path, help="folder of an exported model to start from")
     parser.add_argument("--resume", action="store_true", help="go on from state.pt with its settings")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, help="of the CPU; default: torch's")
     arguments = vars(parser.parse_args())
     out, device = arguments.pop("out"), torch.device(arguments.pop("device"))
     threads, resume = arguments.pop("threads"), arguments.pop("resume")
+    checkpoint = arguments.pop("from_checkpoint")
     if threads:
         torch.set_num_threads(threads)
     out.mkdir(parents=True, exist_ok=True)
@@ -229,6 +249,8 @@ def main() -> None:
         trainer = Trainer.load(out / "state.pt", device, arguments["minutes"])
     else:
         trainer = Trainer(Settings(**arguments), device)
+        if checkpoint is not None:
+            trainer.take_weights(checkpoint)
     with open_log(out / "log.jsonl", trainer.step) as log:
         _train(trainer, out, log)
 
