@@ -30,6 +30,9 @@ from training.tokenizer import make_processor
 
 __all__ = ["Settings", "Trainer", "main", "open_log"]
 
+_HEAD_ALONE = 40
+"""Steps that the auxiliary head learns by itself."""
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -101,7 +104,9 @@ class Trainer:
         logits, features = self._forward(batch)
         labels = batch.labels[batch.labels >= 0]
         loss = nn.functional.cross_entropy(logits.float(), labels)
-        auxiliary = self.head(features.float(), batch.marks, batch.colours)
+        # A head that knows nothing yet would tear at features that are good: at first it learns and does not teach.
+        read = features.detach() if self.step < _HEAD_ALONE else features
+        auxiliary = self.head(read.float(), batch.marks, batch.colours)
         (loss + max(0.1, 1 - 2 * self.progress) * auxiliary).backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimizer in self._optimizers:
