@@ -17,6 +17,7 @@ from typing import TextIO
 
 import torch
 from rich.progress import Progress
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import MllamaForConditionalGeneration
 
@@ -28,7 +29,10 @@ from training.model import PatchHead, encode_images, make_model
 from training.scenes import Split
 from training.tokenizer import make_processor
 
-__all__ = ["Settings", "Trainer", "main", "open_log"]
+__all__ = ["HEAD_FILE", "Settings", "Trainer", "main", "open_log"]
+
+HEAD_FILE = "head.safetensors"
+"""The auxiliary head beside an exported model that training is to go on from."""
 
 _HEAD_ALONE = 40
 """Steps that the auxiliary head learns by itself."""
@@ -178,12 +182,14 @@ class Trainer:
         return trainer
 
     def take_weights(self, checkpoint: Path) -> None:
-        """Start from the weights of an exported model; optimizers and the auxiliary head start afresh.
+        """Start from the weights of an exported model; optimizers start afresh, and so does a head that is not there.
 
         Args:
-            checkpoint: folder with `model.safetensors`, in any float dtype.
+            checkpoint: folder with `model.safetensors`, in any float dtype, and perhaps with `HEAD_FILE`.
         """
         self.model.load_state_dict(MllamaForConditionalGeneration.from_pretrained(checkpoint).float().state_dict())
+        if (checkpoint / HEAD_FILE).exists():
+            self.head.load_state_dict(load_file(checkpoint / HEAD_FILE))
 
     def _forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         model: MllamaForConditionalGeneration = self.model
