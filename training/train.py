@@ -248,9 +248,11 @@ def main() -> None:
     parser.add_argument("--from-checkpoint", type=Path, help="folder of an exported model to start from")
     parser.add_argument("--resume", action="store_true", help="go on from state.pt with its settings")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--measure-every", type=float, default=6.0, help="minutes from one measurement to the next")
     parser.add_argument("--threads", type=int, help="of the CPU; default: torch's")
     arguments = vars(parser.parse_args())
     out, device = arguments.pop("out"), torch.device(arguments.pop("device"))
+    measure_every = arguments.pop("measure_every")
     threads, resume = arguments.pop("threads"), arguments.pop("resume")
     checkpoint = arguments.pop("from_checkpoint")
     if threads:
@@ -263,7 +265,7 @@ def main() -> None:
         if checkpoint is not None:
             trainer.take_weights(checkpoint)
     with open_log(out / "log.jsonl", trainer.step) as log:
-        _train(trainer, out, log)
+        _train(trainer, out, log, measure_every)
 
 
 def open_log(path: Path, step: int) -> TextIO:
@@ -278,7 +280,7 @@ def open_log(path: Path, step: int) -> TextIO:
     return path.open("a")
 
 
-def _train(trainer: Trainer, out: Path, log: TextIO) -> None:
+def _train(trainer: Trainer, out: Path, log: TextIO, measure_every: float) -> None:
     recent: list[dict[str, float]] = []
     saved = measured = trainer.minutes
     with Progress() as bar:
@@ -295,7 +297,7 @@ def _train(trainer: Trainer, out: Path, log: TextIO) -> None:
             if trainer.minutes - saved > 3:
                 trainer.save(out / "state.pt")
                 saved = trainer.minutes
-            if trainer.minutes - measured > 6:
+            if trainer.minutes - measured > measure_every:
                 _measure(trainer, log, quiet=task is not None)
                 measured = trainer.minutes
     trainer.save(out / "state.pt")
