@@ -59,10 +59,10 @@ def main() -> None:
     with TemporaryDirectory() as name:
         folder = Path(name)
         files = write_backgrounds(folder / "backgrounds", arguments.questions // 2)
-        questions = [load_questions(files[background]) for background in BACKGROUNDS]
-        answers = [[answer for [answer] in _ask(model, asked, [])] for asked in questions]
-        figures = background_figures(questions[0], *answers)
-        write_json({**run, "data": describe_questions(questions[0]), **figures}, arguments.out / "backgrounds.json")
+        own, other = (load_questions(files[background]) for background in BACKGROUNDS)
+        answers = [[answer for [answer] in _ask(model, asked, [])] for asked in (own, other)]
+        figures = background_figures(own, *answers)
+        write_json({**run, "data": describe_questions(own), **figures}, arguments.out / "backgrounds.json")
         questions = load_questions(write_held_out(folder / "pictures", arguments.questions, 0, PICTURES))
         document = {**run, "data": describe_questions(questions), "rows": _adaptive(model, questions)}
         write_json(document, arguments.out / "adaptive.json")

@@ -6,6 +6,7 @@ Axes are drawn from single artists, which is seven times as fast as pyplot's.
 import random
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -90,11 +91,11 @@ class Chart:
         floor = 1 - self._floor * up
         if self.has_grid:
             for share in (0.25, 0.5, 0.75, 1.0):
-                y = floor + share * (1 - floor - 5 * up)
-                figure.add_artist(Line2D([0.02, 0.98], [y, y], color=(0.75, 0.75, 0.75), linewidth=0.6))
+                height = floor + share * (1 - floor - 5 * up)
+                figure.add_artist(Line2D([0.02, 0.98], [height] * 2, color=(0.75, 0.75, 0.75), linewidth=0.6))
         if self.is_line:
-            x, y = zip(*points, strict=True)
-            figure.add_artist(Line2D(x, y, color=_ink(self.colours[0]), linewidth=2, marker="o", markersize=4))
+            xs, ys = [x for x, _ in points], [y for _, y in points]
+            figure.add_artist(Line2D(xs, ys, color=_ink(self.colours[0]), linewidth=2, marker="o", markersize=4))
         else:
             for (x, y), colour in zip(points, self.colours, strict=True):
                 half = self._half * across
@@ -169,6 +170,6 @@ def _ink(colour: str) -> tuple[float, float, float]:
 
 
 @cache
-def _canvas(width: int, height: int) -> tuple[Figure, FigureCanvasAgg]:
+def _canvas(width: int, height: int) -> tuple[Figure, Any]:
     figure = Figure(figsize=(width / _DPI, height / _DPI), dpi=_DPI)
-    return figure, FigureCanvasAgg(figure)
+    return figure, FigureCanvasAgg(figure)  # its methods are not typed

@@ -103,7 +103,7 @@ def _what(rng: random.Random, picture: ObjectPicture) -> list[tuple[str, str]]:
 
 def _apart(ordered: list[Sticker], axis: str) -> bool:
     """Whether both ends are beyond doubt: no other object is as far out."""
-    places = [getattr(sticker, axis) // TILE_SIZE for sticker in ordered]
+    places: list[int] = [getattr(sticker, axis) // TILE_SIZE for sticker in ordered]
     return places[0] < places[1] and places[-2] < places[-1]
 
 

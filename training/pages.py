@@ -90,7 +90,7 @@ class Page:
         image = Image.fromarray(np.clip(paper + slope + grain, 0, 255).astype(np.uint8))
         draw = ImageDraw.Draw(image)
         dark = int(rng.integers(0, 70))
-        ink = (dark, dark, int(min(255, dark + rng.integers(0, 60))))
+        ink = (dark, dark, dark + int(rng.integers(0, 60)))
         font = _font(self.font, self.font_size)
         if self.layout == "table":
             for y in sorted({print_.y for print_ in self.prints}):

@@ -55,8 +55,8 @@ def background_sentence(report: dict[str, Any]) -> str:
     data = report["data"]
     return (
         f"{data['num_questions']:,} questions about {data['num_images']:,} busy scenes: {report['own']['value']:.1%} "
-        f"right on one background, {report['other']['value']:.1%} on another, a change of {_interval(report['change'])} "
-        f"points; {report['differing']['value']:.1%} of the answers differ."
+        f"right on one background, {report['other']['value']:.1%} on another, a change of "
+        f"{_interval(report['change'])} points; {report['differing']['value']:.1%} of the answers differ."
     )
 
 

@@ -99,8 +99,8 @@ def _draw_writing(
         # The font's own space above the letters is cut away: `top` is where capitals begin.
         above = font(side).getbbox("H")[1]
         place = (writing.left * scale, writing.top * scale - int(above) + side // 8)
-        stroke = {} if rim is None else {"stroke_width": scale, "stroke_fill": rim}
-        ImageDraw.Draw(image).text(place, writing.text, fill=ink, font=font(side), **stroke)
+        wide = 0 if rim is None else scale
+        ImageDraw.Draw(image).text(place, writing.text, fill=ink, font=font(side), stroke_width=wide, stroke_fill=rim)
         return
     for position, index in enumerate(writing.digit_images):
         mask = Image.fromarray(_digit_images()[index]).resize((side, side), Image.Resampling.BICUBIC)

@@ -92,9 +92,11 @@ def _draw(axes: Axes, rows: list[Row], untrimmed: Row) -> None:
         kept = [row.kept_fraction for row in curve]
         line = "--" if issubclass(POLICIES[curve[0].policy], BeforeDecoder) else "-"
         if name in _CONTROLS:
-            ends = ("low", "high")
-            band = ([untrimmed.accuracy.value + getattr(row.accuracy_change, end) for row in curve] for end in ends)
-            axes.fill_between(kept, *band, color=_BAND, alpha=0.7, linewidth=0)
+            low, high = (
+                [untrimmed.accuracy.value + getattr(row.accuracy_change, end) for row in curve]
+                for end in ("low", "high")
+            )
+            axes.fill_between(kept, low, high, color=_BAND, alpha=0.7, linewidth=0)
         wide = 2.6 if name in best else 2.0 if name in _CONTROLS else 0.8
         color = best.get(name, INK if name in _CONTROLS else _REST)
         values = [row.accuracy.value for row in curve]
