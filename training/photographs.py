@@ -69,9 +69,9 @@ def draw_backdrop(backdrop: Backdrop, width: int, height: int) -> Image.Image:
         return _texture(np.random.default_rng(backdrop.texture_seed), width, height)
     photograph = _photographs()[backdrop.photograph]
     zoom = min(backdrop.zoom, photograph.width / width, photograph.height / height)
-    left = backdrop.left * (photograph.width - width * zoom)
-    top = backdrop.top * (photograph.height - height * zoom)
-    box = (left, top, left + width * zoom, top + height * zoom)
+    wide, high = min(width * zoom, photograph.width), min(height * zoom, photograph.height)  # rounding may pass them
+    left, top = backdrop.left * (photograph.width - wide), backdrop.top * (photograph.height - high)
+    box = (left, top, min(left + wide, photograph.width), min(top + high, photograph.height))
     crop = photograph.resize((width, height), Image.Resampling.BILINEAR, box)
     crop = ImageOps.mirror(crop) if backdrop.is_flipped else crop
     return ImageEnhance.Brightness(crop).enhance(backdrop.brightness)
