@@ -3,6 +3,8 @@
 from pathlib import Path
 
 from benchmarks.bench_pictures import adaptive_rows, background_figures
+from benchmarks.choose_default import Candidate, best
+from trimserve.api.trim import FixedRatio
 from trimserve.evaluation.answers import Answer
 from trimserve.evaluation.dataset import ALL_KINDS, Question
 
@@ -37,3 +39,16 @@ def test_an_adaptive_budget_is_compared_with_the_fixed_one_by_kind() -> None:
     assert rows["busy"]["gain"] == {"value": 0.0, "low": 0.0, "high": 0.0}
     assert rows["busy"]["held"] == {"adaptive": 0.2, "fixed": 0.3}
     assert [rows[kind]["num_questions"] for kind in (ALL_KINDS, "busy", "object")] == [4, 2, 2]
+
+
+def test_the_default_is_what_loses_least_on_its_worst_kind() -> None:
+    tried = [
+        {"name": "uneven", "changes": {"busy": {"value": 0.0}, "page": {"value": -0.2}}},
+        {"name": "even", "changes": {"busy": {"value": -0.05}, "page": {"value": -0.05}}},
+    ]
+    assert best(tried) == "even"
+
+
+def test_merged_rows_count_in_what_a_candidate_holds() -> None:
+    budget = Candidate("trimmed", 0.1).holding(0.28).budget
+    assert budget == FixedRatio(0.2)
