@@ -97,9 +97,7 @@ class _Both:
         draw_weights(self.theirs)
         # Prompts are drawn, too: no processor is asked, so the embedded model's stands in.
         embedded = describe_model(ModelConfig(), EngineConfig())
-        processor = Processor.from_pretrained(
-            embedded_model_folder(), embedded, template_date="", max_image_pixels=info.tile_size**2
-        )
+        processor = Processor.from_pretrained(embedded_model_folder(), embedded, max_image_pixels=info.tile_size**2)
         most = max(plan.batches)
         self.ours = Ours(Mllama(self.theirs, processor, info), most)
         mend(self.theirs)

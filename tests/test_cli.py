@@ -200,10 +200,9 @@ def test_serve_takes_its_knobs_from_options_then_from_variables(
     monkeypatch.setenv("TRIMSERVE_PORT", "tcp://10.0.0.1:50051")  # from Kubernetes, for a service named trimserve
     monkeypatch.setenv("TRIMSERVE__ENGINE__MAX_BATCH", "3")
     monkeypatch.setenv("TRIMSERVE__ENGINE__MAX_QUEUE", "4")
-    run("serve", "--max-queue", 5, "--no-metrics")
+    run("serve", "--max-queue", 5)
     [config] = served
     assert (config.engine.max_batch, config.engine.max_queue, config.server.port) == (3, 5, 50051)
-    assert not config.server.metrics
 
 
 @pytest.mark.parametrize(
@@ -340,7 +339,7 @@ def load(*_):
         torch.ones(256, 256) @ torch.ones(256, 256)
 
 trimserve.serve.load_model = load
-sys.argv = ["trimserve", "serve", "--port", "0", "--no-metrics"]
+sys.argv = ["trimserve", "serve", "--port", "0", "--metrics-port", "0"]
 main()
 """
 

@@ -286,7 +286,7 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             "Messages in flight",
             "bytes",
             {"{{instance}}": series("trimserve_message_bytes_in_flight")},
-            "Held, or set aside for what arrives; calls wait once max_message_bytes_in_flight is reached.",
+            "Held, or set aside for what arrives; calls wait once it is 16 times max_message_bytes.",
         ),
     ),
     "Errors": (

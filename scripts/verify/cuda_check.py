@@ -2,7 +2,8 @@
 
     python -m scripts.verify.cuda_check [--update]
 
-The budget is csrc/cuda/budget.json, one row per kernel and architecture. Without nvcc it says so, as the last words of `make check`, and does nothing.
+The budget is csrc/cuda/budget.json, one row per kernel and architecture. Without nvcc it says so, as the last words of
+`make check`, and does nothing.
 """
 
 import argparse
@@ -20,8 +21,8 @@ ROOT = Path(__file__).parents[2]
 BUDGET = ROOT / "csrc/cuda/budget.json"
 ARCHITECTURES: Final = ("sm_80", "sm_90")
 MISSING: Final = (
-    "SKIPPED: nvcc is not on PATH, so the CUDA kernels were not compiled. It is part of the CUDA toolkit, 13.0 or newer "
-    "(https://developer.nvidia.com/cuda-downloads), and needs no GPU. Their tests on the CPU need g++ only."
+    "SKIPPED: nvcc is not on PATH, so the CUDA kernels were not compiled. It is part of the CUDA toolkit, 13.0 or "
+    "newer (https://developer.nvidia.com/cuda-downloads), and needs no GPU. Their tests on the CPU need g++ only."
 )
 Row = dict[str, str | int]
 

@@ -67,7 +67,7 @@ def attempt(
         What is wrong, None if nothing is.
     """
     program = _SERVER.format(rank=_RANK.format(fault=faults[1]), fault=faults[0])
-    options = ["--port", "0", "--no-metrics", "--tensor-parallel", "2", "--num-threads", "1"]
+    options = ["--port", "0", "--metrics-port", "0", "--tensor-parallel", "2", "--num-threads", "1"]
     options += ["--step-timeout-seconds", str(_TIMEOUT_SECONDS), "--kv-cache-bytes", "256MiB"]
     command = [sys.executable, "-c", program, "serve", *options]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:

@@ -18,7 +18,7 @@ from trimserve.api.prompt import ChatPrompt, ImageFile, Prompt, RawPrompt, Text
 from trimserve.errors import CheckpointError, InvalidRequest
 from trimserve.imaging.decode import Decode, decode_pixels
 from trimserve.model.chat import ChatEncoder
-from trimserve.model.chat_template import ChatTemplate
+from trimserve.model.chat_template import TEMPLATE_DATE, ChatTemplate
 from trimserve.model.images import prepare_image
 from trimserve.model.prepared import PreparedImage, PreparedPrompt, TokenizedPrompt
 
@@ -71,7 +71,7 @@ class Processor:
         info: ModelInfo,
         *,
         max_image_pixels: int,
-        template_date: str,
+        template_date: str = TEMPLATE_DATE,
         decode: Decode | None = None,
     ) -> "Processor":
         """Load the tokenizer and the image processor of a checkpoint.
@@ -80,7 +80,7 @@ class Processor:
             folder: of the checkpoint.
             info: what the model's config says.
             max_image_pixels: see the constructor.
-            template_date: what the chat template shows as today's date, such as `26 Jul 2024`.
+            template_date: what the chat template shows as today's date; Llama's own by default.
             decode: see the constructor.
         Raises:
             CheckpointError: missing or unreadable files, a chat template that cannot be used, or a disagreement with
