@@ -67,6 +67,20 @@ class Relay(generation_pb2_grpc.GenerationServiceServicer, model_pb2_grpc.ModelS
                 event.delta.text = event.delta.text[1:]
             yield event
 
+    def Generate(  # noqa: N802 the RPC's name
+        self, request: pb.GenerateRequest, context: grpc.ServicerContext
+    ) -> pb.GenerateResponse:
+        """See the contract."""
+        del context
+        return self._client.generate(request)
+
+    def GetServerStatus(  # noqa: N802 the RPC's name
+        self, request: model_pb2.GetServerStatusRequest, context: grpc.ServicerContext
+    ) -> model_pb2.GetServerStatusResponse:
+        """See the contract."""
+        del request, context
+        return self._client.status()
+
     def GetModel(  # noqa: N802 the RPC's name
         self, request: model_pb2.GetModelRequest, context: grpc.ServicerContext
     ) -> model_pb2.GetModelResponse:

@@ -123,7 +123,8 @@ async def test_five_hundred_idle_connections_hold_up_no_door(door: Door) -> None
     async with AsyncExitStack() as stack:
         for _ in range(100):  # 500 in `make verify-http`
             await stack.enter_async_context(connected(door.address))
-        await until(lambda: len(door.server._transports[1]._connections) == 100)  # type: ignore[attr-defined]
+        connections = door.server._transports[1]._connections  # type: ignore[attr-defined]  # of HttpTransport
+        await until(lambda: len(connections) == 100)
         assert await served(door) == 200
         async with grpc.aio.insecure_channel(door.server.address) as channel:
             stub = generation_pb2_grpc.GenerationServiceStub(channel)
@@ -131,7 +132,7 @@ async def test_five_hundred_idle_connections_hold_up_no_door(door: Door) -> None
 
 
 async def test_beyond_the_bound_the_oldest_idle_connection_makes_room(door: Door) -> None:
-    door.server._transports[1]._connections.most = 2  # type: ignore[attr-defined]
+    door.server._transports[1]._connections.most = 2  # type: ignore[attr-defined]  # of HttpTransport
     async with connected(door.address) as oldest, connected(door.address) as older:
         assert await served(door) == 200
         assert await oldest.is_closed()
@@ -141,7 +142,7 @@ async def test_beyond_the_bound_the_oldest_idle_connection_makes_room(door: Door
 
 async def test_beyond_the_bound_nobody_who_waits_for_an_answer_is_closed() -> None:
     async with open_door(FakeRunner([*CHUNKS[:2], Pause.UNTIL_RELEASED, *CHUNKS[2:]])) as door:
-        door.server._transports[1]._connections.most = 1  # type: ignore[attr-defined]
+        door.server._transports[1]._connections.most = 1  # type: ignore[attr-defined]  # of HttpTransport
         async with connected(door.address) as busy:
             busy.post(HELLO)
             await soon(door.runner.paused.wait())
