@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from benchmarks.serve.report import about, write_json
+from benchmarks.machine import about
+from benchmarks.report import write_json
 from training.backgrounds import BACKGROUNDS, write_backgrounds
 from training.examples import PICTURES
 from training.heldout import write_held_out

@@ -18,7 +18,8 @@ from typing import Any, Final
 import numpy as np
 import torch
 
-from benchmarks.serve.report import about, write_json
+from benchmarks.machine import about
+from benchmarks.report import write_json
 from training.examples import PICTURES
 from training.heldout import write_held_out
 from trimserve.api.trim import FixedRatio, TrimRequest
