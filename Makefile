@@ -25,8 +25,8 @@ PHONY_TARGETS := $(shell sed -n 's/^\([a-z-]*\):.*## .*/\1/p' $(MAKEFILE_LIST))
 .PHONY: $(PHONY_TARGETS)
 
 # What `verify` runs beside `check` and `test`, each by itself too. Those whose names end so need root and Debian.
-VERIFIED := mixes speculation soak load batch training fuzz versions wheel sanitize meta attack http playground \
-	constraints cuda-build envoy ranks ray sbom site pretended-gpu deployment clients
+VERIFIED := mixes speculation soak load batch training fuzz versions wheel sanitize meta attack http tools \
+	playground constraints cuda-build envoy ranks ray sbom site pretended-gpu deployment clients
 VERIFIED_AS_ROOT := walkthrough all-clients monitoring image
 
 help:  ## list the commands
@@ -111,6 +111,9 @@ verify-attack: build  ## attack a server in 4 GiB with all that callers can do, 
 
 verify-http: build  ## a hundred streams over HTTP, beside five hundred idle connections and slow bodies, on a live server
 	$(BIN)/python -m scripts.verify.http_streams
+
+verify-tools: build build/guidellm/.installed build/lmms-eval/.installed  ## lmms-eval and guidellm, unmodified, at the HTTP door
+	$(BIN)/python -m scripts.verify.tools --guidellm build/guidellm/bin/python --lmms-eval build/lmms-eval/bin/python
 
 verify-playground: build build/playground/.installed  ## use the playground in Debian's chromium, and take its picture for docs/
 	build/playground/bin/python -m scripts.verify.playground --python $(BIN)/python
@@ -223,6 +226,7 @@ build/meta/.installed: requirements/meta.txt
 build/playground/.installed: requirements/playground.txt
 	$(BIN)/python -m venv --clear build/playground
 	build/playground/bin/python -m pip --disable-pip-version-check install --quiet $(LOCKED) requirements/playground.txt
+	touch $@
 
 build/site-tools/.installed: requirements/site.txt
 	$(PYTHON) -m venv --clear build/site-tools
@@ -233,6 +237,14 @@ build/site-tools/.installed: requirements/site.txt
 build/ray/.installed build/sbom/.installed: build/%/.installed: requirements/%.txt $(VENV)/.built
 	rm -rf build/$*
 	$(PIP) --target build/$* $(LOCKED) requirements/$*.txt
+	touch $@
+
+# Both import torch, so the one without CUDA is there first.
+build/guidellm/.installed build/lmms-eval/.installed: build/%/.installed: requirements/%.txt
+	$(PYTHON) -m venv --clear build/$*
+	build/$*/bin/python -m pip --disable-pip-version-check install --quiet --retries 0 --no-deps \
+		--index-url $(TORCH_INDEX) $(TORCH) || build/$*/bin/python -m pip install --quiet --no-deps $(TORCH)
+	build/$*/bin/python -m pip --disable-pip-version-check install --quiet $(LOCKED) requirements/$*.txt
 	touch $@
 
 build/gpu/.built: CMakeLists.txt $(CXX_SOURCES)

