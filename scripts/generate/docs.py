@@ -44,7 +44,7 @@ from benchmarks import (
 )
 from benchmarks.report import RESULTS
 from scripts.generate.policy_tables import accuracy_by_kind, accuracy_by_policy, parameters_found
-from scripts.generate.verified_tables import departures_table, load_table, meta_table, walkthrough_table
+from scripts.generate.verified_tables import departures_table, load_table, meta_table, tools_table, walkthrough_table
 from trimserve.config import Config
 from trimserve.evaluation.report import Report
 from trimserve.server.declarations import Declared
@@ -252,6 +252,7 @@ TABLES: dict[str, tuple[str, Callable[[], str]]] = {
         "docs/start.md",
         lambda: measured(walkthrough_table, "make verify-walkthrough-as-root", "walkthrough.json"),
     ),
+    "tools": ("docs/http.md", lambda: measured(tools_table, "make verify-tools", "tools.json")),
     "meta": ("docs/correctness.md", lambda: measured(meta_table, "make verify-meta", "meta.json")),
     "departures": ("docs/correctness.md", lambda: measured(departures_table, "make verify-meta", "meta.json")),
     "load": ("docs/service.md", lambda: measured(load_table, "make verify-load", "load.json")),
