@@ -1,6 +1,5 @@
 """The command line as people type it, against a server and with one of its own."""
 
-import io
 import json
 import math
 import shutil
