@@ -8,7 +8,6 @@ are paired. `backgrounds.json`: busy scenes asked about twice, on two photograph
 machine does no harm.
 """
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -19,7 +18,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from benchmarks.serve.report import about, write_json
+from benchmarks.machine import about
+from benchmarks.report import options, write_json
 from training.backgrounds import BACKGROUNDS, write_backgrounds
 from training.examples import PICTURES
 from training.heldout import write_held_out
@@ -43,15 +43,13 @@ ADAPTIVE: Final[dict[str, Budget]] = {
 """Budgets that differ from image to image."""
 
 _MERGE_RATIOS = (0.0, 0.1)
-_OUT = Path(__file__).parent / "results" / "pictures"
 
 
 def main() -> None:
     """Ask, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__, "pictures")
     parser.add_argument("--questions", type=int, default=1000)
     parser.add_argument("--model", help="folder; default: the embedded model")
-    parser.add_argument("--out", type=Path, default=_OUT)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     model = InProcess(load_model(ModelConfig(model=arguments.model), EngineConfig()))

@@ -8,7 +8,6 @@ rule, which drops, and both controls. `calibrated` is the k_ratio that `trimserv
 knowing what is right.
 """
 
-import argparse
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any, Final
 import numpy as np
 import torch
 
-from benchmarks.serve.report import about, write_json
+from benchmarks.report import finish, options
 from training.examples import PICTURES
 from training.heldout import write_held_out
 from trimserve.api.trim import FixedRatio, TrimRequest
@@ -34,7 +33,6 @@ __all__ = ["CANDIDATES", "ROWS", "Candidate", "best", "main"]
 ROWS: Final = (0.22, 0.33, 0.5)
 """Rows held, as shares of an image's features."""
 
-_OUT = Path(__file__).parent / "results" / "pictures" / "default.json"
 _MAX_KL = 0.02
 _SEED = 3  # of the questions to choose by; those of the comparison have 0
 
@@ -81,10 +79,9 @@ CANDIDATES: Final = (
 
 def main() -> None:
     """Choose, measure, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__, "pictures/default.json")
     parser.add_argument("--questions", type=int, default=600)
     parser.add_argument("--model", help="folder; default: the embedded model")
-    parser.add_argument("--out", type=Path, default=_OUT)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     model = InProcess(load_model(ModelConfig(model=arguments.model), EngineConfig()))
@@ -99,19 +96,16 @@ def main() -> None:
         named = {candidate.name: candidate for candidate in CANDIDATES}
         shown = dict.fromkeys([PUBLISHED.name, *chosen.values(), *(control.name for control in _CONTROLS)])
         measured = list(_measure(model, compared, [named[name] for name in shown]))
-        write_json(
-            {
-                **about(1),
-                "model": model.describe(),
-                "chosen_by": describe_questions(own),
-                "data": describe_questions(compared),
-                "chosen": [{"rows": rows, "name": name} for rows, name in chosen.items()],
-                "calibrated": {"max_kl": _MAX_KL, "merge_ratio": 0.1, **asdict(calibrated)},
-                "tried": tried,
-                "measured": measured,
-            },
-            arguments.out,
-        )
+    figures = {
+        "model": model.describe(),
+        "chosen_by": describe_questions(own),
+        "data": describe_questions(compared),
+        "chosen": [{"rows": rows, "name": name} for rows, name in chosen.items()],
+        "calibrated": {"max_kl": _MAX_KL, "merge_ratio": 0.1, **asdict(calibrated)},
+        "tried": tried,
+        "measured": measured,
+    }
+    finish("default", arguments.out, figures)
 
 
 def best(tried: Sequence[dict[str, Any]]) -> str:

@@ -55,6 +55,13 @@ class Relay(generation_pb2_grpc.GenerationServiceServicer, model_pb2_grpc.ModelS
         self.may_go_on.set()
         self._client = client
 
+    def Generate(  # noqa: N802 the RPC's name
+        self, request: pb.GenerateRequest, context: grpc.ServicerContext
+    ) -> pb.GenerateResponse:
+        """See the contract."""
+        del context
+        return self._client.generate(request)
+
     def GenerateStream(  # noqa: N802 the RPC's name
         self, request: pb.GenerateRequest, context: grpc.ServicerContext
     ) -> Iterator[pb.GenerateStreamResponse]:
@@ -67,12 +74,12 @@ class Relay(generation_pb2_grpc.GenerationServiceServicer, model_pb2_grpc.ModelS
                 event.delta.text = event.delta.text[1:]
             yield event
 
-    def Generate(  # noqa: N802 the RPC's name
-        self, request: pb.GenerateRequest, context: grpc.ServicerContext
-    ) -> pb.GenerateResponse:
+    def GetModel(  # noqa: N802 the RPC's name
+        self, request: model_pb2.GetModelRequest, context: grpc.ServicerContext
+    ) -> model_pb2.GetModelResponse:
         """See the contract."""
-        del context
-        return self._client.generate(request)
+        del request, context
+        return self._client.model()
 
     def GetServerStatus(  # noqa: N802 the RPC's name
         self, request: model_pb2.GetServerStatusRequest, context: grpc.ServicerContext
@@ -80,13 +87,6 @@ class Relay(generation_pb2_grpc.GenerationServiceServicer, model_pb2_grpc.ModelS
         """See the contract."""
         del request, context
         return self._client.status()
-
-    def GetModel(  # noqa: N802 the RPC's name
-        self, request: model_pb2.GetModelRequest, context: grpc.ServicerContext
-    ) -> model_pb2.GetModelResponse:
-        """See the contract."""
-        del request, context
-        return self._client.model()
 
 
 @contextmanager
