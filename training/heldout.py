@@ -1,25 +1,29 @@
 """Writes held-out questions as files: `python -m training.heldout --questions 4000 --out DIR`.
 
-The folder has `questions.jsonl` (image, question, answer, kind) and `images/`: what `trimserve eval --data` takes.
+The folder has `questions.jsonl` (image, question, answer, kind) and `images/`: what `trimserve eval --data` takes. With
+`--split train` the digits and words are those that the model was trained with: for `trimserve train-compressor`.
 """
 
 import argparse
 import json
 from itertools import count
 from pathlib import Path
+from typing import get_args
 
 from training.examples import example_rng, generate_example
+from training.scenes import Split
 
 __all__ = ["main", "write_held_out"]
 
 
-def write_held_out(folder: Path, num_questions: int, seed: int = 0) -> Path:
+def write_held_out(folder: Path, num_questions: int, seed: int = 0, split: Split = "held_out") -> Path:
     """Write images and questions that training never saw; the same files every time.
 
     Args:
         folder: made if it is not there.
         num_questions: how many; the questions on one image follow each other.
         seed: another seed, other questions.
+        split: whose digits and words; of `train` none is in a question of `held_out`.
     Returns:
         The JSONL file.
     """
@@ -28,7 +32,7 @@ def write_held_out(folder: Path, num_questions: int, seed: int = 0) -> Path:
     for index in count():
         if len(lines) >= num_questions:
             break
-        example = generate_example(example_rng("held_out", seed, index), "held_out")
+        example = generate_example(example_rng(split, seed, index), split)
         image = f"images/{index:05}.png"
         example.image.save(folder / image)
         for turn in example.turns:
@@ -45,8 +49,9 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=4000)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--split", choices=get_args(Split), default="held_out")
     arguments = parser.parse_args()
-    print(write_held_out(arguments.out, arguments.questions, arguments.seed))
+    print(write_held_out(arguments.out, arguments.questions, arguments.seed, arguments.split))
 
 
 if __name__ == "__main__":

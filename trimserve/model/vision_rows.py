@@ -156,7 +156,7 @@ class VisionRows:
         else:
             num_rows = sum(self.num_held)
             self.features = everything.new_empty(num_rows, everything.shape[1])
-            self.features.index_copy_(0, kept, stays).index_copy_(0, merged, groups.mean(everything))
+            self.features.index_copy_(0, kept, stays).index_copy_(0, merged, groups.stand_for(everything))
             weights = torch.zeros(num_rows, device=everything.device)
             self._weigh(weights.index_copy_(0, merged, groups.sizes.float().log()))
         return kept, merged

@@ -13,6 +13,7 @@ from trimserve.trimming.policies.mean import Mean
 from trimserve.trimming.policies.mmr import Mmr
 from trimserve.trimming.policies.policy import Policy
 from trimserve.trimming.policies.pool import Pool
+from trimserve.trimming.policies.quecc import QueCC
 from trimserve.trimming.policies.random import Random
 from trimserve.trimming.policies.sparsevlm import SparseVLM
 from trimserve.trimming.policies.strided import Strided
@@ -27,6 +28,7 @@ __all__ = ["POLICIES"]
 
 _AFTER_FIRST_LAYER = (Trimmed, Random, Strided, Mean, FastV, SparseVLM, Mmr, CDPruner, Guided)
 _BEFORE_DECODER = (Cls, VisPruner, VisionDrop, GPrune, DivPrune, ToDRE, VFlowOpt, TopV, Codebook, Pool)
+_LEARNED = (QueCC,)
 
-POLICIES: Mapping[str, type[Policy]] = {policy.name: policy for policy in (*_AFTER_FIRST_LAYER, *_BEFORE_DECODER)}
+POLICIES: Mapping[str, type[Policy]] = {policy.name: policy for policy in (*_AFTER_FIRST_LAYER, *_BEFORE_DECODER, *_LEARNED)}
 """The first is the default."""
