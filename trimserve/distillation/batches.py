@@ -1,7 +1,8 @@
 """Lessons as padded batches, in an order that is drawn once for each pass over them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -10,6 +11,12 @@ from torch.nn.utils.rnn import pad_sequence
 from trimserve.distillation.lessons import Lessons
 
 __all__ = ["LessonBatch", "batch_of", "epoch_order"]
+
+_SORTED: Final = 16
+"""Batches that are drawn together."""
+
+_SEEDS_APART: Final = 100_003
+"""More epochs than anybody trains."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,16 +72,24 @@ def batch_of(lessons: Lessons, numbers: Sequence[int], device: torch.device) -> 
     )
 
 
-def epoch_order(numbers: Sequence[int], batch: int, seed: int, epoch: int) -> Iterator[list[int]]:
+def epoch_order(lengths: Mapping[int, int], batch: int, seed: int, epoch: int) -> list[list[int]]:
     """Batches of one pass; what is left over, less than a batch, is not asked in it.
 
+    Texts of a batch are about equally long, so that little of it is padding: every few batches are drawn together and
+    sorted among themselves.
+
     Args:
-        numbers: of the lessons.
+        lengths: tokens of each lesson, by its number.
         batch: B.
         seed: of the training.
         epoch: which pass; each has an order of its own.
     """
-    generator = torch.Generator().manual_seed(seed * 100_003 + epoch)
-    order = [numbers[place] for place in torch.randperm(len(numbers), generator=generator).tolist()]
-    for first in range(0, len(order) - batch + 1, batch):
-        yield order[first : first + batch]
+    generator = torch.Generator().manual_seed(seed * _SEEDS_APART + epoch)
+    numbers = [*lengths]
+    drawn = [numbers[place] for place in torch.randperm(len(numbers), generator=generator).tolist()]
+    drawn = drawn[: len(drawn) // batch * batch]
+    batches = []
+    for first in range(0, len(drawn), _SORTED * batch):
+        alike = sorted(drawn[first : first + _SORTED * batch], key=lengths.__getitem__)
+        batches += [alike[start : start + batch] for start in range(0, len(alike), batch)]
+    return [batches[place] for place in torch.randperm(len(batches), generator=generator).tolist()]

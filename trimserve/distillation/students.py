@@ -4,15 +4,17 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from trimserve.distillation.batches import LessonBatch
 from trimserve.model.differentiable import DifferentiableDecoder, PaddedBatch
 from trimserve.model.mllama import Mllama
 from trimserve.model.trained_file import shape_of, trainable
 from trimserve.trimming.compressor import Compressor
+from trimserve.trimming.policies.exit import Router
 from trimserve.trimming.trained import Trained
 
-__all__ = ["CompressorStudent", "Student", "divergence", "student_of"]
+__all__ = ["CompressorStudent", "RouterStudent", "Student", "divergence", "student_of"]
 
 
 class Student(Protocol):
@@ -22,7 +24,7 @@ class Student(Protocol):
     """Its weights."""
 
     def loss(self, batch: LessonBatch) -> Tensor:
-        """Scalar, mean over the batch's lessons or answers; a gradient flows to the module."""
+        """Scalar, a mean over the batch; a gradient flows to the module."""
 
 
 def student_of(method: str, rows: int, model: Mllama) -> Student:
@@ -39,6 +41,8 @@ def student_of(method: str, rows: int, model: Mllama) -> Student:
     if method not in known:
         raise ValueError(f"must be among {', '.join(known)}, got {method!r}")
     module = known[method](shape_of(model.info, rows)).to(model.info.device)
+    if isinstance(module, Router):
+        return RouterStudent(module, model.differentiable())
     assert isinstance(module, Compressor)
     return CompressorStudent(module, model.differentiable())
 
@@ -61,12 +65,8 @@ class CompressorStudent:
         """float32 [1 + W], of the class token and the new rows."""
 
     def loss(self, batch: LessonBatch) -> Tensor:
-        """KL(untrimmed || this) in nats, summed over each answer's tokens, mean over answers."""
-        return self.divergences(batch).sum() / len(batch.token_ids)
-
-    def divergences(self, batch: LessonBatch) -> Tensor:
-        """float32 [answer tokens], nats."""
-        return divergence(batch.said, self._decoder(self._padded(batch), batch.wanted))
+        """KL(untrimmed || this) in nats, mean over the answers' tokens."""
+        return divergence(batch.said, self._decoder(self._padded(batch), batch.wanted)).mean()
 
     def _padded(self, batch: LessonBatch) -> PaddedBatch:
         new = self._compressor(batch.tiles, self._text(batch) if self._compressor.reads_text else None)
@@ -79,9 +79,57 @@ class CompressorStudent:
         return PaddedBatch(batch.token_ids, batch.sees, placed.flatten(1, 2), bias.flatten(1))
 
     def _text(self, batch: LessonBatch) -> Tensor:
-        asks = batch.asks[..., None]
-        embedded = self._decoder.embed(batch.token_ids).float()
-        return ((embedded * asks).sum(dim=1) / asks.sum(dim=1))[batch.lesson_of]
+        return _mean(self._decoder.embed(batch.token_ids), batch.asks)[batch.lesson_of]
+
+
+class RouterStudent:
+    """A router of `exit`: it shall know which answers stay the same when later cross-attention layers are left out."""
+
+    def __init__(self, module: Router, decoder: DifferentiableDecoder) -> None:
+        """Join the two; see `CompressorStudent`."""
+        self.module: Trained = module
+        self._router = module
+        self._decoder = decoder
+
+    def loss(self, batch: LessonBatch) -> Tensor:
+        """Binary cross-entropy in nats, mean over answers and layers."""
+        states: dict[int, Tensor] = {}
+        layers = range(self._decoder.num_cross_layers - 1)
+        with torch.no_grad():
+            padded = _untrimmed(batch)
+            stays = [self._stays(batch, self._decoder(padded, batch.wanted, left_after=layer)) for layer in layers]
+            self._decoder(padded, batch.wanted, left_after=layers[-1], watch=states.__setitem__)
+            mean = [_mean(states[layer], batch.asks) for layer in layers]
+            last = [_last(states[layer], batch.asks) for layer in layers]
+        logits = torch.stack([self._router(layer, mean[layer], last[layer]) for layer in layers])
+        return F.binary_cross_entropy_with_logits(logits, torch.stack(stays))
+
+    @staticmethod
+    def _stays(batch: LessonBatch, logits: Tensor) -> Tensor:
+        """float32 [B], 1 where every token of the answer is the untrimmed one."""
+        differs = (logits.argmax(dim=-1) != batch.said.argmax(dim=-1)).float()
+        lesson = batch.wanted.nonzero()[:, 0]
+        return (differs.new_zeros(len(batch.token_ids)).index_add(0, lesson, differs) == 0).float()
+
+
+def _untrimmed(batch: LessonBatch) -> PaddedBatch:
+    places = (batch.lesson_of, batch.place)
+    shape = (len(batch.token_ids), int(batch.place.max()) + 1)
+    rows = batch.tiles.new_zeros(*shape, *batch.tiles.shape[1:]).index_put(places, batch.tiles)
+    bias = batch.tiles.new_full((*shape, rows.shape[2]), -torch.inf, dtype=torch.float32)
+    bias = bias.index_put(places, bias.new_zeros(()))
+    return PaddedBatch(batch.token_ids, batch.sees, rows.flatten(1, 2), bias.flatten(1))
+
+
+def _mean(rows: Tensor, chosen: Tensor) -> Tensor:
+    """Of the chosen rows of each sequence: [B, T, D], bool [B, T] -> float32 [B, D]."""
+    return (rows.float() * chosen[..., None]).sum(dim=1) / chosen.sum(dim=1, keepdim=True)
+
+
+def _last(rows: Tensor, chosen: Tensor) -> Tensor:
+    """The last of the chosen rows of each sequence, [B, D]."""
+    places = torch.arange(chosen.shape[1], device=chosen.device)
+    return rows[torch.arange(len(rows), device=rows.device), (places * chosen).argmax(dim=1)]
 
 
 def divergence(said: Tensor, logits: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ number of threads and the same machine are taken for granted.
 
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -91,11 +91,12 @@ def train(
     optimizer = torch.optim.AdamW(student.module.parameters(), recipe.learning_rate, weight_decay=0.0)
     curve = _resumed(student, optimizer, recipe, state_file)
     first = curve.pop().step if curve else 0  # the last entry says where it stopped
-    for step in range(first):
-        on_step(math.nan if step else math.nan)
+    for _ in range(first):
+        on_step(math.nan)
     if not first:
         curve.append(_measured(student, lessons, tested, recipe.batch, 0, device))
-    for step, numbers in enumerate(_batches(learned, recipe, first), start=first):
+    lengths = {number: len(lessons.lessons[number].token_ids) for number in learned}
+    for step, numbers in enumerate(_batches(lengths, recipe, first), start=first):
         loss = _step(student, optimizer, batch_of(lessons, numbers, device), _rate(step, recipe))
         done = step + 1
         if done * _POINTS // recipe.steps > step * _POINTS // recipe.steps:
@@ -106,13 +107,13 @@ def train(
     return curve
 
 
-def _batches(learned: Sequence[int], recipe: Recipe, first: int) -> Iterator[list[int]]:
+def _batches(lengths: Mapping[int, int], recipe: Recipe, first: int) -> Iterator[list[int]]:
     """Of the steps from `first` on."""
-    per_epoch = len(learned) // recipe.batch
+    per_epoch = len(lengths) // recipe.batch
     epoch, skipped = divmod(first, per_epoch)
     left = recipe.steps - first
     while left > 0:
-        for numbers in [*epoch_order(learned, recipe.batch, recipe.seed, epoch)][skipped : skipped + left]:
+        for numbers in epoch_order(lengths, recipe.batch, recipe.seed, epoch)[skipped : skipped + left]:
             left -= 1
             yield numbers
         epoch, skipped = epoch + 1, 0

@@ -344,7 +344,8 @@ class Mllama:
         visible = visible_images(prompt.token_ids, self._info.image_token_id)
         counts = tuple(image.num_features for image in images)
         features = images[0].features if len(images) == 1 else torch.cat([image.features for image in images])
-        return VisionRows(features, counts, visible, self._info.features_per_tile, trim, known, stored)
+        size = self._info.features_per_tile
+        return VisionRows(features, counts, visible, size, trim, known, stored, self._trained)
 
     def _layer_rows(self, vision: VisionRows) -> tuple[tuple[int, ...], ...]:
         first, *later = vision.layer_rows

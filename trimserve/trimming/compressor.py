@@ -62,16 +62,25 @@ class Compressor(Trained, ABC):
         """
         tiles = tiles.float()
         size = tiles.square().mean(dim=(1, 2), keepdim=True).sqrt()
-        averaged = self.means @ tiles[:, 1:]
-        return averaged + size * self.change(tiles, averaged, text)
+        weights = self.weights(tiles, text)
+        return weights @ tiles[:, 1:] + size * self.change(tiles, weights, text)
+
+    def weights(self, tiles: Tensor, text: Tensor | None) -> Tensor:  # noqa: ARG002 - those who look override it
+        """How much of each patch is in each row's mean, float32 [W, P] or [t, W, P], rows that sum to 1.
+
+        Args:
+            tiles: float32 [t, F, D].
+            text: see `forward`.
+        """
+        return self.means
 
     @abstractmethod
-    def change(self, tiles: Tensor, averaged: Tensor, text: Tensor | None) -> Tensor:
+    def change(self, tiles: Tensor, weights: Tensor, text: Tensor | None) -> Tensor:
         """What is added to the mean, in units of the tile's features.
 
         Args:
             tiles: float32 [t, F, D].
-            averaged: float32 [t, W, D], the means.
+            weights: what `weights` says.
             text: see `forward`.
         Returns:
             float32 [t, W, D], 0 before any training.

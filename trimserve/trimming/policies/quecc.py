@@ -34,13 +34,13 @@ class QueCCRows(Compressor):
         self.joined = nn.Linear(2 * inside, inside)
         self.output = silent(inside, width)
 
-    def change(self, tiles: Tensor, averaged: Tensor, text: Tensor | None) -> Tensor:  # noqa: ARG002 - not asked
+    def change(self, tiles: Tensor, weights: Tensor, text: Tensor | None) -> Tensor:
         """See `Compressor.change`."""
         assert text is not None, "it reads the question"
         patches = self.norm(tiles[:, 1:])
         asked = self.text(self.text_norm(text.float()))[:, None]
         x = F.gelu(self.features(patches) + asked)
-        query = self.query(self.means @ (self.kernel * x))
+        query = self.query(weights @ (self.kernel * x))
         logits = query @ self.key(x).transpose(1, 2) / self.inside**0.5
         seen = logits.masked_fill(~self.is_own, -torch.inf).softmax(dim=-1) @ self.value(patches)
         joined = self.joined(torch.cat([seen, asked.expand_as(seen)], dim=-1))
