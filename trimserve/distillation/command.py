@@ -44,7 +44,7 @@ def train_compressor(
     import torch
 
     from trimserve.distillation.students import student_of
-    from trimserve.distillation.train import Recipe, train
+    from trimserve.distillation.train import Recipe, split, train
     from trimserve.model.loading import load_model
     from trimserve.model.trained_file import save_trained
 
@@ -61,6 +61,9 @@ def train_compressor(
     features = config.model.intermediate_features
     folder = cache or out.with_name(f"{out.name}.cache")
     lessons = _lessons(folder, model, questions, features)
+    num_learned = len(split(lessons)[0])
+    if batch > num_learned:
+        raise typer.BadParameter(f"must be at most {num_learned}, the questions to learn from", param_hint="--batch")
     origin = lessons.origin
     recipe = Recipe(method, rows, steps, batch, learning_rate, seed, origin.data, origin.model_revision)
     out.parent.mkdir(parents=True, exist_ok=True)

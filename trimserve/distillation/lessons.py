@@ -1,4 +1,4 @@
-"""What a model said of each question, on disk: features of the images, its greedy answers, and how likely each token was.
+"""What a model said of each question, on disk: features of the images, greedy answers, and how likely each token was.
 
 A cache is written once for a model and a data set, and serves the training of every method. It is read through memory
 maps, so memory holds one batch however long the data set is. Files are raw: nothing of another origin is opened.

@@ -10,12 +10,12 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from trimserve.distillation.lessons import LessonWriter, Origin
 from trimserve.engine.memory import available_bytes
 from trimserve.evaluation.answers import UNTRIMMED
 from trimserve.evaluation.dataset import Question, describe_questions
 from trimserve.evaluation.in_process import prepare_question
 from trimserve.evaluation.pages import OwnKeyValues, OwnPages
-from trimserve.distillation.lessons import LessonWriter, Origin
 from trimserve.model.decoder import SequenceRows
 from trimserve.model.interruptible import run_through
 from trimserve.model.mllama import Mllama

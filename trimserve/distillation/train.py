@@ -17,6 +17,7 @@ from trimserve.distillation.batches import batch_of, epoch_order
 from trimserve.distillation.lessons import Lessons
 from trimserve.distillation.students import Student
 from trimserve.errors import CheckpointError
+from trimserve.evaluation.dataset import DatasetError
 from trimserve.model.trained_file import Progress
 
 __all__ = ["Recipe", "split", "train"]
@@ -56,11 +57,11 @@ def split(lessons: Lessons) -> tuple[list[int], list[int]]:
     """Numbers of the lessons that are learned from, and of those that the curve is measured on; by image.
 
     Raises:
-        ValueError: there is only one image.
+        DatasetError: there is only one image.
     """
     tested = [n for n, each in enumerate(lessons.lessons) if each.image % _TESTED == 1]
     if not tested:
-        raise ValueError("must have questions about at least 2 images")
+        raise DatasetError("must have questions about at least 2 images, got 1")
     learned = [n for n, each in enumerate(lessons.lessons) if each.image % _TESTED != 1]
     return learned, tested[:_MOST_TESTED]
 
@@ -162,9 +163,7 @@ def _save(
     os.replace(new, file)
 
 
-def _resumed(
-    student: Student, optimizer: torch.optim.Optimizer, recipe: Recipe, file: Path
-) -> list[Progress]:
+def _resumed(student: Student, optimizer: torch.optim.Optimizer, recipe: Recipe, file: Path) -> list[Progress]:
     if not file.exists():
         return []
     try:

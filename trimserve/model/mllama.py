@@ -318,9 +318,7 @@ class Mllama:
         """Mean embedding of the tokens that see an image, float32 [D]."""
         visible = visible_images(prompt.token_ids, self._info.image_token_id)
         seeing = [
-            token_id
-            for token_id, (first, end) in zip(prompt.token_ids, visible, strict=True)
-            if first <= image < end
+            token_id for token_id, (first, end) in zip(prompt.token_ids, visible, strict=True) if first <= image < end
         ]
         return self._decoder.embed(self._ids(seeing)).float().mean(dim=0)
 

@@ -1,4 +1,4 @@
-"""Files of what policies have learned (`trimming/trained.py`), each for one model. How it is trained is not known here."""
+"""Files of what policies have learned (`trimming/trained.py`), each for one model. They know no training."""
 
 import json
 from collections.abc import Mapping, Sequence

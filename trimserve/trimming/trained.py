@@ -1,4 +1,4 @@
-"""What is trained of a policy: a module that `trimserve train-compressor` writes into a file. It knows no checkpoint."""
+"""What is trained of a policy: a module, which `trimserve train-compressor` writes into a file. It knows no model."""
 
 from dataclasses import dataclass
 

@@ -25,7 +25,10 @@ class Router(Trained):
             raise ValueError("a model with one cross-attention layer has none to leave out")
         self.heads = nn.ModuleList(
             nn.Sequential(
-                nn.LayerNorm(2 * shape.width), nn.Linear(2 * shape.width, self.inside), nn.GELU(), nn.Linear(self.inside, 1)
+                nn.LayerNorm(2 * shape.width),
+                nn.Linear(2 * shape.width, self.inside),
+                nn.GELU(),
+                nn.Linear(self.inside, 1),
             )
             for _ in range(shape.num_cross_layers - 1)
         )
@@ -50,7 +53,7 @@ class Router(Trained):
 
 @dataclass(frozen=True, slots=True)
 class Exit(Policy):
-    """All features stay until a router finds that the text has seen enough; then later cross-attention layers are left out.
+    """All features stay until a router finds that the text has seen enough; later cross-attention layers are left out.
 
         leave after layer l  if  sigmoid(MLP_l [mean_t h[t], h[last]]) >= certainty
 

@@ -73,7 +73,7 @@ class FlashSloth(Learned):
 
     Source: FlashSloth, arXiv 2412.04317, spatial attention pooling and embedded queries. Adapted: queries learn of the
     question from the mean of its embeddings, where the paper lets them attend to the text within the language model;
-    every row weighs as much, since a query counts for no patches of its own. Left out: both training stages of the model.
+    every row weighs as much, since a query counts for no patches of its own. Left out: training the model itself.
     """
 
     name: ClassVar[str] = "flashsloth"

@@ -58,9 +58,9 @@ class QueCC(Learned):
     n runs over the patches of window w; c has one weight for each place and channel (a depthwise convolution as large
     as its stride). The choice holds for one question.
 
-    Source: QueCC, arXiv 2411.03312, section on query-based compression. Adapted: the question is the mean of its tokens'
-    embeddings, where the paper asks the language model for its last state; the window's mean is added, so that training
-    starts from pooling. Left out: training projector and language model along.
+    Source: QueCC, arXiv 2411.03312, section on query-based compression. Adapted: the question is the mean of its
+    tokens' embeddings, where the paper asks the language model for its last state; the window's mean is added, so that
+    training starts from pooling. Left out: training projector and language model along.
     """
 
     name: ClassVar[str] = "quecc"

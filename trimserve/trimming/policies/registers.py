@@ -59,9 +59,9 @@ class Registers(Learned):
     s begins as the register, b as a preference for a window of its own; both are trained. The choice serves
     every question on the image.
 
-    Source: Victor, arXiv 2410.14072, visual registers. Adapted: registers read the tile in layers of their own, where the
-    paper lets them do so in the first layers of the language model; Mllama's decoder has no attention from features to
-    features. What they read is added to a weighted mean, so that training starts near pooling.
+    Source: Victor, arXiv 2410.14072, visual registers. Adapted: registers read the tile in layers of their own, where
+    the paper lets them do so in the first layers of the language model; Mllama's decoder has no attention from features
+    to features. What they read is added to a weighted mean, so that training starts near pooling.
     """
 
     name: ClassVar[str] = "registers"

@@ -20,8 +20,8 @@ from trimserve.trimming.policies.random import Random
 from trimserve.trimming.policies.registers import Registers
 from trimserve.trimming.policies.sparsevlm import SparseVLM
 from trimserve.trimming.policies.strided import Strided
-from trimserve.trimming.policies.tokenpacker import TokenPacker
 from trimserve.trimming.policies.todre import ToDRE
+from trimserve.trimming.policies.tokenpacker import TokenPacker
 from trimserve.trimming.policies.topv import TopV
 from trimserve.trimming.policies.trimmed import Trimmed
 from trimserve.trimming.policies.vflowopt import VFlowOpt
@@ -35,5 +35,7 @@ _AFTER_FIRST_LAYER = (Trimmed, Random, Strided, Mean, FastV, SparseVLM, Mmr, CDP
 _BEFORE_DECODER = (Cls, VisPruner, VisionDrop, GPrune, DivPrune, ToDRE, VFlowOpt, TopV, Codebook, Pool)
 _LEARNED = (TokenPacker, WiCo, FlashSloth, QueCC, Registers)
 
-POLICIES: Mapping[str, type[Policy]] = {policy.name: policy for policy in (*_AFTER_FIRST_LAYER, *_BEFORE_DECODER, *_LEARNED)}
+POLICIES: Mapping[str, type[Policy]] = {
+    policy.name: policy for policy in (*_AFTER_FIRST_LAYER, *_BEFORE_DECODER, *_LEARNED)
+}
 """The first is the default."""

@@ -1,4 +1,4 @@
-"""The policy `tokenpacker`: a coarse row of each window, into which a trained compressor injects the window's detail."""
+"""The policy `tokenpacker`: a coarse row of each window, into which a trained compressor injects its detail."""
 
 from dataclasses import dataclass
 from typing import ClassVar

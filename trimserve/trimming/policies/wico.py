@@ -50,8 +50,8 @@ class WiCo(Learned):
     n_1 to n_S are the patches of window w, row by row. The choice serves every question on the image.
 
     Source: WiCo, arXiv 2504.04024, window token concatenation. Adapted: the mean is added, so that training starts from
-    pooling; windows of unequal size leave places empty. Left out: fine-tuning the last vision layers, so that a window's
-    features become alike, and taking rows apart again in late layers (WiCo+), which both change the model.
+    pooling; windows of unequal size leave places empty. Left out: fine-tuning the last vision layers, so that features
+    of a window become alike, and taking rows apart again in late layers (WiCo+), which both change the model.
     """
 
     name: ClassVar[str] = "wico"
