@@ -34,7 +34,8 @@ def test_an_interrupted_training_ends_with_the_same_file(
     options = (*asked, "--method", method, "--rows", rows)
     whole, resumed = tmp_path / "whole.safetensors", tmp_path / "resumed.safetensors"
     assert run(*options, "--out", whole).exit_code == 0
-    step, taken = training._step, []
+    step = training._step
+    taken: list[float] = []
 
     def interrupt(*arguments: object) -> float:
         if len(taken) == 5:

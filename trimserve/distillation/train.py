@@ -132,7 +132,7 @@ def _step(student: Student, optimizer: torch.optim.Optimizer, batch: Any, rate: 
         group["lr"] = rate
     optimizer.zero_grad()
     loss = student.loss(batch)
-    loss.backward()  # type: ignore[no-untyped-call]  # torch's own
+    loss.backward()
     torch.nn.utils.clip_grad_norm_(student.module.parameters(), 1.0)
     optimizer.step()
     return float(loss.detach())

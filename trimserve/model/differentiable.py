@@ -130,7 +130,8 @@ def _linear(rows: Tensor, linear: nn.Linear) -> Tensor:
 
 def _norm(norm: NormParts, rows: Tensor) -> Tensor:
     x = rows.float()
-    return (x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + norm.epsilon)).to(rows.dtype) * norm.weight.detach()
+    normal: Tensor = x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + norm.epsilon)
+    return normal.to(rows.dtype) * norm.weight.detach()
 
 
 def _mlp(hidden: Tensor, norm: NormParts, gate_up: Sequence[nn.Linear], down: nn.Linear) -> Tensor:
