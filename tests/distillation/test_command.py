@@ -80,8 +80,8 @@ def test_what_was_trained_is_served_and_compared(
     ("options", "message"),
     [
         (("--method", "trimmed", "--rows", 5), "--method: must be among exit, tokenpacker"),
-        (("--method", "quecc"), r"--rows: must be in \[2, 10\], got 0"),
-        (("--method", "quecc", "--rows", 8), "--rows: must be 1 + a * b with a and b at most 3, got 8"),
+        (("--method", "quecc"), "--rows: must be in [2, 10], got 0"),
+        (("--method", "wico", "--rows", 8), "--rows: must be 1 + a * b with a and b at most 3, got 8"),
         (("--method", "exit", "--rows", 3), "--rows: must be 0"),
         (("--method", "quecc", "--rows", 5, "--batch", 4), "--batch: must be at most 3"),
     ],
@@ -91,7 +91,7 @@ def test_what_cannot_be_trained_is_refused_by_name(
 ) -> None:
     result = run(*asked, "--out", tmp_path / "file", *options)
     assert result.exit_code == 2
-    assert message.replace("\\", "") in " ".join(result.output.split()).replace("'", ""), result.output
+    assert message in " ".join(result.output.split()).replace("'", ""), result.output
 
 
 def test_a_cache_of_other_data_is_refused(asked: tuple[object, ...], data: Path, tmp_path: Path) -> None:

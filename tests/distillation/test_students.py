@@ -16,7 +16,7 @@ from trimserve.evaluation.pages import OwnPages
 from trimserve.model.interruptible import run_through
 from trimserve.model.mllama import Mllama
 from trimserve.model.trained_file import shape_of
-from trimserve.trimming.compressor import Compressor
+from trimserve.trimming.compressor import Compressor, Regions
 from trimserve.trimming.plan import TrimPlan
 from trimserve.trimming.policies.exit import Router
 from trimserve.trimming.trained import Trained
@@ -88,9 +88,14 @@ def test_a_compressor_starts_as_a_mean_of_patches(model: Mllama, lessons: Lesson
     student = student_of(method, 5, model)
     assert isinstance(student.module, Compressor)
     tiles = lessons.tiles(1)
-    weights = student.module.weights(tiles, tiles[:, 0])
-    torch.testing.assert_close(weights.sum(dim=-1), torch.ones(weights.shape[:-1]))
-    torch.testing.assert_close(student.module(tiles, tiles[:, 0]), weights @ tiles[:, 1:])
+    patches, text = tiles[:, 1:], tiles[:, 0]
+    rows, group = student.module(tiles, text)
+    assert {tile.unique().numel() for tile in group} == {4}
+    weights = student.module.weights(patches, Regions.of(group, 4), text)
+    torch.testing.assert_close(weights.sum(dim=-1), torch.ones(len(tiles), 4))
+    torch.testing.assert_close(rows, weights @ patches)
+    if method != "registers":  # which look a little further from the beginning on
+        torch.testing.assert_close(weights, Regions.of(group, 4).means)
 
 
 def test_a_router_learns_whether_leaving_changes_the_answer(

@@ -46,18 +46,20 @@ def train_compressor(
     from trimserve.distillation.students import student_of
     from trimserve.distillation.train import Recipe, split, train
     from trimserve.model.loading import load_model
-    from trimserve.model.trained_file import save_trained
+    from trimserve.model.trained_file import save_trained, trainable
 
     questions = load_questions(data, need_answers=False)
     if num_threads is not None:
         torch.set_num_threads(num_threads)
     others = {"codebook": None, "guide_model": None, "compressor": ()}
     model = load_model(config.model.model_copy(update=others), config.engine)
+    if method not in trainable():
+        raise typer.BadParameter(f"must be among {', '.join(trainable())}, got {method!r}", param_hint="--method")
     torch.manual_seed(seed)
     try:
         student = student_of(method, rows, model)
     except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--rows" if "rows" in str(error) else "--method") from None
+        raise typer.BadParameter(str(error), param_hint="--rows") from None
     features = config.model.intermediate_features
     folder = cache or out.with_name(f"{out.name}.cache")
     lessons = _lessons(folder, model, questions, features)

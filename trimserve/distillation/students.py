@@ -10,7 +10,7 @@ from trimserve.distillation.batches import LessonBatch
 from trimserve.model.differentiable import DifferentiableDecoder, PaddedBatch
 from trimserve.model.mllama import Mllama
 from trimserve.model.trained_file import shape_of, trainable
-from trimserve.trimming.compressor import Compressor
+from trimserve.trimming.compressor import Compressor, Regions
 from trimserve.trimming.policies.exit import Router
 from trimserve.trimming.trained import Trained
 
@@ -31,16 +31,13 @@ def student_of(method: str, rows: int, model: Mllama) -> Student:
     """A fresh student, drawn from torch's own source of chance.
 
     Args:
-        method: name of the policy that learns.
+        method: one of `trainable`.
         rows: see `Shape.rows`.
         model: frozen.
     Raises:
-        ValueError: the method learns nothing, or cannot make so many rows.
+        ValueError: the method cannot make so many rows; says which it can.
     """
-    known = trainable()
-    if method not in known:
-        raise ValueError(f"must be among {', '.join(known)}, got {method!r}")
-    module = known[method](shape_of(model.info, rows)).to(model.info.device)
+    module = trainable()[method](shape_of(model.info, rows)).to(model.info.device)
     if isinstance(module, Router):
         return RouterStudent(module, model.differentiable())
     assert isinstance(module, Compressor)
@@ -60,22 +57,20 @@ class CompressorStudent:
         self.module: Trained = module
         self._compressor = module
         self._decoder = decoder
-        counts = torch.bincount(module.group).float()
-        self._bias = torch.cat([counts.new_zeros(1), counts.log()])
-        """float32 [1 + W], of the class token and the new rows."""
 
     def loss(self, batch: LessonBatch) -> Tensor:
         """KL(untrimmed || this) in nats, mean over the answers' tokens."""
         return divergence(batch.said, self._decoder(self._padded(batch), batch.wanted)).mean()
 
     def _padded(self, batch: LessonBatch) -> PaddedBatch:
-        new = self._compressor(batch.tiles, self._text(batch) if self._compressor.reads_text else None)
+        new, group = self._compressor(batch.tiles, self._text(batch) if self._compressor.reads_text else None)
+        weight = Regions.of(group, self._compressor.num_new_rows).is_own.sum(dim=-1).log()
         rows = torch.cat([batch.tiles[:, :1], new.to(batch.tiles.dtype)], dim=1)
         shape = (len(batch.token_ids), int(batch.place.max()) + 1)
         places = (batch.lesson_of, batch.place)
         placed = rows.new_zeros(*shape, *rows.shape[1:]).index_put(places, rows)
         bias = rows.new_full((*shape, rows.shape[1]), -torch.inf, dtype=torch.float32)
-        bias = bias.index_put(places, self._bias.expand(len(rows), -1))
+        bias = bias.index_put(places, F.pad(weight, (1, 0)))
         return PaddedBatch(batch.token_ids, batch.sees, placed.flatten(1, 2), bias.flatten(1))
 
     def _text(self, batch: LessonBatch) -> Tensor:

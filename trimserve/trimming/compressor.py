@@ -1,19 +1,44 @@
 """What every trained compressor is: a tile's patches in, a few new rows out, each of which stands for some patches.
 
-It starts as a plain mean of the patches that a row stands for, like the policy `pool`, and learns what to add. Sizes of
-what is added are relative to the tile's features, so that one learning rate fits every model.
+It starts as a plain mean of the patches that a row stands for and learns what to add, in units of the tile's features,
+so that one learning rate fits every model. Unless a method says otherwise, a row stands for patches that are alike:
+cross-attention knows no places, and means of alike patches lose far less than those of neighbours (docs/policies.md).
 """
 
 from abc import ABC, abstractmethod
-from math import isqrt
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from trimserve.trimming.trained import Shape, Trained
 
-__all__ = ["Compressor", "grid", "shares", "silent"]
+__all__ = ["Compressed", "Compressor", "Regions", "alike", "silent"]
+
+
+class Compressed(NamedTuple):
+    """What a compressor makes of t tiles."""
+
+    rows: Tensor
+    """float32 [t, W, D]"""
+    group: Tensor
+    """int64 [t, P], in [0, W): which row each patch counts for; every row has one."""
+
+
+class Regions(NamedTuple):
+    """Which patches each of W rows of t tiles stands for."""
+
+    is_own: Tensor
+    """bool [t, W, P]"""
+    means: Tensor
+    """float32 [t, W, P], averages them."""
+
+    @classmethod
+    def of(cls, group: Tensor, num_rows: int) -> "Regions":
+        """Of patches by their groups, int64 [t, P]."""
+        is_own = group[:, None] == torch.arange(num_rows, device=group.device)[:, None]
+        return cls(is_own, is_own / is_own.sum(dim=-1, keepdim=True))
 
 
 class Compressor(Trained, ABC):
@@ -22,64 +47,52 @@ class Compressor(Trained, ABC):
     reads_text: ClassVar[bool] = False
     """Whether it looks at the question."""
 
-    group: Tensor
-    """int64 [P], the new row that each patch of a tile counts for."""
-
     def __init__(self, shape: Shape) -> None:
-        """Begin as the mean of each row's patches.
-
-        Raises:
-            ValueError: it cannot make so many rows.
-        """
+        """See `Trained`."""
         super().__init__(shape)
         if not 2 <= shape.rows <= shape.features_per_tile:
             raise ValueError(f"must be in [2, {shape.features_per_tile}], got {shape.rows}")
-        group = self.assign(shape.features_per_tile - 1, shape.rows - 1)
-        self.register_buffer("group", group, persistent=False)
-        counts = torch.bincount(group)
-        is_own = group == torch.arange(len(counts))[:, None]
-        self.register_buffer("is_own", is_own, persistent=False)
-        self.register_buffer("means", is_own / counts[:, None], persistent=False)
 
-    is_own: Tensor
-    """bool [W, P], which patches each row stands for."""
-    means: Tensor
-    """float32 [W, P], averages them."""
+    @property
+    def num_new_rows(self) -> int:
+        """W, of a tile."""
+        return self.shape.rows - 1
 
-    @staticmethod
-    def assign(num_patches: int, num_new_rows: int) -> Tensor:
-        """Which of the W new rows each of P patches counts for, int64 [P], each row at least once."""
-        return grid(num_patches, num_new_rows)
-
-    def forward(self, tiles: Tensor, text: Tensor | None = None) -> Tensor:
+    def forward(self, tiles: Tensor, text: Tensor | None = None) -> Compressed:
         """Compress tiles, each for itself.
 
         Args:
             tiles: [t, F, D], the class token first; any float dtype.
             text: [t, D], what each tile's question is about; None if the method does not read it.
-        Returns:
-            float32 [t, W, D].
         """
-        tiles = tiles.float()
-        size = tiles.square().mean(dim=(1, 2), keepdim=True).sqrt()
-        weights = self.weights(tiles, text)
-        return weights @ tiles[:, 1:] + size * self.change(tiles, weights, text)
+        patches = tiles[:, 1:].float()
+        size = patches.square().mean(dim=(1, 2), keepdim=True).sqrt()
+        group = self.group(patches)
+        regions = Regions.of(group, self.num_new_rows)
+        weights = self.weights(patches, regions, text)
+        return Compressed(weights @ patches + size * self.change(patches, regions, weights, text), group)
 
-    def weights(self, tiles: Tensor, text: Tensor | None) -> Tensor:  # noqa: ARG002 - those who look override it
-        """How much of each patch is in each row's mean, float32 [W, P] or [t, W, P], rows that sum to 1.
+    def group(self, patches: Tensor) -> Tensor:
+        """Which row each patch counts for, [t, P, D] -> int64 [t, P]."""
+        return alike(patches, self.num_new_rows)
+
+    def weights(self, patches: Tensor, regions: Regions, text: Tensor | None) -> Tensor:  # noqa: ARG002 - some look
+        """How much of each patch is in each row's mean, float32 [t, W, P]; a row's sum to 1.
 
         Args:
-            tiles: float32 [t, F, D].
+            patches: float32 [t, P, D].
+            regions: of the rows.
             text: see `forward`.
         """
-        return self.means
+        return regions.means
 
     @abstractmethod
-    def change(self, tiles: Tensor, weights: Tensor, text: Tensor | None) -> Tensor:
+    def change(self, patches: Tensor, regions: Regions, weights: Tensor, text: Tensor | None) -> Tensor:
         """What is added to the mean, in units of the tile's features.
 
         Args:
-            tiles: float32 [t, F, D].
+            patches: float32 [t, P, D].
+            regions: of the rows.
             weights: what `weights` says.
             text: see `forward`.
         Returns:
@@ -95,33 +108,26 @@ def silent(inside: int, width: int) -> nn.Linear:
     return linear
 
 
-def grid(num_patches: int, num_windows: int) -> Tensor:
-    """Cut a tile into windows, as square as their number allows.
+@torch.no_grad()
+def alike(patches: Tensor, num_groups: int) -> Tensor:
+    """Group each tile's patches around anchors that are far apart, as `merging.group_dropped` does, for many tiles.
 
     Args:
-        num_patches: P, of the tile, a square number.
-        num_windows: W = a * b with a and b at most the tile's side.
+        patches: float32 [t, P, D].
+        num_groups: W, at most P.
     Returns:
-        int64 [P], the window of each patch, row by row.
-    Raises:
-        ValueError: there is no such a and b.
-
-    >>> grid(16, 4).view(4, 4)[0].tolist()
-    [0, 0, 1, 1]
+        int64 [t, P], in [0, W); every group has a patch.
     """
-    side = isqrt(num_patches)
-    high = next((high for high in range(isqrt(num_windows), 0, -1) if num_windows % high == 0), 0)
-    if not high or num_windows // high > side:
-        raise ValueError(f"must be 1 + a * b with a and b at most {side}, got {num_windows + 1}")
-    place = torch.arange(side)
-    wide = num_windows // high
-    return ((place * high // side)[:, None] * wide + place * wide // side).flatten()
-
-
-def shares(num_patches: int, num_rows: int) -> Tensor:
-    """Let rows that see the whole tile count for equally many patches, in order.
-
-    >>> shares(4, 2).tolist()
-    [0, 0, 1, 1]
-    """
-    return torch.arange(num_patches) * num_rows // num_patches
+    directions = F.normalize(patches, dim=-1).nan_to_num(0)
+    tiles = torch.arange(len(patches), device=patches.device)
+    group = torch.zeros(patches.shape[:2], dtype=torch.int64, device=patches.device)
+    closest = torch.full_like(directions[..., 0], -torch.inf)
+    anchor = (directions @ directions.mean(dim=1)[..., None])[..., 0].argmin(dim=1)
+    for number in range(num_groups):
+        likeness = (directions @ directions[tiles, anchor][..., None])[..., 0]
+        group = torch.where(likeness > closest, number, group)
+        closest = torch.maximum(likeness, closest)
+        group[tiles, anchor] = number
+        closest[tiles, anchor] = torch.inf
+        anchor = closest.argmin(dim=1)
+    return group

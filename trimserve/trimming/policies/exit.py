@@ -20,7 +20,7 @@ class Router(Trained):
         """See `Trained`."""
         super().__init__(shape)
         if shape.rows:
-            raise ValueError(f"rows must be 0, a router makes none; got {shape.rows}")
+            raise ValueError(f"must be 0, since no rows are made, got {shape.rows}")
         if shape.num_cross_layers < 2:
             raise ValueError("a model with one cross-attention layer has none to leave out")
         self.heads = nn.ModuleList(

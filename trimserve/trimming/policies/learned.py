@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from trimserve.trimming.budget import Allowance
-from trimserve.trimming.compressor import Compressor
+from trimserve.trimming.compressor import Compressor, Regions
 from trimserve.trimming.encoded_image import Choice, EncodedImage
 from trimserve.trimming.merging import Groups
 from trimserve.trimming.policies.policy import BeforeDecoder
@@ -37,9 +37,9 @@ class Learned(BeforeDecoder):
         assert isinstance(module, Compressor)
         tiles = image.features.unflatten(0, (-1, image.features_per_tile))
         with torch.inference_mode():
-            rows = module(tiles, None if text is None else text.expand(len(tiles), -1))
+            rows, group = module(tiles, None if text is None else text.expand(len(tiles), -1))
         first = torch.arange(len(tiles), device=rows.device) * image.features_per_tile
-        members = first[:, None] + 1 + module.group.argsort(stable=True)
-        sizes = torch.bincount(module.group).repeat(len(tiles))
+        members = first[:, None] + 1 + group.argsort(dim=1, stable=True)
+        sizes = Regions.of(group, module.num_new_rows).is_own.sum(dim=-1).flatten()
         groups = Groups(members.flatten(), sizes, (len(sizes),), rows.flatten(0, 1).to(image.features.dtype))
         return Choice(first, groups=groups)

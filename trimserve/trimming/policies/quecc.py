@@ -1,4 +1,4 @@
-"""The policy `quecc`: rows that a trained compressor makes of each window, by what the question asks."""
+"""The policy `quecc`: rows that a trained compressor makes of each region, by what the question asks."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from trimserve.trimming.compressor import Compressor, silent
+from trimserve.trimming.compressor import Compressor, Regions, silent
 from trimserve.trimming.policies.learned import Learned
 from trimserve.trimming.trained import Shape
 
@@ -28,39 +28,47 @@ class QueCCRows(Compressor):
         self.text = nn.Linear(width, inside)
         self.features = nn.Linear(width, inside)
         self.kernel = nn.Parameter(torch.ones(shape.features_per_tile - 1, inside))
-        self.query = nn.Linear(inside, inside)
+        self.query = silent(inside, inside)
         self.key = nn.Linear(inside, inside)
         self.value = nn.Linear(width, inside)
         self.joined = nn.Linear(2 * inside, inside)
         self.output = silent(inside, width)
 
-    def change(self, tiles: Tensor, weights: Tensor, text: Tensor | None) -> Tensor:
-        """See `Compressor.change`."""
-        assert text is not None, "it reads the question"
-        patches = self.norm(tiles[:, 1:])
-        asked = self.text(self.text_norm(text.float()))[:, None]
-        x = F.gelu(self.features(patches) + asked)
-        query = self.query(weights @ (self.kernel * x))
+    def weights(self, patches: Tensor, regions: Regions, text: Tensor | None) -> Tensor:
+        """See `Compressor.weights`."""
+        x = F.gelu(self.features(self.norm(patches)) + self._asked(text))
+        query = self.query(regions.means @ (self.kernel * x))
         logits = query @ self.key(x).transpose(1, 2) / self.inside**0.5
-        seen = logits.masked_fill(~self.is_own, -torch.inf).softmax(dim=-1) @ self.value(patches)
-        joined = self.joined(torch.cat([seen, asked.expand_as(seen)], dim=-1))
+        return logits.masked_fill(~regions.is_own, -torch.inf).softmax(dim=-1)
+
+    def change(self, patches: Tensor, regions: Regions, weights: Tensor, text: Tensor | None) -> Tensor:  # noqa: ARG002 - in the weights
+        """See `Compressor.change`."""
+        seen = weights @ self.value(self.norm(patches))
+        joined = self.joined(torch.cat([seen, self._asked(text).expand_as(seen)], dim=-1))
         output: Tensor = self.output(F.gelu(joined))
         return output
+
+    def _asked(self, text: Tensor | None) -> Tensor:
+        """What the question asks for, [t, 1, inside]."""
+        assert text is not None, "it reads the question"
+        asked: Tensor = self.text(self.text_norm(text.float()))[:, None]
+        return asked
 
 
 @dataclass(frozen=True, slots=True)
 class QueCC(Learned):
-    """Of every window of patches one row stays, made by cross-attention that knows the question.
+    """Of every region of patches one row stays, made by cross-attention that knows the question.
 
-        x[n] = gelu(W_f f[n] + W_t text),   q[w] = W_q mean_n c[n] * x[n],   k = W_k x,   v = W_v f
-        row[w] = mean_n f[n] + W_o gelu(W_j [sum_n softmax_n(q[w] . k[n] / sqrt(d)) v[n], W_t text])
+        x[n] = gelu(W_f f[n] + W_t text),   q[w] = W_q mean_n c[n] * x[n],   a[w] = softmax_n(q[w] . W_k x[n] / sqrt(d))
+        row[w] = sum_n a[w, n] f[n] + W_o gelu(W_j [sum_n a[w, n] W_v f[n], W_t text])
 
-    n runs over the patches of window w; c has one weight for each place and channel (a depthwise convolution as large
+    n runs over the patches of region w; c has one weight for each place and channel (a depthwise convolution as large
     as its stride). The choice holds for one question.
 
-    Source: QueCC, arXiv 2411.03312, section on query-based compression. Adapted: the question is the mean of its
-    tokens' embeddings, where the paper asks the language model for its last state; the window's mean is added, so that
-    training starts from pooling. Left out: training projector and language model along.
+    Source: QueCC, arXiv 2411.03312, section on query-based compression. Adapted: regions are patches that are
+    alike, not windows; the question is the mean of its tokens' embeddings, where the paper asks the language model for
+    its last state; the region's mean is added, so that training starts from merging. Left out:
+    training projector and language model along.
     """
 
     name: ClassVar[str] = "quecc"

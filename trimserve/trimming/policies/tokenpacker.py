@@ -1,4 +1,4 @@
-"""The policy `tokenpacker`: a coarse row of each window, into which a trained compressor injects its detail."""
+"""The policy `tokenpacker`: a coarse row of each region, into which a trained compressor injects its detail."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from trimserve.trimming.compressor import Compressor, silent
+from trimserve.trimming.compressor import Compressor, Regions, silent
 from trimserve.trimming.policies.learned import Learned
 from trimserve.trimming.trained import Shape
 
@@ -29,12 +29,12 @@ class TokenPackerRows(Compressor):
         self.mixed = nn.Linear(2 * inside, inside)
         self.output = silent(inside, width)
 
-    def change(self, tiles: Tensor, weights: Tensor, text: Tensor | None) -> Tensor:  # noqa: ARG002 - reads no text
+    def change(self, patches: Tensor, regions: Regions, weights: Tensor, text: Tensor | None) -> Tensor:  # noqa: ARG002 - reads no text
         """See `Compressor.change`."""
-        fine = self.fine_norm(tiles[:, 1:])
-        query = self.query(self.coarse_norm(weights @ tiles[:, 1:]))
+        fine = self.fine_norm(patches)
+        query = self.query(self.coarse_norm(weights @ patches))
         logits = query @ self.key(fine).transpose(1, 2) / self.inside**0.5
-        injected = logits.masked_fill(~self.is_own, -torch.inf).softmax(dim=-1) @ self.value(fine)
+        injected = logits.masked_fill(~regions.is_own, -torch.inf).softmax(dim=-1) @ self.value(fine)
         mixed = F.gelu(self.mixed(torch.cat([query, injected], dim=-1)))
         output: Tensor = self.output(mixed)
         return output
@@ -42,16 +42,17 @@ class TokenPackerRows(Compressor):
 
 @dataclass(frozen=True, slots=True)
 class TokenPacker(Learned):
-    """Of every window of patches one row stays: their mean, and what attention of that mean to the patches injects.
+    """Of every region of patches one row stays: their mean, and what attention of that mean to the patches injects.
 
         q[w] = W_q mean_n f[n],   k = W_k f,   v = W_v f
         row[w] = mean_n f[n] + W_o gelu(W_m [q[w], sum_n softmax_n(q[w] . k[n] / sqrt(d)) v[n]])
 
-    n runs over the patches of window w. The choice serves every question on the image.
+    n runs over the patches of region w. The choice serves every question on the image.
 
-    Source: TokenPacker, arXiv 2407.02392, section on the visual projector. Adapted: a mean is the coarse feature, as
-    bilinear interpolation to half the side would be; Mllama's features hold several layers of the encoder already,
-    which the paper gathers for its keys and values. Left out: training the language model along.
+    Source: TokenPacker, arXiv 2407.02392, section on the visual projector. Adapted: regions are patches that are
+    alike, not windows, and their means the coarse features, not an interpolated image; Mllama's features hold several
+    layers of the encoder already, which the paper gathers for its keys and values. Left out: training the
+    language model along.
     """
 
     name: ClassVar[str] = "tokenpacker"
