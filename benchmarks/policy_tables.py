@@ -1,6 +1,6 @@
 """Tables of docs/policies.md: what every policy costs in accuracy and in time, made from what was measured."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from trimserve.evaluation.dataset import ALL_KINDS
@@ -15,9 +15,15 @@ __all__ = [
     "accuracy_by_kind",
     "accuracy_by_policy",
     "later_layers",
+    "learned_by_rows",
     "parameters_found",
     "speed_by_policy",
 ]
+
+_TILE = 65
+"""Features of the embedded model's tile."""
+
+_ROUNDING = 0.005
 
 CONTROL = "random"
 """With which every policy is compared."""
@@ -97,6 +103,61 @@ def speed_by_policy(report: dict[str, Any] | None) -> str:
     where = f"{machine['cpu']}, {machine['num_threads']} thread(s), torch {report['versions']['torch']}"
     set_aside = f"The engine sets {report['scratch_bytes'] / 2**20:,.0f} MiB aside for it at 11B's shape."
     return "\n".join([*lines, "", f"{where}. {set_aside}"])
+
+
+def learned_by_rows(reports: Mapping[str, Report | None], training: dict[str, Any] | None) -> str:
+    """What trained rows answer beside choosing and merging at as many rows, as Markdown; the best first.
+
+    Args:
+        reports: of `train_policies`, by the share of the rows in percent; None says how to get one.
+        training: what training came to.
+    """
+    if training is None:
+        return _missing("python -m benchmarks.train_policies")
+    trained = {(each["method"], each["rows"]): each for each in training["trained"]}
+    tables = []
+    for share, report in reports.items():
+        if report is None:
+            return _missing("python -m benchmarks.train_policies")
+        rows = [row for row in report.rows if row.kind == ALL_KINDS]
+        [untrimmed] = (row for row in rows if row.policy == UNTRIMMED_POLICY)
+        asked = f"{report.data['num_questions']:,} questions about {report.data['num_images']:,} images"
+        lines = [
+            f"About {share} % of the rows; {asked}, untrimmed {_percent(untrimmed)}:",
+            "",
+            "| policy | holds | exact match | beside untrimmed | KL | weights | loss, nats |",
+            "|---|---:|---:|---:|---:|---:|---:|",
+        ]
+        for row in sorted(rows, key=lambda row: -row.accuracy.value):
+            if row.policy not in (UNTRIMMED_POLICY, "exit"):
+                lines.append(_learned_line(row, [each for (name, _), each in trained.items() if name == row.policy]))
+        tables.append("\n".join(lines))
+    return "\n\n".join([*tables, _exit_told([*reports.values()], trained)])
+
+
+def _learned_line(row: Row, trained: Sequence[dict[str, Any]]) -> str:
+    change = row.accuracy_change
+    cells = [
+        f"`{row.name}`{', merged' if row.merge_ratio else ''}",
+        f"{row.kept_fraction:.1%}",
+        _percent(row),
+        f"{100 * change.value:+.1f} points [{100 * change.low:+.1f}, {100 * change.high:+.1f}]",
+        f"{row.divergence.value:.3f}",
+    ]
+    size = [each for each in trained if abs(each["rows"] / _TILE - row.kept_fraction) < _ROUNDING]
+    cells += (
+        [f"{size[0]['weights']:,}", f"{size[0]['loss_before']:.3f} → {size[0]['loss_after']:.3f}"] if size else ["", ""]
+    )
+    return f"| {' | '.join(cells)} |"
+
+
+def _exit_told(reports: Sequence[Report | None], trained: dict[Any, Any]) -> str:
+    rows = [row for report in reports if report for row in report.rows if (row.policy, row.kind) == ("exit", ALL_KINDS)]
+    [router] = (each for (name, _), each in trained.items() if name == "exit")
+    return (
+        f"`exit`, which leaves layers out and drops nothing of the first: {_percent(rows[0])}, "
+        f"{router['weights']:,} weights, loss {router['loss_before']:.3f} → {router['loss_after']:.3f}."
+    )
 
 
 def parameters_found(tuning: dict[str, Any] | None, calibrations: Sequence[dict[str, Any] | None]) -> str:

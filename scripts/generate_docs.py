@@ -39,6 +39,7 @@ from benchmarks.policy_tables import (  # noqa: E402 as above
     accuracy_by_kind,
     accuracy_by_policy,
     later_layers,
+    learned_by_rows,
     parameters_found,
     speed_by_policy,
 )
@@ -223,6 +224,13 @@ def comparison() -> Report | None:
     return Report.from_json(path.read_text()) if path.exists() else None
 
 
+def _learned() -> str:
+    folder = ROOT / "benchmarks/results/policies/learned"
+    paths = {share: folder / share / "report.json" for share in ("11", "22")}
+    reports = {share: Report.from_json(path.read_text()) if path.exists() else None for share, path in paths.items()}
+    return learned_by_rows(reports, read_result("policies/learned/training.json"))
+
+
 def _generate_tables(folder: str) -> str:
     return generate_tables(read_result(f"{folder}/report.json"), folder)
 
@@ -246,6 +254,7 @@ TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     "policies": ("docs/policies.md", lambda: accuracy_by_policy(comparison())),
     "policies-by-kind": ("docs/policies.md", lambda: accuracy_by_kind(comparison())),
     "policies-speed": ("docs/policies.md", lambda: speed_by_policy(read_result("policies/speed.json"))),
+    "policies-learned": ("docs/policies.md", _learned),
     "policies-layers": ("docs/policies.md", lambda: later_layers(read_result("policies/later_layers.json"))),
     "policies-parameters": (
         "docs/policies.md",
