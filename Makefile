@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 LOCKED := --require-hashes --no-deps --requirement
 CXX_SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/*.cu csrc/cuda/*.cpp \
-	csrc/cuda/*.h tests/csrc/fibers/*)
+	csrc/cuda/*.h tests/csrc/fibers/* tests/csrc/threads/*)
 # The Python of a machine with a GPU, which needs no network: it has a torch for CUDA, transformers, cmake, ninja,
 # pybind11, pytest, hypothesis and matplotlib. Plugins that pyproject.toml configures may be missing there.
 GPU_PYTHON ?= python3
@@ -95,8 +95,9 @@ site: build/site-tools/.installed  ## build the documentation site, build/site/i
 verify-site: site  ## check every link and anchor of the documentation site, and that it loads nothing from elsewhere
 	build/site-tools/bin/python scripts/verify_site.py
 
-check-sanitize: build  ## run the tests of the ops under AddressSanitizer and UndefinedBehaviorSanitizer
+check-sanitize: build  ## run the tests of the ops under Address- and UndefinedBehaviorSanitizer, CUDA kernels under ThreadSanitizer
 	PATH="$(abspath $(BIN)):$$PATH" scripts/check_sanitize.sh
+	$(BIN)/python scripts/check_races.py
 
 verify-ranks: build  ## break one of two processes that share a model, in every way, and see the server end with the cause
 	$(BIN)/python scripts/verify_ranks.py
