@@ -44,8 +44,8 @@ __device__ std::int64_t length_of(const PagedAttentionArgs& args, std::int64_t s
 }
 
 struct PlaceOfPiece {
-  std::int64_t sequence;  // num_sequences behind the last piece
-  std::int64_t piece;     // of that sequence
+  int sequence;  // num_sequences behind the last piece
+  int piece;     // of that sequence
 };
 
 // Where the wanted-th piece of all sequences is, those of each in turn; `fewest`: pieces of an empty sequence. All
@@ -53,11 +53,12 @@ struct PlaceOfPiece {
 __device__ PlaceOfPiece find_piece(const PagedAttentionArgs& args, std::int64_t max_pages, int wanted,
                                    int fewest) {
   const int lane = threadIdx.x % kWarp;
-  for (std::int64_t first = 0; first < args.num_sequences; first += kWarp) {
+  const int num_sequences = static_cast<int>(args.num_sequences);
+  for (int first = 0; first < num_sequences; first += kWarp) {
     int count = 0;
-    if (first + lane < args.num_sequences) {
-      const std::int64_t length = length_of(args, first + lane, max_pages);
-      count = max(static_cast<int>(divide_up(length, kPiecePositions)), fewest);
+    if (first + lane < num_sequences) {
+      const auto length = static_cast<int>(length_of(args, first + lane, max_pages));
+      count = max(length / kPiecePositions + (length % kPiecePositions > 0), fewest);
     }
     int sum = count;  // of this sequence and those before
     for (int offset = 1; offset < kWarp; offset *= 2) {
@@ -71,7 +72,7 @@ __device__ PlaceOfPiece find_piece(const PagedAttentionArgs& args, std::int64_t 
     }
     wanted -= __shfl_sync(kAllLanes, sum, kWarp - 1);
   }
-  return {args.num_sequences, 0};
+  return {num_sequences, 0};
 }
 
 __device__ float shift_of(float maximum) { return maximum == kMinusInfinity ? 0.0f : maximum; }
@@ -251,7 +252,8 @@ __global__ void __launch_bounds__(kThreads)
   for (int next = static_cast<int>(blockIdx.x);; next += static_cast<int>(gridDim.x)) {
     const auto [sequence, piece] = find_piece(args, max_pages, next, partials ? 0 : 1);
     if (sequence == args.num_sequences) return;
-    const std::int64_t length = length_of(args, sequence, max_pages), begin = piece * kPiecePositions;
+    const std::int64_t length = length_of(args, sequence, max_pages);
+    const std::int64_t begin = std::int64_t{piece} * kPiecePositions;
     const Work work{args,
                     shared,
                     sequence,
