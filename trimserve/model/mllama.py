@@ -29,10 +29,10 @@ from trimserve.model.processor import Processor
 from trimserve.model.ranks import ALONE, Ranks
 from trimserve.model.step_buffers import StepBuffers
 from trimserve.model.transformers_mllama import MllamaForConditionalGeneration
-from trimserve.model.upload import upload_ids
 from trimserve.model.visibility import visible_images
 from trimserve.model.vision import IntermediateFeatures, VisionEncoder
 from trimserve.model.vision_rows import VisionRows
+from trimserve.ops.upload import upload_ids
 from trimserve.trimming.compressor import Compressor
 from trimserve.trimming.encoded_image import EncodedImage, Observation
 from trimserve.trimming.feature_kv import FeatureKeyValues
@@ -216,7 +216,7 @@ class Mllama:
 
     @torch.inference_mode()
     def decode(
-        self, token_ids: Sequence[int], kvs: Sequence[KeyValues], num_rows: Sequence[int] | None = None
+        self, token_ids: Sequence[int] | Tensor, kvs: Sequence[KeyValues], num_rows: Sequence[int] | None = None
     ) -> Tensor:
         """One step of several sequences, with one or more new rows of each.
 
@@ -224,7 +224,8 @@ class Mllama:
         and to its own first i + 1 rows, and all rows see the features that the sequence holds.
 
         Args:
-            token_ids: [R], the new tokens of the first sequence, then of the second, and so on.
+            token_ids: [R], the new tokens of the first sequence, then of the second, and so on; a tensor is int64, on
+                the model's device.
             kvs: [B], with granted pages for the new rows; each as much longer afterwards.
             num_rows: [B], new rows of each, at least 1; None if each has one.
         Returns:
@@ -356,8 +357,8 @@ class Mllama:
         num_left_out = self._info.num_cross_attention_layers - len(vision.layer_rows)
         return (first, *later, *[(0,) * len(first)] * num_left_out)
 
-    def _ids(self, token_ids: Sequence[int]) -> Tensor:
-        return upload_ids(token_ids, self._device)
+    def _ids(self, token_ids: Sequence[int] | Tensor) -> Tensor:
+        return token_ids if isinstance(token_ids, Tensor) else upload_ids(token_ids, self._device)
 
     def _selections(
         self, images: Sequence[PreparedImage], num_valid: Sequence[int], selection: Selection | None
