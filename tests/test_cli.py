@@ -135,6 +135,7 @@ def test_info_tells_versions_ops_and_geometry() -> None:
         "paged_attention",
         "rms_norm",
         "rotate",
+        "rotate_write_kv",
         "select_features",
         "silu_gate",
         "union_indices",

@@ -43,6 +43,7 @@ from benchmarks import (
     bench_vision,
 )
 from benchmarks.report import RESULTS
+from scripts.generate.learned_tables import learned_by_rows
 from scripts.generate.policy_tables import accuracy_by_kind, accuracy_by_policy, parameters_found
 from scripts.generate.verified_tables import departures_table, load_table, meta_table, tools_table, walkthrough_table
 from trimserve.config import Config
@@ -233,6 +234,18 @@ def compared(table: Callable[[Report], str]) -> str:
     return table(Report.from_json(path.read_text())) if path.exists() else "Not measured yet: `trimserve eval`."
 
 
+def learned() -> str:
+    """The table of trained policies."""
+    shares = ("11", "22")
+    names = [f"policies/learned/{name}.json" for name in ("training", *(f"{share}/report" for share in shares))]
+
+    def table(training: dict[str, Any], *_: dict[str, Any]) -> str:
+        texts = ((RESULTS / name).read_text(encoding="utf-8") for name in names[1:])
+        return learned_by_rows(dict(zip(shares, map(Report.from_json, texts), strict=True)), training)
+
+    return measured(table, "python -m benchmarks.train_policies", *names)
+
+
 def generated(folder: str) -> str:
     """The table of decode steps, with its picture."""
     table = partial(bench_generate.table, folder=folder)
@@ -260,6 +273,7 @@ TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     "policies-by-kind": ("docs/policies.md", lambda: compared(accuracy_by_kind)),
     "policies-parameters": ("docs/policies.md", lambda: measured(parameters_found, *CALIBRATE)),
     "policies-speed": ("docs/policies.md", lambda: benchmark(bench_policies, "policies/speed.json")),
+    "policies-learned": ("docs/policies.md", learned),
     "policies-layers": ("docs/policies.md", lambda: benchmark(bench_layers, "policies/later_layers.json")),
     "batch": ("docs/command-line.md", lambda: benchmark(bench_batch, "batch.json")),
     "fleet": ("docs/fleet.md", lambda: benchmark(bench_fleet, "fleet.json")),
