@@ -200,10 +200,9 @@ def test_serve_takes_its_knobs_from_options_then_from_variables(
     monkeypatch.setenv("TRIMSERVE_PORT", "tcp://10.0.0.1:50051")  # from Kubernetes, for a service named trimserve
     monkeypatch.setenv("TRIMSERVE__ENGINE__MAX_BATCH", "3")
     monkeypatch.setenv("TRIMSERVE__ENGINE__MAX_QUEUE", "4")
-    run("serve", "--max-queue", 5, "--no-metrics")
+    run("serve", "--max-queue", 5)
     [config] = served
     assert (config.engine.max_batch, config.engine.max_queue, config.server.port) == (3, 5, 50051)
-    assert not config.server.metrics
 
 
 @pytest.mark.parametrize(
@@ -371,7 +370,7 @@ def test_help_lists_every_policy_with_a_line(command: str) -> None:
 def test_info_of_a_server_has_the_fields_of_info_here(address: str) -> None:
     here, there = (json.loads(run("info", "--json", *option).stdout) for option in ((), ("--address", address)))
     assert there["address"] == address
-    for name in ("num_parameters", "weight_bytes", "dtype", "revision", "cross_kv_bytes_per_feature", "max_tiles"):
+    for name in ("num_parameters", "weight_bytes", "dtype", "revision", "max_tiles", "tensor_parallel"):
         assert there["model"][name] == here["model"][name]
     for option in ((), ("--address", address)):
         told = run("info", *option).stdout
@@ -433,7 +432,7 @@ def load(*_):
         torch.ones(256, 256) @ torch.ones(256, 256)
 
 trimserve.serve.load_model = load
-sys.argv = ["trimserve", "serve", "--port", "0", "--no-metrics"]
+sys.argv = ["trimserve", "serve", "--port", "0", "--metrics-port", "0"]
 main()
 """
 

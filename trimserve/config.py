@@ -75,11 +75,6 @@ class ModelConfig(_Knobs):
         description="A LoRA adapter that requests may ask for, as `NAME=FOLDER`; in the environment "
         "with spaces between several. The folder is one that PEFT saved, NAME " + ADAPTER_NAME_RULE + ".",
     )
-    template_date: str = Field(
-        default="26 Jul 2024",
-        min_length=1,
-        description="Date that Llama's chat template writes into the prompt.",
-    )
     k_ratio: float | None = Field(
         default=None,
         gt=0,
@@ -146,7 +141,7 @@ class EngineConfig(_Knobs):
         default=ByteSize(512 * 2**20),
         ge=0,
         description="Bytes of visual features, and of their keys and values, that are kept for another question on the "
-        "same image; 0 keeps none.",
+        "same image, in each of `tensor_parallel` processes; 0 keeps none.",
     )
     prefill_slice_seconds: float = Field(
         default=0.1,
@@ -166,11 +161,6 @@ class EngineConfig(_Knobs):
         description="Seconds after which a step of the engine that has not returned, a decode step or a layer of a "
         "prefill, counts as hung: health says NOT_SERVING, and the process ends with the cause, as it does when its "
         "event loop stands still for as long.",
-    )
-    default_max_new_tokens: int = Field(
-        default=256,
-        ge=1,
-        description="Tokens that a request may generate when neither it nor the checkpoint says.",
     )
     max_images: int = Field(default=8, ge=1, description="Images of one request.")
     max_image_bytes: int = Field(default=32 * 2**20, ge=1, description="Bytes of one encoded image file.")
@@ -236,7 +226,6 @@ class ServerConfig(_Knobs):
         validate_default=True,
         description="Whether to listen beyond loopback without TLS, behind something that encrypts.",
     )
-    metrics: bool = Field(default=True, description="Whether `/metrics`, `/healthz` and `/readyz` are served (HTTP).")
     metrics_port: Port = Field(
         default=9464, description="Port of `/metrics`, `/healthz` and `/readyz`; 0 is any free one."
     )
@@ -244,13 +233,8 @@ class ServerConfig(_Knobs):
         default=64 * 2**20,
         ge=4096,
         description="Bytes of one gRPC message, either way, and of the body of an HTTP request; more is "
-        "RESOURCE_EXHAUSTED.",
-    )
-    max_message_bytes_in_flight: ByteSize = Field(
-        default=ByteSize(2**30),
-        validate_default=True,
-        description="Bytes of all messages that are arriving, at `max_message_bytes` each, or whose images are not yet "
-        "decoded; one client gets half of it. Calls wait for room, up to `receive_timeout_seconds`.",
+        "RESOURCE_EXHAUSTED. Messages that are arriving, at this size each, or whose images are not yet decoded take "
+        "16 times as much at most, half of it for one client; calls wait for room, up to `receive_timeout_seconds`.",
     )
     max_concurrent_rpcs: int = Field(
         default=1024,
@@ -267,11 +251,8 @@ class ServerConfig(_Knobs):
     receive_timeout_seconds: float = Field(
         default=60.0, gt=0, description="Seconds in which a call's message must have arrived."
     )
-    default_deadline_seconds: float | None = Field(
-        default=None, gt=0, description="Deadline of a call whose client set none; unset is no deadline."
-    )
     max_deadline_seconds: float | None = Field(
-        default=None, gt=0, description="Longest deadline; a longer one, or none, counts as this. Unset is no limit."
+        default=None, gt=0, description="Longest deadline; a longer one, or none, counts as this; unset is no limit."
     )
     drain_grace_seconds: float = Field(
         default=30.0,
@@ -284,18 +265,10 @@ class ServerConfig(_Knobs):
         description="Age at which a client is asked to connect anew, so that balancers that know only "
         "connections can spread load; calls that run get the drain grace to finish. Unset is never.",
     )
-    keepalive_seconds: float = Field(
-        default=60.0,
-        ge=1,
-        description="Seconds without data after which a client is asked for a sign of life; what a client without one "
-        "had open is cancelled 20 seconds later.",
-    )
-    reflection: bool = Field(default=True, description="Whether clients may ask which services exist.")
     log_level: Literal["debug", "info", "warning", "error"] = Field(
-        default="info", description="Least severity that is logged, to standard error."
-    )
-    log_format: Literal["console", "json"] = Field(
-        default="console", description="Lines for people, or one JSON object each for machines."
+        default="info",
+        description="Least severity that is logged, to standard error: lines for people on a terminal, elsewhere one "
+        "JSON object each.",
     )
     tracing_endpoint: str | None = Field(
         default=None,
@@ -320,14 +293,6 @@ class ServerConfig(_Knobs):
         if path is None and has_certificate and info.field_name == "tls_key":
             raise ValueError("must be given with tls_cert")
         return path
-
-    @field_validator("max_message_bytes_in_flight")
-    @classmethod
-    def _has_room_for_one(cls, num_bytes: ByteSize, info: ValidationInfo) -> ByteSize:
-        least = info.data.get("max_message_bytes", 0)
-        if num_bytes < least:
-            raise ValueError(f"must be at least max_message_bytes, {least}")
-        return num_bytes
 
     @field_validator("allow_plaintext")
     @classmethod

@@ -14,17 +14,15 @@ from prometheus_client import CollectorRegistry, Counter
 
 from tests.patience import PATIENCE_SECONDS, soon
 from tests.server.conftest import Loopback
-from tests.server.fakes import CHUNKS, CONFIG, DELTAS, FINISHED, STARTED, FakeRunner, Pause, Script, chat_request
+from tests.server.fakes import CONFIG, DELTAS, FINISHED, STARTED, FakeRunner, Pause, Script, chat_request
 from trimserve.api.chunks import Started, TokenDelta
 from trimserve.api.status import EngineStatus
-from trimserve.config import Config, ServerConfig
 from trimserve.errors import DeadlinePassed, EngineBusy, EngineStopped, RequestFailed
 from trimserve.serve import make_server
 from trimserve.server import lifecycle
 from trimserve.server.grpc.services import RPCS
 from trimserve.server.loop_lag import INTERVAL_SECONDS
 from trimserve.server.metrics import RPC_CODES, Metrics
-from trimserve.server.running import running_server
 from trimserve.trimming.policies.table import POLICIES
 from trimserve.v1 import generation_pb2 as pb
 
@@ -414,9 +412,3 @@ def test_the_status_of_a_closed_event_loop_cannot_be_read() -> None:
 async def test_openmetrics_is_served_to_who_asks(loopback: Loopback) -> None:
     _, text = await asyncio.to_thread(get, loopback, "/metrics", "application/openmetrics-text; version=1.0.0")
     assert text.endswith("# EOF\n")
-
-
-async def test_metrics_can_be_off() -> None:
-    config = Config(server=ServerConfig(port=0, metrics=False))
-    async with running_server(make_server(FakeRunner(CHUNKS), config)) as server:
-        assert server.metrics_address is None

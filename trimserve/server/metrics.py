@@ -355,7 +355,8 @@ class Metrics(ProcessMetrics):
         )
         self.image_cache_used_bytes = self._gauge(
             "trimserve_image_cache_used_bytes",
-            "Bytes of the visual features that are kept for another question, with their keys and values.",
+            "Bytes of the visual features that are kept for another question, with their keys and values, in each of "
+            "tensor_parallel processes.",
         )
         self.image_cache_kv_bytes = self._gauge(
             "trimserve_image_cache_kv_bytes", "Of these, bytes set aside for keys and values."
