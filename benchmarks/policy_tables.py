@@ -128,9 +128,9 @@ def learned_by_rows(reports: Mapping[str, Report | None], training: dict[str, An
             "| policy | holds | exact match | beside untrimmed | KL | weights | loss, nats |",
             "|---|---:|---:|---:|---:|---:|---:|",
         ]
-        for row in sorted(rows, key=lambda row: -row.accuracy.value):
-            if row.policy not in (UNTRIMMED_POLICY, "exit"):
-                lines.append(_learned_line(row, [each for (name, _), each in trained.items() if name == row.policy]))
+        compared = [row for row in rows if row.policy not in (UNTRIMMED_POLICY, "exit")]
+        for row in sorted(compared, key=lambda row: -row.accuracy.value):
+            lines += [_learned_line(row, [each for (name, _), each in trained.items() if name == row.policy])]
         tables.append("\n".join(lines))
     return "\n\n".join([*tables, _exit_told([*reports.values()], trained)])
 

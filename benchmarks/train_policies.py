@@ -2,7 +2,7 @@
 
     python -m training.heldout --split train --seed 1 --questions 12000 --out out/train
     python -m training.heldout --questions 2000 --out out/heldout
-    python -m benchmarks.train_policies [--train out/train] [--held-out out/heldout] [--files out/learned] [--out FOLDER]
+    python -m benchmarks.train_policies [--train out/train] [--held-out out/heldout] [--files out/learned] [--out DIR]
 
 A file that is there is not trained again. Of every share of the rows the folder gets a report like that of `trimserve
 eval`, and `training.json` says what training came to. Nothing here is a time: it may run beside other work.
@@ -42,7 +42,7 @@ _MERGED: Final = {"11": (0.016, 0.09), "22": (0.12, 0.09)}
 
 _CHOOSING: Final = ("cls", "vispruner", "gprune", "trimmed", "sparsevlm", "mmr")
 _ROUTER: Final = "exit"
-_STEPS: Final = 400
+_STEPS: Final = 250
 _OUT: Final = Path(__file__).parent / "results" / "policies" / "learned"
 
 

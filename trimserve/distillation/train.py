@@ -28,7 +28,7 @@ _TESTED: Final = 20
 _MOST_TESTED: Final = 256
 """Questions that a point of the curve asks."""
 
-_POINTS: Final = 20
+_POINTS: Final = 10
 """Of the curve."""
 
 _SAVED_EVERY: Final = 50
