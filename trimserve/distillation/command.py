@@ -71,7 +71,7 @@ def train_compressor(
     out.parent.mkdir(parents=True, exist_ok=True)
     state = out.with_name(f"{out.name}.state")
     with progress("steps", steps) as advance:
-        curve = train(student, lessons, recipe, state, torch.device(model.info.device), lambda _: advance())
+        curve = train(student, lessons, recipe, state, torch.device(model.info.device), advance)
     training: dict[str, float | str] = {
         "data": origin.data,
         "steps": steps,
