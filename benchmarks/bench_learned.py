@@ -42,7 +42,7 @@ _MERGED: Final = {"11": (0.016, 0.09), "22": (0.12, 0.09)}
 
 _CHOOSING: Final = ("cls", "vispruner", "gprune", "trimmed", "sparsevlm", "mmr")
 _ROUTER: Final = "exit"
-_STEPS: Final = 250
+_STEPS: Final = 125
 _SEED: Final = 1
 """Of the questions to learn from."""
 

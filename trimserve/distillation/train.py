@@ -26,7 +26,7 @@ __all__ = ["Recipe", "split", "train"]
 _TESTED: Final = 20
 """Every so manieth image is not learned from."""
 
-_MOST_TESTED: Final = 256
+_MOST_TESTED: Final = 128
 """Questions that a point of the curve asks."""
 
 _POINTS: Final = 10
