@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts.cuda_loops import Loop, inner_loops
+from scripts.verify.cuda_loops import Loop, inner_loops
 
 LISTING = """
 	.section	.text.outer,"ax",@progbits

@@ -160,6 +160,9 @@ class FakeModel:
         changes: dict[torch.nn.Module, Change] = {torch.nn.Identity(): Change(weight=torch.zeros(3))}
         return Adapter(changes, ("lm_head",), rank=4, image_key=b"own" if folder.name == "vision" else b"", kv_key=b"")
 
+    def forget_adapter(self, adapter: Adapter) -> None:
+        """It holds none."""
+
     def encode_image(
         self,
         image: PreparedImage,

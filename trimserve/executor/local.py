@@ -157,6 +157,7 @@ class LocalExecutor:
     def unload_adapter(self, name: str) -> None:
         """See `Executor.unload_adapter`."""
         adapter = self._adapters.pop(name)
+        self._model.forget_adapter(adapter)
         if adapter.image_key:
             self._images.drop(lambda key: key.startswith(adapter.image_key))
         if adapter.kv_key:

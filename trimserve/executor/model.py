@@ -38,6 +38,9 @@ class Model(Protocol):
             AdapterError: it cannot be used with this model.
         """
 
+    def forget_adapter(self, adapter: Adapter) -> None:
+        """Hold nothing of an adapter any more; no sequence may have it."""
+
     def encode_image(
         self, image: PreparedImage, needs: frozenset[Observation] = frozenset(), adapter: Adapter | None = None
     ) -> Interruptible[EncodedImage]:

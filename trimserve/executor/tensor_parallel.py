@@ -24,6 +24,7 @@ from trimserve.executor.rank import Description, Done, Order, Setup, describe, j
 from trimserve.executor.rank_processes import RANK_MODULE, RankProcesses
 from trimserve.imaging.decode import Decode
 from trimserve.model.loading import load_model
+from trimserve.model.mllama import Mllama
 from trimserve.model.processor import Processor
 from trimserve.model.ranks import RankGroup, Shard
 
@@ -149,8 +150,12 @@ def start_ranks(
         own = describe(setup)
         check_agreement(own, processes.replies(Description))
         processes.tell([Done()] * len(others))
-        group = join(setup, own.info, limits.step_timeout_seconds, processes.connections)
-        model = load_model(config, limits, decode, group)
+
+        def load() -> tuple[RankGroup, Mllama]:
+            group = join(setup, own.info, limits.step_timeout_seconds, processes.connections)
+            return group, load_model(config, limits, decode, group)
+
+        group, model = processes.unless_one_ends(load)
         processes.replies(Done)
     except BaseException:
         processes.close()

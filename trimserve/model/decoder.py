@@ -15,7 +15,7 @@ from typing import Final, Protocol
 import torch
 from torch import Tensor
 
-from trimserve.model.adapters import RowAdapters
+from trimserve.model.adapters import Adapter, RowAdapters
 from trimserve.model.bucketed_decode import BucketedDecode, Capture
 from trimserve.model.checkpoint import text_config
 from trimserve.model.compiled_decode import CompiledDecode
@@ -196,6 +196,10 @@ class RaggedDecoder:
                 hidden = rows.place(hidden, seen)
             yield
         return hidden
+
+    def forget_adapter(self, adapter: Adapter) -> None:
+        """Hold nothing of an adapter any more."""
+        self._batches = [each for each in self._batches if each.adapters is None or adapter not in each.adapters]
 
     def _batch_of(self, new: NewRows) -> DecodeBatch:
         """Steps with drafts come between those without, so some more than the last one are kept."""

@@ -39,6 +39,9 @@ __all__ = [
     "load_processor",
 ]
 
+_MAX_NEW_TOKENS: Final = 256
+"""Of an answer, when neither the request nor the checkpoint says."""
+
 _ON_GPU: Final[tuple[Quantize, ...]] = ("none", "int8")
 
 
@@ -79,7 +82,7 @@ def load_model(config: ModelConfig, limits: EngineConfig, decode: Decode | None 
     """
     checkpoint = open_checkpoint(config.model, config.revision, with_weights=True)
     info = _of_rank(describe_checkpoint(checkpoint, config, limits), ranks)
-    processor = _processor(checkpoint, info, config, limits, decode)
+    processor = _processor(checkpoint, info, limits, decode)
     prototypes = guide = None
     if config.codebook is not None:
         prototypes = load_codebook(config.codebook, info, config.intermediate_features)
@@ -105,16 +108,15 @@ def load_processor(config: ModelConfig, limits: EngineConfig) -> Processor:
         CheckpointError: see `describe_model`.
     """
     checkpoint = open_checkpoint(config.model, config.revision, with_weights=False)
-    return _processor(checkpoint, describe_checkpoint(checkpoint, config, limits), config, limits)
+    return _processor(checkpoint, describe_checkpoint(checkpoint, config, limits), limits)
 
 
 def _processor(
-    checkpoint: Checkpoint, info: ModelInfo, config: ModelConfig, limits: EngineConfig, decode: Decode | None = None
+    checkpoint: Checkpoint, info: ModelInfo, limits: EngineConfig, decode: Decode | None = None
 ) -> Processor:
     return Processor.from_pretrained(
         checkpoint.folder,
         info,
-        template_date=config.template_date,
         max_image_pixels=limits.max_image_pixels,
         decode=decode,
     )
@@ -213,7 +215,7 @@ def describe_checkpoint(
             policy.describe(is_available=not policy.knob or getattr(config, policy.knob) is not None)
             for policy in POLICIES.values()
         ),
-        generation_defaults=_generation_defaults(checkpoint, limits.default_max_new_tokens),
+        generation_defaults=_generation_defaults(checkpoint),
     )
     check_shares(config, info)
     return info if config.guide_model is None else replace(info, guide=_describe_guide(config, limits, info))
@@ -249,7 +251,7 @@ def _max_model_len(limit: int, wanted: int | None) -> int:
     return wanted or limit
 
 
-def _generation_defaults(checkpoint: Checkpoint, max_new_tokens: int) -> GenerationDefaults:
+def _generation_defaults(checkpoint: Checkpoint) -> GenerationDefaults:
     generation = checkpoint.generation
     eos = generation.eos_token_id
     if eos is None:
@@ -260,6 +262,6 @@ def _generation_defaults(checkpoint: Checkpoint, max_new_tokens: int) -> Generat
         top_k=generation.top_k if generation.do_sample else 0,
         min_p=generation.min_p if generation.do_sample else 0.0,
         repetition_penalty=generation.repetition_penalty,
-        max_new_tokens=generation.max_new_tokens or max_new_tokens,
+        max_new_tokens=generation.max_new_tokens or _MAX_NEW_TOKENS,
         eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
     )

@@ -115,6 +115,10 @@ class Mllama:
         """Read an adapter of this model; another thread may compute meanwhile. See `adapter_files.read_adapter`."""
         return read_adapter(folder, self._model, self._dtype)
 
+    def forget_adapter(self, adapter: Adapter) -> None:
+        """See `RaggedDecoder.forget_adapter`."""
+        self._decoder.forget_adapter(adapter)
+
     # ---- computation ----
 
     @torch.inference_mode()

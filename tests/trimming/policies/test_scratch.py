@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.ops.measure import peak_extra_bytes
+from benchmarks.measure import peak_extra_bytes
 from trimserve.api.trim import FixedRatio
 from trimserve.trimming.budget import Allowance
 from trimserve.trimming.encoded_image import EncodedImage, Observation
