@@ -152,7 +152,7 @@ cuda-check: build  ## compile the CUDA kernels within their budget, run them on 
 	$(BIN)/python -m pytest tests/csrc
 
 verify-cuda-build: build  ## build and load the ops with the headers of every torch that is supported; needs nvcc, no GPU
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m scripts.verify.cuda_build 2.10.0 2.11.0 2.12.1 $(TORCH:torch==%=%)
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m scripts.verify.cuda_build 2.10.0 2.11.0 2.12.1 $(subst torch==,,$(TORCH))
 
 test-gpu: build/gpu/.built  ## on a machine with a GPU: test ops, decode steps and engine on it; fails if there is none
 	$(GPU_PYTHON) -m pytest $(GPU_PYTEST) --device cuda tests/ops tests/model/test_bucketed_decode.py \
