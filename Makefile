@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 LOCKED := --require-hashes --no-deps --requirement
 CXX_SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/*.cu csrc/cuda/*.cpp \
-	csrc/cuda/*.h tests/csrc/fibers/*)
+	csrc/cuda/*.h tests/csrc/fibers/* tests/csrc/threads/*)
 # The Python of a machine with a GPU, which needs no network: it has a torch for CUDA, transformers, cmake, ninja,
 # pybind11, pytest, hypothesis and matplotlib. Plugins that pyproject.toml configures may be missing there.
 GPU_PYTHON ?= python3
@@ -81,8 +81,9 @@ verify-versions: test-floor test-newest  ## the tests with the oldest and the ne
 verify-wheel: build  ## a wheel in an environment without any development tool answers a question
 	PATH="$(abspath $(BIN)):$$PATH" scripts/verify/wheel.sh
 
-verify-sanitize: build  ## the tests of the ops under AddressSanitizer and UndefinedBehaviorSanitizer
+verify-sanitize: build  ## the tests of the ops under Address- and UndefinedBehaviorSanitizer, CUDA kernels under ThreadSanitizer
 	PATH="$(abspath $(BIN)):$$PATH" scripts/verify/sanitize.sh
+	$(BIN)/python -m scripts.verify.races
 
 verify-pretended-gpu: build  ## the tests of the CUDA ops and of decode steps, with kernels that run on the CPU
 	$(BIN)/python -m pytest --device pretend --hypothesis-profile few --timeout 900 -k "not opcheck" tests/ops \

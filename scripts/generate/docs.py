@@ -43,8 +43,9 @@ from benchmarks import (
     bench_vision,
 )
 from benchmarks.report import RESULTS
+from scripts.generate.learned_tables import learned_by_rows
 from scripts.generate.policy_tables import accuracy_by_kind, accuracy_by_policy, parameters_found
-from scripts.generate.verified_tables import departures_table, load_table, meta_table, walkthrough_table
+from scripts.generate.verified_tables import departures_table, load_table, meta_table, tools_table, walkthrough_table
 from trimserve.config import Config
 from trimserve.evaluation.report import Report
 from trimserve.server.declarations import Declared
@@ -233,6 +234,18 @@ def compared(table: Callable[[Report], str]) -> str:
     return table(Report.from_json(path.read_text())) if path.exists() else "Not measured yet: `trimserve eval`."
 
 
+def learned() -> str:
+    """The table of trained policies."""
+    shares = ("11", "22")
+    names = [f"policies/learned/{name}.json" for name in ("training", *(f"{share}/report" for share in shares))]
+
+    def table(training: dict[str, Any], *_: dict[str, Any]) -> str:
+        texts = ((RESULTS / name).read_text(encoding="utf-8") for name in names[1:])
+        return learned_by_rows(dict(zip(shares, map(Report.from_json, texts), strict=True)), training)
+
+    return measured(table, "python -m benchmarks.train_policies", *names)
+
+
 def generated(folder: str) -> str:
     """The table of decode steps, with its picture."""
     table = partial(bench_generate.table, folder=folder)
@@ -252,6 +265,7 @@ TABLES: dict[str, tuple[str, Callable[[], str]]] = {
         "docs/start.md",
         lambda: measured(walkthrough_table, "make verify-walkthrough-as-root", "walkthrough.json"),
     ),
+    "tools": ("docs/http.md", lambda: measured(tools_table, "make verify-tools", "tools.json")),
     "meta": ("docs/correctness.md", lambda: measured(meta_table, "make verify-meta", "meta.json")),
     "departures": ("docs/correctness.md", lambda: measured(departures_table, "make verify-meta", "meta.json")),
     "load": ("docs/service.md", lambda: measured(load_table, "make verify-load", "load.json")),
@@ -259,6 +273,7 @@ TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     "policies-by-kind": ("docs/policies.md", lambda: compared(accuracy_by_kind)),
     "policies-parameters": ("docs/policies.md", lambda: measured(parameters_found, *CALIBRATE)),
     "policies-speed": ("docs/policies.md", lambda: benchmark(bench_policies, "policies/speed.json")),
+    "policies-learned": ("docs/policies.md", learned),
     "policies-layers": ("docs/policies.md", lambda: benchmark(bench_layers, "policies/later_layers.json")),
     "batch": ("docs/command-line.md", lambda: benchmark(bench_batch, "batch.json")),
     "fleet": ("docs/fleet.md", lambda: benchmark(bench_fleet, "fleet.json")),

@@ -16,7 +16,7 @@ from trimserve.api.info import ModelInfo
 from trimserve.api.sampling import SamplingParams
 from trimserve.errors import TrimserveError
 from trimserve.executor.ahead import Ahead
-from trimserve.executor.drawing import Answer, draw
+from trimserve.executor.drawing import Answer, draw, take
 from trimserve.executor.failures import is_device_error, is_out_of_memory
 from trimserve.executor.grammar import Grammars
 from trimserve.executor.guide import Guides
@@ -26,7 +26,6 @@ from trimserve.executor.page_memory import page_memory
 from trimserve.executor.plan import (
     Drawn,
     Failed,
-    ImageCacheCounts,
     NewSequence,
     PageGrant,
     PrefillReport,
@@ -36,7 +35,9 @@ from trimserve.executor.plan import (
     StepPlan,
     StepResult,
 )
-from trimserve.executor.sampling import SamplingState
+from trimserve.executor.prefill_report import prefill_report
+from trimserve.executor.sampling import SamplingState, has_penalty
+from trimserve.executor.steps_ahead import Row, StepsAhead
 from trimserve.model.adapters import Adapter
 from trimserve.model.interruptible import Interruptible
 from trimserve.model.key_values import KeyValues
@@ -91,6 +92,7 @@ class LocalExecutor:
         image_cache_bytes: int = 0,
         clock: Callable[[], float] = time.monotonic,
         is_fatal: Callable[[BaseException], bool] = is_device_error,
+        runs_ahead: bool | None = None,
     ) -> None:
         """Hold no pages yet.
 
@@ -99,7 +101,11 @@ class LocalExecutor:
             image_cache_bytes: of visual features kept for another question on the same image; 0 keeps none.
             clock: seconds, by which slices end and rows are timed.
             is_fatal: tells errors that end the executor from those that end one sequence.
+            runs_ahead: see `Executor.runs_ahead`; None does where it pays, on a GPU.
         """
+        device = torch.device(model.info.device)
+        self.runs_ahead = device.type == "cuda" if runs_ahead is None else runs_ahead
+        """See `Executor.runs_ahead`."""
         self.pages: Tensor | None = None
         """See `page_memory`; None before `allocate`."""
         self._model = model
@@ -108,7 +114,8 @@ class LocalExecutor:
         self._images = ImageCache(image_cache_bytes)
         self._sequences: dict[int, _Sequence] = {}
         self._adapters: dict[str, Adapter] = {}
-        self._ahead = Ahead(torch.device(model.info.device))
+        self._ahead = Ahead(device)
+        self._steps = StepsAhead(model.decode, device)
         self._grammars = Grammars(model.tokenizer, model.info)
         self._guides = Guides(self._grammars, model.info)
 
@@ -179,17 +186,9 @@ class LocalExecutor:
         if plan.prefill is not None:
             self._go_on_with_prompt(plan.prefill, step)
         if plan.rows:
-            self._run_rows(plan.rows, step)
-        images = self._images
-        counts = ImageCacheCounts(
-            num_bytes=images.used_bytes,
-            num_hits=images.num_hits,
-            num_misses=images.num_misses,
-            num_evictions=images.num_evictions,
-            num_kv_bytes=images.kv_bytes,
-            num_kv_hits=images.num_kv_hits,
-        )
-        return StepResult(step.prefilled, tuple(step.drawn), tuple(step.failed), step.rows_seconds, counts)
+            self._run_rows(plan.rows, plan.ahead, step)
+        drawn, failed = tuple(step.drawn), tuple(step.failed)
+        return StepResult(step.prefilled, drawn, failed, step.rows_seconds, self._steps.begun, self._images.counts)
 
     def _begin(self, new: NewSequence, params: SamplingParams, choice: int = 0) -> _Sequence:
         generated = list(new.generated_token_ids)
@@ -201,6 +200,7 @@ class LocalExecutor:
 
     def _forget(self, number: int) -> None:
         held = self._sequences.pop(number, None)
+        self._steps.forget(number)
         if held is not None and held.prefill is not None:
             held.prefill.close()  # its frame holds features and keys, and `held` itself
             held.prefill = None
@@ -257,7 +257,7 @@ class LocalExecutor:
             yield from self._read_again(held)
             times = PrefillTimes(began_at, began_at, time.monotonic())
             nothing = Prefilled(torch.empty(0), num_padding=(), num_valid=(), num_kept=())
-            return _report(new.sequence, nothing, kv, times), nothing.logits
+            return prefill_report(new.sequence, nothing, kv, times), nothing.logits
         # An adapter that leaves visual features as they are shares them with the base model.
         image_key, kv_key = (b"", b"") if kv.adapter is None else (kv.adapter.image_key, kv.adapter.kv_key)
         images = []
@@ -273,7 +273,7 @@ class LocalExecutor:
         prefilled = yield from self._model.prefill(new.prompt, images, new.trim, kv, new.stored)
         yield from self._read_again(held)
         times = PrefillTimes(began_at, encoded_at, time.monotonic())
-        return _report(new.sequence, prefilled, kv, times), prefilled.logits
+        return prefill_report(new.sequence, prefilled, kv, times), prefilled.logits
 
     def _read_again(self, held: _Sequence) -> "Interruptible[None]":
         """Read the tokens that were drawn before the sequence was dropped; the last one is the next step's row.
@@ -290,9 +290,12 @@ class LocalExecutor:
 
     # ---- rows ----
 
-    def _run_rows(self, rows: Sequence[Rows], step: _Step) -> None:
+    def _run_rows(self, rows: Sequence[Rows], ahead: Sequence[Rows], step: _Step) -> None:
         started_at = self._clock()
         batch = [self._sequences[each.sequence] for each in rows]
+        if self._run_foreseen(rows, ahead, step):
+            step.rows_seconds = self._steps.seconds or self._clock() - started_at
+            return
         for each, held in zip(rows, batch, strict=True):
             if each.drafts and held.answer.guide is not None:
                 self._guides.look_ahead(held.answer.guide, each.drafts)
@@ -309,6 +312,34 @@ class LocalExecutor:
             return
         self._draw(logits, rows, batch, step)
         step.rows_seconds = self._clock() - started_at
+
+    def _run_foreseen(self, rows: Sequence[Rows], ahead: Sequence[Rows], step: _Step) -> bool:
+        """Run rows that were begun, or behind which others can begin before tokens are known; whether it did."""
+        if not (self.runs_ahead and all(map(self._is_foreseen, (*rows, *ahead)))):
+            ahead = ()
+        if not (ahead or all(each.sequence in self._steps.begun for each in rows)):
+            self._steps.drop()
+            return False
+        try:
+            sampled = self._steps.run([*map(self._row, rows)], [*map(self._row, ahead)])
+        except Exception as error:
+            if self._is_fatal(error):
+                raise
+            log.exception("decoding a batch of %d failed; it is tried again", len(rows))
+            return False
+        answers = [self._sequences[each.sequence].answer for each in rows]
+        step.add(take(sampled, answers, self._guides, [()] * len(rows)))
+        return True
+
+    def _is_foreseen(self, row: Rows) -> bool:
+        """Whether the token behind a row can be drawn by a device that knows the row alone."""
+        answer = self._sequences[row.sequence].answer
+        knows_enough = answer.guide is None and not has_penalty(answer.sampling.params)
+        return knows_enough and row.token_ids is None and not row.drafts
+
+    def _row(self, row: Rows) -> Row:
+        held = self._sequences[row.sequence]
+        return Row(row.sequence, row.position, _pages_of(held), held.answer.sampling)
 
     def _logits(self, rows: Sequence[Rows], batch: Sequence[_Sequence]) -> Tensor:
         """After the last row of each sequence, and after each of its drafts; [R, vocab_size]."""
@@ -360,20 +391,3 @@ class LocalExecutor:
 def _pages_of(held: _Sequence) -> KeyValues:
     assert held.kv is not None, "pages are granted with the sequence"
     return held.kv
-
-
-def _report(sequence: int, prefilled: Prefilled, kv: KeyValues, times: PrefillTimes) -> PrefillReport:
-    spans = [] if prefilled.trim_times is None else [prefilled.trim_times, *prefilled.later_trim_times]
-    return PrefillReport(
-        sequence=sequence,
-        num_padding=prefilled.num_padding,
-        num_valid=prefilled.num_valid,
-        num_kept=prefilled.num_kept,
-        num_merged=prefilled.num_merged,
-        layer_rows=prefilled.layer_rows,
-        held_rows=tuple(kv.cross_lengths),
-        selections=prefilled.selections,
-        stored=prefilled.kept_sets,
-        times=times,
-        trim_times=tuple(spans),
-    )
