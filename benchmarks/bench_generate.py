@@ -2,45 +2,41 @@
 
     python -m benchmarks.bench_generate [--bench-model DIR] [--out DIR] [--quick]
 
-The geometry is `bench`'s (`bench_model.py`). A question about an image of four tiles is asked untrimmed (`off`) and
-trimmed (`default`), one about an image of one tile trimmed (`one_tile`); images are encoded and prompts read one at a
-time, as the engine does. Every sequence of a batch holds keys and values in pages of its own. transformers pads each
-image to a full canvas; its step is timed with the cache that grows and sdpa, and with a static cache and
-`torch.compile`. The floor of a step is the larger of the bytes of weights, keys and values over the read bandwidth and
-of the products over the rate of products (`generate/floor.py`); a step and a read of much memory take turns.
+The geometry is `bench`'s (`models.py`). A question about an image of four tiles is asked untrimmed (`off`) and trimmed
+(`default`), one about an image of one tile trimmed (`one_tile`); images are encoded and prompts read one at a time, as
+the engine does. Every sequence of a batch holds keys and values in pages of its own. transformers pads each image to a
+full canvas; its step is timed with the cache that grows and sdpa, and with a static cache and `torch.compile`. The
+floor of a step is the larger of the bytes of weights, keys and values over the read bandwidth and of the products over
+the rate of products (`floor.py`); a step and a read of much memory take turns.
 
 Logits are compared first. Writes `report.json` and `generate.png`; the last line of standard output is the report.
 """
 
 import argparse
-import json
+import io
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import torch
-from rich.console import Console
+from matplotlib.figure import Figure
+from PIL import Image
 
-from benchmarks.bench_model import BENCH_MODEL, max_kept_fraction, write_bench_model
-from benchmarks.generate.floor import Floor, StepShape
-from benchmarks.generate.ours import Ours
-from benchmarks.generate.picture import draw_report
-from benchmarks.generate.rival import Rival
-from benchmarks.generate.setting import SETTINGS
-from benchmarks.generate.timing import time_calls, time_in_turns
-from benchmarks.ops.measure import stream
-from benchmarks.serve.report import about, write_json
-from benchmarks.transformers_step import cache_of
+from benchmarks.floor import Floor, StepShape
+from benchmarks.measure import stream, time_calls, time_in_turns
+from benchmarks.models import bench_model, max_kept_fraction
+from benchmarks.ours import QUESTION, SETTINGS, Ours, Setting
+from benchmarks.report import INK, bare, finish, markdown, options, origin, precision
+from benchmarks.rival import Rival, cache_of
+from tests.model.peer import Peer
 from trimserve.config import Dtype, Quantize
 from trimserve.model.loading import embedded_model_folder
 
-__all__ = ["main"]
+__all__ = ["main", "table"]
 
-_OUT = Path(__file__).parent / "results" / "generate"
 _LOGITS = 1e-2
 """By so much logits of a standard deviation of about 3 may differ in float32."""
 _IMPORT = "import time, torch; start = time.perf_counter(); import trimserve.ops; print(time.perf_counter() - start)"
@@ -61,6 +57,16 @@ _VARIANTS: Final = (
     _Variant("float32", "int8"),
     _Variant("bfloat16", "int8"),
 )
+_SETTINGS: Final = {"off": "4 tiles, untrimmed", "default": "4 tiles", "one_tile": "1 tile"}
+_LINES: Final = (  # engine, dtype, quantize, colour and dash in the picture
+    ("trimserve", "float32", "none", "#0a6fb8", "-"),
+    ("trimserve", "bfloat16", "none", "#12875a", "-"),
+    ("trimserve", "float32", "int8", "#c2410c", "-"),
+    ("trimserve", "bfloat16", "int8", "", ""),
+    ("transformers", "float32", "none", "#0a6fb8", ":"),
+    ("transformers, compiled", "float32", "none", "", ""),
+    ("transformers", "bfloat16", "none", "#12875a", ":"),
+)
 
 
 class _Plan(NamedTuple):
@@ -79,12 +85,13 @@ class _Plan(NamedTuple):
 
 @torch.inference_mode()
 def _ours(plan: _Plan, variant: _Variant) -> Iterator[Row]:
-    ours = Ours(plan.folder, *variant, max_kept_fraction=plan.cap, most=max(plan.batches))
+    ours = Ours.load(plan.folder, max(plan.batches), **variant._asdict())
     shape = StepShape.of_checkpoint(plan.folder, getattr(torch, variant.dtype), variant.quantize)
-    for setting in SETTINGS:
-        asked = ours.ask(setting)
-        row = {"engine": "trimserve", **variant._asdict(), "setting": setting.name, **asked.describe()}
-        if variant.quantize == "none" and setting.name != "default":  # whose image is that of `off`
+    for name, setting in SETTINGS.items():
+        asked = ours.ask(setting, plan.cap)
+        row = {"engine": "trimserve", **variant._asdict(), "setting": name}
+        row |= {"prompt_tokens": len(asked.prompt.token_ids), "cross_rows": asked.cross_rows}
+        if variant.quantize == "none" and name != "default":  # whose image is that of `off`
             yield row | {"phase": "vision", "batch": 1, "ms": time_calls(asked.encode, plan.seconds)}
         if variant.quantize == "none":
             yield row | {"phase": "prefill", "batch": 1, "ms": time_calls(asked.prefill, plan.seconds)}
@@ -107,20 +114,18 @@ def _beside(floor: Floor, taken: float) -> Row:
 
 
 @torch.inference_mode()
-def _theirs(plan: _Plan, rival: Rival, dtype: Dtype) -> Iterator[Row]:
-    rival.to(getattr(torch, dtype))
-    for setting in SETTINGS:
-        if setting.name == "default":
-            continue  # is the prompt of `off`
-        rival.ask(setting)
-        row = {"engine": "transformers", "dtype": dtype, "quantize": "none", "setting": setting.name}
+def _theirs(plan: _Plan, peer: Peer, dtype: Dtype) -> Iterator[Row]:
+    peer.model.to(getattr(torch, dtype))
+    for name in ("off", "one_tile"):  # `default` has the prompt of `off`
+        rival = _rival(peer, SETTINGS[name])
+        row = {"engine": "transformers", "dtype": dtype, "quantize": "none", "setting": name}
         yield row | {"phase": "vision", "batch": 1, "ms": time_calls(rival.encode, plan.seconds)}
         prefill = partial(rival.prefill, rival.encode())
         yield row | {"phase": "prefill", "batch": 1, "ms": time_calls(prefill, plan.seconds)}
         cache = cache_of(prefill())
         for batch in plan.batches:
             yield row | {"phase": "decode", "batch": batch, "ms": time_calls(rival.step(cache, batch), plan.seconds)}
-        for batch in plan.compiled_batches if (setting.name, dtype) == ("off", "float32") else ():
+        for batch in plan.compiled_batches if (name, dtype) == ("off", "float32") else ():
             compiled = row | {"engine": "transformers, compiled", "phase": "decode", "batch": batch}
             try:
                 yield compiled | {"ms": time_calls(rival.compiled_step(batch), plan.seconds)}
@@ -128,20 +133,30 @@ def _theirs(plan: _Plan, rival: Rival, dtype: Dtype) -> Iterator[Row]:
                 yield compiled | {"error": f"{type(error).__name__}: {str(error)[:300]}"}
 
 
-@torch.inference_mode()
-def _compare(plan: _Plan, rival: Rival) -> Row:
-    """Both models' logits of the untrimmed prompt, in float32.
+def _rival(peer: Peer, setting: Setting) -> Rival:
+    """A setting's question, whose image gets a full canvas of tiles."""
+    return Rival(peer.model, peer.inputs(_their_token_ids(peer), [_opened(peer, setting)]))
 
-    Raises:
-        AssertionError: they differ.
-    """
-    untrimmed = SETTINGS[0]
-    asked = Ours(plan.folder, "float32", "none", max_kept_fraction=None, most=1).ask(untrimmed)
-    rival.to(torch.float32)
-    rival.ask(untrimmed)
+
+def _their_token_ids(peer: Peer) -> list[int]:
+    content = [{"type": "image"}, {"type": "text", "text": QUESTION}]
+    text = peer.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    token_ids: list[int] = peer.processor.tokenizer(text, add_special_tokens=False).input_ids
+    return token_ids
+
+
+def _opened(peer: Peer, setting: Setting) -> Image.Image:
+    return Image.open(io.BytesIO(setting.picture(peer.model.config.vision_config.image_size)))
+
+
+@torch.inference_mode()
+def _compare(plan: _Plan, peer: Peer) -> Row:
+    """Both models' logits of the untrimmed prompt, in float32; `AssertionError` if they differ."""
+    untrimmed = SETTINGS["off"]
+    asked, rival = Ours.load(plan.folder, 1, dtype="float32").ask(untrimmed), _rival(peer, untrimmed)
     expected = rival.prefill(rival.encode()).logits[0, -1]
     difference = float((asked.logits - expected).abs().max())
-    assert rival.token_ids == list(asked.prompt.token_ids)
+    assert _their_token_ids(peer) == list(asked.prompt.token_ids)
     assert difference < _LOGITS
     return {"largest_logit_difference": round(difference, 6), "logit_std": round(float(expected.std()), 3)}
 
@@ -168,63 +183,110 @@ def _import_seconds() -> float:
     return round(float(done.stdout), 3)
 
 
+def _rows(plan: _Plan, peer: Peer) -> Iterator[Row]:
+    for variant in plan.variants:
+        yield from _ours(plan, variant)
+    for dtype in dict.fromkeys(variant.dtype for variant in plan.variants):
+        yield from _theirs(plan, peer, dtype)
+
+
+def draw(report: dict[str, Any], path: Path) -> None:
+    """Tokens per second by batch, and steps beside their floor, as a picture."""
+    rows = [row for row in report["rows"] if row["phase"] == "decode" and "ms" in row]
+    batches = sorted({row["batch"] for row in rows})
+    figure = Figure(figsize=(13, 4.6), dpi=150, layout="constrained")
+    speed, floor = figure.subplots(1, 2)
+    for engine, dtype, quantize, colour, dash in (line for line in _LINES if line[3]):
+        wanted = {"engine": engine, "dtype": dtype, "quantize": quantize}
+        wanted["setting"] = "default" if engine == "trimserve" else "off"
+        found = [row for row in rows if wanted.items() <= row.items()]
+        places = [row["batch"] for row in found]
+        look = {"color": colour, "label": f"{engine}, {precision(wanted)}", "marker": "o", "markersize": 4}
+        speed.plot(places, [row["batch"] / row["ms"]["median"] * 1e3 for row in found], dash, **look)
+        if engine == "trimserve":
+            floor.plot(places, [row["times_floor"] for row in found], dash, **look)
+    bare(speed, "tokens per second, image of four tiles", ("top", "right"))
+    bare(floor, "step, times its floor", ("top", "right"))
+    for axes in (speed, floor):
+        axes.set_xlabel("batch", fontsize=9, color=INK)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(batches, [str(batch) for batch in batches])
+        axes.grid(alpha=0.25)
+        axes.legend(fontsize=8, frameon=False)
+    speed.set_yscale("log")
+    floor.axhline(1, color=INK, linewidth=0.8)
+    floor.set_ylim(bottom=0.9)
+    figure.suptitle(origin(report), color=INK, fontsize=11)
+    figure.savefig(path)
+
+
+def table(report: dict[str, Any], folder: str) -> str:
+    """Milliseconds of a decode step by batch, and of vision and prefill, as Markdown.
+
+    Args:
+        report: what was found.
+        folder: of the report and its picture, in `benchmarks/results`.
+    """
+    steps = [row for row in report["rows"] if row["phase"] == "decode"]
+    batches = sorted({row["batch"] for row in steps})
+    of_steps, of_phases = [], []
+    for engine, dtype, quantize, *_ in _LINES:
+        for setting, request in _SETTINGS.items():
+            wanted = {"engine": engine, "dtype": dtype, "quantize": quantize, "setting": setting}
+            cells = {row["batch"]: _step(row) for row in steps if wanted.items() <= row.items()}
+            if cells:
+                of_steps.append([f"{engine}, {precision(wanted)}", request, *(cells.get(each, "") for each in batches)])
+            found = {row["phase"]: row for row in report["rows"] if wanted.items() <= row.items()}
+            if "prefill" in found:
+                phases = [
+                    f"{found[name]['ms']['median']:,.0f}" if name in found else "" for name in ("vision", "prefill")
+                ]
+                of_phases.append([f"{engine}, {dtype}", request, *phases])
+    head = ["decode step, ms (times its floor)", "request", *(f"batch {batch}" for batch in batches)]
+    picture = "![tokens per second by batch, and steps beside their floor]"
+    parts = [
+        f"{picture}(../benchmarks/results/{folder}/generate.png)",
+        markdown(head, of_steps, words=2),
+        markdown(["ms", "request", "vision", "prefill"], of_phases, words=2),
+        origin(report),
+    ]
+    return "\n\n".join(parts)
+
+
+def _step(row: dict[str, Any]) -> str:
+    if "ms" not in row:
+        return "failed"
+    floor = f" ({row['times_floor']:.2f})" if "times_floor" in row else ""
+    return f"{row['ms']['median']:,.1f}{floor}"
+
+
 def main() -> None:
     """Command line."""
-    arguments = _arguments()
-    console, start = Console(stderr=True), time.monotonic()
+    parser = options(__doc__, "generate", threads=True, bench_model=True, quick=True)
+    arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     plan = _plan(arguments)
-    rival = Rival(plan.folder)
-    equality = _compare(plan, rival)
-    rows: list[Row] = []
-    for variant in plan.variants:
-        for row in _ours(plan, variant):
-            rows.append(row)
-            console.print(_line(row), highlight=False, soft_wrap=True)
-    for dtype in dict.fromkeys(variant.dtype for variant in plan.variants):
-        for row in _theirs(plan, rival, dtype):
-            rows.append(row)
-            console.print(_line(row), highlight=False, soft_wrap=True)
-    report = {
-        "benchmark": "generate",
-        **about(arguments.threads),
-        "seconds": round(time.monotonic() - start, 1),
+    peer = Peer(plan.folder)
+    figures = {
         "model": "embedded" if arguments.quick else "bench",
         "max_kept_fraction": plan.cap,
         "import_seconds": _import_seconds(),
-        **equality,
-        "rows": rows,
-        "speedups_over_transformers": _speedups(rows),
+        **_compare(plan, peer),
     }
-    write_json(report, arguments.out / "report.json")
-    draw_report(report, arguments.out / "generate.png")
-    print(json.dumps(report))
+    rows = []
+    for row in _rows(plan, peer):
+        rows.append(row)
+        print(row, file=sys.stderr, flush=True)
+    figures |= {"rows": rows, "speedups_over_transformers": _speedups(rows)}
+    report = finish("generate", arguments.out / "report.json", figures, arguments.threads)
+    draw(report, arguments.out / "generate.png")
 
 
 def _plan(arguments: argparse.Namespace) -> _Plan:
     if arguments.quick:
         folder = embedded_model_folder()
         return _Plan(folder, None, batches=(1, 2), variants=_VARIANTS[:3], compiled_batches=(), seconds=0.01)
-    if not (arguments.bench_model / "config.json").exists():
-        write_bench_model(arguments.bench_model)
-    return _Plan(arguments.bench_model, max_kept_fraction())
-
-
-def _line(row: Row) -> str:
-    name = f"{row['engine']} {row['dtype']} {row['quantize']}"
-    taken = f"{row['ms']['median']:10.2f} ms" if "ms" in row else row["error"][:60]
-    floor = f"{row['times_floor']:6.2f} of floor" if "times_floor" in row else ""
-    return f"{name:36} {row['setting']:9} {row['phase']:8} {row['batch']:3} {taken} {floor}"
-
-
-def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--bench-model", type=Path, default=BENCH_MODEL, help="folder of the checkpoint; written if it is not there")
-    add("--threads", type=int, default=1, help="threads of one op")
-    add("--out", type=Path, default=_OUT, help="folder of the report")
-    add("--quick", action="store_true", help="little of everything, of the embedded model, to see whether it works")
-    return parser.parse_args()
+    return _Plan(bench_model(arguments.bench_model), max_kept_fraction())
 
 
 if __name__ == "__main__":

@@ -7,29 +7,23 @@ machine does hits both: one request after the other, and from 16 threads at once
 bit for bit.
 """
 
-import argparse
 import io
-import json
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from pathlib import Path
-from statistics import median, quantiles
-from typing import Any
+from statistics import median
+from typing import Any, Final
 
 import numpy as np
 import torch
 from PIL import Image
-from rich.console import Console
-from rich.progress import track
-from rich.table import Table
 from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
 
-from benchmarks.serve.report import about, write_json
+from benchmarks.measure import in_pairs, interval, seconds_of, spread
+from benchmarks.report import finish, options
 from trimserve.config import EngineConfig
-from trimserve.imaging.decode import decode_pixels
+from trimserve.imaging.decode import Pixels, decode_pixels
 from trimserve.imaging.limits import Limits
 from trimserve.imaging.pool import DecoderPool
 from trimserve.model.images import prepare_image
@@ -37,122 +31,84 @@ from trimserve.model.prepared import PreparedImage
 
 __all__ = ["main"]
 
-_OUT = Path(__file__).parent / "results" / "images.json"
 _TILE_SIZE, _MAX_TILES = 560, 4  # of the 11B model
+_WIDTH, _HEIGHT = 1632, 1224
+_NUM_AT_ONCE: Final = 16
+_NUM_PROCESSES: Final = EngineConfig().num_preprocess_workers
 
 Prepare = Callable[[bytes], PreparedImage]
 
 
-@dataclass(frozen=True, slots=True)
-class _Plan:
-    """How much is measured."""
-
-    width: int = 1632
-    height: int = 1224
-    num_processes: int = EngineConfig().num_preprocess_workers
-    num_rounds: int = 60
-    num_at_once: int = 16
-    num_rounds_at_once: int = 10
-
-
-def main() -> None:
-    """Command line; the last line of standard output is the report as one JSON document."""
-    arguments = _arguments()
-    plan, start = _Plan(), time.monotonic()
-    if arguments.quick:
-        plan = _Plan(num_rounds=5, num_rounds_at_once=1)
-    torch.set_num_threads(1)
-    files = {name: _photograph(plan, name) for name in ("JPEG", "PNG", "WEBP")}
-    limits = Limits(EngineConfig().max_image_pixels)
-    pool = DecoderPool(plan.num_processes, limits)
-    pool.start()
-    ways = {
-        "thread": _way(lambda data: decode_pixels(data, "image", limits.max_pixels)),
-        "process": _way(lambda data: pool.decode(data, "image")),
-    }
-    rows = []
-    for name, data in files.items():
-        ours, theirs = (way(data) for way in ways.values())
-        if not (torch.equal(ours.pixel_values, theirs.pixel_values) and ours.key == theirs.key):
-            raise SystemExit(f"{name}: the tiles differ")
-        rows.append({"format": name, "num_bytes": len(data), **_measure(ways, data, plan, name)})
-    pool.close()
-    report = {
-        "benchmark": "images",
-        **about(1),
-        "seconds": round(time.monotonic() - start, 1),
-        "plan": asdict(plan),
-        "rows": rows,
-    }
-    write_json(report, arguments.out)
-    Console(stderr=True).print(_table(rows))
-    print(json.dumps(report))
-
-
-def _photograph(plan: _Plan, file_format: str) -> bytes:
+def _photograph(file_format: str) -> bytes:
     """A file of gradients with some noise."""
-    y, x = np.mgrid[: plan.height, : plan.width]
-    smooth = np.stack([x * 255 / plan.width, y * 255 / plan.height, (x + y) * 127 / plan.height], axis=-1)
+    y, x = np.mgrid[:_HEIGHT, :_WIDTH]
+    smooth = np.stack([x * 255 / _WIDTH, y * 255 / _HEIGHT, (x + y) * 127 / _HEIGHT], axis=-1)
     noisy = smooth + np.random.default_rng(0).normal(0, 6, smooth.shape)
     buffer = io.BytesIO()
     Image.fromarray(np.clip(noisy, 0, 255).astype(np.uint8)).save(buffer, file_format)
     return buffer.getvalue()
 
 
-def _way(decode: Callable[[bytes], Any]) -> Prepare:
+def _way(decode: Callable[[bytes], AbstractContextManager[Pixels]]) -> Prepare:
     """A file into tiles, with one way to decode it."""
     processor = MllamaImageProcessorPil(size={"height": _TILE_SIZE, "width": _TILE_SIZE}, max_image_tiles=_MAX_TILES)
-    return lambda data: prepare_image(decode(data), processor)
+
+    def prepare(data: bytes) -> PreparedImage:
+        with decode(data) as pixels:
+            return prepare_image(pixels, processor)
+
+    return prepare
 
 
-def _measure(ways: dict[str, Prepare], data: bytes, plan: _Plan, name: str) -> dict[str, Any]:
+def _measure(ways: dict[str, Prepare], data: bytes, rounds: int, rounds_at_once: int) -> dict[str, Any]:
     """Seconds of one image alone, and of each image when many are asked for at once by as many threads as workers."""
-    alone: dict[str, list[float]] = {way: [] for way in ways}
-    at_once: dict[str, list[float]] = {way: [] for way in ways}
-    console = Console(stderr=True)
-    for _ in track(range(plan.num_rounds), f"{name}, one", console=console):
-        for way, prepare in ways.items():
-            alone[way].append(_seconds(partial(prepare, data)))
-    with ThreadPoolExecutor(plan.num_processes) as threads:  # as many as a server has workers for images
-        for _ in track(range(plan.num_rounds_at_once), f"{name}, {plan.num_at_once}", console=console):
-            for way, prepare in ways.items():
-                images = [data] * plan.num_at_once
-                at_once[way].append(_seconds(lambda images=images, p=prepare: list(threads.map(p, images))))  # type: ignore[misc]  # bound early
+    images = [data] * _NUM_AT_ONCE
+
+    def alone(prepare: Prepare, _: int) -> float:
+        return seconds_of(lambda: prepare(data))
+
+    def at_once(prepare: Prepare, _: int) -> float:
+        return seconds_of(lambda: list(threads.map(prepare, images))) / _NUM_AT_ONCE
+
+    thread, process = ways.values()
+    with ThreadPoolExecutor(_NUM_PROCESSES) as threads:  # as many as a server has workers for images
+        one = in_pairs(partial(alone, thread), partial(alone, process), rounds)
+        many = in_pairs(partial(at_once, thread), partial(at_once, process), rounds_at_once)
+    ratios = [other / own for own, other in many]
+    low, high = interval(ratios)
     return {
-        "alone_seconds": {way: _spread(values) for way, values in alone.items()},
+        "alone_seconds": {way: spread(values) for way, values in zip(ways, zip(*one, strict=True), strict=True)},
         "at_once_seconds_per_image": {
-            way: _spread([value / plan.num_at_once for value in values]) for way, values in at_once.items()
+            way: spread(values) for way, values in zip(ways, zip(*many, strict=True), strict=True)
         },
+        "at_once_ratio": {"median": round(median(ratios), 4), "low": low, "high": high},
     }
 
 
-def _seconds(function: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
-
-
-def _spread(values: Sequence[float]) -> dict[str, float]:
-    tenths = quantiles(values, n=10) if len(values) > 1 else [values[0]] * 9
-    return {"p10": round(tenths[0], 4), "median": round(median(values), 4), "p90": round(tenths[-1], 4)}
-
-
-def _table(rows: list[dict[str, Any]]) -> Table:
-    table = Table(title="Milliseconds for a file into tiles, median", title_justify="left")
-    for column in ("format", "alone: thread", "process", "at once, each: thread", "process"):
-        table.add_column(column, justify="right")
-    for row in rows:
-        kinds = (row["alone_seconds"], row["at_once_seconds_per_image"])
-        cells = (f"{kind[way]['median'] * 1e3:.1f}" for kind in kinds for way in ("thread", "process"))
-        table.add_row(row["format"], *cells)
-    return table
-
-
-def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=_OUT, help="the report")
-    parser.add_argument("--quick", action="store_true", help="little of everything, to see whether it works")
-    return parser.parse_args()
+def main() -> None:
+    """Command line; the last line of standard output is the report as one JSON document."""
+    arguments = options(__doc__, "images.json", quick=True).parse_args()
+    rounds, rounds_at_once = (5, 2) if arguments.quick else (30, 40)
+    torch.set_num_threads(1)
+    limits = Limits(EngineConfig().max_image_pixels)
+    pool = DecoderPool(_NUM_PROCESSES, limits)
+    pool.start()
+    ways = {
+        "thread": _way(lambda data: nullcontext(decode_pixels(data, "image", limits.max_pixels))),
+        "process": _way(lambda data: pool.decode(data, "image")),
+    }
+    rows = []
+    for name in ("JPEG", "PNG", "WEBP"):
+        data = _photograph(name)
+        ours, theirs = (way(data) for way in ways.values())
+        if not (torch.equal(ours.pixel_values, theirs.pixel_values) and ours.key == theirs.key):
+            raise SystemExit(f"{name}: the tiles differ")
+        rows.append({"format": name, "num_bytes": len(data), **_measure(ways, data, rounds, rounds_at_once)})
+        print(rows[-1], flush=True)
+    pool.close()
+    plan = {"width": _WIDTH, "height": _HEIGHT, "num_processes": _NUM_PROCESSES, "num_at_once": _NUM_AT_ONCE}
+    plan |= {"num_rounds": rounds, "num_rounds_at_once": rounds_at_once}
+    finish("images", arguments.out, {"plan": plan, "rows": rows})
 
 
 if __name__ == "__main__":

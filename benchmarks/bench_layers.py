@@ -8,25 +8,23 @@ the cross-attention layers of a request, mean over the questions: bytes of whole
 share one, and of pages of one layer.
 """
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import torch
 
-from benchmarks.policy_tables import later_layers
-from benchmarks.serve.report import about, write_json
+from benchmarks.ours import UNTRIMMED, encoded, prepared
+from benchmarks.report import finish, markdown, options
 from training.heldout import write_held_out
-from trimserve.api.prompt import ChatPrompt, ImageFile, Message, Text
 from trimserve.api.trim import FixedRatio, TrimRequest
 from trimserve.config import EngineConfig, ModelConfig
-from trimserve.evaluation.dataset import Question, load_questions
+from trimserve.evaluation.dataset import load_questions
 from trimserve.evaluation.metrics import is_match
 from trimserve.evaluation.pages import OwnPages
-from trimserve.evaluation.report import UNTRIMMED_POLICY
+from trimserve.evaluation.report import UNTRIMMED_POLICY, variant
 from trimserve.model.interruptible import run_through
 from trimserve.model.loading import load_model
 from trimserve.model.mllama import Mllama
@@ -34,53 +32,28 @@ from trimserve.model.prepared import PreparedPrompt
 from trimserve.trimming.encoded_image import EncodedImage
 from trimserve.trimming.plan import TrimPlan
 
-_OUT = Path(__file__).parent / "results" / "policies" / "later_layers.json"
-_KEEP = 0.5
+__all__ = ["main", "table"]
+
+_KEEP: Final = 0.5
 """Of `sparsevlm`, in the first layer."""
-_CASCADE_RATIOS = (1.0, 0.7, 0.5, 0.3)
-_THRESHOLDS = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0)
-_MAX_NEW_TOKENS = 24
-
-
-def main() -> None:
-    """Ask, write, tell."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--questions", type=int, default=300)
-    parser.add_argument("--out", type=Path, default=_OUT)
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    model = load_model(ModelConfig(), EngineConfig())
-    settings = [TrimRequest(enabled=False), *_settings()]
-    measured: list[list[tuple[bool, list[int]]]] = [[] for _ in settings]
-    with TemporaryDirectory() as folder:
-        for question in load_questions(write_held_out(Path(folder), arguments.questions, 0)):
-            prompt = _prepare(model, question)
-            images = [run_through(model.encode_image(image)) for image in prompt.images]
-            for trim, found in zip(settings, measured, strict=True):
-                found.append(_answer(model, prompt, images, TrimPlan.of(trim), question))
-    rows = [_row(model, trim, found) for trim, found in zip(settings, measured, strict=True)]
-    report = {"model": model.info.model_id, "questions": arguments.questions, "keep": _KEEP, "rows": rows}
-    write_json({**about(1), **report}, arguments.out)
-    print(later_layers(report))
+_CASCADE_RATIOS: Final = (1.0, 0.7, 0.5, 0.3)
+_THRESHOLDS: Final = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0)
+_MAX_NEW_TOKENS: Final = 24
 
 
 def _settings() -> list[TrimRequest]:
     half, whole = FixedRatio(_KEEP), FixedRatio(1.0)
     return [
+        UNTRIMMED,
         *(TrimRequest(policy="sparsevlm", budget=half, parameters={"cascade_ratio": x}) for x in _CASCADE_RATIOS),
         *(TrimRequest(policy="todre", budget=whole, parameters={"late_exit_threshold": x}) for x in _THRESHOLDS),
     ]
 
 
-def _prepare(model: Mllama, question: Question) -> PreparedPrompt:
-    parts = (ImageFile(question.image.read_bytes()), Text(question.text))
-    return model.prepare(ChatPrompt((Message("user", parts),)))
-
-
 def _answer(
-    model: Mllama, prompt: PreparedPrompt, images: Sequence[EncodedImage], trim: TrimPlan, question: Question
-) -> tuple[bool, list[int]]:
-    """Whether the answer is right, and the rows that each layer held."""
+    model: Mllama, prompt: PreparedPrompt, images: Sequence[EncodedImage], trim: TrimPlan
+) -> tuple[str, list[int]]:
+    """The answer, and the rows that each layer held."""
     num_features = sum(image.num_features for image in images)
     kv = OwnPages(model.info, 2**23, 1).key_values(len(prompt.token_ids) + _MAX_NEW_TOKENS, num_features)
     logits = run_through(model.prefill(prompt, images, trim, kv)).logits
@@ -91,8 +64,7 @@ def _answer(
             break
         token_ids.append(token)
         logits = model.decode([token], [kv])[0]
-    text = model.tokenizer.decode(token_ids, skip_special_tokens=True)
-    return is_match(text, question.answer or ""), kv.cross_lengths
+    return model.tokenizer.decode(token_ids, skip_special_tokens=True), kv.cross_lengths
 
 
 def _row(model: Mllama, trim: TrimRequest, found: Sequence[tuple[bool, list[int]]]) -> dict[str, Any]:
@@ -106,6 +78,38 @@ def _row(model: Mllama, trim: TrimRequest, found: Sequence[tuple[bool, list[int]
             name: float(np.mean([pool.layered_cross_bytes(rows) for _, rows in found])) for name, pool in pools.items()
         },
     }
+
+
+def table(report: dict[str, Any]) -> str:
+    """What it costs and saves that later cross-attention layers hold less, as Markdown."""
+    rows = []
+    for row in report["rows"]:
+        name = row["policy"] if row["policy"] == UNTRIMMED_POLICY else f"`{variant(row['policy'], row['parameters'])}`"
+        sizes = (f"{held / 2**10:,.0f}" for held in row["held_bytes"].values())
+        rows.append([name, f"{row['accuracy']:.1%}", ", ".join(f"{held:,.0f}" for held in row["layer_rows"]), *sizes])
+    head = ["policy", "exact match", "rows of each layer", "KiB, pages of all layers", "KiB, pages of one layer"]
+    asked = f"{report['questions']:,} questions; means over them. `sparsevlm` keeps {report['keep']:.0%} in the first"
+    return f"{markdown(head, rows)}\n\n{asked} layer, `todre` everything."
+
+
+def main() -> None:
+    """Ask, write, tell."""
+    parser = options(__doc__, "policies/later_layers.json")
+    parser.add_argument("--questions", type=int, default=300)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    model, settings = load_model(ModelConfig(), EngineConfig()), _settings()
+    measured: list[list[tuple[bool, list[int]]]] = [[] for _ in settings]
+    with TemporaryDirectory() as folder:
+        for question in load_questions(write_held_out(Path(folder), arguments.questions, 0)):
+            prompt = prepared(model, question)
+            images = encoded(model, prompt)
+            for trim, found in zip(settings, measured, strict=True):
+                text, rows = _answer(model, prompt, images, TrimPlan.of(trim))
+                found.append((is_match(text, question.answer or ""), rows))
+    settled = [_row(model, trim, found) for trim, found in zip(settings, measured, strict=True)]
+    figures = {"model": model.info.model_id, "questions": arguments.questions, "keep": _KEEP, "rows": settled}
+    print(table(finish("layers", arguments.out, figures)))
 
 
 if __name__ == "__main__":

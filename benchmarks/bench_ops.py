@@ -3,37 +3,31 @@
     python -m benchmarks.bench_ops [--runs 15] [--threads 1 2] [--ops NAME ...] [--device cuda] [--out DIR]
 
 Compares results first, then times with cold caches: op, composition and the use of memory that bounds the op take
-turns. Writes `ops.json` and `ops.png`, of a GPU `ops_gpu.json` and `ops_gpu.png`; the last line of standard output is
-the document. With `--ops` nothing is written.
+turns. Writes `ops.json`, of a GPU `ops_gpu.json`; the last line of standard output is the report. With `--ops` nothing
+is written.
 """
 
-import argparse
-import json
-import platform
-import subprocess
-from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 
-from benchmarks.ops.cases import GEOMETRY, Case, make_cases
-from benchmarks.ops.measure import peak_extra_bytes, stream, time_milliseconds
-from benchmarks.ops.picture import draw_report
+from benchmarks.measure import peak_extra_bytes, stream, time_cold
+from benchmarks.ops_cases import GEOMETRY, Case, make_cases
+from benchmarks.report import finish, options
 from trimserve import ops
 
 __all__ = ["main"]
 
-_DTYPES = (torch.float32, torch.bfloat16)
+_DTYPES: Final = (torch.float32, torch.bfloat16)
 
 
 def main() -> None:
-    """Compare, time, write, draw."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    """Compare, time, write."""
+    parser = options(__doc__, "")
     parser.add_argument("--runs", type=int, default=15, help="timed calls of each op, at least 2")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="numbers of threads, of the CPU")
     parser.add_argument("--ops", nargs="+", metavar="NAME", help="only these")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where to measure")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder of the results")
     arguments = parser.parse_args()
     results: list[dict[str, Any]] = []
     print(f"{'op':46} {'dtype':9} {'threads':>7} {'ms: median':>10} {'p10':>9} {'p90':>9} {'PyTorch':>9} {'floor':>6}")
@@ -47,18 +41,10 @@ def main() -> None:
                 if arguments.ops is None or case.op in arguments.ops:
                     results.append(_measure(case, threads, arguments.runs))
                     print(_line(results[-1]), flush=True)
-    document = {
-        "benchmark": "ops",
-        "geometry": GEOMETRY,
-        "machine": _machine(),
-        "results": results,
-    }
     if arguments.ops is None:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        name = "ops_gpu" if is_gpu else "ops"
-        (arguments.out / f"{name}.json").write_text(json.dumps(document, indent=2) + "\n")
-        draw_report(document, arguments.out / f"{name}.png")
-    print(json.dumps(document))
+        name, threads = "ops_gpu" if is_gpu else "ops", max(arguments.threads)
+        figures = {"geometry": GEOMETRY, "build": ops.build_info(), "results": results}
+        finish("ops", arguments.out / f"{name}.json", figures, threads)
 
 
 def _measure(case: Case, threads: int, runs: int) -> dict[str, Any]:
@@ -66,7 +52,7 @@ def _measure(case: Case, threads: int, runs: int) -> dict[str, Any]:
     if case.floor:
         move, moved_bytes = stream(case.floor)
         calls.append(move)
-    ours, theirs, *moves = time_milliseconds(calls, runs)
+    ours, theirs, *moves = time_cold(calls, runs)
     row: dict[str, Any] = {
         "op": case.op,
         "detail": case.detail,
@@ -84,8 +70,7 @@ def _measure(case: Case, threads: int, runs: int) -> dict[str, Any]:
         row |= {"floor": case.floor, "floor_bytes_per_second": round(possible)}
         row |= {"bandwidth_ratio": round(reached / possible, 3)}
     if case.matrix_bytes:
-        extra = peak_extra_bytes(case.run)
-        row |= {"peak_extra_bytes": extra, "matrix_bytes": case.matrix_bytes}
+        row |= {"peak_extra_bytes": peak_extra_bytes(case.run), "matrix_bytes": case.matrix_bytes}
     return row
 
 
@@ -96,22 +81,6 @@ def _line(row: dict[str, Any]) -> str:
         f"{row['op'] + ' ' + row['detail']:46} {row['dtype']:9} {row['threads']:7} {ours['median']:10.3f} "
         f"{ours['p10']:9.3f} {ours['p90']:9.3f} {row['baseline_ms']['median']:9.3f} {share}"
     )
-
-
-def _machine() -> dict[str, Any]:
-    """Where and with what the figures were taken."""
-    text = Path("/proc/cpuinfo").read_text() if platform.system() == "Linux" else ""
-    models = [line.split(":", 1)[1].strip() for line in text.splitlines() if line.startswith("model name")]
-    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    return {
-        "cpu": models[0] if models else platform.machine(),
-        "gpu": torch.cuda.get_device_name() if torch.get_default_device().type == "cuda" else None,
-        "simd": torch.backends.cpu.get_cpu_capability(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "commit": git.stdout.strip() or None,
-        "build": ops.build_info(),
-    }
 
 
 if __name__ == "__main__":

@@ -3,14 +3,11 @@
     python -m benchmarks.bench_policies [--bench-model DIR] [--runs 3] [--threads 1] [--out FILE]
 
 Twice: alone, on random features of Llama-3.2-Vision 11B's shape, where one call is timed with what it held in memory;
-and within the prefill of a question on the model `bench` (`benchmarks.bench_model` writes it), as a share of a prefill
-whose image is encoded already, and of one that encodes it. Every policy keeps a fifth of the image; those that the docs
-recommend choose what is merged, too. A line is told for each policy as it is done, in a few minutes altogether on one
-core; the last line is the JSON document.
+and within the prefill of a question on the model `bench`, as a share of a prefill whose image is encoded already, and
+of one that encodes it. Every policy keeps a fifth of the image; those that the docs recommend choose what is merged,
+too. A line is told for each policy as it is done, in a few minutes altogether on one core; the last line is the report.
 """
 
-import argparse
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -23,12 +20,11 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from benchmarks.bench_model import BENCH_MODEL, write_bench_model
-from benchmarks.ops.measure import peak_extra_bytes
-from benchmarks.policy_tables import RECOMMENDED
-from benchmarks.serve.report import about, write_json
-from benchmarks.serve.workload import draw_picture
-from trimserve.api.prompt import ChatPrompt, ImageFile, Message, Text
+from benchmarks.measure import peak_extra_bytes, seconds_of
+from benchmarks.models import bench_model
+from benchmarks.ours import QUESTION, chat
+from benchmarks.report import finish, markdown, options, origin
+from benchmarks.workload import draw_picture
 from trimserve.api.trim import FixedRatio, TrimRequest
 from trimserve.config import EngineConfig, ModelConfig
 from trimserve.evaluation.pages import OwnPages
@@ -43,9 +39,13 @@ from trimserve.trimming.plan import TrimPlan, choose_from_image, scratch_bytes, 
 from trimserve.trimming.policies.policy import CrossAttentionView, Place
 from trimserve.trimming.policies.table import POLICIES
 
-__all__ = ["main"]
+__all__ = ["MOST_OF_PREFILL", "RECOMMENDED", "main", "table"]
 
-_OUT = Path(__file__).parent / "results" / "policies" / "speed.json"
+RECOMMENDED: Final = ("trimmed", "cls")
+"""What docs/policies.md tells people to switch on."""
+MOST_OF_PREFILL: Final = 0.05
+"""Share that choosing may take of a recommended policy's prefill, the image's encoding included."""
+
 _KEEP, _MERGE_RATIO = 0.2, 0.1
 _TILES, _SIZE, _DIM = 4, 1601, 4096
 _ROWS, _HEADS, _KV_HEADS, _HEAD_DIM = 64, 32, 8, 128
@@ -53,38 +53,7 @@ _PROTOTYPES = 64
 _VISION_LAYERS, _VISION_HEADS, _VISION_HEAD_DIM = 40, 16, 80
 _FEATURES = _TILES * _SIZE
 _GEOMETRY: Final = {"tiles": _TILES, "F": _SIZE, "N": _FEATURES, "D": _DIM, "T": _ROWS, "keep": _KEEP}
-_QUESTION = "Describe what you see in a few words, and name every colour."
 _POOL_BYTES = 2**28
-
-
-def main() -> None:
-    """Time, write, tell."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--bench-model", type=Path, default=BENCH_MODEL, help="folder; written when it is not there")
-    parser.add_argument("--runs", type=int, default=3, help="of each policy, at least 1; the median counts")
-    parser.add_argument("--threads", type=int, default=1, help="of one op")
-    parser.add_argument("--out", type=Path, default=_OUT)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    if not arguments.bench_model.exists():
-        write_bench_model(arguments.bench_model)
-    bench = _Bench(_load(arguments.bench_model), arguments.runs)
-    rows = []
-    head = ("policy", "11B, ms", "MiB", "bench, ms", "of prefill", "encoding too")
-    print("{:17} {:>8} {:>6} {:>10} {:>10} {:>12}".format(*head), flush=True)
-    for request in _requests():
-        named, trim = {"policy": request.policy, "merge_ratio": request.merge_ratio}, TrimPlan.of(request)
-        rows.append({**named, **_alone(trim, arguments.runs), **bench.measure(trim)})
-        print(_line(rows[-1]), flush=True)
-    document = {
-        "benchmark": "policies",
-        **about(arguments.threads),
-        "geometry": _GEOMETRY,
-        "scratch_bytes": scratch_bytes(_TILES, _SIZE, _DIM),
-        "policies": rows,
-    }
-    write_json(document, arguments.out)
-    print(json.dumps(document))
 
 
 def _load(folder: Path) -> Mllama:
@@ -111,12 +80,8 @@ def _requests() -> Iterator[TrimRequest]:
 def _alone(trim: TrimPlan, runs: int) -> dict[str, Any]:
     """Seconds of one choice at 11B's shape, scores of the heads included, and what it held meanwhile."""
     choose = _chooser(trim)
-    seconds = []
-    for _ in range(runs):
-        started_at = perf_counter()
-        choose()
-        seconds.append(perf_counter() - started_at)
-    return {"seconds": round(median(seconds), 5), "peak_extra_bytes": peak_extra_bytes(choose)}
+    seconds = median(seconds_of(choose) for _ in range(runs))
+    return {"seconds": round(seconds, 5), "peak_extra_bytes": peak_extra_bytes(choose)}
 
 
 def _chooser(trim: TrimPlan) -> Callable[[], Tensor]:
@@ -147,8 +112,8 @@ class _Bench:
     """Prefills of a question about one new image of four tiles after another."""
 
     def __init__(self, model: Mllama, runs: int) -> None:
-        self._model = model
-        self._prompts = list(_prompts(model, runs))
+        pictures = (draw_picture(Random(seed), 2 * model.info.tile_size) for seed in range(runs))
+        self._model, self._prompts = model, [model.prepare(chat(QUESTION, picture)) for picture in pictures]
         self._pool = OwnPages(model.info, _POOL_BYTES)
         self._encoded: dict[frozenset[Observation], list[tuple[float, EncodedImage]]] = {}
 
@@ -158,7 +123,9 @@ class _Bench:
         The share is told twice, for a prefill whose image is encoded already and for one that encodes it.
         """
         choosing, reading, encoding = [], [], []
-        for prompt, (seconds, image) in zip(self._prompts, self._images(trim.needs), strict=True):
+        if trim.needs not in self._encoded:  # once for all policies that look at the same
+            self._encoded[trim.needs] = [self._encode(prompt, trim.needs) for prompt in self._prompts]
+        for prompt, (seconds, image) in zip(self._prompts, self._encoded[trim.needs], strict=True):
             kv = self._pool.key_values(len(prompt.token_ids), image.num_features)
             started_at = perf_counter()
             prefilled: Prefilled = run_through(self._model.prefill(prompt, [image], trim, kv))
@@ -176,12 +143,6 @@ class _Bench:
             "share_with_encoding": round(chose / (read + encoded), 5),
         }
 
-    def _images(self, needs: frozenset[Observation]) -> list[tuple[float, EncodedImage]]:
-        """What encoding took and gave, once for all policies that look at the same."""
-        if needs not in self._encoded:
-            self._encoded[needs] = [self._encode(prompt, needs) for prompt in self._prompts]
-        return self._encoded[needs]
-
     def _encode(self, prompt: PreparedPrompt, needs: frozenset[Observation]) -> tuple[float, EncodedImage]:
         [image] = prompt.images
         started_at = perf_counter()
@@ -189,20 +150,40 @@ class _Bench:
         return perf_counter() - started_at, encoded
 
 
-def _prompts(model: Mllama, number: int) -> Iterator[PreparedPrompt]:
-    """The question about one new image of four tiles after another."""
-    for seed in range(number):
-        image = ImageFile(draw_picture(Random(seed), 2 * model.info.tile_size))
-        yield model.prepare(ChatPrompt((Message("user", (image, Text(_QUESTION))),)))
+def table(report: dict[str, Any]) -> str:
+    """What choosing takes, by policy, as Markdown."""
+    rows = []
+    for row in report["policies"]:
+        held, share = row["peak_extra_bytes"], row["share_with_encoding"]
+        rows.append(
+            [
+                f"`{row['policy']}`{', merged' if row['merge_ratio'] else ''}",
+                f"{1e3 * row['seconds']:,.1f}",
+                "" if held is None else f"{held / 2**20:,.0f}",
+                f"{1e3 * row['bench_seconds']:,.1f}",
+                f"{row['share_of_prefill']:.1%}",
+                f"{share:.1%}{', slow' if share > MOST_OF_PREFILL else ''}",
+            ]
+        )
+    head = ["policy", "11B's shape, ms", "memory, MiB", "`bench`, ms", "of a prefill", "of one that encodes the image"]
+    aside = f"The engine sets {report['scratch_bytes'] / 2**20:,.0f} MiB aside for it at 11B's shape."
+    return f"{markdown(head, rows)}\n\n{origin(report)} {aside}"
 
 
-def _line(row: dict[str, Any]) -> str:
-    name = f"{row['policy']}{', merged' if row['merge_ratio'] else ''}"
-    held = "" if row["peak_extra_bytes"] is None else f"{row['peak_extra_bytes'] / 2**20:.0f}"
-    return (
-        f"{name:17} {1e3 * row['seconds']:8.1f} {held:>6} {1e3 * row['bench_seconds']:10.1f} "
-        f"{row['share_of_prefill']:10.2%} {row['share_with_encoding']:10.2%}"
-    )
+def main() -> None:
+    """Time, write, tell."""
+    parser = options(__doc__, "policies/speed.json", threads=True, bench_model=True)
+    parser.add_argument("--runs", type=int, default=3, help="of each policy, at least 1; the median counts")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    bench, rows = _Bench(_load(bench_model(arguments.bench_model)), arguments.runs), []
+    for request in _requests():
+        named, trim = {"policy": request.policy, "merge_ratio": request.merge_ratio}, TrimPlan.of(request)
+        rows.append({**named, **_alone(trim, arguments.runs), **bench.measure(trim)})
+        print(rows[-1], flush=True)
+    scratch = scratch_bytes(_TILES, _SIZE, _DIM)
+    figures = {"geometry": _GEOMETRY, "scratch_bytes": scratch, "policies": rows}
+    finish("policies", arguments.out, figures, arguments.threads)
 
 
 if __name__ == "__main__":

@@ -8,10 +8,8 @@ that of float32: KL(float32 || this) in nats, and how often the likeliest token 
 output is the report.
 """
 
-import argparse
-import json
+import sys
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -20,15 +18,12 @@ from typing import Any, Final
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.progress import track
 
-from benchmarks.serve.report import about, write_json
+from benchmarks.ours import UNTRIMMED, encoded, prepared, recommended
+from benchmarks.report import finish, markdown, options, precision
 from training.heldout import write_held_out
-from trimserve.api.prompt import ChatPrompt, ImageFile, Message, Text
 from trimserve.api.trim import TrimRequest
 from trimserve.config import Dtype, EngineConfig, ModelConfig, Quantize
-from trimserve.evaluation.answers import UNTRIMMED
 from trimserve.evaluation.dataset import Question, load_questions
 from trimserve.evaluation.in_process import InProcess
 from trimserve.evaluation.metrics import Bootstrap, is_match, kl_divergence
@@ -38,59 +33,27 @@ from trimserve.model.loading import load_model
 from trimserve.model.mllama import Mllama
 from trimserve.trimming.plan import TrimPlan
 
-__all__ = ["main"]
+__all__ = ["main", "table"]
 
-_OUT = Path(__file__).parent / "results" / "precision.json"
-_VARIANTS: Final[tuple[tuple[Dtype, Quantize], ...]] = (
-    ("float32", "none"),
-    ("bfloat16", "none"),
-    ("float32", "int8"),
-    ("bfloat16", "int8"),
-    ("float32", "int4"),
-    ("bfloat16", "int4"),
-)
+_DTYPES: Final[tuple[Dtype, ...]] = ("float32", "bfloat16")
+_QUANTIZE: Final[tuple[Quantize, ...]] = ("none", "int8", "int4")
 
 Floats = NDArray[np.float64]
 
 
-def main() -> None:
-    """Command line."""
-    arguments = _arguments()
-    torch.set_num_threads(arguments.threads)
-    start = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder:
-        questions = load_questions(write_held_out(Path(folder), arguments.questions))
-        rows = _measure(questions, Console(stderr=True))
-    report = {
-        "benchmark": "precision",
-        **about(arguments.threads),
-        "seconds": round(time.monotonic() - start, 1),
-        "model": "embedded",
-        "num_questions": len(questions),
-        "rows": rows,
-    }
-    write_json(report, arguments.out)
-    print(json.dumps(report))
-
-
-def _measure(questions: Sequence[Question], console: Console) -> list[dict[str, Any]]:
+def _measure(questions: Sequence[Question]) -> list[dict[str, Any]]:
     exact: dict[str, list[Floats]] = {}
     rows = []
-    for dtype, quantize in _VARIANTS:
+    for dtype, quantize in ((dtype, quantize) for quantize in _QUANTIZE for dtype in _DTYPES):
         model = load_model(ModelConfig(dtype=dtype, quantize=quantize), EngineConfig())
-        info = model.info
-        settings = {
-            "untrimmed": UNTRIMMED,
-            "trimmed": TrimRequest(k_ratio=info.default_k_ratio, merge_ratio=info.default_merge_ratio),
-        }
-        asked = track(questions, f"{dtype} {quantize}", console=console)
-        answers = list(InProcess(model).answers(asked, [settings["trimmed"]]))
+        settings = {"untrimmed": UNTRIMMED, "trimmed": recommended(model.info)}
+        answers = list(InProcess(model).answers(questions, [settings["trimmed"]]))
         for column, (name, trim) in enumerate(settings.items()):
             found = list(_first_tokens(model, questions, trim))
-            row = {"dtype": dtype, "quantize": quantize, "weight_bytes": info.weight_bytes, "setting": name}
+            row = {"dtype": dtype, "quantize": quantize, "weight_bytes": model.info.weight_bytes, "setting": name}
             texts = [of_question[column].text for of_question in answers]
             rows.append(row | _figures(questions, texts, exact.setdefault(name, found), found))
-            console.print(rows[-1], highlight=False)
+            print(rows[-1], file=sys.stderr, flush=True)
     return rows
 
 
@@ -115,21 +78,44 @@ def _first_tokens(model: Mllama, questions: Sequence[Question], trim: TrimReques
     info = model.info
     pool = OwnPages(info, info.max_model_len * (info.self_kv_bytes_per_token + info.cross_kv_bytes_per_feature))
     for question in questions:
-        parts = (ImageFile(question.image.read_bytes()), Text(question.text))
-        prompt = model.prepare(ChatPrompt((Message("user", parts),)))
-        images = [run_through(model.encode_image(image)) for image in prompt.images]
+        prompt = prepared(model, question)
+        images = encoded(model, prompt)
         kv = pool.key_values(len(prompt.token_ids), sum(image.num_features for image in images))
         logits = run_through(model.prefill(prompt, images, TrimPlan.of(trim), kv)).logits
         kv.release()
         yield logits.double().log_softmax(dim=-1).numpy()
 
 
-def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def table(report: dict[str, Any]) -> str:
+    """Accuracy and divergence by precision, as Markdown."""
+    rows = []
+    for row in report["rows"]:
+        match, trimming = row["accuracy"], "on" if row["setting"] == "trimmed" else "off"
+        rows.append(
+            [
+                precision(row),
+                f"{row['weight_bytes'] / 2**20:.1f} MiB",
+                trimming,
+                f"{match['value']:.1%} [{match['low']:.1%}, {match['high']:.1%}]",
+                f"{row['divergence_nats']['value']:.6f}",
+                f"{row['same_first_token']:.1%}",
+            ]
+        )
+    head = ["weights", "bytes", "trimming", "exact match [95 %]", "KL to float32, nats", "same first token"]
+    return f"{markdown(head, rows)}\n\n{report['num_questions']:,} held-out questions to the embedded model."
+
+
+def main() -> None:
+    """Command line."""
+    parser = options(__doc__, "precision.json", threads=True)
     parser.add_argument("--questions", type=int, default=1000, help="how many")
-    parser.add_argument("--threads", type=int, default=1, help="threads of one op")
-    parser.add_argument("--out", type=Path, default=_OUT, help="the report")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    with tempfile.TemporaryDirectory() as folder:
+        questions = load_questions(write_held_out(Path(folder), arguments.questions))
+        rows = _measure(questions)
+    figures = {"model": "embedded", "num_questions": len(questions), "rows": rows}
+    finish("precision", arguments.out, figures, arguments.threads)
 
 
 if __name__ == "__main__":

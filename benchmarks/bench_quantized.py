@@ -1,6 +1,6 @@
 """Times decode steps and prefills of `bench` with int8 and int4 weights beside each other and beside their bytes.
 
-    python -m benchmarks.bench_quantized [--model DIR] [--runs 40] [--threads 1] [--out FILE]
+    python -m benchmarks.bench_quantized [--bench-model DIR] [--runs 40] [--threads 1] [--out FILE]
 
 A step is that of one sequence which holds a question about an image of one tile; a prefill is that of so many text
 tokens. Steps, prefills and a read of a large tensor take turns, so that what else the machine does slows all of them.
@@ -8,55 +8,30 @@ Floors: the bytes of weights over the bandwidth of reading; and the products ove
 in the cache, by torch or by `ops.linear`, whichever is faster. The last line of standard output is the report.
 """
 
-import argparse
 import json
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 
-from benchmarks.bench_model import BENCH_MODEL
-from benchmarks.generate.floor import Floor, StepShape
-from benchmarks.generate.ours import Ours
-from benchmarks.generate.setting import SETTINGS
-from benchmarks.ops.measure import stream, time_milliseconds
-from benchmarks.serve.models import under_test
-from benchmarks.serve.report import about, write_json
+from benchmarks.floor import Floor, StepShape
+from benchmarks.measure import stream, time_cold
+from benchmarks.models import bench_model
+from benchmarks.ours import SETTINGS, UNTRIMMED, Ours
+from benchmarks.report import finish, markdown, options, origin, precision
 from trimserve.api.prompt import TokenPrompt
 from trimserve.config import Dtype, Quantize
-from trimserve.evaluation.answers import UNTRIMMED
 from trimserve.model.interruptible import run_through
 from trimserve.trimming.plan import TrimPlan
 
-__all__ = ["main", "measure"]
+__all__ = ["main", "measure", "table"]
 
-_OUT: Final = Path(__file__).parent / "results" / "quantized.json"
 _DTYPES: Final[tuple[Dtype, ...]] = ("float32", "bfloat16")
 _QUANTIZE: Final[tuple[Quantize, ...]] = ("int8", "int4")
 _PREFILLS: Final = (16, 32, 64)
-_ONE_TILE: Final = SETTINGS[2]
 
 Row = dict[str, Any]
-
-
-def main() -> None:
-    """Command line."""
-    arguments = _arguments()
-    torch.set_num_threads(arguments.threads)
-    start = time.monotonic()
-    bench = under_test("bench", arguments.model)
-    rows = [row for dtype in _DTYPES for row in measure(bench.checkpoint, dtype, arguments.runs)]
-    report = {
-        "benchmark": "quantized",
-        **about(arguments.threads),
-        "seconds": round(time.monotonic() - start, 1),
-        "model": "bench",
-        "rows": rows,
-    }
-    write_json(report, arguments.out)
-    print(json.dumps(report))
 
 
 def measure(folder: Path, dtype: Dtype, runs: int) -> list[Row]:
@@ -67,13 +42,13 @@ def measure(folder: Path, dtype: Dtype, runs: int) -> list[Row]:
         dtype: of everything that is not quantized.
         runs: calls of each, at least 2.
     """
-    models = {quantize: Ours(folder, dtype, quantize, max_kept_fraction=0.5, most=1) for quantize in _QUANTIZE}
+    models = {quantize: Ours.load(folder, 1, dtype=dtype, quantize=quantize) for quantize in _QUANTIZE}
     read, read_bytes = stream("read")
     calls: dict[tuple[Quantize, int], Callable[[], Any]] = {}
     for quantize, ours in models.items():
-        calls[quantize, 1] = ours.ask(_ONE_TILE).step(1)
+        calls[quantize, 1] = ours.ask(SETTINGS["one_tile"], max_kept_fraction=0.5).step(1)
         calls |= {(quantize, num_rows): _prefill(ours, num_rows) for num_rows in _PREFILLS}
-    of_read, *times = time_milliseconds([read, *calls.values()], runs)
+    of_read, *times = time_cold([read, *calls.values()], runs)
     rows = []
     for (quantize, num_rows), milliseconds in zip(calls, times, strict=True):
         shape = StepShape.of_checkpoint(folder, getattr(torch, dtype), quantize)
@@ -94,8 +69,7 @@ def measure(folder: Path, dtype: Dtype, runs: int) -> list[Row]:
         print(json.dumps(rows[-1]), flush=True)
     steps: dict[Any, Any] = {row["quantize"]: row["milliseconds"] for row in rows if row["phase"] == "step"}
     ratios = {name: round(steps["int8"][name] / steps["int4"][name], 2) for name in ("median", "p10")}
-    rows.append({"dtype": dtype, "phase": "step", "int8_over_int4": ratios})
-    return rows
+    return [*rows, {"dtype": dtype, "phase": "step", "int8_over_int4": ratios}]
 
 
 def _prefill(ours: Ours, num_rows: int) -> Callable[[], None]:
@@ -110,13 +84,32 @@ def _prefill(ours: Ours, num_rows: int) -> Callable[[], None]:
     return run
 
 
-def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=BENCH_MODEL, help="folder of bench; written if it is not there")
+def table(report: dict[str, Any]) -> str:
+    """Steps and prefills with quantized weights beside their floors, as Markdown."""
+    rows, told = [], []
+    for row in report["rows"]:
+        if "int8_over_int4" in row:
+            told.append(f"{row['int8_over_int4']['median']:.2f} with {row['dtype']} rows")
+            continue
+        times = (row["milliseconds"]["median"], row["bytes_floor_ms"], row["products_floor_ms"])
+        rows.append([precision(row), row["rows"], *(f"{each:.1f}" for each in times), f"{row['over_floor']:.2f}"])
+    told_ratios = (
+        f"A step with int8 over one with int4: {' and '.join(told)}. The last column compares fastest tenths; it falls "
+        "below 1 where many outputs share the packing of rows, which the products' rate counts for few."
+    )
+    head = ["weights", "rows", "ms", "reading the weights, ms", "products, ms", "times the larger"]
+    return "\n\n".join([markdown(head, rows), told_ratios, origin(report)])
+
+
+def main() -> None:
+    """Command line."""
+    parser = options(__doc__, "quantized.json", threads=True, bench_model=True)
     parser.add_argument("--runs", type=int, default=40, help="calls of each")
-    parser.add_argument("--threads", type=int, default=1, help="threads of one op")
-    parser.add_argument("--out", type=Path, default=_OUT, help="the report")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    folder = bench_model(arguments.bench_model)
+    rows = [row for dtype in _DTYPES for row in measure(folder, dtype, arguments.runs)]
+    finish("quantized", arguments.out, {"model": "bench", "rows": rows}, arguments.threads)
 
 
 if __name__ == "__main__":

@@ -5,149 +5,111 @@
 Engines over one `bench` model take turns, so that all meet the same moments of the machine. Each is asked about a
 four-tile image that is new, and then another question about the same image, which is what is measured:
 
-- `before`: the image cache keeps visual features only, and the second question projects them again, by torch's product,
-  as it was before keys and values were kept;
-- `features`: the same, by the product that is taken now;
+- `features`: the image cache has room for one image's visual features and nothing else, so that the second question
+  projects them again;
 - `kv`: the image cache keeps what the cross-attention layers made of them, too.
 
-The last two must give the same tokens. Engines are driven without service and sockets, on one thread; seconds are the
-thread's own, so that other work on the machine does not count. They begin when the engine has the image's pixels; what
-comes before, file to pixels to tiles, is the same in all and is told apart.
+They must give the same tokens. Engines are driven without service and sockets, on one thread; seconds are the thread's
+own, so that other work on the machine does not count. They begin when the engine has the image's pixels; what comes
+before, file to pixels to tiles, is the same in both.
 """
 
-import argparse
 import json
 import random
-import statistics
-import time
-from contextlib import nullcontext
-from dataclasses import dataclass, field
-from pathlib import Path
+from statistics import median
 from typing import Any, Final
-from unittest.mock import patch
 
 import torch
 
-from benchmarks.bench_checkouts import interval
-from benchmarks.bench_model import BENCH_MODEL, max_kept_fraction, write_bench_model
-from benchmarks.serve.report import about, write_json
-from benchmarks.serve.workload import draw_picture
-from trimserve.api.chunks import GenerationChunk, TokenDelta
-from trimserve.api.prompt import ChatPrompt, ImageFile, Message, Text
+from benchmarks.driven import UNCUT, Driven
+from benchmarks.measure import in_pairs, interval
+from benchmarks.models import bench_model, max_kept_fraction
+from benchmarks.ours import UNTRIMMED, chat, encoded, recommended
+from benchmarks.report import finish, options
+from benchmarks.workload import draw_picture
 from trimserve.api.request import GenerationRequest
 from trimserve.api.sampling import SamplingParams
 from trimserve.api.trim import TrimRequest
 from trimserve.config import EngineConfig, ModelConfig
-from trimserve.engine.engine import Engine
-from trimserve.errors import TrimserveError
-from trimserve.executor.local import LocalExecutor
 from trimserve.model.loading import load_model
 from trimserve.model.mllama import Mllama
-from trimserve.model.projection import Projection
 
 __all__ = ["main"]
 
-_OUT: Final = Path(__file__).parent / "results" / "repeated.json"
 _QUESTIONS: Final = (
     "What do you see?",
     "Which colours are there, and where?",
     "How many objects are in the upper half of the picture?",
     "Is there any text in it? Read it.",
 )
-_COMPARED: Final = ("before", "features", "kv")
 _CACHE_BYTES: Final = 2**29  # the default
 _NUM_TOKENS: Final = 8
 
 
-@dataclass(slots=True)
-class _Output:
-    """The tokens of one request."""
+class _Case:
+    """Two engines that are asked the same, trimmed or not."""
 
-    token_ids: list[int] = field(default_factory=list)
-    first_at: float = 0.0
-    """`time.thread_time()` at the first token."""
+    def __init__(self, model: Mllama, name: str, trim: TrimRequest) -> None:
+        self._name, self._trim, self._side = name, trim, 2 * model.info.tile_size
+        [image] = encoded(model, model.prepare(chat(_QUESTIONS[0], draw_picture(random.Random(0), self._side))))
+        sizes = {"features": image.nbytes, "kv": _CACHE_BYTES}
+        self._engines = {
+            name: Driven(model, num_bytes, max_batch=1, prefill_slice_seconds=UNCUT)
+            for name, num_bytes in sizes.items()
+        }
+        self._new_image: list[float] = []
+        self._tokens: dict[tuple[str, int], list[int]] = {}
 
-    def __call__(self, chunk: GenerationChunk | TrimserveError) -> None:
-        if isinstance(chunk, TrimserveError):
-            raise chunk
-        if isinstance(chunk, TokenDelta):
-            self.first_at = self.first_at or time.thread_time()
-            self.token_ids += chunk.token_ids
-
-
-class _Engine:
-    """One of those that are compared, which remembers images in its own cache."""
-
-    def __init__(self, model: Mllama, name: str) -> None:
-        self.name = name
-        executor = LocalExecutor(model, _CACHE_BYTES)
-        if name != "kv":
-            executor._images.keep_keys_values = lambda key, owner: None  # type: ignore[method-assign]  # noqa: ARG005
-        self.engine = Engine(model, executor, EngineConfig(max_batch=1, prefill_slice_seconds=1e6))
-
-    def ask(self, request: GenerationRequest) -> tuple[float, float, list[int]]:
-        """Seconds of the preparation and until the first token, and all tokens."""
-        output, began = _Output(), time.thread_time()
-        sequence = self.engine.prepare(request, output, time.monotonic())
-        prepared = time.thread_time()
-        self.engine.add(sequence)
-        as_before = patch.object(Projection, "row_by_row", Projection.__call__)
-        with as_before if self.name == "before" else nullcontext():
-            while self.engine.has_work:
-                self.engine.step()
-        return prepared - began, output.first_at - prepared, output.token_ids
-
-
-def _request(picture: ImageFile, question: str, trim: TrimRequest) -> GenerationRequest:
-    sampling = SamplingParams(max_new_tokens=_NUM_TOKENS, temperature=0.0, ignore_eos=True)
-    return GenerationRequest("repeated", ChatPrompt((Message("user", (picture, Text(question))),)), sampling, trim)
-
-
-def _measure(model: Mllama, name: str, trim: TrimRequest, num_pairs: int) -> dict[str, Any]:
-    rng, engines = random.Random(0), [_Engine(model, each) for each in _COMPARED]
-    seconds: dict[str, list[float]] = {each: [] for each in (*_COMPARED, "new image", "preparation")}
-    for number in range(1 + num_pairs):  # the first warms up
-        picture = ImageFile(draw_picture(rng, 2 * model.info.tile_size))
-        first, other = rng.sample(_QUESTIONS, 2)
-        answers = {}
-        for engine in engines if number % 2 else reversed(engines):
-            seconds["new image"].append(engine.ask(_request(picture, first, trim))[1])
-            preparation, until_first, answers[engine.name] = engine.ask(_request(picture, other, trim))
-            seconds["preparation"].append(preparation)
-            seconds[engine.name].append(until_first)
-        if answers["features"] != answers["kv"]:
-            raise AssertionError(f"{name}: keys and values that were kept changed an answer")
-    row: dict[str, Any] = {"case": name, "pairs": num_pairs}
-    for each, samples in seconds.items():
-        row[f"{each.replace(' ', '_')}_seconds"] = round(
-            statistics.median(samples[len(samples) // (1 + num_pairs) :]), 4
+    def measure(self, num_pairs: int) -> dict[str, Any]:
+        """Figures of both."""
+        pairs = in_pairs(
+            lambda number: self._ask("features", number), lambda number: self._ask("kv", number), num_pairs
         )
-    for other in ("before", "features"):
-        ratios = [kv / without for kv, without in zip(seconds["kv"][1:], seconds[other][1:], strict=True)]
-        row[f"of_{other}"] = {"ratio": round(statistics.median(ratios), 4), "interval": interval(ratios)}
-    print(json.dumps(row), flush=True)
-    return row
+        for number in range(num_pairs + 1):
+            if self._tokens["features", number] != self._tokens["kv", number]:
+                raise AssertionError(f"{self._name}: keys and values that were kept changed an answer")
+        ratios = [kv / features for features, kv in pairs]
+        return {
+            "case": self._name,
+            "pairs": num_pairs,
+            "features_seconds": round(median(features for features, _ in pairs), 4),
+            "kv_seconds": round(median(kv for _, kv in pairs), 4),
+            "new_image_seconds": round(median(self._new_image[2:]), 4),
+            "of_features": {"ratio": round(median(ratios), 4), "interval": interval(ratios)},
+        }
+
+    def _ask(self, engine: str, number: int) -> float:
+        """Two questions on an image of that number; seconds until the second one's first token."""
+        rng = random.Random(number)
+        picture, questions = draw_picture(rng, self._side), rng.sample(_QUESTIONS, 2)
+        first, second = (self._first_token(engine, question, picture, number) for question in questions)
+        self._new_image.append(first)
+        return second
+
+    def _first_token(self, engine: str, question: str, picture: bytes, number: int) -> float:
+        sampling = SamplingParams(max_new_tokens=_NUM_TOKENS, temperature=0.0, ignore_eos=True)
+        driven = self._engines[engine]
+        output = driven.begin(GenerationRequest("repeated", chat(question, picture), sampling, self._trim))
+        began = driven.clock()
+        driven.finish()
+        self._tokens[engine, number] = output.token_ids
+        return output.arrivals[0] - began
 
 
 def main() -> None:
     """Print a row for each case; the last line is the report."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=15)
+    parser = options(__doc__, "repeated.json", bench_model=True)
+    parser.add_argument("--pairs", type=int, default=15, help="of questions on new images")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--bench-model", type=Path, default=BENCH_MODEL, help="written if it is not there")
-    parser.add_argument("--out", type=Path, default=_OUT)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    if not (arguments.bench_model / "config.json").exists():
-        write_bench_model(arguments.bench_model)
-    config = ModelConfig(model=str(arguments.bench_model), dtype=arguments.dtype)
-    model = load_model(config, EngineConfig(image_cache_bytes=_CACHE_BYTES))  # type: ignore[arg-type]  # a number of bytes
-    trimmed = TrimRequest(k_ratio=model.info.default_k_ratio, max_kept_fraction=max_kept_fraction())
-    cases = {"trimmed": trimmed, "untrimmed": TrimRequest(enabled=False)}
-    rows = [_measure(model, name, trim, arguments.pairs) for name, trim in cases.items()]
-    report = {"benchmark": "repeated", **about(1), "dtype": arguments.dtype, "rows": rows}
-    write_json(report, arguments.out)
-    print(json.dumps(report))
+    config = ModelConfig(model=str(bench_model(arguments.bench_model)), dtype=arguments.dtype)
+    model = load_model(config, EngineConfig())
+    rows = []
+    for name, trim in {"trimmed": recommended(model.info, max_kept_fraction()), "untrimmed": UNTRIMMED}.items():
+        rows.append(_Case(model, name, trim).measure(arguments.pairs))
+        print(json.dumps(rows[-1]), flush=True)
+    finish("repeated", arguments.out, {"dtype": arguments.dtype, "rows": rows})
 
 
 if __name__ == "__main__":

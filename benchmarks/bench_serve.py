@@ -15,88 +15,346 @@ End tokens are ignored everywhere, so every answer has as many tokens. Results: 
 
 import argparse
 import asyncio
-import functools
-import json
-import time
+import random
+import sys
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import asynccontextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean, median
+from typing import Any, Final
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
-from benchmarks.bench_model import BENCH_MODEL
-from benchmarks.serve.comparison import NUM_STAGES, Comparison, Plan
-from benchmarks.serve.models import MODELS, under_test
-from benchmarks.serve.picture import draw_report
-from benchmarks.serve.report import make_report, print_report, write_json
+from benchmarks.load import Exchange, agreement, closed_loop, median_round, open_loop, ratios, summary
+from benchmarks.machine import peak_rss_bytes
+from benchmarks.models import MODELS, ModelName, UnderTest, under_test
+from benchmarks.ours import Asked, Ours, chat, recommended
+from benchmarks.report import INK, bare, finish, label_bars, markdown, options, origin
+from benchmarks.rival import Transformers, transformers_serve
+from benchmarks.service import GrpcTarget, running_server
+from benchmarks.workload import Item, Kind, make_workload, picture_of, poisson_arrivals
+from trimserve.config import EngineConfig, ModelConfig
+from trimserve.model.loading import load_model
+from trimserve.process import ServerFailed
 
-__all__ = ["main"]
+__all__ = ["Plan", "draw", "main", "table"]
 
-_OUT = Path(__file__).parent / "results" / "serve"
-_QUICK = {"requests": 6, "concurrency": 3, "max_new_tokens": 8, "probe_images": 1, "latency_rounds": 1}
-_NUM_REQUESTS = {"embedded": 64, "bench": 16}  # one at a time, `bench` takes transformers ten seconds a request
+_WARM_UP: Final = Item(0, "text", "Hello?", ())
+"""Asked before a load is timed, as transformers answers a request before its own is."""
+_LEAST_SECONDS: Final = 8.0
+_PROBED: Final[dict[Kind, str]] = {"four_tiles": "4 tiles", "one_tile": "1 tile"}
+_QUESTIONS: Final = ("What is in the image?", "Which colour is the largest thing?")
+_NAMES: Final = {
+    "trimserve": "trimserve",
+    "trimserve_untrimmed": "trimserve, untrimmed",
+    "transformers_sequential": "transformers, one at a time",
+    "transformers_batched": "transformers, batched",
+    "transformers_serve": "`transformers serve`",
+    "trimserve_open_loop": "trimserve, open loop",
+}
+_BLUE, _GREY = "#0a6fb8", "#a9b2bd"
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How much is asked."""
+
+    num_requests: int
+    concurrency: int = 16
+    """Clients of the closed loop, and requests of one of transformers' batches."""
+    max_new_tokens: int = 128
+    repeated_share: float = 0.5
+    open_loop_load: float = 0.7
+    """Rate of the open loop as a share of the rate that the closed loop reached."""
+    num_probe_images: int = 3
+    latency_rounds: int = 5
+    num_threads: int = 1
+    """Of one op, in every process; the load generator takes another core."""
+    seed: int = 0
+
+
+_PLANS: Final[dict[ModelName, Plan]] = {"embedded": Plan(64), "bench": Plan(16)}
+"""One at a time, `bench` takes transformers ten seconds a request."""
+_QUICK: Final = Plan(6, concurrency=3, max_new_tokens=8, num_probe_images=1, latency_rounds=1)
+
+
+class _Comparison:
+    """All loads and probes of one model: trimserve first, then transformers with the same requests."""
+
+    def __init__(self, model: UnderTest, plan: Plan, rival_venv: Path | None) -> None:
+        self._model, self._plan, self._rival_venv = model, plan, rival_venv
+        self._tile_size = 0
+        self._items: tuple[Item, ...] = ()
+        self._loads: dict[str, dict[str, Any]] = {}
+
+    async def run(self) -> dict[str, Any]:
+        """Everything, as plain data."""
+        async with self._serving(is_trimmed=True) as (target, _):
+            self._tile_size = await target.tile_size()
+        self._items = self._workload(self._plan.seed)
+        self._begin("closed loop")
+        await self._closed_loops("trimserve", is_trimmed=True)
+        probes = await self._probes()
+        self._begin("closed loop, untrimmed")
+        untrimmed = await self._closed_loops("trimserve_untrimmed", is_trimmed=False)
+        self._begin("transformers")
+        equal = agreement(untrimmed, await self._transformers())
+        if self._rival_venv is not None:
+            self._begin("transformers serve")
+            await self._transformers_serve(self._rival_venv)
+        return {
+            "model": self._model.name,
+            "max_kept_fraction": self._model.max_kept_fraction,
+            "loads": self._loads,
+            "ratios": ratios(self._loads),
+            **probes,
+            "untrimmed_answers_and_transformers": equal,
+            "plan": asdict(self._plan),
+        }
+
+    def _begin(self, stage: str) -> None:
+        print(f"{self._model.name}: {stage}", file=sys.stderr, flush=True)
+
+    def _workload(self, seed: int) -> tuple[Item, ...]:
+        plan = self._plan
+        return make_workload(plan.num_requests, self._tile_size, repeated_share=plan.repeated_share, seed=seed)
+
+    @asynccontextmanager
+    async def _serving(self, *, is_trimmed: bool) -> AsyncIterator[tuple[GrpcTarget, int]]:
+        """A fresh server, which has seen no image yet: a client and the process id."""
+        with running_server(self._model.folder, num_threads=self._plan.num_threads) as server:
+            trim = self._model.trim(is_on=is_trimmed)
+            async with GrpcTarget(server.address, max_new_tokens=self._plan.max_new_tokens, trim=trim) as target:
+                yield target, server.pid
+
+    async def _closed_loops(self, name: str, *, is_trimmed: bool) -> list[Exchange]:
+        """The same load on fresh servers until it was measured for long enough.
+
+        The median round counts, of an even number the slower one in the middle; one with errors counts at once.
+        """
+        rounds: list[dict[str, Any]] = []
+        exchanges: list[Exchange] = []
+        while sum(each["seconds"] for each in rounds) < _LEAST_SECONDS:
+            async with self._serving(is_trimmed=is_trimmed) as (target, pid):
+                await target.ask(_WARM_UP)
+                async with target.watched() as peak:
+                    exchanges = await closed_loop(target.ask, self._items, self._plan.concurrency)
+                held = {"peak_pool_bytes": peak.pool_bytes, "peak_cross_kv_bytes": peak.cross_bytes}
+                rounds.append({**summary(exchanges), **held, "peak_rss_bytes": peak_rss_bytes(pid)})
+                if rounds[-1]["errors"]:
+                    break
+        self._loads[name] = median_round(rounds)
+        return exchanges
+
+    async def _probes(self) -> dict[str, Any]:
+        """The open loop, and what needs an idle server."""
+        plan = self._plan
+        self._begin("open loop and probes")
+        async with self._serving(is_trimmed=True) as (target, _):
+            rate = plan.open_loop_load * self._loads["trimserve"]["requests_per_second"]
+            arrivals = poisson_arrivals(plan.num_requests, rate, plan.seed)
+            exchanges = await open_loop(target.ask, self._workload(plan.seed + 1), arrivals)
+            self._loads["trimserve_open_loop"] = {"offered_requests_per_second": round(rate, 4), **summary(exchanges)}
+            return {
+                "repeated_images": await self._repeated_images(target),
+                "added_latency": await self._added_latency(target),
+            }
+
+    async def _repeated_images(self, target: GrpcTarget) -> dict[str, Any]:
+        """Time to first token of a new image and of another question on it, one request at a time, by kind."""
+        rng, number = random.Random(self._plan.seed + 2), self._plan.num_probe_images
+        found: dict[str, Any] = {}
+        for kind in _PROBED:
+            pictures = [picture_of(kind, rng, self._tile_size) for _ in range(number)]
+            items = [Item(0, kind, question, (picture,)) for picture in pictures for question in _QUESTIONS]
+            waited = [each.time_to_first_token for item in items for each in await closed_loop(target.ask, [item], 1)]
+            first, repeated = median(waited[::2]), median(waited[1::2])
+            found[kind] = {
+                "num_images": number,
+                "first_seconds": round(first, 5),
+                "repeated_seconds": round(repeated, 5),
+                "repeated_over_first": round(repeated / first, 4),
+            }
+        return found
+
+    async def _added_latency(self, target: GrpcTarget) -> dict[str, Any]:
+        """Seconds per token through the service, at batch 1, beside the bare decode step of the same model.
+
+        Service and bare model take turns, so that a change in the machine's speed meets both. gRPC, scheduling,
+        sampling and detokenisation are in the difference. Medians of the rounds' means, because several tokens may
+        come in one message.
+        """
+        item = next(item for item in self._items if item.kind == "four_tiles")
+        bare = await asyncio.to_thread(_bare_model, self._model, self._plan, item)
+        num_tokens = (await target.ask(item)).num_tokens  # also the first use of the image
+        served, steps = [], []
+        for _ in range(self._plan.latency_rounds):
+            [exchange] = await closed_loop(target.ask, [item], 1)
+            served.append(exchange.time_per_output_token)
+            steps.append(fmean(await asyncio.to_thread(bare, num_tokens - 1)))
+        service, step = median(served), median(steps)
+        return {
+            "rounds": self._plan.latency_rounds,
+            "tokens_per_round": num_tokens,
+            "service_seconds_per_token": round(service, 6),
+            "bare_step_seconds": round(step, 6),
+            "added_seconds_per_token": round(service - step, 6),
+            "added_over_bare_step": round((service - step) / step, 4),
+        }
+
+    async def _transformers(self) -> list[Exchange]:
+        """One at a time, then in batches."""
+        plan = self._plan
+        options = {"num_threads": plan.num_threads, "max_new_tokens": plan.max_new_tokens}
+        with Transformers(self._model.checkpoint, **options) as rival:
+            await rival.warm_up(self._items[0])
+            exchanges = await closed_loop(rival.ask, self._items, plan.concurrency)
+            rss = await rival.peak_rss_bytes()
+            self._loads["transformers_sequential"] = {**summary(exchanges), "peak_rss_bytes": rss}
+            try:
+                self._loads["transformers_batched"] = await self._batched(rival)
+            except BrokenProcessPool as error:  # such as killed for its memory
+                self._loads["transformers_batched"] = {"errors": [str(error)]}
+        return exchanges
+
+    async def _batched(self, rival: Transformers) -> dict[str, Any]:
+        size, count = self._plan.concurrency, len(self._items)
+        seconds = sum([await rival.batch(self._items[start : start + size]) for start in range(0, count, size)])
+        num_tokens = count * self._plan.max_new_tokens
+        return {
+            "num_requests": count,
+            "batch_size": min(size, count),
+            "errors": [],
+            "seconds": round(seconds, 3),
+            "num_tokens": num_tokens,
+            "tokens_per_second": round(num_tokens / seconds, 2),
+            "peak_rss_bytes": await rival.peak_rss_bytes(),
+        }
+
+    async def _transformers_serve(self, venv: Path) -> None:
+        plan = self._plan
+        options = {"num_threads": plan.num_threads, "max_new_tokens": plan.max_new_tokens}
+        try:
+            with transformers_serve(venv, self._model.checkpoint, **options) as target:
+                await target.ask(self._items[0])
+                exchanges = await closed_loop(target.ask, self._items, plan.concurrency)
+                found = {**summary(exchanges), "peak_rss_bytes": peak_rss_bytes(target.pid)}
+        except (ServerFailed, OSError) as error:
+            found = {"errors": [str(error)]}
+        self._loads["transformers_serve"] = found
+
+
+@torch.inference_mode()
+def _bare_model(model: UnderTest, plan: Plan, item: Item) -> Callable[[int], list[float]]:
+    """The model in this process, an item prefilled; gives seconds of so many decode steps."""
+    torch.set_num_threads(plan.num_threads)
+    name = None if model.folder is None else str(model.folder)
+    ours = Ours(load_model(ModelConfig(model=name), EngineConfig()), 1, plan.max_new_tokens)
+    prompt = ours.model.prepare(chat(item.question, *item.images))
+    asked = Asked(ours, prompt, recommended(ours.model.info, model.max_kept_fraction))
+    asked.answer(4)
+    return torch.inference_mode()(asked.answer)
+
+
+def draw(report: dict[str, Any], path: Path) -> None:
+    """A picture with a row for each model: throughput, waiting, pace of the stream, and the cost of the service."""
+    models = report["models"]
+    figure = Figure(figsize=(15, 0.6 + 3.3 * len(models)), dpi=150, layout="constrained")
+    for row, model in zip(figure.subplots(len(models), 4, squeeze=False), models, strict=True):
+        rates = f"{model['model']}: tokens per second, {model['plan']['concurrency']} clients"
+        _draw_loads(row[0], model, rates, lambda load: load.get("tokens_per_second"), "{:,.0f}")
+        waited = lambda load: _point(load, "time_to_first_token_seconds", "p50")  # noqa: E731
+        _draw_loads(row[1], model, "time to first token, median", waited, "{:.2g} s")
+        paced = lambda load: _point(load, "inter_token_seconds", "p99")  # noqa: E731
+        _draw_loads(row[2], model, "between two tokens, p99", paced, "{:.2g} s")
+        images, latency = model["repeated_images"]["four_tiles"], model["added_latency"]
+        bars = {
+            "first token,\nnew image": images["first_seconds"] * 1e3,
+            "the same image\nagain": images["repeated_seconds"] * 1e3,
+            "a token\nthrough gRPC": latency["service_seconds_per_token"] * 1e3,
+            "bare decode\nstep": latency["bare_step_seconds"] * 1e3,
+        }
+        label_bars(row[3], bars, [_BLUE, _BLUE, _BLUE, _GREY], "{:,.1f} ms")
+        row[3].set_xscale("log")
+        row[3].set_xlim(min(bars.values()) / 4, 4 * max(bars.values()))
+        bare(row[3], "one request at a time, 4 tiles (log scale)")
+    figure.suptitle(f"{origin(report)} Same requests, same dtype, one run.", color=INK, fontsize=11)
+    figure.savefig(path)
+
+
+def _draw_loads(axes: Axes, model: dict[str, Any], title: str, value: Callable[[Any], Any], form: str) -> None:
+    found = {name: value(load) for name, load in model["loads"].items() if name != "trimserve_open_loop"}
+    bars = {_NAMES[name].strip("`").replace(", ", ",\n"): shown for name, shown in found.items() if shown}
+    label_bars(axes, bars, [_BLUE if name.startswith("trimserve") else _GREY for name in bars], form)
+    bare(axes, title)
+
+
+def _point(load: dict[str, Any], name: str, point: str) -> float | None:
+    found = load.get(name)
+    return found[point] if found else None
+
+
+def table(report: dict[str, Any]) -> str:
+    """Rates and latencies under load by target, and the probes of an idle server, as Markdown."""
+    picture = "![tokens per second, waiting and pace by target](../benchmarks/results/serve/serve.png)"
+    return "\n\n".join([picture, *(_table_of_model(model) for model in report["models"]), origin(report)])
+
+
+def _table_of_model(model: dict[str, Any]) -> str:
+    plan, over, latency, images = (model[name] for name in ("plan", "ratios", "added_latency", "repeated_images"))
+    asked = f"{plan['num_requests']} requests of {plan['max_new_tokens']} tokens, {plan['concurrency']} clients"
+    head = ["target", "tokens/s", "first token p50", "p99", "between messages p50", "p99", "whole answer p50", "p99"]
+    rows = [[name, *_cells(model["loads"][key])] for key, name in _NAMES.items() if key in model["loads"]]
+    rates = {name: over.get(f"trimserve_over_{key}") for key, name in _NAMES.items()}
+    told = ", ".join(f"{rate:.1f} times that of {name}" for name, rate in rates.items() if rate)
+    added, step = (f"{1e3 * latency[name]:.2f} ms" for name in ("added_seconds_per_token", "bare_step_seconds"))
+    waits = " and ".join(f"{images[kind]['repeated_over_first']:.2f} ({_PROBED[kind]})" for kind in _PROBED)
+    share = f"{latency['added_over_bare_step']:.0%}"
+    lines = [
+        f"**{model['model']}**: {asked}, {plan['repeated_share']:.0%} of the images repeated; milliseconds:",
+        "",
+        markdown(head, rows),
+        "",
+        f"- Rate of trimserve: {told}." if told else "- No rival answered every request.",
+        f"- First token of another question on an image, over that of the first question on it: {waits}.",
+        f"- The service adds {added} to a token at batch 1, {share} of the bare decode step of {step}.",
+    ]
+    return "\n".join(lines)
+
+
+def _cells(load: dict[str, Any]) -> list[str]:
+    if "tokens_per_second" not in load:
+        return [f"failed: {load['errors'][0].splitlines()[-1][:80]}", *[""] * 6]
+    cells = [f"{load['tokens_per_second']:,.1f}"]
+    for name in ("time_to_first_token", "inter_token", "duration"):
+        found = load.get(f"{name}_seconds") or {}
+        cells += [f"{1e3 * found[point]:,.1f}" if found else "" for point in ("p50", "p99")]
+    return cells
 
 
 def main() -> None:
-    """Command line; the last line of standard output is the report as one JSON document."""
-    arguments = _arguments()
-    console = Console(stderr=True)
-    models = [under_test(name, arguments.bench_model) for name in arguments.models]
-    plans = [_plan(arguments, model.name) for model in models]
-    start = time.monotonic()
-    found = []
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as progress:
-        for model, plan in zip(models, plans, strict=True):
-            task = progress.add_task(model.name, total=NUM_STAGES, completed=-1)
-            begin = functools.partial(_show_stage, progress, task, model.name)
-            found.append(asyncio.run(Comparison(model, plan, arguments.rival_venv, begin).run()))
-            progress.update(task, description=model.name, completed=NUM_STAGES)
-    report = make_report(found, plans, time.monotonic() - start)
-    write_json(report, arguments.out / "report.json")
-    draw_report(report, arguments.out / "serve.png")
-    print_report(report, console)
-    print(json.dumps(report))
-
-
-def _show_stage(progress: Progress, task: TaskID, model: str, stage: str) -> None:
-    progress.update(task, description=f"{model}: {stage}", advance=1)
-
-
-def _plan(arguments: argparse.Namespace, model: str) -> Plan:
-    return Plan(
-        num_requests=arguments.requests or _NUM_REQUESTS[model],
-        concurrency=arguments.concurrency,
-        max_new_tokens=arguments.max_new_tokens,
-        repeated_share=arguments.repeated_share,
-        open_loop_load=arguments.open_loop_load,
-        num_probe_images=arguments.probe_images,
-        latency_rounds=arguments.latency_rounds,
-        num_threads=arguments.threads,
-        seed=arguments.seed,
-    )
-
-
-def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--models", nargs="+", choices=MODELS, default=list(MODELS), help="default: both")
-    add("--bench-model", type=Path, default=BENCH_MODEL, help="folder of the checkpoint; written if it is not there")
-    add("--rival-venv", type=Path, help="environment with transformers[serving]; unset leaves that server out")
-    add("--out", type=Path, default=_OUT, help="folder of report.json and serve.png")
-    add("--requests", type=int, help=f"of each load; default: {_NUM_REQUESTS}")
-    add("--concurrency", type=int, default=16, help="clients, and requests of one of transformers' batches")
-    add("--max-new-tokens", type=int, default=128, help="of every answer, at least 2")
-    add("--repeated-share", type=float, default=0.5, help="of the images, in [0, 1)")
-    add("--open-loop-load", type=float, default=0.7, help="rate as a share of the closed loop's")
-    add("--probe-images", type=int, default=3, help="new images that the probe asks about, of each size")
-    add("--latency-rounds", type=int, default=5, help="turns of service and bare model")
-    add("--threads", type=int, default=1, help="of one op, in every process; leave a core to the load generator")
-    add("--seed", type=int, default=0, help="of the workloads")
-    add("--quick", action="store_true", help="little of everything, to see whether it works; sets the numbers above")
+    """Command line."""
+    parser = options(__doc__, "serve", bench_model=True, quick=True)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS, help="default: both")
+    parser.add_argument("--rival-venv", type=Path, help="environment with transformers[serving]; unset leaves it out")
     arguments = parser.parse_args()
-    if arguments.quick:
-        vars(arguments).update(_QUICK)
-    return arguments
+    models = asyncio.run(_measure(arguments))
+    report = finish("serve", arguments.out / "report.json", {"models": models})
+    draw(report, arguments.out / "serve.png")
+    print(table(report), file=sys.stderr)
+
+
+async def _measure(arguments: argparse.Namespace) -> Sequence[dict[str, Any]]:
+    found = []
+    for name in arguments.models:
+        plan = _QUICK if arguments.quick else _PLANS[name]
+        model = under_test(name, arguments.bench_model)
+        found.append(await _Comparison(model, plan, arguments.rival_venv).run())
+    return found
 
 
 if __name__ == "__main__":

@@ -14,36 +14,30 @@ its weights are changed, not its shape: after a token comes the next one of the 
 - `forced`: a constraint leaves no choice.
 """
 
-import argparse
 import json
-import statistics
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median
 from typing import Any, Final
 
 import torch
 
-from benchmarks.bench_checkouts import interval
-from benchmarks.bench_model import BENCH_MODEL, write_bench_model
-from benchmarks.serve.report import about, write_json
-from trimserve.api.chunks import GenerationChunk, TokenDelta
+from benchmarks.driven import UNCUT, Driven
+from benchmarks.measure import in_pairs, interval
+from benchmarks.models import BENCH_MODEL, bench_model
+from benchmarks.report import finish, markdown, options, origin, times
 from trimserve.api.constraint import Regex
 from trimserve.api.prompt import TokenPrompt
 from trimserve.api.request import GenerationRequest
 from trimserve.api.sampling import SamplingParams
 from trimserve.api.trim import TrimRequest
 from trimserve.config import EngineConfig, ModelConfig
-from trimserve.engine.engine import Engine
-from trimserve.errors import TrimserveError
-from trimserve.executor.local import LocalExecutor
 from trimserve.model.loading import load_model
 from trimserve.model.mllama import Mllama
 
-__all__ = ["main"]
+__all__ = ["main", "table"]
 
-_OUT: Final = Path(__file__).parent / "results" / "speculation.json"
 _FIRST: Final = 1000
 """Token from which prompts count; those before it include all that are special."""
 _SHARPNESS: Final = 0.05
@@ -112,38 +106,26 @@ class _Engine:
     """An engine that is measured, with drafts or without."""
 
     def __init__(self, model: Mllama, *, speculation: bool) -> None:
-        self.num_steps = 0
-        self.token_ids: dict[str, list[int]] = {}
-        config = EngineConfig(speculation=speculation, prefill_slice_seconds=1e6)
-        self.engine = Engine(model, LocalExecutor(model), config, self._saw_step)
+        self.driven = Driven(model, on_step=self._saw_step, speculation=speculation, prefill_slice_seconds=UNCUT)
+        self.num_steps: list[int] = []
+        """Of each answer."""
+        self.answers: list[list[list[int]]] = []
 
     def _saw_step(self, num_sequences: int, seconds: float) -> None:  # noqa: ARG002  # as a listener has them
-        self.num_steps += 1
+        self.num_steps[-1] += 1
 
     def answer(self, case: _Case, num_tokens: int, first: int) -> float:
         """Answer a batch of requests; tokens a second of its decode steps."""
-        self.num_steps, self.token_ids = 0, {}
-        for number in range(first, first + case.batch):
-            request = case.request(number, num_tokens)
-            sequence = self.engine.prepare(request, self._sink(request.request_id), time.monotonic())
-            self.engine.add(sequence)
-        while len(self.token_ids) < case.batch:  # a step reads all prompts that there are places for
-            self.engine.step()
-        began, num_before = time.thread_time(), sum(map(len, self.token_ids.values()))
-        self.num_steps = 0
-        while self.engine.has_work:
-            self.engine.step()
-        seconds = time.thread_time() - began
-        return (sum(map(len, self.token_ids.values())) - num_before) / seconds
-
-    def _sink(self, name: str) -> Callable[[GenerationChunk | TrimserveError], None]:
-        def sink(chunk: GenerationChunk | TrimserveError) -> None:
-            if isinstance(chunk, TrimserveError):
-                raise chunk
-            if isinstance(chunk, TokenDelta):
-                self.token_ids.setdefault(name, []).extend(chunk.token_ids)
-
-        return sink
+        self.num_steps.append(0)
+        outputs = [self.driven.begin(case.request(first + each, num_tokens)) for each in range(case.batch)]
+        while not all(output.arrivals for output in outputs):  # a step reads all prompts that there are places for
+            self.driven.step()
+        num_before = sum(len(output.token_ids) for output in outputs)
+        began, self.num_steps[-1] = self.driven.clock(), 0
+        self.driven.finish()
+        seconds = self.driven.clock() - began
+        self.answers.append([output.token_ids for output in outputs])
+        return (sum(len(output.token_ids) for output in outputs) - num_before) / seconds
 
 
 @torch.inference_mode()
@@ -160,25 +142,24 @@ def _count_up(model: Mllama) -> None:
 
 def _measure(model: Mllama, case: _Case, num_tokens: int, num_pairs: int) -> dict[str, Any]:
     plain, speculative = (_Engine(model, speculation=is_on) for is_on in (False, True))
-    rows = []
-    for number in range(1 + num_pairs):  # the first warms up
-        rates = {}
-        for engine in (plain, speculative) if number % 2 else (speculative, plain):
-            rates[engine is speculative] = engine.answer(case, num_tokens, number)
-        if plain.token_ids != speculative.token_ids:
-            raise AssertionError(f"{case.name}: drafts changed an answer")
-        rows.append((rates[False], rates[True], speculative.num_steps / max(1, plain.num_steps)))
-    rows = rows[1:]
-    ratios = [on / off for off, on, _ in rows]
-    speculation = speculative.engine.speculation
+    pairs = in_pairs(
+        lambda number: plain.answer(case, num_tokens, number),
+        lambda number: speculative.answer(case, num_tokens, number),
+        num_pairs,
+    )
+    if plain.answers != speculative.answers:
+        raise AssertionError(f"{case.name}: drafts changed an answer")
+    ratios = [on / off for off, on in pairs]
+    steps = [on / max(1, off) for off, on in zip(plain.num_steps, speculative.num_steps, strict=True)]
+    speculation = speculative.driven.engine.speculation
     row = {
         "case": case.name,
         "batch": case.batch,
-        "plain_tokens_per_second": round(statistics.median(off for off, _, _ in rows), 2),
-        "tokens_per_second": round(statistics.median(on for _, on, _ in rows), 2),
-        "speedup": round(statistics.median(ratios), 4),
+        "plain_tokens_per_second": round(median(off for off, _ in pairs), 2),
+        "tokens_per_second": round(median(on for _, on in pairs), 2),
+        "speedup": round(median(ratios), 4),
         "interval": interval(ratios),
-        "steps_ratio": round(statistics.median(steps for *_, steps in rows), 4),
+        "steps_ratio": round(median(steps[1:]), 4),
         "proposed": speculation.num_proposed,
         "accepted": speculation.num_accepted,
         "pairs": num_pairs,
@@ -187,32 +168,39 @@ def _measure(model: Mllama, case: _Case, num_tokens: int, num_pairs: int) -> dic
     return row
 
 
+def table(report: dict[str, Any]) -> str:
+    """Tokens a second with and without drafts, by what the answers are like, as Markdown."""
+    rows = [
+        [
+            row["case"],
+            row["batch"],
+            f"{row['plain_tokens_per_second']:.0f}",
+            f"{row['tokens_per_second']:.0f}",
+            times(row),
+            f"{row['steps_ratio']:.2f}",
+            f"{row['accepted'] / row['proposed']:.0%}" if row["proposed"] else "none made",
+        ]
+        for row in report["rows"]
+    ]
+    head = ["answers", "batch", "tokens/s without", "with", "times as fast [95 %]", "steps a token", "drafts right"]
+    return f"{markdown(head, rows)}\n\n{origin(report)}"
+
+
 def main() -> None:
     """Print a row for each case; the last line is the report."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__, "speculation.json")
     parser.add_argument("--pairs", type=int, default=15)
     parser.add_argument("--tokens", type=int, default=192, help="of each answer")
     parser.add_argument("--cases", nargs="*", help="names of those to measure; all if none is given")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--model", type=Path, default=BENCH_MODEL)
-    parser.add_argument("--out", type=Path, default=_OUT)
+    parser.add_argument("--model", type=Path, default=BENCH_MODEL, help="folder of bench; written if it is not there")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    if not (arguments.model / "config.json").exists():
-        write_bench_model(arguments.model)
-    model = load_model(ModelConfig(model=str(arguments.model), dtype=arguments.dtype), EngineConfig())
+    model = load_model(ModelConfig(model=str(bench_model(arguments.model)), dtype=arguments.dtype), EngineConfig())
     _count_up(model)
     cases = [case for case in _CASES if not arguments.cases or case.name in arguments.cases]
     rows = [_measure(model, case, arguments.tokens, arguments.pairs) for case in cases]
-    report = {
-        "benchmark": "speculation",
-        **about(1),
-        "dtype": arguments.dtype,
-        "tokens": arguments.tokens,
-        "rows": rows,
-    }
-    write_json(report, arguments.out)
-    print(json.dumps(report))
+    finish("speculation", arguments.out, {"dtype": arguments.dtype, "tokens": arguments.tokens, "rows": rows})
 
 
 if __name__ == "__main__":

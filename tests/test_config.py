@@ -21,7 +21,6 @@ BAD = [
     (ModelConfig, "merge_ratio", 1.01),
     (EngineConfig, "max_batch", 0),
     (EngineConfig, "max_queue", 0),
-    (EngineConfig, "default_max_new_tokens", 0),
     (EngineConfig, "max_images", 0),
     (EngineConfig, "max_image_bytes", 0),
     (EngineConfig, "max_image_pixels", 0),
@@ -33,13 +32,10 @@ BAD = [
     (ServerConfig, "max_concurrent_rpcs", 0),
     (ServerConfig, "max_concurrent_rpcs_per_client", 0),
     (ServerConfig, "receive_timeout_seconds", 0),
-    (ServerConfig, "default_deadline_seconds", 0),
     (ServerConfig, "max_deadline_seconds", 0),
     (ServerConfig, "drain_grace_seconds", float("inf")),
     (ServerConfig, "max_connection_age_seconds", 0),
-    (ServerConfig, "keepalive_seconds", 0.5),
     (ServerConfig, "log_level", "loud"),
-    (ServerConfig, "log_format", "xml"),
     (ServerConfig, "prot", 50051),
 ]
 

@@ -1,4 +1,4 @@
-"""What can be told of the image without building it; scripts/verify_image.sh builds it."""
+"""What can be told of the image without building it; scripts/verify/image.sh builds it."""
 
 import re
 import subprocess

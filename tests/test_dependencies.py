@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts.lock import FILES, ROOT, pins
+from scripts.generate.lock import FILES, ROOT, pins
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 FOLDERS = ("trimserve", "training", "tests", "benchmarks", "scripts")

@@ -1,4 +1,4 @@
-"""Manifests, compose file, unit and Envoy fit the server and each other; verify_deployment.sh validates them."""
+"""Manifests, compose file, unit and Envoy fit the server and each other; `make verify-deployment` validates them."""
 
 import json
 import re

@@ -5,7 +5,7 @@ import torch
 from transformers.models.mllama.configuration_mllama import MllamaTextConfig
 from transformers.models.mllama.modeling_mllama import apply_rotary_pos_emb
 
-from scripts.meta.checkpoint import MetaGeometry, by_aspect_ratio, halves_of_pairs
+from scripts.verify.meta.checkpoint import MetaGeometry, by_aspect_ratio, halves_of_pairs
 
 
 @pytest.mark.parametrize(

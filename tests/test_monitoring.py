@@ -1,4 +1,4 @@
-"""Dashboard, rules and alerts use the metrics that there are; scripts/verify_monitoring.py asks a real Prometheus."""
+"""Dashboard, rules and alerts use the metrics that there are; scripts/verify/monitoring.py asks a real Prometheus."""
 
 import json
 import re

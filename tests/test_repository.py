@@ -96,11 +96,10 @@ def test_source_files_stay_small() -> None:
         "trimserve/**/*.py",
         "csrc/**/*",
         "training/*.py",
-        "scripts/**/*.py",
+        "scripts/**/*.*",
         "benchmarks/*.py",
         "tests/**/*.py",
     ):
         for path in ROOT.glob(pattern):
-            if path.is_file() and path.parent.name != "v1" and path.suffix in {".py", ".cpp", ".h", ".cu"}:
-                limit = 500 if "tests" in path.parts else 400
-                assert len(path.read_text().splitlines()) <= limit, path
+            if path.is_file() and path.parent.name != "v1" and path.suffix in {".py", ".sh", ".cpp", ".h", ".cu"}:
+                assert len(path.read_text().splitlines()) <= 400, path

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from scripts.build_site import ROOT, documents, links_rewritten, listed, pipes_unescaped, place
-from scripts.verify_site import Page, problems
+from scripts.generate.site_pages import ROOT, documents, links_rewritten, listed, pipes_unescaped, place
+from scripts.verify.site_links import Page, problems
 
 
 def test_the_navigation_names_every_document() -> None:

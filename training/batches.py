@@ -7,6 +7,7 @@ text-only chats ride along as segments that see neither prefix nor image.
 """
 
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import MllamaProcessor
 
-from training.examples import TEXT_ONLY, Example, generate_example, which_image
+from training.examples import SCENES_ONLY, TEXT_ONLY, Example, generate_example, which_image
 from training.patches import IGNORED, pad_patch_labels
 from training.questions import Turn
 from training.scenes import Split
@@ -81,14 +82,18 @@ class _Row:
 class Batcher:
     """Makes batches from the generator."""
 
-    def __init__(self, processor: MllamaProcessor, num_turns: int = 6) -> None:
+    def __init__(
+        self, processor: MllamaProcessor, num_turns: int = 6, pictures: Mapping[str, float] = SCENES_ONLY
+    ) -> None:
         """Make a batcher.
 
         Args:
             processor: of the checkpoint.
             num_turns: questions behind each image.
+            pictures: how often each kind of picture comes.
         """
         self._processor = processor
+        self._pictures = pictures
         self._num_turns = num_turns
         self._ids: dict[str, list[int]] = {}
 
@@ -103,7 +108,7 @@ class Batcher:
         """
         rows, examples = [], []
         for _ in range(num_rows):
-            shown = [generate_example(rng, split, self._num_turns) for _ in range(num_images)]
+            shown = [generate_example(rng, split, self._num_turns, self._pictures) for _ in range(num_images)]
             examples.append(shown)
             rows.append(self._one_image(rng, shown[0]) if num_images == 1 else self._two_images(rng, *shown))
         return self._collate(rows, examples)
@@ -128,7 +133,9 @@ class Batcher:
             self._add_next_image(row, second.turns[0])
             return row
         row = self._prefix(2)
-        turns = [which_image(rng, first.scene, second.scene) for _ in range(self._num_turns // 2)]
+        turns: list[Turn | None] = []
+        if first.scene is not None and second.scene is not None:
+            turns += [which_image(rng, first.scene, second.scene) for _ in range(self._num_turns // 2)]
         for place, example in (("first", first), ("second", second)):
             turns += [_about(turn, place) for turn in example.turns[:2]]
         distinct = {turn.question: turn for turn in turns if turn is not None}

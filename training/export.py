@@ -1,7 +1,8 @@
 """Writes a run as a Hugging Face checkpoint: `python -m training.export --run training/runs/one`.
 
 The checkpoint is what the package ships: weights in float32, tokenizer, chat template, processor and
-generation settings, and `trimserve.json` with what serving wants to know beyond them.
+generation settings, and `trimserve.json` with what serving wants to know beyond them. With `--unfinished` it is what
+`training.train --from-checkpoint` goes on from: weights in float16, and the auxiliary head.
 """
 
 import argparse
@@ -11,12 +12,13 @@ import tempfile
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from transformers import GenerationConfig
 
 from training.examples import DATA_VERSION
 from training.model import make_model
 from training.tokenizer import make_processor
-from training.train import Trainer
+from training.train import HEAD_FILE, Trainer
 
 __all__ = ["CHECKPOINT", "DEFAULT_K_RATIO", "DEFAULT_MERGE_RATIO", "export", "main"]
 
@@ -27,7 +29,15 @@ DEFAULT_K_RATIO = 0.1
 DEFAULT_MERGE_RATIO = 0.1
 
 
-def export(trainer: Trainer, folder: Path, k_ratio: float, merge_ratio: float, accuracy: dict[str, float]) -> None:
+def export(
+    trainer: Trainer,
+    folder: Path,
+    k_ratio: float,
+    merge_ratio: float,
+    accuracy: dict[str, float],
+    *,
+    is_unfinished: bool = False,
+) -> None:
     """Write the checkpoint; a checkpoint already there is replaced file by file, never half.
 
     Args:
@@ -36,9 +46,12 @@ def export(trainer: Trainer, folder: Path, k_ratio: float, merge_ratio: float, a
         k_ratio: recommended budget per head, in (0, 1].
         merge_ratio: recommended rows for what is not kept, as a share of a tile's features, in [0, 1].
         accuracy: share of held-out questions answered exactly right, by kind.
+        is_unfinished: whether training is to go on: half the bytes, and the head that only training uses.
     """
     model = make_model(trainer.settings.seed)
     model.load_state_dict(trainer.model.state_dict())
+    if is_unfinished:
+        model.half()
     text = model.config.get_text_config()
     model.generation_config = GenerationConfig(
         bos_token_id=text.bos_token_id,
@@ -59,6 +72,8 @@ def export(trainer: Trainer, folder: Path, k_ratio: float, merge_ratio: float, a
     with tempfile.TemporaryDirectory(dir=folder.parent) as name:
         fresh = Path(name)
         model.save_pretrained(fresh)
+        if is_unfinished:
+            save_file({name: weight.half() for name, weight in trainer.head.state_dict().items()}, fresh / HEAD_FILE)
         processor = make_processor()
         processor.save_pretrained(fresh)
         processor.image_processor.save_pretrained(fresh)  # some loaders read preprocessor_config.json only
@@ -75,11 +90,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=CHECKPOINT)
     parser.add_argument("--k-ratio", type=float, default=DEFAULT_K_RATIO, help="recommended budget per head")
     parser.add_argument("--merge-ratio", type=float, default=DEFAULT_MERGE_RATIO, help="rows for what is not kept")
+    parser.add_argument("--unfinished", action="store_true", help="what training can go on from, in float16")
     parser.add_argument("--report", type=Path, help="report.json of training.evaluate")
     arguments = parser.parse_args()
     accuracy = json.loads(arguments.report.read_text())["accuracy"] if arguments.report else {}
     trainer = Trainer.load(arguments.run / "state.pt", torch.device("cpu"))
-    export(trainer, arguments.out, arguments.k_ratio, arguments.merge_ratio, accuracy)
+    budgets = arguments.k_ratio, arguments.merge_ratio
+    export(trainer, arguments.out, *budgets, accuracy, is_unfinished=arguments.unfinished)
 
 
 if __name__ == "__main__":

@@ -1,25 +1,34 @@
 """Writes held-out questions as files: `python -m training.heldout --questions 4000 --out DIR`.
 
 The folder has `questions.jsonl` (image, question, answer, kind) and `images/`: what `trimserve eval --data` takes.
+With `--pictures all` every kind of picture comes equally often, and a question's kind is its picture's. With
+`--split train` the digits and words are those that the model was trained with: for `trimserve train-compressor`.
 """
 
 import argparse
 import json
+from collections.abc import Sequence
 from itertools import count
 from pathlib import Path
+from typing import get_args
 
-from training.examples import example_rng, generate_example
+from training.examples import PICTURES, SCENES_ONLY, example_rng, generate_example
+from training.scenes import Split
 
 __all__ = ["main", "write_held_out"]
 
 
-def write_held_out(folder: Path, num_questions: int, seed: int = 0) -> Path:
+def write_held_out(
+    folder: Path, num_questions: int, seed: int = 0, pictures: Sequence[str] = (), split: Split = "held_out"
+) -> Path:
     """Write images and questions that training never saw; the same files every time.
 
     Args:
         folder: made if it is not there.
         num_questions: how many; the questions on one image follow each other.
         seed: another seed, other questions.
+        pictures: kinds of pictures, of `PICTURES`; none is flat scenes, with their questions' own kinds.
+        split: whose digits and words; of `train` none is in a question of `held_out`.
     Returns:
         The JSONL file.
     """
@@ -28,12 +37,14 @@ def write_held_out(folder: Path, num_questions: int, seed: int = 0) -> Path:
     for index in count():
         if len(lines) >= num_questions:
             break
-        example = generate_example(example_rng("held_out", seed, index), "held_out")
+        rng = example_rng(split, seed, index)
+        shares = {pictures[index % len(pictures)]: 1.0} if pictures else SCENES_ONLY  # in turn: equally many of each
+        example = generate_example(rng, split, pictures=shares)
         image = f"images/{index:05}.png"
         example.image.save(folder / image)
         for turn in example.turns:
-            record = {"image": image, "question": turn.question, "answer": turn.answer, "kind": turn.kind}
-            lines.append(json.dumps(record))
+            record = {"image": image, "question": turn.question, "answer": turn.answer}
+            lines.append(json.dumps(record | {"kind": example.picture if pictures else turn.kind}))
     path = folder / "questions.jsonl"
     path.write_text("\n".join(lines[:num_questions]) + "\n")
     return path
@@ -45,8 +56,14 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=4000)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--pictures", help=f"kinds, separated by commas, of {', '.join(PICTURES)}; all: every one")
+    parser.add_argument("--split", choices=get_args(Split), default="held_out")
     arguments = parser.parse_args()
-    print(write_held_out(arguments.out, arguments.questions, arguments.seed))
+    asked = arguments.pictures.split(",") if arguments.pictures else []
+    pictures = PICTURES if asked == ["all"] else asked
+    if unknown := [name for name in pictures if name not in PICTURES]:
+        parser.error(f"--pictures: must be among {', '.join(PICTURES)}, got {unknown[0]!r}")
+    print(write_held_out(arguments.out, arguments.questions, arguments.seed, pictures, arguments.split))
 
 
 if __name__ == "__main__":

@@ -7,16 +7,14 @@ from torch import Tensor, nn
 from transformers import MllamaConfig, MllamaForConditionalGeneration
 from transformers.models.mllama.configuration_mllama import MllamaTextConfig, MllamaVisionConfig
 
+from training.marks import NUM_MARKS
 from training.scenes import COLOURS, TILE_SIZE
 from training.tokenizer import NUM_TEXT_TOKENS, SPECIAL_TOKENS, VOCAB_SIZE
 
-__all__ = ["NUM_MARKS", "PATCH_SIZE", "PatchHead", "encode_images", "make_config", "make_model", "token_id"]
+__all__ = ["PATCH_SIZE", "PatchHead", "encode_images", "make_config", "make_model", "token_id"]
 
 PATCH_SIZE = 8
 """Pixels along the side of a patch: 64 patches and a class token in a tile."""
-
-NUM_MARKS = 1 + 8 + 10 + 26
-"""What can cover a patch: background, a shape, a digit, a letter."""
 
 
 def token_id(token: str) -> int:

@@ -11,7 +11,7 @@ from transformers.models.mllama.image_processing_pil_mllama import (
 
 from training.examples import Example
 from training.model import PATCH_SIZE
-from training.scenes import COLOURS, SHAPES, TILE_SIZE
+from training.scenes import COLOURS, TILE_SIZE
 
 __all__ = ["IGNORED", "pad_patch_labels", "patch_labels"]
 
@@ -19,7 +19,6 @@ IGNORED = -100
 """What torch's cross entropy skips."""
 
 _MAX_TILES = 4
-_SIGNS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
 def pad_patch_labels(examples: list[list[Example]]) -> tuple[Tensor, Tensor]:
@@ -45,37 +44,24 @@ def patch_labels(example: Example) -> tuple[npt.NDArray[np.int64], npt.NDArray[n
     """What covers the centre of each patch after image processing.
 
     Returns:
-        marks: int64 [tiles, 64]: 0 background, then shapes, digits and letters.
-        colours: int64 [tiles, 64]: index into `COLOURS`, -100 on background.
+        marks: int64 [tiles, 64]: 0 background, else a mark's number.
+        colours: int64 [tiles, 64]: index into `COLOURS`, -100 on background and where no colour is clear.
     """
     width, height = example.image.size
     canvas_height, canvas_width = get_optimal_tiled_canvas(height, width, _MAX_TILES, TILE_SIZE)
     fitted_height, fitted_width = get_image_size_fit_to_canvas(height, width, canvas_height, canvas_width, TILE_SIZE)
-    scale_x, scale_y = fitted_width / example.scene.width, fitted_height / example.scene.height
+    scale_x, scale_y = fitted_width / example.size[0], fitted_height / example.size[1]
     rows, columns = canvas_height // PATCH_SIZE, canvas_width // PATCH_SIZE
     y = (np.arange(rows)[:, None] + 0.5) * PATCH_SIZE / scale_y
     x = (np.arange(columns)[None] + 0.5) * PATCH_SIZE / scale_x
     marks = np.zeros((rows, columns), np.int64)
     colours = np.full((rows, columns), IGNORED, np.int64)
-    for (left, top, right, bottom), mark, colour in _covered(example):
+    for mark in example.marks:
+        left, top, right, bottom = mark.box
         inside = (x >= left) & (x < right) & (y >= top) & (y < bottom)
-        marks[inside], colours[inside] = mark, list(COLOURS).index(colour)
+        marks[inside] = mark.number
+        colours[inside] = IGNORED if mark.colour is None else list(COLOURS).index(mark.colour)
     return _by_tile(marks), _by_tile(colours)
-
-
-def _covered(example: Example) -> list[tuple[tuple[float, float, float, float], int, str]]:
-    found = []
-    for thing in example.scene.things:
-        half = thing.size / 2
-        box = (thing.x - half, thing.y - half, thing.x + half, thing.y + half)
-        found.append((box, 1 + SHAPES.index(thing.shape), thing.colour))
-    writing = example.scene.writing
-    if writing is not None:
-        found += [
-            (box, 1 + len(SHAPES) + _SIGNS.index(sign), writing.colour)
-            for box, sign in zip(writing.boxes, writing.text, strict=True)
-        ]
-    return found
 
 
 def _by_tile(grid: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:

@@ -5,9 +5,10 @@ from functools import cache
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFilter
 from sklearn.datasets import load_digits
 
+from training.photographs import Backdrop, draw_backdrop
 from training.scenes import COLOURS, Scene, Thing, Warp, Writing, font
 
 __all__ = ["render"]
@@ -15,22 +16,28 @@ __all__ = ["render"]
 _OVERSAMPLING = 4
 
 
-def render(scene: Scene, scale: int = 1) -> Image.Image:
+def render(scene: Scene, scale: int = 1, backdrop: Backdrop | None = None) -> Image.Image:
     """Draw a scene; the same scene gives the same pixels.
 
     Args:
         scene: what to draw.
         scale: image pixels per scene pixel, at least 1.
+        backdrop: a busy background; what lies on it gets a rim, without which a red star on red leaves is none.
     Returns:
         RGB image of scene.width * scale by scene.height * scale pixels.
     """
     rng = np.random.default_rng(scene.texture_seed)
-    image = Image.fromarray(_background(rng, scene.width * scale, scene.height * scale, scene.is_light))
-    _clutter(rng, image, scene.is_light, scale)
+    if backdrop is None:
+        image = Image.fromarray(_background(rng, scene.width * scale, scene.height * scale, scene.is_light))
+        _clutter(rng, image, scene.is_light, scale)
+        rim = None
+    else:
+        image = draw_backdrop(backdrop, scene.width * scale, scene.height * scale)
+        rim = (240, 240, 240) if scene.is_light else (15, 15, 15)
     for thing in scene.things:
-        _draw_thing(rng, image, thing, scale)
+        _draw_thing(rng, image, thing, scale, rim)
     if scene.writing is not None:
-        _draw_writing(rng, image, scene.writing, scale)
+        _draw_writing(rng, image, scene.writing, scale, rim)
     return image
 
 
@@ -74,26 +81,40 @@ def _ink(rng: np.random.Generator, colour: str) -> tuple[int, int, int]:
     return red, green, blue
 
 
-def _draw_thing(rng: np.random.Generator, image: Image.Image, thing: Thing, scale: int) -> None:
+_Colour = tuple[int, int, int]
+
+
+def _draw_thing(rng: np.random.Generator, image: Image.Image, thing: Thing, scale: int, rim: _Colour | None) -> None:
     side = thing.size * scale
     place = (thing.x * scale - side // 2, thing.y * scale - side // 2)
-    image.paste(_ink(rng, thing.colour), place, _shape_mask(thing.shape, side))
+    _paste(image, _ink(rng, thing.colour), place, _shape_mask(thing.shape, side), rim)
 
 
-def _draw_writing(rng: np.random.Generator, image: Image.Image, writing: Writing, scale: int) -> None:
+def _draw_writing(
+    rng: np.random.Generator, image: Image.Image, writing: Writing, scale: int, rim: _Colour | None
+) -> None:
     ink = _ink(rng, writing.colour)
     side = writing.height * scale
     if not writing.is_number:
         # The font's own space above the letters is cut away: `top` is where capitals begin.
         above = font(side).getbbox("H")[1]
         place = (writing.left * scale, writing.top * scale - int(above) + side // 8)
-        ImageDraw.Draw(image).text(place, writing.text, fill=ink, font=font(side))
+        wide = 0 if rim is None else scale
+        ImageDraw.Draw(image).text(place, writing.text, fill=ink, font=font(side), stroke_width=wide, stroke_fill=rim)
         return
     for position, index in enumerate(writing.digit_images):
         mask = Image.fromarray(_digit_images()[index]).resize((side, side), Image.Resampling.BICUBIC)
         if writing.warps:
             mask = _warped(mask, writing.warps[position])
-        image.paste(ink, (writing.left * scale + position * side, writing.top * scale), mask)
+        _paste(image, ink, (writing.left * scale + position * side, writing.top * scale), mask, rim)
+
+
+def _paste(image: Image.Image, ink: _Colour, place: tuple[int, int], mask: Image.Image, rim: _Colour | None) -> None:
+    if rim is not None:
+        wide = Image.new("L", (mask.width + 4, mask.height + 4))
+        wide.paste(mask, (2, 2))
+        image.paste(rim, (place[0] - 2, place[1] - 2), wide.filter(ImageFilter.MaxFilter(3)))
+    image.paste(ink, place, mask)
 
 
 def _warped(mask: Image.Image, warp: Warp) -> Image.Image:

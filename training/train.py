@@ -17,17 +17,25 @@ from typing import TextIO
 
 import torch
 from rich.progress import Progress
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import MllamaForConditionalGeneration
 
 from training.attention import WRITTEN_OUT, register
 from training.batches import Batch, Batcher
+from training.examples import SCENES_ONLY, TRAINING_PICTURES
 from training.mended import mend
 from training.model import PatchHead, encode_images, make_model
 from training.scenes import Split
 from training.tokenizer import make_processor
 
-__all__ = ["Settings", "Trainer", "main", "open_log"]
+__all__ = ["HEAD_FILE", "Settings", "Trainer", "main", "open_log"]
+
+HEAD_FILE = "head.safetensors"
+"""The auxiliary head beside an exported model that training is to go on from."""
+
+_HEAD_ALONE = 40
+"""Steps that the auxiliary head learns by itself."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +56,8 @@ class Settings:
     warm_up: float = 0.02
     """Share of the run."""
     weight_decay: float = 0.01
+    has_harder_pictures: bool = False
+    """Whether busy scenes, objects, pages and charts are shown as well: `TRAINING_PICTURES`."""
 
 
 class Trainer:
@@ -70,7 +80,8 @@ class Trainer:
         self.model.set_attn_implementation(WRITTEN_OUT)
         torch.manual_seed(settings.seed)
         self.head = PatchHead(self.model.config.get_text_config().hidden_size).to(device)
-        self.batcher = Batcher(make_processor())
+        pictures = TRAINING_PICTURES if settings.has_harder_pictures else SCENES_ONLY
+        self.batcher = Batcher(make_processor(), pictures=pictures)
         self._optimizers = self._make_optimizers()
 
     @property
@@ -97,7 +108,9 @@ class Trainer:
         logits, features = self._forward(batch)
         labels = batch.labels[batch.labels >= 0]
         loss = nn.functional.cross_entropy(logits.float(), labels)
-        auxiliary = self.head(features.float(), batch.marks, batch.colours)
+        # A head that knows nothing yet would tear at features that are good: at first it learns and does not teach.
+        read = features.detach() if self.step < _HEAD_ALONE else features
+        auxiliary = self.head(read.float(), batch.marks, batch.colours)
         (loss + max(0.1, 1 - 2 * self.progress) * auxiliary).backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimizer in self._optimizers:
@@ -168,6 +181,16 @@ class Trainer:
             optimizer.load_state_dict(saved)
         return trainer
 
+    def take_weights(self, checkpoint: Path) -> None:
+        """Start from the weights of an exported model; optimizers start afresh, and so does a head that is not there.
+
+        Args:
+            checkpoint: folder with `model.safetensors`, in any float dtype, and perhaps with `HEAD_FILE`.
+        """
+        self.model.load_state_dict(MllamaForConditionalGeneration.from_pretrained(checkpoint).float().state_dict())
+        if (checkpoint / HEAD_FILE).exists():
+            self.head.load_state_dict(load_file(checkpoint / HEAD_FILE))
+
     def _forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         model: MllamaForConditionalGeneration = self.model
         mask = torch.zeros(batch.attention_mask.shape, device=self.device).masked_fill(~batch.attention_mask, -1e9)
@@ -216,12 +239,22 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=Settings.learning_rate)
     parser.add_argument("--muon-learning-rate", type=float, default=Settings.muon_learning_rate)
     parser.add_argument("--seed", type=int, default=Settings.seed)
+    parser.add_argument(
+        "--harder-pictures",
+        dest="has_harder_pictures",
+        action="store_true",
+        help="busy scenes, objects, pages and charts as well; fetches packages",
+    )
+    parser.add_argument("--from-checkpoint", type=Path, help="folder of an exported model to start from")
     parser.add_argument("--resume", action="store_true", help="go on from state.pt with its settings")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--measure-every", type=float, default=6.0, help="minutes from one measurement to the next")
     parser.add_argument("--threads", type=int, help="of the CPU; default: torch's")
     arguments = vars(parser.parse_args())
     out, device = arguments.pop("out"), torch.device(arguments.pop("device"))
+    measure_every = arguments.pop("measure_every")
     threads, resume = arguments.pop("threads"), arguments.pop("resume")
+    checkpoint = arguments.pop("from_checkpoint")
     if threads:
         torch.set_num_threads(threads)
     out.mkdir(parents=True, exist_ok=True)
@@ -229,8 +262,10 @@ def main() -> None:
         trainer = Trainer.load(out / "state.pt", device, arguments["minutes"])
     else:
         trainer = Trainer(Settings(**arguments), device)
+        if checkpoint is not None:
+            trainer.take_weights(checkpoint)
     with open_log(out / "log.jsonl", trainer.step) as log:
-        _train(trainer, out, log)
+        _train(trainer, out, log, measure_every)
 
 
 def open_log(path: Path, step: int) -> TextIO:
@@ -245,7 +280,7 @@ def open_log(path: Path, step: int) -> TextIO:
     return path.open("a")
 
 
-def _train(trainer: Trainer, out: Path, log: TextIO) -> None:
+def _train(trainer: Trainer, out: Path, log: TextIO, measure_every: float) -> None:
     recent: list[dict[str, float]] = []
     saved = measured = trainer.minutes
     with Progress() as bar:
@@ -262,7 +297,7 @@ def _train(trainer: Trainer, out: Path, log: TextIO) -> None:
             if trainer.minutes - saved > 3:
                 trainer.save(out / "state.pt")
                 saved = trainer.minutes
-            if trainer.minutes - measured > 6:
+            if trainer.minutes - measured > measure_every:
                 _measure(trainer, log, quiet=task is not None)
                 measured = trainer.minutes
     trainer.save(out / "state.pt")

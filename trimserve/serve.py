@@ -82,6 +82,6 @@ def in_process_server(
         engine: its limits; None is the defaults.
         with_http: open a port of HTTP, too.
     """
-    server = ServerConfig(port=0, http_port=0 if with_http else None, metrics=False)
+    server = ServerConfig(port=0, http_port=0 if with_http else None, metrics_port=0)
     config = Config(model=model or ModelConfig(), engine=engine or EngineConfig(), server=server)
     return InProcessServer(make_server(make_runner(config), config))

@@ -150,8 +150,7 @@ void pack_rows(const LinearArgs& args, float* packed) {
 }
 
 void linear(const LinearArgs& args, const float* packed, std::int64_t begin, std::int64_t end) {
-  if (has_many_rows(args))
-    return linear_many(args, packed, begin, end);
+  if (has_many_rows(args)) return linear_many(args, packed, begin, end);
   if (args.format != WeightFormat::kFloats) return linear_quantized(args, packed, begin, end);
   at_operands(args, [&]<typename Operands>(auto width, auto dtype, std::type_identity<Operands>)
                         TRIMSERVE_INLINE_LAMBDA {

@@ -2,8 +2,8 @@
 
 import pytest
 
-from benchmarks.serve.load import Answer, Exchange
-from benchmarks.serve.workload import Item, Kind
+from benchmarks.load import Answer, Exchange
+from benchmarks.workload import Item, Kind
 
 
 class Maker:
@@ -17,7 +17,7 @@ class Maker:
     ) -> Exchange:
         """One token with each arrival, the end with the last."""
         tokens = tuple(range(len(arrivals))) if token_ids is None else token_ids
-        answer = Answer(arrivals, len(tokens), 10, tokens, num_valid=100, num_kept=40, num_merged=10)
+        answer = Answer(arrivals, len(tokens), 10, tokens, num_valid=100, num_kept=50)
         return Exchange(item or self.item(), sent, arrivals[-1], answer)
 
     def failure(self, sent: float, finished: float) -> Exchange:

@@ -1,6 +1,6 @@
 """Bytes of a request in other layouts."""
 
-from benchmarks.serve.account import sglang_bytes
+from benchmarks.bench_bytes import sglang_bytes
 from trimserve.config import EngineConfig, ModelConfig
 from trimserve.model.loading import load_model
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.serve.figures import agreement, median_round, percentiles, ratios, summary
+from benchmarks.load import agreement, median_round, percentiles, ratios, summary
 from tests.benchmarks.conftest import Maker
 
 
@@ -24,10 +24,6 @@ def test_rates_span_from_the_first_request_to_the_last_answer(make: Maker) -> No
     assert found["requests_per_second"] == 0.5
     assert found["num_tokens"] == 4
     assert found["time_to_first_token_seconds"]["p50"] == 1.75
-
-
-def test_merged_rows_count_as_kept(make: Maker) -> None:
-    assert summary([make.exchange(0.0, 1.0, 2.0)])["kept_fraction"] == 0.5
 
 
 def test_a_failed_request_is_counted_and_adds_no_tokens(make: Maker) -> None:

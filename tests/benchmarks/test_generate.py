@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from benchmarks import bench_generate
-from benchmarks.generate.floor import Floor, StepShape
-from benchmarks.generate.tables import generate_tables
+from benchmarks.floor import Floor, StepShape
 from tests.model.random_checkpoint import Geometry, save_random_checkpoint
 from trimserve.model.loading import embedded_model_folder
 
@@ -31,7 +30,7 @@ def test_every_phase_gets_its_figures(tmp_path: Path, monkeypatch: pytest.Monkey
     compared = {(row["phase"], row["setting"], row["batch"]) for row in report["speedups_over_transformers"]}
     assert ("decode", "default", 2) in compared
     assert report["import_seconds"] > 0
-    table = generate_tables(report, "generate")
+    table = bench_generate.table(report, "generate")
     assert table.count("transformers, bfloat16") == 2 * 2
     assert f"({steps[0]['times_floor']:.2f})" in table
 

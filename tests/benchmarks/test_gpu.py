@@ -8,7 +8,8 @@ import torch
 from transformers import MllamaConfig
 
 from benchmarks import bench_gpu
-from benchmarks.bench_gpu import SETTINGS, Plan, measure
+from benchmarks.bench_gpu import Plan, measure
+from benchmarks.ours import SETTINGS
 from tests.model.random_checkpoint import Geometry, save_random_checkpoint
 from tests.pretended.runtime import pretended_device
 from trimserve.config import Device

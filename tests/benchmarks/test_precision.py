@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 
 from benchmarks import bench_precision
-from benchmarks.generate.tables import generate_tables, precision_table, quantized_table, real_size_table
 
 
 def test_every_precision_is_compared_with_float32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -20,11 +19,5 @@ def test_every_precision_is_compared_with_float32(tmp_path: Path, monkeypatch: p
     for row in others:
         assert 0 < row["divergence_nats"]["value"] < 0.1
         assert row["weight_bytes"] < exact["weight_bytes"]
-    assert precision_table(report).count("int8, bfloat16") == precision_table(report).count("int4, bfloat16") == 2
-
-
-def test_tables_say_how_to_measure_what_is_missing() -> None:
-    assert "bench_precision" in precision_table(None)
-    assert "bench_quantized" in quantized_table(None)
-    assert "bench_real_size" in real_size_table(None)
-    assert "bench_generate" in generate_tables(None, "generate")
+    table = bench_precision.table(report)
+    assert table.count("int8, bfloat16") == table.count("int4, bfloat16") == 2

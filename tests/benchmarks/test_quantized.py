@@ -7,9 +7,8 @@ from typing import Any
 import pytest
 
 from benchmarks import bench_quantized, bench_real_size
-from benchmarks.bench_model import GEOMETRY
-from benchmarks.generate.tables import quantized_table, real_size_table
-from benchmarks.real_size_model import write_real_size_model
+from benchmarks.machine import about
+from benchmarks.models import GEOMETRY, write_real_size_model
 from tests.model.random_checkpoint import Geometry, save_random_checkpoint
 from trimserve.config import EngineConfig, ModelConfig
 from trimserve.model.loading import describe_model
@@ -33,16 +32,14 @@ def test_steps_and_prefills_take_turns(tmp_path: Path) -> None:
         (quantize, num_rows) for quantize in ("int8", "int4") for num_rows in (1, 16, 32, 64)
     ]
     assert all(row["milliseconds"]["p10"] > 0 and row["over_floor"] > 0 for row in rows[:-1])
-    report = {"rows": rows, "machine": {"cpu": "this", "num_threads": 1}, "versions": {"torch": "2"}}
-    assert "| int4, bfloat16 | 64 |" in quantized_table(report)
+    assert "| int4, bfloat16 | 64 |" in bench_quantized.table({"rows": rows, **about(1)})
 
 
 def test_a_checkpoint_in_shards_is_served_with_quantized_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("benchmarks.real_size_model._SHARD_BYTES", 1 << 20)
     folder, file = tmp_path / "model", tmp_path / "real_size.json"
-    write_real_size_model(folder, small_geometry())
+    write_real_size_model(folder, small_geometry(), shard_bytes=1 << 20)
     names = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
     assert len(set(names.values())) > 1
     assert {"language_model.model.embed_tokens.weight", "vision_model.class_embedding"} < set(names)
@@ -53,4 +50,4 @@ def test_a_checkpoint_in_shards_is_served_with_quantized_weights(
     report = json.loads(file.read_text())
     assert [row["quantize"] for row in report["rows"]] == ["int4"]
     assert report["rows"][0]["peak_bytes"] > report["rows"][0]["step_weight_bytes"]
-    assert "| int4 |" in real_size_table(report)
+    assert "| int4 |" in bench_real_size.table(report)

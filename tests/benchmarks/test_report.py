@@ -1,32 +1,22 @@
 """From exchanges to report, picture and tables."""
 
-import io
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
-from rich.console import Console
 
-from benchmarks.serve.comparison import Plan
-from benchmarks.serve.figures import ratios, summary
-from benchmarks.serve.picture import draw_report
-from benchmarks.serve.report import make_report, print_report, write_json
-from benchmarks.tables import bytes_tables, load_table, serve_tables, walkthrough_table
+from benchmarks import bench_bytes, bench_serve
+from benchmarks.load import ratios, summary
+from benchmarks.machine import about
+from benchmarks.report import finish
+from scripts.generate.docs import measured
+from scripts.generate.verified_tables import load_table, walkthrough_table
 from tests.benchmarks.conftest import Maker
 
-PLAN = Plan(
-    num_requests=2,
-    concurrency=2,
-    max_new_tokens=3,
-    repeated_share=0.5,
-    open_loop_load=0.7,
-    num_probe_images=1,
-    latency_rounds=1,
-    num_threads=1,
-    seed=0,
-)
+PLAN = asdict(bench_serve.Plan(2, concurrency=2, max_new_tokens=3))
 
 
 @pytest.fixture
@@ -48,33 +38,27 @@ def report(make: Maker) -> dict[str, Any]:
         "added_latency": {**latency, "added_seconds_per_token": 0.001, "added_over_bare_step": 0.1},
         "untrimmed_answers_and_transformers": {"num_compared": 2, "num_equal_answers": 2},
     }
-    return make_report([model], [PLAN], seconds=7.25)
+    return {**about(1), "models": [{**model, "plan": PLAN}]}
 
 
-def test_a_report_says_where_it_comes_from_and_survives_json(report: dict[str, Any], tmp_path: Path) -> None:
-    assert report["benchmark"] == "serve"
+def test_a_report_says_where_it_comes_from_and_is_the_last_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = finish("serve", tmp_path / "new" / "report.json", {"models": []}, num_threads=3)
     assert {"machine", "versions", "commit", "seconds", "models"} <= report.keys()
-    assert report["machine"]["num_threads"] == 1
-    assert report["models"][0]["plan"]["max_new_tokens"] == 3
-    write_json(report, tmp_path / "new" / "report.json")
-    assert json.loads((tmp_path / "new" / "report.json").read_text()) == report
+    assert (report["benchmark"], report["machine"]["num_threads"]) == ("serve", 3)
+    written = (tmp_path / "new" / "report.json").read_text()
+    assert json.loads(written) == json.loads(capsys.readouterr().out.splitlines()[-1]) == report
 
 
 def test_the_picture_is_a_png_with_a_row_for_each_model(report: dict[str, Any], tmp_path: Path) -> None:
-    draw_report({**report, "models": report["models"] * 2}, tmp_path / "serve.png")
+    bench_serve.draw({**report, "models": report["models"] * 2}, tmp_path / "serve.png")
     with Image.open(tmp_path / "serve.png") as picture:
         assert (picture.format, picture.size) == ("PNG", (2250, 1080))
 
 
-def test_what_is_printed_names_rates_and_refusals(report: dict[str, Any]) -> None:
-    text = io.StringIO()
-    print_report(report, Console(file=text, width=200))
-    assert "Mllama is not served" in text.getvalue()
-    assert "6.0" in text.getvalue()
-
-
 def test_serve_table_has_a_row_for_each_target(report: dict[str, Any]) -> None:
-    table = serve_tables(report)
+    table = bench_serve.table(report)
     assert "| trimserve | 6.0 | 550.0 | 599.0 |" in table
     assert "| `transformers serve` | failed: ValueError: Mllama is not served |" in table
     assert "4.0 times that of transformers, one at a time" in table
@@ -98,9 +82,7 @@ def test_bytes_tables_name_every_layout() -> None:
         "requests": {"four_tiles": request, "text": {**request, "cross_bytes_over_transformers": None}},
         "at_once": {"kv_bytes": 2**30, "four_tiles": {name: index for index, name in enumerate(layouts)}},
     }
-    origin = {"machine": {"cpu": "a CPU", "num_threads": 1}, "commit": None}
-    versions = dict.fromkeys(("torch", "transformers", "trimserve"), "1.0")
-    table = bytes_tables({**origin, "versions": versions, "models": [model]})
+    table = bench_bytes.table({**about(1), "models": [model]})
     assert "| 4 tiles | 100 | 50 | 1.0 MiB | 2.0 MiB | 3.0 MiB | 4.0 MiB | 0.500 |" in table
     assert "| text | 100 | 50 | 1.0 MiB | 2.0 MiB | 3.0 MiB | 4.0 MiB |  |" in table
     assert "at once in 1.0 GiB of KV" in table
@@ -108,15 +90,13 @@ def test_bytes_tables_name_every_layout() -> None:
 
 
 def test_what_was_not_measured_is_said_to_be_so() -> None:
-    assert bytes_tables(None) == "Not measured yet: `python -m benchmarks.bench_bytes`."
-    assert serve_tables(None) == "Not measured yet: `python -m benchmarks.bench_serve`."
+    told = measured(bench_serve.table, "python -m benchmarks.bench_serve", "no such file.json")
+    assert told == "Not measured yet: `python -m benchmarks.bench_serve`."
 
 
 def test_the_load_tells_who_waited_and_what_did_not_hold() -> None:
     report = {
-        "machine": {"cpu": "a CPU", "num_threads": 1},
-        "versions": {"torch": "2", "transformers": "5", "trimserve": "0"},
-        "commit": None,
+        **about(1),
         "seconds": 60.4,
         "plan": {"clients": 200},
         "requests": {"answered": 1234, "not_as_provoked": 1},

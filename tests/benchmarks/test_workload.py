@@ -6,24 +6,22 @@ from statistics import mean
 import pytest
 from PIL import Image
 
-from benchmarks.serve.workload import WorkloadSettings, make_workload, poisson_arrivals
-
-SETTINGS = WorkloadSettings(num_requests=16, tile_size=32, shares=(0.5, 0.25, 0.25), repeated_share=0.5, seed=3)
+from benchmarks.workload import make_workload, poisson_arrivals
 
 
 def test_equal_settings_give_equal_items() -> None:
-    assert make_workload(SETTINGS) == make_workload(SETTINGS)
+    assert make_workload(16, 32, seed=3) == make_workload(16, 32, seed=3)
 
 
 def test_another_seed_gives_other_questions_and_images() -> None:
-    other = make_workload(WorkloadSettings(num_requests=16, tile_size=32, seed=4))
-    ours = make_workload(SETTINGS)
+    other = make_workload(16, 32, seed=4)
+    ours = make_workload(16, 32, seed=3)
     assert {item.question for item in ours} != {item.question for item in other}
     assert not {item.images for item in ours if item.images} & {item.images for item in other}
 
 
 def test_kinds_have_their_shares_and_stand_in_the_order_of_their_index() -> None:
-    items = make_workload(SETTINGS)
+    items = make_workload(16, 32, seed=3)
     kinds = [item.kind for item in items]
     assert (kinds.count("four_tiles"), kinds.count("one_tile"), kinds.count("text")) == (8, 4, 4)
     assert [item.index for item in items] == list(range(16))
@@ -33,7 +31,7 @@ def test_kinds_have_their_shares_and_stand_in_the_order_of_their_index() -> None
 def test_half_of_the_images_were_shown_before() -> None:
     shown: set[bytes] = set()
     num_repeated = 0
-    for item in make_workload(SETTINGS):
+    for item in make_workload(16, 32, seed=3):
         assert item.is_repeated == bool(shown.intersection(item.images))
         shown.update(item.images)
         num_repeated += item.is_repeated
@@ -42,7 +40,7 @@ def test_half_of_the_images_were_shown_before() -> None:
 
 def test_a_picture_fills_its_tiles() -> None:
     sides = {"four_tiles": 64, "one_tile": 32}
-    for item in make_workload(SETTINGS):
+    for item in make_workload(16, 32, seed=3):
         for image in item.images:
             assert Image.open(io.BytesIO(image)).size == (sides[item.kind],) * 2
 

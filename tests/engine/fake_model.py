@@ -162,6 +162,9 @@ class FakeModel:
         changes: dict[torch.nn.Module, Change] = {torch.nn.Identity(): Change(weight=torch.zeros(3))}
         return Adapter(changes, ("lm_head",), rank=4, image_key=b"own" if folder.name == "vision" else b"", kv_key=b"")
 
+    def forget_adapter(self, adapter: Adapter) -> None:
+        """It holds none."""
+
     def encode_image(
         self,
         image: PreparedImage,
@@ -218,13 +221,14 @@ class FakeModel:
         """No step is slower than another."""
 
     def decode(
-        self, token_ids: Sequence[int], kvs: Sequence[KeyValues], num_rows: Sequence[int] | None = None
+        self, token_ids: Sequence[int] | Tensor, kvs: Sequence[KeyValues], num_rows: Sequence[int] | None = None
     ) -> Tensor:
         self.before_decode()
         self.batch_sizes.append(len(kvs))
         self.threads.add(threading.current_thread().name)
         rows = [kv for kv, count in zip(kvs, num_rows or [1] * len(kvs), strict=True) for _ in range(count)]
-        return torch.stack([self._forward([token_id], kv) for token_id, kv in zip(token_ids, rows, strict=True)])
+        ids = [int(token_id) for token_id in token_ids]
+        return torch.stack([self._forward([token_id], kv) for token_id, kv in zip(ids, rows, strict=True)])
 
     def _forward(self, token_ids: Sequence[int], kv: KeyValues) -> Tensor:
         # One page holds 16 positions of one layer here: keys of the last layer tell the history.

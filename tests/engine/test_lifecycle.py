@@ -103,6 +103,29 @@ async def test_a_runner_is_ready_while_images_can_be_decoded_and_ends_the_decode
     assert not pool.is_able
 
 
+async def test_an_executor_that_is_loaded_when_nobody_waits_any_more_is_closed() -> None:
+    is_loading, may_load, is_closed = threading.Event(), threading.Event(), threading.Event()
+
+    class Closing(LocalExecutor):
+        def close(self) -> None:
+            is_closed.set()
+
+    def load() -> tuple[FakeModel, LocalExecutor]:
+        is_loading.set()
+        may_load.wait(PATIENCE_SECONDS)
+        model = FakeModel()
+        return model, Closing(model)
+
+    runner = Runner(load, EngineConfig(max_batch=1))
+    starting = asyncio.create_task(runner.start())
+    await until(is_loading.is_set)
+    starting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await starting
+    may_load.set()
+    await until(is_closed.is_set)
+
+
 async def test_a_runner_stopped_while_it_warms_up_never_becomes_ready() -> None:
     gate = Gate()
     gate.close()

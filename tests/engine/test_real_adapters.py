@@ -1,5 +1,6 @@
 """The engine with a real, if random, model and adapters of it: each request gets what its merged model gives alone."""
 
+import gc
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from trimserve.config import EngineConfig, ModelConfig
 from trimserve.engine.engine import Engine
 from trimserve.engine.sequence import Sequence
 from trimserve.executor.local import LocalExecutor
+from trimserve.model.adapters import Adapter
 from trimserve.model.loading import load_model
 from trimserve.model.mllama import Mllama
 
@@ -145,3 +147,18 @@ def test_only_an_adapter_that_changes_visual_features_has_cached_images_of_its_o
     executor.load_adapter("vision", adapted.folders["vision"])
     finish(engine, start(engine, REQUESTS[1])[1])
     assert engine.image_cache.num_misses == 3
+
+
+def test_nothing_of_an_adapter_is_held_once_it_is_unloaded(adapted: Adapted) -> None:
+    engine = Engine(adapted.base.processor, adapted.executor(), EngineConfig())
+    finish(engine, start(engine, *REQUESTS)[1])
+    before = num_adapters_in_memory()
+    names = {request.adapter for request in REQUESTS if request.adapter is not None}
+    for name in names:
+        engine.unload_adapter(name)
+    assert num_adapters_in_memory() == before - len(names)
+
+
+def num_adapters_in_memory() -> int:
+    gc.collect()
+    return sum(type(each) is Adapter for each in gc.get_objects())

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from queue import SimpleQueue
@@ -11,8 +12,10 @@ from queue import SimpleQueue
 import pytest
 
 from tests.patience import PATIENCE_SECONDS
+from trimserve.config import EngineConfig, ModelConfig
 from trimserve.errors import RankFailed
 from trimserve.executor.rank_processes import RankProcesses
+from trimserve.executor.tensor_parallel import start_ranks
 
 BEGIN = """
 import pickle, sys, time
@@ -82,6 +85,41 @@ def test_a_rank_says_why_it_ends(module: tuple[str, str], words: str) -> None:
     processes.tell(["end"])
     assert str(failure_of(processes)) == words
     processes.close()
+
+
+def test_who_waits_for_a_rank_in_compiled_code_is_told_of_its_end() -> None:
+    processes = RankProcesses(2, 60, RAISES)
+    processes.replies(str)
+    is_over = threading.Event()
+
+    def wait() -> None:
+        processes.tell(["raise"])
+        is_over.wait(PATIENCE_SECONDS)
+
+    with pytest.raises(RankFailed, match="rank 1 failed: OSError: no"):
+        processes.unless_one_ends(wait)
+    assert not is_over.is_set()
+    is_over.set()
+    processes.close()
+
+
+def test_what_does_not_wait_in_vain_gives_its_result_or_its_own_error() -> None:
+    processes = RankProcesses(2, 60, WAITS)
+    assert processes.unless_one_ends(lambda: 5) == 5
+    with pytest.raises(ValueError, match="invalid literal"):
+        processes.unless_one_ends(lambda: int("five"))
+    processes.close()
+
+
+def test_a_rank_that_fails_while_ranks_meet_is_named_by_who_starts_them() -> None:
+    program = (
+        "from trimserve.executor import rank_main\n"
+        "def fail(*_): raise OSError('no loopback')\n"
+        "rank_main.join = fail\n"
+        "rank_main.main()"
+    )
+    with pytest.raises(RankFailed, match="rank 1 failed: OSError: no loopback"):
+        start_ranks(ModelConfig(), EngineConfig(tensor_parallel=2), module=("-c", program))
 
 
 def test_closing_ends_a_rank_that_is_stopped_and_is_no_failure() -> None:

@@ -59,6 +59,16 @@ def test_a_decoder_gets_no_more_memory_than_the_pixels_of_its_header_warrant(
     assert process.decode(KINDS["PNG rgb"], FIELD).shape == (43, 61, 3)
 
 
+def test_a_process_keeps_the_memory_of_a_photograph_and_lets_go_that_of_a_large_image() -> None:
+    running = DecoderProcess(Limits(max_pixels=10_000_000))
+    small, large = KINDS["PNG rgb"], encode(Image.new("RGB", (3000, 2000), (1, 2, 3)))
+    assert running.decode(large, FIELD).tolist()[1999][2999] == [1, 2, 3]
+    after_large = _memory_files(running.pid)
+    pixels = [running.decode(small, FIELD) for _ in range(2)]
+    assert (after_large, _memory_files(running.pid)) == ([0], [pixels[0].size])
+    running.close()
+
+
 def test_memory_of_the_largest_image_is_given_back_to_the_limit() -> None:
     running = DecoderProcess(replace(LIMITS, memory_bytes=8 * 2**20))
     largest = encode(Image.new("RGBA", (1000, 1000), (1, 2, 3, 4)))
@@ -107,9 +117,9 @@ def test_a_process_that_is_killed_has_crashed() -> None:
 LIES = {
     "no shape": "send(connection, {})",
     "no pixels": 'send(connection, {"shape": [1, 1, 3]})',
-    "another size": 'send(connection, {"shape": [9, 9, 3]}, new_memory([b"123"]))',
-    "a size below zero": 'send(connection, {"shape": [-1, -1, 3]}, new_memory([b"123"]))',
-    "too many pixels": 'send(connection, {"shape": [10**6, 10**6, 3]}, new_memory([b"123"]))',
+    "another size": 'send(connection, {"shape": [9, 9, 3]}, filled())',
+    "a size below zero": 'send(connection, {"shape": [-1, -1, 3]}, filled())',
+    "too many pixels": 'send(connection, {"shape": [10**6, 10**6, 3]}, filled())',
     "memory that may shrink": 'send(connection, {"shape": [1, 1, 3]}, os.open(__file__, os.O_RDONLY))',
     "no message": 'connection.send(b"none")',
     "no number": "connection.send(b'{\"shape\": [Infinity, 1, 3]}')",
@@ -121,8 +131,12 @@ LIES = {
 def test_a_process_that_a_file_has_taken_over_cannot_hurt_its_parent(lie: str, tmp_path: Path) -> None:
     program = f"""
 import os, socket, sys
-from trimserve.imaging.memory import new_memory
+from trimserve.imaging.memory import new_memory, write_memory
 from trimserve.imaging.messages import receive, send
+def filled():
+    memory = new_memory()
+    write_memory(memory, [b"123"])
+    return memory
 connection = socket.socket(fileno=int(sys.argv[1]))
 send(connection, {{"is_ready": True}})
 receive(connection)
@@ -160,7 +174,7 @@ def test_a_process_knows_nothing_of_its_parent(monkeypatch: pytest.MonkeyPatch) 
     assert names <= allowed | {"MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "LC_CTYPE"}
     targets = [os.readlink(link) for link in (folder / "fd").iterdir()]
     assert sum(target.startswith("socket:") for target in targets) == 1
-    assert all(target == os.devnull or target.startswith("socket:") for target in targets)
+    assert all(target == os.devnull or target.startswith(("socket:", "/memfd:")) for target in targets)
     assert "torch" not in (folder / "maps").read_text()
     other.close()
 
@@ -207,3 +221,9 @@ def _peak_bytes(pid: int) -> int:
     """Most memory that a process has used."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+
+
+def _memory_files(pid: int) -> list[int]:
+    """Bytes of each memory file that a process has open."""
+    files = [file for file in Path(f"/proc/{pid}/fd").iterdir() if "memfd" in os.readlink(file)]
+    return [file.stat().st_size for file in files]

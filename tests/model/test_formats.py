@@ -1,6 +1,6 @@
 """Quantized linear layers against what the libraries that wrote them make of them; `quantized/` has both.
 
-`scripts/make_quantized_fixtures.py` writes the files.
+`scripts/generate/quantized_fixtures.py` writes the files.
 """
 
 import json

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -245,9 +246,9 @@ def test_images_are_refused_by_field_value_and_bound(
 
 
 def test_a_processor_can_have_its_images_decoded_elsewhere(folder: Path, info: ModelInfo) -> None:
-    def decode(data: bytes, field: str) -> Pixels:
+    def decode(data: bytes, field: str) -> AbstractContextManager[Pixels]:
         assert (data, field) == (b"anything", "images[0]")
-        return np.full((TILE, TILE, 3), 255, np.uint8)
+        return nullcontext(np.full((TILE, TILE, 3), 255, np.uint8))
 
     ours = Processor.from_pretrained(folder, info, max_image_pixels=10_000, template_date="", decode=decode)
     [prepared] = ours.prepare_images([ImageFile(b"anything", "images[0]")])

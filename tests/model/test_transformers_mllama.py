@@ -14,7 +14,7 @@ import torch
 from transformers import MllamaConfig, MllamaForConditionalGeneration
 from transformers.models.mllama import modeling_mllama
 
-from benchmarks.transformers_step import CACHE
+from benchmarks.rival import CACHE
 from tests.model.random_checkpoint import Geometry, save_random_checkpoint
 from trimserve.model.transformers_mllama import compute_rotary, decoder_linears, fused_linears, meta_model
 

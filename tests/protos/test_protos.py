@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from google.protobuf.descriptor_pb2 import DescriptorProto, FieldDescriptorProto, FileDescriptorProto
 
-from scripts import generate_docs, generate_protos
+from scripts.generate import docs, protos
 
-FILES = generate_docs.descriptors()
+FILES = docs.descriptors()
 NUMBERS = Path(__file__).parent / "field_numbers.json"
 
 
@@ -32,14 +32,14 @@ def elements(file: FileDescriptorProto) -> dict[tuple[int, ...], str]:
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
 def test_everything_has_a_comment(file: FileDescriptorProto) -> None:
-    said = generate_docs.comments(file)
+    said = docs.comments(file)
     missing = [name for path, name in elements(file).items() if path not in said]
     assert not missing
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
 def test_optional_scalars_of_requests_tell_their_default(file: FileDescriptorProto) -> None:
-    said = generate_docs.comments(file)
+    said = docs.comments(file)
     for index, message in enumerate(file.message_type):
         for place, field in enumerate(message.field):
             if field.proto3_optional:
@@ -64,7 +64,7 @@ def test_other_languages_have_their_packages(file: FileDescriptorProto) -> None:
 
 def described(field: FieldDescriptorProto) -> str:
     """Name and type, which are what a number means for ever."""
-    kind = field.type_name.removeprefix(".") or generate_docs.SCALARS[field.type]
+    kind = field.type_name.removeprefix(".") or docs.SCALARS[field.type]
     is_repeated = field.label == FieldDescriptorProto.LABEL_REPEATED
     return f"{'repeated ' if is_repeated else ''}{kind} {field.name}"
 
@@ -96,9 +96,9 @@ def test_field_numbers_are_never_reused() -> None:
 
 
 def test_the_generated_code_is_in_step(tmp_path: Path) -> None:
-    generate_protos.generate(tmp_path)
-    fresh, committed = tmp_path / generate_protos.PACKAGE, generate_protos.ROOT / generate_protos.PACKAGE
-    assert generate_protos.differences(fresh, committed) == []
+    protos.generate(tmp_path)
+    fresh, committed = tmp_path / protos.PACKAGE, protos.ROOT / protos.PACKAGE
+    assert protos.differences(fresh, committed) == []
 
 
 @pytest.mark.parametrize("kind", ["changed", "missing", "too many"])
@@ -114,10 +114,10 @@ def test_code_out_of_step_is_found(tmp_path: Path, kind: str) -> None:
             (committed / "a.py").unlink()
         case _:
             (fresh / "a.py").unlink()
-    assert generate_protos.differences(fresh, committed) == ["a.py"]
+    assert protos.differences(fresh, committed) == ["a.py"]
 
 
-@pytest.mark.parametrize("name", generate_docs.TABLES)
+@pytest.mark.parametrize("name", docs.TABLES)
 def test_the_generated_docs_are_in_step(name: str) -> None:
-    path, text, wanted = generate_docs.filled(name)
+    path, text, wanted = docs.filled(name)
     assert text == wanted, f"{path.name}: run `make docs`"

@@ -8,7 +8,7 @@ import pytest
 from google.protobuf.descriptor_pb2 import FieldDescriptorProto
 from google.rpc import status_pb2
 
-from scripts.generate_docs import comments, descriptors
+from scripts.generate.docs import comments, descriptors
 from tests.server.fakes import CONFIG, FakeRunner
 from trimserve.serve import make_server
 from trimserve.server.lifecycle import Server

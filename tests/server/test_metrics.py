@@ -10,22 +10,16 @@ from dataclasses import replace
 
 import grpc
 import pytest
-from prometheus_client import CollectorRegistry, Counter
 
 from tests.patience import PATIENCE_SECONDS, soon
 from tests.server.conftest import Loopback
-from tests.server.fakes import CHUNKS, CONFIG, DELTAS, FINISHED, STARTED, FakeRunner, Pause, Script, chat_request
+from tests.server.fakes import CONFIG, DELTAS, FINISHED, STARTED, FakeRunner, Pause, Script, chat_request
 from trimserve.api.chunks import Started, TokenDelta
 from trimserve.api.status import EngineStatus
-from trimserve.config import Config, ServerConfig
 from trimserve.errors import DeadlinePassed, EngineBusy, EngineStopped, RequestFailed
 from trimserve.serve import make_server
 from trimserve.server import lifecycle
-from trimserve.server.grpc.services import RPCS
 from trimserve.server.loop_lag import INTERVAL_SECONDS
-from trimserve.server.metrics import RPC_CODES, Metrics
-from trimserve.server.running import running_server
-from trimserve.trimming.policies.table import POLICIES
 from trimserve.v1 import generation_pb2 as pb
 
 TIMES = {
@@ -36,15 +30,6 @@ TIMES = {
     "grpc_server_handling_seconds",
 }
 """Histograms of the clock: how much they observed is not known beforehand, how often is."""
-
-
-LATER = {
-    "trimserve_model_info",
-    "trimserve_credentials_loaded_timestamp_seconds",
-    "trimserve_tls_certificate_expiry_timestamp_seconds",
-    "trimserve_http_requests_total",
-}
-"""Known once a model, clients or certificates are loaded, or a request came over HTTP."""
 
 
 def get(loopback: Loopback, path: str, accept: str = "text/plain") -> tuple[int, str]:
@@ -326,43 +311,6 @@ async def test_a_decode_step_shows_its_batch_and_its_seconds(loopback: Loopback)
     assert series['trimserve_stage_duration_seconds_sum{stage="decode_step"}'] == 0.25
 
 
-def test_every_known_label_value_starts_at_zero() -> None:
-    metrics = Metrics(POLICIES, RPCS)
-    samples = {
-        (sample.name, tuple(sorted(sample.labels.items())))
-        for family in metrics.registry.collect()
-        for sample in family.samples
-    }
-    for declared in metrics.declared:
-        suffix = "_count" if declared.kind == "histogram" else ""
-        series = [labels for name, labels in samples if name == declared.name + suffix]
-        known = 1
-        for values in declared.labels.values():
-            known *= max(1, len(values))
-        if declared.name.startswith("grpc_server_"):
-            known = len(RPCS) * (len(RPC_CODES) if "grpc_code" in declared.labels else 1)
-        if declared.name in LATER:
-            known = 0
-        assert len(series) == known, declared.name
-
-
-def test_series_that_no_dashboard_reads_are_left_out_here_and_nowhere_else() -> None:
-    def names(registry: CollectorRegistry) -> list[str]:
-        return [sample.name for family in registry.collect() for sample in family.samples]
-
-    assert not [name for name in names(Metrics(POLICIES, RPCS).registry) if name.endswith("_created")]
-    other = CollectorRegistry()
-    Counter("other", "Of a program that embeds the server.", registry=other)
-    assert names(other) == ["other_total", "other_created"]
-
-
-def test_names_end_in_their_unit() -> None:
-    for declared in Metrics(POLICIES, RPCS).declared:
-        assert declared.name.startswith(("trimserve_", "grpc_server_"))
-        assert declared.name.endswith("_total") == (declared.kind == "counter"), declared.name
-        assert list(declared.buckets) == sorted(set(declared.buckets))
-
-
 @pytest.mark.parametrize(
     ("is_alive", "is_ready", "healthz", "readyz"),
     [(True, True, 200, 200), (True, False, 200, 503), (False, False, 503, 503)],
@@ -414,9 +362,3 @@ def test_the_status_of_a_closed_event_loop_cannot_be_read() -> None:
 async def test_openmetrics_is_served_to_who_asks(loopback: Loopback) -> None:
     _, text = await asyncio.to_thread(get, loopback, "/metrics", "application/openmetrics-text; version=1.0.0")
     assert text.endswith("# EOF\n")
-
-
-async def test_metrics_can_be_off() -> None:
-    config = Config(server=ServerConfig(port=0, metrics=False))
-    async with running_server(make_server(FakeRunner(CHUNKS), config)) as server:
-        assert server.metrics_address is None

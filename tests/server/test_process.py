@@ -33,7 +33,7 @@ def load():
 
 port, grace = int(sys.argv[1]), float(sys.argv[2])
 runner = make_runner(load, max_batch=8, max_queue=64, num_preprocess_workers=1)
-config = Config(server=ServerConfig(port=port, metrics=False, drain_grace_seconds=grace))
+config = Config(server=ServerConfig(port=port, metrics_port=0, drain_grace_seconds=grace))
 asyncio.run(serve(make_server(runner, config), on_serving=lambda server: print(server.address, flush=True)))
 """
 
@@ -179,7 +179,7 @@ runner = make_runner(
 )
 config = Config(
     engine=EngineConfig(step_timeout_seconds=4),
-    server=ServerConfig(port=0, metrics=False, log_format="json"),
+    server=ServerConfig(port=0, metrics_port=0),
 )
 asyncio.run(serve(make_server(runner, config), on_serving=lambda server: print(server.address, flush=True)))
 """

@@ -15,7 +15,7 @@ from trimserve.client import Client
 from trimserve.v1 import generation_pb2 as pb
 
 OPTIONS = (
-    *("serve", "--port", 0, "--no-metrics", "--tensor-parallel", 2, "--num-threads", 1),
+    *("serve", "--port", 0, "--metrics-port", "0", "--tensor-parallel", 2, "--num-threads", 1),
     *("--kv-cache-bytes", "256MiB", "--step-timeout-seconds", 3),
 )
 LONG = pb.GenerateRequest(

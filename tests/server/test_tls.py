@@ -98,7 +98,7 @@ def files(tmp_path: Path) -> Files:
 def server_config(files: Files, *, is_mutual: bool = False) -> Config:
     client_ca = files.path("clients.pem") if is_mutual else None
     cert, key = files.path("server.pem"), files.path("server.key")
-    return Config(server=ServerConfig(port=0, metrics=False, tls_cert=cert, tls_key=key, tls_client_ca=client_ca))
+    return Config(server=ServerConfig(port=0, metrics_port=0, tls_cert=cert, tls_key=key, tls_client_ca=client_ca))
 
 
 @asynccontextmanager
@@ -267,7 +267,7 @@ def test_plaintext_beyond_loopback_takes_a_flag(files: Files, host: str) -> None
 
 
 async def test_with_the_flag_plaintext_is_answered_beyond_loopback() -> None:
-    config = Config(server=ServerConfig(host="0.0.0.0", port=0, metrics=False, allow_plaintext=True))
+    config = Config(server=ServerConfig(host="0.0.0.0", port=0, metrics_port=0, allow_plaintext=True))
     async with running_server(make_server(FakeRunner(), config)) as server:
         port = server.address.rpartition(":")[2]
         async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:

@@ -165,7 +165,7 @@ async def test_every_stage_of_a_question_about_images_reaches_the_collector(coll
     taken, endpoint = collector
     own = Config(
         engine=EngineConfig(num_threads=1),
-        server=ServerConfig(port=0, metrics=False, tracing_endpoint=endpoint),
+        server=ServerConfig(port=0, metrics_port=0, tracing_endpoint=endpoint),
     )
     request = make_request("What do you see?", SAMPLES[:2], sampling=pb.SamplingParams(max_new_tokens=2))
     async with (
@@ -242,7 +242,7 @@ def own_logging() -> Iterator[None]:
 async def test_log_lines_of_a_call_name_its_trace(
     collector: tuple[Collector, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    written = configure_logging("info", "json")
+    written = configure_logging("info")
     await call(collector, chat_request())
     assert written.drain(PATIENCE_SECONDS)
     lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]

@@ -105,6 +105,7 @@ def test_patch_labels_cover_the_things() -> None:
         marks, colours = patch_labels(example)
         assert marks.shape == colours.shape
         assert set(marks[colours < 0].tolist()) <= {0}
+        assert example.scene is not None
         for thing in example.scene.things:
             covered = marks == 1 + SHAPES.index(thing.shape)
             assert (colours[covered] == list(COLOURS).index(thing.colour)).any()

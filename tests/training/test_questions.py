@@ -10,10 +10,17 @@ from training.questions import KINDS, Turn, description
 from training.scenes import Scene, Thing
 
 
+def _scene(index: int) -> Scene:
+    scene = generate_example(example_rng("train", 9, index), "train").scene
+    assert scene is not None
+    return scene
+
+
 def _examples(count: int = 400) -> list[tuple[Scene, Turn]]:
     found = []
     for index in range(count):
         example = generate_example(example_rng("train", 9, index), "train")
+        assert example.scene is not None
         found += [(example.scene, turn) for turn in example.turns]
     return found
 
@@ -148,8 +155,7 @@ def test_descriptions_name_everything_and_three_objects_on_average() -> None:
 
 
 def test_two_image_question_is_decided_by_one_image() -> None:
-    first = generate_example(example_rng("train", 9, 0), "train").scene
-    second = generate_example(example_rng("train", 9, 1), "train").scene
+    first, second = _scene(0), _scene(1)
     turn = which_image(example_rng("train", 9, 2), first, second)
     assert turn is not None
     found = re.search(r"shows an? (.+), the first", turn.question)
@@ -160,5 +166,5 @@ def test_two_image_question_is_decided_by_one_image() -> None:
 
 
 def test_identical_images_decide_nothing() -> None:
-    scene = generate_example(example_rng("train", 9, 0), "train").scene
+    scene = _scene(0)
     assert which_image(example_rng("train", 9, 2), scene, scene) is None

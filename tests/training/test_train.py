@@ -1,6 +1,7 @@
 """A run is seeded, goes on where it stopped, and its checkpoint is what was trained."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,16 @@ def test_a_resumed_run_is_the_run_that_was_not_stopped(tmp_path: Path) -> None:
     assert losses == again
     assert len(set(losses)) == 2
     assert whole.minutes > 0
+
+
+def test_a_run_goes_on_from_what_an_unfinished_one_left(tmp_path: Path) -> None:
+    first = Trainer(SETTINGS, CPU)
+    export(first, tmp_path, 0.1, 0.1, {}, is_unfinished=True)
+    second = Trainer(replace(SETTINGS, seed=2), CPU)
+    second.take_weights(tmp_path)
+    for one, other in ((first.model, second.model), (first.head, second.head)):
+        for weight, again in zip(one.parameters(), other.parameters(), strict=True):
+            assert torch.equal(weight.half().float(), again)
 
 
 def test_a_finished_run_goes_on_to_a_new_end(tmp_path: Path) -> None:

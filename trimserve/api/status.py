@@ -57,9 +57,9 @@ class EngineStatus:
     pixel_bytes: int
     """Decoded images that requests keep, in the machine's memory, to be computed again."""
     image_cache_capacity_bytes: int
-    """Most bytes of visual features, and of their keys and values, that are cached."""
+    """Most bytes of visual features, and of their keys and values, that each of the ranks caches."""
     image_cache_bytes: int
-    """Bytes of visual features, and of their keys and values, cached now."""
+    """Bytes of visual features, and of their keys and values, that rank 0 caches now; other ranks cache as many."""
     image_cache_kv_bytes: int
     """Of these, bytes set aside for keys and values."""
     image_cache_hits: int

@@ -95,11 +95,13 @@ def _facts_of_model(model: dict[str, Any]) -> dict[str, str]:
     needs = [f"{policy['name']} (--{policy['knob']})" for policy in model["policy_details"] if policy["knob"]]
     quantized = "" if model["quantization"] == "none" else f", linear layers in {model['quantization']}"
     kv = "" if model["kv_dtype"] == model["dtype"] else f", KV in {model['kv_dtype']}"
+    size = model["tensor_parallel"]
+    shared = f", shared by {size} processes" if size > 1 else ""
     defaults = model["generation_defaults"]
     return {
         "model": f"{model['model_id']}, revision {model['revision']}",
         "weights": f"{model['num_parameters']:,} parameters, {as_bytes(model['weight_bytes'])}, "
-        f"{model['dtype']}{quantized}{kv}, on {model['device']}",
+        f"{model['dtype']}{quantized}{kv}, on {model['device']}{shared}",
         "decoder": f"{layers} layers, {model['num_heads']} heads ({model['num_kv_heads']} of KV) of "
         f"{model['head_dim']}, {model['max_model_len']:,} tokens",
         "images": f"up to {model['max_images']}, each up to {model['max_tiles']} tiles of {model['tile_size']} pixels, "

@@ -46,7 +46,7 @@ def _utf8(text: str | None) -> str | None:
 
 
 def policy_help() -> str:
-    """All policies with a line each, which `scripts/generate_docs.py` writes down: policies themselves need torch."""
+    """All policies with a line each, which `scripts/generate/docs.py` writes down: policies themselves need torch."""
     summaries: dict[str, str] = json.loads(Path(__file__).with_name("policies.json").read_text())
     return "\n\n".join(["Policies:", *(f"{name}: {summary}" for name, summary in summaries.items())])
 

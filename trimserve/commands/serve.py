@@ -26,7 +26,7 @@ def serve(*, config: Config) -> None:
     from trimserve.server.logs import configure_logging
 
     begin = time.monotonic()
-    lines = configure_logging(config.server.log_level, config.server.log_format)  # before the slow imports, to say so
+    lines = configure_logging(config.server.log_level)  # before the slow imports, to say so
     log.info("loading", extra={"model": config.model.model or "trimserve-tiny", "version": __version__})
     lines.drain(_FIRST_LINE_SECONDS)
 
@@ -37,7 +37,7 @@ def serve(*, config: Config) -> None:
     describe_model(config.model, config.engine)  # refuses a bad checkpoint before anything listens
 
     def announce(serving: "Server") -> None:
-        metrics = f"metrics on {serving.metrics_address}" if serving.metrics_address else "no metrics"
+        metrics = f"metrics on {serving.metrics_address}"
         ready = f"ready after {time.monotonic() - begin:.1f} s"
         http = f", HTTP on {serving.http_address}" if serving.http_address else ""
         print(f"trimserve {__version__}: gRPC on {serving.address}, {metrics}{http} ({ready})", flush=True)

@@ -24,6 +24,7 @@ from trimserve.engine.detokenizer import token_bytes
 from trimserve.engine.joining import lateness, may_share_pass
 from trimserve.engine.limits import check_that_it_fits
 from trimserve.engine.memory import available_bytes, check_room_for_adapter, make_pool
+from trimserve.engine.next_rows import rows_ahead, with_room
 from trimserve.engine.pace import Pace
 from trimserve.engine.preparation import Preparation
 from trimserve.engine.processor import Processor
@@ -97,6 +98,8 @@ class Engine:
         """The sequences whose prompts are being read, in one pass those that are ready for it."""
         self._ended: list[int] = []
         """Numbers that the executor is yet to forget."""
+        self._begun: tuple[int, ...] = ()
+        """See `StepResult.begun`."""
         self._pace = Pace()
         self.speculation = Speculation(drafter or (Repeats() if config.speculation else None), config.max_batch)
         """Drafts of tokens that several rows of a step check."""
@@ -275,25 +278,23 @@ class Engine:
         return plan
 
     def _decode(self, batch: list[Sequence], grown: set[Sequence]) -> None:
-        chosen = self.speculation.drafts(batch)
-        drafts = {each: self._with_room(each, own, grown) for each in batch if (own := chosen.get(each.number))}
+        # Who joined since a step was begun ahead takes part in the one after it.
+        going = [each for each in batch if each.number in self._begun] or batch
+        chosen = self.speculation.drafts(going)
+        drafts = {each: with_room(self.pool, each, own, grown) for each in going if (own := chosen.get(each.number))}
+        rows = tuple(Rows(each.number, each.num_positions, drafts=drafts.get(each, ())) for each in going)
+        ahead: tuple[Rows, ...] = ()
+        if self._executor.runs_ahead and not self.speculation.is_on:
+            ahead = rows_ahead(self.pool, batch, {*going}, grown)
         pages = tuple(_grant(each) for each in batch if each in grown)
-        rows = tuple(Rows(each.number, each.num_positions, drafts=drafts.get(each, ())) for each in batch)
-        result = self._run(StepPlan(pages=pages, rows=rows))
+        result = self._run(StepPlan(pages=pages, rows=rows, ahead=ahead))
+        self._begun = result.begun
         self.speculation.saw(rows, result)
         if result.rows_seconds:  # a batch that failed says nothing of the pace
             most = max(Counter(drawn.sequence for drawn in result.drawn).values(), default=1) if drafts else 1
             self._pace.saw_token(result.rows_seconds / most)
             if self._on_step is not None:
-                self._on_step(len(batch), result.rows_seconds)
-
-    def _with_room(self, sequence: Sequence, drafts: tuple[int, ...], grown: set[Sequence]) -> tuple[int, ...]:
-        """The drafts that there are pages for. Nobody is preempted for drafts, and what is rejected is written over."""
-        pages, wanted = sequence.pages, sequence.num_tokens + len(drafts)
-        if 0 < pages.missing_pages(wanted) <= self.pool.num_free_pages:
-            pages.grow(wanted)
-            grown.add(sequence)
-        return drafts[: pages.num_positions - sequence.num_tokens]
+                self._on_step(len(going), result.rows_seconds)
 
     # ---- results ----
 

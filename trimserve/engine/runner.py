@@ -120,7 +120,7 @@ class Runner:
         self._outbox = Outbox(self._loop, self._deliver)
         self._workers.start()
         try:
-            processor, executor = await in_daemon_thread(self._load)
+            processor, executor = await in_daemon_thread(self._load, discard=lambda loaded: loaded[1].close())
             self._executor = executor
             if self._refusal != starting:
                 raise EngineStopped("the engine was stopped while its model was loaded")

@@ -35,7 +35,7 @@ def engine_status(
     """
     states = [stream.state for stream in streams]
     running = [stream.sequence for stream in streams if stream.state is SequenceState.RUNNING]
-    pool = None if engine is None else engine.pool
+    pool = None if engine is None else engine.pool  # once: the engine's thread may make another
     images = None if engine is None else engine.image_cache
     return EngineStatus(
         is_ready=is_ready,
@@ -62,5 +62,5 @@ def engine_status(
         image_cache_evictions=images.num_evictions if images else 0,
         adapter_bytes=adapter_bytes,
         uptime_seconds=uptime_seconds,
-        memory_bytes={} if engine is None else memory_by_kind(engine.info, engine.pool.capacity_bytes, adapter_bytes),
+        memory_bytes=memory_by_kind(engine.info, pool.capacity_bytes, adapter_bytes) if engine and pool else {},
     )

@@ -4,9 +4,8 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
 from contextlib import suppress
-from functools import partial
 from itertools import count
 from queue import PriorityQueue
 from typing import TypeVar
@@ -22,34 +21,34 @@ _LEFT_BEHIND = "trimserve-left-behind"
 """Name of the threads that nobody waits for."""
 
 
-async def in_daemon_thread(function: Callable[[], T]) -> T:
+async def in_daemon_thread(function: Callable[[], T], discard: Callable[[T], object] = lambda _: None) -> T:
     """Call a function beside the event loop; unlike `asyncio.to_thread`, the loop can end while it runs.
 
     A program that then ends while the function is in compiled code must do so by `os._exit`, see
     `is_any_left_behind`.
 
+    Args:
+        function: called in a thread of its own.
+        discard: called there with the result if nobody waits for it any more.
     Raises:
         BaseException: what the function raises.
     """
-    loop = asyncio.get_running_loop()
-    outcome: asyncio.Future[T] = loop.create_future()
-
-    def settle(finish: Callable[[], None]) -> None:
-        if not outcome.done():  # cancelled
-            finish()
+    outcome: Future[T] = Future()
 
     def call() -> None:
         try:
             result = function()
         except BaseException as error:  # noqa: BLE001  # handed to who awaits it
-            finish = partial(outcome.set_exception, error)
-        else:
-            finish = partial(outcome.set_result, result)
-        with suppress(RuntimeError):  # the event loop is closed: nobody waits any more
-            loop.call_soon_threadsafe(settle, finish)
+            with suppress(InvalidStateError):
+                outcome.set_exception(error)
+            return
+        try:
+            outcome.set_result(result)
+        except InvalidStateError:  # cancelled
+            discard(result)
 
     threading.Thread(target=call, name=_LEFT_BEHIND, daemon=True).start()
-    return await outcome
+    return await asyncio.wrap_future(outcome)
 
 
 def leave_behind(thread: threading.Thread) -> None:

@@ -16,7 +16,7 @@ from trimserve.api.info import ModelInfo
 from trimserve.api.sampling import SamplingParams
 from trimserve.errors import TrimserveError
 from trimserve.executor.ahead import Ahead
-from trimserve.executor.drawing import Answer, draw
+from trimserve.executor.drawing import Answer, draw, take
 from trimserve.executor.failures import is_device_error, is_out_of_memory
 from trimserve.executor.grammar import Grammars
 from trimserve.executor.guide import Guides
@@ -26,7 +26,6 @@ from trimserve.executor.page_memory import page_memory
 from trimserve.executor.plan import (
     Drawn,
     Failed,
-    ImageCacheCounts,
     NewSequence,
     PageGrant,
     PrefillReport,
@@ -35,8 +34,10 @@ from trimserve.executor.plan import (
     StepPlan,
     StepResult,
 )
-from trimserve.executor.reading import Held, PromptReader, report
-from trimserve.executor.sampling import SamplingState
+from trimserve.executor.prefill_report import prefill_report
+from trimserve.executor.reading import Held, PromptReader
+from trimserve.executor.sampling import SamplingState, has_penalty
+from trimserve.executor.steps_ahead import Row, StepsAhead
 from trimserve.model.adapters import Adapter
 from trimserve.model.key_values import KeyValues
 from trimserve.model.prefilled import Prefilled
@@ -73,6 +74,7 @@ class LocalExecutor:
         image_cache_bytes: int = 0,
         clock: Callable[[], float] = time.monotonic,
         is_fatal: Callable[[BaseException], bool] = is_device_error,
+        runs_ahead: bool | None = None,
     ) -> None:
         """Hold no pages yet.
 
@@ -81,7 +83,11 @@ class LocalExecutor:
             image_cache_bytes: of visual features kept for another question on the same image; 0 keeps none.
             clock: seconds, by which slices end and rows are timed.
             is_fatal: tells errors that end the executor from those that end one sequence.
+            runs_ahead: see `Executor.runs_ahead`; None does where it pays, on a GPU.
         """
+        device = torch.device(model.info.device)
+        self.runs_ahead = device.type == "cuda" if runs_ahead is None else runs_ahead
+        """See `Executor.runs_ahead`."""
         self.pages: Tensor | None = None
         """See `page_memory`; None before `allocate`."""
         self._model = model
@@ -90,7 +96,8 @@ class LocalExecutor:
         self._images = ImageCache(image_cache_bytes)
         self._sequences: dict[int, Held] = {}
         self._adapters: dict[str, Adapter] = {}
-        self._ahead = Ahead(torch.device(model.info.device))
+        self._ahead = Ahead(device)
+        self._steps = StepsAhead(model.decode, device)
         self._grammars = Grammars(model.tokenizer, model.info)
         self._guides = Guides(self._grammars, model.info)
         self._reader = PromptReader(model, self._images)
@@ -133,6 +140,7 @@ class LocalExecutor:
     def unload_adapter(self, name: str) -> None:
         """See `Executor.unload_adapter`."""
         adapter = self._adapters.pop(name)
+        self._model.forget_adapter(adapter)
         if adapter.image_key:
             self._images.drop(lambda key: key.startswith(adapter.image_key))
         if adapter.kv_key:
@@ -161,17 +169,11 @@ class LocalExecutor:
         if plan.prefill is not None:
             self._go_on_with_prompts(plan.prefill, step)
         if plan.rows:
-            self._run_rows(plan.rows, step)
-        images = self._images
-        counts = ImageCacheCounts(
-            num_bytes=images.used_bytes,
-            num_hits=images.num_hits,
-            num_misses=images.num_misses,
-            num_evictions=images.num_evictions,
-            num_kv_bytes=images.kv_bytes,
-            num_kv_hits=images.num_kv_hits,
+            self._run_rows(plan.rows, plan.ahead, step)
+        drawn, failed = tuple(step.drawn), tuple(step.failed)
+        return StepResult(
+            tuple(step.prefilled), drawn, failed, step.rows_seconds, self._steps.begun, self._images.counts
         )
-        return StepResult(tuple(step.prefilled), tuple(step.drawn), tuple(step.failed), step.rows_seconds, counts)
 
     def _begin(self, new: NewSequence, params: SamplingParams, choice: int = 0) -> Held:
         generated = list(new.generated_token_ids)
@@ -183,6 +185,7 @@ class LocalExecutor:
 
     def _forget(self, number: int) -> None:
         held = self._sequences.pop(number, None)
+        self._steps.forget(number)
         if held is not None:
             self._reader.forget(held)
 
@@ -217,8 +220,9 @@ class LocalExecutor:
             share = (self._clock() - started_at) / len(members)
             for held in members:
                 held.seconds += share
-            step.prefilled += [report(*each) for each in read]
             for held, prefilled in read:
+                report = prefill_report(held.new.sequence, prefilled, held.pages, held.times)
+                step.prefilled.append(replace(report, seconds=held.seconds))
                 if not held.has_generated:
                     with self._alone(held.new, step):
                         self._draw_first(prefilled.logits, held, step)
@@ -243,9 +247,12 @@ class LocalExecutor:
 
     # ---- rows ----
 
-    def _run_rows(self, rows: Sequence[Rows], step: _Step) -> None:
+    def _run_rows(self, rows: Sequence[Rows], ahead: Sequence[Rows], step: _Step) -> None:
         started_at = self._clock()
         batch = [self._sequences[each.sequence] for each in rows]
+        if self._run_foreseen(rows, ahead, step):
+            step.rows_seconds = self._steps.seconds or self._clock() - started_at
+            return
         for each, held in zip(rows, batch, strict=True):
             if each.drafts and held.answer.guide is not None:
                 self._guides.look_ahead(held.answer.guide, each.drafts)
@@ -262,6 +269,34 @@ class LocalExecutor:
             return
         self._draw(logits, rows, batch, step)
         step.rows_seconds = self._clock() - started_at
+
+    def _run_foreseen(self, rows: Sequence[Rows], ahead: Sequence[Rows], step: _Step) -> bool:
+        """Run rows that were begun, or behind which others can begin before tokens are known; whether it did."""
+        if not (self.runs_ahead and all(map(self._is_foreseen, (*rows, *ahead)))):
+            ahead = ()
+        if not (ahead or all(each.sequence in self._steps.begun for each in rows)):
+            self._steps.drop()
+            return False
+        try:
+            sampled = self._steps.run([*map(self._row, rows)], [*map(self._row, ahead)])
+        except Exception as error:
+            if self._is_fatal(error):
+                raise
+            log.exception("decoding a batch of %d failed; it is tried again", len(rows))
+            return False
+        answers = [self._sequences[each.sequence].answer for each in rows]
+        step.add(take(sampled, answers, self._guides, [()] * len(rows)))
+        return True
+
+    def _is_foreseen(self, row: Rows) -> bool:
+        """Whether the token behind a row can be drawn by a device that knows the row alone."""
+        answer = self._sequences[row.sequence].answer
+        knows_enough = answer.guide is None and not has_penalty(answer.sampling.params)
+        return knows_enough and row.token_ids is None and not row.drafts
+
+    def _row(self, row: Rows) -> Row:
+        held = self._sequences[row.sequence]
+        return Row(row.sequence, row.position, held.pages, held.answer.sampling)
 
     def _logits(self, rows: Sequence[Rows], batch: Sequence[Held]) -> Tensor:
         """After the last row of each sequence, and after each of its drafts; [R, vocab_size]."""

@@ -36,6 +36,9 @@ class Model(Protocol):
             AdapterError: it cannot be used with this model.
         """
 
+    def forget_adapter(self, adapter: Adapter) -> None:
+        """Hold nothing of an adapter any more; no sequence may have it."""
+
     def encode_image(
         self, image: PreparedImage, needs: frozenset[Observation] = frozenset(), adapter: Adapter | None = None
     ) -> Interruptible[EncodedImage]:
@@ -51,9 +54,9 @@ class Model(Protocol):
         """Make decode steps ready for up to `max_batch` rows of sequences with KV in `pages`."""
 
     def decode(
-        self, token_ids: Sequence[int], kvs: Sequence[KeyValues], num_rows: Sequence[int] | None = None
+        self, token_ids: Sequence[int] | Tensor, kvs: Sequence[KeyValues], num_rows: Sequence[int] | None = None
     ) -> Tensor:
-        """One step of several sequences, with one or `num_rows` new rows of each.
+        """One step of several sequences, with one or `num_rows` new rows of each; token ids may be on the device.
 
         Returns:
             float32 logits [R, vocab_size] of every row, which hold until the next step.

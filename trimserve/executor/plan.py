@@ -97,7 +97,7 @@ class Rows:
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """One step. Taken in this order: what ends, what is new, pages, the slice of a prefill, rows."""
+    """One step. Taken in this order: what ends, what is new, pages, the slice of a prefill, rows, rows ahead."""
 
     ended: tuple[int, ...] = ()
     """Sequences to forget; their pages may belong to others at once."""
@@ -105,6 +105,9 @@ class StepPlan:
     pages: tuple[PageGrant, ...] = ()
     prefill: PrefillSlice | None = None
     rows: tuple[Rows, ...] = ()
+    ahead: tuple[Rows, ...] = ()
+    """Of the step after this one: of sequences in `rows` those behind the tokens that are yet to be drawn. An executor
+    that runs ahead begins them before it reads these tokens."""
 
 
 class PrefillTimes(NamedTuple):
@@ -197,4 +200,7 @@ class StepResult:
     failed: tuple[Failed, ...] = ()
     rows_seconds: float = 0.0
     """Of the plan's rows, sampling included."""
+    begun: tuple[int, ...] = ()
+    """Sequences of `StepPlan.ahead` whose rows were begun: the next rows that are asked for are theirs, of those that
+    have not ended."""
     image_cache: ImageCacheCounts = field(default=ImageCacheCounts())

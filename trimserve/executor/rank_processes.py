@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -120,6 +120,36 @@ class RankProcesses:
             self._on_failure, failure = on_failure, self._failure
         if failure is not None:
             on_failure(failure)
+
+    def unless_one_ends(self, function: Callable[[], T]) -> T:
+        """Call a function that waits for the other ranks in compiled code; when one of them ends, wait no longer.
+
+        Raises:
+            RankFailed: a rank has ended; the function may go on, in a thread of its own.
+            BaseException: what the function raises.
+        """
+        outcome: Future[T] = Future()
+
+        def fail(error: BaseException) -> None:
+            with suppress(InvalidStateError):
+                outcome.set_exception(error)
+
+        def call() -> None:
+            try:
+                result = function()
+            except BaseException as error:  # noqa: BLE001  # handed to who waits for it
+                fail(error)
+            else:
+                with suppress(InvalidStateError):
+                    outcome.set_result(result)
+
+        self.watch(fail)
+        # Who may leave the caller's thread behind, which it knows by its name, may leave this one behind as well.
+        threading.Thread(target=call, name=threading.current_thread().name, daemon=True).start()
+        try:
+            return outcome.result()
+        except RankFailed as error:
+            raise self.cause_of(error) from error
 
     def cause_of(self, error: BaseException) -> RankFailed:
         """Why the ranks fell out of step: an error of this process, or the end of another one, which follows soon."""

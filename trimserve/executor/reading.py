@@ -13,7 +13,7 @@ import torch
 from trimserve.executor.drawing import Answer
 from trimserve.executor.image_cache import ImageCache
 from trimserve.executor.model import Model
-from trimserve.executor.plan import NewSequence, PrefillReport, PrefillTimes
+from trimserve.executor.plan import NewSequence, PrefillTimes
 from trimserve.model.interruptible import Interruptible
 from trimserve.model.key_values import KeyValues
 from trimserve.model.prefilled import Prefilled, ToPrefill
@@ -21,7 +21,7 @@ from trimserve.model.prepared import PreparedPrompt
 from trimserve.trimming.encoded_image import EncodedImage
 from trimserve.trimming.policies.policy import Place
 
-__all__ = ["Held", "PromptReader", "report"]
+__all__ = ["Held", "PromptReader"]
 
 _MOST_ROWS = 64
 """Generated tokens that are read again between two pauses."""
@@ -54,6 +54,12 @@ class Held:
     def wanted(self) -> ToPrefill:
         """Its prompt for the model, once its images are encoded."""
         return ToPrefill(self.new.prompt, self.images, self.new.trim, self.pages, self.new.stored)
+
+    @property
+    def times(self) -> PrefillTimes:
+        """Of its prompt, which is in its pages now."""
+        assert self.began_at is not None, "it was begun before it was read"
+        return PrefillTimes(self.began_at, self.encoded_at, time.monotonic())
 
     @property
     def pages(self) -> KeyValues:
@@ -176,23 +182,3 @@ class PromptReader:
             token_ids = again[first : first + _MOST_ROWS]
             self._model.decode(token_ids, [kv], [len(token_ids)])
             yield
-
-
-def report(held: Held, prefilled: Prefilled) -> PrefillReport:
-    """Tell the engine what became of a prompt that is read."""
-    assert held.began_at is not None, "it was begun before it was read"
-    spans = [] if prefilled.trim_times is None else [prefilled.trim_times, *prefilled.later_trim_times]
-    return PrefillReport(
-        sequence=held.new.sequence,
-        num_padding=prefilled.num_padding,
-        num_valid=prefilled.num_valid,
-        num_kept=prefilled.num_kept,
-        num_merged=prefilled.num_merged,
-        layer_rows=prefilled.layer_rows,
-        held_rows=tuple(held.pages.cross_lengths),
-        selections=prefilled.selections,
-        stored=prefilled.kept_sets,
-        times=PrefillTimes(held.began_at, held.encoded_at, time.monotonic()),
-        trim_times=tuple(spans),
-        seconds=held.seconds,
-    )

@@ -24,6 +24,7 @@ from trimserve.executor.rank import Description, Done, Order, Setup, describe, j
 from trimserve.executor.rank_processes import RANK_MODULE, RankProcesses
 from trimserve.imaging.decode import Decode
 from trimserve.model.loading import load_model
+from trimserve.model.mllama import Mllama
 from trimserve.model.processor import Processor
 from trimserve.model.ranks import RankGroup, Shard
 
@@ -45,6 +46,11 @@ class TensorParallelExecutor:
     def info(self) -> ModelInfo:
         """See `Executor.info`."""
         return self._local.info
+
+    @property
+    def runs_ahead(self) -> bool:
+        """The other ranks are told tokens, so these must be known."""
+        return False
 
     def allocate(self, num_pages: int, layers_per_page: int) -> None:
         """See `Executor.allocate`."""
@@ -144,8 +150,12 @@ def start_ranks(
         own = describe(setup)
         check_agreement(own, processes.replies(Description))
         processes.tell([Done()] * len(others))
-        group = join(setup, own.info, limits.step_timeout_seconds, processes.connections)
-        model = load_model(config, limits, decode, group)
+
+        def load() -> tuple[RankGroup, Mllama]:
+            group = join(setup, own.info, limits.step_timeout_seconds, processes.connections)
+            return group, load_model(config, limits, decode, group)
+
+        group, model = processes.unless_one_ends(load)
         processes.replies(Done)
     except BaseException:
         processes.close()

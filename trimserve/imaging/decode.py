@@ -7,6 +7,7 @@ that decodes it (`worker.py`); called directly, it is for files that are trusted
 import io
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Final
 
 import numpy as np
@@ -32,8 +33,9 @@ __all__ = ["Decode", "ImageReader", "Pixels", "decode_image", "decode_pixels"]
 Pixels = NDArray[np.uint8]
 """[height, width, 3], upright RGB."""
 
-Decode = Callable[[bytes, str], Pixels]
-"""Decodes a file that a field of the request holds; InvalidRequest if it cannot be decoded."""
+Decode = Callable[[bytes, str], AbstractContextManager[Pixels]]
+"""Decodes a file that a field of the request holds; InvalidRequest if it cannot be decoded. The pixels last until the
+block is left."""
 
 _FORMATS: Final[dict[str, type[ImageFile]]] = {
     "PNG": PngImagePlugin.PngImageFile,

@@ -6,7 +6,8 @@ It knows nothing of requests and of their order: who decodes how many files at o
 import logging
 import threading
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Final
 
 from trimserve.errors import EngineBusy, EngineStopped, InvalidRequest
@@ -66,19 +67,42 @@ class DecoderPool:
         """Begin to start the processes; returns at once."""
         self._starter.start()
 
-    def decode(self, data: bytes, field: str) -> Pixels:
+    @contextmanager
+    def decode(self, data: bytes, field: str) -> Iterator[Pixels]:
         """Decode a file in a process; waits for one that is idle. See `decode_pixels`.
 
+        Yields:
+            the pixels, in memory that the process uses again once the block is left.
         Raises:
             InvalidRequest: the file cannot be decoded, takes more time or memory than its pixels warrant, or
                 crashes its process twice.
             EngineBusy: no process can be started, or none answers: no fault of the file.
             EngineStopped: the pool was closed.
         """
+        process, pixels = self._decode(data, field)
+        try:
+            yield pixels
+        finally:
+            self._give_back(process)
+
+    def close(self) -> None:
+        """End all processes; who waits for one gets EngineStopped."""
+        with self._changed:
+            self._is_closed = True
+            for process in self._processes:
+                process.kill()
+            for process in self._idle:  # the others are closed by who has them
+                process.close()
+            self._idle.clear()
+            self._changed.notify_all()
+        if self._starter.ident is not None:
+            self._starter.join()
+
+    def _decode(self, data: bytes, field: str) -> tuple[DecoderProcess, Pixels]:
         for _ in range(_ATTEMPTS):
             process = self._take()
             try:
-                pixels = process.decode(data, field)
+                return process, process.decode(data, field)
             except ProcessEnded as ended:
                 self._lose(process, ended.cause)
                 if ended.cause == "processor_time":
@@ -93,23 +117,7 @@ class DecoderPool:
                 process.close()
                 self._lose(process, "crash")
                 raise
-            else:
-                self._give_back(process)
-                return pixels
         raise InvalidRequest(field, f"must be an image that can be decoded: the decoder crashed {_ATTEMPTS} times")
-
-    def close(self) -> None:
-        """End all processes; who waits for one gets EngineStopped."""
-        with self._changed:
-            self._is_closed = True
-            for process in self._processes:
-                process.kill()
-            for process in self._idle:  # the others are closed by who has them
-                process.close()
-            self._idle.clear()
-            self._changed.notify_all()
-        if self._starter.ident is not None:
-            self._starter.join()
 
     def _too_slow(self) -> str:
         limits = self._limits

@@ -14,7 +14,7 @@ from typing import Any, Final
 from trimserve.errors import InvalidRequest
 from trimserve.imaging.decode import Pixels
 from trimserve.imaging.limits import Limits
-from trimserve.imaging.memory import new_memory, received_pixels
+from trimserve.imaging.memory import new_memory, received_pixels, write_memory
 from trimserve.imaging.messages import receive, send
 
 __all__ = ["DecoderProcess", "ProcessEnded"]
@@ -89,12 +89,15 @@ class DecoderProcess:
     def decode(self, data: bytes, field: str) -> Pixels:
         """Decode a file; see `decode_pixels`.
 
+        Returns:
+            pixels that are read from the process's memory: the next call overwrites them.
         Raises:
             InvalidRequest: the file cannot be decoded.
             ProcessEnded: the process ended while it decoded.
         """
-        memory = new_memory([data])
+        memory = new_memory()
         try:
+            write_memory(memory, [data])
             send(self._connection, {}, memory)
         except OSError:  # it ended meanwhile
             raise self._ended("crash") from None

@@ -21,7 +21,7 @@ from typing import Any
 from trimserve.errors import InvalidRequest
 from trimserve.imaging.decode import ImageReader
 from trimserve.imaging.limits import Limits
-from trimserve.imaging.memory import new_memory
+from trimserve.imaging.memory import kept_memory, new_memory, write_memory
 from trimserve.imaging.messages import receive, send
 from trimserve.parent import end_with_parent
 
@@ -29,8 +29,6 @@ __all__ = ["main"]
 
 _MOST_CHARACTERS = 1000  # of an error: some quote the file
 _MOST_DESCRIPTORS = 32
-_NICE = 5
-"""Where processors are short, it gives way to the process that answers everybody."""
 
 
 def main() -> None:
@@ -44,12 +42,12 @@ def main() -> None:
         while (received := receive(connection)) is not None:
             _, file = received
             assert file is not None
-            worker.decode(file)
+            with open(file, "rb") as content:
+                worker.decode(content.read())
 
 
 def _become_expendable(parent: int, limits: Limits) -> None:
-    """End with the parent, within limits, and give way to it; leave output to it, too."""
-    os.nice(_NICE)
+    """End with the parent, within limits; leave output to it, too."""
     end_with_parent(parent)
     for kind, most in (
         (resource.RLIMIT_CORE, 0),
@@ -66,30 +64,28 @@ class _Worker:
 
     def __init__(self, connection: socket.socket, limits: Limits) -> None:
         self._connection = connection
+        self._memory = new_memory()
         self.limits = limits
 
-    def decode(self, file: int) -> None:
-        """Answer with the pixels of a file, or with why there are none."""
+    def decode(self, data: bytes) -> None:
+        """Answer with the pixels of a file, which last until the next one, or with why there are none."""
         shape = [0, 0, 3]
         try:
-            pixels = new_memory(self._bands(file, shape))
+            write_memory(self._memory, self._bands(data, shape))
         except InvalidRequest as error:
             self._answer({"error": error.message[:_MOST_CHARACTERS]})
         except MemoryError:
             self._answer({"error": f"must decode within {self.limits.bytes_per_pixel} bytes for each pixel"})
         else:
-            self._answer({"shape": shape}, pixels)
-            os.close(pixels)
+            self._answer({"shape": shape}, self._memory)
+        self._memory = kept_memory(self._memory)
 
     def _answer(self, message: dict[str, Any], pixels: int | None = None) -> None:
         self._lift_limits()
         send(self._connection, message, pixels)
 
-    def _bands(self, file: int, shape: list[int]) -> Iterator[memoryview]:
+    def _bands(self, data: bytes, shape: list[int]) -> Iterator[memoryview]:
         """Bands of the image in a file, under limits; their common shape is told as they come."""
-        with open(file, "rb") as content:
-            content.seek(0)
-            data = content.read()
         base = _address_space()
         self._limit(0, base + self.limits.memory(self.limits.max_pixels, len(data)))
         reader = ImageReader(data, "", self.limits.max_pixels)

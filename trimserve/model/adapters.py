@@ -104,6 +104,10 @@ class RowAdapters:
         """Of any number of rows with one adapter; None for the base model."""
         return None if adapter is None else cls([adapter], torch.device("cpu"))
 
+    def __contains__(self, adapter: Adapter) -> bool:
+        """Whether any of the rows has the adapter."""
+        return any(each is adapter for each in self._adapters)
+
     def part(self, first: int, end: int) -> "RowAdapters | None":
         """Of some of the rows; made once, since every layer and every step of a batch asks for the same."""
         if (first, end) == (0, len(self._adapters)):

@@ -17,13 +17,16 @@ from transformers import MllamaProcessor, PreTrainedTokenizerBase
 from trimserve.errors import CheckpointError, InvalidRequest
 from trimserve.model.json_object import read_json
 
-__all__ = ["ROLES", "ChatTemplate", "TemplateMessage"]
+__all__ = ["ROLES", "TEMPLATE_DATE", "ChatTemplate", "TemplateMessage"]
 
 ROLES: Final = ("system", "user", "assistant")
 """Who can speak; the template has the last word on the order."""
 
 _FORMS: Final = tuple(product((True, False), repeat=len(ROLES)))
 """For each role, whether its messages of text alone are given as a string; strings first, as transformers' users do."""
+
+TEMPLATE_DATE: Final = "26 Jul 2024"
+"""What the template shows as today's date: what it shows by itself where nobody names one."""
 
 _STRINGIFIED = re.compile(r"""["']type["']: ?["'](text|image)["']""")
 """What a list of parts looks like where a template takes it for a string."""

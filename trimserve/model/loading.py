@@ -25,6 +25,7 @@ from trimserve.model.mllama import Mllama
 from trimserve.model.processor import Processor
 from trimserve.model.ranks import ALONE, Ranks, Shard
 from trimserve.model.sharding import check_shares
+from trimserve.model.trained_file import load_trained_files, methods_of
 from trimserve.model.transformers_mllama import decoder_linears, step_modules
 from trimserve.model.vision import vision_scratch_bytes
 from trimserve.model.weights import empty_model, load_weights, num_parameters, stored_formats, weight_bytes
@@ -39,6 +40,9 @@ __all__ = [
     "load_processor",
 ]
 
+_MAX_NEW_TOKENS: Final = 256
+"""Of an answer, when neither the request nor the checkpoint says."""
+
 _ON_GPU: Final[tuple[Quantize, ...]] = ("none", "int8")
 
 
@@ -51,12 +55,13 @@ def describe_model(config: ModelConfig, limits: EngineConfig, device: str | None
         device: `cpu` or `cuda:0`, which need not be there; None is what `config.device` says.
     Raises:
         CheckpointError: not found, not an Mllama, something that cannot be honoured, such as a device that is not
-            there, or a codebook, a guide or an adapter that does not fit.
+            there, or a codebook, a compressor, a guide or an adapter that does not fit.
     """
     checkpoint = open_checkpoint(config.model, config.revision, with_weights=False)
     info = describe_checkpoint(checkpoint, config, limits, device)
     if config.codebook is not None:
         load_codebook(config.codebook, info, config.intermediate_features)
+    load_trained_files(config.compressor, info, config.intermediate_features)
     if config.adapter:
         model = empty_model(checkpoint.config, checkpoint.dtype(config.dtype))
         for folder in config.adapters.values():
@@ -65,7 +70,7 @@ def describe_model(config: ModelConfig, limits: EngineConfig, device: str | None
 
 
 def load_model(config: ModelConfig, limits: EngineConfig, decode: Decode | None = None, ranks: Ranks = ALONE) -> Mllama:
-    """Load a checkpoint, with its guide and codebook.
+    """Load a checkpoint, with its guide, its codebook and its compressors.
 
     Args:
         config: which one, and how.
@@ -79,10 +84,11 @@ def load_model(config: ModelConfig, limits: EngineConfig, decode: Decode | None 
     """
     checkpoint = open_checkpoint(config.model, config.revision, with_weights=True)
     info = _of_rank(describe_checkpoint(checkpoint, config, limits), ranks)
-    processor = _processor(checkpoint, info, config, limits, decode)
+    processor = _processor(checkpoint, info, limits, decode)
     prototypes = guide = None
     if config.codebook is not None:
         prototypes = load_codebook(config.codebook, info, config.intermediate_features)
+    trained = load_trained_files(config.compressor, info, config.intermediate_features)
     if config.guide_model is not None:
         guide = load_model(_guide_config(config), limits, ranks=ranks)
     if guide is not None and guide.tokenizer.get_vocab() != processor.tokenizer.get_vocab():
@@ -92,7 +98,7 @@ def load_model(config: ModelConfig, limits: EngineConfig, decode: Decode | None 
     if device.type == "cuda":
         torch.backends.cudnn.allow_tf32 = False  # in convolutions too
     model = load_weights(checkpoint.folder, checkpoint.config, dtype, device, config.quantize, ranks.shard)
-    return Mllama(model, processor, info, config.intermediate_features, prototypes, guide, ranks)
+    return Mllama(model, processor, info, config.intermediate_features, prototypes, trained, guide, ranks)
 
 
 def load_processor(config: ModelConfig, limits: EngineConfig) -> Processor:
@@ -105,16 +111,15 @@ def load_processor(config: ModelConfig, limits: EngineConfig) -> Processor:
         CheckpointError: see `describe_model`.
     """
     checkpoint = open_checkpoint(config.model, config.revision, with_weights=False)
-    return _processor(checkpoint, describe_checkpoint(checkpoint, config, limits), config, limits)
+    return _processor(checkpoint, describe_checkpoint(checkpoint, config, limits), limits)
 
 
 def _processor(
-    checkpoint: Checkpoint, info: ModelInfo, config: ModelConfig, limits: EngineConfig, decode: Decode | None = None
+    checkpoint: Checkpoint, info: ModelInfo, limits: EngineConfig, decode: Decode | None = None
 ) -> Processor:
     return Processor.from_pretrained(
         checkpoint.folder,
         info,
-        template_date=config.template_date,
         max_image_pixels=limits.max_image_pixels,
         decode=decode,
     )
@@ -127,8 +132,8 @@ def _of_rank(info: ModelInfo, ranks: Ranks) -> ModelInfo:
 
 
 def _guide_config(config: ModelConfig) -> ModelConfig:
-    others = {"revision": None, "codebook": None, "guide_model": None, "max_model_len": None, "adapter": ()}
-    return config.model_copy(update={"model": config.guide_model, **others})
+    others = {"revision": None, "codebook": None, "guide_model": None, "max_model_len": None}
+    return config.model_copy(update={"model": config.guide_model, **others, "adapter": (), "compressor": ()})
 
 
 def _describe_guide(config: ModelConfig, limits: EngineConfig, info: ModelInfo) -> ModelInfo:
@@ -174,6 +179,7 @@ def describe_checkpoint(
     size = limits.tensor_parallel
     of_rank = model if size == 1 else empty_model(checkpoint.config, dtype, config.quantize, stored, Shard(0, size))
     kept = [*stored.values()]
+    learned = methods_of(config.compressor)
     num_cross = len(text.cross_attention_layers or [])
     assert isinstance(vision.image_size, int)
     assert isinstance(vision.patch_size, int)
@@ -210,13 +216,17 @@ def describe_checkpoint(
         default_k_ratio=config.k_ratio or checkpoint.trimserve.k_ratio,
         default_merge_ratio=checkpoint.trimserve.merge_ratio if config.merge_ratio is None else config.merge_ratio,
         policy_details=tuple(
-            policy.describe(is_available=not policy.knob or getattr(config, policy.knob) is not None)
-            for policy in POLICIES.values()
+            policy.describe(is_available=name in learned if policy.trained else _has_knob(config, policy.knob))
+            for name, policy in POLICIES.items()
         ),
-        generation_defaults=_generation_defaults(checkpoint, limits.default_max_new_tokens),
+        generation_defaults=_generation_defaults(checkpoint),
     )
     check_shares(config, info)
     return info if config.guide_model is None else replace(info, guide=_describe_guide(config, limits, info))
+
+
+def _has_knob(config: ModelConfig, knob: str) -> bool:
+    return not knob or getattr(config, knob) is not None
 
 
 def _check_stored(config: ModelConfig, device: str) -> None:
@@ -249,7 +259,7 @@ def _max_model_len(limit: int, wanted: int | None) -> int:
     return wanted or limit
 
 
-def _generation_defaults(checkpoint: Checkpoint, max_new_tokens: int) -> GenerationDefaults:
+def _generation_defaults(checkpoint: Checkpoint) -> GenerationDefaults:
     generation = checkpoint.generation
     eos = generation.eos_token_id
     if eos is None:
@@ -260,6 +270,6 @@ def _generation_defaults(checkpoint: Checkpoint, max_new_tokens: int) -> Generat
         top_k=generation.top_k if generation.do_sample else 0,
         min_p=generation.min_p if generation.do_sample else 0.0,
         repetition_penalty=generation.repetition_penalty,
-        max_new_tokens=generation.max_new_tokens or max_new_tokens,
+        max_new_tokens=generation.max_new_tokens or _MAX_NEW_TOKENS,
         eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
     )

@@ -5,7 +5,7 @@ text, and reserves no pages.
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -20,6 +20,7 @@ from trimserve.model.adapters import Adapter
 from trimserve.model.bucketed_decode import BucketedDecode, Capture, CudaGraphs
 from trimserve.model.decode_rows import NewRows
 from trimserve.model.decoder import RaggedDecoder, SequenceRows
+from trimserve.model.differentiable import DifferentiableDecoder
 from trimserve.model.interruptible import Interruptible, run_through
 from trimserve.model.key_values import KeyValues
 from trimserve.model.prefilled import Prefilled, ToPrefill, TrimTimes
@@ -28,15 +29,17 @@ from trimserve.model.processor import Processor
 from trimserve.model.ranks import ALONE, Ranks
 from trimserve.model.step_buffers import StepBuffers
 from trimserve.model.transformers_mllama import MllamaForConditionalGeneration
-from trimserve.model.upload import upload_ids
 from trimserve.model.visibility import visible_images
 from trimserve.model.vision import IntermediateFeatures, VisionEncoder
 from trimserve.model.vision_rows import VisionRows
+from trimserve.ops.upload import upload_ids
+from trimserve.trimming.compressor import Compressor
 from trimserve.trimming.encoded_image import EncodedImage, Observation
 from trimserve.trimming.feature_kv import FeatureKeyValues
 from trimserve.trimming.plan import TrimPlan, bitmap, choose_from_image, select
 from trimserve.trimming.policies.policy import CrossAttentionView, Place
 from trimserve.trimming.selection import AHEAD, KeptSets, Selection
+from trimserve.trimming.trained import Trained
 
 __all__ = ["Mllama"]
 
@@ -51,11 +54,13 @@ class Mllama:
         info: ModelInfo,
         intermediate_features: IntermediateFeatures = "inputs",
         prototypes: Tensor | None = None,
+        trained: Mapping[str, Trained] | None = None,
         guide: "Mllama | None" = None,
         ranks: Ranks = ALONE,
     ) -> None:
         """Use `loading.load_model`."""
         self._prototypes = prototypes
+        self._trained = trained or {}
         self._guide = guide
         self._processor = processor
         self._model = model
@@ -88,6 +93,12 @@ class Mllama:
         return 2 * num_heads * self._info.head_dim * self._dtype.itemsize
 
     @property
+    def _made_rows(self) -> int:
+        """Rows that compressors make of a tile whatever the question."""
+        fixed = (each for each in self._trained.values() if isinstance(each, Compressor) and not each.reads_text)
+        return sum(each.shape.rows - 1 for each in fixed)
+
+    @property
     def processor(self) -> Processor:
         """Prepares prompts and images; computes nothing on the device, so that another process may have its own."""
         return self._processor
@@ -115,6 +126,10 @@ class Mllama:
         """Read an adapter of this model; another thread may compute meanwhile. See `adapter_files.read_adapter`."""
         return read_adapter(folder, self._model, self._dtype)
 
+    def forget_adapter(self, adapter: Adapter) -> None:
+        """See `RaggedDecoder.forget_adapter`."""
+        self._decoder.forget_adapter(adapter)
+
     # ---- computation ----
 
     @torch.inference_mode()
@@ -130,6 +145,8 @@ class Mllama:
         """
         encoded = yield from self._vision.encode(image, needs, adapter)
         encoded.prototypes = self._prototypes
+        encoded.trained = self._trained
+        encoded.made_bytes = self._made_rows * image.num_tiles * self.feature_bytes
         if self._guide is not None:
             encoded.guide_bytes = encoded.num_features * self._guide.feature_bytes
         # On other devices only the first layer always projects all features, see `FeatureKeyValues.serves`.
@@ -183,7 +200,7 @@ class Mllama:
 
     @torch.inference_mode()
     def decode(
-        self, token_ids: Sequence[int], kvs: Sequence[KeyValues], num_rows: Sequence[int] | None = None
+        self, token_ids: Sequence[int] | Tensor, kvs: Sequence[KeyValues], num_rows: Sequence[int] | None = None
     ) -> Tensor:
         """One step of several sequences, with one or more new rows of each.
 
@@ -191,7 +208,8 @@ class Mllama:
         and to its own first i + 1 rows, and all rows see the features that the sequence holds.
 
         Args:
-            token_ids: [R], the new tokens of the first sequence, then of the second, and so on.
+            token_ids: [R], the new tokens of the first sequence, then of the second, and so on; a tensor is int64, on
+                the model's device.
             kvs: [B], with granted pages for the new rows; each as much longer afterwards.
             num_rows: [B], new rows of each, at least 1; None if each has one.
         Returns:
@@ -287,9 +305,10 @@ class Mllama:
         """Choose before the decoder runs, if the policy does that."""
         if trim.place is Place.BEFORE_DECODER:
             choices = []
-            for image in images:
+            for index, image in enumerate(images):
                 if not self._ranks.shard.rank:
-                    choices.append(choose_from_image(image, trim))
+                    text = self._text_about(prompt, index) if trim.reads_text else None
+                    choices.append(choose_from_image(image, trim, text))
                 yield
             return self._chosen(lambda: Selection.of(choices, [image.num_features for image in images]))
         if trim.place is Place.IN_GUIDE:
@@ -303,10 +322,22 @@ class Mllama:
             return self._chosen(lambda: select(view, trim))
         return None
 
+    def _text_about(self, prompt: PreparedPrompt, image: int) -> Tensor:
+        """Mean embedding of the tokens that see an image, float32 [D]."""
+        visible = visible_images(prompt.token_ids, self._info.image_token_id)
+        seeing = [
+            token_id for token_id, (first, end) in zip(prompt.token_ids, visible, strict=True) if first <= image < end
+        ]
+        return self._decoder.embed(self._ids(seeing)).float().mean(dim=0)
+
     def _chosen(self, choose: Callable[[], Selection]) -> Selection:
         selection = self._ranks.decide(choose, self._device)
         assert isinstance(selection, Selection)
         return selection
+
+    def differentiable(self) -> DifferentiableDecoder:
+        """The decoder for training what stands before it; see there."""
+        return DifferentiableDecoder(self._model, self._info.head_dim)
 
     def _vision_rows(
         self,
@@ -319,7 +350,8 @@ class Mllama:
         visible = visible_images(prompt.token_ids, self._info.image_token_id)
         counts = tuple(image.num_features for image in images)
         features = images[0].features if len(images) == 1 else torch.cat([image.features for image in images])
-        return VisionRows(features, counts, visible, self._info.features_per_tile, trim, known, stored)
+        size = self._info.features_per_tile
+        return VisionRows(features, counts, visible, size, trim, known, stored, self._trained)
 
     def _layer_rows(self, vision: VisionRows) -> tuple[tuple[int, ...], ...]:
         first, *later = vision.layer_rows
@@ -328,8 +360,8 @@ class Mllama:
         num_left_out = self._info.num_cross_attention_layers - len(vision.layer_rows)
         return (first, *later, *[(0,) * len(first)] * num_left_out)
 
-    def _ids(self, token_ids: Sequence[int]) -> Tensor:
-        return upload_ids(token_ids, self._device)
+    def _ids(self, token_ids: Sequence[int] | Tensor) -> Tensor:
+        return token_ids if isinstance(token_ids, Tensor) else upload_ids(token_ids, self._device)
 
     def _selections(
         self, images: Sequence[PreparedImage], num_valid: Sequence[int], selection: Selection | None

@@ -4,7 +4,7 @@ The one place where prompts are checked against the tokenizer and the pixels. It
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from functools import partial
+from contextlib import nullcontext
 from itertools import takewhile
 from pathlib import Path
 from typing import Final
@@ -18,7 +18,7 @@ from trimserve.api.prompt import ChatPrompt, ImageFile, Prompt, RawPrompt, Text
 from trimserve.errors import CheckpointError, InvalidRequest
 from trimserve.imaging.decode import Decode, decode_pixels
 from trimserve.model.chat import ChatEncoder
-from trimserve.model.chat_template import ChatTemplate
+from trimserve.model.chat_template import TEMPLATE_DATE, ChatTemplate
 from trimserve.model.images import prepare_image
 from trimserve.model.prepared import PreparedImage, PreparedPrompt, TokenizedPrompt
 
@@ -59,7 +59,7 @@ class Processor:
         self._image_processor = image_processor
         self._info = info
         self._max_image_pixels = max_image_pixels
-        self._decode = decode or partial(decode_pixels, max_pixels=max_image_pixels)
+        self._decode = decode or (lambda data, field: nullcontext(decode_pixels(data, field, max_image_pixels)))
         # A token stands for at most as many characters as it has itself (byte-level: for as many bytes).
         longest_token = max(map(len, self._tokenizer.get_vocab()))
         self._max_characters = longest_token * info.max_model_len
@@ -71,7 +71,7 @@ class Processor:
         info: ModelInfo,
         *,
         max_image_pixels: int,
-        template_date: str,
+        template_date: str = TEMPLATE_DATE,
         decode: Decode | None = None,
     ) -> "Processor":
         """Load the tokenizer and the image processor of a checkpoint.
@@ -80,7 +80,7 @@ class Processor:
             folder: of the checkpoint.
             info: what the model's config says.
             max_image_pixels: see the constructor.
-            template_date: what the chat template shows as today's date, such as `26 Jul 2024`.
+            template_date: what the chat template shows as today's date; Llama's own by default.
             decode: see the constructor.
         Raises:
             CheckpointError: missing or unreadable files, a chat template that cannot be used, or a disagreement with
@@ -140,13 +140,13 @@ class Processor:
             yield prepared
 
     def _prepare_image(self, image: ImageFile, num_before: int) -> tuple[PreparedImage, int]:
-        pixels = self._decode(image.data, image.field)
-        num_pixels = num_before + pixels.shape[0] * pixels.shape[1]
-        most = REQUEST_PIXELS * self._max_image_pixels
-        if num_pixels > most:
-            bound = f"with the images before it must have at most {most} pixels"
-            raise InvalidRequest(image.field, f"{bound}, got {num_pixels}")
-        return prepare_image(pixels, self._image_processor), num_pixels
+        with self._decode(image.data, image.field) as pixels:
+            num_pixels = num_before + pixels.shape[0] * pixels.shape[1]
+            most = REQUEST_PIXELS * self._max_image_pixels
+            if num_pixels > most:
+                bound = f"with the images before it must have at most {most} pixels"
+                raise InvalidRequest(image.field, f"{bound}, got {num_pixels}")
+            return prepare_image(pixels, self._image_processor), num_pixels
 
     def _token_ids(self, field: str, prompt: Prompt) -> Sequence[int]:
         if isinstance(prompt, ChatPrompt):

@@ -56,18 +56,19 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     return result
 
 
-def silu_gate(gate_up: Tensor) -> Tensor:
+def silu_gate(gate_up: Tensor, counts: Tensor | None = None) -> Tensor:
     """Apply the gated activation of an MLP: gate * sigmoid(gate) * up.
 
     Args:
         gate_up: float32, bfloat16 or float16 [R, 2 * I], in each row I gates and then I ups.
+        counts: int32 [R]; rows with 0 become 0, whatever they hold. None for none.
     Returns:
         [R, I] of the same dtype, computed in float32.
     Raises:
         ValueError: a wrong dtype or shape.
     Source: SwiGLU, arXiv:2002.05202. Definition: reference.silu_gate.
     """
-    result: Tensor = torch.ops.trimserve.silu_gate(gate_up)
+    result: Tensor = torch.ops.trimserve.silu_gate(gate_up, counts)
     return result
 
 
@@ -94,7 +95,7 @@ def _fake_rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     return x.new_empty(x.shape)
 
 
-def _fake_silu_gate(gate_up: Tensor) -> Tensor:
+def _fake_silu_gate(gate_up: Tensor, counts: Tensor | None = None) -> Tensor:
     return gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
 
 

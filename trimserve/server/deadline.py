@@ -37,12 +37,9 @@ class Deadline:
         """The deadline that the engine gets, as a `time.monotonic()` value; None for none.
 
         Args:
-            config: the default for calls without a deadline, and the longest one.
+            config: the longest deadline, which calls without one get, too.
         """
-        now, wanted = time.monotonic(), self.at
-        if wanted is None and config.default_deadline_seconds is not None:
-            wanted = now + config.default_deadline_seconds
         if config.max_deadline_seconds is None:
-            return wanted
-        limit = now + config.max_deadline_seconds
-        return limit if wanted is None else min(wanted, limit)
+            return self.at
+        limit = time.monotonic() + config.max_deadline_seconds
+        return limit if self.at is None else min(self.at, limit)

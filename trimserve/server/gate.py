@@ -19,6 +19,9 @@ from trimserve.server.tokens import Caller, Tokens
 
 __all__ = ["MAX_WATCHES", "MAX_WATCHES_PER_ADDRESS", "Gate"]
 
+MESSAGES_IN_FLIGHT = 16
+"""Messages of the largest size that there is room for while they arrive or wait for their images to be decoded."""
+
 MAX_WATCHES = 256
 """Health watches that are open at once without being somebody's calls."""
 
@@ -62,7 +65,7 @@ class Gate:
         self._open: Counter[str] = Counter()
         self._watches: Counter[str] = Counter()
         self._watching_connections: set[str] = set()
-        self.message_bytes = MessageBytes(int(config.max_message_bytes_in_flight), config.max_message_bytes)
+        self.message_bytes = MessageBytes(MESSAGES_IN_FLIGHT * config.max_message_bytes, config.max_message_bytes)
         """Room for messages, of all calls."""
         metrics.health_watches.set_function(lambda: self.num_watches)
         metrics.message_bytes_in_flight.set_function(lambda: self.message_bytes.in_flight)

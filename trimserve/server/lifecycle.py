@@ -77,7 +77,7 @@ class Server:
 
     @property
     def metrics_address(self) -> str | None:
-        """`HOST:PORT` of `/metrics`, `/healthz` and `/readyz`; None if they are off."""
+        """`HOST:PORT` of `/metrics`, `/healthz` and `/readyz`, once it listens."""
         server = self._metrics_server
         return None if server is None else address_of(self.config.server.host, server.port)
 
@@ -92,11 +92,10 @@ class Server:
             await transport.listen()
         self._lag_follower = asyncio.create_task(self._lag.follow())
         config = self.config.server
-        if config.metrics:
-            with listening("--metrics-port", config.host, config.metrics_port):
-                self._metrics_server = MetricsServer(
-                    config.host, config.metrics_port, self._core.metrics, self._status_reader()
-                )
+        with listening("--metrics-port", config.host, config.metrics_port):
+            self._metrics_server = MetricsServer(
+                config.host, config.metrics_port, self._core.metrics, self._status_reader()
+            )
 
     async def warm_up(self) -> None:
         """Start the engine; once it is ready, report SERVING.

@@ -1,4 +1,4 @@
-"""Log format: lines for people or JSON for machines, on standard error.
+"""Log format: on standard error, lines for people where that is a terminal, JSON for machines elsewhere.
 
 Modules log through the standard library with `extra=` fields, so a program that embeds the server keeps its own
 logging; only `serve` calls `configure_logging`.
@@ -7,7 +7,6 @@ logging; only `serve` calls `configure_logging`.
 import logging
 import sys
 from collections.abc import Callable
-from typing import Literal
 
 import structlog
 
@@ -17,25 +16,20 @@ from trimserve.server.tracing import current_trace
 __all__ = ["configure_logging"]
 
 
-def configure_logging(
-    level: str, log_format: Literal["console", "json"], dropped: Callable[[int], None] = lambda _: None
-) -> QueuedHandler:
+def configure_logging(level: str, dropped: Callable[[int], None] = lambda _: None) -> QueuedHandler:
     """Log to standard error, without waiting for who reads it.
 
     Args:
         level: lowest severity of trimserve's own records; those of other packages are logged from `warning` on.
-        log_format: as `ServerConfig.log_format`.
         dropped: told of lines that could not be written, on any thread.
     Returns:
         What holds the lines that are not written yet.
     """
     # Plain tracebacks: rich ones show local variables, which hold prompts and images.
-    renderers: dict[str, list[structlog.types.Processor]] = {
-        "json": [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()],
-        "console": [
-            structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback)
-        ],
-    }
+    renderers: list[structlog.types.Processor]
+    renderers = [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
+    if sys.stderr.isatty():
+        renderers = [structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)]
     handler = QueuedHandler(sys.stderr, dropped)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
@@ -48,7 +42,7 @@ def configure_logging(
             ],
             processors=[
                 structlog.stdlib.ProcessorFormatter.remove_processors_meta,
-                *renderers[log_format],
+                *renderers,
             ],
         )
     )

@@ -93,6 +93,8 @@ class Metrics(ProcessMetrics):
         self._declare_latencies()
         self._declare_tokens_and_features()
         self._declare_engine()
+        self._declare_images()
+        self._declare_infos()
         self._declare_process()
         ProcessCollector(registry=self.registry)
 
@@ -334,6 +336,18 @@ class Metrics(ProcessMetrics):
             "Decoded images of requests that wait for the engine or run, in the machine's memory: kept to compute a "
             "request again.",
         )
+        self.cross_kv_cache_untrimmed_bytes = self._gauge(
+            "trimserve_cross_kv_cache_untrimmed_bytes",
+            "What running requests would hold of cross-attention KV untrimmed.",
+        )
+        self.device_memory_bytes = self._gauge(
+            "trimserve_device_memory_bytes",
+            "Memory of the model's device: its weights, those of LoRA adapters, the page pool, and what is free; of a "
+            "GPU also what torch has reserved, and how much of that is allocated.",
+            {"kind": ("weights", "adapters", "kv", "free", "allocated", "reserved")},
+        )
+
+    def _declare_images(self) -> None:
         self.image_cache_hits = self._counter(
             "trimserve_image_cache_hits_total", "Images whose visual features were still known: not encoded again."
         )
@@ -355,7 +369,8 @@ class Metrics(ProcessMetrics):
         )
         self.image_cache_used_bytes = self._gauge(
             "trimserve_image_cache_used_bytes",
-            "Bytes of the visual features that are kept for another question, with their keys and values.",
+            "Bytes of the visual features that are kept for another question, with their keys and values, in each of "
+            "tensor_parallel processes.",
         )
         self.image_cache_kv_bytes = self._gauge(
             "trimserve_image_cache_kv_bytes", "Of these, bytes set aside for keys and values."
@@ -363,16 +378,8 @@ class Metrics(ProcessMetrics):
         self.image_cache_capacity_bytes = self._gauge(
             "trimserve_image_cache_capacity_bytes", "Most bytes that the image cache holds."
         )
-        self.cross_kv_cache_untrimmed_bytes = self._gauge(
-            "trimserve_cross_kv_cache_untrimmed_bytes",
-            "What running requests would hold of cross-attention KV untrimmed.",
-        )
-        self.device_memory_bytes = self._gauge(
-            "trimserve_device_memory_bytes",
-            "Memory of the model's device: its weights, those of LoRA adapters, the page pool, and what is free; of a "
-            "GPU also what torch has reserved, and how much of that is allocated.",
-            {"kind": ("weights", "adapters", "kv", "free", "allocated", "reserved")},
-        )
+
+    def _declare_infos(self) -> None:
         model_labels = ("model_id", "revision", "dtype", "quantization", "device")
         self.model_info = self._gauge(
             "trimserve_model_info",

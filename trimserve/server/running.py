@@ -45,7 +45,7 @@ async def serve(server: Server, *, on_serving: Callable[[Server], None] | None =
     """
     config = server.config
     raise_descriptor_limit()
-    lines = configure_logging(config.server.log_level, config.server.log_format, server.metrics.log_lines_dropped.inc)
+    lines = configure_logging(config.server.log_level, server.metrics.log_lines_dropped.inc)
     try:
         async with loop_watched(config.engine.step_timeout_seconds):
             await _serve_until(_signalled(), server, on_serving or (lambda _: None))

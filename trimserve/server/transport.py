@@ -2,7 +2,10 @@
 
 from typing import Protocol
 
-__all__ = ["Transport"]
+__all__ = ["KEEPALIVE_SECONDS", "Transport"]
+
+KEEPALIVE_SECONDS = 60.0
+"""Without data, after which a client is asked for a sign of life; 20 seconds later, what it had open is cancelled."""
 
 
 class Transport(Protocol):

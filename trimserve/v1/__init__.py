@@ -1,1 +1,1 @@
-"""Generated from protos/trimserve/v1 by scripts/generate_protos.py; never edited."""
+"""Generated from protos/trimserve/v1 by scripts/generate/protos.py; never edited."""

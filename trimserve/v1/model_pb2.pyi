@@ -21,7 +21,7 @@ class GetModelRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetModelResponse(_message.Message):
-    __slots__ = ("model_id", "model_revision", "dtype", "device", "num_parameters", "vocab_size", "image_token_id", "max_model_len", "max_images", "max_image_bytes", "max_image_pixels", "num_self_attention_layers", "num_cross_attention_layers", "num_heads", "num_kv_heads", "head_dim", "hidden_size", "tile_size", "patch_size", "max_tiles", "features_per_tile", "cross_kv_bytes_per_feature", "self_kv_bytes_per_token", "policies", "default_k_ratio", "generation_defaults", "default_merge_ratio", "policy_details", "quantization", "weight_bytes", "kv_dtype")
+    __slots__ = ("model_id", "model_revision", "dtype", "device", "num_parameters", "vocab_size", "image_token_id", "max_model_len", "max_images", "max_image_bytes", "max_image_pixels", "num_self_attention_layers", "num_cross_attention_layers", "num_heads", "num_kv_heads", "head_dim", "hidden_size", "tile_size", "patch_size", "max_tiles", "features_per_tile", "cross_kv_bytes_per_feature", "self_kv_bytes_per_token", "policies", "default_k_ratio", "generation_defaults", "default_merge_ratio", "policy_details", "quantization", "weight_bytes", "kv_dtype", "tensor_parallel")
     MODEL_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_REVISION_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
@@ -53,6 +53,7 @@ class GetModelResponse(_message.Message):
     QUANTIZATION_FIELD_NUMBER: _ClassVar[int]
     WEIGHT_BYTES_FIELD_NUMBER: _ClassVar[int]
     KV_DTYPE_FIELD_NUMBER: _ClassVar[int]
+    TENSOR_PARALLEL_FIELD_NUMBER: _ClassVar[int]
     model_id: str
     model_revision: str
     dtype: str
@@ -84,7 +85,8 @@ class GetModelResponse(_message.Message):
     quantization: str
     weight_bytes: int
     kv_dtype: str
-    def __init__(self, model_id: _Optional[str] = ..., model_revision: _Optional[str] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., num_parameters: _Optional[int] = ..., vocab_size: _Optional[int] = ..., image_token_id: _Optional[int] = ..., max_model_len: _Optional[int] = ..., max_images: _Optional[int] = ..., max_image_bytes: _Optional[int] = ..., max_image_pixels: _Optional[int] = ..., num_self_attention_layers: _Optional[int] = ..., num_cross_attention_layers: _Optional[int] = ..., num_heads: _Optional[int] = ..., num_kv_heads: _Optional[int] = ..., head_dim: _Optional[int] = ..., hidden_size: _Optional[int] = ..., tile_size: _Optional[int] = ..., patch_size: _Optional[int] = ..., max_tiles: _Optional[int] = ..., features_per_tile: _Optional[int] = ..., cross_kv_bytes_per_feature: _Optional[int] = ..., self_kv_bytes_per_token: _Optional[int] = ..., policies: _Optional[_Iterable[str]] = ..., default_k_ratio: _Optional[float] = ..., generation_defaults: _Optional[_Union[GenerationDefaults, _Mapping]] = ..., default_merge_ratio: _Optional[float] = ..., policy_details: _Optional[_Iterable[_Union[Policy, _Mapping]]] = ..., quantization: _Optional[str] = ..., weight_bytes: _Optional[int] = ..., kv_dtype: _Optional[str] = ...) -> None: ...
+    tensor_parallel: int
+    def __init__(self, model_id: _Optional[str] = ..., model_revision: _Optional[str] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., num_parameters: _Optional[int] = ..., vocab_size: _Optional[int] = ..., image_token_id: _Optional[int] = ..., max_model_len: _Optional[int] = ..., max_images: _Optional[int] = ..., max_image_bytes: _Optional[int] = ..., max_image_pixels: _Optional[int] = ..., num_self_attention_layers: _Optional[int] = ..., num_cross_attention_layers: _Optional[int] = ..., num_heads: _Optional[int] = ..., num_kv_heads: _Optional[int] = ..., head_dim: _Optional[int] = ..., hidden_size: _Optional[int] = ..., tile_size: _Optional[int] = ..., patch_size: _Optional[int] = ..., max_tiles: _Optional[int] = ..., features_per_tile: _Optional[int] = ..., cross_kv_bytes_per_feature: _Optional[int] = ..., self_kv_bytes_per_token: _Optional[int] = ..., policies: _Optional[_Iterable[str]] = ..., default_k_ratio: _Optional[float] = ..., generation_defaults: _Optional[_Union[GenerationDefaults, _Mapping]] = ..., default_merge_ratio: _Optional[float] = ..., policy_details: _Optional[_Iterable[_Union[Policy, _Mapping]]] = ..., quantization: _Optional[str] = ..., weight_bytes: _Optional[int] = ..., kv_dtype: _Optional[str] = ..., tensor_parallel: _Optional[int] = ...) -> None: ...
 
 class Policy(_message.Message):
     __slots__ = ("name", "summary", "stage", "needs", "budgets", "parameters", "knob", "is_available")

@@ -12,7 +12,7 @@ import pytest
 from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2
 
-from scripts.raw_http2 import RawConnection, framed
+from scripts.verify.raw_http2 import RawConnection, framed
 from tests.patience import soon, until
 from tests.server.conftest import Loopback
 from tests.server.fakes import FINISHED, STARTED, Pause, Script, chat_request
@@ -39,7 +39,7 @@ NEVER_SECONDS = 3600.0
 
 def metric(loopback: Loopback, name: str, **labels: str) -> float | None:
     """A sample of the server's metrics."""
-    return loopback.server._core.metrics.registry.get_sample_value(name, labels)
+    return loopback.server.metrics.registry.get_sample_value(name, labels)
 
 
 def refused(loopback: Loopback, reason: str) -> float | None:
@@ -66,8 +66,9 @@ async def test_a_health_check_that_never_ends_is_ended_within_seconds(monkeypatc
         assert metric(loopback, "trimserve_message_bytes_in_flight") == 0
 
 
-async def test_health_is_told_while_messages_take_all_room() -> None:
-    knobs = {"max_message_bytes": MIB, "max_message_bytes_in_flight": MIB, "receive_timeout_seconds": NEVER_SECONDS}
+async def test_health_is_told_while_messages_take_all_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gate, "MESSAGES_IN_FLIGHT", 1)
+    knobs = {"max_message_bytes": MIB, "receive_timeout_seconds": NEVER_SECONDS}
     async with serving(**knobs) as loopback, RawConnection(loopback.server.address) as attacker:
         await attacker.send(attacker.call(GENERATE), framed(b"", announced=MIB))
         await until(lambda: metric(loopback, "trimserve_message_bytes_in_flight") == MIB)
@@ -98,7 +99,7 @@ async def test_an_address_has_sixteen_watches_and_others_go_on_being_served(file
         assert refused(loopback, "too_many_calls") == 1
         assert (await loopback.generation.Generate(chat_request(), metadata=bearer("ask"))).text
         assert (await health(loopback.channel).Check(health_pb2.HealthCheckRequest())).status
-    assert loopback.server._core.gate.num_watches == 0
+    assert metric(loopback, "trimserve_health_watches") == 0
 
 
 async def test_a_second_watch_on_a_connection_takes_a_token(file: Path) -> None:
@@ -124,8 +125,9 @@ async def test_two_thousand_watches_take_no_place_of_a_call() -> None:
         assert (await soon(loopback.generation.Generate(chat_request()))).text
 
 
-async def test_what_nobody_asked_for_is_not_taken_from_the_network() -> None:
-    knobs = {"max_message_bytes": MIB, "max_message_bytes_in_flight": MIB, "receive_timeout_seconds": NEVER_SECONDS}
+async def test_what_nobody_asked_for_is_not_taken_from_the_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gate, "MESSAGES_IN_FLIGHT", 1)
+    knobs = {"max_message_bytes": MIB, "receive_timeout_seconds": NEVER_SECONDS}
     async with serving(**knobs) as loopback, AsyncExitStack() as stack:
         first, second = [await stack.enter_async_context(RawConnection(loopback.server.address)) for _ in range(2)]
         await first.send(first.call(GENERATE), framed(b"", announced=MIB))
@@ -239,8 +241,9 @@ async def test_bytes_of_a_message_are_counted_until_its_images_are_with_the_engi
     assert metric(loopback, "trimserve_message_bytes_in_flight") == 0
 
 
-async def test_calls_wait_for_room_and_are_told_when_there_is_none() -> None:
-    knobs = {"max_message_bytes": MIB, "max_message_bytes_in_flight": MIB, "receive_timeout_seconds": 1}
+async def test_calls_wait_for_room_and_are_told_when_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gate, "MESSAGES_IN_FLIGHT", 1)
+    knobs = {"max_message_bytes": MIB, "receive_timeout_seconds": 1}
     async with serving(**knobs) as loopback:
         loopback.runner.script = (Pause.UNTIL_RELEASED, STARTED, FINISHED)
         first = asyncio.ensure_future(loopback.generation.Generate(chat_request()))

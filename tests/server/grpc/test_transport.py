@@ -28,8 +28,9 @@ NUM_MALFORMED = 10_000
 
 async def test_a_client_that_vanishes_without_a_word_frees_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transport, "PING_TIMEOUT_SECONDS", 0.5)
+    monkeypatch.setattr(transport, "KEEPALIVE_SECONDS", 1.0)
     async with (
-        serving(keepalive_seconds=1) as loopback,
+        serving() as loopback,
         Relay(loopback.server.address) as relay,
         grpc.aio.insecure_channel(relay.address) as channel,
     ):

@@ -64,7 +64,7 @@ class Inbox:
             InvalidRequest: there is no message, or no valid one.
             MessageTooLarge: it inflates to more than it may.
         """
-        no_room = TooManyBytes(f"no room for a message within {seconds:g} seconds (max_message_bytes_in_flight)")
+        no_room = TooManyBytes(f"no room for a message within {seconds:g} seconds (max_message_bytes)")
         late = DeadlinePassed(f"the request did not arrive within {seconds:g} seconds (receive_timeout_seconds)")
         end = asyncio.get_running_loop().time() + seconds
         async with self._until(end, no_room):

@@ -89,7 +89,5 @@ class GrpcTransport:
         model_pb2_grpc.add_ModelServiceServicer_to_server(ModelService(core), server)
         adapter_pb2_grpc.add_AdapterServiceServicer_to_server(AdapterService(core), server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-        if config.reflection:
-            names = (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)
-            reflection.enable_server_reflection(names, server)
+        reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
         return server

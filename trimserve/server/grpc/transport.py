@@ -5,6 +5,7 @@ import resource
 import grpc
 
 from trimserve.config import ServerConfig
+from trimserve.server.transport import KEEPALIVE_SECONDS
 
 __all__ = ["server_options"]
 
@@ -65,7 +66,7 @@ def server_options(config: ServerConfig) -> list[tuple[str, int]]:
         ("grpc.so_reuseport", 0),  # two servers on one port would share its traffic silently
         ("grpc.max_concurrent_streams", config.max_concurrent_rpcs + OTHER_RPCS),
         ("grpc.server_handshake_timeout_ms", _ms(HANDSHAKE_SECONDS)),
-        ("grpc.keepalive_time_ms", _ms(config.keepalive_seconds)),
+        ("grpc.keepalive_time_ms", _ms(KEEPALIVE_SECONDS)),
         ("grpc.keepalive_timeout_ms", _ms(PING_TIMEOUT_SECONDS)),
         ("grpc.http2.ping_timeout_ms", _ms(PING_TIMEOUT_SECONDS)),  # what gRPC really goes by
         ("grpc.keepalive_permit_without_calls", 1),

@@ -14,6 +14,7 @@ from uvicorn.server import ServerState
 from trimserve.errors import InvalidRequest, MessageLate
 from trimserve.server.http.exchange import CLIENT_KEY
 from trimserve.server.http.statuses import error_body
+from trimserve.server.transport import KEEPALIVE_SECONDS
 
 __all__ = ["Connection", "Connections"]
 
@@ -32,13 +33,8 @@ PROBE_SECONDS = 5
 class Connections:
     """All connections of a server; when there are too many, those go that have no request."""
 
-    def __init__(self, keepalive_seconds: float) -> None:
-        """Hold none yet.
-
-        Args:
-            keepalive_seconds: without data, after which a client is asked for a sign of life.
-        """
-        self.keepalive_seconds = keepalive_seconds
+    def __init__(self) -> None:
+        """Hold none yet."""
         self.most = 0
         """Open at once."""
         self._open: dict[Connection, None] = {}
@@ -107,7 +103,7 @@ class Connection(H11Protocol):
             transport.abort()
             return
         self.app_state = {CLIENT_KEY: _client_of(transport)}
-        _ask_for_life(transport.get_extra_info("socket"), round(self._connections.keepalive_seconds))
+        _ask_for_life(transport.get_extra_info("socket"), round(KEEPALIVE_SECONDS))
         self._header_clock.start(HEADER_SECONDS)
 
     def connection_lost(self, exc: Exception | None) -> None:

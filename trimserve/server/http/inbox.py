@@ -60,7 +60,7 @@ class Inbox:
         if length > self._most:
             raise MessageTooLarge(f"the body has {length} bytes, {self._most} are allowed (max_message_bytes)")
         seconds = self._seconds
-        no_room = TooManyBytes(f"no room for a message within {seconds:g} seconds (max_message_bytes_in_flight)")
+        no_room = TooManyBytes(f"no room for a message within {seconds:g} seconds (max_message_bytes)")
         late = MessageLate(f"the request did not arrive within {seconds:g} seconds (receive_timeout_seconds)")
         end = asyncio.get_running_loop().time() + seconds
         async with self._until(end, no_room):

@@ -55,7 +55,7 @@ class HttpTransport:
         self._config = core.config.server
         self._inbox = Inbox(core)
         self._routes = Routes(core, self._inbox)
-        self._connections = Connections(self._config.keepalive_seconds)
+        self._connections = Connections()
         core.metrics.http_connections.set_function(lambda: len(self._connections))
         self._state = ServerState()
         self._server: asyncio.Server | None = None

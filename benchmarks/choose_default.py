@@ -1,0 +1,136 @@
+"""Looks for one way of trimming that is good for every kind of picture, on questions of their own.
+
+    python -m benchmarks.choose_default [--questions 600] [--model DIR] [--out FILE]
+
+Candidates hold equally many rows, merged ones counted. At each budget the one is taken whose worst kind of picture
+loses least, on questions drawn with another seed than those that it is then measured on; beside it stand the paper's
+rule, which drops, and both controls. `calibrated` is the k_ratio that `trimserve eval --calibrate` finds without
+knowing what is right.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Final
+
+import numpy as np
+import torch
+
+from benchmarks.report import finish, options
+from training.examples import PICTURES
+from training.heldout import write_held_out
+from trimserve.api.trim import FixedRatio, TrimRequest
+from trimserve.config import EngineConfig, ModelConfig
+from trimserve.evaluation.curve import calibrate, measure_curve
+from trimserve.evaluation.dataset import ALL_KINDS, Question, describe_questions, load_questions
+from trimserve.evaluation.in_process import InProcess
+from trimserve.evaluation.report import Row, variant
+from trimserve.model.loading import load_model
+
+__all__ = ["CANDIDATES", "ROWS", "Candidate", "best", "main"]
+
+ROWS: Final = (0.22, 0.33, 0.5)
+"""Rows held, as shares of an image's features."""
+
+_MAX_KL = 0.02
+_SEED = 3  # of the questions to choose by; those of the comparison have 0
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A way of trimming, but for its budget."""
+
+    policy: str
+    merge_ratio: float = 0.0
+    parameters: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """Policy, parameters and merging, for reports."""
+        merged = f", merge_ratio {self.merge_ratio:g}" if self.merge_ratio else ""
+        return variant(self.policy, self.parameters) + merged
+
+    def holding(self, rows: float) -> TrimRequest:
+        """Keep so many features that they and the merged rows come to a share of the image."""
+        share = (rows - self.merge_ratio) / (1 - self.merge_ratio)
+        return TrimRequest(
+            policy=self.policy,
+            merge_ratio=self.merge_ratio,
+            parameters=self.parameters,
+            budget=FixedRatio(round(share, 4)),
+        )
+
+
+PUBLISHED = Candidate("trimmed")
+_CONTROLS = (Candidate("random", 0.1), Candidate("strided", 0.1))
+
+CANDIDATES: Final = (
+    PUBLISHED,
+    *(Candidate("trimmed", merge_ratio) for merge_ratio in (0.05, 0.1, 0.15)),
+    *(Candidate("cls", merge_ratio) for merge_ratio in (0.05, 0.1, 0.15)),
+    Candidate("mmr", 0.1),
+    Candidate("sparsevlm", 0.0, {"recycle_ratio": 1.0}),
+    Candidate("visiondrop"),
+    *_CONTROLS,
+)
+"""What is tried. The slow policies that choose before the decoder are not: docs/policies.md."""
+
+
+def main() -> None:
+    """Choose, measure, write."""
+    parser = options(__doc__, "pictures/default.json")
+    parser.add_argument("--questions", type=int, default=600)
+    parser.add_argument("--model", help="folder; default: the embedded model")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    model = InProcess(load_model(ModelConfig(model=arguments.model), EngineConfig()))
+    with TemporaryDirectory() as folder:
+        own, compared = (
+            load_questions(write_held_out(Path(folder) / str(seed), arguments.questions, seed, PICTURES))
+            for seed in (_SEED, 0)
+        )
+        tried = list(_measure(model, own, CANDIDATES))
+        calibrated = calibrate(model, own[: len(own) // 3], _MAX_KL, TrimRequest(merge_ratio=0.1))
+        chosen = {rows: best([each for each in tried if each["rows"] == rows]) for rows in ROWS}
+        named = {candidate.name: candidate for candidate in CANDIDATES}
+        shown = dict.fromkeys([PUBLISHED.name, *chosen.values(), *(control.name for control in _CONTROLS)])
+        measured = list(_measure(model, compared, [named[name] for name in shown]))
+    figures = {
+        "model": model.describe(),
+        "chosen_by": describe_questions(own),
+        "data": describe_questions(compared),
+        "chosen": [{"rows": rows, "name": name} for rows, name in chosen.items()],
+        "calibrated": {"max_kl": _MAX_KL, "merge_ratio": 0.1, **asdict(calibrated)},
+        "tried": tried,
+        "measured": measured,
+    }
+    finish("default", arguments.out, figures)
+
+
+def best(tried: Sequence[dict[str, Any]]) -> str:
+    """The candidate whose worst kind loses least; of equal ones the first.
+
+    Args:
+        tried: candidates at one budget: name, and `changes` by kind.
+    """
+    found: str = max(tried, key=lambda each: min(change["value"] for change in each["changes"].values()))["name"]
+    return found
+
+
+def _measure(
+    model: InProcess, questions: Sequence[Question], candidates: Sequence[Candidate]
+) -> Iterator[dict[str, Any]]:
+    """Changes from untrimmed by kind of picture, for each candidate and budget."""
+    settings = [(candidate, rows) for candidate in candidates for rows in ROWS]
+    report = measure_curve(model, questions, [candidate.holding(rows) for candidate, rows in settings])
+    num_kinds = len(report.rows) // (len(settings) + 1)
+    for index, (candidate, rows) in enumerate(settings, start=1):
+        of_setting: Sequence[Row] = report.rows[index * num_kinds : (index + 1) * num_kinds]
+        changes = {row.kind: asdict(row.accuracy_change) for row in of_setting if row.kind != ALL_KINDS}
+        held = float(np.mean([row.kept_fraction for row in of_setting if row.kind == ALL_KINDS]))
+        yield {"name": candidate.name, "rows": rows, "held": round(held, 4), "changes": changes}
+
+
+if __name__ == "__main__":
+    main()

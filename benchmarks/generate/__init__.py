@@ -1,1 +1,0 @@
-"""Times the model without engine and service; `benchmarks/bench_generate.py` is the program."""

@@ -1,0 +1,199 @@
+"""Times of calls that take turns, intervals of their ratios, bandwidth and peak memory. It knows no op and no model.
+
+Everything happens on the device where new tensors are made.
+"""
+
+import ctypes
+import gc
+import random
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from math import inf
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from trimserve.model import huge_pages
+
+__all__ = [
+    "Floor",
+    "bandwidth",
+    "in_pairs",
+    "interval",
+    "peak_extra_bytes",
+    "seconds_of",
+    "spread",
+    "stream",
+    "time_calls",
+    "time_cold",
+    "time_in_turns",
+]
+
+Floor = Literal["read", "copy"]
+"""A use of memory that bounds an op."""
+
+_FLUSH_BYTES = {"cpu": 64 * 2**20, "cuda": 256 * 2**20}  # more than the caches hold
+_STREAM_BYTES = 256 * 2**20
+_SLOW_MILLISECONDS, _FEW_RUNS = 100, 5
+_LEAST, _MOST = 3, 200
+_NUM_RESAMPLED = 2000
+
+
+def seconds_of(call: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> float:
+    """How long a call takes."""
+    start = clock()
+    call()
+    return clock() - start
+
+
+def spread(samples: Sequence[float], digits: int = 4) -> dict[str, float]:
+    """Median, 10th and 90th percentile; all the same for a single sample."""
+    deciles = statistics.quantiles(samples, n=10, method="inclusive") if len(samples) > 1 else [*samples] * 9
+    return {"median": round(deciles[4], digits), "p10": round(deciles[0], digits), "p90": round(deciles[-1], digits)}
+
+
+def interval(ratios: Sequence[float]) -> tuple[float, float]:
+    """95 % interval of the median of some ratios, at least two, by bootstrap."""
+    rng = random.Random(0)
+    medians = sorted(statistics.median(rng.choices(ratios, k=len(ratios))) for _ in range(_NUM_RESAMPLED))
+    return round(medians[_NUM_RESAMPLED // 40], 4), round(medians[-_NUM_RESAMPLED // 40 - 1], 4)
+
+
+def in_pairs(
+    one: Callable[[int], float], other: Callable[[int], float], num_pairs: int, *, warm_up: bool = True
+) -> list[tuple[float, float]]:
+    """Figures of two that are measured back to back, so that both meet the same moments of the machine.
+
+    Args:
+        one: gives a figure; gets the number of the pair, from 0.
+        other: the same; it is first in every second pair.
+        num_pairs: at least 2, beside the one that warms up.
+        warm_up: whether a pair is measured first that does not count; numbers then begin with 1.
+    """
+    pairs = []
+    for number in range(num_pairs + warm_up):
+        if number % 2:
+            found = one(number), other(number)
+        else:
+            second = other(number)
+            found = one(number), second
+        pairs.append(found)
+    return pairs[int(warm_up) :]
+
+
+def time_calls(call: Callable[[], Any], seconds: float) -> dict[str, float]:
+    """Milliseconds, as `spread` tells them, of about as many calls as fit, after one that is not counted."""
+    (summary,) = time_in_turns([call], seconds)
+    return summary
+
+
+def time_in_turns(calls: Sequence[Callable[[], Any]], seconds: float) -> list[dict[str, float]]:
+    """The same of several that take turns: what else the machine does meanwhile slows all of them."""
+    return _take_turns(calls, lambda call: seconds_of(call) * 1e3, _LEAST, _MOST, seconds, inf)
+
+
+def time_cold(calls: Sequence[Callable[[], Any]], runs: int) -> list[dict[str, float]]:
+    """Milliseconds of `runs` calls of each, at least 2, in turns, each after the caches were flushed.
+
+    Calls that take a tenth of a second are timed five times at most.
+    """
+    timer = _gpu_timer() if _is_gpu() else _cpu_timer()
+    return _take_turns(calls, timer, runs, runs, 0, _SLOW_MILLISECONDS)
+
+
+def _take_turns(
+    calls: Sequence[Callable[[], Any]],
+    timer: Callable[[Callable[[], Any]], float],
+    least: int,
+    most: int,
+    seconds: float,
+    slow: float,
+) -> list[dict[str, float]]:
+    samples: list[list[float]] = [[] for _ in calls]
+    for call in calls:
+        call()
+    end, num_turns = time.perf_counter() + seconds, 0
+    while num_turns < least or (time.perf_counter() < end and num_turns < most):
+        for call, milliseconds in zip(calls, samples, strict=True):
+            if num_turns < _FEW_RUNS or milliseconds[0] < slow:
+                milliseconds.append(timer(call))
+        num_turns += 1
+    return [spread(milliseconds) for milliseconds in samples]
+
+
+def _is_gpu() -> bool:
+    return torch.get_default_device().type == "cuda"
+
+
+def _cpu_timer() -> Callable[[Callable[[], Any]], float]:
+    flush = torch.ones(_FLUSH_BYTES["cpu"] // 4)
+
+    def time_call(call: Callable[[], Any]) -> float:
+        flush.sum()  # read, not written: what caches have to write back would take bandwidth from the call
+        return seconds_of(call) * 1e3
+
+    return time_call
+
+
+def _gpu_timer() -> Callable[[Callable[[], Any]], float]:
+    """Time of the GPU alone where the call does not wait for it: while it flushes, the host queues the call."""
+    flush = torch.empty(_FLUSH_BYTES["cuda"] // 4)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def time_call(call: Callable[[], Any]) -> float:
+        flush.fill_(0)
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        milliseconds: float = start.elapsed_time(end)
+        return milliseconds
+
+    return time_call
+
+
+def stream(floor: Floor) -> tuple[Callable[[], Any], int]:
+    """A call that sums a large tensor (`read`) or copies it (`copy`), and the bytes that it moves, both directions.
+
+    It lies on huge pages, as weights and KV do.
+    """
+    device = torch.get_default_device()
+    source = huge_pages.empty((_STREAM_BYTES // 4,), torch.float32, device).fill_(1)
+    if floor == "read":
+        return source.sum, _STREAM_BYTES
+    target = huge_pages.empty(source.shape, source.dtype, device)
+    return lambda: target.copy_(source), 2 * _STREAM_BYTES
+
+
+def bandwidth(floor: Floor, runs: int) -> float:
+    """Bytes per second of `stream`, by the median of `runs` calls."""
+    call, num_bytes = stream(floor)
+    (milliseconds,) = time_cold([call], runs)
+    return num_bytes / milliseconds["median"] * 1e3
+
+
+def peak_extra_bytes(call: Callable[[], torch.Tensor]) -> int | None:
+    """Most memory that a call held at once beyond its result; None where the system does not tell (not Linux)."""
+    if _is_gpu():
+        call()
+        torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_allocated()
+        num_bytes = call().nbytes
+        return torch.cuda.max_memory_allocated() - held - num_bytes
+    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    if not reset.exists():
+        return None
+    call()
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # memory that the allocator kept for later would hide what is taken again
+    reset.write_text("5")  # sets the peak to what is held now
+    before = _kilobytes(status, "VmRSS")
+    result = call()
+    return max(0, (_kilobytes(status, "VmHWM") - before) * 1024 - result.nbytes)
+
+
+def _kilobytes(status: Path, field: str) -> int:
+    line = next(line for line in status.read_text().splitlines() if line.startswith(field + ":"))
+    return int(line.split()[1])

@@ -1,0 +1,247 @@
+"""The models that are measured: the embedded one, `bench`, and one as large as Llama-3.2-Vision 11B.
+
+`bench` has random weights and is small enough for a CPU: tiles are 560 pixels wide and have 1601 visual features each,
+as in the 11B model; the decoder is ten layers deep. The large one has the 11B model's geometry, tensor names and
+vocabulary. Their text makes no sense, but costs what a model of that shape costs. Gates are open and weights are scaled
+so that logits vary and depend on the image. Equal seeds give equal weights. Neither is to be committed: they take
+780 MB and 20 GiB.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import GenerationConfig, MllamaConfig, MllamaForConditionalGeneration
+
+from trimserve.model.checkpoint import text_config, vision_config
+from trimserve.model.json_object import read_json
+from trimserve.model.loading import embedded_model_folder
+from trimserve.model.transformers_mllama import meta_model
+from trimserve.v1 import generation_pb2 as pb
+
+__all__ = [
+    "BENCH_MODEL",
+    "GEOMETRY",
+    "MODELS",
+    "REAL_SIZE_MODEL",
+    "ModelName",
+    "UnderTest",
+    "bench_model",
+    "draw_weights",
+    "max_kept_fraction",
+    "under_test",
+    "write_real_size_model",
+]
+
+ModelName = Literal["embedded", "bench"]
+MODELS: Final[tuple[ModelName, ...]] = ("embedded", "bench")
+
+GEOMETRY: Final = Path(__file__).with_name("bench_geometry.json")
+"""Shape of `bench`, and how it is to be trimmed."""
+
+BENCH_MODEL: Final = Path("out/bench-model")
+REAL_SIZE_MODEL: Final = Path("out/real-size-model")
+"""Where benchmarks look for the checkpoints when nobody says otherwise."""
+
+_GATE: Final = 0.5
+_IMAGE_TOKEN: Final = "<|image|>"
+_COPIED: Final = ("chat_template.jinja", "tokenizer_config.json")
+_IMAGE_PROCESSORS: Final = ("preprocessor_config.json", "processor_config.json")
+_SHARD_BYTES: Final = 2 << 30
+_NAMES_OF_META: Final = {
+    "model.language_model.": "language_model.model.",
+    "lm_head.": "language_model.lm_head.",
+    "model.vision_model.": "vision_model.",
+    "model.multi_modal_projector.": "multi_modal_projector.",
+}
+_ROPE: Final = {
+    "rope_type": "llama3",
+    "rope_theta": 500_000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class UnderTest:
+    """A model, and how it is trimmed."""
+
+    name: ModelName
+    folder: Path | None
+    """Of the checkpoint; None is the embedded model."""
+    max_kept_fraction: float | None
+    """Cap of every trimmed request; None: none."""
+
+    @property
+    def checkpoint(self) -> Path:
+        """Folder of the checkpoint, of the embedded model too."""
+        return self.folder or embedded_model_folder()
+
+    def trim(self, *, is_on: bool) -> pb.TrimOptions:
+        """What a request says: the checkpoint's own budget, or off."""
+        if not is_on:
+            return pb.TrimOptions(mode=pb.TRIM_MODE_OFF)
+        return pb.TrimOptions(mode=pb.TRIM_MODE_ON, max_kept_fraction=self.max_kept_fraction)
+
+
+def under_test(name: ModelName, folder: Path) -> UnderTest:
+    """One of `MODELS`.
+
+    Args:
+        name: which.
+        folder: of `bench`, which is written if it is not there.
+    """
+    if name == "embedded":
+        return UnderTest(name, None, None)
+    return UnderTest(name, bench_model(folder), max_kept_fraction())
+
+
+def max_kept_fraction() -> float:
+    """The cap that goes with `bench`: its random heads agree on nothing, so their union would be nearly everything."""
+    fraction: float = read_json(GEOMETRY)["trim"]["max_kept_fraction"]
+    return fraction
+
+
+def bench_model(folder: Path) -> Path:
+    """The folder of `bench`, which is written, as a checkpoint of transformers, if it is not there."""
+    if (folder / "config.json").exists():
+        return folder
+    geometry, special = read_json(GEOMETRY), _special_tokens()
+    _write_small_files(folder, geometry)
+    text = geometry["text_config"]
+    config = MllamaConfig(
+        vision_config=geometry["vision_config"],
+        text_config={**text, **special},
+        image_token_index=text["vocab_size"],
+        dtype="float32",
+    )
+    with torch.device("meta"):  # transformers' own initial values would be drawn in vain
+        model = MllamaForConditionalGeneration(config)
+    model.to_empty(device="cpu")
+    limit = read_json(embedded_model_folder() / "generation_config.json")["max_new_tokens"]
+    model.generation_config = GenerationConfig(**special, do_sample=False, max_new_tokens=limit)
+    draw_weights(model)
+    model.save_pretrained(folder)
+    (folder / "model.safetensors").chmod(0o644)  # safetensors writes for the owner alone
+    return folder
+
+
+def write_real_size_model(
+    folder: Path, geometry: dict[str, Any] | None = None, shard_bytes: int = _SHARD_BYTES
+) -> None:
+    """Write the large checkpoint in bfloat16, a shard at a time, so that it takes little memory.
+
+    Args:
+        folder: made if it is not there.
+        geometry: `text_config` and `vision_config` of another model; None is the 11B model's, transformers' default.
+        shard_bytes: of a file, at most.
+    """
+    special = _special_tokens()
+    given = geometry or {"text_config": {"rope_parameters": _ROPE}, "vision_config": {}}
+    config = MllamaConfig(
+        text_config={**given["text_config"], **special}, vision_config=given["vision_config"], dtype="bfloat16"
+    )
+    text, vision = text_config(config), vision_config(config)
+    config.image_token_index = text.vocab_size
+    small = {"text_config": text.to_dict(), "vision_config": vision.to_dict(), "trim": {"k_ratio": 0.2}}
+    _write_small_files(folder, small)
+    config.save_pretrained(folder)
+    GenerationConfig(**special, do_sample=False).save_pretrained(folder)
+    weight_map: dict[str, str] = {}
+    for index, shard in enumerate(_shards(config, shard_bytes), 1):
+        name = f"model-{index:05}.safetensors"
+        save_file(shard, folder / name, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(shard, name)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def _shards(config: MllamaConfig, shard_bytes: int) -> Iterator[dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    shard: dict[str, Tensor] = {}
+    for name, parameter in meta_model(config, torch.bfloat16).named_parameters():
+        if shard and sum(tensor.nbytes for tensor in shard.values()) + parameter.nbytes > shard_bytes:
+            yield shard
+            shard = {}
+        weight = torch.empty(parameter.shape, dtype=torch.bfloat16)
+        _draw(name, weight, generator)
+        start = next((ours for ours in _NAMES_OF_META if name.startswith(ours)), "")
+        shard[_NAMES_OF_META.get(start, "") + name.removeprefix(start)] = weight
+    yield shard
+
+
+def draw_weights(model: MllamaForConditionalGeneration, seed: int = 0) -> None:
+    """Give every parameter values, on its device; equal seeds give equal ones on equal devices."""
+    generator = torch.Generator(model.device).manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            _draw(name, parameter, generator)
+
+
+def _draw(name: str, parameter: Tensor, generator: torch.Generator) -> None:
+    if "gate" in name.rsplit(".", 1)[-1]:
+        parameter.fill_(_GATE)
+    elif "norm" in name:
+        parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+    elif name.endswith("bias"):
+        parameter.normal_(0, 0.1, generator=generator)
+    elif "lm_head" in name:  # logits of standard deviation 3: a distribution about as sharp as a trained one
+        parameter.normal_(0, 3 * parameter.shape[1] ** -0.5, generator=generator)
+    elif "embed" in name and "patch_embedding" not in name:
+        parameter.normal_(0, 0.5, generator=generator)
+    else:  # keeps the variance of what comes in
+        parameter.normal_(0, parameter[0].numel() ** -0.5, generator=generator)
+
+
+def _special_tokens() -> dict[str, Any]:
+    generation = read_json(embedded_model_folder() / "generation_config.json")
+    return {name: generation[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+
+
+def _write_small_files(folder: Path, geometry: dict[str, Any]) -> None:
+    """Tokenizer, processor and trimming of a checkpoint."""
+    folder.mkdir(parents=True, exist_ok=True)
+    source, vision = embedded_model_folder(), geometry["vision_config"]
+    for name in _COPIED:
+        shutil.copy(source / name, folder / name)
+    for name in _IMAGE_PROCESSORS:
+        document = read_json(source / name)
+        processor = document.get("image_processor", document)
+        processor["size"] = {"height": vision["image_size"], "width": vision["image_size"]}
+        processor["max_image_tiles"] = vision["max_num_tiles"]
+        _write(folder / name, document)
+    vocab_size = geometry["text_config"]["vocab_size"]
+    _write(folder / "tokenizer.json", _enlarged(read_json(source / "tokenizer.json"), vocab_size))
+    _write(folder / "trimserve.json", {"k_ratio": geometry["trim"]["k_ratio"]})
+
+
+def _enlarged(tokenizer: dict[str, Any], vocab_size: int) -> dict[str, Any]:
+    """The embedded tokenizer with invented words up to a vocabulary's size, behind which `<|image|>` comes.
+
+    All tokens keep their ids but `<|image|>`. It reads text as before, since no text has the invented words; they
+    are there to be written.
+    """
+    vocab: dict[str, int] = tokenizer["model"]["vocab"]
+    for token in tokenizer["added_tokens"]:
+        if token["content"] == _IMAGE_TOKEN:
+            token["id"] = vocab_size
+        vocab[token["content"]] = token["id"]  # ids of added tokens that the vocabulary does not have are not kept
+    taken = set(vocab.values())
+    vocab |= {_invented_word(index): index for index in range(vocab_size) if index not in taken}
+    return tokenizer
+
+
+def _invented_word(index: int) -> str:
+    letters = (chr(ord("a") + index // 26**place % 26) for place in range(4))
+    return f"Ġq{''.join(letters)}"  # Ġ is a space in byte-level vocabularies
+
+
+def _write(path: Path, document: dict[str, Any]) -> None:
+    path.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

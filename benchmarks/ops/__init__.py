@@ -1,1 +1,0 @@
-"""Times the compiled ops; `benchmarks/bench_ops.py` is the program."""

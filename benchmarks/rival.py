@@ -1,0 +1,360 @@
+"""transformers, asked the same: its model and `generate`, in this process or one of its own, and `transformers serve`.
+
+The model has Meta's semantics (`training.mended`), sdpa, and is called alike in every release from 5.17 on. The process
+runs one call after the other, first come, first served: what `generate` behind a lock does. Its server is unmended.
+"""
+
+import asyncio
+import base64
+import copy
+import io
+import json
+import multiprocessing
+import os
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from inspect import signature
+from pathlib import Path
+from typing import Any, Final, NamedTuple, TypeVar
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import AutoProcessor, BatchFeature, MllamaForConditionalGeneration
+from transformers.generation.streamers import BaseStreamer
+
+from benchmarks.load import Answer
+from benchmarks.machine import peak_rss_bytes
+from benchmarks.workload import Item
+from training.mended import mend
+from trimserve.process import ServerFailed
+
+__all__ = ["CACHE", "CacheBytes", "Rival", "Transformers", "TransformersServe", "cache_of", "transformers_serve"]
+
+CACHE: Final = "cache" if "cache" in signature(MllamaForConditionalGeneration.forward).parameters else "past_key_values"
+"""What the KV cache is called, as an argument and in outputs: `cache` from transformers 5.24 on."""
+
+_ROOM: Final = 16
+"""Positions of a static cache behind the prompt."""
+_NO_END: Final = -1
+"""An end token that is never drawn; transformers warns of it, and does as it should."""
+
+Result = TypeVar("Result")
+
+
+def cache_of(output: Any) -> Any:
+    """The KV cache in what a forward pass or `generate` returns."""
+    return getattr(output, CACHE)
+
+
+class Rival:
+    """transformers' modules as its `generate` calls them, with one prompt."""
+
+    def __init__(self, model: Any, inputs: dict[str, Tensor]) -> None:
+        """Take a prompt.
+
+        Args:
+            model: `MllamaForConditionalGeneration`, mended.
+            inputs: as its processor makes them, of one prompt with one image.
+        """
+        self.model = model
+        self._inputs = inputs | {"pixel_values": inputs["pixel_values"].to(model.dtype)}
+
+    def encode(self) -> Tensor:
+        """The image's features [tiles, features of a tile, D]."""
+        names = ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")
+        states = self.model.model.vision_model(**{name: self._inputs[name] for name in names}).last_hidden_state
+        features: Tensor = self.model.model.multi_modal_projector(states)
+        return features.reshape(-1, states.shape[-2], features.shape[-1])
+
+    def prefill(self, features: Tensor) -> Any:
+        """The prompt's output, with a cache that grows."""
+        names = ("input_ids", "attention_mask", "cross_attention_mask")
+        inputs = {name: self._inputs[name] for name in names}
+        return self.model(**inputs, cross_attention_states=features, use_cache=True, logits_to_keep=1)
+
+    def step(self, cache: Any, batch: int) -> Callable[[], Tensor]:
+        """A decode step of several copies of the sequence, whose logits [B, 1, V] it gives.
+
+        Args:
+            cache: of the prompt; a copy is taken, and each call is one position longer.
+            batch: B, copies.
+        """
+        grown = copy.deepcopy(cache)
+        grown.batch_repeat_interleave(batch)
+        length, device = self._inputs["input_ids"].shape[1], self.model.device
+        token_ids = torch.full((batch, 1), 5, device=device)
+        sees = self._sees(batch)
+
+        def run() -> Tensor:
+            nonlocal length
+            length += 1
+            logits: Tensor = self.model(
+                input_ids=token_ids,
+                attention_mask=torch.ones(batch, length, dtype=torch.int64, device=device),
+                # A row for every position, of which transformers takes the last: 5.17 accepts nothing else.
+                cross_attention_mask=sees.expand(-1, length, -1, -1),
+                use_cache=True,
+                **{CACHE: grown},
+            ).logits
+            return logits
+
+        return run
+
+    def compiled_step(self, batch: int) -> Callable[[], Tensor]:
+        """The same with a static cache and `torch.compile`, from transformers 5.18 on; always the same position."""
+        length = self._inputs["input_ids"].shape[1]
+        options = {"max_new_tokens": _ROOM, "min_new_tokens": 2, "do_sample": False, "return_dict_in_generate": True}
+        cache = cache_of(self.model.generate(**self._inputs, **options, cache_implementation="static"))
+        for layer in cache.layers:
+            layer.keys, layer.values = (part.repeat_interleave(batch, 0) for part in (layer.keys, layer.values))
+        texts = [layer for layer in cache.layers if layer.keys.shape[2] == length + _ROOM - 1]
+        inputs = {
+            "input_ids": torch.full((batch, 1), 5),
+            "cross_attention_mask": self._sees(batch),
+            "use_cache": True,
+            "attention_mask": torch.ones(batch, length + _ROOM - 1, dtype=torch.int64),
+            "position_ids": torch.full((batch, 1), length),
+        }
+        forward: Callable[..., Any] = torch.compile(self.model.forward, dynamic=False)
+
+        def run() -> Tensor:
+            for layer in texts:
+                layer.cumulative_length.fill_(length)
+            logits: Tensor = forward(**inputs, **{CACHE: cache}).logits
+            return logits
+
+        return run
+
+    def _sees(self, batch: int) -> Tensor:
+        return self._inputs["cross_attention_mask"][:, -1:].repeat(batch, 1, 1, 1)
+
+
+class CacheBytes(NamedTuple):
+    """What transformers' cache holds of one request when its answer is complete, counted from its tensors."""
+
+    cross: int
+    """Of the cross-attention layers."""
+    self_attention: int
+
+
+class Transformers:
+    """A process that calls `generate`; a context manager."""
+
+    def __init__(self, model: Path, *, num_threads: int, max_new_tokens: int) -> None:
+        """Start it when first asked.
+
+        Args:
+            model: folder of a checkpoint.
+            num_threads: of one op.
+            max_new_tokens: of every answer, exactly: end tokens are ignored.
+        """
+        self._max_new_tokens = max_new_tokens
+        self._process = ProcessPoolExecutor(
+            1, multiprocessing.get_context("spawn"), initializer=_load, initargs=(model, num_threads)
+        )
+
+    def __enter__(self) -> "Transformers":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.shutdown()
+
+    async def ask(self, item: Item) -> Answer:
+        """See `load.Ask`."""
+        return await self._call(_generate, item, self._max_new_tokens)
+
+    async def batch(self, items: Sequence[Item]) -> float:
+        """Generate for several items in one call, prompts padded on the left; the seconds that it took."""
+        return await self._call(_generate_batch, list(items), self._max_new_tokens)
+
+    async def cache_bytes(self, item: Item) -> CacheBytes:
+        """Answer one item and measure the cache that is left."""
+        return await self._call(_cache_bytes, item, self._max_new_tokens)
+
+    async def warm_up(self, item: Item) -> None:
+        """Load the model and make it run once."""
+        await self._call(_generate, item, 2)
+
+    async def peak_rss_bytes(self) -> int | None:
+        """Most resident memory of the process so far."""
+        return await self._call(_own_peak_rss_bytes)
+
+    async def _call(self, function: Callable[..., Result], *arguments: Any) -> Result:
+        return await asyncio.get_running_loop().run_in_executor(self._process, function, *arguments)
+
+
+# ---- in the process ----
+
+_loaded: Any = None  # model and processor: a worker process has no other place to keep them
+
+
+def _load(folder: Path, num_threads: int) -> None:
+    global _loaded
+    torch.set_num_threads(num_threads)
+    model = MllamaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    processor = AutoProcessor.from_pretrained(folder)
+    processor.tokenizer.padding_side = "left"
+    _loaded = mend(model), processor
+
+
+class _Clock(BaseStreamer):
+    """Stamps each token; the first thing that `generate` puts is the prompt."""
+
+    def __init__(self) -> None:
+        self.stamps: list[float] = []
+
+    def put(self, _: Tensor) -> None:
+        self.stamps.append(time.monotonic())
+
+    def end(self) -> None:
+        """Nothing is held back."""
+
+
+@torch.inference_mode()
+def _generate(item: Item, max_new_tokens: int) -> Answer:
+    clock, inputs = _Clock(), _inputs([item])
+    output = _loaded[0].generate(**inputs, **_options(max_new_tokens), streamer=clock)
+    num_prompt_tokens = inputs["input_ids"].shape[1]
+    token_ids = output[0, num_prompt_tokens:].tolist()
+    return Answer(tuple(clock.stamps[1:]), len(token_ids), num_prompt_tokens, tuple(token_ids))
+
+
+@torch.inference_mode()
+def _generate_batch(items: list[Item], max_new_tokens: int) -> float:
+    start = time.monotonic()
+    _loaded[0].generate(**_inputs(items), **_options(max_new_tokens))
+    return time.monotonic() - start
+
+
+@torch.inference_mode()
+def _cache_bytes(item: Item, max_new_tokens: int) -> CacheBytes:
+    model = _loaded[0]
+    cache = cache_of(model.generate(**_inputs([item]), **_options(max_new_tokens), return_dict_in_generate=True))
+    sizes = [layer.keys.nbytes + layer.values.nbytes if layer.is_initialized else 0 for layer in cache.layers]
+    cross = sum(sizes[index] for index in model.config.text_config.cross_attention_layers)
+    return CacheBytes(cross, sum(sizes) - cross)
+
+
+def _own_peak_rss_bytes() -> int | None:
+    return peak_rss_bytes(os.getpid())
+
+
+def _inputs(items: Sequence[Item]) -> BatchFeature:
+    processor = _loaded[1]
+    texts, images = [], []
+    for item in items:
+        content = [*({"type": "image"} for _ in item.images), {"type": "text", "text": item.question}]
+        texts.append(processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True))
+        images.append([Image.open(io.BytesIO(image)) for image in item.images])
+    shown = images if any(images) else None
+    inputs: BatchFeature = processor(
+        images=shown, text=texts, padding=True, add_special_tokens=False, return_tensors="pt"
+    )
+    return inputs
+
+
+def _options(max_new_tokens: int) -> dict[str, Any]:
+    return {"max_new_tokens": max_new_tokens, "do_sample": False, "eos_token_id": _NO_END}
+
+
+# ---- transformers serve ----
+
+
+@contextmanager
+def transformers_serve(
+    venv: Path, model: Path, *, num_threads: int, max_new_tokens: int
+) -> Iterator["TransformersServe"]:
+    """Run `transformers serve` until the block ends.
+
+    Args:
+        venv: an environment with `transformers[serving]`.
+        model: folder of a checkpoint.
+        num_threads: of one op.
+        max_new_tokens: of every answer, exactly: end tokens are ignored.
+    Raises:
+        ServerFailed: it ended, or did not answer within two minutes.
+    """
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [str(venv / "bin/transformers"), "serve", str(model.absolute()), "--device", "cpu"]
+    command += ["--host", "127.0.0.1", "--port", str(port)]
+    environment = os.environ | {"OMP_NUM_THREADS": str(num_threads), "HF_HUB_OFFLINE": "1"}
+    with (
+        tempfile.TemporaryFile("w+") as log,
+        subprocess.Popen(command, env=environment, stdout=log, stderr=log) as process,
+    ):
+        try:
+            if not _is_up(port, process):
+                log.seek(0)
+                raise ServerFailed(f"transformers serve: {log.read().strip()[-2000:]}")
+            yield TransformersServe(port, process.pid, model.absolute(), max_new_tokens)
+        finally:
+            process.terminate()
+
+
+def _is_up(port: int, process: subprocess.Popen[bytes]) -> bool:
+    deadline = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline:
+        try:
+            socket.create_connection(("127.0.0.1", port)).close()
+        except OSError:
+            time.sleep(0.2)  # it tells nobody when it listens
+        else:
+            return True
+    return False
+
+
+class TransformersServe:
+    """Asks `transformers serve` over HTTP, streaming."""
+
+    def __init__(self, port: int, pid: int, model: Path, max_new_tokens: int) -> None:
+        """Use `transformers_serve`."""
+        self._port, self.pid = port, pid
+        options = _options(max_new_tokens) | {"pad_token_id": 0}
+        self._body = {"model": str(model), "stream": True, "generation_config": json.dumps(options)}
+
+    async def ask(self, item: Item) -> Answer:
+        """See `load.Ask`."""
+        urls = [f"data:image/jpeg;base64,{base64.b64encode(image).decode()}" for image in item.images]
+        images = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
+        content = [*images, {"type": "text", "text": item.question}]
+        body = json.dumps({**self._body, "messages": [{"role": "user", "content": content}]}).encode()
+        head = (
+            "POST /v1/chat/completions HTTP/1.0\r\nContent-Type: application/json\r\n"  # 1.0: no chunks to undo
+            f"Content-Length: {len(body)}\r\n\r\n"
+        )
+        reader, writer = await asyncio.open_connection("127.0.0.1", self._port, limit=2**20)
+        try:
+            writer.write(head.encode() + body)
+            status = (await reader.readline()).decode().strip()
+            while (await reader.readline()).strip():
+                pass
+            if " 200 " not in f"{status} ":
+                return Answer(error=f"{status}: {(await reader.read()).decode()[:2000]}")
+            return await _read_events(reader)
+        finally:
+            writer.close()
+
+
+async def _read_events(reader: asyncio.StreamReader) -> Answer:
+    """Server-sent events until the connection ends."""
+    arrivals: list[float] = []
+    usage: dict[str, int] = {}
+    async for line in reader:
+        if not line.startswith(b"data: {"):
+            continue
+        event = json.loads(line.removeprefix(b"data: "))
+        if "error" in event:
+            return Answer(error=str(event["error"]))
+        if event["choices"][0]["delta"].get("content"):
+            arrivals.append(time.monotonic())
+        usage = event.get("usage") or usage
+    if not arrivals or not usage:
+        return Answer(error="the stream ended early")
+    return Answer(tuple(arrivals), usage["completion_tokens"], usage["prompt_tokens"])

@@ -1,1 +1,0 @@
-"""Parts of the load generator: workloads, clients, rivals, figures and the picture."""

@@ -1,0 +1,54 @@
+"""What is said of harder pictures, from answers that are known."""
+
+from pathlib import Path
+
+from benchmarks.bench_pictures import adaptive_rows, background_figures
+from benchmarks.choose_default import Candidate, best
+from trimserve.api.trim import FixedRatio
+from trimserve.evaluation.answers import Answer
+from trimserve.evaluation.dataset import ALL_KINDS, Question
+
+QUESTIONS = [
+    Question(Path(f"{image}.png"), "What is shown?", "cat", kind)
+    for image, kind in ((0, "object"), (1, "object"), (2, "busy"), (2, "busy"))
+]
+
+
+def _answers(*texts: str, num_held: int = 20) -> list[Answer]:
+    return [Answer(text, num_valid=100, num_held=num_held, divergence=0.0) for text in texts]
+
+
+def test_a_change_of_background_is_told_apart_from_a_change_of_what_is_right() -> None:
+    own = _answers("cat", "dog", "cat", "bird")
+    other = _answers("cat", "cow", "dog", "bird")
+    figures = background_figures(QUESTIONS, own, other)
+    assert {name: figure["value"] for name, figure in figures.items()} == {
+        "own": 0.5,
+        "other": 0.25,
+        "change": -0.25,
+        "differing": 0.5,
+    }
+
+
+def test_an_adaptive_budget_is_compared_with_the_fixed_one_by_kind() -> None:
+    rows = adaptive_rows(
+        QUESTIONS, _answers("cat", "cat", "dog", "cat"), _answers("dog", "cat", "dog", "cat", num_held=30)
+    )
+    assert rows[ALL_KINDS]["gain"]["value"] == 0.25
+    assert rows["object"]["gain"]["value"] == 0.5
+    assert rows["busy"]["gain"] == {"value": 0.0, "low": 0.0, "high": 0.0}
+    assert rows["busy"]["held"] == {"adaptive": 0.2, "fixed": 0.3}
+    assert [rows[kind]["num_questions"] for kind in (ALL_KINDS, "busy", "object")] == [4, 2, 2]
+
+
+def test_the_default_is_what_loses_least_on_its_worst_kind() -> None:
+    tried = [
+        {"name": "uneven", "changes": {"busy": {"value": 0.0}, "page": {"value": -0.2}}},
+        {"name": "even", "changes": {"busy": {"value": -0.05}, "page": {"value": -0.05}}},
+    ]
+    assert best(tried) == "even"
+
+
+def test_merged_rows_count_in_what_a_candidate_holds() -> None:
+    budget = Candidate("trimmed", 0.1).holding(0.28).budget
+    assert budget == FixedRatio(0.2)

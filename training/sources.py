@@ -1,0 +1,82 @@
+"""Fetches what harder pictures are made of, by package name: `python -m training.sources`.
+
+Debian packages are downloaded and unpacked, not installed, into a folder that git ignores; nothing of them is
+committed. Needs `apt-get` and `dpkg-deb` of Debian 12. README.md lists the licences. It knows packages and files,
+and nothing of what is done with them.
+"""
+
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+__all__ = ["PACKAGES", "find_files", "main", "packages_folder"]
+
+PACKAGES: dict[str, str] = {
+    "tuxpaint-stamps-default": "2022.06.04-1",
+    "fonts-noto-color-emoji": "2.042-0+deb12u1",
+    "plasma-workspace-wallpapers": "4:5.27.5-2",
+    "gnome-backgrounds": "43.1-1",
+    "fonts-dejavu-core": "2.37-6",
+    "fonts-freefont-ttf": "20120503-10",
+    "fonts-liberation": "1:1.07.4-11",
+}
+"""Debian package and version. Photographs come with scikit-image and scikit-learn as well."""
+
+
+def packages_folder() -> Path:
+    """Where packages are unpacked: `TRIMSERVE_SOURCES`, or a folder of the checkout that git ignores."""
+    return Path(os.environ.get("TRIMSERVE_SOURCES", Path(__file__).parent / "runs" / "sources"))
+
+
+def find_files(package: str, pattern: str) -> list[Path]:
+    """Files of a package, which is fetched first where it is not there.
+
+    Args:
+        package: a key of `PACKAGES`.
+        pattern: below the package's root, as `Path.glob` takes it.
+    Returns:
+        The files in order of their names; at least one.
+    Raises:
+        FileNotFoundError: the package has no such file.
+        RuntimeError: the package cannot be had.
+    """
+    root = _unpacked(package)
+    found = sorted(path for path in root.glob(pattern) if path.is_file())
+    if not found:
+        raise FileNotFoundError(f"{package} {PACKAGES[package]}: no file matches {pattern!r}")
+    return found
+
+
+def _unpacked(package: str) -> Path:
+    target = packages_folder() / package
+    if target.is_dir():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as name:
+        part = Path(name)
+        _run(["apt-get", "download", f"{package}={PACKAGES[package]}"], part)
+        archive = next(part.glob("*.deb"))
+        _run(["dpkg-deb", "-x", archive.name, "files"], part)
+        shutil.move(part / "files", target)
+    return target
+
+
+def _run(command: list[str], folder: Path) -> None:
+    try:
+        subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True)
+    except FileNotFoundError as error:
+        raise RuntimeError(f"{command[0]}: not found; packages are fetched on Debian 12") from error
+    except subprocess.CalledProcessError as error:
+        raise RuntimeError(f"{' '.join(command)}: {error.stderr.strip()}") from error
+
+
+def main() -> None:
+    """Command line: fetch every package."""
+    for package in PACKAGES:
+        print(_unpacked(package))
+
+
+if __name__ == "__main__":
+    main()
