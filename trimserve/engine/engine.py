@@ -83,6 +83,8 @@ class Engine:
         """Times that a sequence was preempted."""
         self.num_recomputed_tokens = 0
         """Tokens of prompts and answers that were read once more after a preemption."""
+        self.num_prefill_passes = 0
+        """Passes over the layers that read prompts, one or several each."""
         self.step_began_at: float | None = None
         """When the present step began; None between steps."""
         self._processor = processor
@@ -302,6 +304,7 @@ class Engine:
         ended, self._ended = tuple(self._ended), []
         result = self._executor.run(replace(plan, ended=ended))
         self.image_cache = result.image_cache
+        self.num_prefill_passes += bool(result.prefilled)
         for report in result.prefilled:
             self._take_prefilled(report)
         for failed in result.failed:
