@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 LOCKED := --require-hashes --no-deps --requirement
 CXX_SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/*.cu csrc/cuda/*.cpp \
-	csrc/cuda/*.h tests/csrc/fibers/*)
+	csrc/cuda/*.h tests/csrc/fibers/* tests/csrc/threads/*)
 # The Python of a machine with a GPU, which needs no network: it has a torch for CUDA, transformers, cmake, ninja,
 # pybind11, pytest, hypothesis and matplotlib. Plugins that pyproject.toml configures may be missing there.
 GPU_PYTHON ?= python3
@@ -26,7 +26,7 @@ PHONY_TARGETS := $(shell sed -n 's/^\([a-z-]*\):.*## .*/\1/p' $(MAKEFILE_LIST))
 
 # What `verify` runs beside `check` and `test`, each by itself too. Those whose names end so need root and Debian.
 VERIFIED := mixes speculation soak load batch training fuzz versions wheel sanitize meta attack http tools \
-	playground constraints cuda-build envoy ranks ray sbom site pretended-gpu deployment clients
+	playground constraints cuda-build cuda-races envoy ranks ray sbom site pretended-gpu deployment clients
 VERIFIED_AS_ROOT := walkthrough all-clients monitoring image
 
 help:  ## list the commands
@@ -36,6 +36,9 @@ build: $(VENV)/.built  ## set up .venv and compile the extension
 
 demo: build  ## serve the embedded model, ask it questions, show the byte account
 	@$(BIN)/python scripts/demo.py
+
+playground: build build/playground/.installed  ## serve the embedded model, and a page in the browser to try trimming on
+	@$(BIN)/python scripts/playground.py build/playground/bin/python
 
 test: build  ## run the tests
 	$(BIN)/python -m pytest
@@ -83,6 +86,9 @@ verify-wheel: build  ## a wheel in an environment without any development tool a
 
 verify-sanitize: build  ## the tests of the ops under AddressSanitizer and UndefinedBehaviorSanitizer
 	PATH="$(abspath $(BIN)):$$PATH" scripts/verify/sanitize.sh
+
+verify-cuda-races: build  ## the CUDA kernels with threads as threads, under ThreadSanitizer; needs no GPU
+	$(BIN)/python -m scripts.verify.cuda_races
 
 verify-pretended-gpu: build  ## the tests of the CUDA ops and of decode steps, with kernels that run on the CPU
 	$(BIN)/python -m pytest --device pretend --hypothesis-profile few --timeout 900 -k "not opcheck" tests/ops \
@@ -149,7 +155,7 @@ cuda-check: build  ## compile the CUDA kernels within their budget, run them on 
 	$(BIN)/python -m pytest tests/csrc
 
 verify-cuda-build: build  ## build and load the ops with the headers of every torch that is supported; needs nvcc, no GPU
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m scripts.verify.cuda_build 2.10.0 2.11.0 2.12.1 $(TORCH:torch==%=%)
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m scripts.verify.cuda_build 2.10.0 2.11.0 2.12.1 $(subst torch==,,$(TORCH))
 
 test-gpu: build/gpu/.built  ## on a machine with a GPU: test ops, decode steps and engine on it; fails if there is none
 	$(GPU_PYTHON) -m pytest $(GPU_PYTEST) --device cuda tests/ops tests/model/test_bucketed_decode.py \

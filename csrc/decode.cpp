@@ -124,14 +124,13 @@ Tensor attend(const Step& step, const Tensor& q, std::int64_t layer, const Tenso
 
 // index: of the layer among self-attention layers.
 void run_self(const Step& step, const SelfLayer& layer, std::int64_t index) {
-  const std::int64_t num_heads = step.layers.query_size / step.head_dim(), num_kv_heads = step.num_kv_heads();
+  const std::int64_t num_heads = step.layers.query_size / step.head_dim();
   const std::int64_t group = index / step.layers_per_page();
   const double epsilon = step.layers.epsilon;
   const Tensor heads =
       heads_of(apply(layer.qkv, rms_norm(step.hidden, layer.norm, epsilon)), step.head_dim());
-  rotate(part(heads, 1, 0, num_heads + num_kv_heads), step.cosines, step.sines);
-  write_kv(step.pages, index % step.layers_per_page(), part(heads, 1, num_heads, num_kv_heads),
-           part(heads, 1, num_heads + num_kv_heads, num_kv_heads), ts::select(step.text.slots, 0, group));
+  rotate_write_kv(heads, step.cosines, step.sines, step.pages, index % step.layers_per_page(),
+                  ts::select(step.text.slots, 0, group));
   const Tensor attended = attend(step, part(heads, 1, 0, num_heads), index,
                                  ts::select(step.text.tables, 0, group), step.text.lengths, std::nullopt);
   add(step.hidden, attended, layer.output, 1.0);

@@ -177,9 +177,10 @@ struct RmsNormArgs {
   float epsilon;
 };
 
-// gate_up [R, 2 I], output [R, I], of `dtype`.
+// gate_up [R, 2 I], output [R, I], of `dtype`; counts [R].
 struct SiluGateArgs {
   const void* gate_up;
+  const std::int32_t* counts;  // or null
   void* output;
   DType dtype;
   std::int64_t size;  // I

@@ -110,11 +110,12 @@ Tensor rms_norm(const Tensor& x, const Tensor& weight, double epsilon) {
   return output;
 }
 
-Tensor silu_gate(const Tensor& gate_up) {
-  check_silu_gate(gate_up);
+Tensor silu_gate(const Tensor& gate_up, std::optional<Tensor> counts) {
+  check_silu_gate(gate_up, counts);
+  if (counts) counts = torch::stable::contiguous(*counts);
   const Tensor rows = with_contiguous_rows(gate_up);
   Tensor output = torch::stable::new_empty(gate_up, {gate_up.size(0), gate_up.size(1) / 2});
-  const SiluGateArgs args = silu_gate_args(rows, output);
+  const SiluGateArgs args = silu_gate_args(rows, counts, output);
   torch::stable::parallel_for(
       0, rows.size(0), rows_per_thread(gate_up.size(1), gate_up.scalar_type()),
       [&](std::int64_t begin, std::int64_t end) { cpu::silu_gate(args, begin, end); });

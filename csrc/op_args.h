@@ -123,9 +123,11 @@ inline PagedAttentionArgs paged_attention_args(const Tensor& q, const Tensor& pa
   };
 }
 
-inline SiluGateArgs silu_gate_args(const Tensor& gate_up, const Tensor& output) {
+inline SiluGateArgs silu_gate_args(const Tensor& gate_up, const std::optional<Tensor>& counts,
+                                   const Tensor& output) {
   return {
       .gate_up = gate_up.const_data_ptr(),
+      .counts = counts ? static_cast<const std::int32_t*>(counts->const_data_ptr()) : nullptr,
       .output = output.mutable_data_ptr(),
       .dtype = kernel_dtype(gate_up.scalar_type()),
       .size = output.size(1),

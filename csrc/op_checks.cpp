@@ -263,27 +263,57 @@ void check_rms_norm(const Tensor& x, const Tensor& weight, double epsilon) {
         epsilon);
 }
 
-void check_silu_gate(const Tensor& gate_up) {
-  check(is_floating(gate_up.scalar_type()) && gate_up.dim() == 2 && gate_up.size(1) % 2 == 0,
-        "silu_gate: gate_up must be float32, bfloat16 or float16 [R, 2 I], got ", describe(gate_up));
+void check_silu_gate(const Tensor& gate_up, const std::optional<Tensor>& counts) {
+  constexpr const char* kOp = "silu_gate";
+  check(is_floating(gate_up.scalar_type()) && gate_up.dim() == 2 && gate_up.size(1) % 2 == 0, kOp,
+        ": gate_up must be float32, bfloat16 or float16 [R, 2 I], got ", describe(gate_up));
+  if (!counts) return;
+  check_devices(kOp, {"gate_up", gate_up}, {{"counts", *counts}});
+  check(counts->scalar_type() == ScalarType::Int && counts->dim() == 1 && counts->size(0) == gate_up.size(0),
+        kOp, ": counts must be int32 [", gate_up.size(0), "] like gate_up, got ", describe(*counts));
 }
 
-void check_rotate(const Tensor& heads, const Tensor& cosines, const Tensor& sines) {
-  constexpr const char* kOp = "rotate";
-  check_devices(kOp, {"heads", heads}, {{"cosines", cosines}, {"sines", sines}});
-  check(is_floating(heads.scalar_type()) && heads.dim() == 3 && heads.size(2) % 2 == 0, kOp,
+namespace {
+
+void check_heads_and_angles(const char* op, const Tensor& heads, const Tensor& cosines, const Tensor& sines) {
+  check(is_floating(heads.scalar_type()) && heads.dim() == 3 && heads.size(2) % 2 == 0, op,
         ": heads must be float32, bfloat16 or float16 [R, H, Dh] with Dh even, got ", describe(heads));
   check(heads.numel() == 0 ||
             (heads.stride(2) == 1 && (heads.size(1) == 1 || heads.stride(1) == heads.size(2))),
-        kOp, ": heads must be contiguous within a row");
+        op, ": heads must be contiguous within a row");
   const auto check_angles = [&](const char* name, const Tensor& angles) {
     check(angles.scalar_type() == ScalarType::Float && angles.dim() == 2 && angles.size(0) == heads.size(0) &&
               angles.size(1) == heads.size(2) / 2,
-          kOp, ": ", name, " must be float32 [", heads.size(0), ", ", heads.size(2) / 2, "] like heads, got ",
+          op, ": ", name, " must be float32 [", heads.size(0), ", ", heads.size(2) / 2, "] like heads, got ",
           describe(angles));
   };
   check_angles("cosines", cosines);
   check_angles("sines", sines);
+}
+
+}  // namespace
+
+void check_rotate(const Tensor& heads, const Tensor& cosines, const Tensor& sines) {
+  constexpr const char* kOp = "rotate";
+  check_devices(kOp, {"heads", heads}, {{"cosines", cosines}, {"sines", sines}});
+  check_heads_and_angles(kOp, heads, cosines, sines);
+}
+
+void check_rotate_write_kv(const Tensor& heads, const Tensor& cosines, const Tensor& sines,
+                           const Tensor& pages, std::int64_t layer, const Tensor& slots) {
+  constexpr const char* kOp = "rotate_write_kv";
+  check_devices(kOp, {"heads", heads},
+                {{"cosines", cosines}, {"sines", sines}, {"pages", pages}, {"slots", slots}});
+  check_heads_and_angles(kOp, heads, cosines, sines);
+  check_pages(kOp, pages, layer);
+  check(fits_pages(heads.scalar_type(), pages) && heads.size(2) == page_head_dim(pages), kOp,
+        ": heads must be ", fitting_name(pages), " [R, H + 2 Hkv, ", page_head_dim(pages),
+        "] like pages, got ", describe(heads));
+  check(heads.size(1) >= 2 * pages.size(3), kOp, ": heads must have at least 2 Hkv=", 2 * pages.size(3),
+        " heads, keys and values of pages, got ", heads.size(1));
+  check_tensor(kOp, "slots", slots, ScalarType::Long, "[R]", slots.dim() == 1);
+  check(slots.size(0) == heads.size(0), kOp, ": slots must have R=", heads.size(0),
+        " entries like heads, got ", slots.size(0));
 }
 
 }  // namespace trimserve

@@ -64,8 +64,11 @@ void check_linear(const Tensor& x, const Tensor& weight, const std::optional<Ten
 
 void check_rms_norm(const Tensor& x, const Tensor& weight, double epsilon);
 
-void check_silu_gate(const Tensor& gate_up);
+void check_silu_gate(const Tensor& gate_up, const std::optional<Tensor>& counts);
 
 void check_rotate(const Tensor& heads, const Tensor& cosines, const Tensor& sines);
+
+void check_rotate_write_kv(const Tensor& heads, const Tensor& cosines, const Tensor& sines,
+                           const Tensor& pages, std::int64_t layer, const Tensor& slots);
 
 }  // namespace trimserve

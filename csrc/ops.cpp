@@ -17,11 +17,14 @@ STABLE_TORCH_LIBRARY(trimserve, m) {
   m.def(
       "gather_kv(Tensor(a!) pages, int layer, Tensor keys, Tensor values, Tensor kept, Tensor slots) -> ()");
   m.def(
+      "rotate_write_kv(Tensor(a!) heads, Tensor cosines, Tensor sines, Tensor(b!) pages, int layer, "
+      "Tensor slots) -> ()");
+  m.def(
       "paged_attention(Tensor q, Tensor pages, int layer, Tensor tables, Tensor lengths, float scale, "
       "Tensor? bias=None) -> Tensor");
   m.def("linear(Tensor x, Tensor weight, Tensor? scales=None) -> Tensor");
   m.def("rms_norm(Tensor x, Tensor weight, float epsilon) -> Tensor");
-  m.def("silu_gate(Tensor gate_up) -> Tensor");
+  m.def("silu_gate(Tensor gate_up, Tensor? counts=None) -> Tensor");
   m.def("rotate(Tensor(a!) heads, Tensor cosines, Tensor sines) -> ()");
   m.def(
       "make_decoder_layers(Tensor[] weights, Tensor[] scales, int[] cross_layers, float[] gates, "
@@ -42,6 +45,7 @@ STABLE_TORCH_LIBRARY_IMPL(trimserve, CPU, m) {
   m.impl("select_features", TORCH_BOX(&trimserve::select_features));
   m.impl("write_kv", TORCH_BOX(&trimserve::write_kv));
   m.impl("gather_kv", TORCH_BOX(&trimserve::gather_kv));
+  m.impl("rotate_write_kv", TORCH_BOX(&trimserve::rotate_write_kv));
   m.impl("paged_attention", TORCH_BOX(&trimserve::paged_attention));
   m.impl("linear", TORCH_BOX(&trimserve::linear));
   m.impl("rms_norm", TORCH_BOX(&trimserve::rms_norm));

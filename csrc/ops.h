@@ -40,6 +40,8 @@ void write_kv(const Tensor& pages, std::int64_t layer, const Tensor& keys, const
               const Tensor& slots);
 void gather_kv(const Tensor& pages, std::int64_t layer, const Tensor& keys, const Tensor& values,
                const Tensor& kept, const Tensor& slots);
+void rotate_write_kv(const Tensor& heads, const Tensor& cosines, const Tensor& sines, const Tensor& pages,
+                     std::int64_t layer, const Tensor& slots);
 Tensor paged_attention(const Tensor& q, const Tensor& pages, std::int64_t layer, const Tensor& tables,
                        const Tensor& lengths, double scale, std::optional<Tensor> bias);
 
@@ -48,7 +50,7 @@ Tensor linear(const Tensor& x, const Tensor& weight, std::optional<Tensor> scale
 void add_linear(const Tensor& output, const Tensor& x, const Tensor& weight, double gate,
                 std::optional<Tensor> scales = std::nullopt);
 Tensor rms_norm(const Tensor& x, const Tensor& weight, double epsilon);
-Tensor silu_gate(const Tensor& gate_up);
+Tensor silu_gate(const Tensor& gate_up, std::optional<Tensor> counts = std::nullopt);
 void rotate(const Tensor& heads, const Tensor& cosines, const Tensor& sines);
 
 // decoder_layers.cpp

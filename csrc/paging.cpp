@@ -59,6 +59,21 @@ void gather_kv(const Tensor& pages, std::int64_t layer, const Tensor& keys, cons
   write_rows(pages, layer, keys, values, static_cast<const std::int64_t*>(indices.const_data_ptr()), places);
 }
 
+void rotate_write_kv(const Tensor& heads, const Tensor& cosines, const Tensor& sines, const Tensor& pages,
+                     std::int64_t layer, const Tensor& slots) {
+  check_rotate_write_kv(heads, cosines, sines, pages, layer, slots);
+  const Tensor places = torch::stable::contiguous(slots);
+  check_indices("rotate_write_kv", "slots", places, pages.size(0) * kPagePositions);
+  const std::int64_t num_kv_heads = pages.size(3), first_value = heads.size(1) - num_kv_heads;
+  const auto part = [](Tensor of, std::int64_t first,
+                       std::int64_t size) {  // narrow takes a mutable reference
+    return torch::stable::narrow(of, 1, first, size);
+  };
+  rotate(part(heads, 0, first_value), cosines, sines);
+  write_rows(pages, layer, part(heads, first_value - num_kv_heads, num_kv_heads),
+             part(heads, first_value, num_kv_heads), nullptr, places);
+}
+
 Tensor paged_attention(const Tensor& q, const Tensor& pages, std::int64_t layer, const Tensor& tables,
                        const Tensor& lengths, double scale, std::optional<Tensor> bias) {
   check_paged_attention(q, pages, layer, tables, lengths, scale, bias);

@@ -40,7 +40,8 @@ test_all() { make test-gpu GPU_PYTHON="$python"; }
 
 sanitize() { # tool
   local few=(tests/ops/test_write_kv.py tests/ops/test_paged_attention.py tests/ops/test_headwise_scores.py
-    tests/ops/test_headwise_topk.py tests/ops/test_select_features.py tests/ops/test_union_indices.py tests/ops/test_rows.py)
+    tests/ops/test_headwise_topk.py tests/ops/test_select_features.py tests/ops/test_union_indices.py tests/ops/test_rows.py
+    tests/ops/test_rotate_write_kv.py)
   compute-sanitizer --tool "$1" --error-exitcode 9 --target-processes all "$python" -m pytest -c /dev/null --rootdir . \
     -o pythonpath=. --import-mode importlib -p no:cacheprovider -q --device cuda --hypothesis-profile few "${few[@]}"
 }

@@ -1,6 +1,5 @@
 """The command line as people type it, against a server and with one of its own."""
 
-import io
 import json
 import math
 import shutil
@@ -25,9 +24,6 @@ from trimserve.cli import app, main
 from trimserve.config import Config, EngineConfig
 from trimserve.model.loading import embedded_model_folder
 from trimserve.serve import in_process_server, make_server
-from trimserve.server import logs, running
-from trimserve.server.lifecycle import Server
-from trimserve.server.queued_log import QueuedHandler
 from trimserve.server.running import InProcessServer
 from trimserve.trimming.policies.table import POLICIES
 
@@ -139,6 +135,7 @@ def test_info_tells_versions_ops_and_geometry() -> None:
         "paged_attention",
         "rms_norm",
         "rotate",
+        "rotate_write_kv",
         "select_features",
         "silu_gate",
         "union_indices",
@@ -181,56 +178,6 @@ def test_commands_that_load_a_model_take_its_knobs(command: str) -> None:
         assert own == (f"TRIMSERVE__MODEL__{knob.upper()}" if command == "info" else None)
 
 
-@pytest.fixture
-def served(monkeypatch: pytest.MonkeyPatch) -> list[Config]:
-    """The configs of servers that `serve` would have run; it configures no logging."""
-    configs: list[Config] = []
-    monkeypatch.setattr(logs, "configure_logging", lambda *_: QueuedHandler(io.StringIO(), lambda _: None))
-
-    async def remember(server: Server, **_: object) -> None:
-        configs.append(server.config)
-
-    monkeypatch.setattr(running, "serve", remember)
-    return configs
-
-
-def test_serve_takes_its_knobs_from_options_then_from_variables(
-    served: list[Config], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("TRIMSERVE_PORT", "tcp://10.0.0.1:50051")  # from Kubernetes, for a service named trimserve
-    monkeypatch.setenv("TRIMSERVE__ENGINE__MAX_BATCH", "3")
-    monkeypatch.setenv("TRIMSERVE__ENGINE__MAX_QUEUE", "4")
-    run("serve", "--max-queue", 5)
-    [config] = served
-    assert (config.engine.max_batch, config.engine.max_queue, config.server.port) == (3, 5, 50051)
-
-
-@pytest.mark.parametrize(
-    ("variable", "meant"),
-    [
-        ("TRIMSERVE__ENGINE__MAX_BATHC", "; did you mean TRIMSERVE__ENGINE__MAX_BATCH?"),
-        ("trimserve__engine__max_batch", "; did you mean TRIMSERVE__ENGINE__MAX_BATCH?"),
-        ("TRIMSERVE__ENGINE__PORT", "; did you mean TRIMSERVE__SERVER__PORT?"),
-        ("TRIMSERVE__X", ""),
-    ],
-)
-def test_a_variable_that_looks_like_a_knob_but_is_none_is_refused(
-    served: list[Config], monkeypatch: pytest.MonkeyPatch, variable: str, meant: str
-) -> None:
-    monkeypatch.setenv(variable, "3")
-    for command in ("serve", "info"):  # whatever section it would be of
-        result = CliRunner(env={"COLUMNS": "200"}).invoke(app, [command])
-        assert result.exit_code == 2
-        assert f"the environment has {variable}, which is no knob{meant}" in result.output
-    assert not served
-
-
-def test_serve_refuses_a_checkpoint_before_anything_listens(served: list[Config], tmp_path: Path) -> None:
-    result = CliRunner().invoke(app, ["serve", "--model", str(tmp_path)])
-    assert "config.json" in str(result.exception)
-    assert not served
-
-
 def test_the_version_is_told() -> None:
     assert run("--version").stdout == f"trimserve {__version__}\n"
 
@@ -239,99 +186,6 @@ def test_help_waits_for_no_slow_import() -> None:
     program = "import sys, trimserve.cli; print({'torch', 'transformers', 'numpy', 'matplotlib'} & {*sys.modules})"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["generate", "--prompt", "x", "--image", "no/such/file.png"], "no/such/file.png: No such file or directory"),
-        (["generate", "--prompt", "x", "--image", "https://a.org/b.png"], "https://a.org/b.png: is a URL"),
-        (["generate", "--prompt", "x", "--image", "tests"], "tests: Is a directory"),
-        (["generate", "--prompt", "x", "--model", "no/such/model"], "no/such/model: no such folder"),
-        (["generate", "--prompt", "x", "--k-ratio", "2"], "trim.k_ratio: must be in (0, 1], got 2.0"),
-        (["generate", "--prompt", "x", "--policy", "best"], "trim.policy: must be one of trimmed, random, "),
-        (["generate", "--prompt", "x", "--merge-ratio", "-1"], "trim.merge_ratio: must be in [0, 1], got -1.0"),
-        (["generate", "--prompt", "x", "--model", "[/red]" + "no" * 100], "[/red]" + "no" * 100),
-        (["generate", "--prompt", "x", "--address", "127.0.0.1:1"], "cannot reach 127.0.0.1:1 (HOST:PORT expected): "),
-        (["explain", "--image", "pyproject.toml", "--prompt", "x"], "pyproject.toml: must be an image file"),
-        (["generate", "--prompt", "x", "--image", "pyproject.toml"], "pyproject.toml: must be an image file"),
-        (["chat", "--image", "no.png", "--address", "127.0.0.1:1"], "no.png: No such file or directory"),
-        (["batch", "no.jsonl", "out.jsonl"], "no.jsonl"),
-        (["status", "--address", "127.0.0.1:1"], "cannot reach 127.0.0.1:1 (HOST:PORT expected): "),
-        (["info", "--address", "127.0.0.1:1"], "cannot reach 127.0.0.1:1 (HOST:PORT expected): "),
-    ],
-)
-def test_what_the_user_can_mend_is_one_line_and_status_1(
-    arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert message in failed(1, arguments, monkeypatch, capsys)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["serve", "--max-batch", "0"], "--max-batch: Input should be greater than or equal to 1, got 0"),
-        (["serve", "--adapter", "x"], "--adapter: String should match pattern"),
-        (["serve", "--tls-cert", "x"], "--tls-key: must be given with tls_cert"),
-        (["serve", "--quantize", "int3"], "'--quantize': 'int3' is not one of 'none', 'int8', 'int4'"),
-        (["generate", "--prompt", "x", "--seed", "-1"], "'--seed'"),
-        (["generate", "--prompt", "x", "--max-new-tokens", "-1"], "'--max-new-tokens'"),
-        (["generate"], "Missing option '--prompt' (see trimserve generate --help)"),
-        (["generate", "--prompt", "a\udcff"], "'--prompt': must be UTF-8, got 'a\\udcff'"),
-        (["generate", "--prompt", "-", "--image", "-"], "standard input (-) can be read once only"),
-        (["generate", "--prompt", "x", "--no-trim", "--keep", "1"], "--no-trim and --keep exclude each other"),
-        (["generate", "--prompt", "x", "--tls"], "--tls needs --address beside it"),
-        (["status", "--address", "a:1", "--client-key", "k"], "--client-cert and --client-key need each other"),
-        (["explain", "--image", "x", "--prompt", "x", "--out", "x.pdf"], "must end in one of .png, .jpg, .jpeg, .webp"),
-        (["genrate"], "No such command 'genrate'"),
-    ],
-)
-def test_what_is_typed_wrongly_is_one_line_and_status_2(
-    arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert message in failed(2, arguments, monkeypatch, capsys)
-
-
-@pytest.mark.parametrize(
-    ("status", "arguments", "message"),
-    [
-        (2, ["plan"], "--gpu-memory: must be given"),
-        (2, ["plan", "--memory", "1GiB", "--bandwidth", "0"], "--bandwidth: must be above 0, got 0.0"),
-        (2, ["plan", "--memory", "1GiB", "--kept-fraction", "2"], "--kept-fraction: must be in (0, 1], got 2.0"),
-        (1, ["explain", "--prompt", "x", "--image", "no.png"], "no.png: No such file or directory"),
-    ],
-)
-def test_what_is_typed_wrongly_is_told_before_slow_imports(
-    status: int,
-    arguments: list[str],
-    message: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    for slow in ("trimserve.planner", "trimserve.explain"):
-        monkeypatch.setitem(sys.modules, slow, None)  # an import of it fails
-    assert message in failed(status, arguments, monkeypatch, capsys)
-
-
-def test_a_prompt_on_standard_input_that_is_not_utf8_is_one_line(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"ok \xff")))
-    line = failed(2, ["generate", "--prompt", "-"], monkeypatch, capsys)
-    assert "--prompt: standard input must be UTF-8, got byte 0xff at position 3" in line
-
-
-def failed(
-    status: int, arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> str:
-    """The one line that a command fails with."""
-    monkeypatch.setattr("sys.argv", ["trimserve", *arguments])
-    with pytest.raises(SystemExit) as exit_:
-        main()
-    assert exit_.value.code == status
-    [line] = capsys.readouterr().err.splitlines()
-    return line
 
 
 def test_without_a_command_the_help_is_printed(
@@ -418,26 +272,3 @@ def test_an_interrupt_while_the_model_is_loaded_ends_the_command() -> None:
         error = process.rest()
     assert process.returncode == 130
     assert error == "interrupted\n"
-
-
-SIGTERM_WHILE_LOADING = """
-import os, signal, sys, threading
-import torch
-import trimserve.serve
-from trimserve.cli import main
-
-def load(*_):
-    threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()
-    while True:  # in compiled code nearly always, as a load is
-        torch.ones(256, 256) @ torch.ones(256, 256)
-
-trimserve.serve.load_model = load
-sys.argv = ["trimserve", "serve", "--port", "0", "--metrics-port", "0"]
-main()
-"""
-
-
-def test_serve_ends_cleanly_when_a_signal_comes_while_its_model_loads() -> None:
-    with forked(SIGTERM_WHILE_LOADING, stderr=subprocess.PIPE) as process:
-        errors = process.rest()
-    assert process.returncode == 0, errors

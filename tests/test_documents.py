@@ -27,7 +27,7 @@ COMMANDS = [
     for command in re.findall(r"^\$ (.+?)(?:\s+#.*)?$", document.read_text(), re.MULTILINE)
 ]
 
-OTHER_PROGRAMS = ("buf", "cd", "curl", "docker", "grype", "kubectl", "node", "printf", "python", "token=")
+OTHER_PROGRAMS = ("buf", "cd", "curl", "docker", "grype", "guidellm", "kubectl", "node", "printf", "python", "token=")
 """Of commands that scripts/verify/ runs, or people."""
 
 

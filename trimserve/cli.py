@@ -25,12 +25,14 @@ from trimserve.commands.playground import playground
 from trimserve.commands.question import policy_help
 from trimserve.commands.serve import serve
 from trimserve.commands.status import status
+from trimserve.distillation.command import train_compressor
 from trimserve.engine.workers import is_any_left_behind
 from trimserve.environment import shut_out
 from trimserve.errors import TrimserveError
 from trimserve.evaluation.codebook_command import codebook
 from trimserve.evaluation.command import evaluate
 from trimserve.evaluation.dataset import DatasetError
+from trimserve.refusal import Refusal
 
 __all__ = ["about", "app", "main"]
 
@@ -67,8 +69,13 @@ def _run() -> None:
     except _UsageError as error:
         _refuse_usage(error)
     except grpc.RpcError as error:
-        _fail(f"{error.code().name}: {error.details()}")
-    except (TrimserveError, DatasetError, JournalError, OSError) as error:
+        _fail(str(Refusal.of(error)))
+    except UnicodeEncodeError as error:  # what a shell in another encoding hands on, as text that is sent
+        _fail(f"error: what is typed must be UTF-8, got {error.object!r}", 2)
+    except OSError as error:
+        is_of_a_file = error.filename is not None and error.strerror is not None
+        _fail(f"error: {error.filename}: {error.strerror}" if is_of_a_file else f"error: {error}")
+    except (TrimserveError, DatasetError, JournalError) as error:
         _fail(f"error: {error}")
 
 
@@ -82,7 +89,7 @@ def _refuse_usage(error: Any) -> NoReturn:
 
 
 def _fail(message: str, status: int = 1) -> NoReturn:
-    print(message, file=sys.stderr)
+    print(" ".join(message.split()), file=sys.stderr)
     raise SystemExit(status) from None
 
 
@@ -119,3 +126,4 @@ app.command()(info)
 app.command()(plan)
 app.command("eval")(evaluate)
 app.add_typer(codebook, name="codebook")
+app.command("train-compressor")(train_compressor)

@@ -50,20 +50,20 @@ class ModelConfig(_Knobs):
     dtype: Dtype = Field(default="auto", description="Type of weights; `auto` is the checkpoint's own.")
     quantize: Quantize = Field(
         default="none",
-        description="How the decoder's linear layers are stored: `none` is in `dtype`, but int8 and int4 of a "
-        "quantized checkpoint stay so on a CPU; `int8` is one scale for each output, `int4` one for each 64 inputs of "
-        "it. Both take less memory, and make decode steps faster on a CPU. On a GPU, `int8` works by torch's own "
-        "products, and `int4` is refused. Everything else keeps `dtype`.",
+        description="How the decoder's linear layers are stored. `none`: in `dtype`, except that int8 and int4 "
+        "weights of a quantized checkpoint stay as they are on a CPU. `int8`: one scale for each output. `int4`: one "
+        "scale for each 64 inputs of an output. Both take less memory and make decode steps faster on a CPU. On a GPU, "
+        "`int8` uses torch's own products and `int4` is refused. Everything else keeps `dtype`.",
     )
     kv_dtype: KvDtype = Field(
         default="auto",
-        description="How keys and values are held: `auto` is in `dtype`; `int8` with a scale to each head and position "
-        "takes about half the bytes of bfloat16, and answers may differ a little. `int8` is refused on a GPU.",
+        description="Type of cached keys and values. `auto` is `dtype`. `int8` has a scale for each head and position "
+        "and takes about half the bytes of bfloat16; answers may differ a little. `int8` is refused on a GPU.",
     )
     max_model_len: int | None = Field(
         default=None,
         ge=1,
-        description="Tokens of prompt and answer together; unset is the checkpoint's limit.",
+        description="Most tokens of prompt and answer together; unset is the checkpoint's limit.",
     )
     intermediate_features: Literal["inputs", "outputs"] = Field(
         default="inputs",
@@ -79,13 +79,18 @@ class ModelConfig(_Knobs):
         default=None,
         gt=0,
         le=1,
-        description="Budget per head of a request that names none; unset is the checkpoint's "
+        description="Default budget per head, for requests that name none; unset is the value of the checkpoint's "
         "`trimserve.json`, or 0.2 without one.",
     )
     codebook: Path | None = Field(
         default=None,
         description="File of prototypes for the policy `codebook`, built for this very model by `trimserve codebook "
         "build`; unset refuses that policy.",
+    )
+    compressor: tuple[Path, ...] = Field(
+        default=(),
+        description="A file that `trimserve train-compressor` wrote for this very model; its policy is refused without "
+        "it. Given again for another policy, in the environment with spaces between several.",
     )
     guide_model: str | None = Field(
         default=None,
@@ -97,8 +102,9 @@ class ModelConfig(_Knobs):
         default=None,
         ge=0,
         le=1,
-        description="Rows that the features of a tile that are not kept are merged into, as a share of its features, "
-        "of a request that names none; 0 drops them; unset is the checkpoint's `trimserve.json`, or 0 without one.",
+        description="Default for requests that name none: rows that the unkept features of a tile are merged into, as "
+        "a share of the tile's features. 0 drops them. Unset is the value of the checkpoint's `trimserve.json`, or 0 "
+        "without one.",
     )
 
     @property
@@ -120,22 +126,22 @@ class ModelConfig(_Knobs):
 class EngineConfig(_Knobs):
     """How much the engine takes on."""
 
-    max_batch: int = Field(default=16, ge=1, description="Requests that decode together.")
+    max_batch: int = Field(default=16, ge=1, description="Most requests that decode together.")
     max_queue: int = Field(
-        default=64, ge=1, description="Requests that wait; one more is refused with RESOURCE_EXHAUSTED."
+        default=64, ge=1, description="Most requests that wait; one more is refused with RESOURCE_EXHAUSTED."
     )
     kv_cache_bytes: ByteSize | None = Field(
         default=None,
         ge=1,
-        description="Bytes of all keys and values and of the scratch of one prefill, such as `2GiB`; unset is half "
-        "of the memory that is available after warm-up (of a GPU 0.9), but no more than `max_batch` requests can use.",
+        description="Bytes for all keys and values and for the scratch of one prefill, such as `2GiB`. Unset is half "
+        "of the memory that is free after warm-up (0.9 of it on a GPU), but no more than `max_batch` requests can use.",
     )
     kv_layers_per_page: int | None = Field(
         default=None,
         ge=1,
-        description="Layers whose keys and values share a page of the KV; unset is the greatest common divisor of the "
-        "model's self- and cross-attention layers, and another must divide it. Policies that let later "
-        "cross-attention layers hold less give back whole pages only: with fewer layers to a page, more of them.",
+        description="Layers that share a page of the KV cache. Unset is the greatest common divisor of the model's "
+        "numbers of self- and cross-attention layers; any other value must divide it. Policies whose later "
+        "cross-attention layers hold less free whole pages only, so they free more with fewer layers per page.",
     )
     image_cache_bytes: ByteSize = Field(
         default=ByteSize(512 * 2**20),
@@ -146,8 +152,8 @@ class EngineConfig(_Knobs):
     prefill_slice_seconds: float = Field(
         default=0.1,
         ge=0,
-        description="Seconds that running requests wait, between two of their tokens, for the prefill of the next "
-        "one; the layer that has begun is finished.",
+        description="Seconds of prefill between two decode steps, so the longest pause that a newcomer causes in "
+        "running streams. A layer that has begun is finished.",
     )
     speculation: bool = Field(
         default=False,
@@ -158,23 +164,22 @@ class EngineConfig(_Knobs):
     step_timeout_seconds: float = Field(
         default=300.0,
         gt=0,
-        description="Seconds after which a step of the engine that has not returned, a decode step or a layer of a "
-        "prefill, counts as hung: health says NOT_SERVING, and the process ends with the cause, as it does when its "
-        "event loop stands still for as long.",
+        description="Seconds after which a decode step, or a layer of a prefill, counts as hung: health says "
+        "NOT_SERVING and the process ends with the cause. The same holds for an event loop that stalls for as long.",
     )
-    max_images: int = Field(default=8, ge=1, description="Images of one request.")
-    max_image_bytes: int = Field(default=32 * 2**20, ge=1, description="Bytes of one encoded image file.")
+    max_images: int = Field(default=8, ge=1, description="Most images of one request.")
+    max_image_bytes: int = Field(default=32 * 2**20, ge=1, description="Most bytes of one encoded image file.")
     max_image_pixels: int = Field(
         default=50_000_000,
         ge=1,
-        description="Pixels of one decoded image; more is taken for a decompression bomb. They bound the memory and "
-        "the processor time of its decoder, too.",
+        description="Most pixels of one decoded image; a larger one counts as a decompression bomb. They also bound "
+        "the memory and processor time of the decoder.",
     )
     num_preprocess_workers: int = Field(
         default=2,
         ge=1,
-        description="Threads that tokenise beside the engine's thread, and as many for images, each with a process "
-        "that opens their files.",
+        description="Threads that tokenise prompts, and as many that prepare images, each with a process that decodes "
+        "the files.",
     )
     num_threads: int | None = Field(
         default=None,
@@ -224,7 +229,7 @@ class ServerConfig(_Knobs):
     allow_plaintext: bool = Field(
         default=False,
         validate_default=True,
-        description="Whether to listen beyond loopback without TLS, behind something that encrypts.",
+        description="Whether to listen beyond loopback without TLS, for servers behind a proxy that encrypts.",
     )
     metrics_port: Port = Field(
         default=9464, description="Port of `/metrics`, `/healthz` and `/readyz`; 0 is any free one."
@@ -257,13 +262,13 @@ class ServerConfig(_Knobs):
     drain_grace_seconds: float = Field(
         default=30.0,
         ge=0,
-        description="Seconds that running requests get to finish once SIGTERM, SIGINT or SIGHUP came.",
+        description="Seconds that running requests get to finish after SIGTERM, SIGINT or SIGHUP.",
     )
     max_connection_age_seconds: float | None = Field(
         default=None,
         gt=0,
-        description="Age at which a client is asked to connect anew, so that balancers that know only "
-        "connections can spread load; calls that run get the drain grace to finish. Unset is never.",
+        description="Age at which a client is asked to reconnect, so that load balancers that see only connections can "
+        "spread load. Running calls get the drain grace to finish. Unset is never.",
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         default="info",

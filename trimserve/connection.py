@@ -13,6 +13,7 @@ import typer
 
 from trimserve.client import Client, Tls
 from trimserve.options import Command, with_options
+from trimserve.refusal import Refusal
 
 __all__ = ["Connection", "connected", "with_connection"]
 
@@ -104,5 +105,4 @@ def connected(connection: Connection) -> Iterator[Client]:
         except grpc.RpcError as error:
             if error.code() is not grpc.StatusCode.UNAVAILABLE or error.trailing_metadata():
                 raise  # a status of the server itself
-            why = f"{error.code().name}: {error.details()}"
-            raise ConnectionError(f"cannot reach {address} (HOST:PORT expected): {why}") from None
+            raise ConnectionError(f"cannot reach {address} (HOST:PORT expected): {Refusal.of(error)}") from None

@@ -25,6 +25,10 @@ class Refusal:
     retry_seconds: float | None = None
     """After which the server asks to be tried again; None if it does not."""
 
+    def __str__(self) -> str:
+        """For a person, in one line."""
+        return f"{self.code}: {' '.join(self.message.split())}"
+
     @classmethod
     def of(cls, error: grpc.RpcError) -> "Refusal":
         """Read an error.

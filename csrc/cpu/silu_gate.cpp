@@ -1,5 +1,6 @@
 // silu_gate: the gated activation of an MLP (SwiGLU).
 //   gate_up [R, 2 I], each row its I gates and then its I ups     output [R, I] = gate * sigmoid(gate) * up
+//   counts [R] int32, or null: rows with 0 become 0.
 //   One pass, computed in float32.
 
 #include <cstring>
@@ -49,8 +50,11 @@ void silu_gate(const SiluGateArgs& args, std::int64_t begin, std::int64_t end) {
     at_dtype(args.dtype, [&](auto dtype) TRIMSERVE_INLINE_LAMBDA {
       for (std::int64_t r = begin; r < end; ++r) {
         const auto* const gates = static_cast<const Element<dtype>*>(args.gate_up) + r * args.row_stride;
-        pass_row<width, dtype>(gates, gates + args.size, args.size,
-                               static_cast<Element<dtype>*>(args.output) + r * args.size);
+        auto* const output = static_cast<Element<dtype>*>(args.output) + r * args.size;
+        if (args.counts && args.counts[r] == 0)
+          std::memset(output, 0, args.size * sizeof *output);
+        else
+          pass_row<width, dtype>(gates, gates + args.size, args.size, output);
       }
     });
   });

@@ -61,4 +61,9 @@ void paged_attention(const PagedAttentionArgs& args, std::int64_t max_pages, std
 void silu_gate(const SiluGateArgs& args, std::int64_t num_rows, Stream stream);
 void rotate(const RotateArgs& args, std::int64_t num_rows, Stream stream);
 
+// args.heads: queries, then keys, both rotated, then values, which are not counted in args.num_heads. Keys and values
+// also go to their pages, as write_kv does it; of `store` what says where from is not read.
+void rotate_write_kv(const RotateArgs& args, const WriteKvArgs& store, std::int64_t num_rows,
+                     std::int64_t num_slots, Stream stream);
+
 }  // namespace trimserve::cuda

@@ -7,12 +7,13 @@
 
 namespace trimserve::cuda {
 
-Tensor silu_gate(const Tensor& gate_up) {
-  check_silu_gate(gate_up);
+Tensor silu_gate(const Tensor& gate_up, std::optional<Tensor> counts) {
+  check_silu_gate(gate_up, counts);
   const OnDevice device = on_device(gate_up);
+  if (counts) counts = torch::stable::contiguous(*counts);
   const Tensor rows = with_contiguous_rows(gate_up);
   Tensor output = torch::stable::new_empty(gate_up, {gate_up.size(0), gate_up.size(1) / 2});
-  silu_gate(silu_gate_args(rows, output), rows.size(0), device.stream);
+  silu_gate(silu_gate_args(rows, counts, output), rows.size(0), device.stream);
   return output;
 }
 

@@ -15,6 +15,7 @@ STABLE_TORCH_LIBRARY_IMPL(trimserve, TRIMSERVE_CUDA_KEY, m) {
   m.impl("select_features", TORCH_BOX(&trimserve::cuda::select_features));
   m.impl("write_kv", TORCH_BOX(&trimserve::cuda::write_kv));
   m.impl("gather_kv", TORCH_BOX(&trimserve::cuda::gather_kv));
+  m.impl("rotate_write_kv", TORCH_BOX(&trimserve::cuda::rotate_write_kv));
   m.impl("paged_attention", TORCH_BOX(&trimserve::cuda::paged_attention));
   m.impl("silu_gate", TORCH_BOX(&trimserve::cuda::silu_gate));
   m.impl("rotate", TORCH_BOX(&trimserve::cuda::rotate));

@@ -26,11 +26,13 @@ void write_kv(const Tensor& pages, std::int64_t layer, const Tensor& keys, const
               const Tensor& slots);
 void gather_kv(const Tensor& pages, std::int64_t layer, const Tensor& keys, const Tensor& values,
                const Tensor& kept, const Tensor& slots);
+void rotate_write_kv(const Tensor& heads, const Tensor& cosines, const Tensor& sines, const Tensor& pages,
+                     std::int64_t layer, const Tensor& slots);
 Tensor paged_attention(const Tensor& q, const Tensor& pages, std::int64_t layer, const Tensor& tables,
                        const Tensor& lengths, double scale, std::optional<Tensor> bias);
 
 // layers.cpp
-Tensor silu_gate(const Tensor& gate_up);
+Tensor silu_gate(const Tensor& gate_up, std::optional<Tensor> counts);
 void rotate(const Tensor& heads, const Tensor& cosines, const Tensor& sines);
 
 }  // namespace trimserve::cuda

@@ -6,10 +6,10 @@
 //
 //   A block takes a piece of kPiecePositions of one sequence and up to kHeads query heads of one KV head: keys to
 //   logits, softmax, values; each key and value is read once for these heads, 16 bytes per access. kLanes lanes share a
-//   row, so a warp reads two rows at a time. Lengths are on the device, so as many blocks are launched as the tables
-//   have pieces, at most kMostBlocks: those past a sequence's end return at once, those of a longer one loop over
-//   several pieces. Pieces leave sums, maxima and totals that merge_pieces combines in order. They depend on the
-//   sequence's own length only, so results repeat bit for bit in any batch. Arithmetic in float32.
+//   row, so a warp reads two rows at a time. Lengths are on the device, and a captured step is launched alike whatever
+//   they are: as many blocks as fill a GPU take the pieces of all sequences in turn (find_piece), however long the
+//   tables are. Pieces leave sums, maxima and totals that merge_pieces combines in order. They depend on the sequence's
+//   own length only, so results repeat bit for bit in any batch. Arithmetic in float32.
 
 #include <limits>
 
@@ -24,8 +24,8 @@ constexpr int kThreads = 128;
 constexpr int kLanes = 16;                // that have a row
 constexpr int kRows = kThreads / kLanes;  // at a time
 constexpr int kWarps = kThreads / kWarp;
-constexpr int kMostHeads = 4;             // of a block
-constexpr std::int64_t kMostBlocks = 64;  // of a sequence and its heads: enough to fill a GPU at batch 1
+constexpr int kMostHeads = 4;                  // of a block
+constexpr std::int64_t kMostBlocks = 132 * 8;  // twice what an H100 runs at a time
 constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 static_assert(kPiecePositions % kPagePositions == 0 && kWarp == 2 * kLanes &&
               kPiecePositions % (kRows * kLanes) == 0);
@@ -41,6 +41,38 @@ __device__ __host__ std::int64_t max_pieces(std::int64_t max_pages) {
 __device__ std::int64_t length_of(const PagedAttentionArgs& args, std::int64_t sequence,
                                   std::int64_t max_pages) {
   return min(max(std::int64_t{args.lengths[sequence]}, std::int64_t{0}), max_pages * kPagePositions);
+}
+
+struct PlaceOfPiece {
+  int sequence;  // num_sequences behind the last piece
+  int piece;     // of that sequence
+};
+
+// Where the wanted-th piece of all sequences is, those of each in turn; `fewest`: pieces of an empty sequence. All
+// threads of a warp find the same: each counts the pieces of a sequence.
+__device__ PlaceOfPiece find_piece(const PagedAttentionArgs& args, std::int64_t max_pages, int wanted,
+                                   int fewest) {
+  const int lane = threadIdx.x % kWarp;
+  const int num_sequences = static_cast<int>(args.num_sequences);
+  for (int first = 0; first < num_sequences; first += kWarp) {
+    int count = 0;
+    if (first + lane < num_sequences) {
+      const auto length = static_cast<int>(length_of(args, first + lane, max_pages));
+      count = max(length / kPiecePositions + (length % kPiecePositions > 0), fewest);
+    }
+    int sum = count;  // of this sequence and those before
+    for (int offset = 1; offset < kWarp; offset *= 2) {
+      const int other = __shfl_up_sync(kAllLanes, sum, offset);
+      if (lane >= offset) sum += other;
+    }
+    const unsigned votes = __ballot_sync(kAllLanes, wanted < sum);
+    if (votes != 0) {
+      const int owner = __ffs(static_cast<int>(votes)) - 1;
+      return {first + owner, wanted - __shfl_sync(kAllLanes, sum - count, owner)};
+    }
+    wanted -= __shfl_sync(kAllLanes, sum, kWarp - 1);
+  }
+  return {num_sequences, 0};
 }
 
 __device__ float shift_of(float maximum) { return maximum == kMinusInfinity ? 0.0f : maximum; }
@@ -206,22 +238,22 @@ struct Piece {
   }
 };
 
-// Blocks (pieces, KV head and tile of its query heads, sequence). partials [B, pieces, H, partial_size], or null if no
-// sequence has more than one piece, which is then finished here.
+// Blocks (pieces of all sequences, KV head and tile of its query heads). partials [B, pieces, H, partial_size], or null
+// if no sequence has more than one piece, which is then finished here.
 template <typename T, int kHeads, int kSize>
 __global__ void __launch_bounds__(kThreads)
     attend_pieces(PagedAttentionArgs args, std::int64_t max_pages, std::int64_t num_pages, float* partials) {
   using Work = Piece<T, kHeads, kSize>;
   __shared__ typename Work::Shared shared;
   const std::int64_t group = args.num_heads / args.num_kv_heads, tiles = divide_up(group, kHeads);
-  const std::int64_t kv_head = blockIdx.y / tiles, tile = blockIdx.y % tiles, sequence = blockIdx.z;
-  const std::int64_t length = length_of(args, sequence, max_pages);
+  const std::int64_t kv_head = blockIdx.y / tiles, tile = blockIdx.y % tiles;
   const std::int64_t block_size = kPagePositions * args.head_dim;
   const T* const keys = static_cast<const T*>(args.pages) + kv_head * block_size;
-  std::int64_t piece = blockIdx.x;
-  if (piece * kPiecePositions >= length && partials) return;
-  do {
-    const std::int64_t begin = piece * kPiecePositions;
+  for (int next = static_cast<int>(blockIdx.x);; next += static_cast<int>(gridDim.x)) {
+    const auto [sequence, piece] = find_piece(args, max_pages, next, partials ? 0 : 1);
+    if (sequence == args.num_sequences) return;
+    const std::int64_t length = length_of(args, sequence, max_pages);
+    const std::int64_t begin = std::int64_t{piece} * kPiecePositions;
     const Work work{args,
                     shared,
                     sequence,
@@ -259,8 +291,7 @@ __global__ void __launch_bounds__(kThreads)
       });
     }
     __syncthreads();  // until shared memory was read
-    piece += gridDim.x;
-  } while (piece * kPiecePositions < length);
+  }
 }
 
 // Blocks (head, sequence).
@@ -289,16 +320,15 @@ template <typename T, int kHeads, int kSize>
 void attend(const PagedAttentionArgs& args, std::int64_t max_pages, std::int64_t num_pages, float* partials,
             Stream stream) {
   const std::int64_t tiles = divide_up(args.num_heads / args.num_kv_heads, kHeads),
-                     pieces = max_pieces(max_pages);
-  const auto sequences = static_cast<unsigned>(args.num_sequences);
+                     heads = args.num_kv_heads * tiles, pieces = max_pieces(max_pages);
   if (pieces == 1) partials = nullptr;
-  launch(attend_pieces<T, kHeads, kSize>,
-         dim3(static_cast<unsigned>(std::min(pieces, kMostBlocks)),
-              static_cast<unsigned>(args.num_kv_heads * tiles), sequences),
+  const std::int64_t blocks = std::min(args.num_sequences * pieces, divide_up(kMostBlocks, heads));
+  launch(attend_pieces<T, kHeads, kSize>, dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(heads)),
          kThreads, stream, args, max_pages, num_pages, partials);
   if (partials) {
-    launch(merge_pieces<T>, dim3(static_cast<unsigned>(args.num_heads), sequences), kThreads, stream, args,
-           max_pages, partials);
+    launch(merge_pieces<T>,
+           dim3(static_cast<unsigned>(args.num_heads), static_cast<unsigned>(args.num_sequences)), kThreads,
+           stream, args, max_pages, partials);
   }
 }
 

@@ -34,6 +34,18 @@ void gather_kv(const Tensor& pages, std::int64_t layer, const Tensor& keys, cons
              torch::stable::contiguous(slots), device.stream);
 }
 
+void rotate_write_kv(const Tensor& heads, const Tensor& cosines, const Tensor& sines, const Tensor& pages,
+                     std::int64_t layer, const Tensor& slots) {
+  check_rotate_write_kv(heads, cosines, sines, pages, layer, slots);
+  const OnDevice device = on_device(heads);
+  const Tensor cos = torch::stable::contiguous(cosines), sin = torch::stable::contiguous(sines);
+  const Tensor places = torch::stable::contiguous(slots);
+  RotateArgs args = rotate_args(heads, cos, sin);
+  args.num_heads -= pages.size(3);
+  const WriteKvArgs store = write_kv_args(pages, layer, heads, heads, nullptr, places);
+  rotate_write_kv(args, store, heads.size(0), pages.size(0) * kPagePositions, device.stream);
+}
+
 Tensor paged_attention(const Tensor& q, const Tensor& pages, std::int64_t layer, const Tensor& tables,
                        const Tensor& lengths, double scale, std::optional<Tensor> bias) {
   check_paged_attention(q, pages, layer, tables, lengths, scale, bias);

@@ -1,5 +1,6 @@
 // silu_gate: the gated activation of an MLP (SwiGLU).
 //   gate_up [R, 2 I], each row its I gates and then its I ups     output [R, I] = gate * sigmoid(gate) * up
+//   counts [R] int32, or null: rows with 0 become 0.
 //   A thread takes 16 bytes of gates and of ups, or one of each where alignment does not allow it; computed in float32.
 //   Bound by memory bandwidth.
 
@@ -20,9 +21,11 @@ __global__ void __launch_bounds__(kThreads) gate_rows(SiluGateArgs args, std::in
     const T* const gates = static_cast<const T*>(args.gate_up) + r * args.row_stride + first;
     Items gate = *reinterpret_cast<const Items*>(gates);
     const Items up = *reinterpret_cast<const Items*>(gates + args.size);
+    const bool is_empty = args.counts && args.counts[r] == 0;
     for (int i = 0; i < kSize; ++i) {
       const float x = to_float(gate.elements[i]);
-      gate.elements[i] = from_float<T>(x / (1.0f + expf(-x)) * to_float(up.elements[i]));
+      const float gated = x / (1.0f + expf(-x)) * to_float(up.elements[i]);
+      gate.elements[i] = from_float<T>(is_empty ? 0.0f : gated);
     }
     *reinterpret_cast<Items*>(static_cast<T*>(args.output) + r * args.size + first) = gate;
   }

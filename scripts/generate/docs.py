@@ -37,6 +37,7 @@ from benchmarks import (
     bench_generate,
     bench_kv_int8,
     bench_layers,
+    bench_learned,
     bench_policies,
     bench_precision,
     bench_quantized,
@@ -48,7 +49,7 @@ from benchmarks import (
 from benchmarks.report import RESULTS
 from scripts.generate.picture_tables import cost_by_picture
 from scripts.generate.policy_tables import accuracy_by_kind, accuracy_by_policy, parameters_found
-from scripts.generate.verified_tables import departures_table, load_table, meta_table, walkthrough_table
+from scripts.generate.verified_tables import departures_table, load_table, meta_table, tools_table, walkthrough_table
 from trimserve.config import Config
 from trimserve.evaluation.report import Report
 from trimserve.server.declarations import Declared
@@ -256,6 +257,7 @@ TABLES: dict[str, tuple[str, Callable[[], str]]] = {
         "docs/start.md",
         lambda: measured(walkthrough_table, "make verify-walkthrough-as-root", "walkthrough.json"),
     ),
+    "tools": ("docs/http.md", lambda: measured(tools_table, "make verify-tools", "tools.json")),
     "meta": ("docs/correctness.md", lambda: measured(meta_table, "make verify-meta", "meta.json")),
     "departures": ("docs/correctness.md", lambda: measured(departures_table, "make verify-meta", "meta.json")),
     "load": ("docs/service.md", lambda: measured(load_table, "make verify-load", "load.json")),
@@ -263,6 +265,7 @@ TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     "policies-by-kind": ("docs/policies.md", lambda: compared(accuracy_by_kind)),
     "policies-parameters": ("docs/policies.md", lambda: measured(parameters_found, *CALIBRATE)),
     "policies-speed": ("docs/policies.md", lambda: benchmark(bench_policies, "policies/speed.json")),
+    "policies-learned": ("docs/policies.md", lambda: benchmark(bench_learned, "policies/learned.json")),
     "policies-layers": ("docs/policies.md", lambda: benchmark(bench_layers, "policies/later_layers.json")),
     "pictures": ("docs/pictures.md", lambda: compared(cost_by_picture, "pictures/report.json")),
     "pictures-adaptive": ("docs/pictures.md", lambda: benchmark(bench_adaptive, "pictures/adaptive.json")),

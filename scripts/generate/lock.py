@@ -36,7 +36,7 @@ FILES = {
     "ray.txt": ("--group=ray", "--constraint=requirements/dev.txt"),
     # Environments of their own: these tools are clients, and have the versions that they ask for.
     "guidellm.txt": ("--group=guidellm",),
-    # PyPI has torchvision for CUDA only, which does not load beside another torch; to evaluate a server it is not needed.
+    # PyPI has torchvision for CUDA only, which does not load beside another torch; evaluating a server needs none.
     "lmms-eval.txt": ("--group=lmms-eval", "--no-emit-package=torchvision"),
     "sbom.txt": ("--group=sbom",),
     "site.txt": ("--group=site",),

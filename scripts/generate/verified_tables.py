@@ -4,7 +4,7 @@ from typing import Any, Final
 
 from benchmarks.report import markdown, origin
 
-__all__ = ["departures_table", "load_table", "meta_table", "walkthrough_table"]
+__all__ = ["departures_table", "load_table", "meta_table", "tools_table", "walkthrough_table"]
 
 _VERSIONS: Final = ("llama-models", "torch", "transformers", "pillow", "trimserve")
 
@@ -26,6 +26,24 @@ def load_table(report: dict[str, Any]) -> str:
     return "\n\n".join(
         [told, markdown(["asked for", "times", "p50, ms", "p99, ms", "longest, ms"], rows), origin(report)]
     )
+
+
+def tools_table(report: dict[str, Any]) -> str:
+    """What other people's tools found at the HTTP door, as Markdown."""
+    scores, measured, versions = report["exact_match"], report["guidellm"], report["tools"]
+    rows = [
+        (
+            f"lmms-eval {versions['lmms-eval']}",
+            f"{report['questions']:,} held-out questions",
+            f"{scores['lmms-eval']:.1%} exact, `trimserve eval` {scores['trimserve eval']:.1%}",
+        ),
+        (
+            f"guidellm {versions['guidellm']}",
+            f"{measured['successful']:,} streams about an image",
+            f"{measured['errored']} errors, tokens as asked for: {measured['least_tokens']} each",
+        ),
+    ]
+    return markdown(["tool", "asked", "found"], rows)
 
 
 def walkthrough_table(report: dict[str, Any]) -> str:

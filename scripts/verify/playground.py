@@ -55,6 +55,13 @@ class Relay(generation_pb2_grpc.GenerationServiceServicer, model_pb2_grpc.ModelS
         self.may_go_on.set()
         self._client = client
 
+    def Generate(  # noqa: N802 the RPC's name
+        self, request: pb.GenerateRequest, context: grpc.ServicerContext
+    ) -> pb.GenerateResponse:
+        """See the contract."""
+        del context
+        return self._client.generate(request)
+
     def GenerateStream(  # noqa: N802 the RPC's name
         self, request: pb.GenerateRequest, context: grpc.ServicerContext
     ) -> Iterator[pb.GenerateStreamResponse]:
@@ -73,6 +80,13 @@ class Relay(generation_pb2_grpc.GenerationServiceServicer, model_pb2_grpc.ModelS
         """See the contract."""
         del request, context
         return self._client.model()
+
+    def GetServerStatus(  # noqa: N802 the RPC's name
+        self, request: model_pb2.GetServerStatusRequest, context: grpc.ServicerContext
+    ) -> model_pb2.GetServerStatusResponse:
+        """See the contract."""
+        del request, context
+        return self._client.status()
 
 
 @contextmanager

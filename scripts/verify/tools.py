@@ -122,9 +122,10 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=200)
     parser.add_argument("--out", type=Path, default=RESULTS / "tools.json")
     arguments = parser.parse_args()
-    pythons = (str(Path(each).absolute()) for each in (arguments.lmms_eval, arguments.guidellm))
+    # As they are: what they link to would know no packages.
+    lmms_eval, guidellm = (str(Path(each).absolute()) for each in (arguments.lmms_eval, arguments.guidellm))
     with TemporaryDirectory() as folder:
-        found = verify(*pythons, arguments.questions, Path(folder))
+        found = verify(lmms_eval, guidellm, arguments.questions, Path(folder))
     write_json({"benchmark": "tools", **about(1), **found}, arguments.out)
     print(json.dumps(found, indent=2))
 

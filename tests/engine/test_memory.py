@@ -7,12 +7,14 @@ import pytest
 import torch
 
 from tests.engine.fake_model import FakeModel
+from trimserve.engine import memory
 from trimserve.engine.memory import (
     activation_bytes,
     available_bytes,
     default_kv_cache_bytes,
     memory_by_kind,
     prefill_scratch_bytes,
+    step_bytes,
 )
 
 INFO = FakeModel().info
@@ -55,7 +57,10 @@ def test_what_the_allocator_of_a_gpu_holds_unused_is_available(monkeypatch: pyte
     for name, value in {"mem_get_info": (1000, 9000), "memory_reserved": 700, "memory_allocated": 500}.items():
         monkeypatch.setattr(torch.cuda, name, lambda _, value=value: value)
     assert available_bytes("cuda:0") == 1200
-    assert default_kv_cache_bytes(replace(INFO, device="cuda:0", max_model_len=2**40), 3, 10_000) == 9000
+    # Of this cuBLAS takes its part before pages do.
+    on_gpu = replace(INFO, device="cuda:0", max_model_len=2**40)
+    assert default_kv_cache_bytes(on_gpu, 3, 32 * 2**20 + 10_000) == 9000
+    assert default_kv_cache_bytes(on_gpu, 3, 10_000) == 0
 
 
 def test_the_default_is_what_a_full_batch_can_use() -> None:
@@ -65,13 +70,23 @@ def test_the_default_is_what_a_full_batch_can_use() -> None:
     assert prefill_scratch_bytes(INFO) == SCRATCH
 
 
-def test_on_a_gpu_the_rows_of_the_longest_prompt_that_fits_count_and_the_logits_of_a_step() -> None:
+def test_captured_steps_hold_what_they_read_and_what_the_largest_of_them_takes() -> None:
+    info = replace(INFO, max_model_len=1000, vocab_size=7)  # 63 pages in each of 2 groups; 5 in each of 3
+    tables, biases = 4 * (2 * 63 + 3 * 5), 4 * 3 * 5 * 16
+    partials = 4 * 4 * 2 * (1 + 2)  # 1,000 positions in 4 pieces
+    row = 4 * (5 * 2 + 4 * 1 + 3 * 6)
+    assert step_bytes(info, 3) == 4 * (tables + biases + partials + 7 * 8 + row)  # a batch of 3 is padded to 4
+    source = (Path(__file__).parents[2] / "csrc/cuda/paged_attention.cu").read_text()
+    assert f"constexpr int kPiecePositions = {memory._PIECE_POSITIONS};" in source
+
+
+def test_on_a_gpu_the_rows_of_the_longest_prompt_that_fits_count_and_what_steps_hold() -> None:
     info = replace(INFO, device="cuda:0", max_model_len=100)
     row = (5 * info.hidden_size + (info.num_heads + 2 * info.num_kv_heads) * info.head_dim) * 4
-    in_mlp, logits = 3 * info.intermediate_size * 4, 3 * info.vocab_size * 8
-    assert activation_bytes(info, 3, 2**40) == 100 * (row + in_mlp) + logits
+    in_mlp, steps = 3 * info.intermediate_size * 4, step_bytes(info, 3)
+    assert activation_bytes(info, 3, 2**40) == 100 * (row + in_mlp) + steps
     few = 7 * (row + info.self_kv_bytes_per_token)  # the pool holds no more of a prompt
-    assert activation_bytes(info, 3, few) == 7 * (row + in_mlp) + logits
+    assert activation_bytes(info, 3, few) == 7 * (row + in_mlp) + steps
     assert activation_bytes(INFO, 3, 2**40) == 0
     assert default_kv_cache_bytes(info, 3, 2**40) - activation_bytes(info, 3, 2**40) == default_kv_cache_bytes(
         replace(info, device="cpu"), 3, 2**40
@@ -87,7 +102,7 @@ def test_of_several_ranks_each_sets_aside_what_rank_0_gathers() -> None:
     few = 7 * (query + ranks.self_kv_bytes_per_token)  # the pool holds no more of a prompt
     assert activation_bytes(ranks, 3, few) == 7 * query
     on_gpus = replace(ranks, device="cuda:0", max_model_len=2**40)
-    assert default_kv_cache_bytes(on_gpus, 3, 10_000) == 2 * 9000
+    assert default_kv_cache_bytes(on_gpus, 3, 32 * 2**20 + 10_000) == 2 * 9000
 
 
 def test_the_default_is_half_of_the_memory_where_that_is_less() -> None:

@@ -78,7 +78,7 @@ class Recording:
     def __init__(self, executor: Executor) -> None:
         """Of another one."""
         self._executor = executor
-        self.info, self.allocate = executor.info, executor.allocate
+        self.info, self.runs_ahead, self.allocate = executor.info, executor.runs_ahead, executor.allocate
         self.free_pages, self.warm_up = executor.free_pages, executor.warm_up
         self.load_adapter, self.unload_adapter = executor.load_adapter, executor.unload_adapter
         self.compile, self.watch, self.close = executor.compile, executor.watch, executor.close

@@ -134,7 +134,7 @@ class Mix:
             image_cache_bytes=ByteSize(rng.choice([0, 2**16, 2**24])),
             prefill_slice_seconds=rng.choice([0.0, 0.005, 0.1]),
         )
-        executor = LocalExecutor(model, config.image_cache_bytes)
+        executor = LocalExecutor(model, config.image_cache_bytes, runs_ahead=seed % 2 == 1)
         self.engine = Engine(model, executor, config)
         assert executor.pages is not None
         executor.pages.fill_(math.nan)  # what a request has not written itself reaches none of its tokens

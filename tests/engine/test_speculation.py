@@ -290,7 +290,7 @@ def test_drafts_stop_where_rows_cost_more_than_they_bring() -> None:
 
     class Slow(FakeModel):
         def decode(
-            self, token_ids: Sequence[int], kvs: Sequence[KeyValues], num_rows: Sequence[int] | None = None
+            self, token_ids: Sequence[int] | Tensor, kvs: Sequence[KeyValues], num_rows: Sequence[int] | None = None
         ) -> Tensor:
             clock.now += seconds[0] * len(token_ids) + 1e-3
             return super().decode(token_ids, kvs, num_rows)

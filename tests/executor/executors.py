@@ -25,6 +25,7 @@ class PicklingExecutor:
         """Of an executor that nobody else uses."""
         self._executor = executor
         self.info = executor.info
+        self.runs_ahead = executor.runs_ahead
 
     def allocate(self, num_pages: int, layers_per_page: int) -> None:
         self._executor.allocate(num_pages, layers_per_page)
@@ -69,6 +70,7 @@ class ProcessExecutor:
         self._process = context.Process(target=_serve, args=(theirs, load), daemon=True)
         self._process.start()
         self.info: ModelInfo = self._pipe.recv()
+        self.runs_ahead = False
 
     def allocate(self, num_pages: int, layers_per_page: int) -> None:
         self._call("allocate", num_pages, layers_per_page)

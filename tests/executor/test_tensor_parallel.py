@@ -201,15 +201,15 @@ def test_an_error_between_two_sums_on_either_rank_is_fatal_20_of_20(
         pair = Pair(ranks, parts)
         layer = rng.choice(parts[attempt % 2]._decoder._layers)
         good_calls = iter(range(rng.randint(0, 12)))
-        finish = layer.finish
+        mlp = layer._with_rows_mlp
 
-        def broken(*arguments: Any, good_calls: Iterator[int] = good_calls, finish: Any = finish) -> Any:
+        def broken(*arguments: Any, good_calls: Iterator[int] = good_calls, mlp: Any = mlp) -> Any:
             if next(good_calls, None) is None:
                 raise ValueError("injected")
-            return finish(*arguments)
+            return mlp(*arguments)
 
         with monkeypatch.context() as patched:
-            patched.setattr(layer, "finish", broken)
+            patched.setattr(layer, "_with_rows_mlp", broken)
             with pytest.raises(RankFailed):
                 run(pair.engine, *wanted)
             pair.close()

@@ -17,6 +17,8 @@ ARGUMENTS: dict[str, list[Any]] = {
     "attention": [HEADS, HEADS, HEADS, RANGES, 1.0, torch.zeros(3)],
     "write_kv": [PAGES, 0, HEADS, HEADS, PLACES],
     "gather_kv": [PAGES, 0, HEADS, HEADS, PLACES, PLACES],
+    "rotate_write_kv": [torch.zeros(3, 5, 4), torch.zeros(3, 2), torch.zeros(3, 2), PAGES, 0, PLACES],
+    "silu_gate": [ROWS, COUNTS],
     "paged_attention": [HEADS, PAGES, 0, COUNTS[:, None], COUNTS, 1.0, torch.zeros(3, PAGE_POSITIONS)],
     "linear": [ROWS, torch.zeros(5, 4, dtype=torch.int8), torch.ones(5)],
     "rms_norm": [ROWS, torch.ones(4), 1e-5],

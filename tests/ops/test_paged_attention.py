@@ -155,8 +155,14 @@ def test_equals_reference_on_any_shape(
     assert_equals_reference(with_bias(inputs, seed))
 
 
-def test_a_sequence_longer_than_all_blocks_together_equals_reference() -> None:
-    assert_equals_reference(with_bias(draw([17_000, 16_384, 3], num_heads=2, num_kv_heads=1, head_dim=4)))
+def test_a_long_sequence_among_short_ones_equals_reference() -> None:
+    assert_equals_reference(with_bias(draw([17_000, 0, 16_384, 3], num_heads=2, num_kv_heads=1, head_dim=4)))
+
+
+@pytest.mark.parametrize("most", [256, 600], ids=["a piece each", "several pieces"])
+def test_more_pieces_than_a_gpu_is_given_blocks_equal_reference(most: int) -> None:
+    lengths = [0 if row % 7 == 3 else (row * 89) % most + 1 for row in range(40)]
+    assert_equals_reference(draw(lengths, num_heads=32, num_kv_heads=32, head_dim=4))
 
 
 def test_a_bias_of_zero_changes_no_bit() -> None:

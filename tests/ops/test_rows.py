@@ -54,6 +54,16 @@ def test_gate_equals_reference(rows: int, size: int, dtype: torch.dtype, spread:
     torch.testing.assert_close(silu_gate(gate_up), reference.silu_gate(gate_up), **SILU_GATE[dtype])
 
 
+@given(st.integers(0, 5), SIZES, st.sampled_from(DTYPES), st.integers(0, 2**16))
+def test_rows_that_count_nothing_become_zero(rows: int, size: int, dtype: torch.dtype, seed: int) -> None:
+    gate_up, counts = draw(rows, 2 * size, dtype=dtype, seed=seed), torch.arange(rows, dtype=torch.int32) % 3
+    passed = silu_gate(gate_up, counts)
+    assert torch.equal(passed[counts > 0], silu_gate(gate_up)[counts > 0])
+    torch.testing.assert_close(passed, reference.silu_gate(gate_up, counts), **SILU_GATE[dtype])
+    gate_up[counts == 0] = nan
+    assert torch.equal(silu_gate(gate_up, counts.repeat_interleave(2)[::2]), passed)
+
+
 def test_a_gate_that_is_not_a_number_stays_where_it_is() -> None:
     passed = silu_gate(torch.tensor([[nan, inf, 1.0, 1.0, 1.0, 1.0]]))
     assert passed[0, 0].isnan()
@@ -134,6 +144,11 @@ ROWS, TURNS = torch.ones(2, 3, 4), torch.ones(2, 2)
         (lambda: silu_gate(torch.ones(2, 3)), r"silu_gate: gate_up must be .* \[R, 2 I\], got float32 \[2, 3\]"),
         (lambda: silu_gate(torch.ones(2, 4).long()), r"silu_gate: gate_up must be .* got int64 \[2, 4\]"),
         (lambda: silu_gate(ROWS), r"silu_gate: gate_up must be .* got float32 \[2, 3, 4\]"),
+        (lambda: silu_gate(TURNS, torch.ones(2)), r"silu_gate: counts must be int32 \[2\] like gate_up, got float32"),
+        (
+            lambda: silu_gate(TURNS, torch.ones(3).int()),
+            r"silu_gate: counts must be int32 \[2\] like gate_up, got .* \[3\]",
+        ),
         (lambda: rotate(ROWS.double(), TURNS, TURNS), r"rotate: heads must be .* got float64 \[2, 3, 4\]"),
         (lambda: rotate(ROWS[0], TURNS, TURNS), r"rotate: heads must be .* got float32 \[3, 4\]"),
         (lambda: rotate(torch.ones(2, 3, 5), TURNS, TURNS), r"rotate: heads must be .* Dh even, got .* \[2, 3, 5\]"),

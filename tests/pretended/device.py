@@ -79,9 +79,14 @@ class Counts:
     event_waits: int = 0
     """The host waited for a part of what was queued."""
     blocking_copies: Counter[str] = field(default_factory=Counter)
-    """To the device, of memory that the host may not touch until they are done."""
+    """To the device, of memory that the host may not touch until they are done, or that is pageable: CUDA may wait for
+    what is queued before it copies that."""
     queued_copies: Counter[str] = field(default_factory=Counter)
     """To the device, without waiting."""
+    queued_reads: Counter[str] = field(default_factory=Counter)
+    """To the host, without waiting."""
+    replays: int = 0
+    """Of graphs."""
     cudnn_attention: Counter[str] = field(default_factory=Counter)
     """Attention that cuDNN may take, which makes a plan for every new shape."""
     large_attention: Counter[str] = field(default_factory=Counter)
@@ -109,7 +114,7 @@ class PretendedTensor(Tensor):
         wrapper.host = host
         return wrapper
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]  # tensors print themselves
         return f"cuda:0 {self.host!r}"
 
     def tolist(self) -> Any:
@@ -117,7 +122,7 @@ class PretendedTensor(Tensor):
         return self.cpu().tolist()
 
     @classmethod
-    def __torch_dispatch__(  # type: ignore[override]
+    def __torch_dispatch__(  # type: ignore[override]  # its own signature
         cls, func: OpOverload, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         raise AssertionError(f"{func} on the pretended device outside of it, at {_line()}")
@@ -147,8 +152,11 @@ class Device(TorchDispatchMode):
         Args:
             num_launches: how many kernels our ops have launched until now.
         """
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # torch has no types
         self._num_launches = num_launches
+        self._reads: list[tuple[Tensor, Tensor]] = []
+        self.num_reads = 0
+        """Copies to the host that were queued."""
         self._recording: Recording | None = None
         self.counts = Counts()
         """Since `counting` was entered, or from the beginning."""
@@ -176,6 +184,13 @@ class Device(TorchDispatchMode):
         """The host waits for the device."""
         self._refuse_in_graph(f"{name} waits for the device")
         self.counts.waits[f"{name} at {_line()}"] += 1
+        self.read(self.num_reads)
+
+    def read(self, number: int) -> None:
+        """Let the first so many queued copies to the host arrive."""
+        while self._reads and self.num_reads - len(self._reads) < number:
+            target, value = self._reads.pop(0)
+            target.copy_(value)
 
     def __torch_dispatch__(
         self, func: OpOverload, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -220,11 +235,18 @@ class Device(TorchDispatchMode):
         if isinstance(source, PretendedTensor) == to_device:
             return self._compute(func, args, kwargs, ())
         name = func._schema.name
+        if not to_device and does_not_wait and func is _ATEN.copy_.default:
+            self._refuse_in_graph(f"{name} copies to the host")
+            self.counts.queued_reads[f"{name} at {_line()}"] += 1
+            self._reads.append((target, source.host.clone()))
+            self.num_reads += 1
+            return target.fill_(torch.nan)  # until somebody waits for it
         if not to_device:
             self.wait(name)
         else:
             self._refuse_in_graph(f"{name} copies from the host")
-            copies = self.counts.queued_copies if does_not_wait else self.counts.blocking_copies
+            is_queued = does_not_wait and getattr(source, "is_pretended_pinned", False)
+            copies = self.counts.queued_copies if is_queued else self.counts.blocking_copies
             copies[f"{name} at {_line()}"] += 1
         result = func(*_on_cpu(args), **_on_cpu(kwargs))
         if func is _ATEN.copy_.default:
@@ -322,7 +344,9 @@ def _is_here(value: Any) -> bool:
 
 def _on_host(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if func in (_ATEN.pin_memory.default, _ATEN._pin_memory.default):  # a page as good as any here
-        return args[0].clone()
+        pinned = args[0].clone()
+        pinned.is_pretended_pinned = True
+        return pinned
     return func(*args, **kwargs)
 
 

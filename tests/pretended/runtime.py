@@ -41,7 +41,7 @@ def pretended_device() -> Iterator[Device]:
         patch.setattr(torch.cuda, "stream", lambda _: nullcontext())
         patch.setattr(torch.cuda, "Event", lambda **_: _Event(device))
         patch.setattr(torch.cuda, "graph_pool_handle", _Pool)
-        patch.setattr(torch.cuda, "CUDAGraph", _Graph)
+        patch.setattr(torch.cuda, "CUDAGraph", lambda: _Graph(device))
         patch.setattr(torch.cuda, "graph", lambda graph, pool=None, **_: _capture(device, graph, pool))
         patch.setattr(trimserve.ops, "has_cuda_ops", lambda: True)
         try:
@@ -64,14 +64,17 @@ class _Stream:
 
 @dataclass(slots=True)
 class _Event:
-    """Everything is done as soon as it is queued."""
+    """Everything is done as soon as it is queued, but copies to the host arrive when they are waited for."""
 
     device: Device
+    num_reads: int = 0
 
-    def record(self, *_: Any) -> None: ...
+    def record(self, *_: Any) -> None:
+        self.num_reads = self.device.num_reads
 
     def synchronize(self) -> None:
         self.device.counts.event_waits += 1
+        self.device.read(self.num_reads)
 
     def query(self) -> bool:
         return True
@@ -89,10 +92,12 @@ class _Pool:
 
 @dataclass(slots=True, eq=False)
 class _Graph:
+    device: Device
     recording: Recording = field(default_factory=Recording)
     pool: _Pool = field(default_factory=_Pool)
 
     def replay(self) -> None:
+        self.device.counts.replays += 1
         if self.pool.last is not None and self.pool.last is not self:
             self.pool.last.forget()
         self.recording.replay()

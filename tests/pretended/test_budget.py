@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,10 +14,12 @@ from tests.model.test_mllama import noise, raw
 from tests.pretended.device import Counts, Device
 from tests.tolerances import LOGITS_BFLOAT16
 from trimserve import ops
+from trimserve.api.chunks import GenerationChunk, TokenDelta
 from trimserve.api.request import GenerationRequest
 from trimserve.api.sampling import SamplingParams
 from trimserve.api.trim import TrimRequest
 from trimserve.engine.warm_up import warm_up
+from trimserve.errors import TrimserveError
 from trimserve.evaluation.pages import OwnPages
 from trimserve.executor.sampling import SamplingState, sample
 from trimserve.model import decoder_layers, key_values, mllama
@@ -24,6 +27,7 @@ from trimserve.model.bucketed_decode import CudaGraphs, Step
 from trimserve.model.decoder_layers import RmsNorm
 from trimserve.model.interruptible import run_through
 from trimserve.model.mllama import Mllama
+from trimserve.trimming import merging
 from trimserve.trimming.plan import TrimPlan
 
 ROOT = Path(__file__).parents[2]
@@ -79,6 +83,22 @@ def test_a_captured_step_has_few_kernels(model: Mllama, gpu: Device) -> None:
     assert with_images <= of_text + of_images, counted[0].kernels
 
 
+def test_steps_are_captured_on_one_stream_for_which_cublas_keeps_one_workspace(
+    model: Mllama,
+    gpu: Device,  # noqa: ARG001 - of graphs
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made: list[type] = []
+
+    class Watched(torch.cuda.Stream):  # a pretended one
+        def __init__(self) -> None:
+            made.append(type(self))
+
+    monkeypatch.setattr(torch.cuda, "Stream", Watched)
+    model.warm_up_decode(OwnPages(model.info, 2**22).pages, 4, CudaGraphs())
+    assert len(made) == 1
+
+
 @pytest.mark.parametrize("sampling", [GREEDY, TOP_P], ids=["greedy", "top_p"])
 def test_a_decode_step_waits_for_its_tokens_only(model: Mllama, gpu: Device, sampling: SamplingParams) -> None:
     engine = make_engine(model, max_batch=4, kv_cache_bytes=2**24)
@@ -92,9 +112,49 @@ def test_a_decode_step_waits_for_its_tokens_only(model: Mllama, gpu: Device, sam
         engine.step()
     with gpu.counting() as counts:
         engine.step()
-    assert total(counts.waits, counts.blocking_copies) <= BUDGET["waits_of_a_step"], counts
+    found = total(counts.waits, counts.blocking_copies) + counts.event_waits
+    assert found <= BUDGET["waits_of_a_step"], counts
     while engine.has_work:
         engine.step()
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, TOP_P], ids=["greedy", "top_p"])
+def test_the_next_step_is_launched_before_tokens_are_handed_out(
+    model: Mllama, gpu: Device, sampling: SamplingParams
+) -> None:
+    engine = make_engine(model, max_batch=4, kv_cache_bytes=2**24)
+    warm_up(engine)
+    launched: list[int] = []
+
+    def sink(chunk: GenerationChunk | TrimserveError) -> None:
+        if isinstance(chunk, TokenDelta):
+            launched.append(counts.replays)
+
+    wanted = GenerationRequest("a", raw("some words", []), sampling, TrimRequest())
+    with gpu.counting() as counts:
+        engine.add(engine.prepare(wanted, sink, 0.0))
+        while engine.has_work:
+            engine.step()
+    num_steps = len(launched) - 1  # the first token is the prompt's
+    assert launched == [0, *range(2, num_steps + 1), num_steps]
+
+
+def test_merging_waits_once_a_round(gpu: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    rounds = 0
+    ordinary = merging._next_anchors
+
+    def counted(*arguments: Any) -> Tensor:
+        nonlocal rounds
+        rounds += 1
+        return ordinary(*arguments)
+
+    monkeypatch.setattr(merging, "_next_anchors", counted)
+    keys = torch.randn(2 * 200, 2, 16, generator=torch.Generator().manual_seed(0)).to("cuda")
+    kept = torch.arange(0, 400, 10).to("cuda")
+    with gpu.counting() as counts:
+        merging.group_dropped(keys, kept, (400,), 200, 0.4)
+    assert rounds > 4
+    assert total(counts.waits, counts.blocking_copies) <= rounds + BUDGET["waits_of_merging_beside_its_rounds"], counts
 
 
 def test_a_prefill_waits_for_what_was_selected_only(model: Mllama, gpu: Device) -> None:
@@ -121,9 +181,9 @@ def test_a_long_prompt_goes_through_each_mlp_in_pieces(
     longest: list[int] = []
     gate = ops.silu_gate
 
-    def watched(rows: Tensor) -> Tensor:
+    def watched(rows: Tensor, counts: Tensor | None) -> Tensor:
         longest.append(len(rows))
-        return gate(rows)
+        return gate(rows, counts)
 
     monkeypatch.setattr(decoder_layers, "MLP_ROWS", 3)
     monkeypatch.setattr(ops, "silu_gate", watched)

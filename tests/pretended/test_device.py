@@ -44,12 +44,29 @@ def test_views_and_memory_cost_nothing_and_a_kernel_is_one(gpu: Device) -> None:
     assert counts.kernels == {"aten::mm": 1, "aten::add_": 1, "aten::_softmax": 1, "aten::ones": 2, "rotate": 1}
 
 
+def test_a_copy_to_the_host_that_nobody_waits_for_arrives_when_its_event_is_waited_for(gpu: Device) -> None:
+    first, second = torch.empty(2, device="cpu").pin_memory(), torch.empty(1, device="cpu").pin_memory()
+    with gpu.counting() as counts:
+        first.copy_(here(1.0, 2.0), non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        second.copy_(here(3.0), non_blocking=True)
+    assert not counts.waits
+    assert sum(counts.queued_reads.values()) == 2
+    assert first.isnan().all()
+    event.synchronize()
+    assert first.tolist() == [1.0, 2.0]
+    assert second.isnan().all()
+    torch.cuda.synchronize()
+    assert second.tolist() == [3.0]
+
+
 def test_waits_and_copies_are_told_by_line(gpu: Device) -> None:
     x, is_large = here(1.0, 5.0), here(1.0, 5.0) > 2
     with gpu.counting() as counts:
         assert x.sum().item() == 6.0
         assert x[is_large].tolist() == [5.0]
-        x.copy_(torch.ones(2), non_blocking=True)
+        x.copy_(torch.ones(2).pin_memory(), non_blocking=True)
     assert sum(counts.waits.values()) == 3  # item, the mask's size, tolist
     assert all("tests/pretended/test_device.py" in line for line in counts.waits)
     assert sum(counts.queued_copies.values()) == 1
@@ -57,7 +74,8 @@ def test_waits_and_copies_are_told_by_line(gpu: Device) -> None:
     with gpu.counting() as counts:
         x.copy_(torch.ones(2))
         torch.ones(2).to("cuda")
-    assert sum(counts.blocking_copies.values()) == 2
+        torch.ones(2).to("cuda", non_blocking=True)  # pageable
+    assert sum(counts.blocking_copies.values()) == 3
 
 
 def test_a_graph_does_again_what_was_captured_on_the_same_memory() -> None:
@@ -96,4 +114,4 @@ def test_while_a_graph_is_captured_nothing_waits_and_nothing_comes_from_the_host
         (lambda: x + torch.tensor(1.0), "reads a number of the host"),
     ]:
         with pytest.raises(RuntimeError, match=reason), torch.cuda.graph(torch.cuda.CUDAGraph()):
-            call()  # type: ignore[no-untyped-call]
+            call()  # type: ignore[no-untyped-call]  # the test's own lambdas

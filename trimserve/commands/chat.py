@@ -110,7 +110,7 @@ def _turn(conversation: "Conversation", line: str) -> bool:
         refusal = Refusal.of(error)
         if not refusal.reason:  # the server cannot be reached
             raise
-        print(f"{refusal.code}: {refusal.message}", file=sys.stderr)
+        print(refusal, file=sys.stderr)
     return True
 
 

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -15,6 +15,10 @@ from trimserve.image_files import named_files
 from trimserve.knobs import adapter_of, with_knobs
 from trimserve.v1 import generation_pb2 as pb
 from trimserve.v1.model_pb2 import GetModelResponse
+
+if TYPE_CHECKING:
+    from trimserve.client import Client
+    from trimserve.explain import Explained
 
 __all__ = ["explain"]
 
@@ -62,32 +66,40 @@ def explain(
     name, config = adapter_of(adapter, config, is_served=connection.address is not None)
     request = question.ask(prompt, [image], system, pb.SamplingParams(temperature=0), pb.TrimOptions(), name)
 
-    from trimserve.explain import Explained, draw_contact_sheet, draw_explanation, selection_of
+    from trimserve.explain import draw_contact_sheet, draw_explanation
     from trimserve.model.images import decode_image
 
     content = request.chat.messages[-1].parts[0].image.data
     picture = decode_image(content, image, config.engine.max_image_pixels)
     out.parent.mkdir(parents=True, exist_ok=True)
-    explained = {}
+    text = request.chat.messages[-1].parts[-1].text
     with asked_server(connection, config) as client, named_files(request, [image]):
         model = client.model()
-        trims = {"": question.trim_options(policy, keep, k_ratio, merge_ratio)}
-        if policies is not None:
+        if policies is None:
+            trim = question.trim_options(policy, keep, k_ratio, merge_ratio)
+            page = draw_explanation(
+                picture, _explained(client, request, trim, f"{out}"), tile_size=model.tile_size, question=text
+            )
+        else:
             trims = _trims_of(policies, model, keep or _SHEET_KEEP, merge_ratio)
-        for policy_name, trim in trims.items():
-            trim.return_selection = True
-            request.trim.CopyFrom(trim)
-            response = client.generate(request)
-            [selection], [usage] = response.selections, response.usage.images
-            explained[policy_name] = Explained(selection_of(selection), usage.merged_features, response.text)
-            print(response.text)
-            print(f"{policy_name + ': ' if policy_name else ''}{question.held(usage)}: {out}", file=sys.stderr)
-    text = request.chat.messages[-1].parts[-1].text
-    if policies is None:
-        page = draw_explanation(picture, explained[""], tile_size=model.tile_size, question=text)
-    else:
-        page = draw_contact_sheet(picture, explained, tile_size=model.tile_size, question=text)
+            explained = {name: _explained(client, request, trim, f"{out}", name) for name, trim in trims.items()}
+            page = draw_contact_sheet(picture, explained, tile_size=model.tile_size, question=text)
     page.save(out, _FORMATS[out.suffix.lower()])
+
+
+def _explained(
+    client: "Client", request: pb.GenerateRequest, trim: pb.TrimOptions, out: str, policy: str = ""
+) -> "Explained":
+    """Ask, and print the answer and what it held."""
+    from trimserve.explain import Explained, selection_of
+
+    trim.return_selection = True
+    request.trim.CopyFrom(trim)
+    response = client.generate(request)
+    [selection], [usage] = response.selections, response.usage.images
+    print(response.text)
+    print(f"{policy + ': ' if policy else ''}{question.held(usage)}: {out}", file=sys.stderr)
+    return Explained(selection_of(selection), usage.merged_features, response.text)
 
 
 def _trims_of(

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
@@ -74,8 +75,8 @@ def plan(
     config: Config,
 ) -> None:
     """Tell how many requests fit beside a model, and what limits them; exit status 1 if the plan does not fit."""
-    if bandwidth is not None and bandwidth <= 0:
-        raise typer.BadParameter(f"must be above 0, got {bandwidth}", param_hint="--bandwidth")
+    if bandwidth is not None and not 0 < bandwidth < math.inf:
+        raise typer.BadParameter(f"must be above 0 and finite, got {bandwidth}", param_hint="--bandwidth")
     device, memory_bytes = _device(gpu_memory, memory, config)
 
     from trimserve.model.loading import describe_model

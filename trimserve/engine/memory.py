@@ -14,6 +14,7 @@ from trimserve.errors import CheckpointError, OutOfMemory
 from trimserve.model.adapter_files import WEIGHTS_FILE
 from trimserve.model.key_values import layers_per_page, num_pages
 from trimserve.model.pieces import MLP_ROWS
+from trimserve.model.step_buffers import batch_buckets
 from trimserve.ops import PAGE_POSITIONS
 from trimserve.trimming.plan import scratch_bytes
 
@@ -26,10 +27,18 @@ __all__ = [
     "make_pool",
     "memory_by_kind",
     "prefill_scratch_bytes",
+    "step_bytes",
 ]
 
 # On the CPU the memory is everybody's; on a GPU nobody else is expected.
 _SHARE = {"cpu": 0.5, "cuda": 0.9}
+
+_WORKSPACE_BYTES = {"cpu": 0, "cuda": 32 * 2**20}
+"""Of cuBLAS on a stream, the most that torch gives it by default. The stream of the warm-up's request has its own when
+memory is measured; that on which steps are captured is yet to get one."""
+
+_PIECE_POSITIONS = 256
+"""Of a sequence, that a block of csrc/cuda/paged_attention.cu takes: sums of all pieces lie in memory for a while."""
 
 _MEMINFO = Path("/proc/meminfo")
 
@@ -122,12 +131,42 @@ def prefill_scratch_bytes(info: ModelInfo) -> int:
     return size * own + (prefill_scratch_bytes(guide) + size * guide.vision_scratch_bytes if guide else 0)
 
 
+def step_bytes(info: ModelInfo, max_rows: int) -> int:
+    """Bytes that captured decode steps hold on a GPU: what they read, and the memory that their graphs share.
+
+    Page tables and biases for requests of any size; of the largest step its rows between the parts of a layer, what
+    pieces of its sequences leave to be merged, and its logits.
+
+    Args:
+        info: of the model.
+        max_rows: of a step.
+    """
+    dtype: torch.dtype = getattr(torch, info.dtype)
+    rows = batch_buckets(max_rows)[-1]
+    num_self, num_cross = info.num_self_attention_layers, info.num_cross_attention_layers
+    per_page = layers_per_page(num_self, num_cross)
+    text = num_pages(info.max_model_len)
+    features = num_pages(info.max_images * info.max_tiles * info.features_per_tile)
+    tables = torch.int32.itemsize * (num_self // per_page * text + num_cross // per_page * features)
+    biases = torch.float32.itemsize * num_cross * features * PAGE_POSITIONS
+    num_pieces = -(-max(text, features) * PAGE_POSITIONS // _PIECE_POSITIONS)
+    partials = torch.float32.itemsize * num_pieces * info.num_heads * (info.head_dim + 2)
+    logits = info.vocab_size * (dtype.itemsize + torch.float32.itemsize)
+    between = (_row_size(info) + 3 * info.intermediate_size) * dtype.itemsize
+    return rows * (tables + biases + partials + logits + between)
+
+
+def _row_size(info: ModelInfo) -> int:
+    """Elements of a row between the parts of a layer: came in, normed, attended, added, goes out; projected."""
+    return 5 * info.hidden_size + (info.num_heads + 2 * info.num_kv_heads) * info.head_dim // info.tensor_parallel
+
+
 def activation_bytes(info: ModelInfo, max_rows: int, available: int) -> int:
     """Bytes that text takes for a while, beside keys and values.
 
     On a GPU the rows of the longest prompt that the pool can hold, between the parts of a layer, a piece of them in its
-    MLP, and the logits of the largest step, for which graphs hold memory; on a CPU these are not counted. With several
-    ranks also these rows' queries of all heads, which rank 0 gathers (twice while it does).
+    MLP, and what captured steps hold (`step_bytes`); on a CPU these are not counted. With several ranks also the
+    queries of these rows and all heads, which rank 0 gathers (twice while it does).
 
     Args:
         info: of the model.
@@ -139,13 +178,10 @@ def activation_bytes(info: ModelInfo, max_rows: int, available: int) -> int:
     gathered = 2 * info.num_heads * info.head_dim * dtype.itemsize if size > 1 else 0
     if torch.device(info.device).type == "cpu":  # only rank 0 takes it, of the memory of all
         return gathered * min(info.max_model_len, available // (gathered + info.self_kv_bytes_per_token))
-    heads = (info.num_heads + 2 * info.num_kv_heads) * info.head_dim // size
-    # Came in, normed, attended, added, goes out; projected.
-    row = (5 * info.hidden_size + heads) * dtype.itemsize + gathered
+    row = _row_size(info) * dtype.itemsize + gathered
     num_rows = min(info.max_model_len, available // (size * row + info.self_kv_bytes_per_token))
     in_mlp = min(num_rows, MLP_ROWS) * 3 * info.intermediate_size // size * dtype.itemsize
-    logits = max_rows * info.vocab_size * (dtype.itemsize + torch.float32.itemsize)
-    return size * (num_rows * row + in_mlp + logits)
+    return size * (num_rows * row + in_mlp + step_bytes(info, max_rows))
 
 
 def default_kv_cache_bytes(info: ModelInfo, max_batch: int, available: int) -> int:
@@ -162,7 +198,9 @@ def default_kv_cache_bytes(info: ModelInfo, max_batch: int, available: int) -> i
     pages = sum(count // layers * num_pages(positions) for count, positions in groups)
     page_bytes = PAGE_POSITIONS * layers * info.kv_bytes_per_position
     kind = torch.device(info.device).type
-    share = int(available * _SHARE[kind]) * (info.tensor_parallel if kind == "cuda" else 1)
+    share = int(max(0, available - _WORKSPACE_BYTES[kind]) * _SHARE[kind]) * (
+        info.tensor_parallel if kind == "cuda" else 1
+    )
     scratch = prefill_scratch_bytes(info) + activation_bytes(info, max_batch, share)
     return min(max_batch * pages * page_bytes + scratch, share)
 

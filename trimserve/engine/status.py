@@ -35,7 +35,7 @@ def engine_status(
     """
     states = [stream.state for stream in streams]
     running = [stream.sequence for stream in streams if stream.state is SequenceState.RUNNING]
-    pool = None if engine is None else engine.pool
+    pool = None if engine is None else engine.pool  # once: the engine's thread may make another
     images = None if engine is None else engine.image_cache
     return EngineStatus(
         is_ready=is_ready,
@@ -50,6 +50,7 @@ def engine_status(
         cross_kv_untrimmed_bytes=sum(sequence.cross_kv.untrimmed for sequence in running if sequence),
         num_preemptions=0 if engine is None else engine.num_preemptions,
         num_recomputed_tokens=0 if engine is None else engine.num_recomputed_tokens,
+        num_prefill_passes=0 if engine is None else engine.num_prefill_passes,
         num_proposed_tokens=0 if engine is None else engine.speculation.num_proposed,
         num_accepted_tokens=0 if engine is None else engine.speculation.num_accepted,
         pixel_bytes=sum(stream.sequence.pixel_bytes for stream in streams if stream.sequence is not None),
@@ -62,5 +63,5 @@ def engine_status(
         image_cache_evictions=images.num_evictions if images else 0,
         adapter_bytes=adapter_bytes,
         uptime_seconds=uptime_seconds,
-        memory_bytes={} if engine is None else memory_by_kind(engine.info, engine.pool.capacity_bytes, adapter_bytes),
+        memory_bytes=memory_by_kind(engine.info, pool.capacity_bytes, adapter_bytes) if engine and pool else {},
     )

@@ -17,7 +17,7 @@ from trimserve.executor.guide import Guide, Guides
 from trimserve.executor.plan import Drawn, Failed
 from trimserve.executor.sampling import SampledToken, SamplingState, sample
 
-__all__ = ["Answer", "draw"]
+__all__ = ["Answer", "draw", "take"]
 
 log = logging.getLogger(__name__)
 
@@ -54,10 +54,27 @@ def draw(
     """
     own_drafts = drafts or [()] * len(answers)
     states = [state for each, own in zip(answers, own_drafts, strict=True) for state in _states(each, own, guides)]
-    outcomes = iter(sample(logits, states))
+    return take(sample(logits, states), answers, guides, own_drafts)
+
+
+def take(
+    sampled: Sequence[SampledToken | RequestFailed],
+    answers: Sequence[Answer],
+    guides: Guides,
+    drafts: Sequence[Sequence[int]],
+) -> list[Drawn | Failed]:
+    """Go on with what was sampled; as `draw`, which samples it.
+
+    Args:
+        sampled: [R], of each answer that behind its last token and then behind each of its drafts.
+        answers: [B].
+        guides: follows their constraints.
+        drafts: [B], of each answer.
+    """
+    outcomes = iter(sampled)
     results: list[Drawn | Failed] = []
     going_on: list[Guide] = []
-    for answer, own in zip(answers, own_drafts, strict=True):
+    for answer, own in zip(answers, drafts, strict=True):
         drawn = [*_accepted(answer, own, [*islice(outcomes, 1 + len(own))], guides)]
         results += drawn
         last = drawn[-1]

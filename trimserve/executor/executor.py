@@ -19,6 +19,10 @@ class Executor(Protocol):
     def info(self) -> ModelInfo:
         """The model: geometry, limits and defaults."""
 
+    @property
+    def runs_ahead(self) -> bool:
+        """Whether it has a use for `StepPlan.ahead`."""
+
     def allocate(self, num_pages: int, layers_per_page: int) -> None:
         """Make the memory of the pages, in place of what was there before; no sequence may be known.
 

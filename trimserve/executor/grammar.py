@@ -40,6 +40,9 @@ _LEAST_BYTES: Final = 256
 _MAX_WORDS: Final = 1000
 """Characters of llguidance's that are repeated."""
 
+_POINTER: Final = re.compile(r"(?<=regex parse error):\n.*\nerror(?=: )", re.DOTALL)
+"""The lines in which Rust points at a place of an expression."""
+
 _EXCERPT: Final = re.compile(r"\Aat \d+\(\d+\): (failed to compile JSON schema: )?|\n +1 \| .*", re.DOTALL)
 
 _WHITESPACE: Final = r"[ \n\r\t]{0,32}"
@@ -135,7 +138,7 @@ def refusal(constraint: Constraint, words: str) -> InvalidRequest:
     """
     words = words.removesuffix("<non-verbose/>").strip()
     if not isinstance(constraint, LarkGrammar):  # the position, and the excerpt, are of what we made of it
-        words = _EXCERPT.sub("", words)
+        words = " ".join(_POINTER.sub("", _EXCERPT.sub("", words)).split())
     cut = words if len(words) <= _MAX_WORDS else f"{words[:_MAX_WORDS]}..."
     return InvalidRequest(constraint.field, f"cannot be followed: {cut}")
 

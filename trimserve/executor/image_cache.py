@@ -11,6 +11,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Final
 
+from trimserve.executor.plan import ImageCacheCounts
 from trimserve.trimming.encoded_image import EncodedImage, Observation
 from trimserve.trimming.feature_kv import FeatureKeyValues
 
@@ -51,15 +52,31 @@ class ImageCache:
         """Bytes of the images that it holds, keys and values included."""
         return self._feature_bytes + self.kv_bytes
 
+    @property
+    def counts(self) -> ImageCacheCounts:
+        """All of the above."""
+        return ImageCacheCounts(
+            num_bytes=self.used_bytes,
+            num_hits=self.num_hits,
+            num_misses=self.num_misses,
+            num_evictions=self.num_evictions,
+            num_kv_bytes=self.kv_bytes,
+            num_kv_hits=self.num_kv_hits,
+        )
+
     def get(self, key: bytes, needs: frozenset[Observation] = frozenset()) -> EncodedImage | None:
         """An image of which all that is needed is known, or None."""
-        image = self._images.get(key)
-        if image is None or not image.has(needs):
+        if not self.has(key, needs):
             self.num_misses += 1
             return None
         self.num_hits += 1
         self._images.move_to_end(key)
-        return image
+        return self._images[key]
+
+    def has(self, key: bytes, needs: frozenset[Observation] = frozenset()) -> bool:
+        """Whether `get` would find the image; counts as no use."""
+        image = self._images.get(key)
+        return image is not None and image.has(needs)
 
     def drop(self, is_unwanted: Callable[[bytes], bool]) -> None:
         """Let go of the images with such keys."""

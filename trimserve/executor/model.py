@@ -11,11 +11,9 @@ from trimserve.api.info import ModelInfo
 from trimserve.model.adapters import Adapter
 from trimserve.model.interruptible import Interruptible
 from trimserve.model.key_values import KeyValues
-from trimserve.model.prefilled import Prefilled
-from trimserve.model.prepared import PreparedImage, PreparedPrompt
+from trimserve.model.prefilled import Prefilled, ToPrefill
+from trimserve.model.prepared import PreparedImage
 from trimserve.trimming.encoded_image import EncodedImage, Observation
-from trimserve.trimming.plan import TrimPlan
-from trimserve.trimming.selection import KeptSets
 
 __all__ = ["Model"]
 
@@ -46,15 +44,8 @@ class Model(Protocol):
     ) -> Interruptible[EncodedImage]:
         """Visual features of an image, as the base model or an adapter sees it, and what else is needed."""
 
-    def prefill(
-        self,
-        prompt: PreparedPrompt,
-        images: Sequence[EncodedImage],
-        trim: TrimPlan,
-        kv: KeyValues,
-        stored: KeptSets | None = None,
-    ) -> Interruptible[Prefilled]:
-        """Run the prompt, fill `kv` and return the logits that follow it; with `stored`, as it was done before.
+    def prefill_together(self, prompts: Sequence[ToPrefill]) -> Interruptible[list[Prefilled]]:
+        """Run prompts in one pass, fill their `kv` and return the logits that follow each.
 
         Here and in `decode`, `kv` names the adapter.
         """
@@ -63,9 +54,9 @@ class Model(Protocol):
         """Make decode steps ready for up to `max_batch` rows of sequences with KV in `pages`."""
 
     def decode(
-        self, token_ids: Sequence[int], kvs: Sequence[KeyValues], num_rows: Sequence[int] | None = None
+        self, token_ids: Sequence[int] | Tensor, kvs: Sequence[KeyValues], num_rows: Sequence[int] | None = None
     ) -> Tensor:
-        """One step of several sequences, with one or `num_rows` new rows of each.
+        """One step of several sequences, with one or `num_rows` new rows of each; token ids may be on the device.
 
         Returns:
             float32 logits [R, vocab_size] of every row, which hold until the next step.

@@ -74,9 +74,10 @@ class PageGrant:
 
 @dataclass(frozen=True, slots=True)
 class PrefillSlice:
-    """Go on with a prompt, at least one layer and then until the time is over."""
+    """Go on with prompts, at least one layer and then until the time is over, or a pass is."""
 
-    sequence: int
+    sequences: tuple[int, ...]
+    """Whose prompts are not read yet, the first before the others; those that are ready for it share its pass."""
     seconds: float
 
 
@@ -96,7 +97,7 @@ class Rows:
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """One step. Taken in this order: what ends, what is new, pages, the slice of a prefill, rows."""
+    """One step. Taken in this order: what ends, what is new, pages, the slice of a prefill, rows, rows ahead."""
 
     ended: tuple[int, ...] = ()
     """Sequences to forget; their pages may belong to others at once."""
@@ -104,6 +105,9 @@ class StepPlan:
     pages: tuple[PageGrant, ...] = ()
     prefill: PrefillSlice | None = None
     rows: tuple[Rows, ...] = ()
+    ahead: tuple[Rows, ...] = ()
+    """Of the step after this one: of sequences in `rows` those behind the tokens that are yet to be drawn. An executor
+    that runs ahead begins them before it reads these tokens."""
 
 
 class PrefillTimes(NamedTuple):
@@ -141,7 +145,7 @@ class PrefillReport:
     trim_times: tuple[TrimTimes, ...]
     """Of every cross-attention layer that trimmed."""
     seconds: float = 0.0
-    """Spent on this prompt; other work between its slices is left out."""
+    """Spent on this prompt, of a pass with others its share; other work between its slices is left out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,10 +194,13 @@ class ImageCacheCounts:
 class StepResult:
     """What a step came to; never logits."""
 
-    prefilled: PrefillReport | None = None
-    """The prompt of the plan's slice, if it was finished."""
+    prefilled: tuple[PrefillReport, ...] = ()
+    """Prompts of the plan's slice that were finished."""
     drawn: tuple[Drawn, ...] = ()
     failed: tuple[Failed, ...] = ()
     rows_seconds: float = 0.0
     """Of the plan's rows, sampling included."""
+    begun: tuple[int, ...] = ()
+    """Sequences of `StepPlan.ahead` whose rows were begun: the next rows that are asked for are theirs, of those that
+    have not ended."""
     image_cache: ImageCacheCounts = field(default=ImageCacheCounts())

@@ -24,8 +24,17 @@ from trimserve.api.sampling import SamplingParams
 from trimserve.errors import RequestFailed
 from trimserve.executor.failures import is_device_error
 from trimserve.executor.noise import NOISE_RANGE, gumbel_noise, noise_keys
+from trimserve.ops.upload import upload
 
-__all__ = ["SampledToken", "SamplingState", "apply_filters", "apply_penalties", "sample"]
+__all__ = [
+    "SampledToken",
+    "Sampling",
+    "SamplingState",
+    "apply_filters",
+    "apply_penalties",
+    "has_penalty",
+    "sample",
+]
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +77,7 @@ class SamplingState:
         """
         generated = [*self.generated_token_ids, *drafts]
         state = SamplingState(self.params, self.prompt_token_ids, self.end_token_ids, generated, forbidden)
-        if _has_penalty(self.params):
+        if has_penalty(self.params):
             state._counts = {**self.token_counts()}
             state._num_counted = len(self.generated_token_ids)
         return state
@@ -95,7 +104,7 @@ def sample(logits: Tensor, states: Sequence[SamplingState]) -> list[SampledToken
         RuntimeError: the device failed.
     """
     try:
-        return _sample(logits, states)
+        return Sampling(logits, states).read()
     except Exception as error:
         if is_device_error(error):
             raise
@@ -105,6 +114,52 @@ def sample(logits: Tensor, states: Sequence[SamplingState]) -> list[SampledToken
             return [failure]
         log.exception("sampling %d rows failed; each is tried alone", len(states))
     return [sample(row[None], [state])[0] for row, state in zip(logits, states, strict=True)]
+
+
+class Sampling:
+    """The next token of each row of a batch, drawn on the logits' device, which need not be waited for at once."""
+
+    def __init__(
+        self, logits: Tensor, states: Sequence[SamplingState], candidates: Sequence[int] = _CANDIDATES
+    ) -> None:
+        """Begin to draw.
+
+        Args:
+            logits: float32 [B, V], not changed; may be changed once this has begun, on a GPU.
+            states: B states.
+            candidates: of top_p, see `_CANDIDATES`.
+        """
+        num_candidates, *self._more = *candidates, logits.shape[1]
+        self._states = states
+        self.token_ids, is_short = _drawn(logits, states, num_candidates)
+        """int64 [B] on the device."""
+        self.was_redrawn = False
+        """Whether `read` drew again, with more candidates, so that tokens differ from `token_ids`."""
+        self._logits = logits if is_short is None or not logits.is_cuda else logits.clone()
+        self._columns = _columns(logits, states, self.token_ids, is_short)
+        self.ended: torch.cuda.Event | None = None
+        """When the tokens were on the host; None on a CPU."""
+        if logits.is_cuda:
+            self._columns = _on_its_way(self._columns)
+            self.ended = torch.cuda.Event(enable_timing=True)
+            self.ended.record()
+
+    def read(self) -> list[SampledToken | RequestFailed]:
+        """Wait for the tokens; see `sample`."""
+        if self.ended is not None:
+            self.ended.synchronize()  # and not for what is queued behind them
+        read = self._columns.tolist()
+        if read and read[0][1] < 0:
+            self.was_redrawn = True
+            return Sampling(self._logits, self._states, self._more[:-1]).read()
+        num_tops = [state.params.num_top_logprobs for state in self._states]
+        return [_outcome(*values, num_top=num_top) for values, num_top in zip(read, num_tops, strict=True)]
+
+
+def _on_its_way(values: Tensor) -> Tensor:
+    """A tensor on the host that will have the values of one on a GPU."""
+    host = torch.empty(values.shape, dtype=values.dtype, device="cpu").pin_memory()
+    return host.copy_(values, non_blocking=True)
 
 
 def apply_penalties(logits: Tensor, states: Sequence[SamplingState]) -> Tensor:
@@ -126,7 +181,7 @@ def apply_penalties(logits: Tensor, states: Sequence[SamplingState]) -> Tensor:
         params = state.params
         if params.logit_bias:
             biases[row] = params.logit_bias
-        if _has_penalty(params):
+        if has_penalty(params):
             counts[row] = state.token_counts()
         if state.forbidden is not None:
             forbidden[row] = state.forbidden
@@ -189,10 +244,8 @@ def _filter(logits: Tensor, params: Sequence[SamplingParams], num_candidates: in
     return scores, is_short
 
 
-def _sample(
-    logits: Tensor, states: Sequence[SamplingState], candidates: Sequence[int] = _CANDIDATES
-) -> list[SampledToken | RequestFailed]:
-    num_candidates, *more = *candidates, logits.shape[1]
+def _drawn(logits: Tensor, states: Sequence[SamplingState], num_candidates: int) -> tuple[Tensor, Tensor | None]:
+    """Int64 [B], and as `_filter`."""
     scores = apply_penalties(logits, states)
     token_ids = scores.argmax(dim=1)  # the first of equals
     sampled = [row for row, state in enumerate(states) if state.params.temperature > 0.0]
@@ -203,6 +256,11 @@ def _sample(
             index = _tensor(rows, logits)
             token_ids[index], found_short = _draw(scores[index], [states[row] for row in rows], num_candidates)
             is_short = is_short if found_short is None else found_short
+    return token_ids, is_short
+
+
+def _columns(logits: Tensor, states: Sequence[SamplingState], token_ids: Tensor, is_short: Tensor | None) -> Tensor:
+    """All that `_outcome` takes of each row; no token (-1) where all must be drawn again."""
     # float64 holds every id and every logprob: the host reads once.
     told = token_ids if is_short is None else token_ids.masked_fill(is_short, -1)
     columns = [logits.amax(dim=1, keepdim=True).double(), told[:, None].double()]
@@ -211,10 +269,7 @@ def _sample(
         index = _tensor([*num_tops], logits)
         found = _logprobs(logits[index], token_ids[index], min(max(num_tops.values()), logits.shape[1]))
         columns.append(found.new_zeros(len(states), found.shape[1]).index_copy_(0, index, found))
-    read = torch.cat(columns, dim=1).tolist()
-    if read and read[0][1] < 0:
-        return _sample(logits, states, more[:-1])
-    return [_outcome(*values, num_top=num_tops.get(row)) for row, values in enumerate(read)]
+    return torch.cat(columns, dim=1)
 
 
 def _outcome(highest: float, token_id: float, *logprobs: float, num_top: int | None) -> SampledToken | RequestFailed:
@@ -244,7 +299,8 @@ def _has_filter(params: SamplingParams) -> bool:
     return params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0.0
 
 
-def _has_penalty(params: SamplingParams) -> bool:
+def has_penalty(params: SamplingParams) -> bool:
+    """Whether what was drawn before changes how likely a token is."""
     return params.repetition_penalty != 1.0 or bool(params.presence_penalty or params.frequency_penalty)
 
 
@@ -304,5 +360,4 @@ def _entries(tables: Mapping[int, Mapping[int, float]], logits: Tensor) -> tuple
 
 
 def _tensor(values: ArrayLike, like: Tensor) -> Tensor:
-    # A blocking copy would wait for everything that the device still computes.
-    return torch.from_numpy(np.asarray(values)).to(like.device, non_blocking=True)
+    return upload(np.asarray(values), like.device)

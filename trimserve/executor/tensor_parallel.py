@@ -47,6 +47,11 @@ class TensorParallelExecutor:
         """See `Executor.info`."""
         return self._local.info
 
+    @property
+    def runs_ahead(self) -> bool:
+        """The other ranks are told tokens, so these must be known."""
+        return False
+
     def allocate(self, num_pages: int, layers_per_page: int) -> None:
         """See `Executor.allocate`."""
         with self._all("allocate", num_pages, layers_per_page):

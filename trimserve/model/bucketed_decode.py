@@ -26,8 +26,9 @@ class CudaGraphs:
     """Captures steps as CUDA graphs that share their memory, since they run one after another."""
 
     def __init__(self) -> None:
-        """Begin with a memory pool of their own."""
+        """Begin with a memory pool of their own, and a stream: cuBLAS keeps a workspace for each that it saw."""
         self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream()
 
     def __call__(self, step: Step) -> Step:
         """Capture a step, after it was taken once, for what libraries make ready on first use.
@@ -35,14 +36,13 @@ class CudaGraphs:
         Returns:
             Replays it; the logits hold until another of the steps is taken.
         """
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
             step()
-        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.current_stream().wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
         # Other threads may go on to ask about memory meanwhile.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             logits = step()
 
         def replay() -> Tensor:
@@ -80,6 +80,6 @@ class BucketedDecode:
             return False
         return len(new.kvs) <= self._buffers.buckets[-1] and new.kvs[0].pages is self._buffers.pages
 
-    def __call__(self, token_ids: Sequence[int], new: NewRows) -> Tensor:
+    def __call__(self, token_ids: Sequence[int] | Tensor, new: NewRows) -> Tensor:
         """See `Mllama.decode`."""
         return self._steps[self._buffers.fill(token_ids, new)]()[: len(new.kvs)]

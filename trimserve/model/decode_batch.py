@@ -7,7 +7,7 @@ from torch import Tensor
 from trimserve.model.adapters import RowAdapters
 from trimserve.model.decode_rows import NewRows
 from trimserve.model.key_values import BatchTables, FeatureTables, slots_at, together
-from trimserve.model.upload import upload, upload_ids
+from trimserve.ops.upload import upload, upload_ids
 
 __all__ = ["DecodeBatch"]
 

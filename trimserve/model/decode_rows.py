@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from trimserve.model.adapters import RowAdapters
@@ -61,9 +60,18 @@ class DecodeRows:
     adapters: RowAdapters | None
     """None if all rows are the base model's."""
 
+    def rotate(
+        self,
+        layer: SelfLayer,
+        heads: Tensor,
+        piece: slice,  # noqa: ARG002 - a step is one
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See `PromptRows.rotate`; stores keys and values at once."""
+        self.text.rotate_and_write(layer.index, heads, self.rotation)
+        return layer.split(heads)
+
     def store(self, layer: SelfLayer, k: Tensor, v: Tensor) -> None:
-        """See `PromptRows.store`."""
-        self.text.write(layer.index, k, v)
+        """They are stored already."""
 
     def attend(self, layer: SelfLayer, q: Tensor, piece: slice) -> Tensor:  # noqa: ARG002 - a step is one piece
         """See `PromptRows.attend`."""
@@ -92,24 +100,28 @@ class DecodeRows:
         assert self.features is not None
         return self.features.attend(self.text.pages, layer.index, q, layer.scale).flatten(1)
 
-    def place(self, hidden: Tensor, seen: Tensor, layer: CrossLayer) -> Tensor:  # noqa: ARG002 - the shape tells
+    def finish(
+        self, layer: CrossLayer, hidden: Tensor, looked: Tensor, adapters: RowAdapters | None
+    ) -> tuple[Tensor, ...]:
+        """See `PromptRows.finish`."""
+        return (layer.finish_step(hidden, looked, adapters, None),)
+
+    def place(self, hidden: Tensor, seen: Tensor) -> Tensor:
         """See `PromptRows.place`."""
         if len(seen) == len(hidden):
             return seen
         hidden[: len(seen)] = seen
         return hidden
 
-    def after_layer(self, layer: CrossLayer, hidden: Tensor, added: Tensor) -> Iterable[None]:  # noqa: ARG002
+    def after_layer(self, layer: CrossLayer, hidden: Tensor, *added: Tensor) -> Iterable[None]:
         """Decoding trims nothing."""
+        del layer, hidden, added
         return ()
 
 
 @dataclass(frozen=True, slots=True)
 class BucketRows(DecodeRows):
-    """Rows in fixed buffers: all take part in every layer, and a mask says which of them see something."""
-
-    sees: Tensor
-    """bool [cross-attention layers, R, 1]"""
+    """Rows in fixed buffers: all take part in every layer, which changes none that sees nothing."""
 
     def seeing(
         self,
@@ -119,6 +131,9 @@ class BucketRows(DecodeRows):
         """See `PromptRows.seeing`."""
         return None if self.features is None else (hidden, self.adapters)
 
-    def place(self, hidden: Tensor, seen: Tensor, layer: CrossLayer) -> Tensor:
-        """See `PromptRows.place`."""
-        return torch.where(self.sees[layer.index], seen, hidden)
+    def finish(
+        self, layer: CrossLayer, hidden: Tensor, looked: Tensor, adapters: RowAdapters | None
+    ) -> tuple[Tensor, ...]:
+        """See `PromptRows.finish`."""
+        assert self.features is not None
+        return (layer.finish_step(hidden, looked, adapters, self.features.lengths[layer.index]),)

@@ -30,7 +30,7 @@ from trimserve.model.ranks import ALONE, Ranks, Shard
 from trimserve.model.rotary import RotaryAngles, Rotation
 from trimserve.model.step_buffers import StepBuffers, StepInputs
 from trimserve.model.transformers_mllama import CrossLayerParts, MllamaForConditionalGeneration, decoder_parts
-from trimserve.model.upload import upload_ids
+from trimserve.ops.upload import upload_ids
 from trimserve.trimming.policies.policy import CrossAttentionView
 
 __all__ = ["Pass", "RaggedDecoder", "SequenceRows"]
@@ -51,8 +51,11 @@ class Pass(Protocol):
     def adapters(self) -> RowAdapters | None:
         """Of all rows; None if all are the base model's."""
 
+    def rotate(self, layer: SelfLayer, heads: Tensor, piece: slice) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotate a piece of the rows; a decode step stores its keys and values at once."""
+
     def store(self, layer: SelfLayer, k: Tensor, v: Tensor) -> None:
-        """Store keys and values of the text."""
+        """Store keys and values of the text that are not stored yet."""
 
     def attend(self, layer: SelfLayer, q: Tensor, piece: slice) -> Tensor:
         """Attend to the text with a piece of the rows."""
@@ -70,10 +73,15 @@ class Pass(Protocol):
     def attend_features(self, layer: CrossLayer, q: Tensor, piece: slice) -> Tensor:
         """Attend to visual features with a piece of the rows that see an image."""
 
-    def place(self, hidden: Tensor, seen: Tensor, layer: CrossLayer) -> Tensor:
+    def finish(
+        self, layer: CrossLayer, hidden: Tensor, looked: Tensor, adapters: RowAdapters | None
+    ) -> tuple[Tensor, ...]:
+        """End a layer for a piece of the rows that see an image: what goes out, and what `after_layer` asks for."""
+
+    def place(self, hidden: Tensor, seen: Tensor) -> Tensor:
         """Put the rows that see an image back."""
 
-    def after_layer(self, layer: CrossLayer, hidden: Tensor, added: Tensor) -> Iterable[None]:
+    def after_layer(self, layer: CrossLayer, hidden: Tensor, *added: Tensor) -> Iterable[None]:
         """Decide what later layers hold; yields where there may be a pause."""
 
 
@@ -147,6 +155,11 @@ class RaggedDecoder:
         assert rows.view is not None, "an Mllama has cross-attention layers"
         return rows.view
 
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """The base model's embedding, int64 [R] -> [R, D]."""
+        embedded: Tensor = self._embed(token_ids)
+        return embedded
+
     def decode(self, token_ids: Tensor, new: NewRows) -> Tensor:
         """Run new rows through all layers and store their keys and values, in pages that were granted.
 
@@ -173,7 +186,7 @@ class RaggedDecoder:
         return BucketedDecode(self._step, buffers, capture)
 
     def _step(self, inputs: StepInputs) -> Tensor:
-        rows = BucketRows(self._angles.of(inputs.positions), inputs.text, inputs.features, None, inputs.sees)
+        rows = BucketRows(self._angles.of(inputs.positions), inputs.text, inputs.features, None)
         return self._logits(run_through(self._run(self._embed(inputs.token_ids), rows)), None)
 
     def _run(self, hidden: Tensor, rows: Pass) -> Interruptible[Tensor]:
@@ -185,7 +198,7 @@ class RaggedDecoder:
                 seen = yield from _through_features(layer, *those, rows)
                 if seen is None:
                     return hidden
-                hidden = rows.place(hidden, seen, layer)
+                hidden = rows.place(hidden, seen)
             yield
         return hidden
 
@@ -228,7 +241,7 @@ def _through_text(layer: SelfLayer, hidden: Tensor, rows: Pass) -> Interruptible
     """One self-attention layer, [R, D] -> [R, D]."""
 
     def project(piece: slice) -> tuple[Tensor, ...]:
-        return layer.project(hidden[piece], rows.rotation.part(piece), _part(rows.adapters, piece))
+        return rows.rotate(layer, layer.project(hidden[piece], _part(rows.adapters, piece)), piece)
 
     def finish(piece: slice) -> tuple[Tensor, ...]:
         attended = rows.attend(layer, q, piece)
@@ -250,14 +263,14 @@ def _through_features(
 
     def finish(piece: slice) -> tuple[Tensor, ...]:
         looked = rows.attend_features(layer, q, piece)
-        return layer.finish(seeing[piece], looked, _part(adapters, piece))
+        return rows.finish(layer, seeing[piece], looked, _part(adapters, piece))
 
     (q,) = yield from _in_pieces(query, seeing)
     yield from rows.read_features(layer, q)
     if rows.has_ended:
         return None
-    seen, added = yield from _in_pieces(finish, seeing)
-    yield from rows.after_layer(layer, seeing, added)
+    seen, *added = yield from _in_pieces(finish, seeing)
+    yield from rows.after_layer(layer, seeing, *added)
     return seen
 
 

@@ -12,7 +12,6 @@ from trimserve.model.adapters import RowAdapters
 from trimserve.model.pieces import MLP_ROWS
 from trimserve.model.projection import Projection, projection_of
 from trimserve.model.ranks import Ranks
-from trimserve.model.rotary import Rotation
 from trimserve.model.transformers_mllama import CrossLayerParts, NormParts, SelfLayerParts
 
 __all__ = ["CrossLayer", "RmsNorm", "SelfLayer"]
@@ -52,12 +51,15 @@ class _Layer:
     def _with_mlp(self, hidden: Tensor, adapters: RowAdapters | None, gate: float = 1.0) -> Tensor:
         # Adapters name rows of the whole batch, which is therefore not cut.
         pieces = hidden.split(MLP_ROWS) if adapters is None else (hidden,)
-        added = [self._down.added_to(rows, self._between(rows, adapters), gate, adapters) for rows in pieces]
+        added = [self._with_rows_mlp(rows, adapters, gate) for rows in pieces]
         return added[0] if len(added) == 1 else torch.cat(added)
 
-    def _between(self, rows: Tensor, adapters: RowAdapters | None) -> Tensor:
-        """Of the MLP: after the gate."""
-        return ops.silu_gate(self._gate_up(self._mlp_norm(rows), adapters))
+    def _with_rows_mlp(
+        self, rows: Tensor, adapters: RowAdapters | None, gate: float, counts: Tensor | None = None
+    ) -> Tensor:
+        """Rows whose count is 0 stay as they are."""
+        between = ops.silu_gate(self._gate_up(self._mlp_norm(rows), adapters), counts)
+        return self._down.added_to(rows, between, gate, adapters)
 
     def _heads(self, rows: Tensor) -> Tensor:
         """[R, heads * Dh] -> [R, heads, Dh]."""
@@ -78,13 +80,13 @@ class SelfLayer(_Layer):
         """The weights of a decode step, in the order of `ops.decode_layers`."""
         return [self._input_norm, self._qkv, self._output, self._mlp_norm, self._gate_up, self._down]
 
-    def project(
-        self, hidden: Tensor, rotation: Rotation, adapters: RowAdapters | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Rows [R, D] -> queries [R, H, Dh], keys and values [R, Hkv, Dh]; queries and keys are rotated."""
-        heads = self._heads(self._qkv(self._input_norm(hidden), adapters))
+    def project(self, hidden: Tensor, adapters: RowAdapters | None) -> Tensor:
+        """Rows [R, D] -> queries, keys and values [R, H + 2 * Hkv, Dh], to be rotated."""
+        return self._heads(self._qkv(self._input_norm(hidden), adapters))
+
+    def split(self, heads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [R, H, Dh], keys and values [R, Hkv, Dh] of what `project` returns."""
         q, k, v = heads.split(self._split, dim=1)
-        ops.rotate(heads[:, : -v.shape[1]], rotation.cosines, rotation.sines)
         return q, k, v
 
     def finish(self, hidden: Tensor, attended: Tensor, adapters: RowAdapters | None) -> Tensor:
@@ -139,6 +141,23 @@ class CrossLayer(_Layer):
         added = self._output(attended, adapters)
         residual = hidden.add(added, alpha=self._attention_gate)
         return self._with_mlp(residual, adapters, self._mlp_gate), added
+
+    def finish_step(
+        self, hidden: Tensor, attended: Tensor, adapters: RowAdapters | None, counts: Tensor | None
+    ) -> Tensor:
+        """End the layer in a decode step, where nobody asks what attention came to.
+
+        Args:
+            hidden: [S, D], what came in.
+            attended: [S, H * Dh].
+            adapters: of these rows.
+            counts: int32 [S], features that each row sees; one that sees none, and so attended to zeros, passes
+                unchanged. None if all see some.
+        Returns:
+            What goes out, [S, D], maybe in the place of what came in.
+        """
+        residual = self._output.added_to(hidden, attended, self._attention_gate, adapters)
+        return self._with_rows_mlp(residual, adapters, self._mlp_gate, counts)
 
     def gated(self, added: Tensor) -> Tensor:
         """What attention adds to the rows, [S, D], after its gate."""

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from trimserve import ops
 from trimserve.model.adapters import Adapter
-from trimserve.model.upload import upload, upload_ids
+from trimserve.model.rotary import Rotation
 from trimserve.ops import PAGE_POSITIONS
+from trimserve.ops.upload import upload, upload_ids
 
 __all__ = [
     "BatchTables",
@@ -198,10 +199,10 @@ class BatchTables:
     slots: Tensor
     """int64 [groups, R], where each row's own position lies."""
 
-    def write(self, layer: int, keys: Tensor, values: Tensor) -> None:
-        """Store all rows, [R, Hkv, Dh]."""
+    def rotate_and_write(self, layer: int, heads: Tensor, rotation: Rotation) -> None:
+        """Rotate queries and keys of all rows' heads, [R, H + 2 * Hkv, Dh], and store keys and values."""
         group, slot = divmod(layer, self.pages.shape[1])
-        ops.write_kv(self.pages, slot, keys, values, self.slots[group])
+        ops.rotate_write_kv(heads, rotation.cosines, rotation.sines, self.pages, slot, self.slots[group])
 
     def attend(self, layer: int, q: Tensor, scale: float) -> Tensor:
         """Queries [R, H, Dh] over the positions up to each row's own -> [R, H, Dh]."""

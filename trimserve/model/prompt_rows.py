@@ -22,9 +22,9 @@ from trimserve.model.kv_format import round_as_stored
 from trimserve.model.prefilled import TrimTimes
 from trimserve.model.ranks import Ranks
 from trimserve.model.rotary import Rotation
-from trimserve.model.upload import upload, upload_ids
 from trimserve.model.visibility import feature_visibility
 from trimserve.model.vision_rows import VisionRows
+from trimserve.ops.upload import upload, upload_ids
 from trimserve.trimming.policies.policy import CrossAttentionView, Verdict
 from trimserve.trimming.selection import Selection
 
@@ -105,6 +105,13 @@ class PromptRows:
         """Whether a prompt has left, so that fewer rows see an image in the next layer."""
         self._see()
 
+    def rotate(self, layer: SelfLayer, heads: Tensor, piece: slice) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotate a piece of the rows, [rows of the piece, H + 2 * Hkv, Dh] -> queries, keys, values."""
+        q, k, v = layer.split(heads)
+        turned = self.rotation.part(piece)
+        ops.rotate(heads[:, : -v.shape[1]], turned.cosines, turned.sines)
+        return q, k, v
+
     def store(self, layer: SelfLayer, k: Tensor, v: Tensor) -> None:
         """Store keys and values [R, Hkv, Dh]."""
         self._text, start = [], 0
@@ -163,14 +170,20 @@ class PromptRows:
                 each.log_sums.append(log_sums)
         return torch.cat(attended)
 
-    def place(self, hidden: Tensor, seen: Tensor, layer: CrossLayer) -> Tensor:  # noqa: ARG002 - alike in all layers
+    def finish(
+        self, layer: CrossLayer, hidden: Tensor, looked: Tensor, adapters: RowAdapters | None
+    ) -> tuple[Tensor, ...]:
+        """End a layer for a piece of the rows that see an image: what goes out, and what attention came to."""
+        return layer.finish(hidden, looked, adapters)
+
+    def place(self, hidden: Tensor, seen: Tensor) -> Tensor:
         """Put the rows that see an image, [S, D], back among all, [R, D]."""
         if self._index is None:
             return seen
         hidden[self._index] = seen
         return hidden
 
-    def after_layer(self, layer: CrossLayer, hidden: Tensor, added: Tensor) -> Iterable[None]:
+    def after_layer(self, layer: CrossLayer, hidden: Tensor, *added: Tensor) -> Iterable[None]:
         """Ask each prompt's policy what later layers hold, and store what decoding sees of this one.
 
         Args:
@@ -180,7 +193,7 @@ class PromptRows:
         """
         attended, self._attended = self._attended, []
         sizes = [len(each.queries) for each in attended]
-        for each, before, plus in zip(attended, hidden.split(sizes), added.split(sizes), strict=True):
+        for each, before, plus in zip(attended, hidden.split(sizes), added[0].split(sizes), strict=True):
             if _is_decided_after(layer.index, each.vision):
                 yield from _decide(each, layer, before, plus, self._ranks)
                 self._sees_less = self._sees_less or each.vision.has_left
@@ -280,6 +293,7 @@ def _made_view(
         features_per_tile=vision.features_per_tile,
         wants_picks=vision.trim.return_selection,
         layer=layer.index,
+        trained=vision.trained,
     )
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from trimserve.model.transformers_mllama import Rotary
-from trimserve.model.upload import upload_ids
+from trimserve.ops.upload import upload_ids
 
 __all__ = ["RotaryAngles", "Rotation"]
 

@@ -55,8 +55,6 @@ class StepInputs:
     text: BatchTables
     features: FeatureTables | None
     """Of all B rows in every layer, with length 0 where a row sees nothing; None if no row sees an image."""
-    sees: Tensor
-    """bool [cross-attention layers, B, 1], whether a row sees an image there."""
 
 
 class StepBuffers:
@@ -107,14 +105,13 @@ class StepBuffers:
             lengths=feature_lengths.unbind(),
             biases=self._biases[:, :bucket].unbind(),
         )
-        sees = (feature_lengths > 0)[..., None]
-        return StepInputs(token_ids, positions, text, features if has_features else None, sees)
+        return StepInputs(token_ids, positions, text, features if has_features else None)
 
-    def fill(self, token_ids: Sequence[int], new: NewRows) -> tuple[int, bool]:
+    def fill(self, token_ids: Sequence[int] | Tensor, new: NewRows) -> tuple[int, bool]:
         """Take a step's batch; nothing waits for the device.
 
         Args:
-            token_ids: of each row.
+            token_ids: of each row; a tensor is int64, on the device.
             new: the rows, at most the largest bucket, of sequences after their prefills.
         Returns:
             The bucket, and whether any of the rows sees an image.
@@ -127,11 +124,14 @@ class StepBuffers:
             self._editions = editions
         positions = np.array(new.positions, dtype=np.int64)
         rows = self._padding(bucket)
-        rows[0, :size] = token_ids
+        if not isinstance(token_ids, Tensor):
+            rows[0, :size] = token_ids
         rows[1, :size] = positions
         rows[2, :size] = positions + 1
         rows[3:, :size] = slots_at(self._self_tables, positions)
         _copy(self._rows_of(bucket), rows)
+        if isinstance(token_ids, Tensor):
+            self._rows_of(bucket)[0, :size].copy_(token_ids)
         return bucket, any(any(kv.cross_lengths) for kv in new.kvs)
 
     def clear(self, bucket: int) -> None:
@@ -176,4 +176,6 @@ def _corner(buffer: Tensor, tables: Tables) -> Tensor:
 
 
 def _copy(buffer: Tensor, values: NDArray[Any]) -> None:
-    buffer.copy_(torch.from_numpy(values), non_blocking=True)
+    host = torch.from_numpy(values)
+    # A copy of pageable memory would be waited for.
+    buffer.copy_(host.pin_memory() if buffer.is_cuda else host, non_blocking=True)

@@ -23,8 +23,8 @@ from trimserve.model.interruptible import Interruptible
 from trimserve.model.prepared import PreparedImage
 from trimserve.model.projection import projection_of
 from trimserve.model.transformers_mllama import MllamaForConditionalGeneration, VisionLayerParts, vision_parts
-from trimserve.model.upload import upload, upload_ids
 from trimserve.model.vision_observer import VisionObserver
+from trimserve.ops.upload import upload, upload_ids
 from trimserve.trimming.encoded_image import EncodedImage, Observation
 
 __all__ = ["ImageRows", "IntermediateFeatures", "VisionEncoder", "VisionLayer", "vision_scratch_bytes"]

@@ -7,7 +7,7 @@ from trimserve.ops.attention import attention
 from trimserve.ops.decoding import CrossTables, DecoderLayers, SelfTables, decode_layers
 from trimserve.ops.layers import linear, rms_norm, rotate, silu_gate
 from trimserve.ops.library import build_info, has_cuda_ops, load_library
-from trimserve.ops.paging import PAGE_POSITIONS, gather_kv, paged_attention, write_kv
+from trimserve.ops.paging import PAGE_POSITIONS, gather_kv, paged_attention, rotate_write_kv, write_kv
 from trimserve.ops.selection import headwise_scores, headwise_topk, select_features, union_indices
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "paged_attention",
     "rms_norm",
     "rotate",
+    "rotate_write_kv",
     "select_features",
     "silu_gate",
     "union_indices",

@@ -19,8 +19,9 @@ load_library()
 def linear(x: Tensor, weight: Tensor, scales: Tensor | None = None) -> Tensor:
     """Multiply rows with a weight.
 
-    A row's result does not depend on the other rows or on the number of threads, to the last bit; with int8 or int4
-    weights among calls of up to 15 rows, and among those of more. Strided rows are read in place.
+    A row's result does not depend on the other rows or on the number of threads, to the last bit, among calls of up to
+    16 rows and among those of more; with int8 or int4 weights of up to 15. Of bfloat16 rows and weights the number does
+    not matter where the machine has no products of bfloat16 pairs. Strided rows are read in place.
 
     Args:
         x: float32, bfloat16 or float16 [R, K].
@@ -55,18 +56,19 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     return result
 
 
-def silu_gate(gate_up: Tensor) -> Tensor:
+def silu_gate(gate_up: Tensor, counts: Tensor | None = None) -> Tensor:
     """Apply the gated activation of an MLP: gate * sigmoid(gate) * up.
 
     Args:
         gate_up: float32, bfloat16 or float16 [R, 2 * I], in each row I gates and then I ups.
+        counts: int32 [R]; rows with 0 become 0, whatever they hold. None for none.
     Returns:
         [R, I] of the same dtype, computed in float32.
     Raises:
         ValueError: a wrong dtype or shape.
     Source: SwiGLU, arXiv:2002.05202. Definition: reference.silu_gate.
     """
-    result: Tensor = torch.ops.trimserve.silu_gate(gate_up)
+    result: Tensor = torch.ops.trimserve.silu_gate(gate_up, counts)
     return result
 
 
@@ -93,7 +95,7 @@ def _fake_rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     return x.new_empty(x.shape)
 
 
-def _fake_silu_gate(gate_up: Tensor) -> Tensor:
+def _fake_silu_gate(gate_up: Tensor, counts: Tensor | None = None) -> Tensor:
     return gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
 
 

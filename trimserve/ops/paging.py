@@ -14,7 +14,7 @@ from torch import Tensor
 
 from trimserve.ops.library import load_library
 
-__all__ = ["PAGE_POSITIONS", "gather_kv", "paged_attention", "write_kv"]
+__all__ = ["PAGE_POSITIONS", "gather_kv", "paged_attention", "rotate_write_kv", "write_kv"]
 
 PAGE_POSITIONS = 16
 """Positions of one page: few enough to waste less than 16 positions, enough to keep page tables short."""
@@ -62,6 +62,24 @@ def gather_kv(pages: Tensor, layer: int, keys: Tensor, values: Tensor, kept: Ten
     torch.ops.trimserve.gather_kv(pages, layer, keys, values, kept, slots)
 
 
+def rotate_write_kv(heads: Tensor, cosines: Tensor, sines: Tensor, pages: Tensor, layer: int, slots: Tensor) -> None:
+    """Rotate queries and keys in place, and store keys and values in their pages: `rotate`, then `write_kv`.
+
+    Args:
+        heads: dtype of pages, or any of theirs if pages are int8, [R, H + 2 * Hkv, Dh], Dh even, contiguous within a
+            row: H queries, Hkv keys, Hkv values; written to.
+        cosines: float32 [R, Dh / 2].
+        sines: as cosines.
+        pages: contiguous; written to.
+        layer: slot of the layer in its pages, in [0, G).
+        slots: int64 [R], in [0, P * PAGE_POSITIONS), none of them twice.
+    Raises:
+        ValueError: see `rotate` and `write_kv`.
+    Definition: reference.rotate_write_kv.
+    """
+    torch.ops.trimserve.rotate_write_kv(heads, cosines, sines, pages, layer, slots)
+
+
 def paged_attention(
     q: Tensor,
     pages: Tensor,
@@ -106,6 +124,12 @@ def _fake_gather_kv(pages: Tensor, layer: int, keys: Tensor, values: Tensor, kep
     return None
 
 
+def _fake_rotate_write_kv(
+    heads: Tensor, cosines: Tensor, sines: Tensor, pages: Tensor, layer: int, slots: Tensor
+) -> None:
+    return None
+
+
 def _fake_paged_attention(
     q: Tensor,
     pages: Tensor,
@@ -120,4 +144,5 @@ def _fake_paged_attention(
 
 torch.library.register_fake("trimserve::write_kv", _fake_write_kv)
 torch.library.register_fake("trimserve::gather_kv", _fake_gather_kv)
+torch.library.register_fake("trimserve::rotate_write_kv", _fake_rotate_write_kv)
 torch.library.register_fake("trimserve::paged_attention", _fake_paged_attention)

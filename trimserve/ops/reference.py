@@ -24,6 +24,7 @@ __all__ = [
     "paged_attention",
     "rms_norm",
     "rotate",
+    "rotate_write_kv",
     "select_features",
     "silu_gate",
     "union_indices",
@@ -207,10 +208,11 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     return (rows / (rows.square().mean(dim=-1, keepdim=True) + epsilon).sqrt() * weight.double()).to(x.dtype)
 
 
-def silu_gate(gate_up: Tensor) -> Tensor:
+def silu_gate(gate_up: Tensor, counts: Tensor | None = None) -> Tensor:
     """Define `trimserve.ops.silu_gate`; computes in float64."""
     gate, up = gate_up.double().chunk(2, dim=-1)
-    return (gate * gate.sigmoid() * up).to(gate_up.dtype)
+    passed = (gate * gate.sigmoid() * up).to(gate_up.dtype)
+    return passed if counts is None else passed.masked_fill((counts == 0)[:, None], 0.0)
 
 
 def rotate(heads: Tensor, cosines: Tensor, sines: Tensor) -> None:
@@ -218,6 +220,15 @@ def rotate(heads: Tensor, cosines: Tensor, sines: Tensor) -> None:
     left, right = heads.double().chunk(2, dim=-1)
     cos, sin = cosines.double()[:, None], sines.double()[:, None]
     heads.copy_(torch.cat([left * cos - right * sin, right * cos + left * sin], dim=-1))
+
+
+def rotate_write_kv(heads: Tensor, cosines: Tensor, sines: Tensor, pages: Tensor, layer: int, slots: Tensor) -> None:
+    """Define `trimserve.ops.rotate_write_kv`."""
+    num_kv_heads = pages.shape[3]
+    queries, keys, values = heads.split([heads.shape[1] - 2 * num_kv_heads, num_kv_heads, num_kv_heads], dim=1)
+    rotate(queries, cosines, sines)
+    rotate(keys, cosines, sines)
+    write_kv(pages, layer, keys, values, slots)
 
 
 def decode_layers(
@@ -252,10 +263,8 @@ def decode_layers(
             num_cross += 1
         else:
             group, slot = divmod(num_self, layers_per_page)
-            q, k, v = heads.split([heads.shape[1] - 2 * num_kv_heads, num_kv_heads, num_kv_heads], dim=1)
-            rotate(q, *angles)
-            rotate(k, *angles)
-            write_kv(pages, slot, k, v, text.slots[group])
+            q = heads[:, : -2 * num_kv_heads]
+            rotate_write_kv(heads, *angles, pages, slot, text.slots[group])
             attended = paged_attention(q, pages, slot, text.tables[group], text.lengths, head_dim**-0.5)
             num_self += 1
         _add_product(rows, attended.flatten(1), output, of_linears[1], attention_gate)

@@ -93,6 +93,8 @@ class Metrics(ProcessMetrics):
         self._declare_latencies()
         self._declare_tokens_and_features()
         self._declare_engine()
+        self._declare_images()
+        self._declare_infos()
         self._declare_process()
         ProcessCollector(registry=self.registry)
 
@@ -137,6 +139,7 @@ class Metrics(ProcessMetrics):
         with self._lock:
             self._raise_to("preemptions", self.preemptions, status.num_preemptions)
             self._raise_to("recomputed", self.recomputed_tokens, status.num_recomputed_tokens)
+            self._raise_to("passes", self.prefill_passes, status.num_prefill_passes)
             self._raise_to("proposed", self.proposed_tokens, status.num_proposed_tokens)
             self._raise_to("accepted", self.accepted_tokens, status.num_accepted_tokens)
             self._raise_to("hits", self.image_cache_hits, status.image_cache_hits)
@@ -323,6 +326,10 @@ class Metrics(ProcessMetrics):
             "trimserve_recomputed_tokens_total",
             "Tokens of prompts and answers that were read again after a preemption.",
         )
+        self.prefill_passes = self._counter(
+            "trimserve_prefill_passes_total",
+            "Passes over the layers that read prompts: several small ones that waited together, or one.",
+        )
         self.proposed_tokens = self._counter(
             "trimserve_proposed_tokens_total", "Drafts that decode steps checked (`speculation`), a row each."
         )
@@ -334,6 +341,18 @@ class Metrics(ProcessMetrics):
             "Decoded images of requests that wait for the engine or run, in the machine's memory: kept to compute a "
             "request again.",
         )
+        self.cross_kv_cache_untrimmed_bytes = self._gauge(
+            "trimserve_cross_kv_cache_untrimmed_bytes",
+            "What running requests would hold of cross-attention KV untrimmed.",
+        )
+        self.device_memory_bytes = self._gauge(
+            "trimserve_device_memory_bytes",
+            "Memory of the model's device: its weights, those of LoRA adapters, the page pool, and what is free; of a "
+            "GPU also what torch has reserved, and how much of that is allocated.",
+            {"kind": ("weights", "adapters", "kv", "free", "allocated", "reserved")},
+        )
+
+    def _declare_images(self) -> None:
         self.image_cache_hits = self._counter(
             "trimserve_image_cache_hits_total", "Images whose visual features were still known: not encoded again."
         )
@@ -364,16 +383,8 @@ class Metrics(ProcessMetrics):
         self.image_cache_capacity_bytes = self._gauge(
             "trimserve_image_cache_capacity_bytes", "Most bytes that the image cache holds."
         )
-        self.cross_kv_cache_untrimmed_bytes = self._gauge(
-            "trimserve_cross_kv_cache_untrimmed_bytes",
-            "What running requests would hold of cross-attention KV untrimmed.",
-        )
-        self.device_memory_bytes = self._gauge(
-            "trimserve_device_memory_bytes",
-            "Memory of the model's device: its weights, those of LoRA adapters, the page pool, and what is free; of a "
-            "GPU also what torch has reserved, and how much of that is allocated.",
-            {"kind": ("weights", "adapters", "kv", "free", "allocated", "reserved")},
-        )
+
+    def _declare_infos(self) -> None:
         model_labels = ("model_id", "revision", "dtype", "quantization", "device")
         self.model_info = self._gauge(
             "trimserve_model_info",

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from trimserve import ops
+from trimserve.ops.upload import upload
 from trimserve.trimming.budget import budget
 
 __all__ = ["Groups", "group_dropped"]
@@ -34,15 +35,23 @@ class Groups:
     """int64 [G], members of each group, at least 1; they sum to S."""
     num_groups: tuple[int, ...]
     """Groups of each image; they sum to G."""
+    rows: Tensor | None = None
+    """[G, D], what was made of each group's features; None is their mean."""
 
     @classmethod
     def of(cls, images: Sequence[tuple["Groups", int]]) -> "Groups":
         """Those of several images, each with the place where the image's features begin."""
+        made = [groups.rows for groups, _ in images if groups.rows is not None]
         return cls(
             torch.cat([start + groups.members for groups, start in images]),
             torch.cat([groups.sizes for groups, _ in images]),
             tuple(num_groups for groups, _ in images for num_groups in groups.num_groups),
+            torch.cat(made) if made else None,
         )
+
+    def stand_for(self, features: Tensor) -> Tensor:
+        """The row that stands for each group, [G, D]: what was made of its features [N, D], or their mean."""
+        return self.mean(features) if self.rows is None else self.rows.to(features)
 
     def mean(self, rows: Tensor) -> Tensor:
         """Average the rows of each group: [N, ...] -> [G, ...], in float32 and rounded once."""
@@ -75,13 +84,13 @@ def group_dropped(
     is_dropped[kept] = False
     most = budget(merge_ratio, features_per_tile)
     members, sizes = [], []
-    for tile, is_dropped_here in enumerate(is_dropped.view(-1, features_per_tile)):
-        places = tile * features_per_tile + is_dropped_here.nonzero()[:, 0]
+    dropped, counts = is_dropped.nonzero()[:, 0], is_dropped.view(-1, features_per_tile).sum(dim=1).tolist()
+    for places in dropped.split(counts):
+        count = min(most, len(places))
         directions = keys.index_select(0, places).flatten(1).float()
-        group = _nearest_anchors(F.normalize(directions, dim=1, out=directions), min(most, len(places)))
-        of_tile = torch.bincount(group)
+        group = _nearest_anchors(F.normalize(directions, dim=1, out=directions), count)
         members.append(places[group.argsort(stable=True)])
-        sizes.append(of_tile[of_tile > 0])
+        sizes.append(group.new_zeros(count).index_add_(0, group, torch.ones_like(group)))
     per_tile = iter(map(len, sizes))
     num_groups = tuple(sum(islice(per_tile, n // features_per_tile)) for n in num_features)
     return Groups(torch.cat(members), torch.cat(sizes), num_groups)
@@ -93,7 +102,7 @@ def _nearest_anchors(directions: Tensor, count: int) -> Tensor:
     Every anchor is the feature with the least likeness to its nearest anchor, and likeness to the nearest only grows as
     anchors are added. So a feature that is not among the candidates, the least like any anchor so far, cannot be next
     while a candidate is below all of them; until then only candidates are compared, with each other, and every other
-    feature with all the new anchors in one product.
+    feature with all the new anchors in one product. A GPU is waited for once in each round.
 
     Args:
         directions: float32 [n, D], of length 1.
@@ -102,20 +111,19 @@ def _nearest_anchors(directions: Tensor, count: int) -> Tensor:
     group = torch.zeros(len(directions), dtype=torch.int64, device=directions.device)
     if not count:
         return group
-    anchors = [int((directions @ directions.mean(dim=0)).argmin())]
+    new = (directions @ directions.mean(dim=0)).argmin(dim=0, keepdim=True)
     closest = torch.full(group.shape, -math.inf, device=group.device)  # likeness to the nearest anchor
     num_known = 0
     while True:
-        new = torch.tensor(anchors[num_known:], device=group.device)
         likeness, nearest = _products(directions[new], directions).max(dim=0)
         group = torch.where(likeness > closest, num_known + nearest, group)
         closest = torch.maximum(likeness, closest)
-        group[new] = torch.arange(num_known, len(anchors), device=group.device)
-        closest[new] = math.inf
-        num_known = len(anchors)
+        group[new] = torch.arange(num_known, num_known + len(new), device=group.device)
+        closest.index_fill_(0, new, math.inf)
+        num_known += len(new)
         if num_known == count:
             return group
-        anchors += _next_anchors(directions, closest, count - num_known)
+        new = _next_anchors(directions, closest, count - num_known)
 
 
 def _products(few: Tensor, directions: Tensor) -> Tensor:
@@ -125,28 +133,33 @@ def _products(few: Tensor, directions: Tensor) -> Tensor:
     return F.linear(few, directions)
 
 
-def _next_anchors(directions: Tensor, closest: Tensor, most: int) -> list[int]:
+def _next_anchors(directions: Tensor, closest: Tensor, most: int) -> Tensor:
     """The anchors that follow: at least one, and as many as can be told from the candidates alone.
 
     Args:
         directions: float32 [n, D].
         closest: float32 [n], likeness to the nearest anchor so far; infinite for anchors.
         most: anchors that are wanted, at least one.
+    Returns:
+        int64 [anchors]
     """
     least = closest.topk(min(_CANDIDATES, len(closest)), largest=False)
-    limit = float(least.values[-1]) if len(least.values) < len(closest) else math.inf
-    places = least.indices[least.values < limit].sort().values  # ascending: argmin takes the first of equal ones
-    if not len(places):  # of equal ones topk takes any
-        return [int(closest.argmin())]
+    places = least.indices.sort().values  # ascending: argmin takes the first of equal ones
     candidates = directions[places]
-    likeness, nearest = _products(candidates, candidates).cpu().numpy(), closest[places].cpu().numpy()
+    # float64 holds every place: the host reads once.
+    told = torch.cat([_products(candidates, candidates), closest[places][:, None]], dim=1).double()
+    read = torch.cat([told, places[:, None].double()], dim=1).cpu().numpy()
+    likeness, nearest = read[:, :-2], read[:, -2].copy()
+    limit = nearest.max() if len(places) < len(closest) else math.inf
+    nearest[~(nearest < limit)] = math.inf  # of those as near as the limit topk takes any
     found: list[int] = []
     for _ in range(min(most, len(places))):
         next_one = int(nearest.argmin())
-        if nearest[next_one] >= limit:
+        if not nearest[next_one] < limit:
             break
         found.append(next_one)
         np.maximum(nearest, likeness[next_one], out=nearest)
         nearest[next_one] = math.inf
-    chosen: list[int] = places[found].tolist()
-    return chosen
+    if not found:
+        return closest.argmin(dim=0, keepdim=True)
+    return upload(read[found, -1].astype(np.int64), closest.device)

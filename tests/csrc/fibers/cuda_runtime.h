@@ -1,10 +1,10 @@
 // CUDA's words for a C++ compiler, so that tests run the kernels of csrc/cuda on a machine without GPU and without
 // nvcc.
 //
-// Blocks run one after another, the threads of a block as fibers: one runs until it meets a barrier or a warp's
-// exchange, then the next of its warp; a warp runs as far ahead of the others as barriers let it, and which one does
-// changes from block to block, so that a missing barrier shows. Shared memory is static. What the kernels do not use is
-// not here. For one host thread.
+// Blocks run one after another. fibers.cpp has the threads of a block as fibers: one runs until it meets a barrier or a
+// warp's exchange, then the next of its warp; a warp runs as far ahead of the others as barriers let it, and which one
+// does changes from block to block, so that a missing barrier shows. ../threads/threads.cpp has them as threads, for
+// ThreadSanitizer. Shared memory is static. What the kernels do not use is not here. For one host thread.
 
 #pragma once
 
@@ -28,9 +28,14 @@ struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
 
-inline dim3 threadIdx, blockIdx, blockDim, gridDim;
+#ifdef TRIMSERVE_REAL_THREADS
+inline thread_local dim3 threadIdx;
+#else
+inline dim3 threadIdx;
+#endif
+inline dim3 blockIdx, blockDim, gridDim;
 
-// --- threads; fibers.cpp ---
+// --- threads; fibers.cpp or ../threads/threads.cpp ---
 
 namespace fibers {
 
@@ -75,6 +80,11 @@ T __shfl_up_sync(unsigned, T value, unsigned offset) {
   return fibers::from_bits<T>(fibers::exchange_bits(value)[lane >= offset ? lane - offset : lane]);
 }
 
+template <typename T>
+T __shfl_sync(unsigned, T value, int lane) {
+  return fibers::from_bits<T>(fibers::exchange_bits(value)[lane]);
+}
+
 inline unsigned __ballot_sync(unsigned, bool flag) {
   const std::uint32_t* const flags = fibers::exchange(flag);
   unsigned votes = 0;
@@ -98,15 +108,11 @@ T max(T a, T b) {
 
 template <typename T>
 T atomicAdd(T* place, T value) {
-  const T before = *place;
-  *place += value;
-  return before;
+  return __atomic_fetch_add(place, value, __ATOMIC_RELAXED);
 }
 template <typename T>
 T atomicOr(T* place, T value) {
-  const T before = *place;
-  *place |= value;
-  return before;
+  return __atomic_fetch_or(place, value, __ATOMIC_RELAXED);
 }
 
 // --- the host's side ---

@@ -39,7 +39,7 @@ NEVER_SECONDS = 3600.0
 
 def metric(loopback: Loopback, name: str, **labels: str) -> float | None:
     """A sample of the server's metrics."""
-    return loopback.server._core.metrics.registry.get_sample_value(name, labels)
+    return loopback.server.metrics.registry.get_sample_value(name, labels)
 
 
 def refused(loopback: Loopback, reason: str) -> float | None:
@@ -99,7 +99,7 @@ async def test_an_address_has_sixteen_watches_and_others_go_on_being_served(file
         assert refused(loopback, "too_many_calls") == 1
         assert (await loopback.generation.Generate(chat_request(), metadata=bearer("ask"))).text
         assert (await health(loopback.channel).Check(health_pb2.HealthCheckRequest())).status
-    assert loopback.server._core.gate.num_watches == 0
+    assert metric(loopback, "trimserve_health_watches") == 0
 
 
 async def test_a_second_watch_on_a_connection_takes_a_token(file: Path) -> None:
@@ -271,7 +271,7 @@ async def test_large_messages_are_converted_beside_the_event_loop(
             seen.append(True)
         else:
             seen.append(False)
-        return to_generation_request(*arguments)  # type: ignore[arg-type]
+        return to_generation_request(*arguments)  # type: ignore[arg-type]  # passed on as they come
 
     monkeypatch.setattr(services, "to_generation_request", spy)
     assert (await loopback.generation.Generate(pb.GenerateRequest(raw_prompt="x" * size))).text
