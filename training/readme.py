@@ -10,12 +10,22 @@ from typing import Any
 from trimserve.evaluation.dataset import ALL_KINDS
 from trimserve.evaluation.report import UNTRIMMED_POLICY, Report, Row
 
-__all__ = ["EVALUATION", "SECOND_EDITION", "accuracy_table", "renew_readme", "second_edition_table", "trimming_table"]
+__all__ = [
+    "EVALUATION",
+    "PICTURES",
+    "SECOND_EDITION",
+    "accuracy_table",
+    "renew_readme",
+    "second_edition_table",
+    "trimming_table",
+]
 
 EVALUATION = Path(__file__).parent.parent / "benchmarks/results/trimming/report.json"
 """What `trimserve eval` measured on held-out questions."""
 
-_PICTURES = EVALUATION.parents[1] / "pictures/report.json"
+PICTURES = EVALUATION.parents[1] / "pictures/report.json"
+"""What it measured on harder pictures."""
+
 SECOND_EDITION = Path(__file__).parent / "second_edition"
 """What the second edition's training can go on from, with `scenes.json`: `trimserve eval` on the first's questions."""
 
@@ -32,7 +42,7 @@ def renew_readme() -> None:
         "second edition": second_edition_table(
             json.loads(_REPORT.read_text()),
             Report.from_json((SECOND_EDITION / "scenes.json").read_text()),
-            Report.from_json(_PICTURES.read_text()),
+            Report.from_json(PICTURES.read_text()),
         ),
     }
     for name, table in tables.items():
