@@ -32,6 +32,8 @@ def test_readme_shows_what_was_measured() -> None:
     text = (FOLDER / "README.md").read_text()
     assert readme.accuracy_table(REPORT) in text
     assert readme.trimming_table(EVALUATION) in text
+    second = (Report.from_json(path.read_text()) for path in (readme.SECOND_EDITION / "scenes.json", readme.PICTURES))
+    assert readme.second_edition_table(REPORT, *second) in text
 
 
 def test_reports_speak_of_the_shipped_checkpoint() -> None:
