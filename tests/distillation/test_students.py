@@ -92,8 +92,10 @@ def test_a_compressor_starts_as_a_mean_of_patches(model: Mllama, lessons: Lesson
     rows, group = student.module(tiles, tiles[:, 0, 0])
     assert group.unique().tolist() == [*range(num_rows)]
     expected = torch.stack([patches[0, group[0] == number].mean(dim=0) for number in range(num_rows)])
-    close = 0.05 if method == "registers" else 1e-5  # which look a little further from the beginning on
-    torch.testing.assert_close(rows[0], expected, atol=close, rtol=0)
+    if method == "registers":  # which look a little further from the beginning on
+        assert (rows[0] - expected).norm() < 0.2 * expected.norm()
+    else:
+        torch.testing.assert_close(rows[0], expected, atol=1e-5, rtol=0)
 
 
 def test_a_router_learns_whether_leaving_changes_the_answer(
