@@ -117,8 +117,8 @@ class DifferentiableDecoder:
 
     def _heads(self, rows: Tensor) -> Tensor:
         """[B, T, heads * Dh] -> [B, heads, T, Dh]."""
-        heads: Tensor = rows.unflatten(-1, (-1, self._head_dim))
-        return heads.transpose(1, 2)
+        heads: Tensor = rows.unflatten(-1, (-1, self._head_dim)).transpose(1, 2)
+        return heads
 
 
 def _joined(heads: Tensor) -> Tensor:

@@ -56,7 +56,7 @@ class Registers(Learned):
             u[r] = sum_n a[r, n] v[n]
         row[r] = sum_n a[r, n] f[n] + W_o gelu(register[r] + u[r]),   v = W_v f
 
-    n runs over all patches; own is 1 within region r; every tile has the same registers. The choice serves every
+    n runs over all patches; every tile has registers of its own; own is 1 within region r. The choice serves every
     question on the image.
 
     Source: Victor, arXiv 2410.14072, visual registers. Adapted: registers read the image in rounds of their own, where
