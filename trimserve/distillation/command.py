@@ -26,7 +26,7 @@ def train_compressor(
     rows: Annotated[
         int, typer.Option(min=0, help="Rows that a tile comes to, its class token included; 0 where none are made.")
     ] = 0,
-    steps: Annotated[int, typer.Option(min=1, help="Steps of one batch.")] = 1500,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of one batch.")] = 500,
     batch: Annotated[int, typer.Option(min=1, help="Questions of a step.")] = 32,
     learning_rate: Annotated[float, typer.Option(min=0, help="At its height.")] = 1e-3,
     seed: Annotated[int, typer.Option(min=0, help="Of the first weights and of the order of questions.")] = 0,
