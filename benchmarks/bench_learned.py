@@ -60,10 +60,15 @@ def table(report: dict[str, Any]) -> str:
         head = ["policy", "holds", "exact match", "beside untrimmed, points", "KL", "weights", "loss"]
         asked = f"{report['questions']:,} questions, untrimmed {untrimmed['accuracy']:.1%}"
         tables.append(f"About {share} % of the rows; {asked}:\n\n{markdown(head, lines)}")
-    [leaving] = (row for row in report["rows"]["11"] if row["policy"] == _ROUTER)
-    [router] = (each for each in report["trained"] if each["method"] == _ROUTER)
-    told = f"`exit`, which holds all rows of the first layer: {leaving['accuracy']:.1%}, KL {leaving['divergence']:.3f}"
-    return "\n\n".join([*tables, f"{told}; {router['weights']:,} weights, loss {_loss(router)}."])
+    return "\n\n".join([*tables, *_exit_told(report)])
+
+
+def _exit_told(report: dict[str, Any]) -> Iterator[str]:
+    """A sentence on the router, which makes no rows."""
+    routers = [each for each in report["trained"] if each["method"] == _ROUTER]
+    for row in (row for row in report["rows"]["11"] if row["policy"] == _ROUTER):
+        told = f"`exit`, which holds all rows of the first layer: {row['accuracy']:.1%}, KL {row['divergence']:.3f}"
+        yield f"{told}; {routers[0]['weights']:,} weights, loss {_loss(routers[0])}."
 
 
 def _line(row: dict[str, Any], trained: Sequence[dict[str, Any]]) -> list[str]:
