@@ -26,7 +26,7 @@ PHONY_TARGETS := $(shell sed -n 's/^\([a-z-]*\):.*## .*/\1/p' $(MAKEFILE_LIST))
 
 # What `verify` runs beside `check` and `test`, each by itself too. Those whose names end so need root and Debian.
 VERIFIED := mixes speculation soak load batch training fuzz versions wheel sanitize meta attack http tools \
-	playground constraints cuda-build envoy ranks ray sbom site pretended-gpu deployment clients
+	playground constraints cuda-build cuda-races envoy ranks ray sbom site pretended-gpu deployment clients
 VERIFIED_AS_ROOT := walkthrough all-clients monitoring image
 
 help:  ## list the commands
@@ -84,9 +84,11 @@ verify-versions: test-floor test-newest  ## the tests with the oldest and the ne
 verify-wheel: build  ## a wheel in an environment without any development tool answers a question
 	PATH="$(abspath $(BIN)):$$PATH" scripts/verify/wheel.sh
 
-verify-sanitize: build  ## the tests of the ops under Address- and UndefinedBehaviorSanitizer, CUDA kernels under ThreadSanitizer
+verify-sanitize: build  ## the tests of the ops under AddressSanitizer and UndefinedBehaviorSanitizer
 	PATH="$(abspath $(BIN)):$$PATH" scripts/verify/sanitize.sh
-	$(BIN)/python -m scripts.verify.races
+
+verify-cuda-races: build  ## the CUDA kernels with threads as threads, under ThreadSanitizer; needs no GPU
+	$(BIN)/python -m scripts.verify.cuda_races
 
 verify-pretended-gpu: build  ## the tests of the CUDA ops and of decode steps, with kernels that run on the CPU
 	$(BIN)/python -m pytest --device pretend --hypothesis-profile few --timeout 900 -k "not opcheck" tests/ops \
@@ -153,7 +155,7 @@ cuda-check: build  ## compile the CUDA kernels within their budget, run them on 
 	$(BIN)/python -m pytest tests/csrc
 
 verify-cuda-build: build  ## build and load the ops with the headers of every torch that is supported; needs nvcc, no GPU
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m scripts.verify.cuda_build 2.10.0 2.11.0 2.12.1 $(TORCH:torch==%=%)
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m scripts.verify.cuda_build 2.10.0 2.11.0 2.12.1 $(subst torch==,,$(TORCH))
 
 test-gpu: build/gpu/.built  ## on a machine with a GPU: test ops, decode steps and engine on it; fails if there is none
 	$(GPU_PYTHON) -m pytest $(GPU_PYTEST) --device cuda tests/ops tests/model/test_bucketed_decode.py \

@@ -2,7 +2,7 @@
 
 The folder has `questions.jsonl` (image, question, answer, kind) and `images/`: what `trimserve eval --data` takes.
 With `--pictures all` every kind of picture comes equally often, and a question's kind is its picture's. With
-`--split train` the digits and words are those that the model was trained with: for `trimserve train-compressor`.
+`--split train` digits and words are those that the model was trained with: for `trimserve train-compressor`.
 """
 
 import argparse

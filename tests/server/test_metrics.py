@@ -286,6 +286,7 @@ async def test_gauges_show_the_engine_as_it_is(loopback: Loopback) -> None:
     assert series["trimserve_kv_cache_capacity_bytes"] == 9999
     assert series["trimserve_kv_cache_usage_ratio"] == pytest.approx((1111 + 2222) / 9999)
     assert (series["trimserve_preemptions_total"], series["trimserve_recomputed_tokens_total"]) == (22, 11)
+    assert series["trimserve_prefill_passes_total"] == 33
     assert (series["trimserve_proposed_tokens_total"], series["trimserve_accepted_tokens_total"]) == (99, 88)
     assert series["trimserve_pixel_bytes"] == 12345
     assert series["trimserve_image_cache_used_bytes"] == 777

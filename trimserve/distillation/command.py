@@ -28,7 +28,7 @@ def train_compressor(
     ] = 0,
     steps: Annotated[int, typer.Option(min=1, help="Steps of one batch.")] = 1500,
     batch: Annotated[int, typer.Option(min=1, help="Questions of a step.")] = 32,
-    learning_rate: Annotated[float, typer.Option(min=0, help="At its height.")] = 2e-3,
+    learning_rate: Annotated[float, typer.Option(min=0, help="At its height.")] = 1e-3,
     seed: Annotated[int, typer.Option(min=0, help="Of the first weights and of the order of questions.")] = 0,
     cache: Annotated[
         Path | None,
@@ -71,7 +71,7 @@ def train_compressor(
     out.parent.mkdir(parents=True, exist_ok=True)
     state = out.with_name(f"{out.name}.state")
     with progress("steps", steps) as advance:
-        curve = train(student, lessons, recipe, state, torch.device(model.info.device), lambda _: advance())
+        curve = train(student, lessons, recipe, state, torch.device(model.info.device), advance)
     training: dict[str, float | str] = {
         "data": origin.data,
         "steps": steps,

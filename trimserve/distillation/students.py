@@ -63,18 +63,25 @@ class CompressorStudent:
         return divergence(batch.said, self._decoder(self._padded(batch), batch.wanted)).mean()
 
     def _padded(self, batch: LessonBatch) -> PaddedBatch:
-        new, group = self._compressor(batch.tiles, self._text(batch) if self._compressor.reads_text else None)
-        weight = Regions.of(group, self._compressor.num_new_rows).is_own.sum(dim=-1).log()
-        rows = torch.cat([batch.tiles[:, :1], new.to(batch.tiles.dtype)], dim=1)
-        shape = (len(batch.token_ids), int(batch.place.max()) + 1)
-        places = (batch.lesson_of, batch.place)
-        placed = rows.new_zeros(*shape, *rows.shape[1:]).index_put(places, rows)
-        bias = rows.new_full((*shape, rows.shape[1]), -torch.inf, dtype=torch.float32)
-        bias = bias.index_put(places, F.pad(weight, (1, 0)))
-        return PaddedBatch(batch.token_ids, batch.sees, placed.flatten(1, 2), bias.flatten(1))
+        text = self._text(batch) if self._compressor.reads_text else None
+        num_tiles = torch.bincount(batch.lesson_of)
+        most = int(num_tiles.max()) * self._compressor.shape.rows
+        lessons, rows, biases = [], [], []
+        for count in num_tiles.unique().tolist():  # images of as many tiles are compressed together
+            those = (num_tiles == count).nonzero()[:, 0]
+            tiles = batch.tiles[(num_tiles == count)[batch.lesson_of]].unflatten(0, (-1, count))
+            new, group = self._compressor(tiles, None if text is None else text[those])
+            held = torch.cat([tiles[:, :, 0], new.to(tiles.dtype)], dim=1)
+            bias = F.pad(Regions(group, new.shape[1]).sizes.log(), (count, 0))
+            room = most - held.shape[1]
+            lessons.append(those)
+            rows.append(F.pad(held, (0, 0, 0, room)))
+            biases.append(F.pad(bias, (0, room), value=-torch.inf))
+        order = torch.cat(lessons).argsort()
+        return PaddedBatch(batch.token_ids, batch.sees, torch.cat(rows)[order], torch.cat(biases)[order])
 
     def _text(self, batch: LessonBatch) -> Tensor:
-        return _mean(self._decoder.embed(batch.token_ids), batch.asks)[batch.lesson_of]
+        return _mean(self._decoder.embed(batch.token_ids), batch.asks)
 
 
 class RouterStudent:

@@ -9,11 +9,12 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Final
+from pickle import UnpicklingError
+from typing import Final
 
 import torch
 
-from trimserve.distillation.batches import batch_of, epoch_order
+from trimserve.distillation.batches import LessonBatch, batch_of, epoch_order
 from trimserve.distillation.lessons import Lessons
 from trimserve.distillation.students import Student
 from trimserve.errors import CheckpointError
@@ -25,10 +26,10 @@ __all__ = ["Recipe", "split", "train"]
 _TESTED: Final = 20
 """Every so manieth image is not learned from."""
 
-_MOST_TESTED: Final = 256
+_MOST_TESTED: Final = 128
 """Questions that a point of the curve asks."""
 
-_POINTS: Final = 20
+_POINTS: Final = 10
 """Of the curve."""
 
 _SAVED_EVERY: Final = 50
@@ -72,7 +73,7 @@ def train(
     recipe: Recipe,
     state_file: Path,
     device: torch.device,
-    on_step: Callable[[float], None],
+    on_step: Callable[[], None],
 ) -> list[Progress]:
     """Train a student's module in place.
 
@@ -82,7 +83,7 @@ def train(
         recipe: how; `batch` is at most the lessons that are learned from.
         state_file: where to go on, if it is there; the caller removes it in the end.
         device: of the module.
-        on_step: called after each step, those before an interruption included, with the loss.
+        on_step: called after each step, those before an interruption included.
     Returns:
         The curve.
     Raises:
@@ -90,21 +91,20 @@ def train(
     """
     learned, tested = split(lessons)
     optimizer = torch.optim.AdamW(student.module.parameters(), recipe.learning_rate, weight_decay=0.0)
-    curve = _resumed(student, optimizer, recipe, state_file)
-    first = curve.pop().step if curve else 0  # the last entry says where it stopped
+    first, curve = _resumed(student, optimizer, recipe, state_file)
     for _ in range(first):
-        on_step(math.nan)
-    if not first:
+        on_step()
+    if not curve:
         curve.append(_measured(student, lessons, tested, recipe.batch, 0, device))
     lengths = {number: len(lessons.lessons[number].token_ids) for number in learned}
     for step, numbers in enumerate(_batches(lengths, recipe, first), start=first):
-        loss = _step(student, optimizer, batch_of(lessons, numbers, device), _rate(step, recipe))
+        _step(student, optimizer, batch_of(lessons, numbers, device), _rate(step, recipe))
         done = step + 1
         if done * _POINTS // recipe.steps > step * _POINTS // recipe.steps:
             curve.append(_measured(student, lessons, tested, recipe.batch, done, device))
         if done % _SAVED_EVERY == 0:
-            _save(student, optimizer, recipe, [*curve, Progress(done, math.nan)], state_file)
-        on_step(loss)
+            _save(student, optimizer, recipe, done, curve, state_file)
+        on_step()
     return curve
 
 
@@ -127,15 +127,13 @@ def _rate(step: int, recipe: Recipe) -> float:
     return recipe.learning_rate * (1 + math.cos(math.pi * (step - warm) / max(1, recipe.steps - warm))) / 2
 
 
-def _step(student: Student, optimizer: torch.optim.Optimizer, batch: Any, rate: float) -> float:
+def _step(student: Student, optimizer: torch.optim.Optimizer, batch: LessonBatch, rate: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = rate
     optimizer.zero_grad()
-    loss = student.loss(batch)
-    loss.backward()
+    student.loss(batch).backward()
     torch.nn.utils.clip_grad_norm_(student.module.parameters(), 1.0)
     optimizer.step()
-    return float(loss.detach())
 
 
 @torch.no_grad()
@@ -150,12 +148,18 @@ def _measured(
 
 
 def _save(
-    student: Student, optimizer: torch.optim.Optimizer, recipe: Recipe, curve: Sequence[Progress], file: Path
+    student: Student,
+    optimizer: torch.optim.Optimizer,
+    recipe: Recipe,
+    step: int,
+    curve: Sequence[Progress],
+    file: Path,
 ) -> None:
     state = {
         "recipe": asdict(recipe),
         "weights": student.module.state_dict(),
         "optimizer": optimizer.state_dict(),
+        "step": step,
         "curve": [(each.step, each.loss) for each in curve],
     }
     new = file.with_name(f"{file.name}.new")
@@ -163,9 +167,12 @@ def _save(
     os.replace(new, file)
 
 
-def _resumed(student: Student, optimizer: torch.optim.Optimizer, recipe: Recipe, file: Path) -> list[Progress]:
+def _resumed(
+    student: Student, optimizer: torch.optim.Optimizer, recipe: Recipe, file: Path
+) -> tuple[int, list[Progress]]:
+    """Steps that are done, and the curve up to there."""
     if not file.exists():
-        return []
+        return 0, []
     try:
         state = torch.load(file, weights_only=True)
         for name, wanted in asdict(recipe).items():
@@ -174,6 +181,6 @@ def _resumed(student: Student, optimizer: torch.optim.Optimizer, recipe: Recipe,
                 raise CheckpointError(f"{file}: {began}; remove it to begin anew")
         student.module.load_state_dict(state["weights"])
         optimizer.load_state_dict(state["optimizer"])
-        return [Progress(*each) for each in state["curve"]]
-    except (OSError, RuntimeError, KeyError, EOFError) as error:
+        return state["step"], [Progress(*each) for each in state["curve"]]
+    except (OSError, RuntimeError, KeyError, EOFError, UnpicklingError) as error:
         raise CheckpointError(f"{file}: cannot be read: {error}; remove it to begin anew") from error

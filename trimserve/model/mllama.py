@@ -23,7 +23,7 @@ from trimserve.model.decoder import RaggedDecoder, SequenceRows
 from trimserve.model.differentiable import DifferentiableDecoder
 from trimserve.model.interruptible import Interruptible, run_through
 from trimserve.model.key_values import KeyValues
-from trimserve.model.prefilled import Prefilled, TrimTimes
+from trimserve.model.prefilled import Prefilled, ToPrefill, TrimTimes
 from trimserve.model.prepared import PreparedImage, PreparedPrompt, TokenizedPrompt
 from trimserve.model.processor import Processor
 from trimserve.model.ranks import ALONE, Ranks
@@ -155,6 +155,22 @@ class Mllama:
         return encoded
 
     @torch.inference_mode()
+    def prefill_together(self, prompts: Sequence[ToPrefill]) -> Interruptible[list[Prefilled]]:
+        """Run prompts in one pass over the layers and fill their `kv`; yields after each layer.
+
+        Args:
+            prompts: at least one.
+        Returns:
+            Of each the logits that follow it and the account of its visual features.
+        """
+        rows: list[SequenceRows] = []
+        for each in prompts:
+            own = yield from self._prompt_rows(each)
+            rows.append(own)
+        token_ids = [token_id for each in prompts for token_id in each.prompt.token_ids]
+        logits = yield from self._decoder.prefill(self._ids(token_ids), rows)
+        return [self._prefilled(*each) for each in zip(prompts, rows, logits, strict=True)]
+
     def prefill(
         self,
         prompt: PreparedPrompt,
@@ -163,40 +179,8 @@ class Mllama:
         kv: KeyValues,
         stored: KeptSets | None = None,
     ) -> Interruptible[Prefilled]:
-        """Run the prompt and fill `kv`; yields after each layer.
-
-        Args:
-            prompt: token ids [T] and images.
-            images: of the prompt, see `encode_image`; with what `trim` needs.
-            trim: how to trim; has no effect without images.
-            kv: with room for T positions, and for the most rows that trimming can leave; names the adapter.
-            stored: what an earlier prefill of the same prompt kept; neither policy nor guide is asked then, and
-                everything that is computed is the same, bit for bit.
-        Returns:
-            The logits that follow the prompt and the account of its visual features.
-        """
-        rows = yield from self._prompt_rows(prompt, images, trim, kv, stored)
-        logits = (yield from self._decoder.prefill(self._ids(prompt.token_ids), [rows]))[0]
-        vision = rows.vision
-        num_valid = tuple(image.num_features for image in images)
-        max_features = self._info.max_tiles * self._info.features_per_tile
-        num_padding = tuple(max_features - n for n in num_valid)
-        if vision is None:
-            return Prefilled(logits, num_padding, num_valid, num_kept=())
-        times = vision.trim_times
-        num_merged = vision.num_merged or (0,) * len(num_valid)
-        return Prefilled(
-            logits=logits,
-            num_padding=num_padding,
-            num_valid=num_valid,
-            num_kept=tuple(rows - merged for rows, merged in zip(vision.layer_rows[0], num_merged, strict=True)),
-            num_merged=vision.num_merged,
-            selections=self._selections(prompt.images, num_valid, vision.selection) if trim.return_selection else (),
-            trim_times=times[0] if times else None,
-            later_trim_times=tuple(times[1:]),
-            layer_rows=self._layer_rows(vision),
-            kept_sets=vision.kept_sets,
-        )
+        """`prefill_together` of one prompt; see `ToPrefill`."""
+        return (yield from self.prefill_together([ToPrefill(prompt, images, trim, kv, stored)]))[0]
 
     @torch.inference_mode()
     def warm_up_decode(self, pages: Tensor, max_batch: int, capture: Capture | None = None) -> None:
@@ -253,8 +237,8 @@ class Mllama:
         kv: KeyValues,
         stored: KeptSets | None = None,
     ) -> SequenceRows:
-        """A prompt as rows of a ragged batch, with what is chosen before the decoder chosen already; see `prefill`."""
-        return run_through(self._prompt_rows(prompt, images, trim, kv, stored))
+        """A prompt as rows of a ragged batch; what is chosen before the decoder is chosen. See `ToPrefill`."""
+        return run_through(self._prompt_rows(ToPrefill(prompt, images, trim, kv, stored)))
 
     @torch.inference_mode()
     def look(
@@ -271,14 +255,8 @@ class Mllama:
         rows = SequenceRows(len(prompt.token_ids), None, vision)
         return (yield from self._decoder.look(self._ids(prompt.token_ids), rows))
 
-    def _prompt_rows(
-        self,
-        prompt: PreparedPrompt,
-        images: Sequence[EncodedImage],
-        trim: TrimPlan,
-        kv: KeyValues,
-        stored: KeptSets | None,
-    ) -> Interruptible[SequenceRows]:
+    def _prompt_rows(self, wanted: ToPrefill) -> Interruptible[SequenceRows]:
+        prompt, images, trim, kv, stored = wanted.prompt, wanted.images, wanted.trim, wanted.kv, wanted.stored
         began_at = time.monotonic()
         rows = SequenceRows(len(prompt.token_ids), kv)
         if images:
@@ -295,6 +273,31 @@ class Mllama:
                 vision.hold(selection)
                 vision.trim_times.append(TrimTimes(began_at, selected_at, time.monotonic()))
         return rows
+
+    def _prefilled(self, wanted: ToPrefill, rows: SequenceRows, logits: Tensor) -> Prefilled:
+        num_valid = tuple(image.num_features for image in wanted.images)
+        max_features = self._info.max_tiles * self._info.features_per_tile
+        num_padding = tuple(max_features - n for n in num_valid)
+        vision = rows.vision
+        if vision is None:
+            return Prefilled(logits, num_padding, num_valid, num_kept=())
+        times = vision.trim_times
+        num_merged = vision.num_merged or (0,) * len(num_valid)
+        selections: tuple[ImageSelection, ...] = ()
+        if wanted.trim.return_selection:
+            selections = self._selections(wanted.prompt.images, num_valid, vision.selection)
+        return Prefilled(
+            logits=logits,
+            num_padding=num_padding,
+            num_valid=num_valid,
+            num_kept=tuple(rows - merged for rows, merged in zip(vision.layer_rows[0], num_merged, strict=True)),
+            num_merged=vision.num_merged,
+            selections=selections,
+            trim_times=times[0] if times else None,
+            later_trim_times=tuple(times[1:]),
+            layer_rows=self._layer_rows(vision),
+            kept_sets=vision.kept_sets,
+        )
 
     def _choose_ahead(
         self, prompt: PreparedPrompt, images: Sequence[EncodedImage], trim: TrimPlan

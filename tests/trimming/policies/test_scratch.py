@@ -39,7 +39,7 @@ def encoded() -> EncodedImage:
         "vision_states": rows.view(len(rows), 2, -1).transpose(0, 1),
         "patch_entropy": rows[:, 0].abs(),
     }
-    trained = drawn_modules(Shape(WIDTH, SIZE, 2, 1 + 13 * 13))
+    trained = drawn_modules(Shape(WIDTH, SIZE, 2, 1 + 9 * 9))
     return EncodedImage(rows, SIZE, 2, observed, prototypes=rows[:64], trained=trained)
 
 

@@ -36,29 +36,22 @@ class FlashSlothRows(Compressor):
         self.joined = nn.Linear((1 + _QUERIES) * inside, inside)
         self.output = silent(inside, width)
 
-    def weights(self, patches: Tensor, regions: Regions, text: Tensor | None) -> Tensor:  # noqa: ARG002 - not asked here
-        """See `Compressor.weights`."""
-        salient = self.saliency(self.norm(patches)).transpose(1, 2)
-        weights: Tensor = salient.masked_fill(~regions.is_own, -torch.inf).softmax(dim=-1)
-        return weights
-
-    def change(self, patches: Tensor, regions: Regions, weights: Tensor, text: Tensor | None) -> Tensor:  # noqa: ARG002 - in the weights
-        """See `Compressor.change`."""
+    def made(self, patches: Tensor, regions: Regions, text: Tensor | None) -> tuple[Tensor, Tensor]:
+        """See `Compressor.made`."""
         assert text is not None, "it reads the question"
         normal = self.norm(patches)
-        values = self.value(normal)
+        values, salient = self.value(normal), regions.softmax(self.saliency(normal))
         asking = F.gelu(self.queries + self.text(self.text_norm(text.float()))[:, None])
         logits = self.query(asking) @ self.key(normal).transpose(1, 2) / self.inside**0.5
         found = (logits.softmax(dim=-1) @ values).flatten(1)[:, None]
-        own = weights @ values
+        own = regions.sum(salient * values)
         joined = self.joined(torch.cat([own, found.expand(-1, own.shape[1], -1)], dim=-1))
-        output: Tensor = self.output(F.gelu(joined))
-        return output
+        return regions.sum(salient * patches), self.output(F.gelu(joined))
 
 
 @dataclass(frozen=True, slots=True)
 class FlashSloth(Learned):
-    """Regions are pooled by how salient their patches are, and embedded queries look at the whole tile.
+    """Regions are pooled by how salient their patches are, and embedded queries look at the whole image.
 
         a[w] = softmax_n(MLP(f[n])) over the patches of region w
         b[e] = softmax_n(W_q gelu(e + W_t text) . W_k f[n] / sqrt(d)) over all patches, for each embedded query e

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from trimserve.trimming.budget import Allowance
-from trimserve.trimming.compressor import Compressor, Regions
+from trimserve.trimming.compressor import Compressor
 from trimserve.trimming.encoded_image import Choice, EncodedImage
 from trimserve.trimming.merging import Groups
 from trimserve.trimming.policies.policy import BeforeDecoder
@@ -15,7 +15,7 @@ __all__ = ["Learned"]
 
 
 class Learned(BeforeDecoder):
-    """Class tokens stay, and of each tile's patches a compressor makes as many rows as it was trained for.
+    """Class tokens stay, and of an image's patches a compressor makes as many rows as it was trained for.
 
     Each new row weighs as much as the patches that it counts for did, like every merged row.
     """
@@ -35,11 +35,11 @@ class Learned(BeforeDecoder):
     def _made(self, image: EncodedImage, text: Tensor | None) -> Choice:
         module = image.trained[self.name]
         assert isinstance(module, Compressor)
-        tiles = image.features.unflatten(0, (-1, image.features_per_tile))
+        size = image.features_per_tile
+        tiles = image.features.unflatten(0, (-1, size))
         with torch.inference_mode():
-            rows, group = module(tiles, None if text is None else text.expand(len(tiles), -1))
-        first = torch.arange(len(tiles), device=rows.device) * image.features_per_tile
-        members = first[:, None] + 1 + group.argsort(dim=1, stable=True)
-        sizes = Regions.of(group, module.num_new_rows).is_own.sum(dim=-1).flatten()
-        groups = Groups(members.flatten(), sizes, (len(sizes),), rows.flatten(0, 1).to(image.features.dtype))
-        return Choice(first, groups=groups)
+            (rows,), (group,) = module(tiles[None], None if text is None else text[None])
+        places = torch.arange(image.num_features, device=group.device).view(-1, size)
+        members = places[:, 1:].flatten()[group.argsort(stable=True)]
+        groups = Groups(members, torch.bincount(group), (len(rows),), rows.to(image.features.dtype))
+        return Choice(places[:, 0], groups=groups)

@@ -34,26 +34,18 @@ class QueCCRows(Compressor):
         self.joined = nn.Linear(2 * inside, inside)
         self.output = silent(inside, width)
 
-    def weights(self, patches: Tensor, regions: Regions, text: Tensor | None) -> Tensor:
-        """See `Compressor.weights`."""
-        x = F.gelu(self.features(self.norm(patches)) + self._asked(text))
-        query = self.query(regions.means @ (self.kernel * x))
-        logits = query @ self.key(x).transpose(1, 2) / self.inside**0.5
-        weights: Tensor = logits.masked_fill(~regions.is_own, -torch.inf).softmax(dim=-1)
-        return weights
-
-    def change(self, patches: Tensor, regions: Regions, weights: Tensor, text: Tensor | None) -> Tensor:  # noqa: ARG002 - in the weights
-        """See `Compressor.change`."""
-        seen = weights @ self.value(self.norm(patches))
-        joined = self.joined(torch.cat([seen, self._asked(text).expand_as(seen)], dim=-1))
-        output: Tensor = self.output(F.gelu(joined))
-        return output
-
-    def _asked(self, text: Tensor | None) -> Tensor:
-        """What the question asks for, [t, 1, inside]."""
+    def made(self, patches: Tensor, regions: Regions, text: Tensor | None) -> tuple[Tensor, Tensor]:
+        """See `Compressor.made`."""
         assert text is not None, "it reads the question"
-        asked: Tensor = self.text(self.text_norm(text.float()))[:, None]
-        return asked
+        normal, asked = self.norm(patches), self.text(self.text_norm(text.float()))[:, None]
+        x = F.gelu(self.features(normal) + asked)
+        kernel = self.kernel.repeat(patches.shape[1] // len(self.kernel), 1)
+        query = self.query(regions.mean(kernel * x))
+        logits = (regions.spread(query) * self.key(x)).sum(dim=-1, keepdim=True) / self.inside**0.5
+        weights = regions.softmax(logits)
+        seen = regions.sum(weights * self.value(normal))
+        joined = self.joined(torch.cat([seen, asked.expand_as(seen)], dim=-1))
+        return regions.sum(weights * patches), self.output(F.gelu(joined))
 
 
 @dataclass(frozen=True, slots=True)

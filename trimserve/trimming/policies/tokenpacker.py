@@ -29,15 +29,14 @@ class TokenPackerRows(Compressor):
         self.mixed = nn.Linear(2 * inside, inside)
         self.output = silent(inside, width)
 
-    def change(self, patches: Tensor, regions: Regions, weights: Tensor, text: Tensor | None) -> Tensor:  # noqa: ARG002 - reads no text
-        """See `Compressor.change`."""
-        fine = self.fine_norm(patches)
-        query = self.query(self.coarse_norm(weights @ patches))
-        logits = query @ self.key(fine).transpose(1, 2) / self.inside**0.5
-        injected = logits.masked_fill(~regions.is_own, -torch.inf).softmax(dim=-1) @ self.value(fine)
-        mixed = F.gelu(self.mixed(torch.cat([query, injected], dim=-1)))
-        output: Tensor = self.output(mixed)
-        return output
+    def made(self, patches: Tensor, regions: Regions, text: Tensor | None) -> tuple[Tensor, Tensor]:  # noqa: ARG002 - reads no text
+        """See `Compressor.made`."""
+        coarse, fine = regions.mean(patches), self.fine_norm(patches)
+        query = self.query(self.coarse_norm(coarse))
+        logits = (regions.spread(query) * self.key(fine)).sum(dim=-1, keepdim=True) / self.inside**0.5
+        injected = regions.sum(regions.softmax(logits) * self.value(fine))
+        mixed = self.mixed(torch.cat([query, injected], dim=-1))
+        return coarse, self.output(F.gelu(mixed))
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,9 +22,9 @@ class WiCoRows(Compressor):
     def __init__(self, shape: Shape) -> None:
         """See `Compressor`."""
         super().__init__(shape)
-        windows = grid(shape.features_per_tile - 1, self.num_new_rows)
+        windows = grid(shape.features_per_tile - 1, self.new_rows_per_tile)
         self.register_buffer("windows", windows, persistent=False)
-        places = [(windows == number).nonzero()[:, 0] for number in range(self.num_new_rows)]
+        places = [(windows == number).nonzero()[:, 0] for number in range(self.new_rows_per_tile)]
         self.register_buffer("slots", pad_sequence(places, batch_first=True), persistent=False)
         is_filled = pad_sequence([torch.ones_like(each) for each in places], batch_first=True)
         self.register_buffer("is_filled", is_filled[..., None], persistent=False)
@@ -33,21 +33,22 @@ class WiCoRows(Compressor):
         self.output = silent(self.inside, shape.width)
 
     windows: Tensor
-    """int64 [P], of each patch."""
+    """int64 [patches of a tile], the window of each."""
     slots: Tensor
-    """int64 [W, S], the patches of each window; a smaller window has fewer."""
+    """int64 [windows of a tile, S], the patches of each; a smaller window has fewer."""
     is_filled: Tensor
-    """int64 [W, S, 1], 0 where a window has no further patch."""
+    """int64 [windows of a tile, S, 1], 0 where a window has no further patch."""
 
-    def group(self, patches: Tensor) -> Tensor:
+    def group(self, patches: Tensor, num_rows: int) -> Tensor:
         """See `Compressor.group`."""
-        return self.windows.expand(len(patches), -1)
+        first = torch.arange(0, num_rows, self.new_rows_per_tile, device=patches.device)
+        return (first[:, None] + self.windows).flatten().expand(len(patches), -1)
 
-    def change(self, patches: Tensor, regions: Regions, weights: Tensor, text: Tensor | None) -> Tensor:  # noqa: ARG002 - reads no text
-        """See `Compressor.change`."""
-        windows = self.norm(patches)[:, self.slots] * self.is_filled
-        output: Tensor = self.output(F.gelu(self.joined(windows.flatten(2))))
-        return output
+    def made(self, patches: Tensor, regions: Regions, text: Tensor | None) -> tuple[Tensor, Tensor]:  # noqa: ARG002 - reads no text
+        """See `Compressor.made`."""
+        tiles = self.norm(patches).unflatten(1, (-1, len(self.windows)))
+        windows = (tiles[:, :, self.slots] * self.is_filled).flatten(3).flatten(1, 2)
+        return regions.mean(patches), self.output(F.gelu(self.joined(windows)))
 
 
 def grid(num_patches: int, num_windows: int) -> Tensor:
