@@ -37,6 +37,9 @@ build: $(VENV)/.built  ## set up .venv and compile the extension
 demo: build  ## serve the embedded model, ask it questions, show the byte account
 	@$(BIN)/python scripts/demo.py
 
+playground: build build/playground/.installed  ## serve the embedded model, and a page in the browser to try trimming on
+	@$(BIN)/python scripts/playground.py build/playground/bin/python
+
 test: build  ## run the tests
 	$(BIN)/python -m pytest
 

@@ -267,9 +267,9 @@ def draw(report: dict[str, Any], path: Path) -> None:
     for row, model in zip(figure.subplots(len(models), 4, squeeze=False), models, strict=True):
         rates = f"{model['model']}: tokens per second, {model['plan']['concurrency']} clients"
         _draw_loads(row[0], model, rates, lambda load: load.get("tokens_per_second"), "{:,.0f}")
-        waited = lambda load: _point(load, "time_to_first_token_seconds", "p50")  # noqa: E731
+        waited = lambda load: _point(load, "time_to_first_token_seconds", "p50")  # noqa: E731  # a name for a column
         _draw_loads(row[1], model, "time to first token, median", waited, "{:.2g} s")
-        paced = lambda load: _point(load, "inter_token_seconds", "p99")  # noqa: E731
+        paced = lambda load: _point(load, "inter_token_seconds", "p99")  # noqa: E731  # a name for a column
         _draw_loads(row[2], model, "between two tokens, p99", paced, "{:.2g} s")
         images, latency = model["repeated_images"]["four_tiles"], model["added_latency"]
         bars = {

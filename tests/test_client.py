@@ -164,7 +164,7 @@ def test_leaving_a_stream_cancels_the_request(client: Client, runner: FakeRunner
     runner.script = [*CHUNKS[:2], *CHUNKS[1:2] * 100_000]
     stream = client.stream("Hello")
     next(stream)
-    stream.close()  # type: ignore[attr-defined]
+    stream.close()  # type: ignore[attr-defined]  # a generator
     deadline = 200
     while not runner.cancelled.is_set() and deadline:
         client.status()

@@ -178,6 +178,9 @@ def test_special_tokens_in_user_text_are_text(client: Client) -> None:
         assert response.usage.num_prompt_tokens > plain.usage.num_prompt_tokens + 3
 
 
+NO_ROLE = cast("pb.Role", 99)
+
+
 def chat(*parts: pb.Part, role: pb.Role = pb.ROLE_USER) -> pb.GenerateRequest:
     """A request of one message."""
     return pb.GenerateRequest(chat=pb.Chat(messages=[pb.Message(role=role, parts=parts)]))
@@ -229,7 +232,7 @@ BAD = {
     "image token without image": (pb.GenerateRequest(raw_prompt="<|image|>x"), "images", "1, got 0"),
     "no messages": (pb.GenerateRequest(chat=pb.Chat()), "chat.messages", "at least 1"),
     "no parts": (chat(), "chat.messages[0].parts", "at least 1"),
-    "unknown role": (chat(pb.Part(text="x"), role=99), "chat.messages[0].role", "99"),  # type: ignore[arg-type]
+    "unknown role": (chat(pb.Part(text="x"), role=NO_ROLE), "chat.messages[0].role", "99"),
     "k_ratio 0": (with_trim(k_ratio=0.0), "trim.k_ratio", "(0, 1], got 0.0"),
     "k_ratio 1.5": (with_trim(k_ratio=1.5), "trim.k_ratio", "(0, 1], got 1.5"),
     "k_ratio NaN": (with_trim(k_ratio=float("nan")), "trim.k_ratio", "got nan"),

@@ -53,13 +53,14 @@ MAY_IMPORT = {
     "playground": {"client", "connection", "errors", "explain", "imaging", "refusal", "v1"},
     "planner": {*PLAIN, *ARROW},
     "evaluation": {*PLAIN, *ARROW, "client", "connection", "knobs", "v1"},
+    "distillation": {*PLAIN, *ARROW, "evaluation", "knobs"},
     "commands": {
         *PLAIN,
         *("ops", "model", "server", "serve"),
         *("batch", "client", "connection", "explain", "image_files", "knobs", "options", "planner", "playground"),
         *("refusal", "v1"),
     },
-    "cli": {"batch", "commands", "engine", "environment", "errors", "evaluation"},
+    "cli": {"batch", "commands", "distillation", "engine", "environment", "errors", "evaluation"},
     "__main__": {"cli"},
 }
 """Parts of the package by the part that may import them."""
@@ -80,12 +81,12 @@ HOMES = {
     "structlog": {"server"},
     "starlette": {"server/http"},
     "uvicorn": {"server/http"},
-    "torch": {*ARROW, "serve", "evaluation", "commands"},
+    "torch": {*ARROW, "serve", "evaluation", "distillation", "commands"},
     "transformers": {"model"},
     "huggingface_hub": {"model"},
     "tokenizers": {"model", "engine", "executor"},
     "llguidance": {"executor"},
-    "typer": {"cli", "commands", "connection", "evaluation", "knobs"},
+    "typer": {"cli", "commands", "connection", "distillation", "evaluation", "knobs"},
     "matplotlib": {"evaluation"},
     "gradio": {"playground"},
 }

@@ -65,6 +65,14 @@ def test_prose_is_at_most_120_columns_wide(path: Path) -> None:
     assert not [line for line in written.splitlines() if len(line) > 120]
 
 
+def test_what_silences_a_checker_says_why_on_its_line() -> None:
+    silenced = re.compile(r"(# noqa(: [A-Z0-9, ]+)?|# type: ignore(\[[a-z, -]+\])?|NOLINT\S*|clang-format off)$", re.M)
+    for folder in ("benchmarks", "csrc", "examples", "scripts", "tests", "training", "trimserve"):
+        for path in (ROOT / folder).rglob("*"):
+            if path.suffix in {".py", ".cpp", ".h", ".cu"} and path.parent.name != "v1":
+                assert not silenced.search(path.read_text()), path
+
+
 def test_lines_of_kernels_are_at_most_120_columns_wide() -> None:
     for path in [*ROOT.glob("csrc/**/*"), *ROOT.glob("tests/csrc/fibers/*")]:
         if path.suffix in {".cpp", ".h", ".cu"}:

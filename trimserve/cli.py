@@ -25,6 +25,7 @@ from trimserve.commands.playground import playground
 from trimserve.commands.question import policy_help
 from trimserve.commands.serve import serve
 from trimserve.commands.status import status
+from trimserve.distillation.command import train_compressor
 from trimserve.engine.workers import is_any_left_behind
 from trimserve.environment import shut_out
 from trimserve.errors import TrimserveError
@@ -125,3 +126,4 @@ app.command()(info)
 app.command()(plan)
 app.command("eval")(evaluate)
 app.add_typer(codebook, name="codebook")
+app.command("train-compressor")(train_compressor)

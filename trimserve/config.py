@@ -87,6 +87,11 @@ class ModelConfig(_Knobs):
         description="File of prototypes for the policy `codebook`, built for this very model by `trimserve codebook "
         "build`; unset refuses that policy.",
     )
+    compressor: tuple[Path, ...] = Field(
+        default=(),
+        description="A file that `trimserve train-compressor` wrote for this very model; its policy is refused without "
+        "it. Given again for another policy, in the environment with spaces between several.",
+    )
     guide_model: str | None = Field(
         default=None,
         min_length=1,

@@ -3,8 +3,8 @@
 //   output [R, N] = gate * x weight^T, or output + gate * x weight^T
 //   A tile of as many outputs as a vector has lanes stays in registers, one vector of partial sums along K each; lanes
 //   are added up at the end, so the weight is neither packed nor transposed. The few rows of a decode step, which are
-//   bound by reading the weight, have loops of their own (few_rows.h). An output does not depend on the other rows, to
-//   the last bit.
+//   bound by reading the weight, have loops of their own (few_rows.h), and so have many rows (linear_many.cpp). An
+//   output does not depend on the other rows, to the last bit.
 
 #include "few_rows.h"
 #include "linear_quantized.h"
@@ -130,7 +130,7 @@ TRIMSERVE_INLINE void multiply_all(const LinearArgs& args, std::int64_t begin, s
 }  // namespace
 
 std::int64_t packed_size(const LinearArgs& args) {
-  if (args.format != WeightFormat::kFloats && has_many_rows(args)) return many_packed_size(args);
+  if (has_many_rows(args)) return many_packed_size(args);
   if (args.format != WeightFormat::kFloats) return quantized_packed_size(args);
   std::int64_t size = 0;
   at_operands(args, [&]<typename Operands>(auto, auto, std::type_identity<Operands>) TRIMSERVE_INLINE_LAMBDA {
@@ -141,7 +141,7 @@ std::int64_t packed_size(const LinearArgs& args) {
 }
 
 void pack_rows(const LinearArgs& args, float* packed) {
-  if (args.format != WeightFormat::kFloats && has_many_rows(args)) return pack_many_rows(args, packed);
+  if (has_many_rows(args)) return pack_many_rows(args, packed);
   if (args.format != WeightFormat::kFloats) return pack_quantized_rows(args, packed);
   at_operands(args,
               [&]<typename Operands>(auto width, auto, std::type_identity<Operands>) TRIMSERVE_INLINE_LAMBDA {
@@ -150,8 +150,7 @@ void pack_rows(const LinearArgs& args, float* packed) {
 }
 
 void linear(const LinearArgs& args, const float* packed, std::int64_t begin, std::int64_t end) {
-  if (args.format != WeightFormat::kFloats && has_many_rows(args))
-    return linear_many(args, packed, begin, end);
+  if (has_many_rows(args)) return linear_many(args, packed, begin, end);
   if (args.format != WeightFormat::kFloats) return linear_quantized(args, packed, begin, end);
   at_operands(args, [&]<typename Operands>(auto width, auto dtype, std::type_identity<Operands>)
                         TRIMSERVE_INLINE_LAMBDA {

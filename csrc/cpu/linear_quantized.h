@@ -15,7 +15,8 @@ void pack_quantized_rows(const LinearArgs& args, float* packed);
 // Range over blocks of kLinearColumns outputs.
 void linear_quantized(const LinearArgs& args, const float* packed, std::int64_t begin, std::int64_t end);
 
-// The same of linear_many.cpp, for so many rows that the products take longer than reading the weight.
+// The same of linear_many.cpp, which takes all formats, for so many rows that the products take longer than reading the
+// weight.
 bool has_many_rows(const LinearArgs& args);
 std::int64_t many_packed_size(const LinearArgs& args);
 void pack_many_rows(const LinearArgs& args, float* packed);

@@ -72,14 +72,14 @@ class Trimserve:
         self._server.__enter__()
         self._channel: grpc.aio.Channel | None = None
 
-    async def Generate(  # noqa: N802
+    async def Generate(  # noqa: N802 the RPC's name
         self, request: generation_pb2.GenerateRequest, grpc_context: RayServegRPCContext
     ) -> generation_pb2.GenerateResponse:
         """See the service's contract."""
         call = generation_pb2_grpc.GenerationServiceStub(self._connected()).Generate
         return await _answer(call, request, grpc_context, generation_pb2.GenerateResponse())
 
-    async def GenerateStream(  # noqa: N802
+    async def GenerateStream(  # noqa: N802 the RPC's name
         self, request: generation_pb2.GenerateRequest, grpc_context: RayServegRPCContext
     ) -> AsyncIterator[generation_pb2.GenerateStreamResponse]:
         """See the service's contract."""
@@ -94,14 +94,14 @@ class Trimserve:
         finally:
             call.cancel()  # who went away frees his pages
 
-    async def GetModel(  # noqa: N802
+    async def GetModel(  # noqa: N802 the RPC's name
         self, request: model_pb2.GetModelRequest, grpc_context: RayServegRPCContext
     ) -> model_pb2.GetModelResponse:
         """See the service's contract."""
         call = model_pb2_grpc.ModelServiceStub(self._connected()).GetModel
         return await _answer(call, request, grpc_context, model_pb2.GetModelResponse())
 
-    async def GetServerStatus(  # noqa: N802
+    async def GetServerStatus(  # noqa: N802 the RPC's name
         self, request: model_pb2.GetServerStatusRequest, grpc_context: RayServegRPCContext
     ) -> model_pb2.GetServerStatusResponse:
         """Of one replica."""

@@ -157,6 +157,12 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             "Work that preemptions cost. Much of it: raise kv_cache_bytes, or lower max_batch.",
         ),
         Panel(
+            "Passes that read prompts",
+            "ops",
+            {"": rate("trimserve_prefill_passes_total")},
+            "Fewer than requests begin: small prompts that waited together shared a pass.",
+        ),
+        Panel(
             "Drafts",
             "cps",
             {"proposed": rate("trimserve_proposed_tokens_total"), "accepted": rate("trimserve_accepted_tokens_total")},

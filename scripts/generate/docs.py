@@ -28,12 +28,16 @@ from google.protobuf.descriptor_pb2 import (
 )
 
 from benchmarks import (
+    bench_adaptive,
+    bench_backgrounds,
     bench_batch,
     bench_bytes,
+    bench_default,
     bench_fleet,
     bench_generate,
     bench_kv_int8,
     bench_layers,
+    bench_learned,
     bench_policies,
     bench_precision,
     bench_quantized,
@@ -43,6 +47,7 @@ from benchmarks import (
     bench_vision,
 )
 from benchmarks.report import RESULTS
+from scripts.generate.picture_tables import cost_by_picture
 from scripts.generate.policy_tables import accuracy_by_kind, accuracy_by_policy, parameters_found
 from scripts.generate.verified_tables import departures_table, load_table, meta_table, tools_table, walkthrough_table
 from trimserve.config import Config
@@ -227,9 +232,9 @@ def benchmark(module: ModuleType, name: str) -> str:
     return measured(module.table, f"python -m {module.__name__}", name)
 
 
-def compared(table: Callable[[Report], str]) -> str:
-    """A table of what `trimserve eval --policies all` found on the embedded model."""
-    path = RESULTS / "policies/report.json"
+def compared(table: Callable[[Report], str], name: str = "policies/report.json") -> str:
+    """A table of what `trimserve eval` found: every policy on the embedded model, unless another report is named."""
+    path = RESULTS / name
     return table(Report.from_json(path.read_text())) if path.exists() else "Not measured yet: `trimserve eval`."
 
 
@@ -260,7 +265,12 @@ TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     "policies-by-kind": ("docs/policies.md", lambda: compared(accuracy_by_kind)),
     "policies-parameters": ("docs/policies.md", lambda: measured(parameters_found, *CALIBRATE)),
     "policies-speed": ("docs/policies.md", lambda: benchmark(bench_policies, "policies/speed.json")),
+    "policies-learned": ("docs/policies.md", lambda: benchmark(bench_learned, "policies/learned.json")),
     "policies-layers": ("docs/policies.md", lambda: benchmark(bench_layers, "policies/later_layers.json")),
+    "pictures": ("docs/pictures.md", lambda: compared(cost_by_picture, "pictures/report.json")),
+    "pictures-adaptive": ("docs/pictures.md", lambda: benchmark(bench_adaptive, "pictures/adaptive.json")),
+    "pictures-backgrounds": ("docs/pictures.md", lambda: benchmark(bench_backgrounds, "pictures/backgrounds.json")),
+    "pictures-default": ("docs/pictures.md", lambda: benchmark(bench_default, "pictures/default.json")),
     "batch": ("docs/command-line.md", lambda: benchmark(bench_batch, "batch.json")),
     "fleet": ("docs/fleet.md", lambda: benchmark(bench_fleet, "fleet.json")),
     "bytes": ("docs/performance.md", lambda: benchmark(bench_bytes, "bytes.json")),

@@ -14,6 +14,7 @@ __all__ = [
     "accuracy_by_kind",
     "accuracy_by_policy",
     "parameters_found",
+    "percent",
 ]
 
 CONTROL = "random"
@@ -29,7 +30,7 @@ def accuracy_by_policy(report: Report) -> str:
     rows = [row for row in report.rows if row.kind == ALL_KINDS]
     [untrimmed] = (row for row in rows if row.policy == UNTRIMMED_POLICY)
     data = report.data
-    asked = f"{data['num_questions']:,} questions about {data['num_images']:,} images, untrimmed {_percent(untrimmed)}."
+    asked = f"{data['num_questions']:,} questions about {data['num_images']:,} images, untrimmed {percent(untrimmed)}."
     signs = f"▲ and ▼: better and worse than `{CONTROL}` at the same budget, by the 95 % interval of the difference."
     tables = [f"{asked} {signs}"]
     for merge_ratio in sorted({row.merge_ratio for row in rows}):
@@ -50,7 +51,7 @@ def accuracy_by_kind(report: Report) -> str:
         rows = [row for row in report.rows if row.kind == kind and not row.merge_ratio]
         [untrimmed] = (row for row in rows if row.policy == UNTRIMMED_POLICY)
         tables += [
-            f"<details markdown><summary>{kind}: {number} questions, untrimmed {_percent(untrimmed)}</summary>",
+            f"<details markdown><summary>{kind}: {number} questions, untrimmed {percent(untrimmed)}</summary>",
             _by_budget(rows, report.advantages, _with_interval),
             "</details>",
         ]
@@ -104,12 +105,13 @@ def _with_sign(row: Row, lead: Advantage | None) -> str:
     sign = ""
     if lead is not None:
         sign = " ▲" if lead.accuracy.high < 0 else " ▼" if lead.accuracy.low > 0 else ""
-    return f"{_percent(row)}{sign}"
+    return f"{percent(row)}{sign}"
 
 
 def _with_interval(row: Row, lead: Advantage | None) -> str:
     return f"{_with_sign(row, lead)} [{row.accuracy.low:.0%}, {row.accuracy.high:.0%}]"
 
 
-def _percent(row: Row) -> str:
+def percent(row: Row) -> str:
+    """Its accuracy, as a cell."""
     return f"{row.accuracy.value:.1%}"

@@ -124,7 +124,7 @@ class _RemoteFile(io.RawIOBase):
         self._position = base + offset
         return self._position
 
-    def readinto(self, buffer: "memoryview[int]") -> int:  # type: ignore[override]
+    def readinto(self, buffer: "memoryview[int]") -> int:  # type: ignore[override]  # a memoryview is what it is given
         last = min(self._position + len(buffer), self._size) - 1
         if last < self._position:
             return 0

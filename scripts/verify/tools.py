@@ -122,6 +122,7 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=200)
     parser.add_argument("--out", type=Path, default=RESULTS / "tools.json")
     arguments = parser.parse_args()
+    # As they are: what they link to would know no packages.
     lmms_eval, guidellm = (str(Path(each).absolute()) for each in (arguments.lmms_eval, arguments.guidellm))
     with TemporaryDirectory() as folder:
         found = verify(lmms_eval, guidellm, arguments.questions, Path(folder))

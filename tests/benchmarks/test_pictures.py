@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
-from benchmarks.bench_pictures import adaptive_rows, background_figures
-from benchmarks.choose_default import Candidate, best
+from benchmarks.bench_adaptive import compared
+from benchmarks.bench_backgrounds import figures
+from benchmarks.bench_default import Candidate, best
 from trimserve.api.trim import FixedRatio
 from trimserve.evaluation.answers import Answer
 from trimserve.evaluation.dataset import ALL_KINDS, Question
@@ -21,8 +22,7 @@ def _answers(*texts: str, num_held: int = 20) -> list[Answer]:
 def test_a_change_of_background_is_told_apart_from_a_change_of_what_is_right() -> None:
     own = _answers("cat", "dog", "cat", "bird")
     other = _answers("cat", "cow", "dog", "bird")
-    figures = background_figures(QUESTIONS, own, other)
-    assert {name: figure["value"] for name, figure in figures.items()} == {
+    assert {name: figure["value"] for name, figure in figures(QUESTIONS, own, other).items()} == {
         "own": 0.5,
         "other": 0.25,
         "change": -0.25,
@@ -31,9 +31,7 @@ def test_a_change_of_background_is_told_apart_from_a_change_of_what_is_right() -
 
 
 def test_an_adaptive_budget_is_compared_with_the_fixed_one_by_kind() -> None:
-    rows = adaptive_rows(
-        QUESTIONS, _answers("cat", "cat", "dog", "cat"), _answers("dog", "cat", "dog", "cat", num_held=30)
-    )
+    rows = compared(QUESTIONS, _answers("cat", "cat", "dog", "cat"), _answers("dog", "cat", "dog", "cat", num_held=30))
     assert rows[ALL_KINDS]["gain"]["value"] == 0.25
     assert rows["object"]["gain"]["value"] == 0.5
     assert rows["busy"]["gain"] == {"value": 0.0, "low": 0.0, "high": 0.0}

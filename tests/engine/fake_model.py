@@ -26,7 +26,7 @@ from trimserve.errors import AdapterError, InvalidRequest
 from trimserve.model.adapters import Adapter, Change
 from trimserve.model.interruptible import Interruptible
 from trimserve.model.key_values import KeyValues
-from trimserve.model.prefilled import Prefilled
+from trimserve.model.prefilled import Prefilled, ToPrefill
 from trimserve.model.prepared import PreparedImage, PreparedPrompt, TokenizedPrompt
 from trimserve.trimming.budget import HeadRatio
 from trimserve.trimming.encoded_image import EncodedImage, Observation
@@ -77,6 +77,8 @@ class FakeModel:
     before_adapter: Callable[[], object] = bool
     batch_sizes: list[int] = field(default_factory=list)
     """Rows of each decode so far."""
+    passes: list[int] = field(default_factory=list)
+    """Prompts of each prefill so far."""
     threads: set[str] = field(default_factory=set)
     """Names of the threads that ran prefill or decode."""
     encoded: list[bytes] = field(default_factory=list)
@@ -176,8 +178,16 @@ class FakeModel:
         observed = {name: torch.ones(1, num_features) for name in needs}
         return EncodedImage(torch.ones(num_features, 2), FEATURES_PER_TILE, 1, observed)
 
-    def prefill(
-        self, prompt: PreparedPrompt, images: Sequence[EncodedImage], trim: TrimPlan, kv: KeyValues, _: object = None
+    def prefill_together(self, prompts: Sequence[ToPrefill]) -> Interruptible[list[Prefilled]]:
+        self.passes.append(len(prompts))
+        prefilled: list[Prefilled] = []
+        for each in prompts:
+            one = yield from self._prefill(each.prompt, each.images, each.trim, each.kv)
+            prefilled.append(one)
+        return prefilled
+
+    def _prefill(
+        self, prompt: PreparedPrompt, images: Sequence[EncodedImage], trim: TrimPlan, kv: KeyValues
     ) -> Interruptible[Prefilled]:
         self.before_prefill()
         self.threads.add(threading.current_thread().name)

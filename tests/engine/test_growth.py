@@ -58,7 +58,7 @@ def test_the_executor_hears_of_new_pages_only() -> None:
         plans.append(plan)
         return take(plan)
 
-    executor.run = run  # type: ignore[method-assign]
+    executor.run = run  # type: ignore[method-assign]  # a spy
     start(engine, request("hi", max_new_tokens=60, ignore_eos=True))
     run_to_the_end(engine, 70)
     grants = [grant for plan in plans for grant in plan.pages]
@@ -79,7 +79,7 @@ def test_the_youngest_of_the_lowest_priority_is_preempted() -> None:
         preempted.append(sequence.request_id)
         take(sequence)
 
-    engine.preempt = preempt  # type: ignore[method-assign]
+    engine.preempt = preempt  # type: ignore[method-assign]  # a spy
     run_to_the_end(engine, 400)
     assert preempted == ["young", "old"]
     for name, priority in wanted:

@@ -25,6 +25,7 @@ def test_a_special_token_is_its_name_and_an_unknown_one_nothing() -> None:
 
 
 def test_a_tokenizer_that_is_not_byte_level_decodes_each_token() -> None:
-    tokenizer = Tokenizer(WordLevel({"▁é": 0, "?": 1}, unk_token="?"))  # type: ignore[call-arg,unused-ignore]
-    tokenizer.decoder = Metaspace()  # type: ignore[assignment,unused-ignore]
+    words = WordLevel({"▁é": 0, "?": 1}, unk_token="?")  # type: ignore[call-arg,unused-ignore]  # stubs of some releases
+    tokenizer = Tokenizer(words)
+    tokenizer.decoder = Metaspace()  # type: ignore[assignment,unused-ignore]  # stubs of some releases
     assert token_bytes(tokenizer, 0).decode().strip() == "é"

@@ -90,7 +90,7 @@ def test_rows_may_name_several_tokens_in_place_of_the_one_that_was_drawn_last() 
     prompt = PreparedPrompt(tuple(b"hi"), ())
     new = NewSequence(0, "r", prompt, TrimPlan.of(TrimRequest()), SamplingParams(), frozenset({END}))
     pages = PageGrant(0, np.array([[0], [1]], dtype=np.int32), np.empty((3, 0), dtype=np.int32))
-    first = executor.run(StepPlan(new=(new,), pages=(pages,), prefill=PrefillSlice(0, seconds=1e9)))
+    first = executor.run(StepPlan(new=(new,), pages=(pages,), prefill=PrefillSlice((0,), seconds=1e9)))
     assert [drawn.token_id for drawn in first.drawn] == [ord("y")]
     second = executor.run(StepPlan(rows=(Rows(0, position=2, token_ids=tuple(b"yes")),)))
     assert [drawn.token_id for drawn in second.drawn] == [ord("!")]

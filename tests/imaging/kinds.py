@@ -41,7 +41,8 @@ def expected(data: bytes) -> NDArray[np.uint8]:
         image = grey  # type: ignore[assignment]  # no file any more
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)  # type: ignore[assignment]
+        white = Image.new("RGBA", rgba.size, "white")
+        image = Image.alpha_composite(white, rgba)  # type: ignore[assignment]  # its class is of where it came from
     upright = Image.new("RGB", image.size)
     upright.paste(image.convert("RGB"))
     pixels = np.asarray(upright)

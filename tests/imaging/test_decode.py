@@ -73,7 +73,7 @@ def test_exif_orientation_is_applied_once(file_format: str, orientation: int) ->
     decoded = decode(encode(stored, file_format, exif=exif))
     assert decoded.size == (40, 24)
     assert decoded.getpixel((6, 4))[0] > 200 > 60 > decoded.getpixel((6, 4))[1]  # type: ignore[index]  # RGB gives tuples
-    assert decoded.getpixel((34, 4))[1] > 200  # type: ignore[index]
+    assert decoded.getpixel((34, 4))[1] > 200  # type: ignore[index]  # a pixel of RGB
 
 
 def test_unreadable_exif_is_no_reason_to_refuse_an_image() -> None:

@@ -10,9 +10,11 @@ from transformers import GenerationConfig, MllamaConfig, MllamaForConditionalGen
 from transformers.models.mllama.image_processing_pil_mllama import get_all_supported_aspect_ratios
 
 from tests.model.tiny_tokenizer import TinyTokens, save_tiny_processor
+from tests.trimming.policies.trained import drawn_modules
 from trimserve.config import EngineConfig, ModelConfig
 from trimserve.model.codebook import save_codebook
 from trimserve.model.loading import describe_model
+from trimserve.model.trained_file import save_trained, shape_of
 
 __all__ = ["Geometry", "draw_geometry", "equip", "save_random_checkpoint"]
 
@@ -127,8 +129,17 @@ def save_random_checkpoint(folder: Path, geometry: Geometry, seed: int = 0) -> N
 
 
 def equip(config: ModelConfig, codebook: Path) -> ModelConfig:
-    """The same model with all that policies need: prototypes drawn into the file `codebook`, and itself as guide."""
+    """The same model with all that policies need, drawn, and itself as guide.
+
+    Args:
+        config: of the model.
+        codebook: file for prototypes; beside it come compressors that make 3 rows of a tile.
+    """
     info = describe_model(config, EngineConfig())
     prototypes = torch.randn(3, info.hidden_size, generator=torch.Generator().manual_seed(0))
     save_codebook(codebook, F.normalize(prototypes, dim=1), info, config.intermediate_features)
-    return config.model_copy(update={"codebook": codebook, "guide_model": config.model})
+    files = []
+    for method, module in drawn_modules(shape_of(info, 3)).items():
+        files.append(codebook.with_name(f"{method}.safetensors"))
+        save_trained(files[-1], method, module, info, config.intermediate_features, [], {})
+    return config.model_copy(update={"codebook": codebook, "guide_model": config.model, "compressor": tuple(files)})

@@ -79,7 +79,8 @@ def test_the_encoder_notes_the_attention_that_a_literal_reading_finds(pair: Pair
         [hidden] = args[0]
         num_rows = len(hidden) // info.max_tiles  # of a tile, padded
         heads: int = module.num_heads  # type: ignore[assignment]  # torch's modules have attributes of any type
-        q, k = (rows(hidden).view(len(hidden), heads, -1) for rows in (module.q_proj, module.k_proj))  # type: ignore[operator]
+        projections: Any = (module.q_proj, module.k_proj)
+        q, k = (project(hidden).view(len(hidden), heads, -1) for project in projections)
         weights = torch.einsum("thd,nhd->htn", q, k).div(q.shape[-1] ** 0.5).softmax(dim=-1)
         seen.append(
             torch.stack([rows.unflatten(0, (-1, num_rows))[:num_tiles, :size].flatten(0, 1) for rows in (q, k)])

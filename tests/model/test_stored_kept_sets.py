@@ -22,6 +22,7 @@ from trimserve.model.prefilled import Prefilled
 from trimserve.model.prompt_rows import _view
 from trimserve.trimming.encoded_image import EncodedImage
 from trimserve.trimming.plan import TrimPlan
+from trimserve.trimming.policies.exit import Exit
 from trimserve.trimming.policies.policy import CrossAttentionView
 from trimserve.trimming.policies.table import POLICIES
 from trimserve.trimming.selection import KeptSets
@@ -32,6 +33,7 @@ REQUESTS = {
             policy=name, k_ratio=0.1, budget=FixedRatio(0.3) if policy.budgets else None, merge_ratio=merge_ratio
         )
         for name, policy in POLICIES.items()
+        if policy is not Exit
         for how, merge_ratio in (("dropping", 0.0), ("merging", 0.2))
     },
     "head-wise": TrimRequest(k_ratio=0.1),
@@ -45,6 +47,7 @@ REQUESTS = {
         )
         for how, merge_ratio in (("dropping", 0.0), ("merging", 0.2))
     },
+    "router": TrimRequest(policy="exit", parameters={"certainty": 0.0}),
     "untrimmed": TrimRequest(enabled=False),
 }
 
@@ -88,9 +91,10 @@ def test_a_stored_kept_set_gives_the_same_bits_and_nobody_is_asked(
     images: list[EncodedImage] = []
     first, kv, step = read(deep, trim, images)
     stored: KeptSets = pickle.loads(pickle.dumps(first.kept_sets))
-    assert bool(stored.sets) == (trim.policy is not None)
+    assert (bool(stored.sets) or stored.left_after is not None) == (trim.policy is not None)
     for policy in POLICIES.values():
-        monkeypatch.setattr(policy, "choose", lambda *_: pytest.fail("the policy was asked"))
+        for question in ("choose", "choose_for"):
+            monkeypatch.setattr(policy, question, lambda *_: pytest.fail("the policy was asked"), raising=False)
         monkeypatch.setattr(policy, "after_layer", lambda *_: pytest.fail("the policy was asked"))
     monkeypatch.setattr(Mllama, "look", lambda *_: pytest.fail("the guide was asked"))
     fresh = [EncodedImage(image.features, image.features_per_tile) for image in images]

@@ -114,7 +114,7 @@ class PretendedTensor(Tensor):
         wrapper.host = host
         return wrapper
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]  # tensors print themselves
         return f"cuda:0 {self.host!r}"
 
     def tolist(self) -> Any:
@@ -122,7 +122,7 @@ class PretendedTensor(Tensor):
         return self.cpu().tolist()
 
     @classmethod
-    def __torch_dispatch__(  # type: ignore[override]
+    def __torch_dispatch__(  # type: ignore[override]  # its own signature
         cls, func: OpOverload, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         raise AssertionError(f"{func} on the pretended device outside of it, at {_line()}")
@@ -152,7 +152,7 @@ class Device(TorchDispatchMode):
         Args:
             num_launches: how many kernels our ops have launched until now.
         """
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # torch has no types
         self._num_launches = num_launches
         self._reads: list[tuple[Tensor, Tensor]] = []
         self.num_reads = 0

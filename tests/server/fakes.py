@@ -264,6 +264,7 @@ class FakeRunner:
             kv_capacity_bytes=9999,
             num_preemptions=22,
             num_recomputed_tokens=11,
+            num_prefill_passes=33,
             num_proposed_tokens=99,
             num_accepted_tokens=88,
             pixel_bytes=12345,

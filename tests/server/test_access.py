@@ -62,7 +62,7 @@ def file(tmp_path: Path) -> Path:
 @asynccontextmanager
 async def serving(**knobs: object) -> AsyncIterator[Loopback]:
     """A server with knobs of its own."""
-    config = Config(engine=CONFIG.engine, server=ServerConfig.model_validate({"port": 0, "metrics": False, **knobs}))
+    config = Config(engine=CONFIG.engine, server=ServerConfig.model_validate({"port": 0, "metrics_port": 0, **knobs}))
     runner = FakeRunner()
     async with (
         running_server(make_server(runner, config)) as server,

@@ -172,7 +172,7 @@ async def test_a_host_that_is_not_ours_is_an_error(host: str) -> None:
 async def test_the_servers_deadlines_hold_for_calls_with_none_or_a_longer_one(
     knobs: dict[str, float], client_seconds: float | None
 ) -> None:
-    config = Config(server=ServerConfig.model_validate({"port": 0, "metrics": False, **knobs}))
+    config = Config(server=ServerConfig.model_validate({"port": 0, "metrics_port": 0, **knobs}))
     async with (
         running_server(make_server(FakeRunner((STARTED, Pause.UNTIL_RELEASED)), config)) as server,
         grpc.aio.insecure_channel(server.address) as channel,

@@ -8,6 +8,7 @@ import sys
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError
+from typing import Any
 
 import grpc
 import pytest
@@ -70,7 +71,8 @@ async def collector() -> AsyncIterator[tuple[Collector, str]]:
     """A collector and its endpoint."""
     collector = Collector()
     server = grpc.aio.server()
-    trace_service_pb2_grpc.add_TraceServiceServicer_to_server(collector, server)  # type: ignore[no-untyped-call]
+    add: Any = trace_service_pb2_grpc.add_TraceServiceServicer_to_server  # has no types
+    add(collector, server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     yield collector, f"http://127.0.0.1:{port}"

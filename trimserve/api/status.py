@@ -50,6 +50,8 @@ class EngineStatus:
     """Times since the start that a running request lost its pages to more urgent ones."""
     num_recomputed_tokens: int
     """Tokens that were read again after a preemption since the start."""
+    num_prefill_passes: int
+    """Passes over the layers since the start that read prompts, one or several each."""
     num_proposed_tokens: int
     """Drafts that decode steps have checked since the start."""
     num_accepted_tokens: int

@@ -21,6 +21,7 @@ from trimserve.api.request import GenerationRequest
 from trimserve.api.status import StepListener
 from trimserve.config import EngineConfig
 from trimserve.engine.detokenizer import token_bytes
+from trimserve.engine.joining import lateness, may_share_pass
 from trimserve.engine.limits import check_that_it_fits
 from trimserve.engine.memory import available_bytes, check_room_for_adapter, make_pool
 from trimserve.engine.next_rows import rows_ahead, with_room
@@ -31,7 +32,7 @@ from trimserve.engine.repeats import Repeats
 from trimserve.engine.scheduler import Scheduler
 from trimserve.engine.sequence import Sequence, SequenceState, Sink
 from trimserve.engine.speculation import Speculation
-from trimserve.errors import DeadlinePassed, InvalidRequest, OutOfMemory, RequestFailed, TrimserveError
+from trimserve.errors import InvalidRequest, OutOfMemory, RequestFailed, TrimserveError
 from trimserve.executor.drafter import Drafter
 from trimserve.executor.executor import Executor
 from trimserve.executor.plan import (
@@ -82,6 +83,8 @@ class Engine:
         """Times that a sequence was preempted."""
         self.num_recomputed_tokens = 0
         """Tokens of prompts and answers that were read once more after a preemption."""
+        self.num_prefill_passes = 0
+        """Passes over the layers that read prompts, one or several each."""
         self.step_began_at: float | None = None
         """When the present step began; None between steps."""
         self._processor = processor
@@ -93,8 +96,8 @@ class Engine:
         self._numbers = itertools.count()
         self._sequences: dict[int, Sequence] = {}
         """Those that the executor knows, by number."""
-        self._prefill: Sequence | None = None
-        """The sequence whose prompt is being read."""
+        self._prefills: list[Sequence] = []
+        """The sequences whose prompts are being read, in one pass those that are ready for it."""
         self._ended: list[int] = []
         """Numbers that the executor is yet to forget."""
         self._begun: tuple[int, ...] = ()
@@ -199,7 +202,7 @@ class Engine:
         self.step_began_at = self._clock()
         grown = self._grow()
         self._read_prompts()
-        batch = [sequence for sequence in self._scheduler.running if sequence is not self._prefill]
+        batch = [sequence for sequence in self._scheduler.running if sequence not in self._prefills]
         if batch:
             self._decode(batch, grown)
         self._tell_what_ended()
@@ -248,18 +251,19 @@ class Engine:
     def _read_prompts(self) -> None:
         end = self._clock() + self._config.prefill_slice_seconds
         while True:
-            plan = self._admit() if self._prefill is None else StepPlan()
-            if self._prefill is None:
+            plan = StepPlan() if self._prefills else self._admit()
+            if not self._prefills:
                 return
-            seconds = max(0.0, end - self._clock())
-            self._run(replace(plan, prefill=PrefillSlice(self._prefill.number, seconds)))
+            numbers = tuple(sequence.number for sequence in self._prefills)
+            self._run(replace(plan, prefill=PrefillSlice(numbers, max(0.0, end - self._clock()))))
             if self._clock() >= end:
                 return
 
     def _admit(self) -> StepPlan:
-        """Begin with the head of the queue, if there are pages for what it has and a little more."""
-        while (sequence := self._scheduler.next) is not None:
-            late = self._lateness(sequence)
+        """Begin with the head of the queue, and what may share its pass; each if there are pages, and a little more."""
+        plan = StepPlan()
+        while (sequence := self._scheduler.next) is not None and may_share_pass([*self._prefills, sequence], self.info):
+            late = lateness(sequence, self._pace, self._clock())
             if late is None:
                 is_short = sequence.pages_to_join(self.pool) > self.pool.num_free_pages
                 if is_short and self._scheduler.running:  # else it fits, if not with all of its answers
@@ -267,11 +271,13 @@ class Engine:
                 self._scheduler.admit()
                 number = next(self._numbers)
                 new = replace(sequence.admitted(number, self.pool), wants_forced=self.speculation.is_on)
-                self._sequences[number] = self._prefill = sequence
-                return StepPlan(new=(new,), pages=(_grant(sequence),))
+                self._sequences[number] = sequence
+                self._prefills.append(sequence)
+                plan = replace(plan, new=(*plan.new, new), pages=(*plan.pages, _grant(sequence)))
+                continue
             self.cancel(sequence)
             sequence.sink(late)
-        return StepPlan()
+        return plan
 
     def _decode(self, batch: list[Sequence], grown: set[Sequence]) -> None:
         # Who joined since a step was begun ahead takes part in the one after it.
@@ -298,8 +304,9 @@ class Engine:
         ended, self._ended = tuple(self._ended), []
         result = self._executor.run(replace(plan, ended=ended))
         self.image_cache = result.image_cache
-        if result.prefilled is not None:
-            self._take_prefilled(result.prefilled)
+        self.num_prefill_passes += bool(result.prefilled)
+        for report in result.prefilled:
+            self._take_prefilled(report)
         for failed in result.failed:
             self._take_failed(failed)
         # Who they are first: an answer may end with the first token of all.
@@ -310,7 +317,7 @@ class Engine:
 
     def _take_prefilled(self, report: PrefillReport) -> None:
         sequence = self._sequences[report.sequence]
-        self._prefill = None
+        self._prefills.remove(sequence)
         if sequence.was_preempted:
             self.num_recomputed_tokens += sequence.num_tokens_to_read
         with self._alone(sequence):
@@ -354,8 +361,8 @@ class Engine:
 
     def _let_go(self, sequence: Sequence) -> None:
         """Give back what a sequence holds, here and in the executor."""
-        if sequence is self._prefill:
-            self._prefill = None
+        if sequence in self._prefills:
+            self._prefills.remove(sequence)
         if sequence.holds_pages:
             self._ended.append(sequence.number)
             self.speculation.forget(sequence.number)
@@ -380,18 +387,6 @@ class Engine:
 
     def _check_that_it_fits(self, sequence: Sequence) -> None:
         check_that_it_fits(self.pool, sequence.max_positions, sequence.max_cross_rows)
-
-    def _lateness(self, sequence: Sequence) -> DeadlinePassed | None:
-        """Why there is no point in beginning: the deadline comes before the fastest possible end."""
-        if sequence.deadline is None or sequence.has_started:  # a stream that has begun goes on
-            return None
-        left = sequence.deadline - self._clock()
-        least = self._pace.least_seconds(sequence.num_prompt_rows, sequence.least_new_tokens)
-        if least <= left:
-            return None
-        return DeadlinePassed(
-            f"the deadline cannot be met: {left:.3f} s are left and {least:.3f} s are needed at least"
-        )
 
 
 def _grant(sequence: Sequence) -> PageGrant:

@@ -103,13 +103,13 @@ class Sequence:
         self.max_cross_rows = 0
         """Most rows of cross-attention KV that decoding can see; known with the images, exactly after the prefill."""
         self._info = info
-        self._num_features = 0
+        self.num_features = 0
+        """Valid ones, of its images; known with them."""
         self._token_ids = token_ids
         self._end_token_ids = frozenset((*ends, *params.stop_token_ids))
         self._prompt: PreparedPrompt | None = None
         self._stored: KeptSets | None = None
-        self._number = -1
-        self._num_shared = 0
+        self._number, self._num_shared = -1, 0
         self.has_started = False
         """Whether its prompt was read once, and its first chunk said."""
         self.num_choices = request.num_choices
@@ -125,7 +125,7 @@ class Sequence:
         self._detokenizer = Detokenizer(tokenizer, params.stop_strings)
         self._preprocess_seconds = self._detokenize_seconds = 0.0
         self._spans: list[StageSpan] = []
-        self._admitted_at = self._encoded_at = self._prefilled_at = self._first_token_at = submitted_at
+        self._began_at = self._encoded_at = self._prefilled_at = self._first_token_at = submitted_at
 
     @property
     def number(self) -> int:
@@ -184,7 +184,7 @@ class Sequence:
     @property
     def num_prompt_rows(self) -> int:
         """Tokens of the prompt and valid features of its images."""
-        return self.num_prompt_tokens + self._num_features
+        return self.num_prompt_tokens + self.num_features
 
     @property
     def max_positions(self) -> int:
@@ -241,7 +241,7 @@ class Sequence:
         """
         info, counts = self._info, [image.num_tiles * self._info.features_per_tile for image in prompt.images]
         seen = counts[slice(*visible_images(prompt.token_ids, info.image_token_id)[-1])]
-        self._num_features = sum(counts)
+        self.num_features = sum(counts)
         self.max_cross_rows = sum(max_rows(count, info.num_heads, info.features_per_tile, self.trim) for count in seen)
         self._prompt = prompt
         self._preprocess_seconds = seconds
@@ -258,8 +258,6 @@ class Sequence:
         """
         assert self._prompt is not None, "a sequence is prepared before it is admitted"
         prompt, source, choices = self._prompt, self.source, range(1, 1 if self.has_started else self.num_choices)
-        if not self.has_started:
-            self._admitted_at = time.monotonic()
         self._number = number
         if source is None:
             self._num_shared = 0
@@ -307,9 +305,9 @@ class Sequence:
             return None
         self.has_started = True
         self._stored, self.max_cross_rows = report.stored, max(report.held_rows, default=0)
-        self._encoded_at, self._prefilled_at = report.times.encoded_at, report.times.prefilled_at
+        self._began_at, self._encoded_at, self._prefilled_at = report.times
         self.cross_kv = account_cross_kv(report, self.pages.cross_bytes, pool)
-        self._spans += engine_spans(report, self.submitted_at, self._admitted_at)
+        self._spans += engine_spans(report, self.submitted_at, self._began_at)
         if self.num_choices > 1:
             self._branch()
         return Started(
@@ -383,9 +381,9 @@ class Sequence:
     def _timings(self, ended_at: float) -> Timings:
         # Stages follow each other without a gap: they add up to the total.
         return Timings(
-            queue_seconds=self._admitted_at - self.submitted_at - self._preprocess_seconds,
+            queue_seconds=self._began_at - self.submitted_at - self._preprocess_seconds,
             preprocess_seconds=self._preprocess_seconds,
-            vision_seconds=self._encoded_at - self._admitted_at,
+            vision_seconds=self._encoded_at - self._began_at,
             prefill_seconds=self._prefilled_at - self._encoded_at,
             decode_seconds=ended_at - self._prefilled_at,
             time_to_first_token_seconds=self._first_token_at - self.submitted_at,

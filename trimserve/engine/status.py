@@ -50,6 +50,7 @@ def engine_status(
         cross_kv_untrimmed_bytes=sum(sequence.cross_kv.untrimmed for sequence in running if sequence),
         num_preemptions=0 if engine is None else engine.num_preemptions,
         num_recomputed_tokens=0 if engine is None else engine.num_recomputed_tokens,
+        num_prefill_passes=0 if engine is None else engine.num_prefill_passes,
         num_proposed_tokens=0 if engine is None else engine.speculation.num_proposed,
         num_accepted_tokens=0 if engine is None else engine.speculation.num_accepted,
         pixel_bytes=sum(stream.sequence.pixel_bytes for stream in streams if stream.sequence is not None),

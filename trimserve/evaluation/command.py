@@ -46,6 +46,7 @@ def evaluate(
     dtype: options.ModelDtype = "auto",
     quantize: options.ModelQuantize = "none",
     codebook: options.ModelCodebook = None,
+    compressor: options.ModelCompressor = None,
     guide_model: options.GuideModel = None,
     adapter: options.Adapter = None,
     *,
@@ -62,12 +63,18 @@ def evaluate(
     questions = load_questions(data, limit=limit, need_answers=not only_calibrate)
     draw = None if only_calibrate else _find_picture(is_comparison=is_kept)
     config = ModelConfig(
-        model=model, device=device, dtype=dtype, quantize=quantize, codebook=codebook, guide_model=guide_model
+        model=model,
+        device=device,
+        dtype=dtype,
+        quantize=quantize,
+        codebook=codebook,
+        compressor=tuple(compressor or ()),
+        guide_model=guide_model,
     )
     is_served = connection.address is not None
     if is_served and config != ModelConfig():
         raise typer.BadParameter(
-            "--address excludes --model, --device, --dtype, --quantize, --codebook and --guide-model"
+            "--address excludes --model, --device, --dtype, --quantize, --codebook, --compressor and --guide-model"
         )
     if is_served and only_calibrate and is_kept:
         raise typer.BadParameter("--calibrate with --keep compares logits, which a server does not tell")

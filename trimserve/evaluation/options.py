@@ -22,6 +22,7 @@ __all__ = [
     "MergeRatios",
     "Model",
     "ModelCodebook",
+    "ModelCompressor",
     "ModelDevice",
     "ModelDtype",
     "ModelQuantize",
@@ -93,6 +94,10 @@ ModelDevice = Annotated[
 ]
 ModelDtype = Annotated[Dtype, typer.Option(help="Of weights and KV of a model in this process.")]
 ModelQuantize = Annotated[Quantize, typer.Option(help="How that model's linear layers are stored.")]
+ModelCompressor = Annotated[
+    list[Path] | None,
+    typer.Option("--compressor", help="File of `trimserve train-compressor` for its policy; again for another policy."),
+]
 ModelCodebook = Annotated[Path | None, typer.Option(help="File of prototypes for its policy `codebook`.")]
 Adapter = Annotated[
     str | None,

@@ -66,13 +66,17 @@ class ImageCache:
 
     def get(self, key: bytes, needs: frozenset[Observation] = frozenset()) -> EncodedImage | None:
         """An image of which all that is needed is known, or None."""
-        image = self._images.get(key)
-        if image is None or not image.has(needs):
+        if not self.has(key, needs):
             self.num_misses += 1
             return None
         self.num_hits += 1
         self._images.move_to_end(key)
-        return image
+        return self._images[key]
+
+    def has(self, key: bytes, needs: frozenset[Observation] = frozenset()) -> bool:
+        """Whether `get` would find the image; counts as no use."""
+        image = self._images.get(key)
+        return image is not None and image.has(needs)
 
     def drop(self, is_unwanted: Callable[[bytes], bool]) -> None:
         """Let go of the images with such keys."""

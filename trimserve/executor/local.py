@@ -30,46 +30,28 @@ from trimserve.executor.plan import (
     PageGrant,
     PrefillReport,
     PrefillSlice,
-    PrefillTimes,
     Rows,
     StepPlan,
     StepResult,
 )
 from trimserve.executor.prefill_report import prefill_report
+from trimserve.executor.reading import Held, PromptReader
 from trimserve.executor.sampling import SamplingState, has_penalty
 from trimserve.executor.steps_ahead import Row, StepsAhead
 from trimserve.model.adapters import Adapter
-from trimserve.model.interruptible import Interruptible
 from trimserve.model.key_values import KeyValues
 from trimserve.model.prefilled import Prefilled
-from trimserve.model.prepared import PreparedPrompt
 
 __all__ = ["LocalExecutor"]
 
 log = logging.getLogger(__name__)
-
-_MOST_ROWS = 64
-"""Generated tokens that are read again between two pauses."""
-
-
-@dataclass(slots=True)
-class _Sequence:
-    """What the executor holds of a sequence."""
-
-    new: NewSequence
-    answer: Answer
-    kv: KeyValues | None = None
-    """None before pages are granted."""
-    prefill: "Interruptible[tuple[PrefillReport, Tensor]] | None" = None
-    """What is left of the prompt; None before and after."""
-    prefill_seconds: float = 0.0
 
 
 @dataclass(slots=True)
 class _Step:
     """The result of a step as it comes about."""
 
-    prefilled: PrefillReport | None = None
+    prefilled: list[PrefillReport] = field(default_factory=list)
     drawn: list[Drawn] = field(default_factory=list)
     failed: list[Failed] = field(default_factory=list)
     rows_seconds: float = 0.0
@@ -112,12 +94,13 @@ class LocalExecutor:
         self._clock = clock
         self._is_fatal = is_fatal
         self._images = ImageCache(image_cache_bytes)
-        self._sequences: dict[int, _Sequence] = {}
+        self._sequences: dict[int, Held] = {}
         self._adapters: dict[str, Adapter] = {}
         self._ahead = Ahead(device)
         self._steps = StepsAhead(model.decode, device)
         self._grammars = Grammars(model.tokenizer, model.info)
         self._guides = Guides(self._grammars, model.info)
+        self._reader = PromptReader(model, self._images)
 
     @property
     def info(self) -> ModelInfo:
@@ -184,32 +167,33 @@ class LocalExecutor:
             self._grant(grant)
         step = _Step()
         if plan.prefill is not None:
-            self._go_on_with_prompt(plan.prefill, step)
+            self._go_on_with_prompts(plan.prefill, step)
         if plan.rows:
             self._run_rows(plan.rows, plan.ahead, step)
         drawn, failed = tuple(step.drawn), tuple(step.failed)
-        return StepResult(step.prefilled, drawn, failed, step.rows_seconds, self._steps.begun, self._images.counts)
+        return StepResult(
+            tuple(step.prefilled), drawn, failed, step.rows_seconds, self._steps.begun, self._images.counts
+        )
 
-    def _begin(self, new: NewSequence, params: SamplingParams, choice: int = 0) -> _Sequence:
+    def _begin(self, new: NewSequence, params: SamplingParams, choice: int = 0) -> Held:
         generated = list(new.generated_token_ids)
         state = SamplingState(params, new.prompt.token_ids, new.end_token_ids, generated)
         guide = None
         if new.constraint is not None:
             guide = self._guides.begin(new.constraint, params, new.end_token_ids, generated)
-        return _Sequence(new, Answer(new.sequence, new.request_id, state, guide, choice, new.wants_forced))
+        return Held(new, Answer(new.sequence, new.request_id, state, guide, choice, new.wants_forced))
 
     def _forget(self, number: int) -> None:
         held = self._sequences.pop(number, None)
         self._steps.forget(number)
-        if held is not None and held.prefill is not None:
-            held.prefill.close()  # its frame holds features and keys, and `held` itself
-            held.prefill = None
+        if held is not None:
+            self._reader.forget(held)
 
     def _grant(self, grant: PageGrant) -> None:
         assert self.pages is not None, "pages are allocated first"
         held = self._sequences[grant.sequence]
         if held.kv is None and held.new.shares is not None:
-            source, num_positions = _pages_of(self._sequences[held.new.shares]), len(held.new.prompt.token_ids)
+            source, num_positions = self._sequences[held.new.shares].pages, len(held.new.prompt.token_ids)
             held.kv = source.branch(grant.self_pages, grant.cross_pages, num_positions)
         elif held.kv is None:
             num_cross = self.info.num_cross_attention_layers
@@ -218,75 +202,48 @@ class LocalExecutor:
         else:
             held.kv.replace_tables(grant.self_pages, grant.cross_pages)
 
-    def _adapter_of(self, held: _Sequence) -> Adapter | None:
+    def _adapter_of(self, held: Held) -> Adapter | None:
         return None if held.new.adapter is None else self._adapters[held.new.adapter]
 
     # ---- prompts ----
 
-    def _go_on_with_prompt(self, wanted: PrefillSlice, step: _Step) -> None:
-        held = self._sequences[wanted.sequence]
+    def _go_on_with_prompts(self, wanted: PrefillSlice, step: _Step) -> None:
         end = self._clock() + wanted.seconds
-        with self._alone(held.new, step):
-            if held.prefill is None:
-                held.prefill = self._read_prompt(held)
-            while True:
-                started_at = self._clock()
-                try:
-                    next(held.prefill)
-                    self._ahead.queued()
-                    is_done = False
-                except StopIteration as done:
-                    is_done = True
-                    report, logits = done.value
-                held.prefill_seconds += self._clock() - started_at
-                if is_done:
-                    held.prefill = None
-                    # Nobody here needs the pixels any more.
-                    held.new = replace(held.new, prompt=PreparedPrompt(held.new.prompt.token_ids, ()))
-                    step.prefilled = replace(report, seconds=held.prefill_seconds)
-                    if not held.answer.sampling.generated_token_ids:
-                        self._draw_first(logits, held, step)
-                    return
-                if self._clock() >= end:
-                    return
+        waiting = [self._sequences[number] for number in wanted.sequences]
+        while True:
+            started_at = self._clock()
+            read = self._read_on(waiting, step)
+            if read is None:
+                return
+            self._ahead.queued()
+            members = self._reader.members
+            share = (self._clock() - started_at) / len(members)
+            for held in members:
+                held.seconds += share
+            for held, prefilled in read:
+                report = prefill_report(held.new.sequence, prefilled, held.pages, held.times)
+                step.prefilled.append(replace(report, seconds=held.seconds))
+                if not held.has_generated:
+                    with self._alone(held.new, step):
+                        self._draw_first(prefilled.logits, held, step)
+            if read or self._clock() >= end:
+                return
 
-    def _read_prompt(self, held: _Sequence) -> "Interruptible[tuple[PrefillReport, Tensor]]":
-        new, began_at = held.new, time.monotonic()
-        kv = _pages_of(held)
-        if new.shares is not None:
-            yield from self._read_again(held)
-            times = PrefillTimes(began_at, began_at, time.monotonic())
-            nothing = Prefilled(torch.empty(0), num_padding=(), num_valid=(), num_kept=())
-            return prefill_report(new.sequence, nothing, kv, times), nothing.logits
-        # An adapter that leaves visual features as they are shares them with the base model.
-        image_key, kv_key = (b"", b"") if kv.adapter is None else (kv.adapter.image_key, kv.adapter.kv_key)
-        images = []
-        for image in new.prompt.images:
-            key = image_key + image.key
-            encoded = self._images.get(key, new.trim.needs)
-            if encoded is None:
-                encoded = yield from self._model.encode_image(image, new.trim.needs, kv.adapter)
-                self._images.put(key, encoded)
-            self._images.keep_keys_values(key, kv_key)
-            images.append(encoded)
-        encoded_at = time.monotonic()
-        prefilled = yield from self._model.prefill(new.prompt, images, new.trim, kv, new.stored)
-        yield from self._read_again(held)
-        times = PrefillTimes(began_at, encoded_at, time.monotonic())
-        return prefill_report(new.sequence, prefilled, kv, times), prefilled.logits
-
-    def _read_again(self, held: _Sequence) -> "Interruptible[None]":
-        """Read the tokens that were drawn before the sequence was dropped; the last one is the next step's row.
-
-        They are rows of decode steps as they were at first: they see the features that were kept, where rows of the
-        prompt saw all of them.
-        """
-        kv = _pages_of(held)
-        again = held.answer.sampling.generated_token_ids[:-1]
-        for first in range(0, len(again), _MOST_ROWS):
-            token_ids = again[first : first + _MOST_ROWS]
-            self._model.decode(token_ids, [kv], [len(token_ids)])
-            yield
+    def _read_on(self, waiting: Sequence[Held], step: _Step) -> list[tuple[Held, Prefilled]] | None:
+        """See `PromptReader.go_on`; None if a prompt failed. Of several in one pass each is tried alone first."""
+        try:
+            return self._reader.go_on(waiting)
+        except Exception as error:
+            if self._is_fatal(error):
+                raise
+            members = self._reader.members
+            if len(members) == 1:
+                step.failed.append(_failure(members[0].new, error))
+                return None
+            log.exception("reading %d prompts together failed; each is tried alone", len(members))
+            for held in members:
+                held.is_alone = True
+            return []
 
     # ---- rows ----
 
@@ -339,9 +296,9 @@ class LocalExecutor:
 
     def _row(self, row: Rows) -> Row:
         held = self._sequences[row.sequence]
-        return Row(row.sequence, row.position, _pages_of(held), held.answer.sampling)
+        return Row(row.sequence, row.position, held.pages, held.answer.sampling)
 
-    def _logits(self, rows: Sequence[Rows], batch: Sequence[_Sequence]) -> Tensor:
+    def _logits(self, rows: Sequence[Rows], batch: Sequence[Held]) -> Tensor:
         """After the last row of each sequence, and after each of its drafts; [R, vocab_size]."""
         token_ids: list[int] = []
         kvs, counts = [], []
@@ -350,7 +307,7 @@ class LocalExecutor:
             new = held.answer.sampling.generated_token_ids[-1:] if each.token_ids is None else each.token_ids
             token_ids += [*new, *each.drafts]
             wanted += range(len(token_ids) - len(each.drafts) - 1, len(token_ids))
-            kv = _pages_of(held)
+            kv = held.pages
             kv.length = each.position  # also of rows that are tried again, or behind drafts that were not drawn
             kvs.append(kv)
             counts.append(len(new) + len(each.drafts))
@@ -359,13 +316,13 @@ class LocalExecutor:
         logits = self._model.decode(token_ids, kvs, counts)
         return logits if len(wanted) == len(token_ids) else logits[wanted]
 
-    def _draw_first(self, logits: Tensor, held: _Sequence, step: _Step) -> None:
+    def _draw_first(self, logits: Tensor, held: Held, step: _Step) -> None:
         """First tokens of all answers to a prompt, of the logits behind it."""
         new = held.new
         others = [self._begin(new, params, choice).answer for choice, params in enumerate(new.choices, start=1)]
         step.add(draw(logits.expand(1 + len(others), -1), [held.answer, *others], self._guides))
 
-    def _draw(self, logits: Tensor, rows: Sequence[Rows], batch: Sequence[_Sequence], step: _Step) -> None:
+    def _draw(self, logits: Tensor, rows: Sequence[Rows], batch: Sequence[Held], step: _Step) -> None:
         step.add(draw(logits, [held.answer for held in batch], self._guides, [each.drafts for each in rows]))
 
     @contextmanager
@@ -376,18 +333,13 @@ class LocalExecutor:
         except Exception as error:
             if self._is_fatal(error):
                 raise
-            log.exception("request failed", extra={"request_id": new.request_id})
-            if is_out_of_memory(error):
-                step.failed.append(
-                    Failed(new.sequence, f"out of memory on request {new.request_id}", is_out_of_memory=True)
-                )
-            else:
-                why = (
-                    str(error) if isinstance(error, TrimserveError) else f"the model failed on request {new.request_id}"
-                )
-                step.failed.append(Failed(new.sequence, why))
+            step.failed.append(_failure(new, error))
 
 
-def _pages_of(held: _Sequence) -> KeyValues:
-    assert held.kv is not None, "pages are granted with the sequence"
-    return held.kv
+def _failure(new: NewSequence, error: Exception) -> Failed:
+    """Log why a request ends, and say it."""
+    log.error("request failed", exc_info=error, extra={"request_id": new.request_id})
+    if is_out_of_memory(error):
+        return Failed(new.sequence, f"out of memory on request {new.request_id}", is_out_of_memory=True)
+    is_ours = isinstance(error, TrimserveError)
+    return Failed(new.sequence, str(error) if is_ours else f"the model failed on request {new.request_id}")

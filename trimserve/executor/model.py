@@ -11,11 +11,9 @@ from trimserve.api.info import ModelInfo
 from trimserve.model.adapters import Adapter
 from trimserve.model.interruptible import Interruptible
 from trimserve.model.key_values import KeyValues
-from trimserve.model.prefilled import Prefilled
-from trimserve.model.prepared import PreparedImage, PreparedPrompt
+from trimserve.model.prefilled import Prefilled, ToPrefill
+from trimserve.model.prepared import PreparedImage
 from trimserve.trimming.encoded_image import EncodedImage, Observation
-from trimserve.trimming.plan import TrimPlan
-from trimserve.trimming.selection import KeptSets
 
 __all__ = ["Model"]
 
@@ -46,15 +44,8 @@ class Model(Protocol):
     ) -> Interruptible[EncodedImage]:
         """Visual features of an image, as the base model or an adapter sees it, and what else is needed."""
 
-    def prefill(
-        self,
-        prompt: PreparedPrompt,
-        images: Sequence[EncodedImage],
-        trim: TrimPlan,
-        kv: KeyValues,
-        stored: KeptSets | None = None,
-    ) -> Interruptible[Prefilled]:
-        """Run the prompt, fill `kv` and return the logits that follow it; with `stored`, as it was done before.
+    def prefill_together(self, prompts: Sequence[ToPrefill]) -> Interruptible[list[Prefilled]]:
+        """Run prompts in one pass, fill their `kv` and return the logits that follow each.
 
         Here and in `decode`, `kv` names the adapter.
         """

@@ -74,9 +74,10 @@ class PageGrant:
 
 @dataclass(frozen=True, slots=True)
 class PrefillSlice:
-    """Go on with a prompt, at least one layer and then until the time is over."""
+    """Go on with prompts, at least one layer and then until the time is over, or a pass is."""
 
-    sequence: int
+    sequences: tuple[int, ...]
+    """Whose prompts are not read yet, the first before the others; those that are ready for it share its pass."""
     seconds: float
 
 
@@ -144,7 +145,7 @@ class PrefillReport:
     trim_times: tuple[TrimTimes, ...]
     """Of every cross-attention layer that trimmed."""
     seconds: float = 0.0
-    """Spent on this prompt; other work between its slices is left out."""
+    """Spent on this prompt, of a pass with others its share; other work between its slices is left out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,8 +194,8 @@ class ImageCacheCounts:
 class StepResult:
     """What a step came to; never logits."""
 
-    prefilled: PrefillReport | None = None
-    """The prompt of the plan's slice, if it was finished."""
+    prefilled: tuple[PrefillReport, ...] = ()
+    """Prompts of the plan's slice that were finished."""
     drawn: tuple[Drawn, ...] = ()
     failed: tuple[Failed, ...] = ()
     rows_seconds: float = 0.0

@@ -46,7 +46,8 @@ def load_codebook(file: Path, info: ModelInfo, intermediate_features: str) -> Te
     try:
         with safe_open(file, framework="pt") as content:
             origin = json.loads((content.metadata() or {}).get(_METADATA, "null"))
-            prototypes: Tensor | None = content.get_tensor(_TENSOR) if _TENSOR in content.keys() else None  # noqa: SIM118
+            has_tensor = _TENSOR in content.keys()  # noqa: SIM118  # it is no mapping
+            prototypes: Tensor | None = content.get_tensor(_TENSOR) if has_tensor else None
     except (OSError, SafetensorError, ValueError) as error:
         raise CheckpointError(f"codebook {file}: cannot be read: {error}") from error
     if prototypes is None or not isinstance(origin, dict):

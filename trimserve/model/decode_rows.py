@@ -113,8 +113,9 @@ class DecodeRows:
         hidden[: len(seen)] = seen
         return hidden
 
-    def after_layer(self, layer: CrossLayer, hidden: Tensor, *added: Tensor) -> Iterable[None]:  # noqa: ARG002
+    def after_layer(self, layer: CrossLayer, hidden: Tensor, *added: Tensor) -> Iterable[None]:
         """Decoding trims nothing."""
+        del layer, hidden, added
         return ()
 
 

@@ -155,6 +155,11 @@ class RaggedDecoder:
         assert rows.view is not None, "an Mllama has cross-attention layers"
         return rows.view
 
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """The base model's embedding, int64 [R] -> [R, D]."""
+        embedded: Tensor = self._embed(token_ids)
+        return embedded
+
     def decode(self, token_ids: Tensor, new: NewRows) -> Tensor:
         """Run new rows through all layers and store their keys and values, in pages that were granted.
 

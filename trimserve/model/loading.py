@@ -25,6 +25,7 @@ from trimserve.model.mllama import Mllama
 from trimserve.model.processor import Processor
 from trimserve.model.ranks import ALONE, Ranks, Shard
 from trimserve.model.sharding import check_shares
+from trimserve.model.trained_file import load_trained_files, methods_of
 from trimserve.model.transformers_mllama import decoder_linears, step_modules
 from trimserve.model.vision import vision_scratch_bytes
 from trimserve.model.weights import empty_model, load_weights, num_parameters, stored_formats, weight_bytes
@@ -54,12 +55,13 @@ def describe_model(config: ModelConfig, limits: EngineConfig, device: str | None
         device: `cpu` or `cuda:0`, which need not be there; None is what `config.device` says.
     Raises:
         CheckpointError: not found, not an Mllama, something that cannot be honoured, such as a device that is not
-            there, or a codebook, a guide or an adapter that does not fit.
+            there, or a codebook, a compressor, a guide or an adapter that does not fit.
     """
     checkpoint = open_checkpoint(config.model, config.revision, with_weights=False)
     info = describe_checkpoint(checkpoint, config, limits, device)
     if config.codebook is not None:
         load_codebook(config.codebook, info, config.intermediate_features)
+    load_trained_files(config.compressor, info, config.intermediate_features)
     if config.adapter:
         model = empty_model(checkpoint.config, checkpoint.dtype(config.dtype))
         for folder in config.adapters.values():
@@ -68,7 +70,7 @@ def describe_model(config: ModelConfig, limits: EngineConfig, device: str | None
 
 
 def load_model(config: ModelConfig, limits: EngineConfig, decode: Decode | None = None, ranks: Ranks = ALONE) -> Mllama:
-    """Load a checkpoint, with its guide and codebook.
+    """Load a checkpoint, with its guide, its codebook and its compressors.
 
     Args:
         config: which one, and how.
@@ -86,6 +88,7 @@ def load_model(config: ModelConfig, limits: EngineConfig, decode: Decode | None 
     prototypes = guide = None
     if config.codebook is not None:
         prototypes = load_codebook(config.codebook, info, config.intermediate_features)
+    trained = load_trained_files(config.compressor, info, config.intermediate_features)
     if config.guide_model is not None:
         guide = load_model(_guide_config(config), limits, ranks=ranks)
     if guide is not None and guide.tokenizer.get_vocab() != processor.tokenizer.get_vocab():
@@ -95,7 +98,7 @@ def load_model(config: ModelConfig, limits: EngineConfig, decode: Decode | None 
     if device.type == "cuda":
         torch.backends.cudnn.allow_tf32 = False  # in convolutions too
     model = load_weights(checkpoint.folder, checkpoint.config, dtype, device, config.quantize, ranks.shard)
-    return Mllama(model, processor, info, config.intermediate_features, prototypes, guide, ranks)
+    return Mllama(model, processor, info, config.intermediate_features, prototypes, trained, guide, ranks)
 
 
 def load_processor(config: ModelConfig, limits: EngineConfig) -> Processor:
@@ -129,8 +132,8 @@ def _of_rank(info: ModelInfo, ranks: Ranks) -> ModelInfo:
 
 
 def _guide_config(config: ModelConfig) -> ModelConfig:
-    others = {"revision": None, "codebook": None, "guide_model": None, "max_model_len": None, "adapter": ()}
-    return config.model_copy(update={"model": config.guide_model, **others})
+    others = {"revision": None, "codebook": None, "guide_model": None, "max_model_len": None}
+    return config.model_copy(update={"model": config.guide_model, **others, "adapter": (), "compressor": ()})
 
 
 def _describe_guide(config: ModelConfig, limits: EngineConfig, info: ModelInfo) -> ModelInfo:
@@ -176,6 +179,7 @@ def describe_checkpoint(
     size = limits.tensor_parallel
     of_rank = model if size == 1 else empty_model(checkpoint.config, dtype, config.quantize, stored, Shard(0, size))
     kept = [*stored.values()]
+    learned = methods_of(config.compressor)
     num_cross = len(text.cross_attention_layers or [])
     assert isinstance(vision.image_size, int)
     assert isinstance(vision.patch_size, int)
@@ -212,13 +216,17 @@ def describe_checkpoint(
         default_k_ratio=config.k_ratio or checkpoint.trimserve.k_ratio,
         default_merge_ratio=checkpoint.trimserve.merge_ratio if config.merge_ratio is None else config.merge_ratio,
         policy_details=tuple(
-            policy.describe(is_available=not policy.knob or getattr(config, policy.knob) is not None)
-            for policy in POLICIES.values()
+            policy.describe(is_available=name in learned if policy.trained else _has_knob(config, policy.knob))
+            for name, policy in POLICIES.items()
         ),
         generation_defaults=_generation_defaults(checkpoint),
     )
     check_shares(config, info)
     return info if config.guide_model is None else replace(info, guide=_describe_guide(config, limits, info))
+
+
+def _has_knob(config: ModelConfig, knob: str) -> bool:
+    return not knob or getattr(config, knob) is not None
 
 
 def _check_stored(config: ModelConfig, device: str) -> None:

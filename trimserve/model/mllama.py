@@ -5,7 +5,7 @@ text, and reserves no pages.
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -20,9 +20,10 @@ from trimserve.model.adapters import Adapter
 from trimserve.model.bucketed_decode import BucketedDecode, Capture, CudaGraphs
 from trimserve.model.decode_rows import NewRows
 from trimserve.model.decoder import RaggedDecoder, SequenceRows
+from trimserve.model.differentiable import DifferentiableDecoder
 from trimserve.model.interruptible import Interruptible, run_through
 from trimserve.model.key_values import KeyValues
-from trimserve.model.prefilled import Prefilled, TrimTimes
+from trimserve.model.prefilled import Prefilled, ToPrefill, TrimTimes
 from trimserve.model.prepared import PreparedImage, PreparedPrompt, TokenizedPrompt
 from trimserve.model.processor import Processor
 from trimserve.model.ranks import ALONE, Ranks
@@ -32,11 +33,13 @@ from trimserve.model.visibility import visible_images
 from trimserve.model.vision import IntermediateFeatures, VisionEncoder
 from trimserve.model.vision_rows import VisionRows
 from trimserve.ops.upload import upload_ids
+from trimserve.trimming.compressor import Compressor
 from trimserve.trimming.encoded_image import EncodedImage, Observation
 from trimserve.trimming.feature_kv import FeatureKeyValues
 from trimserve.trimming.plan import TrimPlan, bitmap, choose_from_image, select
 from trimserve.trimming.policies.policy import CrossAttentionView, Place
 from trimserve.trimming.selection import AHEAD, KeptSets, Selection
+from trimserve.trimming.trained import Trained
 
 __all__ = ["Mllama"]
 
@@ -51,11 +54,13 @@ class Mllama:
         info: ModelInfo,
         intermediate_features: IntermediateFeatures = "inputs",
         prototypes: Tensor | None = None,
+        trained: Mapping[str, Trained] | None = None,
         guide: "Mllama | None" = None,
         ranks: Ranks = ALONE,
     ) -> None:
         """Use `loading.load_model`."""
         self._prototypes = prototypes
+        self._trained = trained or {}
         self._guide = guide
         self._processor = processor
         self._model = model
@@ -86,6 +91,12 @@ class Mllama:
         """Of one visual feature's keys and values in one layer, as they are computed: of the heads that lie here."""
         num_heads = self._info.num_kv_heads // self._info.tensor_parallel
         return 2 * num_heads * self._info.head_dim * self._dtype.itemsize
+
+    @property
+    def _made_rows(self) -> int:
+        """Rows that compressors make of a tile whatever the question."""
+        fixed = (each for each in self._trained.values() if isinstance(each, Compressor) and not each.reads_text)
+        return sum(each.shape.rows - 1 for each in fixed)
 
     @property
     def processor(self) -> Processor:
@@ -134,6 +145,8 @@ class Mllama:
         """
         encoded = yield from self._vision.encode(image, needs, adapter)
         encoded.prototypes = self._prototypes
+        encoded.trained = self._trained
+        encoded.made_bytes = self._made_rows * image.num_tiles * self.feature_bytes
         if self._guide is not None:
             encoded.guide_bytes = encoded.num_features * self._guide.feature_bytes
         # On other devices only the first layer always projects all features, see `FeatureKeyValues.serves`.
@@ -142,6 +155,22 @@ class Mllama:
         return encoded
 
     @torch.inference_mode()
+    def prefill_together(self, prompts: Sequence[ToPrefill]) -> Interruptible[list[Prefilled]]:
+        """Run prompts in one pass over the layers and fill their `kv`; yields after each layer.
+
+        Args:
+            prompts: at least one.
+        Returns:
+            Of each the logits that follow it and the account of its visual features.
+        """
+        rows: list[SequenceRows] = []
+        for each in prompts:
+            own = yield from self._prompt_rows(each)
+            rows.append(own)
+        token_ids = [token_id for each in prompts for token_id in each.prompt.token_ids]
+        logits = yield from self._decoder.prefill(self._ids(token_ids), rows)
+        return [self._prefilled(*each) for each in zip(prompts, rows, logits, strict=True)]
+
     def prefill(
         self,
         prompt: PreparedPrompt,
@@ -150,40 +179,8 @@ class Mllama:
         kv: KeyValues,
         stored: KeptSets | None = None,
     ) -> Interruptible[Prefilled]:
-        """Run the prompt and fill `kv`; yields after each layer.
-
-        Args:
-            prompt: token ids [T] and images.
-            images: of the prompt, see `encode_image`; with what `trim` needs.
-            trim: how to trim; has no effect without images.
-            kv: with room for T positions, and for the most rows that trimming can leave; names the adapter.
-            stored: what an earlier prefill of the same prompt kept; neither policy nor guide is asked then, and
-                everything that is computed is the same, bit for bit.
-        Returns:
-            The logits that follow the prompt and the account of its visual features.
-        """
-        rows = yield from self._prompt_rows(prompt, images, trim, kv, stored)
-        logits = (yield from self._decoder.prefill(self._ids(prompt.token_ids), [rows]))[0]
-        vision = rows.vision
-        num_valid = tuple(image.num_features for image in images)
-        max_features = self._info.max_tiles * self._info.features_per_tile
-        num_padding = tuple(max_features - n for n in num_valid)
-        if vision is None:
-            return Prefilled(logits, num_padding, num_valid, num_kept=())
-        times = vision.trim_times
-        num_merged = vision.num_merged or (0,) * len(num_valid)
-        return Prefilled(
-            logits=logits,
-            num_padding=num_padding,
-            num_valid=num_valid,
-            num_kept=tuple(rows - merged for rows, merged in zip(vision.layer_rows[0], num_merged, strict=True)),
-            num_merged=vision.num_merged,
-            selections=self._selections(prompt.images, num_valid, vision.selection) if trim.return_selection else (),
-            trim_times=times[0] if times else None,
-            later_trim_times=tuple(times[1:]),
-            layer_rows=self._layer_rows(vision),
-            kept_sets=vision.kept_sets,
-        )
+        """`prefill_together` of one prompt; see `ToPrefill`."""
+        return (yield from self.prefill_together([ToPrefill(prompt, images, trim, kv, stored)]))[0]
 
     @torch.inference_mode()
     def warm_up_decode(self, pages: Tensor, max_batch: int, capture: Capture | None = None) -> None:
@@ -240,8 +237,8 @@ class Mllama:
         kv: KeyValues,
         stored: KeptSets | None = None,
     ) -> SequenceRows:
-        """A prompt as rows of a ragged batch, with what is chosen before the decoder chosen already; see `prefill`."""
-        return run_through(self._prompt_rows(prompt, images, trim, kv, stored))
+        """A prompt as rows of a ragged batch; what is chosen before the decoder is chosen. See `ToPrefill`."""
+        return run_through(self._prompt_rows(ToPrefill(prompt, images, trim, kv, stored)))
 
     @torch.inference_mode()
     def look(
@@ -258,14 +255,8 @@ class Mllama:
         rows = SequenceRows(len(prompt.token_ids), None, vision)
         return (yield from self._decoder.look(self._ids(prompt.token_ids), rows))
 
-    def _prompt_rows(
-        self,
-        prompt: PreparedPrompt,
-        images: Sequence[EncodedImage],
-        trim: TrimPlan,
-        kv: KeyValues,
-        stored: KeptSets | None,
-    ) -> Interruptible[SequenceRows]:
+    def _prompt_rows(self, wanted: ToPrefill) -> Interruptible[SequenceRows]:
+        prompt, images, trim, kv, stored = wanted.prompt, wanted.images, wanted.trim, wanted.kv, wanted.stored
         began_at = time.monotonic()
         rows = SequenceRows(len(prompt.token_ids), kv)
         if images:
@@ -283,15 +274,41 @@ class Mllama:
                 vision.trim_times.append(TrimTimes(began_at, selected_at, time.monotonic()))
         return rows
 
+    def _prefilled(self, wanted: ToPrefill, rows: SequenceRows, logits: Tensor) -> Prefilled:
+        num_valid = tuple(image.num_features for image in wanted.images)
+        max_features = self._info.max_tiles * self._info.features_per_tile
+        num_padding = tuple(max_features - n for n in num_valid)
+        vision = rows.vision
+        if vision is None:
+            return Prefilled(logits, num_padding, num_valid, num_kept=())
+        times = vision.trim_times
+        num_merged = vision.num_merged or (0,) * len(num_valid)
+        selections: tuple[ImageSelection, ...] = ()
+        if wanted.trim.return_selection:
+            selections = self._selections(wanted.prompt.images, num_valid, vision.selection)
+        return Prefilled(
+            logits=logits,
+            num_padding=num_padding,
+            num_valid=num_valid,
+            num_kept=tuple(rows - merged for rows, merged in zip(vision.layer_rows[0], num_merged, strict=True)),
+            num_merged=vision.num_merged,
+            selections=selections,
+            trim_times=times[0] if times else None,
+            later_trim_times=tuple(times[1:]),
+            layer_rows=self._layer_rows(vision),
+            kept_sets=vision.kept_sets,
+        )
+
     def _choose_ahead(
         self, prompt: PreparedPrompt, images: Sequence[EncodedImage], trim: TrimPlan
     ) -> Interruptible[Selection | None]:
         """Choose before the decoder runs, if the policy does that."""
         if trim.place is Place.BEFORE_DECODER:
             choices = []
-            for image in images:
+            for index, image in enumerate(images):
                 if not self._ranks.shard.rank:
-                    choices.append(choose_from_image(image, trim))
+                    text = self._text_about(prompt, index) if trim.reads_text else None
+                    choices.append(choose_from_image(image, trim, text))
                 yield
             return self._chosen(lambda: Selection.of(choices, [image.num_features for image in images]))
         if trim.place is Place.IN_GUIDE:
@@ -305,10 +322,22 @@ class Mllama:
             return self._chosen(lambda: select(view, trim))
         return None
 
+    def _text_about(self, prompt: PreparedPrompt, image: int) -> Tensor:
+        """Mean embedding of the tokens that see an image, float32 [D]."""
+        visible = visible_images(prompt.token_ids, self._info.image_token_id)
+        seeing = [
+            token_id for token_id, (first, end) in zip(prompt.token_ids, visible, strict=True) if first <= image < end
+        ]
+        return self._decoder.embed(self._ids(seeing)).float().mean(dim=0)
+
     def _chosen(self, choose: Callable[[], Selection]) -> Selection:
         selection = self._ranks.decide(choose, self._device)
         assert isinstance(selection, Selection)
         return selection
+
+    def differentiable(self) -> DifferentiableDecoder:
+        """The decoder for training what stands before it; see there."""
+        return DifferentiableDecoder(self._model, self._info.head_dim)
 
     def _vision_rows(
         self,
@@ -321,7 +350,8 @@ class Mllama:
         visible = visible_images(prompt.token_ids, self._info.image_token_id)
         counts = tuple(image.num_features for image in images)
         features = images[0].features if len(images) == 1 else torch.cat([image.features for image in images])
-        return VisionRows(features, counts, visible, self._info.features_per_tile, trim, known, stored)
+        size = self._info.features_per_tile
+        return VisionRows(features, counts, visible, size, trim, known, stored, self._trained)
 
     def _layer_rows(self, vision: VisionRows) -> tuple[tuple[int, ...], ...]:
         first, *later = vision.layer_rows

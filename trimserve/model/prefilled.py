@@ -1,14 +1,36 @@
-"""What prefill of one request came to: the result of `Mllama.prefill`."""
+"""One prompt in a prefill: what is to be read, and what it came to."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from torch import Tensor
 
 from trimserve.api.chunks import ImageSelection
+from trimserve.model.key_values import KeyValues
+from trimserve.model.prepared import PreparedPrompt
+from trimserve.trimming.encoded_image import EncodedImage
+from trimserve.trimming.plan import TrimPlan
 from trimserve.trimming.selection import KeptSets
 
-__all__ = ["Prefilled", "TrimTimes"]
+__all__ = ["Prefilled", "ToPrefill", "TrimTimes"]
+
+
+@dataclass(frozen=True, slots=True)
+class ToPrefill:
+    """A prompt that is to be read."""
+
+    prompt: PreparedPrompt
+    """Token ids [T] and images."""
+    images: Sequence[EncodedImage]
+    """Of the prompt, see `Mllama.encode_image`; with what `trim` needs."""
+    trim: TrimPlan
+    """How to trim; has no effect without images."""
+    kv: KeyValues
+    """To fill: with room for T positions, and for the most rows that trimming can leave; names the adapter."""
+    stored: KeptSets | None = None
+    """What an earlier prefill of the same prompt kept; neither policy nor guide is asked then, and everything that is
+    computed is the same, bit for bit."""
 
 
 class TrimTimes(NamedTuple):

@@ -16,15 +16,15 @@ from trimserve.model.weights import fused_scales, fused_weight
 
 __all__ = ["Projection", "projection_of"]
 
-_MOST_ROWS: Final = {torch.float32: 512, torch.float16: 512, torch.bfloat16: 16}
+_MOST_ROWS: Final = {torch.float32: math.inf, torch.float16: 512, torch.bfloat16: 16}
 """Up to so many rows `ops.linear` is taken on a CPU: it was faster there than torch, whose bfloat16 products catch up
-first (`benchmarks/results/ops.json`, with rows up to these and, of bfloat16, beyond)."""
+(`benchmarks/results/ops.json`, with rows up to these and, of bfloat16, beyond)."""
 
 _BLOCK: Final = 512
 """Rows, see `Projection.row_by_row`."""
 
-_MANY: Final = 16
-"""Rows from which on `ops.linear` multiplies quantized weights in another way."""
+_MANY: Final = 17
+"""Rows from which on `ops.linear` multiplies in one way, whatever the weights are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,14 +57,13 @@ class Projection:
     def row_by_row(self, rows: Tensor, adapters: RowAdapters | None = None) -> Tensor:
         """The same, but on a CPU the outputs of a row do not depend on the other rows, to the last bit (ADR-0017).
 
-        `ops.linear` promises that, of quantized weights for `_MANY` rows and more, and is not slower here with many
-        float32 rows. torch takes other loops for what is left over of a block of rows, and for few rows, so it always
-        gets whole blocks.
+        `ops.linear` promises that for `_MANY` rows and more, and is not slower with many float32 rows. torch takes
+        other loops for what is left over of a block of rows, and for few rows, so it always gets whole blocks.
         """
         if self.weight.device.type != "cpu":
             return self(rows, adapters)
         if adapters is None and self.most_rows(rows.dtype) >= _BLOCK:
-            num_missing = 0 if self.scales is None else max(0, _MANY - len(rows))
+            num_missing = max(0, _MANY - len(rows))
             product = ops.linear(F.pad(rows, (0, 0, 0, num_missing)), self.weight, self.scales)[: len(rows)]
             return product if self.bias is None else product.add_(self.bias)
         return self(F.pad(rows, (0, 0, 0, -len(rows) % _BLOCK)), adapters)[: len(rows)]

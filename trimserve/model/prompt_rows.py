@@ -293,6 +293,7 @@ def _made_view(
         features_per_tile=vision.features_per_tile,
         wants_picks=vision.trim.return_selection,
         layer=layer.index,
+        trained=vision.trained,
     )
 
 

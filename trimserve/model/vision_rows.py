@@ -1,5 +1,6 @@
 """The images of one prompt during its prefill: what its rows still see of them, and what trimming decided."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import accumulate
 
@@ -14,6 +15,7 @@ from trimserve.model.prefilled import TrimTimes
 from trimserve.trimming.feature_kv import FeatureKeyValues, Project
 from trimserve.trimming.plan import TrimPlan
 from trimserve.trimming.selection import AHEAD, KeptSet, KeptSets, Selection
+from trimserve.trimming.trained import Trained
 
 __all__ = ["VisionRows"]
 
@@ -35,6 +37,8 @@ class VisionRows:
     """Keys and values of each image; None if none are kept."""
     stored: KeptSets | None = None
     """What an earlier prefill kept; the policy is not asked then."""
+    trained: Mapping[str, Trained] = field(default_factory=dict)
+    """What the model's policies have learned, by their names."""
     kept: tuple[Tensor, ...] | None = field(default=None, init=False)
     """Kept features of each image, int64, counted within the image; None if all are."""
     selection: Selection | None = field(default=None, init=False)
@@ -156,7 +160,7 @@ class VisionRows:
         else:
             num_rows = sum(self.num_held)
             self.features = everything.new_empty(num_rows, everything.shape[1])
-            self.features.index_copy_(0, kept, stays).index_copy_(0, merged, groups.mean(everything))
+            self.features.index_copy_(0, kept, stays).index_copy_(0, merged, groups.stand_for(everything))
             weights = torch.zeros(num_rows, device=everything.device)
             self._weigh(weights.index_copy_(0, merged, groups.sizes.float().log()))
         return kept, merged

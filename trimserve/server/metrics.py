@@ -139,6 +139,7 @@ class Metrics(ProcessMetrics):
         with self._lock:
             self._raise_to("preemptions", self.preemptions, status.num_preemptions)
             self._raise_to("recomputed", self.recomputed_tokens, status.num_recomputed_tokens)
+            self._raise_to("passes", self.prefill_passes, status.num_prefill_passes)
             self._raise_to("proposed", self.proposed_tokens, status.num_proposed_tokens)
             self._raise_to("accepted", self.accepted_tokens, status.num_accepted_tokens)
             self._raise_to("hits", self.image_cache_hits, status.image_cache_hits)
@@ -324,6 +325,10 @@ class Metrics(ProcessMetrics):
         self.recomputed_tokens = self._counter(
             "trimserve_recomputed_tokens_total",
             "Tokens of prompts and answers that were read again after a preemption.",
+        )
+        self.prefill_passes = self._counter(
+            "trimserve_prefill_passes_total",
+            "Passes over the layers that read prompts: several small ones that waited together, or one.",
         )
         self.proposed_tokens = self._counter(
             "trimserve_proposed_tokens_total", "Drafts that decode steps checked (`speculation`), a row each."

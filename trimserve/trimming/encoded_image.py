@@ -4,7 +4,7 @@ What a policy chooses from the image alone serves every question on it, so it st
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from trimserve.trimming.feature_kv import FeatureKeyValues
 from trimserve.trimming.merging import Groups
+from trimserve.trimming.trained import Trained
 
 __all__ = ["MAX_CHOICES", "Choice", "EncodedImage", "Observation"]
 
@@ -57,6 +58,10 @@ class EncodedImage:
     """What was asked for, see `Observation`."""
     prototypes: Tensor | None = None
     """float32 [P, hidden_size], the model's codebook of redundant features, each of length 1; no image owns it."""
+    trained: Mapping[str, Trained] = field(default_factory=dict)
+    """What the model's policies have learned, by their names; no image owns it."""
+    made_bytes: int = 0
+    """Set aside for rows that compressors make of the image whatever the question."""
     max_choices: int = MAX_CHOICES
     """How many it remembers."""
     guide: "EncodedImage | None" = None
@@ -80,7 +85,8 @@ class EncodedImage:
     def nbytes(self) -> int:
         """Bytes of all tensors but keys and values, with room for the guide's and all choices that it may remember."""
         observed = sum(tensor.nbytes for tensor in self.observed.values())
-        return self.features.nbytes + observed + self.guide_bytes + self.max_choices * _CHOICE_BYTES * self.num_features
+        choices = self.max_choices * _CHOICE_BYTES * self.num_features + self.made_bytes
+        return self.features.nbytes + observed + self.guide_bytes + choices
 
     def has(self, needs: frozenset[Observation]) -> bool:
         """Whether all of that was observed."""

@@ -35,15 +35,23 @@ class Groups:
     """int64 [G], members of each group, at least 1; they sum to S."""
     num_groups: tuple[int, ...]
     """Groups of each image; they sum to G."""
+    rows: Tensor | None = None
+    """[G, D], what was made of each group's features; None is their mean."""
 
     @classmethod
     def of(cls, images: Sequence[tuple["Groups", int]]) -> "Groups":
         """Those of several images, each with the place where the image's features begin."""
+        made = [groups.rows for groups, _ in images if groups.rows is not None]
         return cls(
             torch.cat([start + groups.members for groups, start in images]),
             torch.cat([groups.sizes for groups, _ in images]),
             tuple(num_groups for groups, _ in images for num_groups in groups.num_groups),
+            torch.cat(made) if made else None,
         )
+
+    def stand_for(self, features: Tensor) -> Tensor:
+        """The row that stands for each group, [G, D]: what was made of its features [N, D], or their mean."""
+        return self.mean(features) if self.rows is None else self.rows.to(features)
 
     def mean(self, rows: Tensor) -> Tensor:
         """Average the rows of each group: [N, ...] -> [G, ...], in float32 and rounded once."""

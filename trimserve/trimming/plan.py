@@ -56,6 +56,11 @@ class TrimPlan:
         """What the policy wants to know of the vision layers."""
         return frozenset() if self.policy is None else self.policy.needs
 
+    @property
+    def reads_text(self) -> bool:
+        """Whether the policy looks at the question before the decoder."""
+        return self.policy is not None and self.policy.reads_text
+
     def is_asked_after(self, layer: int) -> bool:
         """Whether `after_layer` is to be called after a cross-attention layer, counted from 0."""
         return self.policy is not None and self.policy.is_asked_after(layer)
@@ -97,17 +102,21 @@ def select(view: CrossAttentionView, plan: TrimPlan) -> Selection:
     return selection
 
 
-def choose_from_image(image: EncodedImage, plan: TrimPlan) -> Choice:
+def choose_from_image(image: EncodedImage, plan: TrimPlan, text: Tensor | None = None) -> Choice:
     """Choose the features of one image that the decoder gets; an image that was asked before remembers.
 
     Args:
         image: of which the policy's `needs` were observed.
         plan: of a policy that is asked before the decoder.
+        text: see `BeforeDecoder.choose_for`; needed where the plan `reads_text`.
     Returns:
         A choice; what is neither kept nor in a group is dropped.
     """
     policy, allowance, merge_ratio = plan.policy, plan.allowance, plan.merge_ratio
     assert isinstance(policy, BeforeDecoder)
+    if policy.reads_text:
+        assert text is not None
+        return policy.choose_for(image, allowance, text)
 
     def choose() -> Choice:
         choice = policy.choose(image, allowance)
@@ -117,7 +126,8 @@ def choose_from_image(image: EncodedImage, plan: TrimPlan) -> Choice:
         groups = group_dropped(features, choice.kept, counts, image.features_per_tile, merge_ratio)
         return replace(choice, groups=groups)
 
-    return image.remembered((policy, allowance, merge_ratio), choose)
+    # What takes no budget merges by a rule of its own.
+    return image.remembered((policy, allowance, merge_ratio) if policy.budgets else policy, choose)
 
 
 def max_rows(num_features: int, num_heads: int, features_per_tile: int, plan: TrimPlan) -> int:

@@ -75,6 +75,8 @@ class KeptSet:
     """See `Groups.sizes`; None if nothing was merged."""
     num_groups: tuple[int, ...] = ()
     """See `Groups.num_groups`; empty if nothing was merged."""
+    rows: NDArray[np.float32] | None = None
+    """See `Groups.rows`; numpy has no bfloat16, and every float that rows may be is one of these."""
 
     @classmethod
     def of(cls, selection: Selection, layer: int) -> "KeptSet":
@@ -82,7 +84,9 @@ class KeptSet:
         kept, groups = _array(selection.kept), selection.groups
         if groups is None:
             return cls(layer, kept, selection.num_kept)
-        return cls(layer, kept, selection.num_kept, _array(groups.members), _array(groups.sizes), groups.num_groups)
+        rows = None if groups.rows is None else groups.rows.float().cpu().numpy()
+        members, sizes = _array(groups.members), _array(groups.sizes)
+        return cls(layer, kept, selection.num_kept, members, sizes, groups.num_groups, rows)
 
     def selection(self, device: torch.device) -> Selection:
         """The selection again, on a device and without picks."""
@@ -90,7 +94,8 @@ class KeptSet:
         groups = None
         if self.members is not None and self.sizes is not None:
             members, sizes = (torch.from_numpy(each).to(device) for each in (self.members, self.sizes))
-            groups = Groups(members, sizes, self.num_groups)
+            rows = None if self.rows is None else torch.from_numpy(self.rows).to(device)
+            groups = Groups(members, sizes, self.num_groups, rows)
         return Selection(kept, self.num_kept, kept.new_empty((0, 0)), groups)
 
 

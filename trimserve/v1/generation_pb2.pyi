@@ -194,7 +194,7 @@ class Knee(_message.Message):
     def __init__(self) -> None: ...
 
 class PolicyParameters(_message.Message):
-    __slots__ = ("relevance_weight", "relevance_power", "layer", "num_layers", "important_ratio", "contextual_ratio", "threshold", "temperature", "hops", "global_threshold", "entropy_weight", "spatial_weight", "central_weight", "recovered_ratio", "rounds", "transport_temperature", "cascade_ratio", "late_exit_threshold", "recycle_ratio")
+    __slots__ = ("relevance_weight", "relevance_power", "layer", "num_layers", "important_ratio", "contextual_ratio", "threshold", "temperature", "hops", "global_threshold", "entropy_weight", "spatial_weight", "central_weight", "recovered_ratio", "rounds", "transport_temperature", "cascade_ratio", "late_exit_threshold", "recycle_ratio", "certainty")
     RELEVANCE_WEIGHT_FIELD_NUMBER: _ClassVar[int]
     RELEVANCE_POWER_FIELD_NUMBER: _ClassVar[int]
     LAYER_FIELD_NUMBER: _ClassVar[int]
@@ -214,6 +214,7 @@ class PolicyParameters(_message.Message):
     CASCADE_RATIO_FIELD_NUMBER: _ClassVar[int]
     LATE_EXIT_THRESHOLD_FIELD_NUMBER: _ClassVar[int]
     RECYCLE_RATIO_FIELD_NUMBER: _ClassVar[int]
+    CERTAINTY_FIELD_NUMBER: _ClassVar[int]
     relevance_weight: float
     relevance_power: float
     layer: int
@@ -233,7 +234,8 @@ class PolicyParameters(_message.Message):
     cascade_ratio: float
     late_exit_threshold: float
     recycle_ratio: float
-    def __init__(self, relevance_weight: _Optional[float] = ..., relevance_power: _Optional[float] = ..., layer: _Optional[int] = ..., num_layers: _Optional[int] = ..., important_ratio: _Optional[float] = ..., contextual_ratio: _Optional[float] = ..., threshold: _Optional[float] = ..., temperature: _Optional[float] = ..., hops: _Optional[int] = ..., global_threshold: _Optional[float] = ..., entropy_weight: _Optional[float] = ..., spatial_weight: _Optional[float] = ..., central_weight: _Optional[float] = ..., recovered_ratio: _Optional[float] = ..., rounds: _Optional[int] = ..., transport_temperature: _Optional[float] = ..., cascade_ratio: _Optional[float] = ..., late_exit_threshold: _Optional[float] = ..., recycle_ratio: _Optional[float] = ...) -> None: ...
+    certainty: float
+    def __init__(self, relevance_weight: _Optional[float] = ..., relevance_power: _Optional[float] = ..., layer: _Optional[int] = ..., num_layers: _Optional[int] = ..., important_ratio: _Optional[float] = ..., contextual_ratio: _Optional[float] = ..., threshold: _Optional[float] = ..., temperature: _Optional[float] = ..., hops: _Optional[int] = ..., global_threshold: _Optional[float] = ..., entropy_weight: _Optional[float] = ..., spatial_weight: _Optional[float] = ..., central_weight: _Optional[float] = ..., recovered_ratio: _Optional[float] = ..., rounds: _Optional[int] = ..., transport_temperature: _Optional[float] = ..., cascade_ratio: _Optional[float] = ..., late_exit_threshold: _Optional[float] = ..., recycle_ratio: _Optional[float] = ..., certainty: _Optional[float] = ...) -> None: ...
 
 class GenerateResponse(_message.Message):
     __slots__ = ("request_id", "model_id", "model_revision", "text", "token_ids", "logprobs", "finish_reason", "matched_stop_string", "matched_stop_token_id", "usage", "cross_kv_bytes", "timings", "seed", "selections", "choices")

@@ -48,7 +48,7 @@ from trimserve.v1 import model_pb2, model_pb2_grpc
 
 __all__ = ["main"]
 
-_RESULTS = Path(__file__).parents[3] / "results"
+_RESULTS = Path(__file__).parents[3] / "benchmarks/results"
 _MAX_GROWTH = 0.03
 _MAX_ANSWER_SECONDS = 0.1
 """For 99 of 100 onlookers."""

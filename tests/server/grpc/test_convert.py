@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 import grpc
 import pytest
@@ -35,13 +36,13 @@ class Bad:
 
 def sampling(field: str, bound: str, **fields: object) -> Bad:
     request = chat_request()
-    request.sampling.CopyFrom(pb.SamplingParams(**fields))  # type: ignore[arg-type]
+    request.sampling.CopyFrom(pb.SamplingParams(**fields))  # type: ignore[arg-type]  # fields of every type
     return Bad(f"sampling.{field}", bound, request)
 
 
 def trim(field: str, bound: str, **fields: object) -> Bad:
     request = chat_request()
-    request.trim.CopyFrom(pb.TrimOptions(**fields))  # type: ignore[arg-type]
+    request.trim.CopyFrom(pb.TrimOptions(**fields))  # type: ignore[arg-type]  # fields of every type
     return Bad(f"trim.{field}", bound, request)
 
 
@@ -50,7 +51,7 @@ def chat(field: str, bound: str, *messages: pb.Message) -> Bad:
 
 
 def top(field: str, bound: str, **fields: object) -> Bad:
-    return Bad(field, bound, pb.GenerateRequest(**fields))  # type: ignore[arg-type]
+    return Bad(field, bound, pb.GenerateRequest(**fields))  # type: ignore[arg-type]  # fields of every type
 
 
 def parts(*parts: pb.Part) -> pb.Message:
@@ -62,6 +63,7 @@ def image(size: int) -> pb.Part:
 
 
 TEXT = pb.Part(text="a")
+NO_ROLE = cast("pb.Role", 9)
 CHAT = chat_request().chat
 
 BAD = [
@@ -94,7 +96,7 @@ BAD = [
     chat("", "at most 4096 parts in all, got 4098", *[parts(TEXT, TEXT)] * 2049),
     chat("", "at most 3 images in all, got 4", parts(image(1), image(1)), parts(image(1), image(1))),
     chat("[0].role", "ROLE_SYSTEM, ROLE_USER, ROLE_ASSISTANT, got 0", pb.Message(parts=[TEXT])),
-    chat("[1].role", "ROLE_ASSISTANT, got 9", parts(TEXT), pb.Message(role=9, parts=[TEXT])),  # type: ignore[arg-type]
+    chat("[1].role", "ROLE_ASSISTANT, got 9", parts(TEXT), pb.Message(role=NO_ROLE, parts=[TEXT])),
     chat("[0].parts", "at least 1 part, got 0", parts()),
     chat("[0].parts[1]", "one of text and image, got neither", parts(TEXT, pb.Part())),
     chat("[0].parts[0].image.data", "1 to 1000 bytes, got 0", parts(image(0))),
@@ -295,7 +297,7 @@ def test_raw_and_token_prompts_take_their_images_from_the_request(
     fields: dict[str, object], prompt: Callable[[tuple[ImageFile, ...]], RawPrompt | TokenPrompt]
 ) -> None:
     images = [pb.Image(data=b"x", mime_type="image/png")]
-    request = pb.GenerateRequest(images=images, **fields)  # type: ignore[arg-type]
+    request = pb.GenerateRequest(images=images, **fields)  # type: ignore[arg-type]  # fields of every type
     wanted = prompt((ImageFile(b"x"),))
     got = converted(request).prompt
     assert got == wanted
@@ -315,7 +317,7 @@ def test_raw_and_token_prompts_take_their_images_from_the_request(
 )
 def test_a_constraint_arrives_as_it_was_sent(fields: dict[str, object], constraint: object) -> None:
     request = chat_request()
-    request.MergeFrom(pb.GenerateRequest(**fields))  # type: ignore[arg-type]
+    request.MergeFrom(pb.GenerateRequest(**fields))  # type: ignore[arg-type]  # fields of every type
     assert converted(request).constraint == constraint
 
 
@@ -342,7 +344,7 @@ def test_a_constraint_arrives_as_it_was_sent(fields: dict[str, object], constrai
 )
 def test_a_constraint_out_of_bounds_is_refused(fields: dict[str, object], field: str, bound: str) -> None:
     request = chat_request()
-    request.MergeFrom(pb.GenerateRequest(**fields))  # type: ignore[arg-type]
+    request.MergeFrom(pb.GenerateRequest(**fields))  # type: ignore[arg-type]  # fields of every type
     with pytest.raises(InvalidRequest) as refused:
         converted(request)
     assert refused.value.field == field

@@ -271,7 +271,7 @@ async def test_large_messages_are_converted_beside_the_event_loop(
             seen.append(True)
         else:
             seen.append(False)
-        return to_generation_request(*arguments)  # type: ignore[arg-type]
+        return to_generation_request(*arguments)  # type: ignore[arg-type]  # passed on as they come
 
     monkeypatch.setattr(services, "to_generation_request", spy)
     assert (await loopback.generation.Generate(pb.GenerateRequest(raw_prompt="x" * size))).text

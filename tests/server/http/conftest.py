@@ -34,7 +34,7 @@ class Door:
 @asynccontextmanager
 async def open_door(runner: FakeRunner | None = None, *, token: str = "none", **knobs: object) -> AsyncIterator[Door]:
     """A server with knobs of its own."""
-    settings = {"port": 0, "http_port": 0, "metrics": False, **knobs}
+    settings = {"port": 0, "http_port": 0, "metrics_port": 0, **knobs}
     config = Config(engine=CONFIG.engine, server=ServerConfig.model_validate(settings))
     runner = runner or FakeRunner()
     async with running_server(make_server(runner, config)) as server:

@@ -131,4 +131,4 @@ def test_a_broken_image_is_named_as_openai_does(client: OpenAI) -> None:
     messages: Any = [{"role": "user", "content": [broken]}]
     with pytest.raises(Exception, match="image") as caught:
         client.chat.completions.create(model=model.id, messages=messages)
-    assert caught.value.param == "messages[0].content[0].image_url.url"  # type: ignore[attr-defined]
+    assert caught.value.param == "messages[0].content[0].image_url.url"  # type: ignore[attr-defined]  # of its own

@@ -136,7 +136,7 @@ async def test_five_hundred_idle_connections_hold_up_no_door(door: Door) -> None
 
 
 async def test_beyond_the_bound_the_oldest_idle_connection_makes_room(door: Door) -> None:
-    door.server._transports[1]._connections.most = 2  # type: ignore[attr-defined]
+    door.server._transports[1]._connections.most = 2  # type: ignore[attr-defined]  # of HttpTransport
     async with connected(door.address) as oldest, connected(door.address) as older:
         assert await served(door) == 200
         assert await oldest.is_closed()
@@ -146,7 +146,7 @@ async def test_beyond_the_bound_the_oldest_idle_connection_makes_room(door: Door
 
 async def test_beyond_the_bound_nobody_who_waits_for_an_answer_is_closed() -> None:
     async with open_door(FakeRunner([*CHUNKS[:2], Pause.UNTIL_RELEASED, *CHUNKS[2:]])) as door:
-        door.server._transports[1]._connections.most = 1  # type: ignore[attr-defined]
+        door.server._transports[1]._connections.most = 1  # type: ignore[attr-defined]  # of HttpTransport
         async with connected(door.address) as busy:
             busy.post(HELLO)
             await soon(door.runner.paused.wait())

@@ -7,19 +7,22 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tests.trimming.policies.trained import drawn_modules
 from trimserve.api.trim import FixedCount, FixedRatio, TrimRequest
 from trimserve.trimming.budget import Allowance
 from trimserve.trimming.encoded_image import EncodedImage, Observation
 from trimserve.trimming.plan import TrimPlan, select
+from trimserve.trimming.policies.exit import Exit
 from trimserve.trimming.policies.policy import AfterFirstLayer, BeforeDecoder, Choice, CrossAttentionView, Policy
 from trimserve.trimming.policies.sparsevlm import SparseVLM
 from trimserve.trimming.policies.table import POLICIES
+from trimserve.trimming.trained import Shape
 
 SIZE = 10
 """Features of a tile: a class token and 3 x 3 patches."""
 
 ASKED: dict[str, Policy] = {
-    **{name: policy() for name, policy in POLICIES.items()},
+    **{name: policy() for name, policy in POLICIES.items() if policy is not Exit},  # which chooses no features
     "sparsevlm, recycling": SparseVLM(recycle_ratio=1.0),
 }
 NAMES = list(ASKED)
@@ -50,14 +53,16 @@ def encoded(image: Tensor) -> EncodedImage:
         "vision_states": image.view(len(image), 2, 8).transpose(0, 1),
         "patch_entropy": image[:, 0].abs(),
     }
-    return EncodedImage(image, SIZE, 2, observed, prototypes=F.normalize(torch.eye(3, 16) + 0.1, dim=1))
+    prototypes = F.normalize(torch.eye(3, 16) + 0.1, dim=1)
+    return EncodedImage(image, SIZE, 2, observed, prototypes, trained=drawn_modules(Shape(16, SIZE, 2, 5)))
 
 
 def choices(name: str, allowance: Allowance, *images: Tensor) -> list[Choice]:
     """What a policy keeps of each image of one request."""
     policy = ASKED[name]
     if isinstance(policy, BeforeDecoder):
-        return [policy.choose(encoded(image), allowance) for image in images]
+        text = torch.linspace(-1, 1, 16)
+        return [policy.choose_for(encoded(image), allowance, text) for image in images]
     assert isinstance(policy, AfterFirstLayer)
     return [policy.choose(image, allowance) for image in layer_of(*images).images()]
 

@@ -7,14 +7,17 @@ import torch
 from torch import Tensor
 
 from benchmarks.measure import peak_extra_bytes
+from tests.trimming.policies.trained import drawn_modules
 from trimserve.api.trim import FixedRatio
 from trimserve.trimming.budget import Allowance
 from trimserve.trimming.encoded_image import EncodedImage, Observation
 from trimserve.trimming.merging import group_dropped
 from trimserve.trimming.plan import scratch_bytes
+from trimserve.trimming.policies.exit import Exit
 from trimserve.trimming.policies.policy import AfterFirstLayer, BeforeDecoder, CrossAttentionView, Policy
 from trimserve.trimming.policies.sparsevlm import SparseVLM
 from trimserve.trimming.policies.table import POLICIES
+from trimserve.trimming.trained import Shape
 
 TILES, SIZE, WIDTH = 4, 785, 512
 """A tile of 28 x 28 patches."""
@@ -36,7 +39,8 @@ def encoded() -> EncodedImage:
         "vision_states": rows.view(len(rows), 2, -1).transpose(0, 1),
         "patch_entropy": rows[:, 0].abs(),
     }
-    return EncodedImage(rows, SIZE, 2, observed, prototypes=rows[:64])
+    trained = drawn_modules(Shape(WIDTH, SIZE, 2, 1 + 9 * 9))
+    return EncodedImage(rows, SIZE, 2, observed, prototypes=rows[:64], trained=trained)
 
 
 def layer() -> CrossAttentionView:
@@ -47,12 +51,15 @@ def layer() -> CrossAttentionView:
     )
 
 
-@pytest.mark.parametrize("policy", [*(policy() for policy in POLICIES.values()), SparseVLM(recycle_ratio=1.0)], ids=str)
+CHOOSING = [policy() for policy in POLICIES.values() if policy is not Exit]
+
+
+@pytest.mark.parametrize("policy", [*CHOOSING, SparseVLM(recycle_ratio=1.0)], ids=str)
 def test_a_policy_takes_no_more_than_is_set_aside(policy: Policy) -> None:
     allowance = Allowance(FixedRatio(0.1))
     if isinstance(policy, BeforeDecoder):
         image = encoded()
-        assert_set_aside(lambda: policy.choose(image, allowance).kept)
+        assert_set_aside(lambda: policy.choose_for(image, allowance, image.features[0]).kept)
     else:
         assert isinstance(policy, AfterFirstLayer)
         [seen] = layer().images()

@@ -22,6 +22,7 @@ from trimserve.trimming.budget import Allowance, HeadRatio
 from trimserve.trimming.encoded_image import Choice, EncodedImage, Observation
 from trimserve.trimming.policies.headwise import choose_headwise
 from trimserve.trimming.policies.view import CrossAttentionView, SeenImage
+from trimserve.trimming.trained import Trained
 
 __all__ = [
     "AfterFirstLayer",
@@ -67,6 +68,10 @@ class Policy(ABC):
     """What it wants to know of the vision layers."""
     knob: ClassVar[str] = ""
     """Knob of `ModelConfig` without which it cannot be asked; empty if it needs none."""
+    trained: ClassVar[type[Trained] | None] = None
+    """What it has to learn; None if it chooses by a formula."""
+    reads_text: ClassVar[bool] = False
+    """Whether it looks at the question although it is asked before the decoder."""
 
     @property
     def trims_later_layers(self) -> bool:
@@ -101,7 +106,7 @@ class Policy(ABC):
             name=cls.name,
             summary=" ".join((cls.__doc__ or "").split("\n\n")[0].split()),
             is_before_decoder=is_before,
-            needs=tuple(sorted(cls.needs)) if is_before else ("text",),
+            needs=tuple(sorted(cls.needs)) if is_before and not cls.reads_text else ("text",),
             budgets=cls.budgets,
             parameters=tuple(ParameterInfo(name=each.name, default=each.default, **each.metadata) for each in own),  # type: ignore[arg-type]  # every parameter has a default
             knob=cls.knob,
@@ -142,6 +147,16 @@ class BeforeDecoder(Policy):
     @abstractmethod
     def choose(self, image: EncodedImage, allowance: Allowance) -> Choice:
         """Choose the features of one image that the decoder gets."""
+
+    def choose_for(self, image: EncodedImage, allowance: Allowance, text: Tensor) -> Choice:  # noqa: ARG002 - most read none
+        """Choose for one question, if it `reads_text`.
+
+        Args:
+            image: see `choose`.
+            allowance: see `choose`.
+            text: float32 [D], mean embedding of the prompt's tokens from the image on.
+        """
+        return self.choose(image, allowance)
 
 
 def parameter(

@@ -1,7 +1,7 @@
 """What a policy sees after a cross-attention layer: queries, keys and features of one request's images."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
 from typing import Final
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from trimserve import ops
+from trimserve.trimming.trained import Trained
 
 __all__ = ["CrossAttentionView", "SeenImage"]
 
@@ -45,6 +46,8 @@ class CrossAttentionView:
     """[S, D], what the layer's gated attention added to them; None when a guide looks."""
     log_sums: Tensor | None = None
     """float32 [H, S], see `ops.attention`; None if they are not known."""
+    trained: Mapping[str, Trained] = field(default_factory=dict)
+    """What the model's policies have learned, by their names."""
 
     @cached_property
     def scores(self) -> Tensor:

@@ -1,11 +1,11 @@
 """Looks for one way of trimming that is good for every kind of picture, on questions of their own.
 
-    python -m benchmarks.choose_default [--questions 600] [--model DIR] [--out FILE]
+    python -m benchmarks.bench_default [--questions 600] [--model DIR] [--out FILE]
 
 Candidates hold equally many rows, merged ones counted. At each budget the one is taken whose worst kind of picture
 loses least, on questions drawn with another seed than those that it is then measured on; beside it stand the paper's
 rule, which drops, and both controls. `calibrated` is the k_ratio that `trimserve eval --calibrate` finds without
-knowing what is right.
+knowing what is right. No times are measured: a busy machine does no harm.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,22 +17,20 @@ from typing import Any, Final
 import numpy as np
 import torch
 
-from benchmarks.report import finish, options
+from benchmarks.pictures import interval, load
+from benchmarks.report import finish, markdown, options
 from training.examples import PICTURES
 from training.heldout import write_held_out
 from trimserve.api.trim import FixedRatio, TrimRequest
-from trimserve.config import EngineConfig, ModelConfig
 from trimserve.evaluation.curve import calibrate, measure_curve
 from trimserve.evaluation.dataset import ALL_KINDS, Question, describe_questions, load_questions
 from trimserve.evaluation.in_process import InProcess
 from trimserve.evaluation.report import Row, variant
-from trimserve.model.loading import load_model
 
-__all__ = ["CANDIDATES", "ROWS", "Candidate", "best", "main"]
+__all__ = ["Candidate", "best", "main", "table"]
 
-ROWS: Final = (0.22, 0.33, 0.5)
+_ROWS: Final = (0.22, 0.33, 0.5)
 """Rows held, as shares of an image's features."""
-
 _MAX_KL = 0.02
 _SEED = 3  # of the questions to choose by; those of the comparison have 0
 
@@ -62,11 +60,10 @@ class Candidate:
         )
 
 
-PUBLISHED = Candidate("trimmed")
-_CONTROLS = (Candidate("random", 0.1), Candidate("strided", 0.1))
-
-CANDIDATES: Final = (
-    PUBLISHED,
+_PUBLISHED: Final = Candidate("trimmed")
+_CONTROLS: Final = (Candidate("random", 0.1), Candidate("strided", 0.1))
+_CANDIDATES: Final = (
+    _PUBLISHED,
     *(Candidate("trimmed", merge_ratio) for merge_ratio in (0.05, 0.1, 0.15)),
     *(Candidate("cls", merge_ratio) for merge_ratio in (0.05, 0.1, 0.15)),
     Candidate("mmr", 0.1),
@@ -75,37 +72,6 @@ CANDIDATES: Final = (
     *_CONTROLS,
 )
 """What is tried. The slow policies that choose before the decoder are not: docs/policies.md."""
-
-
-def main() -> None:
-    """Choose, measure, write."""
-    parser = options(__doc__, "pictures/default.json")
-    parser.add_argument("--questions", type=int, default=600)
-    parser.add_argument("--model", help="folder; default: the embedded model")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    model = InProcess(load_model(ModelConfig(model=arguments.model), EngineConfig()))
-    with TemporaryDirectory() as folder:
-        own, compared = (
-            load_questions(write_held_out(Path(folder) / str(seed), arguments.questions, seed, PICTURES))
-            for seed in (_SEED, 0)
-        )
-        tried = list(_measure(model, own, CANDIDATES))
-        calibrated = calibrate(model, own[: len(own) // 3], _MAX_KL, TrimRequest(merge_ratio=0.1))
-        chosen = {rows: best([each for each in tried if each["rows"] == rows]) for rows in ROWS}
-        named = {candidate.name: candidate for candidate in CANDIDATES}
-        shown = dict.fromkeys([PUBLISHED.name, *chosen.values(), *(control.name for control in _CONTROLS)])
-        measured = list(_measure(model, compared, [named[name] for name in shown]))
-    figures = {
-        "model": model.describe(),
-        "chosen_by": describe_questions(own),
-        "data": describe_questions(compared),
-        "chosen": [{"rows": rows, "name": name} for rows, name in chosen.items()],
-        "calibrated": {"max_kl": _MAX_KL, "merge_ratio": 0.1, **asdict(calibrated)},
-        "tried": tried,
-        "measured": measured,
-    }
-    finish("default", arguments.out, figures)
 
 
 def best(tried: Sequence[dict[str, Any]]) -> str:
@@ -122,7 +88,7 @@ def _measure(
     model: InProcess, questions: Sequence[Question], candidates: Sequence[Candidate]
 ) -> Iterator[dict[str, Any]]:
     """Changes from untrimmed by kind of picture, for each candidate and budget."""
-    settings = [(candidate, rows) for candidate in candidates for rows in ROWS]
+    settings = [(candidate, rows) for candidate in candidates for rows in _ROWS]
     report = measure_curve(model, questions, [candidate.holding(rows) for candidate, rows in settings])
     num_kinds = len(report.rows) // (len(settings) + 1)
     for index, (candidate, rows) in enumerate(settings, start=1):
@@ -130,6 +96,61 @@ def _measure(
         changes = {row.kind: asdict(row.accuracy_change) for row in of_setting if row.kind != ALL_KINDS}
         held = float(np.mean([row.kept_fraction for row in of_setting if row.kind == ALL_KINDS]))
         yield {"name": candidate.name, "rows": rows, "held": round(held, 4), "changes": changes}
+
+
+def table(report: dict[str, Any]) -> str:
+    """What the chosen, the published and the blind ways lose by kind of picture, as Markdown."""
+    chosen = {(each["rows"], each["name"]) for each in report["chosen"]}
+    names = {name for _, name in chosen}
+    kinds = list(report["measured"][0]["changes"])
+    rows = []
+    for each in sorted(report["measured"], key=lambda each: float(each["rows"])):
+        is_chosen = (each["rows"], each["name"]) in chosen
+        if is_chosen or each["name"] not in names:
+            shown = f"**{each['name']}**" if is_chosen else each["name"]
+            changes = (interval(each["changes"][kind]) for kind in kinds)
+            rows.append([f"{each['rows']:.0%}", shown, f"{each['held']:.0%}", *changes])
+    found = report["calibrated"]
+    last = next(probe for probe in found["probes"] if probe["k_ratio"] == found["k_ratio"]) if found["probes"] else None
+    share = "" if last is None else f", which holds {last['kept_fraction']:.0%}"
+    calibrated = f"Calibrated for a KL of {found['max_kl']:g}: `k_ratio` {found['k_ratio']:g}{share}."
+    asked = f"{report['data']['num_questions']:,} questions, others than those it was chosen by; points from untrimmed."
+    return f"{markdown(['rows', 'way', 'holds', *kinds], rows, words=2)}\n\n{asked} {calibrated}"
+
+
+def main() -> None:
+    """Choose, measure, write, tell."""
+    parser = options(__doc__, "pictures/default.json")
+    parser.add_argument("--questions", type=int, default=600)
+    parser.add_argument("--model", help="folder; default: the embedded model")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    model = load(arguments.model)
+    with TemporaryDirectory() as folder:
+        own, compared = (
+            load_questions(write_held_out(Path(folder) / str(seed), arguments.questions, seed, PICTURES))
+            for seed in (_SEED, 0)
+        )
+        found = {
+            "model": model.describe(),
+            "chosen_by": describe_questions(own),
+            "data": describe_questions(compared),
+            **_choose(model, own, compared),
+        }
+    print(table(finish("default", arguments.out, found)))
+
+
+def _choose(model: InProcess, own: Sequence[Question], compared: Sequence[Question]) -> dict[str, Any]:
+    tried = list(_measure(model, own, _CANDIDATES))
+    chosen = {rows: best([each for each in tried if each["rows"] == rows]) for rows in _ROWS}
+    shown = {_PUBLISHED.name, *chosen.values(), *(control.name for control in _CONTROLS)}
+    calibrated = calibrate(model, own[: len(own) // 3], _MAX_KL, TrimRequest(merge_ratio=0.1))
+    return {
+        "chosen": [{"rows": rows, "name": name} for rows, name in chosen.items()],
+        "calibrated": {"max_kl": _MAX_KL, "merge_ratio": 0.1, **asdict(calibrated)},
+        "tried": tried,
+        "measured": list(_measure(model, compared, [each for each in _CANDIDATES if each.name in shown])),
+    }
 
 
 if __name__ == "__main__":
