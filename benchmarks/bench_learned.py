@@ -172,7 +172,7 @@ def _card(file: Path) -> dict[str, Any]:
     """What a training came to."""
     with safe_open(file, framework="pt") as content:
         card = json.loads(content.metadata()["trimserve"])
-        sizes = [content.get_tensor(name).numel() for name in content.keys()]  # noqa: SIM118 - no mapping
+        sizes = [content.get_tensor(name).numel() for name in content.keys()]  # noqa: SIM118  # no mapping
     (_, before), (_, after) = card["curve"][0], card["curve"][-1]
     told = {"method": card["method"], "rows": card["rows"], "steps": card["training"]["steps"]}
     return {**told, "weights": sum(sizes), "loss_before": before, "loss_after": after}

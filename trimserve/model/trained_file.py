@@ -139,7 +139,8 @@ def _read(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         with safe_open(file, framework="pt") as content:
             card = json.loads((content.metadata() or {}).get(_METADATA, "null"))
-            tensors = {name: content.get_tensor(name).to(torch.float32) for name in content.keys()}  # noqa: SIM118 - no mapping
+            names = content.keys()
+            tensors = {name: content.get_tensor(name).to(torch.float32) for name in names}
     except (OSError, SafetensorError, ValueError) as error:
         raise CheckpointError(f"compressor {file}: cannot be read: {error}") from error
     if not isinstance(card, dict) or not isinstance(card.get("method"), str):
