@@ -47,7 +47,7 @@ class WiCoRows(Compressor):
     def made(self, patches: Tensor, regions: Regions, text: Tensor | None) -> tuple[Tensor, Tensor]:  # noqa: ARG002 - reads no text
         """See `Compressor.made`."""
         tiles = self.norm(patches).unflatten(1, (-1, len(self.windows)))
-        inside = self.joined.bias
+        inside: Tensor = self.joined.bias
         places = zip(self.joined.weight.split(self.shape.width, 1), self.slots.T, self.is_filled.T, strict=True)
         for weight, slot, is_filled in places:  # one place of all windows
             inside = inside + F.linear(tiles[:, :, slot] * is_filled[:, None], weight)
