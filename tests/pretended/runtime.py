@@ -26,6 +26,7 @@ def pretended_device() -> Iterator[Device]:
     library.trimserve_num_launches.restype = ctypes.c_uint64
     device = Device(library.trimserve_num_launches)
     torch._C._set_only_lift_cpu_tensors(True)  # `torch.tensor(..., device="cuda")` is a copy from the host
+    torch.__future__.set_overwrite_module_params_on_conversion(True)  # a parameter cannot become another class
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "Generator", _Generator)
         patch.setattr(torch.cuda, "_lazy_init", lambda: None)
@@ -49,6 +50,7 @@ def pretended_device() -> Iterator[Device]:
                 yield device
         finally:
             torch._C._set_only_lift_cpu_tensors(False)
+            torch.__future__.set_overwrite_module_params_on_conversion(False)
 
 
 class _Generator(torch.Generator):
