@@ -68,8 +68,7 @@ def server_process(
     command = [str(python), "-m", "trimserve", "serve", "--port", "0", "--metrics-port", "0", *options]
     with (
         tempfile.TemporaryFile("w+") if log is None else log.open("w+") as written,
-        # In a group of its own: Ctrl-C is for who started it, and ends it through this block.
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=written, text=True, process_group=0) as process,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=written, text=True) as process,
     ):
         try:
             assert process.stdout is not None
