@@ -27,7 +27,9 @@ from trimserve.evaluation.dataset import ALL_KINDS, Question, load_questions
 from trimserve.evaluation.in_process import InProcess
 from trimserve.evaluation.progress import progress
 from trimserve.evaluation.report import UNTRIMMED_POLICY, Row
-from trimserve.model.loading import load_model
+from trimserve.model.loading import describe_model, load_model
+from trimserve.model.trained_file import save_trained, shape_of
+from trimserve.trimming.policies.tokenpacker import TokenPackerRows
 
 __all__ = ["main", "table"]
 
@@ -42,6 +44,8 @@ _MERGED: Final = {"11": (0.016, 0.09), "22": (0.12, 0.09)}
 
 _CHOOSING: Final = ("cls", "vispruner", "gprune", "trimmed", "sparsevlm", "mmr")
 _ROUTER: Final = "exit"
+_UNTRAINED: Final = "tokenpacker"
+"""Every method that groups alike patches is the same before training."""
 _STEPS: Final = 125
 _SEED: Final = 1
 """Of the questions to learn from."""
@@ -56,10 +60,15 @@ def table(report: dict[str, Any]) -> str:
         head = ["policy", "holds", "exact match", "beside untrimmed, points", "KL", "weights", "loss"]
         asked = f"{report['questions']:,} questions, untrimmed {untrimmed['accuracy']:.1%}"
         tables.append(f"About {share} % of the rows; {asked}:\n\n{markdown(head, lines)}")
-    [leaving] = (row for row in report["rows"]["11"] if row["policy"] == _ROUTER)
-    [router] = (each for each in report["trained"] if each["method"] == _ROUTER)
-    told = f"`exit`, which holds all rows of the first layer: {leaving['accuracy']:.1%}, KL {leaving['divergence']:.3f}"
-    return "\n\n".join([*tables, f"{told}; {router['weights']:,} weights, loss {_loss(router)}."])
+    return "\n\n".join([*tables, *_exit_told(report)])
+
+
+def _exit_told(report: dict[str, Any]) -> Iterator[str]:
+    """A sentence on the router, which makes no rows."""
+    routers = [each for each in report["trained"] if each["method"] == _ROUTER]
+    for row in (row for row in report["rows"]["11"] if row["policy"] == _ROUTER):
+        told = f"`exit`, which holds all rows of the first layer: {row['accuracy']:.1%}, KL {row['divergence']:.3f}"
+        yield f"{told}; {routers[0]['weights']:,} weights, loss {_loss(routers[0])}."
 
 
 def _line(row: dict[str, Any], trained: Sequence[dict[str, Any]]) -> list[str]:
@@ -67,7 +76,7 @@ def _line(row: dict[str, Any], trained: Sequence[dict[str, Any]]) -> list[str]:
     learned = [f"{size[0]['weights']:,}", _loss(size[0])] if size else ["", ""]
     low, high = row["change_interval"]
     change = f"{100 * row['change']:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
-    name = f"`{row['name']}`{', merged' if row['merge_ratio'] else ''}"
+    name = row["name"] if row["policy"] == "untrained" else f"`{row['name']}`{', merged' if row['merge_ratio'] else ''}"
     return [name, f"{row['held']:.1%}", f"{row['accuracy']:.1%}", change, f"{row['divergence']:.3f}", *learned]
 
 
@@ -101,7 +110,21 @@ def _asked(share: str, questions: Sequence[Question], files: tuple[Path, ...]) -
     with progress(f"questions, {share} %", len(questions)) as advance:
         report = measure_curve(answerer, questions, [*_trims(share)], on_question=advance)
     rows = [_figures(row, _ROWS[share].get(row.policy, 0)) for row in report.rows if row.kind == ALL_KINDS]
-    return sorted(rows, key=lambda row: -row["accuracy"])
+    return sorted([*rows, _untrained(share, questions)], key=lambda row: -row["accuracy"])
+
+
+def _untrained(share: str, questions: Sequence[Question]) -> dict[str, Any]:
+    """What the means of alike patches come to, which training starts from."""
+    info = describe_model(ModelConfig(), EngineConfig())
+    module = TokenPackerRows(shape_of(info, _ROWS[share][_UNTRAINED]))
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / "file"
+        save_trained(file, _UNTRAINED, module, info, "inputs", [], {})
+        answerer = InProcess(load_model(ModelConfig(compressor=(file,)), EngineConfig()))
+        with progress(f"questions, {share} %, untrained", len(questions)) as advance:
+            report = measure_curve(answerer, questions, [TrimRequest(policy=_UNTRAINED)], on_question=advance)
+    [row] = (row for row in report.rows if (row.policy, row.kind) == (_UNTRAINED, ALL_KINDS))
+    return {**_figures(row, 0), "policy": "untrained", "name": "means of alike patches"}
 
 
 def _figures(row: Row, rows: int) -> dict[str, Any]:
@@ -149,7 +172,7 @@ def _card(file: Path) -> dict[str, Any]:
     """What a training came to."""
     with safe_open(file, framework="pt") as content:
         card = json.loads(content.metadata()["trimserve"])
-        sizes = [content.get_tensor(name).numel() for name in content.keys()]  # noqa: SIM118
+        sizes = [content.get_tensor(name).numel() for name in content.keys()]  # noqa: SIM118  # no mapping
     (_, before), (_, after) = card["curve"][0], card["curve"][-1]
     told = {"method": card["method"], "rows": card["rows"], "steps": card["training"]["steps"]}
     return {**told, "weights": sum(sizes), "loss_before": before, "loss_after": after}

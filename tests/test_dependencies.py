@@ -74,7 +74,9 @@ def test_every_locked_release_has_hashes(name: str) -> None:
 
 @pytest.mark.parametrize("name", FILES)
 def test_no_lock_brings_torch_or_cuda(name: str) -> None:
-    assert not [each for each in pins(name) if each in {"torch", "triton"} or each.startswith("nvidia-")]
+    allowed = {"nvidia-cuda-nvdisasm"}  # a program that reads what the compiler made, and brings nothing else
+    cuda = {each for each in pins(name) if each in {"torch", "triton"} or each.startswith("nvidia-")}
+    assert cuda <= allowed
 
 
 @pytest.mark.parametrize("name", ["serve.txt", "build.txt"])

@@ -44,7 +44,7 @@ MAY_IMPORT = {
     "serve": {*PLAIN, *ARROW, "imaging", "server", "server/grpc", "server/http"},
     "client": {"loopback", "v1"},
     "options": set(),
-    "connection": {"client", "options"},
+    "connection": {"client", "options", "refusal"},
     "knobs": {"config", "options"},
     "refusal": set(),
     "image_files": {"errors", "refusal", "v1"},
@@ -60,7 +60,7 @@ MAY_IMPORT = {
         *("batch", "client", "connection", "explain", "image_files", "knobs", "options", "planner", "playground"),
         *("refusal", "v1"),
     },
-    "cli": {"batch", "commands", "distillation", "engine", "environment", "errors", "evaluation"},
+    "cli": {"batch", "commands", "distillation", "engine", "environment", "errors", "evaluation", "refusal"},
     "__main__": {"cli"},
 }
 """Parts of the package by the part that may import them."""

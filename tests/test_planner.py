@@ -155,7 +155,7 @@ def test_what_is_left_must_hold_cached_images_and_the_encoder(llama_11b: Path) -
         (("--gpu-memory", "much"), "must be a size such as 24GiB, got 'much'"),
         (("--gpu-memory", "1GiB", "--device", "cpu"), "is not for --device cpu"),
         (("--memory", "1GiB", "--kept-fraction", 0), "must be in (0, 1], got 0.0"),
-        (("--memory", "1GiB", "--bandwidth", 0), "must be above 0, got 0.0"),
+        (("--memory", "1GiB", "--bandwidth", 0), "must be above 0 and finite, got 0.0"),
         (("--memory", "1GiB", "--tokens", 9999), "--tokens: must be at most 2048, got 9999"),
         (("--memory", "1GiB", "--images", 9), "--images: must be at most 8, got 9"),
         (("--memory", "1GiB", "--kv-layers-per-page", 2), "--kv-layers-per-page: must divide 3"),

@@ -55,11 +55,19 @@ __all__ = [
 ]
 
 
+_MAX_LOGGED_CHARS = 100
+
+
 class TrimserveError(Exception):
     """Root of the tree; never raised itself."""
 
     reason: str = "UNSPECIFIED"
     """Stable upper-snake-case word for machines, sent as `ErrorInfo.reason`."""
+
+    @property
+    def log_fields(self) -> dict[str, str]:
+        """What logs tell of it: not its text, which may quote the request."""
+        return {"reason": self.reason}
 
 
 class InvalidRequest(TrimserveError):
@@ -77,6 +85,11 @@ class InvalidRequest(TrimserveError):
         super().__init__(f"{field}: {message}")
         self.field = field
         self.message = message
+
+    @property
+    def log_fields(self) -> dict[str, str]:
+        """Also where it is, within bounds: a client chooses what it calls a field that nobody knows."""
+        return {"reason": self.reason, "field": self.field[:_MAX_LOGGED_CHARS]}
 
 
 class MessageTooLarge(TrimserveError):

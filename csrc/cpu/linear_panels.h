@@ -1,5 +1,6 @@
-// Panels of linear_many.cpp: kVectors * kWidth outputs of a weight, a part of K long, as they are multiplied: where a lane
-// is an output. Quantized weights are the stored integers, which bfloat16 holds too; scales multiply the sums of a group.
+// Panels of linear_many.cpp: kVectors * kWidth outputs of a weight, a part of K long, as they are multiplied: where a
+// lane is an output. Quantized weights are the stored integers, which bfloat16 holds too; scales multiply the sums of a
+// group.
 
 #pragma once
 

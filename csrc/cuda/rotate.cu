@@ -1,7 +1,7 @@
 // rotate, rotate_write_kv: rotary position embedding, in place; keys and values to their pages on the way.
 //   heads [R, H, Dh], the heads of a row contiguous     cosines, sines [R, Dh / 2] float32
 //   slots [R] int64     pages [P, G, 2, Hkv, 16, Dh], one layer
-//   Rotates the pair of elements (d, d + Dh / 2) of each head in row r by angle (r, d). Of rotate_write_kv the heads are
+//   Rotates the pair of elements (d, d + Dh / 2) of each head in row r by angle (r, d). Heads of rotate_write_kv are
 //   queries, keys and values; keys and values also go to page slots[r] / 16, offset slots[r] % 16. A thread takes 16
 //   bytes of either half of a head, or an element where alignment does not allow it; in float32. Blocks take a part of
 //   a row. Bound by memory bandwidth, in a decode step by its launch: what is one kernel here would be two.

@@ -25,10 +25,8 @@ class Panel:
 
 CERTIFICATE_END = "trimserve_tls_certificate_expiry_timestamp_seconds"
 FIRST_TOKEN, GAP = "trimserve_time_to_first_token_seconds", "trimserve_inter_token_latency_seconds"
-HELD, UNTRIMMED = (
-    total("trimserve_kv_cache_used_bytes", 'kind="cross"'),
-    total("trimserve_cross_kv_cache_untrimmed_bytes"),
-)
+HELD = total("trimserve_kv_cache_used_bytes", 'kind="cross"')
+UNTRIMMED = total("trimserve_cross_kv_cache_untrimmed_bytes")
 SAVED = f"1 - {HELD} / {UNTRIMMED}"
 FAILED = rate("trimserve_requests_total", 'finish_reason="error"') + " / " + rate("trimserve_requests_total")
 HITS, MISSES = rate("trimserve_image_cache_hits_total"), rate("trimserve_image_cache_misses_total")
@@ -156,12 +154,7 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             {"": rate("trimserve_recomputed_tokens_total")},
             "Work that preemptions cost. Much of it: raise kv_cache_bytes, or lower max_batch.",
         ),
-        Panel(
-            "Passes that read prompts",
-            "ops",
-            {"": rate("trimserve_prefill_passes_total")},
-            "Fewer than requests begin: small prompts that waited together shared a pass.",
-        ),
+        Panel("Prompt passes", "cps", {"": rate("trimserve_prefill_passes_total")}, "Small prompts share one."),
         Panel(
             "Drafts",
             "cps",

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import bench_layers, bench_policies
+from benchmarks import bench_layers, bench_learned, bench_policies
 from benchmarks.bench_policies import MOST_OF_PREFILL, RECOMMENDED
 from benchmarks.machine import about
 
@@ -19,6 +19,31 @@ def test_recommended_policies_take_little_of_a_prefill_also_where_the_rest_is_me
     shares = {(row["policy"], row["merge_ratio"] > 0): row["share_with_encoding"] for row in rows}
     for policy, is_merged in product(RECOMMENDED, (False, True)):
         assert shares[policy, is_merged] < MOST_OF_PREFILL
+
+
+def test_trained_rows_are_told_with_their_size_and_what_only_chooses_without() -> None:
+    def row(policy: str, rows: int, merge_ratio: float) -> dict[str, object]:
+        figures = {
+            "held": 0.125,
+            "accuracy": 0.9,
+            "change": -0.05,
+            "change_interval": [-0.06, -0.04],
+            "divergence": 0.5,
+        }
+        return {"policy": policy, "name": policy, "rows": rows, "merge_ratio": merge_ratio, **figures}
+
+    trained = [
+        {"method": method, "rows": rows, "weights": 1234, "loss_before": 0.5, "loss_after": 0.25}
+        for method, rows in (("quecc", 7), ("exit", 0))
+    ]
+    rows = [row("untrimmed", 0, 0.0), row("quecc", 7, 0.0), row("cls", 0, 0.09), row("exit", 0, 0.0)]
+    lines = bench_learned.table({"questions": 2000, "trained": trained, "rows": {"11": rows}}).splitlines()
+    assert lines[0] == "About 11 % of the rows; 2,000 questions, untrimmed 90.0%:"
+    assert lines[4:6] == [
+        "| `quecc` | 12.5% | 90.0% | -5.0 [-6.0, -4.0] | 0.500 | 1,234 | 0.500 → 0.250 |",
+        "| `cls`, merged | 12.5% | 90.0% | -5.0 [-6.0, -4.0] | 0.500 |  |  |",
+    ]
+    assert lines[-1].endswith("90.0%, KL 0.500; 1,234 weights, loss 0.500 → 0.250.")
 
 
 def test_the_table_calls_slow_what_takes_more_even_where_the_image_is_encoded() -> None:

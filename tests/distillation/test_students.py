@@ -1,5 +1,7 @@
 """What a student learns from is what a request gets: the same rows, weights and logits."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
@@ -7,13 +9,16 @@ from torch import Tensor
 from tests.tolerances import LOGITS
 from tests.trimming.policies.trained import drawn_modules
 from trimserve.api.trim import TrimRequest
+from trimserve.config import EngineConfig, ModelConfig
 from trimserve.distillation.batches import batch_of, epoch_order
 from trimserve.distillation.lessons import Lessons
 from trimserve.distillation.students import CompressorStudent, RouterStudent, divergence, student_of
+from trimserve.errors import CheckpointError
 from trimserve.evaluation.dataset import Question
 from trimserve.evaluation.in_process import prepare_question
 from trimserve.evaluation.pages import OwnPages
 from trimserve.model.interruptible import run_through
+from trimserve.model.loading import load_model
 from trimserve.model.mllama import Mllama
 from trimserve.model.trained_file import shape_of
 from trimserve.trimming.compressor import Compressor
@@ -92,8 +97,10 @@ def test_a_compressor_starts_as_a_mean_of_patches(model: Mllama, lessons: Lesson
     rows, group = student.module(tiles, tiles[:, 0, 0])
     assert group.unique().tolist() == [*range(num_rows)]
     expected = torch.stack([patches[0, group[0] == number].mean(dim=0) for number in range(num_rows)])
-    close = 0.05 if method == "registers" else 1e-5  # which look a little further from the beginning on
-    torch.testing.assert_close(rows[0], expected, atol=close, rtol=0)
+    if method == "registers":  # which look a little further from the beginning on
+        assert (rows[0] - expected).norm() < 0.2 * expected.norm()
+    else:
+        torch.testing.assert_close(rows[0], expected, atol=1e-5, rtol=0)
 
 
 def test_a_router_learns_whether_leaving_changes_the_answer(
@@ -121,6 +128,12 @@ def test_a_router_learns_whether_leaving_changes_the_answer(
     torch.testing.assert_close(
         student.loss(batch_of(lessons, range(6), CPU)), torch.stack(losses).mean(), atol=1e-3, rtol=0
     )
+
+
+def test_quantized_weights_are_refused(checkpoint: Path) -> None:
+    quantized = load_model(ModelConfig(model=str(checkpoint), quantize="int8"), EngineConfig())
+    with pytest.raises(CheckpointError, match="weights that are not quantized"):
+        student_of("quecc", 5, quantized)
 
 
 def test_an_epoch_asks_every_lesson_once_in_an_order_of_its_own() -> None:

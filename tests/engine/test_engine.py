@@ -245,17 +245,17 @@ def test_cancelling_frees_everything_at_once_and_says_nothing(num_steps: int) ->
     assert all(text(other) == text(alone(FakeModel(), request("other", max_new_tokens=30))) for _, other in others)
 
 
-@pytest.mark.parametrize("num_layers", [1, 2, 3])
+@pytest.mark.parametrize("num_layers", [1, 2, 3, 4])
 def test_a_request_cancelled_between_two_layers_holds_nothing_and_the_next_one_begins(num_layers: int) -> None:
     model = FakeModel()
     engine = make_engine(model, max_batch=2, image_cache_bytes=2**20, prefill_slice_seconds=0)
     wanted = request(TokenPrompt((IMAGE, 65), (ImageFile(b"2"),)), max_new_tokens=5)
     first, said = start(engine, wanted)
     second, output = start(engine, wanted)
-    # A layer of the image; the rest of it and a layer of the prompt; the rest of that.
+    # A layer of the image; the rest of it and a layer of the first prompt; of the second, in the same pass; the rest.
     for _ in range(num_layers):
         engine.step()
-    assert bool(said) == (num_layers == 3)
+    assert bool(said) == (num_layers == 4)
     assert engine.pool.used_self_bytes > 0
     engine.cancel(first)
     assert engine.pool.used_self_bytes == (
@@ -297,7 +297,7 @@ def _fails_in(calls: list[int], error: Exception) -> Callable[[], None]:
 
 
 @pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory")])
-@pytest.mark.parametrize(("stage", "calls"), [("before_prefill", [0]), ("before_decode", [1, 2])])
+@pytest.mark.parametrize(("stage", "calls"), [("before_prefill", [0, 1]), ("before_decode", [1, 2])])  # then alone
 def test_a_request_that_runs_out_of_memory_ends_alone_and_may_come_again(
     error: Exception, stage: str, calls: list[int]
 ) -> None:

@@ -68,6 +68,19 @@ def test_a_prompt_that_is_cancelled_in_a_shared_pass_leaves_the_others_alone(num
     assert engine.pool.used_self_bytes == 0
 
 
+def test_a_prompt_that_is_cancelled_while_it_waits_for_an_image_of_another_joins_no_pass() -> None:
+    model, wanted = FakeModel(), [ABOUT_AN_IMAGE, request("one"), request("two")]
+    engine = make_engine(model, prefill_slice_seconds=0)
+    started = [start(engine, each) for each in wanted]
+    engine.step()
+    engine.cancel(started[1][0])
+    while engine.has_work:
+        engine.step()
+    assert model.passes == [2]
+    assert_answered_as_alone([started[0][1], started[2][1]], [wanted[0], wanted[2]])
+    assert not started[1][1]
+
+
 def test_a_prompt_that_breaks_a_shared_pass_fails_alone(caplog: pytest.LogCaptureFixture) -> None:
     model, wanted = FakeModel(), [request("left"), request(BREAKS_PREFILL, name="bad"), request("right")]
     left, failed, right = run(make_engine(model), *wanted)

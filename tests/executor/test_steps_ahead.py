@@ -74,7 +74,7 @@ def test_at_most_a_token_is_computed_in_vain(reply: str, sampling: dict[str, Any
 def test_requests_that_come_and_go_get_what_they_get_without() -> None:
     def answers(*, runs_ahead: bool) -> list[list[TokenDelta]]:
         model = FakeModel({"a": "first one ends", "b": "second"})
-        engine = make(model, runs_ahead=runs_ahead, max_batch=3)
+        engine = make(model, runs_ahead=runs_ahead, max_batch=3, prefill_slice_seconds=1000)
         wanted = [
             request("a"),
             request("b", name="s"),

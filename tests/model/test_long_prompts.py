@@ -32,14 +32,16 @@ def pictures(pair: Pair, number: int) -> list[Image.Image]:
 
 
 @pytest.mark.parametrize("plan", [NO_TRIM, TRIMMED], ids=["untrimmed", "trimmed"])
-def test_pieces_change_nothing(pair: Pair, monkeypatch: pytest.MonkeyPatch, plan: TrimPlan) -> None:
+def test_pieces_change_nothing_but_how_sums_are_rounded(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch, plan: TrimPlan
+) -> None:
     prompt = pair.ours.prepare(raw(THREE_MIXED, pictures(pair, 3)))
     images = pair.encoded(prompt)
     whole = run_through(pair.ours.prefill(prompt, images, plan, pair.granted(prompt)))
     monkeypatch.setattr(pieces, "PIECE_ROWS", 7)
     monkeypatch.setattr(view, "_SCORED_ROWS", 5)
     cut = run_through(pair.ours.prefill(prompt, images, plan, pair.granted(prompt)))
-    assert torch.equal(cut.logits, whole.logits)
+    torch.testing.assert_close(cut.logits, whole.logits, atol=1e-4, rtol=0)
     assert cut.num_kept == whole.num_kept
 
 

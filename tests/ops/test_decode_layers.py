@@ -356,7 +356,7 @@ BAD_STEPS: list[tuple[dict[str, Any], str]] = [
     ({"hidden": torch.ones(2, D - 1)}, r"hidden must be contiguous .* got float32 \[2, 23\]"),
     ({"hidden": torch.ones(D, 2).T}, "hidden must be contiguous"),
     ({"hidden": GIVEN.hidden.half()}, "hidden must be contiguous float32 .* got float16"),
-    ({"angles": (torch.ones(2, 2), torch.ones(2, 2))}, r"rotate: cosines must be float32 \[2, 3\]"),
+    ({"angles": (torch.ones(2, 2), torch.ones(2, 2))}, r"rotate_write_kv: cosines must be float32 \[2, 3\]"),
     ({"angles": GIVEN.angles[:1]}, "angles must be cosines and sines, got 1 tensors"),
     ({"text": GIVEN.text[:2]}, "text must be tables, lengths and slots, got 2 tensors"),
     ({"text": GIVEN.text._replace(tables=GIVEN.text.tables[:0])}, "text.tables must have 3 dimensions, .* 1 groups"),

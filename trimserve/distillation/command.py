@@ -13,6 +13,7 @@ from trimserve.knobs import with_knobs
 
 if TYPE_CHECKING:
     from trimserve.distillation.lessons import Lessons
+    from trimserve.distillation.students import Student
     from trimserve.model.mllama import Mllama
 
 __all__ = ["train_compressor"]
@@ -26,7 +27,7 @@ def train_compressor(
     rows: Annotated[
         int, typer.Option(min=0, help="Rows that a tile comes to, its class token included; 0 where none are made.")
     ] = 0,
-    steps: Annotated[int, typer.Option(min=1, help="Steps of one batch.")] = 1500,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of one batch.")] = 500,
     batch: Annotated[int, typer.Option(min=1, help="Questions of a step.")] = 32,
     learning_rate: Annotated[float, typer.Option(min=0, help="At its height.")] = 1e-3,
     seed: Annotated[int, typer.Option(min=0, help="Of the first weights and of the order of questions.")] = 0,
@@ -43,23 +44,17 @@ def train_compressor(
     """Train what a policy has to learn: to give the untrimmed model's answers, on your own images, without labels."""
     import torch
 
-    from trimserve.distillation.students import student_of
     from trimserve.distillation.train import Recipe, split, train
     from trimserve.model.loading import load_model
-    from trimserve.model.trained_file import save_trained, trainable
+    from trimserve.model.trained_file import save_trained
 
     questions = load_questions(data, need_answers=False)
     if num_threads is not None:
         torch.set_num_threads(num_threads)
     others = {"codebook": None, "guide_model": None, "compressor": ()}
     model = load_model(config.model.model_copy(update=others), config.engine)
-    if method not in trainable():
-        raise typer.BadParameter(f"must be among {', '.join(trainable())}, got {method!r}", param_hint="--method")
     torch.manual_seed(seed)
-    try:
-        student = student_of(method, rows, model)
-    except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--rows") from None
+    student = _student(method, rows, model)
     features = config.model.intermediate_features
     folder = cache or out.with_name(f"{out.name}.cache")
     lessons = _lessons(folder, model, questions, features)
@@ -83,6 +78,18 @@ def train_compressor(
     state.unlink(missing_ok=True)
     told = f"{out}: loss {curve[0].loss:.4f} -> {curve[-1].loss:.4f} on questions that it did not learn from"
     Console(stderr=True).print(told, highlight=False, markup=False, soft_wrap=True)
+
+
+def _student(method: str, rows: int, model: "Mllama") -> "Student":
+    from trimserve.distillation.students import student_of
+    from trimserve.model.trained_file import trainable
+
+    if method not in trainable():
+        raise typer.BadParameter(f"must be among {', '.join(trainable())}, got {method!r}", param_hint="--method")
+    try:
+        return student_of(method, rows, model)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--rows") from None
 
 
 def _lessons(folder: Path, model: "Mllama", questions: list[Question], intermediate_features: str) -> "Lessons":

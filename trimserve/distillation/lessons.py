@@ -17,7 +17,7 @@ from torch import Tensor
 
 from trimserve.evaluation.dataset import DatasetError
 
-__all__ = ["LessonWriter", "Lessons", "Origin"]
+__all__ = ["Lesson", "LessonWriter", "Lessons", "Origin"]
 
 _FEATURES: Final = "features.bin"
 _LOGPROBS: Final = "logprobs.bin"

@@ -1,7 +1,7 @@
 """The training loop: seeded, and resumed from its own state file to the same weights, bit for bit.
 
 What is drawn depends on the seed and the step only, and every few steps weights, moments and curve are saved. The same
-number of threads and the same machine are taken for granted.
+machine and number of threads are taken for granted; on a GPU, sums may differ in their last bits.
 """
 
 import math

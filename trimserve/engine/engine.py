@@ -100,7 +100,7 @@ class Engine:
         """The sequences whose prompts are being read, in one pass those that are ready for it."""
         self._ended: list[int] = []
         """Numbers that the executor is yet to forget."""
-        self._begun: tuple[int, ...] = ()
+        self._begun: frozenset[int] = frozenset()
         """See `StepResult.begun`."""
         self._pace = Pace()
         self.speculation = Speculation(drafter or (Repeats() if config.speculation else None), config.max_batch)
@@ -290,7 +290,7 @@ class Engine:
             ahead = rows_ahead(self.pool, batch, {*going}, grown)
         pages = tuple(_grant(each) for each in batch if each in grown)
         result = self._run(StepPlan(pages=pages, rows=rows, ahead=ahead))
-        self._begun = result.begun
+        self._begun = frozenset(result.begun)
         self.speculation.saw(rows, result)
         if result.rows_seconds:  # a batch that failed says nothing of the pace
             most = max(Counter(drawn.sequence for drawn in result.drawn).values(), default=1) if drafts else 1

@@ -42,11 +42,12 @@ def draw_comparison(report: Report, path: Path) -> None:
     """
     rows = [row for row in report.rows if row.kind == ALL_KINDS]
     [untrimmed] = (row for row in rows if row.policy == UNTRIMMED_POLICY)
-    merge_ratios = sorted({row.merge_ratio for row in rows})
-    figure = Figure(figsize=(7.5 * len(merge_ratios), 8), dpi=130, layout="constrained")
-    panels = figure.subplots(1, len(merge_ratios), squeeze=False)[0]
-    for panel, merge_ratio in zip(panels, merge_ratios, strict=True):
-        _draw(panel, report.compared(merge_ratio), untrimmed)
+    by_merge_ratio = {ratio: report.compared(ratio) for ratio in sorted({row.merge_ratio for row in rows})}
+    drawn = {ratio: compared for ratio, compared in by_merge_ratio.items() if compared}
+    figure = Figure(figsize=(7.5 * len(drawn), 8), dpi=130, layout="constrained")
+    panels = figure.subplots(1, len(drawn), squeeze=False)[0]
+    for panel, (merge_ratio, compared) in zip(panels, drawn.items(), strict=True):
+        _draw(panel, compared, untrimmed)
         panel.set_title(_NOT_KEPT[merge_ratio > 0].format(merge_ratio), loc="left", fontsize=11)
     put_title(figure, report, "exact match; dashed: untrimmed; bands: 95 % intervals of the controls' change")
     figure.supxlabel("kept fraction of the visual features, merged rows included", color=INK, fontsize=11)

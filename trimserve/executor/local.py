@@ -274,7 +274,7 @@ class LocalExecutor:
         """Run rows that were begun, or behind which others can begin before tokens are known; whether it did."""
         if not (self.runs_ahead and all(map(self._is_foreseen, (*rows, *ahead)))):
             ahead = ()
-        if not (ahead or all(each.sequence in self._steps.begun for each in rows)):
+        if not ahead and not {each.sequence for each in rows} <= {*self._steps.begun}:
             self._steps.drop()
             return False
         try:

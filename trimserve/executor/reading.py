@@ -83,6 +83,8 @@ class PromptReader:
         self._model = model
         self._images = images
         self._work: Interruptible[list[Prefilled]] | None = None
+        self._waiting: Sequence[Held] = ()
+        """While a piece of work is done."""
 
     def go_on(self, waiting: Sequence[Held]) -> list[tuple[Held, Prefilled]]:
         """Do one piece of work, such as a layer.
@@ -94,8 +96,9 @@ class PromptReader:
         Raises:
             Exception: the pass broke and is forgotten; see `members`.
         """
+        self._waiting = waiting
         if self._work is None:
-            self._work = self._read(waiting)
+            self._work = self._read()
         try:
             next(self._work)
         except StopIteration as end:
@@ -109,24 +112,28 @@ class PromptReader:
         except BaseException:
             self._work = None
             raise
+        finally:
+            self._waiting = ()
         return []
 
     def forget(self, held: Held) -> None:
         """Write no more into a sequence's pages; what others have read with it is read again."""
-        if self._work is not None and held in self.members:
+        if held not in self.members:
+            return
+        self.members = []
+        if self._work is not None:
             self._work.close()  # its frame holds features and keys, and `held` itself
             self._work = None
-            self.members = []
 
-    def _read(self, waiting: Sequence[Held]) -> Interruptible[list[Prefilled]]:
-        first, *others = waiting
+    def _read(self) -> Interruptible[list[Prefilled]]:
+        first = self._waiting[0]
         self.members = [first]
         yield from self._encode(first)
         if first.new.shares is not None:
             yield from self._read_again(first)
             return [Prefilled(torch.empty(0), num_padding=(), num_valid=(), num_kept=())]
-        if not first.is_alone:
-            self.members += [each for each in others if self._is_ready(each)]
+        if not first.is_alone:  # of those that wait now, after the images were encoded
+            self.members += [each for each in self._waiting if each is not first and self._is_ready(each)]
         for each in self.members[1:]:
             yield from self._encode(each)
         for each in self.members:

@@ -43,7 +43,8 @@ def main() -> None:
             _, file = received
             assert file is not None
             with open(file, "rb") as content:
-                worker.decode(content.read())
+                data = content.read()
+            worker.decode(data)
 
 
 def _become_expendable(parent: int, limits: Limits) -> None:

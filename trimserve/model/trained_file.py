@@ -119,8 +119,8 @@ def load_trained(file: Path, info: ModelInfo, intermediate_features: str) -> Tra
         module = trainable()[card["method"]](shape_of(info, card["rows"]))
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"compressor {file}: rows {error}") from error
-    _fill(file, module, tensors)
-    return module.to(info.device).requires_grad_(requires_grad=False)
+    _fill(file, module, {name: tensor.to(info.device) for name, tensor in tensors.items()})
+    return module.requires_grad_(requires_grad=False)
 
 
 def _fill(file: Path, module: Trained, tensors: Mapping[str, Tensor]) -> None:
@@ -132,14 +132,15 @@ def _fill(file: Path, module: Trained, tensors: Mapping[str, Tensor]) -> None:
             raise CheckpointError(f"compressor {file}: {name} must be {shapes[0]} for {rows} rows, got {shapes[1]}")
         if not tensors[name].isfinite().all():
             raise CheckpointError(f"compressor {file}: {name} must be finite")
-    module.load_state_dict(tensors)
+    module.load_state_dict(tensors, assign=True)
 
 
 def _read(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         with safe_open(file, framework="pt") as content:
             card = json.loads((content.metadata() or {}).get(_METADATA, "null"))
-            tensors = {name: content.get_tensor(name).to(torch.float32) for name in content.keys()}  # noqa: SIM118
+            names = content.keys()
+            tensors = {name: content.get_tensor(name).to(torch.float32) for name in names}
     except (OSError, SafetensorError, ValueError) as error:
         raise CheckpointError(f"compressor {file}: cannot be read: {error}") from error
     if not isinstance(card, dict) or not isinstance(card.get("method"), str):

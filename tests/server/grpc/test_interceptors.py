@@ -212,3 +212,16 @@ async def test_every_call_is_logged_without_its_content(loopback: Loopback, capl
     assert fields["peer"].startswith("ipv4:127.0.0.1:")
     assert fields["user_agent"].startswith("grpc-python")
     assert "confidential" not in str(fields)
+
+
+async def test_the_line_of_a_refused_call_says_why_without_its_content(
+    loopback: Loopback, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "trimserve")
+    request = chat_request("confidential")
+    request.trim.policy = "confidential"
+    await failed(loopback.generation.Generate(request))
+    (record,) = (record for record in caplog.records if record.message == "rpc")
+    fields = record.__dict__
+    assert (fields["code"], fields["reason"], fields["field"]) == ("INVALID_ARGUMENT", "INVALID_REQUEST", "trim.policy")
+    assert "confidential" not in str(fields)

@@ -4,6 +4,7 @@ import asyncio
 import base64
 import dataclasses
 import json
+import logging
 from typing import Any
 
 import openai
@@ -305,6 +306,18 @@ async def test_an_error_within_a_stream_ends_it_with_its_reason() -> None:
         with pytest.raises(openai.APIError) as caught:
             _ = [chunk async for chunk in await ask(door, stream=True)]
     assert (caught.value.code, caught.value.type) == ("REQUEST_FAILED", "server_error")
+
+
+async def test_the_line_of_a_refused_request_says_why_without_its_content(
+    door: Door, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "trimserve")
+    with pytest.raises(openai.BadRequestError):
+        await ask(door, n=99, user="confidential")
+    (record,) = (record for record in caplog.records if record.message == "http")
+    fields = record.__dict__
+    assert (fields["status"], fields["reason"], fields["field"]) == (400, "INVALID_REQUEST", "n")
+    assert "confidential" not in str(fields)
 
 
 async def test_an_unknown_model_is_not_found(door: Door) -> None:

@@ -96,6 +96,7 @@ class Rpc:
     async def answered(self) -> AsyncIterator[None]:
         """Around its handler; turns any exception into its status."""
         begin, deadline, refused = time.monotonic(), Deadline(self.context.time_remaining()), False
+        told: dict[str, str] = {}
         if self._labels is not None:
             self._metrics.rpcs_started.labels(*self._labels).inc()
         code = grpc.StatusCode.OK
@@ -108,7 +109,7 @@ class Rpc:
                 code = grpc.StatusCode.DEADLINE_EXCEEDED
             raise
         except Exception as error:  # noqa: BLE001  # becomes the status of the call
-            code, refused = code_of(error), self._count_refusal(error)
+            code, refused, told = code_of(error), self._count_refusal(error), _log_fields(error)
             await self._abort(error, code)
         finally:
             _tell_trace(self.request_id)
@@ -117,7 +118,7 @@ class Rpc:
                 self._metrics.rpcs_handled.labels(*self._labels, code.name).inc()
                 self._metrics.rpc_handling_seconds.labels(*self._labels).observe(seconds)
             if self._labels is not None or refused:
-                log.info("rpc", extra={**self._account(), "code": code.name, "seconds": round(seconds, 6)})
+                log.info("rpc", extra={**self._account(), "code": code.name, **told, "seconds": round(seconds, 6)})
 
     async def _abort(self, error: Exception, code: grpc.StatusCode) -> None:
         if code is grpc.StatusCode.INTERNAL:
@@ -147,6 +148,10 @@ class Rpc:
             "request_bytes": self.request_bytes,
             "messages_sent": self._num_sent,
         }
+
+
+def _log_fields(error: Exception) -> dict[str, str]:
+    return error.log_fields if isinstance(error, TrimserveError) else {}
 
 
 def _forget_frames(error: BaseException) -> None:

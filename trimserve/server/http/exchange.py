@@ -70,6 +70,8 @@ class Exchange:
         self._send = send
         self._status: int | None = None
         self._num_sent = 0
+        self._log_fields: dict[str, str] = {}
+        """Of what it was refused for."""
         self._is_read = False
         self._is_accepted = False
         self._watcher: asyncio.Task[None] | None = None
@@ -153,8 +155,10 @@ class Exchange:
         await self._send({"type": "http.response.start", "status": status, "headers": encoded})
 
     async def _refuse(self, error: Exception, status: HTTPStatus) -> None:
-        if not self._is_accepted and isinstance(error, TrimserveError):
-            self._core.metrics.refused_calls.labels(error.reason.lower()).inc()
+        if isinstance(error, TrimserveError):
+            self._log_fields = error.log_fields
+            if not self._is_accepted:
+                self._core.metrics.refused_calls.labels(error.reason.lower()).inc()
         if status is HTTPStatus.INTERNAL_SERVER_ERROR:
             log.error("request failed", exc_info=error, extra={"request_id": self.request_id})
         content = error_body(error, self.request_id)
@@ -195,7 +199,7 @@ class Exchange:
             "request_bytes": self.request_bytes,
             "messages_sent": self._num_sent,
         }
-        log.info("http", extra={**account, "status": int(status), "seconds": round(seconds, 6)})
+        log.info("http", extra={**account, "status": int(status), **self._log_fields, "seconds": round(seconds, 6)})
 
 
 def _json(content: Mapping[str, Any]) -> bytes:

@@ -35,15 +35,14 @@ class RegistersRows(Compressor):
 
     def made(self, patches: Tensor, regions: Regions, text: Tensor | None) -> tuple[Tensor, Tensor]:  # noqa: ARG002 - reads no text
         """See `Compressor.made`."""
-        normal = self.norm(patches)
-        keys, values = self.key(normal).transpose(1, 2), self.value(normal)
+        keys, values = (of(self.norm(patches)) for of in (self.key, self.value))
         num_tiles = regions.sizes.shape[1] // self.new_rows_per_tile
         registers, home = (each.repeat(num_tiles, 1) for each in (self.registers, self.home))
         at_home = regions.spread(home.expand(len(patches), -1, -1)).transpose(1, 2)
         read = regions.mean(values)
         for _ in range(_ROUNDS):
-            logits = self.query(F.gelu(registers + read)) @ keys / self.inside**0.5
-            weights = logits.scatter_add(1, regions.group[:, None], at_home).softmax(dim=-1)
+            query = self.query(F.gelu(registers + read)) / self.inside**0.5
+            weights = (query @ keys.transpose(1, 2)).scatter_add_(1, regions.group[:, None], at_home).softmax(dim=-1)
             read = weights @ values
         return weights @ patches, self.output(F.gelu(registers + read))
 

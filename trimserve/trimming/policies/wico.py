@@ -27,7 +27,7 @@ class WiCoRows(Compressor):
         places = [(windows == number).nonzero()[:, 0] for number in range(self.new_rows_per_tile)]
         self.register_buffer("slots", pad_sequence(places, batch_first=True), persistent=False)
         is_filled = pad_sequence([torch.ones_like(each) for each in places], batch_first=True)
-        self.register_buffer("is_filled", is_filled[..., None], persistent=False)
+        self.register_buffer("is_filled", is_filled, persistent=False)
         self.norm = nn.LayerNorm(shape.width)
         self.joined = nn.Linear(self.slots.shape[1] * shape.width, self.inside)
         self.output = silent(self.inside, shape.width)
@@ -37,7 +37,7 @@ class WiCoRows(Compressor):
     slots: Tensor
     """int64 [windows of a tile, S], the patches of each; a smaller window has fewer."""
     is_filled: Tensor
-    """int64 [windows of a tile, S, 1], 0 where a window has no further patch."""
+    """int64 [windows of a tile, S], 0 where a window has no further patch."""
 
     def group(self, patches: Tensor, num_rows: int) -> Tensor:
         """See `Compressor.group`."""
@@ -47,8 +47,11 @@ class WiCoRows(Compressor):
     def made(self, patches: Tensor, regions: Regions, text: Tensor | None) -> tuple[Tensor, Tensor]:  # noqa: ARG002 - reads no text
         """See `Compressor.made`."""
         tiles = self.norm(patches).unflatten(1, (-1, len(self.windows)))
-        windows = (tiles[:, :, self.slots] * self.is_filled).flatten(3).flatten(1, 2)
-        return regions.mean(patches), self.output(F.gelu(self.joined(windows)))
+        inside: Tensor = self.joined.bias
+        places = zip(self.joined.weight.split(self.shape.width, 1), self.slots.T, self.is_filled.T, strict=True)
+        for weight, slot, is_filled in places:  # one place of all windows
+            inside = inside + F.linear(tiles[:, :, slot] * is_filled[:, None], weight)
+        return regions.mean(patches), self.output(F.gelu(inside)).flatten(1, 2)
 
 
 def grid(num_patches: int, num_windows: int) -> Tensor:
