@@ -119,8 +119,8 @@ def load_trained(file: Path, info: ModelInfo, intermediate_features: str) -> Tra
         module = trainable()[card["method"]](shape_of(info, card["rows"]))
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"compressor {file}: rows {error}") from error
-    _fill(file, module, {name: tensor.to(info.device) for name, tensor in tensors.items()})
-    return module.requires_grad_(requires_grad=False)
+    _fill(file, module, tensors)
+    return module.to(info.device).requires_grad_(requires_grad=False)
 
 
 def _fill(file: Path, module: Trained, tensors: Mapping[str, Tensor]) -> None:
@@ -132,7 +132,7 @@ def _fill(file: Path, module: Trained, tensors: Mapping[str, Tensor]) -> None:
             raise CheckpointError(f"compressor {file}: {name} must be {shapes[0]} for {rows} rows, got {shapes[1]}")
         if not tensors[name].isfinite().all():
             raise CheckpointError(f"compressor {file}: {name} must be finite")
-    module.load_state_dict(tensors, assign=True)
+    module.load_state_dict(tensors)
 
 
 def _read(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
