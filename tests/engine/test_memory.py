@@ -19,8 +19,8 @@ from trimserve.engine.memory import (
 
 INFO = FakeModel().info
 # 4 images of 4 tiles of 5 features: 80 features of 2 float32 and one layer's keys and values, twice; and for one image
-# at a time its likeness within tiles and its directions twice.
-SCRATCH = 2 * 80 * (2 * 4 + 8) + 4 * (4 * 5 * 5 + 2 * 20 * 2)
+# at a time its likeness within tiles and what is made of its features three times.
+SCRATCH = 2 * 80 * (2 * 4 + 8) + 4 * (4 * 5 * 5 + 3 * 20 * 2)
 
 
 @pytest.fixture

@@ -160,7 +160,7 @@ def scratch_bytes(num_tiles: int, features_per_tile: int, hidden_size: int) -> i
     """Most temporary bytes for choosing from one image and merging what is not kept.
 
     A policy that compares features holds their likeness within each tile, [tiles, F, F]; merging holds what it
-    averages, at most twice. Both are float32, as is a tile of features on its way.
+    averages, at most twice, and a trained policy what it makes of all features, at most three times. All are float32.
 
     Args:
         num_tiles: of the image.
@@ -168,7 +168,7 @@ def scratch_bytes(num_tiles: int, features_per_tile: int, hidden_size: int) -> i
         hidden_size: of a feature.
     """
     likeness = num_tiles * features_per_tile**2
-    directions = 2 * num_tiles * features_per_tile * hidden_size
+    directions = 3 * num_tiles * features_per_tile * hidden_size
     return 4 * (likeness + directions)
 
 
