@@ -68,8 +68,10 @@ def _load(folder: Path) -> Mllama:
 
 
 def _requests() -> Iterator[TrimRequest]:
-    """Every policy, and the recommended ones with merging."""
+    """Every policy that nothing was trained for, and the recommended ones with merging."""
     for name, policy in POLICIES.items():
+        if policy.trained is not None:
+            continue
         request = TrimRequest(policy=name, budget=FixedRatio(_KEEP) if policy.budgets else None)
         yield request
         if name in RECOMMENDED:
