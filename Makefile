@@ -75,6 +75,9 @@ verify-batch: build  ## `trimserve batch` is as fast as bare clients, and loses 
 verify-training: build  ## the committed accuracies, from the committed weights
 	$(BIN)/python -m training.reproduce
 
+verify-pictures: build  ## those on harder pictures, on Debian 12, of whose packages these are made
+	$(BIN)/python -m training.reproduce --report benchmarks/results/pictures/report.json --model training/second_edition
+
 verify-fuzz: build  ## five minutes of mutated requests into the conversion from protobuf
 	$(PIP) $(LOCKED) requirements/fuzz.txt
 	$(BIN)/python -m scripts.verify.fuzz_convert -max_total_time=300
