@@ -25,7 +25,7 @@ PHONY_TARGETS := $(shell sed -n 's/^\([a-z-]*\):.*## .*/\1/p' $(MAKEFILE_LIST))
 .PHONY: $(PHONY_TARGETS)
 
 # What `verify` runs beside `check` and `test`, each by itself too. Those whose names end so need root and Debian.
-VERIFIED := mixes speculation soak load batch training fuzz versions wheel sanitize meta attack http tools \
+VERIFIED := mixes speculation soak load batch training pictures fuzz versions wheel sanitize meta attack http tools \
 	playground constraints cuda-build cuda-races envoy ranks ray sbom site pretended-gpu deployment clients
 VERIFIED_AS_ROOT := walkthrough all-clients monitoring image
 
@@ -74,6 +74,9 @@ verify-batch: build  ## `trimserve batch` is as fast as bare clients, and loses 
 
 verify-training: build  ## the committed accuracies, from the committed weights
 	$(BIN)/python -m training.reproduce
+
+verify-pictures: build  ## those on harder pictures, on Debian 12, of whose packages these are made
+	$(BIN)/python -m training.reproduce --report benchmarks/results/pictures/report.json --model training/second_edition
 
 verify-fuzz: build  ## five minutes of mutated requests into the conversion from protobuf
 	$(PIP) $(LOCKED) requirements/fuzz.txt
