@@ -53,7 +53,8 @@ class _Layer:
         generator = torch.Generator().manual_seed(0)
 
         def draw(*shape: int) -> Tensor:
-            return (torch.randn(*shape, generator=generator) * shape[-1] ** -0.5).to(dtype)
+            drawn: Tensor = torch.randn(*shape, generator=generator) * shape[-1] ** -0.5
+            return drawn.to(dtype)
 
         self.qkv = draw((_HEADS + 2 * _KV_HEADS) * _HEAD_DIM, _HIDDEN)
         self.output, self.gate_up = draw(_HIDDEN, _HIDDEN), draw(2 * _INNER, _HIDDEN)
@@ -81,7 +82,8 @@ class _Layer:
         looked = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)[0].transpose(0, 1)
         attended = self.rows + F.linear(looked.flatten(1), self.output)
         gate, up = F.linear(F.rms_norm(attended, (_HIDDEN,), self.norm, _EPSILON), self.gate_up).chunk(2, dim=1)
-        return attended + F.linear(F.silu(gate) * up, self.down)
+        result: Tensor = attended + F.linear(F.silu(gate) * up, self.down)
+        return result
 
     def _rotated(self, heads: Tensor) -> Tensor:
         cosines, sines = (part.repeat(1, 2)[:, None].to(heads.dtype) for part in (self.cosines, self.sines))
@@ -119,8 +121,9 @@ def _prompts(name: str, folder: Path, num_prompts: int, num_pairs: int) -> dict[
 
 def _compared(ours: Callable[[], Tensor], theirs: Callable[[], Tensor], num_pairs: int) -> dict[str, Any]:
     """Seconds of both, and how many times as long the other takes."""
-    sides = [lambda _, call=call: seconds_of(call, time.thread_time) for call in (ours, theirs)]
-    pairs = in_pairs(*sides, num_pairs)
+    pairs = in_pairs(
+        lambda _: seconds_of(ours, time.thread_time), lambda _: seconds_of(theirs, time.thread_time), num_pairs
+    )
     ratios = [other / own for own, other in pairs]
     low, high = interval(ratios)
     own, other = (spread(seconds) for seconds in zip(*pairs, strict=True))
