@@ -89,7 +89,7 @@ def _kill_and_go_on(address: str, folder: Path, texts: Sequence[str]) -> dict[st
             while _num_lines(out) < enough:
                 if process.poll() is not None:
                     raise SystemExit(f"the batch ended with status {process.returncode} before it was killed")
-                time.sleep(_POLL_SECONDS)
+                time.sleep(_POLL_SECONDS)  # a file tells nobody that it has grown
             process.send_signal(signal.SIGKILL)
         lines_at_kill.append(_num_lines(out))
     _run_batch(address, folder, out.name)

@@ -88,7 +88,7 @@ def _wait_until_ready(server: ServerProcess) -> None:
         with suppress(urllib.error.HTTPError):
             read_page(f"http://{server.metrics_address}/readyz")
             return
-        time.sleep(_POLL_SECONDS)
+        time.sleep(_POLL_SECONDS)  # readyz is asked, it calls nobody
 
 
 def table(report: dict[str, Any]) -> str:

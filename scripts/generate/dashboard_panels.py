@@ -1,4 +1,4 @@
-"""The panels of the Grafana dashboard, by row: what each asks Prometheus. `generate_dashboards.py` draws them."""
+"""The panels of the Grafana dashboard, by row: what each asks Prometheus. `dashboards.py` draws them."""
 
 from dataclasses import dataclass
 

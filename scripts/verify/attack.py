@@ -139,7 +139,7 @@ def _watch(
         end = time.monotonic() + seconds
         while time.monotonic() < end and process.poll() is None:
             samples.append(group.held_bytes(process.pid))
-            time.sleep(HEALTH_PAUSE_SECONDS)
+            time.sleep(HEALTH_PAUSE_SECONDS)  # between two samples
         is_over.set()
         seen = _joined(streaming, asking)
         exit_seconds = _end(process)
@@ -235,7 +235,7 @@ def _stream(address: str, expected: str, begin: Barrier, is_over: Event) -> Seen
                 events = list(client.stream(QUESTION))
             except grpc.RpcError as error:
                 seen.faults.append(str(error)[:500])
-                time.sleep(HEALTH_PAUSE_SECONDS)
+                time.sleep(HEALTH_PAUSE_SECONDS)  # a server that refuses is not asked in a loop
                 continue
             text = "".join(event.delta.text for event in events)
             if (events[0].WhichOneof("event"), events[-1].WhichOneof("event"), text) == (

@@ -1,4 +1,4 @@
-"""What every front of a fleet must let through, asked by way of it and directly: `verify_envoy.py` and `verify_ray.py`.
+"""What every front of a fleet must let through, asked by way of it and directly: `envoy.py` and `ray_serve.py`.
 
 Clients here try nothing again by themselves, so that what is seen is the front's doing.
 """

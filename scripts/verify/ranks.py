@@ -78,7 +78,7 @@ def attempt(
         with Client(address) as client, ThreadPoolExecutor(_NUM_STREAMS) as pool:
             ends = [pool.submit(_end_of, client) for _ in range(_NUM_STREAMS)]
             if act is not None:
-                time.sleep(0.5)
+                time.sleep(0.5)  # into the middle of the answers
                 broken_at = time.monotonic()
                 act(process.pid, rank)
             codes, times = zip(*(end.result() for end in ends), strict=True)
@@ -144,7 +144,7 @@ def _ends(pid: int, within_seconds: float) -> bool:
                 return True
         except (FileNotFoundError, ProcessLookupError):
             return True
-        time.sleep(0.05)
+        time.sleep(0.05)  # another process's end is told to its parent only
     return False
 
 
