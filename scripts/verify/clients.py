@@ -95,7 +95,7 @@ def verify_access(folder: Path) -> None:
     (folder / "clients.toml").write_text(f'[clients.node]\ntoken_sha256 = ["{digest}"]\n')
     files = {"tls_cert": "server.pem", "tls_key": "server.key", "tls_client_ca": "ca.pem", "auth_file": "clients.toml"}
     knobs = {knob: folder / name for knob, name in files.items()}
-    config = Config(server=ServerConfig.model_validate({"port": 0, "metrics": False, **knobs}))
+    config = Config(server=ServerConfig.model_validate({"port": 0, "metrics_port": 0, **knobs}))
     with InProcessServer(make_server(make_runner(config), config)) as server:
         ask = README_ASK.search((ROOT / "examples/node/README.md").read_text())
         assert ask is not None
