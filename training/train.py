@@ -238,6 +238,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=Settings.rows, help="images in a batch")
     parser.add_argument("--learning-rate", type=float, default=Settings.learning_rate)
     parser.add_argument("--muon-learning-rate", type=float, default=Settings.muon_learning_rate)
+    parser.add_argument("--warm-up", type=float, default=Settings.warm_up, help="share of the run")
     parser.add_argument("--seed", type=int, default=Settings.seed)
     parser.add_argument(
         "--harder-pictures",
