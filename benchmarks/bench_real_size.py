@@ -5,9 +5,9 @@
 Writes the checkpoint first if it is not there (20 GiB). One server after another loads it with int8 and int4 weights,
 1 GiB of KV and bfloat16 elsewhere: seconds until it is loaded and warmed up, peak of resident memory, first token of a
 question about a new image of one tile and about the same image again, and the time between the tokens of answers. The
-floor of a decode step is the bytes of weights that it reads over the bandwidth of reading by the same number of threads.
-That is measured before and after each answer, while the server rests: this machine's memory is not its own. The last
-line of standard output is the report.
+floor of a decode step is the bytes of weights that it reads over the bandwidth of reading by as many threads. That is
+measured before and after each answer, while the server rests: others may use the same memory. The last line of standard
+output is the report.
 """
 
 import argparse
