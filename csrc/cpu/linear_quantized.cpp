@@ -23,6 +23,7 @@ constexpr std::int64_t kPartBytes = 16384;  // of all these rows: half of the fi
 constexpr std::int64_t kPartInputs = 4096;  // of one row, at most
 constexpr std::int64_t kMostGroups = kPartInputs / kInt4Unit;
 constexpr std::int64_t kRowBytes = 20480;  // of a row that stays in the first-level cache
+constexpr std::int64_t kRowGroups = 512;
 constexpr std::int64_t kQuad = 4;          // outputs that all rows pass together
 constexpr std::int64_t kOutputsAhead = 8;  // to prefetch
 
@@ -33,8 +34,9 @@ struct Part {
   std::int64_t num_outputs;  // those past the last are not read
   std::int64_t ahead;        // bytes to what is prefetched meanwhile, or 0
   std::int64_t num_inputs;
-  const float*
-      scales;  // [outputs, kMostGroups]: of a group's weights (int4); of a row that is alone, times its scale
+  // [outputs, scales_stride]: of a group's weights (int4); for a row that is alone, times its own.
+  const float* scales;
+  std::int64_t scales_stride;
 };
 
 // sums[r * kLinearColumns + c] += products of a tile's rows and outputs along a part. elements and heads: as packed.
@@ -97,10 +99,10 @@ TRIMSERVE_INLINE void add_tile(const Part& part, const std::byte* elements, cons
       Math::to_floats(floats, products[i]);
       if constexpr (Math::kHasScales && !kIsAlone) {
         scale = Floats{} + heads[i / kColumns].scale;
-        if constexpr (Unit::kIsInt4) scale *= scales[i % kColumns * kMostGroups];
+        if constexpr (Unit::kIsInt4) scale *= scales[i % kColumns * part.scales_stride];
         sum += floats * scale;
       } else if constexpr (kIsScaled) {
-        sum += floats * scales[i % kColumns * kMostGroups];
+        sum += floats * scales[i % kColumns * part.scales_stride];
       } else {
         sum += floats;
       }
@@ -140,17 +142,16 @@ TRIMSERVE_INLINE void add_quad(std::int64_t num_rows, const Part& quad, const st
   }
 }
 
-// int4: the scales of outputs as floats [most_outputs, kMostGroups], of a part's groups.
-TRIMSERVE_INLINE void take_scales(const LinearArgs& args, std::int64_t first_output,
-                                  std::int64_t most_outputs, std::int64_t first_group,
-                                  std::int64_t num_groups, float* scales) {
+// int4: the scales of a block of outputs as floats [kLinearColumns, stride], of some groups.
+TRIMSERVE_INLINE void take_scales(const LinearArgs& args, std::int64_t first_output, std::int64_t first_group,
+                                  std::int64_t num_groups, std::int64_t stride, float* scales) {
   const std::int64_t row_size = divide_up(args.num_inputs, args.group);
-  const std::int64_t num_outputs = std::min(most_outputs, args.num_outputs - first_output);
+  const std::int64_t num_outputs = std::min(kLinearColumns, args.num_outputs - first_output);
   at_dtype(args.scale_dtype, [&](auto dtype) TRIMSERVE_INLINE_LAMBDA {
     for (std::int64_t c = 0; c < num_outputs; ++c) {
       const auto* const stored =
           static_cast<const Element<dtype>*>(args.scales) + (first_output + c) * row_size + first_group;
-      for (std::int64_t g = 0; g < num_groups; ++g) scales[c * kMostGroups + g] = stored[g].to_float();
+      for (std::int64_t g = 0; g < num_groups; ++g) scales[c * stride + g] = stored[g].to_float();
     }
   });
 }
@@ -212,7 +213,7 @@ TRIMSERVE_INLINE void multiply_block(const LinearArgs& args, const std::byte* ro
   for (std::int64_t k = 0; k < args.num_inputs; k += size) {
     const std::int64_t num_inputs = std::min(size, args.num_inputs - k);
     if (Unit::kIsInt4)
-      take_scales(args, first_output, kLinearColumns, k / Unit::kGroup, divide_up(num_inputs, Unit::kGroup),
+      take_scales(args, first_output, k / Unit::kGroup, divide_up(num_inputs, Unit::kGroup), kMostGroups,
                   scales);
     const auto* const weight = static_cast<const std::byte*>(args.weight) + Unit::bytes(k);
     const bool is_last = k + size >= args.num_inputs;
@@ -229,7 +230,8 @@ TRIMSERVE_INLINE void multiply_block(const LinearArgs& args, const std::byte* ro
                       args.num_outputs - first_output - c,
                       has_next ? ahead : 0,
                       num_inputs,
-                      scales + c * kMostGroups};
+                      scales + c * kMostGroups,
+                      kMostGroups};
       add_rows<kWidth, Math, Unit>(args, quad, rows, num_rows, k, sums + c * kWidth);
     }
   }
@@ -244,37 +246,34 @@ template <int kWidth, typename Math, typename Unit, int kColumns>
 TRIMSERVE_INLINE void multiply_row(const LinearArgs& args, const std::byte* packed, std::int64_t row,
                                    std::int64_t first_output) {
   const std::int64_t row_bytes = Unit::bytes(args.num_inputs);
-  const auto* const all_heads =
+  const std::int64_t num_groups = divide_up(args.num_inputs, Unit::kGroup);
+  const std::int64_t num_outputs = std::min(kLinearColumns, args.num_outputs - first_output);
+  const auto* const weight = static_cast<const std::byte*>(args.weight) + first_output * row_bytes;
+  const auto* const heads =
       reinterpret_cast<const Head<Math>*>(packed + PackedRow<Math, Unit>(args).element_bytes);
+  float of_row[kRowGroups], scales[kLinearColumns * kRowGroups];
+  for (std::int64_t g = 0; Math::kHasScales && g < num_groups; ++g) of_row[g] = heads[g].scale;
+  if constexpr (Unit::kIsInt4) {
+    take_scales(args, first_output, 0, num_groups, num_groups, scales);
+    for (std::int64_t c = 0; Math::kHasScales && c < num_outputs; ++c)
+      for (std::int64_t g = 0; g < num_groups; ++g) scales[c * num_groups + g] *= of_row[g];
+  }
   alignas(64) float sums[kLinearColumns * kWidth] = {};
-  float scales[kColumns * kMostGroups];
-  for (std::int64_t c = 0; c < kLinearColumns && first_output + c < args.num_outputs; c += kColumns) {
-    const std::int64_t output = first_output + c;
-    const auto* const weight = static_cast<const std::byte*>(args.weight) + output * row_bytes;
-    for (std::int64_t k = 0; k < args.num_inputs; k += kPartInputs) {
-      const std::int64_t num_inputs = std::min(kPartInputs, args.num_inputs - k);
-      const std::int64_t group = k / Unit::kGroup, num_groups = divide_up(num_inputs, Unit::kGroup);
-      const Head<Math>* const heads = all_heads + group;
-      if (Unit::kIsInt4) take_scales(args, output, kColumns, group, num_groups, scales);
-      if constexpr (Math::kHasScales) {
-        for (std::int64_t i = 0; i < kColumns; ++i) {
-          float* const of_output = scales + i * kMostGroups;
-          for (std::int64_t g = 0; g < num_groups; ++g)
-            of_output[g] = Unit::kIsInt4 ? of_output[g] * heads[g].scale : heads[g].scale;
-        }
-      }
-      const Part part{weight + Unit::bytes(k), row_bytes, args.num_outputs - output, 0, num_inputs, scales};
-      add_tile<kWidth, Math, Unit, 1, kColumns, true>(part, packed + k * sizeof(typename Math::Element),
-                                                      heads, sums + c * kWidth);
+  for (std::int64_t c = 0; c < num_outputs; c += kColumns) {
+    Part part{weight + c * row_bytes, row_bytes, num_outputs - c, 0, args.num_inputs, of_row, 0};
+    if (Unit::kIsInt4) {
+      part.scales = scales + c * num_groups;
+      part.scales_stride = num_groups;
     }
+    add_tile<kWidth, Math, Unit, 1, kColumns, true>(part, packed, heads, sums + c * kWidth);
   }
   at_dtype(args.dtype, [&](auto dtype) TRIMSERVE_INLINE_LAMBDA {
     store_rows<kWidth, Unit::kIsInt4, dtype>(args, row, 1, first_output, sums);
   });
 }
 
-// Outputs one by one are read in memory order, at full bandwidth. A row that the first-level cache cannot hold beside them
-// is read again for each, though: several share it.
+// One by one, outputs are read in memory order, at full bandwidth. A row that the first-level cache cannot hold is read
+// again for each, though: several outputs share it.
 template <int kWidth, typename Math, typename Unit>
 TRIMSERVE_INLINE void multiply_row(const LinearArgs& args, const std::byte* packed, std::int64_t row,
                                    std::int64_t first_output) {
@@ -335,8 +334,11 @@ void linear_quantized(const LinearArgs& args, const float* packed, std::int64_t 
     const std::int64_t num_bytes = PackedRow<Math, Unit>(args).num_bytes;
     for (std::int64_t row = 0; row < args.num_rows; row += kRowsAtOnce) {
       const std::int64_t num_rows = std::min(kRowsAtOnce, args.num_rows - row);
+      // To read a row of floats takes longer than to read int4 weights: a tile's outputs share it.
+      const bool is_alone = num_rows == 1 && (Math::kHasScales || !Unit::kIsInt4) &&
+                            divide_up(args.num_inputs, Unit::kGroup) <= kRowGroups;
       for (std::int64_t block = begin; block < end; ++block) {
-        if (num_rows == 1) {
+        if (is_alone) {
           multiply_row<width, Math, Unit>(args, rows + row * num_bytes, row, block * kLinearColumns);
         } else {
           multiply_block<width, Math, Unit>(args, rows + row * num_bytes, row, num_rows,
