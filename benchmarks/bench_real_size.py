@@ -4,9 +4,10 @@
 
 Writes the checkpoint first if it is not there (20 GiB). One server after another loads it with int8 and int4 weights,
 1 GiB of KV and bfloat16 elsewhere: seconds until it is loaded and warmed up, peak of resident memory, first token of a
-question about a new image of one tile and about the same image again, and the time between tokens of one answer. The
-floor of a decode step is the bytes of weights that it reads over the bandwidth of reading, measured by the same number
-of threads before and after. The last line of standard output is the report.
+question about a new image of one tile and about the same image again, and the time between the tokens of answers. The
+floor of a decode step is the bytes of weights that it reads over the bandwidth of reading by as many threads. That is
+measured before and after each answer, while the server rests: others may use the same memory. The last line of standard
+output is the report.
 """
 
 import argparse
@@ -15,8 +16,9 @@ import random
 import time
 import urllib.error
 from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
-from statistics import mean
+from statistics import median
 from typing import Any, Final
 
 import torch
@@ -36,50 +38,53 @@ __all__ = ["main", "table"]
 
 _KV_BYTES: Final = "1GiB"
 _BANDWIDTH_RUNS: Final = 9
+_NUM_ANSWERS: Final = 5
 _POLL_SECONDS: Final = 0.5
 
 
 def _measure(quantize: Quantize, arguments: argparse.Namespace) -> dict[str, Any]:
     """Serve the checkpoint in one precision."""
     shape = StepShape.of_checkpoint(arguments.model, torch.bfloat16, quantize)
-    rates = [bandwidth("read", _BANDWIDTH_RUNS)]
     flags = ["--model", str(arguments.model), "--dtype", "bfloat16", "--quantize", quantize]
     flags += ["--kv-cache-bytes", _KV_BYTES, "--device", "cpu", "--num-threads", str(arguments.threads)]
     begin = time.monotonic()
     with server_process(*flags) as server:
         _wait_until_ready(server)
         ready = time.monotonic() - begin
-        firsts, steps = _ask(server, arguments.tokens)
+        firsts, steps, rates = _ask(server, arguments.tokens)
         peak = peak_rss_bytes(server.pid)
-    rates.append(bandwidth("read", _BANDWIDTH_RUNS))
-    floor, step = shape.weight_bytes / mean(rates), mean(steps)
+    floors = [2 * shape.weight_bytes / (before + after) for before, after in pairwise(rates)]
     row = {
         "quantize": quantize,
         "ready_seconds": round(ready, 1),
         "peak_bytes": peak,
         "first_token_seconds_of_new_image": firsts[0],
         "first_token_seconds_of_same_image": firsts[1],
-        "step_ms": round(step * 1e3, 1),
+        "step_ms": [round(step * 1e3, 1) for step in steps],
         "step_weight_bytes": shape.weight_bytes,
         "read_bytes_per_second": [round(rate) for rate in rates],
-        "step_floor_ms": round(floor * 1e3, 1),
-        "step_over_floor": round(step / floor, 2),
+        "step_floor_ms": [round(floor * 1e3, 1) for floor in floors],
+        "step_over_floor": round(median(step / floor for step, floor in zip(steps, floors, strict=True)), 2),
     }
     print(json.dumps(row), flush=True)
     return row
 
 
-def _ask(server: ServerProcess, num_tokens: int) -> tuple[list[float], list[float]]:
-    """Ask about an image twice: seconds to the first token of each, and between its tokens on average."""
-    firsts, steps = [], []
+def _ask(server: ServerProcess, num_tokens: int) -> tuple[list[float], list[float], list[float]]:
+    """Ask about an image again and again: seconds to each first token, between tokens, and bytes per second of reading.
+
+    There is one rate more than there are answers.
+    """
+    firsts, steps, rates = [], [], [bandwidth("read", _BANDWIDTH_RUNS)]
+    sampling = pb.SamplingParams(max_new_tokens=num_tokens, ignore_eos=True)
     with Client(server.address) as client:
         image = draw_picture(random.Random(0), client.model().tile_size)
-        for _ in range(2):
-            sampling = pb.SamplingParams(max_new_tokens=num_tokens, ignore_eos=True)
+        for _ in range(_NUM_ANSWERS):
             timings = client.generate("What do you see?", [image], sampling=sampling).timings
             firsts.append(round(timings.time_to_first_token_seconds, 2))
             steps.append((timings.total_seconds - timings.time_to_first_token_seconds) / (num_tokens - 1))
-    return firsts, steps
+            rates.append(bandwidth("read", _BANDWIDTH_RUNS))
+    return firsts, steps, rates
 
 
 def _wait_until_ready(server: ServerProcess) -> None:
@@ -108,7 +113,7 @@ def table(report: dict[str, Any]) -> str:
             f"{row['peak_bytes'] / 2**30:.1f} GiB",
             f"{row['first_token_seconds_of_new_image']:,.1f}",
             f"{row['first_token_seconds_of_same_image']:,.1f}",
-            f"{row['step_ms']:,.0f} ({row['step_over_floor']:.2f})",
+            f"{median(row['step_ms']):,.0f} ({row['step_over_floor']:.2f})",
         ]
         for row in report["rows"]
     ]

@@ -13,11 +13,9 @@
 namespace trimserve::cpu {
 namespace {
 
-constexpr std::int64_t kBytesAhead = 8 * 1024;
-
 // kRows rows of x times kColumns rows of the weight, summed along K except across lanes. Rows from num_rows on and
-// columns from num_columns on are not read. `ahead` is the weight to prefetch meanwhile, or null. A single row of
-// floats reads the weight in memory order and prefetches kBytesAhead, which reaches full bandwidth.
+// columns from num_columns on are not read. `ahead` is the weight to prefetch meanwhile, or null: a single row needs
+// none, since a core fetches ahead by itself along a few outputs.
 template <int kWidth, typename Operands, int kRows>
 TRIMSERVE_INLINE void multiply(const typename Operands::Stored* x, std::int64_t x_stride,
                                std::int64_t num_rows, const typename Operands::StoredWeight* weight,
@@ -26,8 +24,7 @@ TRIMSERVE_INLINE void multiply(const typename Operands::Stored* x, std::int64_t 
                                typename Operands::Floats (&sums)[kWidth]) {
   using Vector = typename Operands::Vector;
   constexpr int kColumns = kWidth / kRows, kSize = Operands::kSize;
-  constexpr bool kIsStream = kRows == 1;
-  constexpr int kAtOnce = kIsStream ? 1 : std::min(kColumns, 8), kSteps = kIsStream ? 8 : 1;
+  constexpr int kAtOnce = std::min(kColumns, kWidth == 16 ? 8 : 4);
   const typename Operands::Stored* rows[kRows];
   const typename Operands::StoredWeight* columns[kColumns];
   unrolled<kRows>([&](auto r) TRIMSERVE_INLINE_LAMBDA {
@@ -52,10 +49,7 @@ TRIMSERVE_INLINE void multiply(const typename Operands::Stored* x, std::int64_t 
       });
     };
     const auto step = [&](std::int64_t k) TRIMSERVE_INLINE_LAMBDA {
-      if constexpr (kIsStream) {
-        const auto place = reinterpret_cast<std::uintptr_t>(columns[kFirst] + k) + kBytesAhead;
-        __builtin_prefetch(reinterpret_cast<const void*>(place));  // may lie behind the weight
-      } else if (ahead) {
+      if (kRows > 1 && ahead) {
         unrolled<kAtOnce>([&](auto c) TRIMSERVE_INLINE_LAMBDA {
           __builtin_prefetch(ahead + (kFirst + c) * num_inputs + k);
         });
@@ -64,8 +58,6 @@ TRIMSERVE_INLINE void multiply(const typename Operands::Stored* x, std::int64_t 
           [](Vector& vector, const auto* source) TRIMSERVE_INLINE_LAMBDA { Operands::load(vector, source); });
     };
     std::int64_t k = 0;
-    for (; k <= whole - kSteps * kSize; k += kSteps * kSize)
-      unrolled<kSteps>([&](auto i) TRIMSERVE_INLINE_LAMBDA { step(k + i * kSize); });
     for (; k < whole; k += kSize) step(k);
     if (whole < num_inputs) {
       add(whole, [&]<typename Stored>(Vector& vector, const Stored* source) TRIMSERVE_INLINE_LAMBDA {

@@ -9,11 +9,10 @@
 #include "linear_quantized.h"
 
 #include <algorithm>
-#include <bit>
 #include <cstring>
-#include <limits>
 
 #include "linear_tiles.h"
+#include "quantized_rows.h"
 #include "quantized_units.h"
 
 namespace trimserve::cpu {
@@ -22,109 +21,11 @@ namespace {
 constexpr std::int64_t kRowsAtOnce = 32;    // whose sums stay in the second-level cache
 constexpr std::int64_t kPartBytes = 16384;  // of all these rows: half of the first-level cache
 constexpr std::int64_t kPartInputs = 4096;  // of one row, at most
-constexpr std::int64_t kMostGroups = kPartInputs / kUnit;
+constexpr std::int64_t kMostGroups = kPartInputs / kInt4Unit;
+constexpr std::int64_t kRowBytes = 20480;  // of a row that stays in the first-level cache
+constexpr std::int64_t kRowGroups = 512;
 constexpr std::int64_t kQuad = 4;          // outputs that all rows pass together
 constexpr std::int64_t kOutputsAhead = 8;  // to prefetch
-
-std::int64_t divide_up(std::int64_t size, std::int64_t part) { return (size + part - 1) / part; }
-
-// Rows are taken four at a time, then two, then one: a tile.
-std::int64_t rows_of_tile(std::int64_t num_rows) { return num_rows >= 4 ? 4 : num_rows >= 2 ? 2 : 1; }
-
-// A packed row has its elements, whole units of them, and then heads: vectors for each group, which are what the
-// group's sums begin with (int4) and the scale of its inputs (WordMath). Rows of a tile are interleaved by vectors.
-template <int kWidth, typename Math, typename Unit>
-struct PackedRow {
-  static constexpr std::int64_t kHeads = Unit::kIsInt4 + Math::kHasScales;
-  static constexpr std::int64_t kHeadBytes = kHeads * kWidth * sizeof(float);  // of a group
-  std::int64_t element_bytes;
-  std::int64_t num_bytes;
-
-  explicit PackedRow(const LinearArgs& args)
-      : element_bytes(divide_up(args.num_inputs, kUnit) * kUnit * sizeof(typename Math::Element)),
-        num_bytes(element_bytes + divide_up(args.num_inputs, Unit::kGroup) * kHeadBytes) {}
-};
-
-// The power of two that makes 16 bits of a group's inputs; NaN if one of them is not finite, 0 if all are.
-TRIMSERVE_INLINE float scale_of(const float* values, std::int64_t count) {
-  constexpr std::uint32_t kInfinity = 0x7f800000u;
-  std::uint32_t largest = 0;
-  for (std::int64_t i = 0; i < count; ++i)
-    largest = std::max(largest, std::bit_cast<std::uint32_t>(values[i]) & ~(1u << 31));
-  if (largest >= kInfinity) return std::numeric_limits<float>::quiet_NaN();
-  const std::uint32_t exponent =
-      std::max(largest >> 23, 32u);  // smaller inputs than 2^-96 lose their last bits
-  return largest ? std::bit_cast<float>((exponent - 14) << 23) : 0.0f;
-}
-
-// Bfloat16 inputs over their scale, to the nearest integer; 0 where the scale says that they are none, or all are 0.
-TRIMSERVE_INLINE void round_to_words(const float* values, std::int64_t count, float scale,
-                                     std::int16_t* words) {
-  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, kept in the low bits
-  const float factor = scale > 0 ? 1.0f / scale : 0.0f;
-  for (std::int64_t i = 0; i < count; ++i)
-    words[i] = static_cast<std::int16_t>(std::bit_cast<std::uint32_t>(values[i] * factor + kRound));
-  if (!(scale > 0)) std::fill_n(words, count, std::int16_t{0});
-}
-
-// One group of a row. elements and heads: of its first vectors, `stride` vectors apart.
-template <int kWidth, typename Math, typename Unit>
-TRIMSERVE_INLINE void pack_group(const float* values, std::int64_t num_units, std::int64_t stride,
-                                 float scale, std::byte* elements, std::byte* heads) {
-  using Element = typename Math::Element;
-  using Register = typename Math::Register;
-  Element rounded[kLongestGroup];
-  if constexpr (Math::kHasScales) {
-    round_to_words(values, num_units * kUnit, scale, rounded);
-  } else {
-    std::copy_n(values, num_units * kUnit, rounded);
-  }
-  typename Math::Sums first{};
-  for (std::int64_t unit = 0; unit < num_units; ++unit) {
-    unrolled<kUnit / Math::kInputs>([&](auto r) TRIMSERVE_INLINE_LAMBDA {
-      constexpr float kFactor = Unit::factor(r);
-      Element vector[Math::kInputs], eights[Math::kInputs];
-      unrolled<Math::kInputs>([&](auto i) TRIMSERVE_INLINE_LAMBDA {
-        vector[i] = rounded[unit * kUnit + Unit::input(r, i)] * static_cast<Element>(kFactor);
-        eights[i] = static_cast<Element>(-8.0f / kFactor);
-      });
-      Register x, eight;
-      std::memcpy(&x, vector, sizeof x);
-      std::memcpy(&eight, eights, sizeof eight);
-      if (Unit::kIsInt4) Math::add(first, x, eight);
-      std::memcpy(elements, &x, sizeof x);
-      elements += stride * sizeof x;
-    });
-  }
-  if constexpr (Unit::kIsInt4) {
-    std::memcpy(heads, &first, sizeof first);
-    heads += stride * sizeof first;
-  }
-  if constexpr (Math::kHasScales) {
-    const typename Simd<kWidth>::Floats scales = typename Simd<kWidth>::Floats{} + scale;
-    std::memcpy(heads, &scales, sizeof scales);
-  }
-}
-
-// Row r of a tile of num_rows.
-template <int kWidth, typename Math, typename Unit, DType dtype>
-TRIMSERVE_INLINE void pack_row(const LinearArgs& args, std::int64_t row, std::int64_t r,
-                               std::int64_t num_rows, std::byte* tile) {
-  constexpr std::int64_t kVectorBytes = kWidth * sizeof(float);
-  const PackedRow<kWidth, Math, Unit> packed(args);
-  const auto* const x = static_cast<const Element<dtype>*>(args.x) + row * args.x_stride;
-  std::byte* elements = tile + r * kVectorBytes;
-  std::byte* heads = tile + num_rows * packed.element_bytes + r * kVectorBytes;
-  for (std::int64_t k = 0; k < args.num_inputs; k += Unit::kGroup) {
-    float values[kLongestGroup] = {};
-    const std::int64_t count = std::min(Unit::kGroup, args.num_inputs - k),
-                       num_units = divide_up(count, kUnit);
-    for (std::int64_t i = 0; i < count; ++i) values[i] = x[k + i].to_float();
-    pack_group<kWidth, Math, Unit>(values, num_units, num_rows, scale_of(values, count), elements, heads);
-    elements += num_rows * num_units * kUnit * sizeof(typename Math::Element);
-    heads += num_rows * packed.kHeadBytes;
-  }
-}
 
 // Some inputs of some outputs.
 struct Part {
@@ -133,16 +34,18 @@ struct Part {
   std::int64_t num_outputs;  // those past the last are not read
   std::int64_t ahead;        // bytes to what is prefetched meanwhile, or 0
   std::int64_t num_inputs;
-  const float* scales;  // int4: [outputs, kMostGroups]
+  // [outputs, scales_stride]: of a group's weights (int4); for a row that is alone, times its own.
+  const float* scales;
+  std::int64_t scales_stride;
 };
 
 // sums[r * kLinearColumns + c] += products of a tile's rows and outputs along a part. elements and heads: as packed.
-template <int kWidth, typename Math, typename Unit, int kRows, int kColumns>
-TRIMSERVE_INLINE void add_tile(const Part& part, const std::byte* elements, const std::byte* heads,
+template <int kWidth, typename Math, typename Unit, int kRows, int kColumns, bool kIsAlone = false>
+TRIMSERVE_INLINE void add_tile(const Part& part, const std::byte* elements, const Head<Math>* heads,
                                float* sums) {
   using Register = typename Math::Register;
   using Floats = typename Simd<kWidth>::Floats;
-  constexpr int kRegisters = kUnit / Math::kInputs;
+  constexpr int kRegisters = Unit::kInputs / Math::kInputs;
   const std::byte* weight[kColumns];
   const float* scales = part.scales;
   unrolled<kColumns>([&](auto c) TRIMSERVE_INLINE_LAMBDA {
@@ -176,37 +79,39 @@ TRIMSERVE_INLINE void add_tile(const Part& part, const std::byte* elements, cons
                                          std::int64_t num_inputs) TRIMSERVE_INLINE_LAMBDA {
     unrolled<kRows * kColumns>([&](auto i) TRIMSERVE_INLINE_LAMBDA {
       products[i] = typename Math::Sums{};
-      if constexpr (Unit::kIsInt4)
-        std::memcpy(&products[i], heads + i / kColumns * sizeof products[i], sizeof products[i]);
+      if constexpr (Unit::kIsInt4) products[i][0] = heads[i / kColumns].first;
     });
     unrolled<kUnits>([&](auto) TRIMSERVE_INLINE_LAMBDA { add_unit(); });
     if constexpr (kUnits == 0) {
-      for (; num_inputs >= kUnit || (Unit::kIsInt4 && num_inputs > 0); num_inputs -= kUnit) add_unit();
+      for (; num_inputs >= Unit::kInputs; num_inputs -= Unit::kInputs) add_unit();
       if (num_inputs > 0) {
-        std::byte padded[kColumns][kUnit] = {};
+        std::byte padded[kColumns][Unit::kBytes] = {};
         unrolled<kColumns>([&](auto c) TRIMSERVE_INLINE_LAMBDA {
-          std::memcpy(padded[c], weight[c], num_inputs);
+          std::memcpy(padded[c], weight[c], Unit::bytes(num_inputs));
           weight[c] = padded[c];
         });
         add_unit();
       }
     }
-    if constexpr (Unit::kIsInt4) heads += kRows * sizeof(Floats);
     unrolled<kRows * kColumns>([&](auto i) TRIMSERVE_INLINE_LAMBDA {
-      Floats floats, scale;
+      constexpr bool kIsScaled = Unit::kIsInt4 || Math::kHasScales;
+      Floats floats, scale, sum = so_far[i];  // added to in place, it would stay in memory
       Math::to_floats(floats, products[i]);
-      if constexpr (Unit::kIsInt4) floats *= scales[i % kColumns * kMostGroups];
-      if constexpr (Math::kHasScales) {
-        std::memcpy(&scale, heads + i / kColumns * sizeof scale, sizeof scale);
-        so_far[i] += floats * scale;
+      if constexpr (Math::kHasScales && !kIsAlone) {
+        scale = Floats{} + heads[i / kColumns].scale;
+        if constexpr (Unit::kIsInt4) scale *= scales[i % kColumns * part.scales_stride];
+        sum += floats * scale;
+      } else if constexpr (kIsScaled) {
+        sum += floats * scales[i % kColumns * part.scales_stride];
       } else {
-        so_far[i] += floats;
+        sum += floats;
       }
+      so_far[i] = sum;
     });
-    if constexpr (Math::kHasScales) heads += kRows * sizeof(Floats);
+    heads += kRows;
     ++scales;
   };
-  constexpr std::int64_t kGroupBytes = Unit::kGroup / kUnit * Unit::kBytes, kLine = 64;
+  constexpr std::int64_t kGroupBytes = Unit::bytes(Unit::kGroup), kLine = 64;
   std::int64_t left = part.num_inputs;
   for (; left >= Unit::kGroup; left -= Unit::kGroup) {
     if (part.ahead) {
@@ -214,7 +119,7 @@ TRIMSERVE_INLINE void add_tile(const Part& part, const std::byte* elements, cons
         __builtin_prefetch(weight[i % kColumns] + part.ahead + i / kColumns * kLine);
       });
     }
-    add_group(std::integral_constant<int, Unit::kGroup / kUnit>(), left);
+    add_group(std::integral_constant<int, Unit::kGroup / Unit::kInputs>(), left);
   }
   if (left > 0) add_group(std::integral_constant<int, 0>(), left);
   unrolled<kRows * kColumns>(
@@ -224,7 +129,7 @@ TRIMSERVE_INLINE void add_tile(const Part& part, const std::byte* elements, cons
 // Four outputs of a tile of rows.
 template <int kWidth, typename Math, typename Unit>
 TRIMSERVE_INLINE void add_quad(std::int64_t num_rows, const Part& quad, const std::byte* elements,
-                               const std::byte* heads, float* sums) {
+                               const Head<Math>* heads, float* sums) {
   if (num_rows == 2) return add_tile<kWidth, Math, Unit, 2, kQuad>(quad, elements, heads, sums);
   if (num_rows == 1) return add_tile<kWidth, Math, Unit, 1, kQuad>(quad, elements, heads, sums);
   constexpr int kColumns = kWidth == 16 ? 4 : 2;  // as many sums as registers hold
@@ -237,16 +142,16 @@ TRIMSERVE_INLINE void add_quad(std::int64_t num_rows, const Part& quad, const st
   }
 }
 
-// int4: the scales of a block of outputs as floats [kLinearColumns, kMostGroups], of a part's groups.
+// int4: the scales of a block of outputs as floats [kLinearColumns, stride], of some groups.
 TRIMSERVE_INLINE void take_scales(const LinearArgs& args, std::int64_t first_output, std::int64_t first_group,
-                                  std::int64_t num_groups, float* scales) {
+                                  std::int64_t num_groups, std::int64_t stride, float* scales) {
   const std::int64_t row_size = divide_up(args.num_inputs, args.group);
   const std::int64_t num_outputs = std::min(kLinearColumns, args.num_outputs - first_output);
   at_dtype(args.scale_dtype, [&](auto dtype) TRIMSERVE_INLINE_LAMBDA {
     for (std::int64_t c = 0; c < num_outputs; ++c) {
       const auto* const stored =
           static_cast<const Element<dtype>*>(args.scales) + (first_output + c) * row_size + first_group;
-      for (std::int64_t g = 0; g < num_groups; ++g) scales[c * kMostGroups + g] = stored[g].to_float();
+      for (std::int64_t g = 0; g < num_groups; ++g) scales[c * stride + g] = stored[g].to_float();
     }
   });
 }
@@ -284,13 +189,13 @@ std::int64_t part_size(std::int64_t num_rows) {
 template <int kWidth, typename Math, typename Unit>
 TRIMSERVE_INLINE void add_rows(const LinearArgs& args, Part quad, const std::byte* rows,
                                std::int64_t num_rows, std::int64_t first_input, float* sums) {
-  const PackedRow<kWidth, Math, Unit> packed(args);
+  const PackedRow<Math, Unit> packed(args);
   for (std::int64_t row = 0; row < num_rows;) {
     const std::int64_t of_tile = rows_of_tile(num_rows - row);
     const std::byte* const tile = rows + row * packed.num_bytes;
     const std::byte* const elements = tile + of_tile * first_input * sizeof(typename Math::Element);
-    const std::byte* const heads =
-        tile + of_tile * (packed.element_bytes + first_input / Unit::kGroup * packed.kHeadBytes);
+    const auto* const heads = reinterpret_cast<const Head<Math>*>(tile + of_tile * packed.element_bytes) +
+                              of_tile * (first_input / Unit::kGroup);
     add_quad<kWidth, Math, Unit>(of_tile, quad, elements, heads, sums + row * kLinearColumns * kWidth);
     quad.ahead = 0;
     row += of_tile;
@@ -301,16 +206,16 @@ template <int kWidth, typename Math, typename Unit>
 TRIMSERVE_INLINE void multiply_block(const LinearArgs& args, const std::byte* rows, std::int64_t first_row,
                                      std::int64_t num_rows, std::int64_t first_output) {
   const std::int64_t size = part_size<Math>(num_rows);
-  const std::int64_t row_bytes =
-      Unit::kIsInt4 ? divide_up(args.num_inputs, kUnit) * Unit::kBytes : args.num_inputs;
+  const std::int64_t row_bytes = Unit::bytes(args.num_inputs);
   alignas(64) float sums[kRowsAtOnce * kLinearColumns * kWidth];
   alignas(64) float scales[kLinearColumns * kMostGroups];
   std::fill_n(sums, num_rows * kLinearColumns * kWidth, 0.0f);
   for (std::int64_t k = 0; k < args.num_inputs; k += size) {
     const std::int64_t num_inputs = std::min(size, args.num_inputs - k);
     if (Unit::kIsInt4)
-      take_scales(args, first_output, k / Unit::kGroup, divide_up(num_inputs, Unit::kGroup), scales);
-    const auto* const weight = static_cast<const std::byte*>(args.weight) + k / kUnit * Unit::kBytes;
+      take_scales(args, first_output, k / Unit::kGroup, divide_up(num_inputs, Unit::kGroup), kMostGroups,
+                  scales);
+    const auto* const weight = static_cast<const std::byte*>(args.weight) + Unit::bytes(k);
     const bool is_last = k + size >= args.num_inputs;
     for (std::int64_t c = 0; c < kLinearColumns && first_output + c < args.num_outputs; c += kQuad) {
       // What is read next: outputs of this block, in its next part if these are its last, or of the next block.
@@ -318,19 +223,65 @@ TRIMSERVE_INLINE void multiply_block(const LinearArgs& args, const std::byte* ro
       const std::int64_t outputs_ahead = kOutputsAhead - (is_next && !is_last ? kLinearColumns : 0);
       const std::int64_t inputs_ahead = !is_next ? 0 : is_last ? -k : size;
       const bool has_next = first_row == 0 && first_output + c + outputs_ahead + kQuad <= args.num_outputs;
-      const std::int64_t ahead = outputs_ahead * row_bytes + inputs_ahead / kUnit * Unit::kBytes;
+      const std::int64_t ahead =
+          outputs_ahead * row_bytes + inputs_ahead / kLongestGroup * Unit::bytes(kLongestGroup);
       const Part quad{weight + (first_output + c) * row_bytes,
                       row_bytes,
                       args.num_outputs - first_output - c,
                       has_next ? ahead : 0,
                       num_inputs,
-                      scales + c * kMostGroups};
+                      scales + c * kMostGroups,
+                      kMostGroups};
       add_rows<kWidth, Math, Unit>(args, quad, rows, num_rows, k, sums + c * kWidth);
     }
   }
   at_dtype(args.dtype, [&](auto dtype) TRIMSERVE_INLINE_LAMBDA {
     store_rows<kWidth, Unit::kIsInt4, dtype>(args, first_row, num_rows, first_output, sums);
   });
+}
+
+// A block of outputs times a row that is alone, kColumns at a time, without prefetches: a core fetches ahead by itself
+// along a long sequence of addresses.
+template <int kWidth, typename Math, typename Unit, int kColumns>
+TRIMSERVE_INLINE void multiply_row(const LinearArgs& args, const std::byte* packed, std::int64_t row,
+                                   std::int64_t first_output) {
+  const std::int64_t row_bytes = Unit::bytes(args.num_inputs);
+  const std::int64_t num_groups = divide_up(args.num_inputs, Unit::kGroup);
+  const std::int64_t num_outputs = std::min(kLinearColumns, args.num_outputs - first_output);
+  const auto* const weight = static_cast<const std::byte*>(args.weight) + first_output * row_bytes;
+  const auto* const heads =
+      reinterpret_cast<const Head<Math>*>(packed + PackedRow<Math, Unit>(args).element_bytes);
+  float of_row[kRowGroups], scales[kLinearColumns * kRowGroups];
+  for (std::int64_t g = 0; Math::kHasScales && g < num_groups; ++g) of_row[g] = heads[g].scale;
+  if constexpr (Unit::kIsInt4) {
+    take_scales(args, first_output, 0, num_groups, num_groups, scales);
+    for (std::int64_t c = 0; Math::kHasScales && c < num_outputs; ++c)
+      for (std::int64_t g = 0; g < num_groups; ++g) scales[c * num_groups + g] *= of_row[g];
+  }
+  alignas(64) float sums[kLinearColumns * kWidth] = {};
+  for (std::int64_t c = 0; c < num_outputs; c += kColumns) {
+    Part part{weight + c * row_bytes, row_bytes, num_outputs - c, 0, args.num_inputs, of_row, 0};
+    if (Unit::kIsInt4) {
+      part.scales = scales + c * num_groups;
+      part.scales_stride = num_groups;
+    }
+    add_tile<kWidth, Math, Unit, 1, kColumns, true>(part, packed, heads, sums + c * kWidth);
+  }
+  at_dtype(args.dtype, [&](auto dtype) TRIMSERVE_INLINE_LAMBDA {
+    store_rows<kWidth, Unit::kIsInt4, dtype>(args, row, 1, first_output, sums);
+  });
+}
+
+// One by one, outputs are read in memory order, at full bandwidth. A row that the first-level cache cannot hold is read
+// again for each, though: several outputs share it.
+template <int kWidth, typename Math, typename Unit>
+TRIMSERVE_INLINE void multiply_row(const LinearArgs& args, const std::byte* packed, std::int64_t row,
+                                   std::int64_t first_output) {
+  if (PackedRow<Math, Unit>(args).num_bytes <= kRowBytes) {
+    multiply_row<kWidth, Math, Unit, 1>(args, packed, row, first_output);
+  } else {
+    multiply_row<kWidth, Math, Unit, kWidth == 16 ? 8 : 4>(args, packed, row, first_output);
+  }
 }
 
 // Calls body with the width, how rows are multiplied and what units of weights are.
@@ -341,8 +292,8 @@ void at_units(const LinearArgs& args, const Body& body) {
       if (args.format == WeightFormat::kInt8)
         return body(width, math, std::type_identity<Int8Unit<width, Math>>());
       if (args.group == 32) return body(width, math, std::type_identity<Int4Unit<width, Math, 32>>());
-      if (args.group == 64) return body(width, math, std::type_identity<Int4Unit<width, Math, 64>>());
-      body(width, math, std::type_identity<Int4Unit<width, Math, 128>>());
+      if (args.group == 64) return body(width, math, std::type_identity<Int4Of<width, Math, 64>>());
+      body(width, math, std::type_identity<Int4Of<width, Math, 128>>());
     };
     if (args.dtype == DType::kBFloat16) return with(std::type_identity<WordMath<width>>());
     with(std::type_identity<FloatMath<width>>());
@@ -353,40 +304,47 @@ void at_units(const LinearArgs& args, const Body& body) {
 
 std::int64_t quantized_packed_size(const LinearArgs& args) {
   std::int64_t size = 0;
-  at_units(args, [&]<typename Math, typename Unit>(auto width, std::type_identity<Math>,
-                                                   std::type_identity<Unit>) TRIMSERVE_INLINE_LAMBDA {
-    size = args.num_rows * PackedRow<width, Math, Unit>(args).num_bytes;
-  });
+  at_units(args,
+           [&]<typename Math, typename Unit>(auto, std::type_identity<Math>, std::type_identity<Unit>)
+               TRIMSERVE_INLINE_LAMBDA { size = args.num_rows * PackedRow<Math, Unit>(args).num_bytes; });
   return size / static_cast<std::int64_t>(sizeof(float));
 }
 
 void pack_quantized_rows(const LinearArgs& args, float* packed) {
-  at_units(args, [&]<typename Math, typename Unit>(auto width, std::type_identity<Math>,
-                                                   std::type_identity<Unit>) TRIMSERVE_INLINE_LAMBDA {
-    auto* const rows = reinterpret_cast<std::byte*>(packed);
-    const std::int64_t num_bytes = PackedRow<width, Math, Unit>(args).num_bytes;
-    for (std::int64_t row = 0; row < args.num_rows;) {
-      const std::int64_t num_rows = rows_of_tile(args.num_rows - row);
-      for (std::int64_t r = 0; r < num_rows; ++r) {
-        at_dtype(args.dtype, [&](auto dtype) TRIMSERVE_INLINE_LAMBDA {
-          pack_row<width, Math, Unit, dtype>(args, row + r, r, num_rows, rows + row * num_bytes);
-        });
-      }
-      row += num_rows;
-    }
-  });
+  at_units(args, [&]<typename Math, typename Unit>(auto, std::type_identity<Math>, std::type_identity<Unit>)
+                     TRIMSERVE_INLINE_LAMBDA {
+                       auto* const rows = reinterpret_cast<std::byte*>(packed);
+                       const std::int64_t num_bytes = PackedRow<Math, Unit>(args).num_bytes;
+                       for (std::int64_t row = 0; row < args.num_rows;) {
+                         const std::int64_t num_rows = rows_of_tile(args.num_rows - row);
+                         for (std::int64_t r = 0; r < num_rows; ++r) {
+                           at_dtype(args.dtype, [&](auto dtype) TRIMSERVE_INLINE_LAMBDA {
+                             pack_row<Math, Unit, dtype>(args, row + r, r, num_rows, rows + row * num_bytes);
+                           });
+                         }
+                         row += num_rows;
+                       }
+                     });
 }
 
 void linear_quantized(const LinearArgs& args, const float* packed, std::int64_t begin, std::int64_t end) {
   at_units(args, [&]<typename Math, typename Unit>(auto width, std::type_identity<Math>,
                                                    std::type_identity<Unit>) TRIMSERVE_INLINE_LAMBDA {
     const auto* const rows = reinterpret_cast<const std::byte*>(packed);
-    const std::int64_t num_bytes = PackedRow<width, Math, Unit>(args).num_bytes;
+    const std::int64_t num_bytes = PackedRow<Math, Unit>(args).num_bytes;
     for (std::int64_t row = 0; row < args.num_rows; row += kRowsAtOnce) {
       const std::int64_t num_rows = std::min(kRowsAtOnce, args.num_rows - row);
-      for (std::int64_t block = begin; block < end; ++block)
-        multiply_block<width, Math, Unit>(args, rows + row * num_bytes, row, num_rows,
-                                          block * kLinearColumns);
+      // To read a row of floats takes longer than to read int4 weights: a tile's outputs share it.
+      const bool is_alone = num_rows == 1 && (Math::kHasScales || !Unit::kIsInt4) &&
+                            divide_up(args.num_inputs, Unit::kGroup) <= kRowGroups;
+      for (std::int64_t block = begin; block < end; ++block) {
+        if (is_alone) {
+          multiply_row<width, Math, Unit>(args, rows + row * num_bytes, row, block * kLinearColumns);
+        } else {
+          multiply_block<width, Math, Unit>(args, rows + row * num_bytes, row, num_rows,
+                                            block * kLinearColumns);
+        }
+      }
     }
   });
 }

@@ -1,8 +1,10 @@
-// Products of rows with quantized weights, in registers. A unit is kUnit inputs of one output.
+// Products of rows with quantized weights, in registers.
 
 #pragma once
 
+#include <algorithm>
 #include <cstring>
+#include <type_traits>
 
 #include "simd.h"
 
@@ -15,6 +17,7 @@ constexpr std::int64_t kLongestGroup = 128;
 template <int kWidth>
 struct FloatMath {
   using Element = float;
+  using Number = float;
   using Register = typename Simd<kWidth>::Floats;
   using Sums = typename Simd<kWidth>::Floats;
   static constexpr int kInputs = kWidth;     // of a register
@@ -32,6 +35,7 @@ struct FloatMath {
 template <int kWidth>
 struct WordMath {
   using Element = std::int16_t;
+  using Number = std::int32_t;  // of a sum
   using Register = typename Simd<kWidth>::Bits;
   using Sums = typename Simd<kWidth>::Ints;
   static constexpr int kInputs = 2 * kWidth;
@@ -63,16 +67,17 @@ struct WordMath {
 template <int kWidth>
 using Words __attribute__((vector_size(kWidth * sizeof(float)))) = std::int16_t;
 
-// Units of weights make groups of kGroup inputs, whose products are added up before they are scaled, and fill registers
-// 0, 1, ... kUnit / Math::kInputs - 1. In place i of register r is the weight of input(r, i), to be multiplied with
-// that input times factor(r).
+// Units of kInputs weights of an output make groups of kGroup, whose products are added up before they are scaled, and
+// fill registers 0, 1, ... kInputs / Math::kInputs - 1. In place i of register r is the weight of input(r, i), to be
+// multiplied with that input times factor(r). So many inputs lie in bytes(num_inputs).
 template <int kWidth, typename Math>
 struct Int8Unit {
   using Opened = const std::int8_t*;
   static constexpr bool kIsInt4 = false;
   static constexpr std::int64_t kGroup = kLongestGroup;
-  static constexpr std::int64_t kBytes = kUnit;
+  static constexpr std::int64_t kInputs = 32, kBytes = kInputs;
 
+  static constexpr std::int64_t bytes(std::int64_t num_inputs) { return num_inputs; }
   static constexpr int input(int r, int i) { return r * Math::kInputs + i; }
   static constexpr float factor(int) { return 1.0f; }
 
@@ -109,6 +114,10 @@ struct Int8Unit {
   }
 };
 
+constexpr std::int64_t int4_bytes(std::int64_t num_inputs) {
+  return (num_inputs + kInt4Unit - 1) / kInt4Unit * kInt4UnitBytes;
+}
+
 // The same 16 bytes in each 128 bits.
 template <int kWidth>
 TRIMSERVE_INLINE void repeat(typename Simd<kWidth>::Bits& bits, const std::byte* source) {
@@ -130,8 +139,10 @@ struct Int4Unit {
   static constexpr std::int64_t kGroup = kInputsOfGroup;
   using Opened = typename Simd<kWidth>::Bits;
   static constexpr bool kIsInt4 = true;
-  static constexpr std::int64_t kBytes = kInt4UnitBytes;
+  static constexpr std::int64_t kInputs = kInt4Unit, kBytes = kInt4UnitBytes;
   static constexpr int kQuarters = kWidth / 4;
+
+  static constexpr std::int64_t bytes(std::int64_t num_inputs) { return int4_bytes(num_inputs); }
 
   // As floats, a register has the half of one byte of each 32 bits; what a mask leaves is 2^8, 2^16 or 2^24 times too
   // large, which the inputs make up for. As words it has that of one byte of each 16 bits.
@@ -166,5 +177,52 @@ struct Int4Unit {
     }
   }
 };
+
+// As words for WordMath: bytes become words, whose lower halves are one register and whose upper ones the next.
+template <int kWidth, int kInputsOfGroup>
+struct Int4Words {
+  using Opened = const std::byte*;
+  static constexpr bool kIsInt4 = true;
+  static constexpr std::int64_t kGroup = kInputsOfGroup;
+  static constexpr int kWords = 2 * kWidth;  // of a register, and bytes behind two
+  static constexpr std::int64_t kInputs = kWidth == 16 ? 64 : 32, kBytes = kInputs / 2;
+  static_assert(kGroup % kInputs == 0);
+
+  static constexpr std::int64_t bytes(std::int64_t num_inputs) { return int4_bytes(num_inputs); }
+  static constexpr int input(int r, int i) {
+    const int byte = r / 2 * kWords + i;
+    return byte / 16 * 32 + r % 2 * 16 + byte % 16;
+  }
+  static constexpr float factor(int) { return 1.0f; }
+
+  TRIMSERVE_INLINE static void open(Opened& unit, const std::byte* source) { unit = source; }
+
+  template <int kRegister>
+  TRIMSERVE_INLINE static void take(typename Simd<kWidth>::Bits& w, const Opened& unit) {
+    typedef std::uint8_t Bytes __attribute__((vector_size(kWords), aligned(1), may_alias));
+    typedef std::uint16_t Halves __attribute__((vector_size(2 * kWords)));
+    const Bytes& bytes = *reinterpret_cast<const Bytes*>(unit + kRegister / 2 * kWords);
+    Halves words;
+#ifdef __x86_64__
+    if constexpr (kWidth >= 8) asm("vpmovzxbw %1, %0" : "=v"(words) : "m"(bytes));
+    constexpr bool kIsWidened = kWidth >= 8;
+#else
+    constexpr bool kIsWidened = false;
+#endif
+    if constexpr (!kIsWidened) {
+      std::uint8_t source[kWords];
+      std::uint16_t widened[kWords];
+      std::memcpy(source, &bytes, sizeof source);
+      std::copy_n(source, kWords, widened);
+      std::memcpy(&words, widened, sizeof words);
+    }
+    words = kRegister % 2 ? words >> 4 : words & 15;
+    std::memcpy(&w, &words, sizeof w);
+  }
+};
+
+template <int kWidth, typename Math, int kInputsOfGroup>
+using Int4Of = std::conditional_t<Math::kHasScales, Int4Words<kWidth, kInputsOfGroup>,
+                                  Int4Unit<kWidth, Math, kInputsOfGroup>>;
 
 }  // namespace trimserve::cpu

@@ -1,0 +1,108 @@
+// Rows as linear_quantized.cpp multiplies them, packed once for all outputs.
+
+#pragma once
+
+#include <algorithm>
+#include <bit>
+#include <cstring>
+#include <limits>
+
+#include "quantized_units.h"
+
+namespace trimserve::cpu {
+
+inline std::int64_t divide_up(std::int64_t size, std::int64_t part) { return (size + part - 1) / part; }
+
+// Rows are taken four at a time, then two, then one: a tile.
+inline std::int64_t rows_of_tile(std::int64_t num_rows) { return num_rows >= 4 ? 4 : num_rows >= 2 ? 2 : 1; }
+
+// Of a row and a group of its inputs.
+template <typename Math>
+struct Head {
+  typename Math::Number first;  // int4: -8 times the inputs' sum, with which the group's sum begins
+  float scale;                  // WordMath: of the inputs
+};
+
+// A packed row has its elements, whole units of them, and then the heads of its groups. Rows of a tile are interleaved,
+// elements by registers.
+template <typename Math, typename Unit>
+struct PackedRow {
+  std::int64_t element_bytes;
+  std::int64_t num_bytes;
+
+  explicit PackedRow(const LinearArgs& args)
+      : element_bytes(divide_up(args.num_inputs, Unit::kInputs) * Unit::kInputs *
+                      sizeof(typename Math::Element)),
+        num_bytes(
+            divide_up(element_bytes + divide_up(args.num_inputs, Unit::kGroup) * sizeof(Head<Math>), 64) *
+            64) {}
+};
+
+// The power of two that makes 16 bits of a group's inputs; NaN if one of them is not finite, 0 if all are.
+TRIMSERVE_INLINE float scale_of(const float* values, std::int64_t count) {
+  constexpr std::uint32_t kInfinity = 0x7f800000u;
+  std::uint32_t largest = 0;
+  for (std::int64_t i = 0; i < count; ++i)
+    largest = std::max(largest, std::bit_cast<std::uint32_t>(values[i]) & ~(1u << 31));
+  if (largest >= kInfinity) return std::numeric_limits<float>::quiet_NaN();
+  const std::uint32_t exponent =
+      std::max(largest >> 23, 32u);  // smaller inputs than 2^-96 lose their last bits
+  return largest ? std::bit_cast<float>((exponent - 14) << 23) : 0.0f;
+}
+
+// Bfloat16 inputs over their scale, to the nearest integer; 0 where the scale says that they are none, or all are 0.
+TRIMSERVE_INLINE void round_to_words(const float* values, std::int64_t count, float scale,
+                                     std::int16_t* words) {
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, kept in the low bits
+  const float factor = scale > 0 ? 1.0f / scale : 0.0f;
+  for (std::int64_t i = 0; i < count; ++i)
+    words[i] = static_cast<std::int16_t>(std::bit_cast<std::uint32_t>(values[i] * factor + kRound));
+  if (!(scale > 0)) std::fill_n(words, count, std::int16_t{0});
+}
+
+// One group of a row. elements: of its first register, `stride` registers apart.
+template <typename Math, typename Unit>
+TRIMSERVE_INLINE void pack_group(const float* values, std::int64_t num_units, std::int64_t stride,
+                                 float scale, std::byte* elements, Head<Math>& head) {
+  using Element = typename Math::Element;
+  Element rounded[kLongestGroup];
+  const std::int64_t count = num_units * Unit::kInputs;
+  if constexpr (Math::kHasScales) {
+    round_to_words(values, count, scale, rounded);
+  } else {
+    std::copy_n(values, count, rounded);
+  }
+  typename Math::Number sum = 0;
+  for (std::int64_t i = 0; i < count; ++i) sum += rounded[i];
+  head = {-8 * sum, scale};
+  for (std::int64_t unit = 0; unit < num_units; ++unit) {
+    unrolled<Unit::kInputs / Math::kInputs>([&](auto r) TRIMSERVE_INLINE_LAMBDA {
+      constexpr auto kFactor = static_cast<Element>(Unit::factor(r));
+      Element vector[Math::kInputs];
+      unrolled<Math::kInputs>([&](auto i) TRIMSERVE_INLINE_LAMBDA {
+        vector[i] = rounded[unit * Unit::kInputs + Unit::input(r, i)] * kFactor;
+      });
+      std::memcpy(elements, vector, sizeof vector);
+      elements += stride * sizeof vector;
+    });
+  }
+}
+
+// Row r of a tile of num_rows.
+template <typename Math, typename Unit, DType dtype>
+TRIMSERVE_INLINE void pack_row(const LinearArgs& args, std::int64_t row, std::int64_t r,
+                               std::int64_t num_rows, std::byte* tile) {
+  const auto* const x = static_cast<const Element<dtype>*>(args.x) + row * args.x_stride;
+  std::byte* elements = tile + r * sizeof(typename Math::Register);
+  auto* head = reinterpret_cast<Head<Math>*>(tile + num_rows * PackedRow<Math, Unit>(args).element_bytes) + r;
+  for (std::int64_t k = 0; k < args.num_inputs; k += Unit::kGroup, head += num_rows) {
+    float values[kLongestGroup] = {};
+    const std::int64_t count = std::min(Unit::kGroup, args.num_inputs - k),
+                       num_units = divide_up(count, Unit::kInputs);
+    for (std::int64_t i = 0; i < count; ++i) values[i] = x[k + i].to_float();
+    pack_group<Math, Unit>(values, num_units, num_rows, scale_of(values, count), elements, *head);
+    elements += num_rows * num_units * Unit::kInputs * sizeof(typename Math::Element);
+  }
+}
+
+}  // namespace trimserve::cpu
