@@ -136,13 +136,6 @@ class EngineConfig(_Knobs):
         description="Bytes for all keys and values and for the scratch of one prefill, such as `2GiB`. Unset is half "
         "of the memory that is free after warm-up (0.9 of it on a GPU), but no more than `max_batch` requests can use.",
     )
-    kv_layers_per_page: int | None = Field(
-        default=None,
-        ge=1,
-        description="Layers that share a page of the KV cache. Unset is the greatest common divisor of the model's "
-        "numbers of self- and cross-attention layers; any other value must divide it. Policies whose later "
-        "cross-attention layers hold less free whole pages only, so they free more with fewer layers per page.",
-    )
     image_cache_bytes: ByteSize = Field(
         default=ByteSize(512 * 2**20),
         ge=0,

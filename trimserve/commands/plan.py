@@ -21,12 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["plan"]
 
-_OPTIONS = {
-    "num_tokens": "--tokens",
-    "num_images": "--images",
-    "num_tiles": "--tiles",
-    "kv_layers_per_page": "--kv-layers-per-page",
-}
+_OPTIONS = {"num_tokens": "--tokens", "num_images": "--images", "num_tiles": "--tiles"}
 """What the planner refuses, as the command line names it."""
 
 

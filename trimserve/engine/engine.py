@@ -74,8 +74,7 @@ class Engine:
             clock: seconds, by which steps are timed and deadlines pass.
             drafter: in place of the look-up that `config.speculation` turns on.
         Raises:
-            CheckpointError: `kv_cache_bytes` does not even hold the prefill scratch and a page, or
-                `kv_layers_per_page` does not fit the model.
+            CheckpointError: `kv_cache_bytes` does not even hold the prefill scratch and a page.
         """
         self.image_cache = ImageCacheCounts()
         """Of the executor's cache, after the last step."""
