@@ -1,16 +1,27 @@
 """Tensors laid out the hard way: off alignment, strided, with sentinels around them; random numbers for them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-__all__ = ["LAYOUTS", "misaligned", "seeded", "with_strided_columns", "with_strided_rows"]
+__all__ = ["LAYOUTS", "misaligned", "seeded", "threads", "with_strided_columns", "with_strided_rows"]
 
 
 def seeded(seed: int) -> torch.Generator:
     """Random numbers on the device where new tensors are made."""
     return torch.Generator(torch.get_default_device()).manual_seed(seed)
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """So many threads of an op, where tests have one otherwise."""
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(1)
 
 
 def misaligned(tensor: Tensor, offset: int, sentinel: float) -> tuple[Tensor, Tensor]:

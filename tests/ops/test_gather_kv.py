@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.ops.arrays import LAYOUTS, misaligned, seeded
+from tests.ops.arrays import LAYOUTS, misaligned, seeded, threads
 from tests.ops.refusals import assert_refused
 from trimserve.ops import PAGE_POSITIONS, gather_kv, reference
 
@@ -108,11 +108,8 @@ def test_reads_only_its_inputs_and_writes_only_its_slots(dtype: torch.dtype) -> 
 )
 def test_threads_write_disjoint_rows_that_no_cache_holds(offset: int, head_dim: int) -> None:
     pages, layer, keys, values, kept, slots = draw(1000, 900, num_kv_heads=8, head_dim=head_dim)
-    torch.set_num_threads(3)
-    try:
+    with threads(3):
         assert_equals_reference((misaligned(pages, offset, 7.0)[0], layer, keys, values, kept, slots))
-    finally:
-        torch.set_num_threads(1)
 
 
 @pytest.mark.usefixtures("checked_values")

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.ops.arrays import LAYOUTS, misaligned, seeded
+from tests.ops.arrays import LAYOUTS, misaligned, seeded, threads
 from tests.ops.refusals import assert_refused
 from trimserve.ops import PAGE_POSITIONS, reference, write_kv
 
@@ -118,11 +118,8 @@ def test_writes_only_its_slots(dtype: torch.dtype) -> None:
     ids=["that a cache holds", "that no cache holds", "that no cache holds, of no multiple of 16 bytes"],
 )
 def test_threads_write_disjoint_rows(num_kv_heads: int, head_dim: int) -> None:
-    torch.set_num_threads(3)
-    try:
+    with threads(3):
         assert_equals_reference(draw(70, 1100, 1, 0, num_kv_heads, head_dim))
-    finally:
-        torch.set_num_threads(1)
 
 
 @pytest.mark.usefixtures("checked_values")
