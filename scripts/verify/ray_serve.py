@@ -134,6 +134,7 @@ async def scale(front: Caller, replicas: Replicas) -> int:
     done = 0
 
     async def keep(number: int, wanted: int) -> None:
+        """So many streams at a time, until there are as many replicas as wanted."""
         nonlocal streams, done
         scaled = asyncio.create_task(until(lambda: replicas.count() == wanted, f"{wanted} replicas"))
         while not scaled.done():

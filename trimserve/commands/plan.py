@@ -46,6 +46,7 @@ def _with_workload() -> Callable[[Command], Command]:
     ]
 
     def make(values: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The values, checked."""
         fraction = values["kept_fraction"]
         if fraction is not None and not 0 < fraction <= 1:
             raise typer.BadParameter(f"must be in (0, 1], got {fraction}", param_hint="--kept-fraction")

@@ -154,6 +154,7 @@ class Engine:
         tokenizer, constraint = self._processor.tokenizer, request.constraint
 
         def make(token_ids: tuple[int, ...]) -> Sequence:
+            """Called by a worker thread once the prompt is tokenised."""
             made = Sequence(request, token_ids, self.info, tokenizer, sink, submitted_at, deadline, images_taken)
             if constraint is not None:
                 self._executor.compile(constraint)
