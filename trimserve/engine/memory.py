@@ -91,7 +91,7 @@ def check_room_for_adapter(name: str, folder: Path, available: int) -> None:
 
 
 def memory_by_kind(info: ModelInfo, kv_cache_bytes: int, adapter_bytes: int) -> dict[str, int]:
-    """What the model's device holds, for who watches it.
+    """What the model's device holds, for whoever watches it.
 
     Args:
         info: of the model.

@@ -77,7 +77,7 @@ class RankProcesses:
             try:
                 for _ in range(1, size):
                     self._start(timeout_seconds, module)
-            except BaseException as error:  # noqa: BLE001  # handed to who waits for it
+            except BaseException as error:  # noqa: BLE001  # handed to whoever waits for it
                 is_started.set_exception(error)
                 return
             is_started.set_result(None)
@@ -139,7 +139,7 @@ class RankProcesses:
             """The thread: whichever comes first, the result or the end of a rank, is the outcome."""
             try:
                 result = function()
-            except BaseException as error:  # noqa: BLE001  # handed to who waits for it
+            except BaseException as error:  # noqa: BLE001  # handed to whoever waits for it
                 fail(error)
             else:
                 with suppress(InvalidStateError):
