@@ -22,10 +22,10 @@ from trimserve.api.chunks import (
 )
 from trimserve.api.info import ModelInfo
 from trimserve.api.request import GenerationRequest
+from trimserve.api.sampling import SamplingParams
 from trimserve.engine.account import account_cross_kv, image_usage
 from trimserve.engine.answer import Answer
 from trimserve.engine.kv_pool import KVPool, SequencePages
-from trimserve.engine.limits import most_new_tokens
 from trimserve.engine.stages import Stages
 from trimserve.errors import TrimserveError
 from trimserve.executor.plan import Drawn, NewSequence, PrefillReport
@@ -79,15 +79,10 @@ class Sequence:
             InvalidRequest: the prompt leaves no room for `max_new_tokens`, or for one token; or fewer than
                 `min_new_tokens` can come.
         """
-        params = request.sampling
-        ends = () if params.ignore_eos else info.generation_defaults.eos_token_ids
         self.request_id = request.request_id
         self.priority = request.priority
         self.adapter = request.adapter
         self.constraint = request.constraint
-        self.params = params
-        """How its tokens are drawn."""
-        self.max_new_tokens = most_new_tokens(params, len(token_ids), info)
         self.num_choices = request.num_choices
         """Answers that the request asked for."""
         self.choice = 0
@@ -107,25 +102,30 @@ class Sequence:
         self.cross_kv = CrossKvBytes(0, 0, 0, 0, 0)
         """Zero before prefill."""
         self._info = info
-        self._tokenizer = tokenizer
         self._images_taken = images_taken
         self._token_ids = token_ids
-        self._end_token_ids = frozenset((*ends, *params.stop_token_ids))
         self._prompt: PreparedPrompt | None = None
         self._stored: KeptSets | None = None
         self._number, self._num_shared = -1, 0
         self._pages: SequencePages | None = None
         self._family: tuple[Sequence, ...] = ()
         self._stages = Stages(submitted_at)
-        self._answer = self._no_answer()
-
-    def _no_answer(self) -> Answer:
-        return Answer(self.params, self._end_token_ids, self.max_new_tokens, self._tokenizer)
+        self._answer = Answer.to(request.sampling, len(token_ids), info, tokenizer)
 
     @property
     def submitted_at(self) -> float:
         """`time.monotonic()` when the request came."""
         return self._stages.submitted_at
+
+    @property
+    def params(self) -> SamplingParams:
+        """How its tokens are drawn."""
+        return self._answer.params
+
+    @property
+    def max_new_tokens(self) -> int:
+        """Tokens at which it ends at the latest."""
+        return self._answer.max_new_tokens
 
     @property
     def generated_token_ids(self) -> list[int]:
@@ -283,7 +283,7 @@ class Sequence:
             prompt=prompt,
             trim=self.trim,
             sampling=self.params,
-            end_token_ids=self._end_token_ids,
+            end_token_ids=self._answer.end_token_ids,
             adapter=self.adapter,
             stored=self._stored,
             generated_token_ids=tuple(self.generated_token_ids),
@@ -340,9 +340,8 @@ class Sequence:
             return
         self.choice = choice
         self.state = SequenceState.WAITING
-        self.params = self.params.of_choice(choice)
         self.was_preempted = False
-        self._answer = self._no_answer()
+        self._answer = self._answer.of_choice(choice)
         self._pages = None
 
     def append(self, drawn: Drawn) -> TokenDelta:
