@@ -160,6 +160,7 @@ def _connect(gr: Any, server: Server, asked: list[Any], sides: list[_Side], asks
 
     def answered(side: _Side) -> Any:
         """What a click does for one side of the page."""
+
         def answer(
             path: str | None, text: str, most: int, temperature: float, policy: str, budget: float, merge_ratio: float
         ) -> Iterator[dict[Any, Any]]:
