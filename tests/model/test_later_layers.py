@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from tests.model.conftest import NO_TRIM, Pair
-from tests.model.peer import Peer
+from tests.model.peer import UNSEEN, Peer
 from tests.model.random_checkpoint import Geometry
 from tests.model.test_mllama import ONE, THREE_MIXED, TWO_APART, noise, raw
 from tests.tolerances import LOGITS
@@ -117,41 +118,27 @@ def literal_cascade(
 ) -> Tensor:
     """Logits of every row when each cross-attention layer hands so many features of one image on."""
     inputs = peer.inputs(token_ids, images)
-    model, config = peer.model.model, peer.model.config.text_config
-    vision = model.vision_model(inputs["pixel_values"], inputs["aspect_ratio_ids"], inputs["aspect_ratio_mask"])
-    features = model.multi_modal_projector(vision.last_hidden_state).reshape(1, -1, config.hidden_size)
+    features, left = peer.features(inputs), iter(counts)
     sees = inputs["cross_attention_mask"][0].flatten(1).any(dim=1)
     is_decoded = torch.arange(len(token_ids)) >= num_prompt
-    text = model.language_model
-    hidden = text.embed_tokens(inputs["input_ids"])
-    rotary = text.rotary_emb(hidden, torch.arange(len(token_ids))[None])
-    causal = torch.full((len(token_ids),) * 2, torch.finfo(torch.float32).min).triu(1)[None, None]
-    for index, layer in enumerate(text.layers):
-        if index not in config.cross_attention_layers:
-            hidden = layer(hidden, attention_mask=causal, position_embeddings=rotary)
-            continue
-        attention, size = layer.cross_attn, layer.cross_attn.head_dim
+
+    def attend(layer: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Prompt rows see what the layer was handed, decoded ones what it hands on."""
+        nonlocal features
+        attention, size, given = layer.cross_attn, layer.cross_attn.head_dim, features
         q = attention.q_norm(attention.q_proj(layer.input_layernorm(hidden)[0]).view(len(token_ids), -1, size))
-        k = attention.k_norm(attention.k_proj(features[0]).view(features.shape[1], -1, size))
+        k = attention.k_norm(attention.k_proj(given[0]).view(given.shape[1], -1, size))
         k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
         logits = torch.einsum("thd,nhd->htn", q[sees & ~is_decoded], k) / size**0.5
         relevance = logits.softmax(dim=1).mean(dim=(0, 2))
         scores = logits.softmax(dim=2)[:, relevance >= relevance.mean()].mean(dim=(0, 1))
-        kept = scores.topk(counts[config.cross_attention_layers.index(index)]).indices.sort().values
-        is_kept = torch.zeros(features.shape[1], dtype=torch.bool).index_fill(0, kept, True)
+        kept = scores.topk(next(left)).indices.sort().values
+        features = given[:, kept]
+        is_kept = torch.zeros(given.shape[1], dtype=torch.bool).index_fill(0, kept, True)
         is_hidden = ~sees[:, None] | (is_decoded[:, None] & ~is_kept)
-        rows = sees[None, None, :, None].float()
-        mask = torch.zeros(is_hidden.shape).masked_fill(is_hidden, torch.finfo(torch.float32).min)[None, None]
-        hidden = layer(
-            hidden,
-            cross_attention_states=features,
-            cross_attention_mask=mask * rows,
-            attention_mask=causal,
-            full_text_row_masked_out_mask=rows,
-        )
-        features = features[:, kept]
-    of_rows: Tensor = peer.model.lm_head(text.norm(hidden))[0]
-    return of_rows
+        return given, torch.zeros(is_hidden.shape).masked_fill(is_hidden, UNSEEN)
+
+    return peer.read(inputs, attend)
 
 
 def test_images_are_counted_apart_and_merged_rows_stay_in_every_layer(deep: Pair) -> None:
