@@ -14,7 +14,6 @@ Logits are compared first. Writes `report.json` and `generate.png`; the last lin
 
 import argparse
 import io
-import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -39,7 +38,6 @@ __all__ = ["main", "table"]
 
 _LOGITS = 1e-2
 """By so much logits of a standard deviation of about 3 may differ in float32."""
-_IMPORT = "import time, torch; start = time.perf_counter(); import trimserve.ops; print(time.perf_counter() - start)"
 
 Row = dict[str, Any]
 
@@ -161,28 +159,6 @@ def _compare(plan: _Plan, peer: Peer) -> Row:
     return {"largest_logit_difference": round(difference, 6), "logit_std": round(float(expected.std()), 3)}
 
 
-def _speedups(rows: Sequence[Row]) -> list[Row]:
-    """How many times faster than transformers in the same dtype each of our figures without quantization is."""
-    theirs = {_place(row): row["ms"]["median"] for row in rows if row["engine"] == "transformers"}
-    found = []
-    for row in rows:
-        place = _place(row | {"setting": "off" if row["setting"] == "default" else row["setting"]})
-        if row["engine"] == "trimserve" and place in theirs:
-            named = {name: row[name] for name in ("phase", "dtype", "quantize", "setting", "batch")}
-            found.append(named | {"speedup": round(theirs[place] / row["ms"]["median"], 2)})
-    return found
-
-
-def _place(row: Row) -> tuple[Any, ...]:
-    return row["phase"], row["dtype"], row["setting"], row["batch"]
-
-
-def _import_seconds() -> float:
-    """What importing the ops takes beyond torch, in a fresh process."""
-    done = subprocess.run([sys.executable, "-c", _IMPORT], capture_output=True, text=True, check=True)
-    return round(float(done.stdout), 3)
-
-
 def _rows(plan: _Plan, peer: Peer) -> Iterator[Row]:
     for variant in plan.variants:
         yield from _ours(plan, variant)
@@ -270,15 +246,13 @@ def main() -> None:
     figures = {
         "model": "embedded" if arguments.quick else "bench",
         "max_kept_fraction": plan.cap,
-        "import_seconds": _import_seconds(),
         **_compare(plan, peer),
     }
     rows = []
     for row in _rows(plan, peer):
         rows.append(row)
         print(row, file=sys.stderr, flush=True)
-    figures |= {"rows": rows, "speedups_over_transformers": _speedups(rows)}
-    report = finish("generate", arguments.out / "report.json", figures, arguments.threads)
+    report = finish("generate", arguments.out / "report.json", {**figures, "rows": rows}, arguments.threads)
     draw(report, arguments.out / "generate.png")
 
 

@@ -3,9 +3,8 @@
     python -m benchmarks.bench_layers [--questions 300] [--out FILE]
 
 The embedded model answers held-out questions with several values of `cascade_ratio` (`sparsevlm`, half of the image
-kept by the first layer) and of `late_exit_threshold` (`todre`, all of it kept), greedily. Rows and bytes are those of
-the cross-attention layers of a request, mean over the questions: bytes of whole pages that hold as many layers as can
-share one, and of pages of one layer.
+kept by the first layer) and of `late_exit_threshold` (`todre`, all of it kept), greedily. Rows are those that
+the cross-attention layers of a request hold, and bytes those of their pages, as means over the questions.
 """
 
 from collections.abc import Sequence
@@ -55,7 +54,7 @@ def _answer(
 ) -> tuple[str, list[int]]:
     """The answer, and the rows that each layer held."""
     num_features = sum(image.num_features for image in images)
-    kv = OwnPages(model.info, 2**23, 1).key_values(len(prompt.token_ids) + _MAX_NEW_TOKENS, num_features)
+    kv = OwnPages(model.info, 2**23).key_values(len(prompt.token_ids) + _MAX_NEW_TOKENS, num_features)
     logits = run_through(model.prefill(prompt, images, trim, kv)).logits
     token_ids: list[int] = []
     while len(token_ids) < _MAX_NEW_TOKENS:
@@ -68,15 +67,13 @@ def _answer(
 
 
 def _row(model: Mllama, trim: TrimRequest, found: Sequence[tuple[bool, list[int]]]) -> dict[str, Any]:
-    pools = {"shared_pages": OwnPages(model.info, 0), "pages_of_one_layer": OwnPages(model.info, 0, 1)}
+    pool = OwnPages(model.info, 0)
     return {
         "policy": trim.policy if trim.enabled else UNTRIMMED_POLICY,
         "parameters": dict(trim.parameters),
         "accuracy": float(np.mean([is_right for is_right, _ in found])),
         "layer_rows": np.mean([rows for _, rows in found], axis=0).round(1).tolist(),
-        "held_bytes": {
-            name: float(np.mean([pool.layered_cross_bytes(rows) for _, rows in found])) for name, pool in pools.items()
-        },
+        "held_bytes": float(np.mean([pool.layered_cross_bytes(rows) for _, rows in found])),
     }
 
 
@@ -85,9 +82,9 @@ def table(report: dict[str, Any]) -> str:
     rows = []
     for row in report["rows"]:
         name = row["policy"] if row["policy"] == UNTRIMMED_POLICY else f"`{variant(row['policy'], row['parameters'])}`"
-        sizes = (f"{held / 2**10:,.0f}" for held in row["held_bytes"].values())
-        rows.append([name, f"{row['accuracy']:.1%}", ", ".join(f"{held:,.0f}" for held in row["layer_rows"]), *sizes])
-    head = ["policy", "exact match", "rows of each layer", "KiB, pages of all layers", "KiB, pages of one layer"]
+        held = ", ".join(f"{num_rows:,.0f}" for num_rows in row["layer_rows"])
+        rows.append([name, f"{row['accuracy']:.1%}", held, f"{row['held_bytes'] / 2**10:,.0f}"])
+    head = ["policy", "exact match", "rows of each layer", "KiB in pages"]
     asked = f"{report['questions']:,} questions; means over them. `sparsevlm` keeps {report['keep']:.0%} in the first"
     return f"{markdown(head, rows)}\n\n{asked} layer, `todre` everything."
 

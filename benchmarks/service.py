@@ -129,6 +129,7 @@ class GrpcTarget:
         peak = 0
 
         async def client() -> None:
+            """Go on until half of the answer is there, then look how many run."""
             nonlocal peak
             num_tokens = 0
             async for event in self._stream(item):

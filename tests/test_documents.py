@@ -12,8 +12,10 @@ import typer
 
 from tests.test_repository import MODULES, ROOT, module_name
 from trimserve.cli import app
+from trimserve.errors import CannotListen, CheckpointError, CredentialsError
 from trimserve.serve import in_process_server
 from trimserve.server.grpc.services import RPCS
+from trimserve.server.grpc.statuses import STATUS
 from trimserve.server.metrics import Metrics
 from trimserve.server.running import InProcessServer
 from trimserve.trimming.policies.table import POLICIES
@@ -116,6 +118,12 @@ def test_every_bound_on_callers_has_tests_metrics_and_knobs_that_exist() -> None
             assert name in defined(path), f"{path}::{name}"
     declared = {metric.name for metric in Metrics(POLICIES, RPCS).declared}
     assert set(re.findall(r"`((?:trimserve|grpc_server)_\w+)`", taken)) <= declared
+
+
+def test_every_reason_that_a_caller_may_get_is_explained_with_its_status() -> None:
+    rows = set(re.findall(r"^\| ([A-Z_]+) \| ([A-Z_]+) \|", (ROOT / "docs/api.md").read_text(), re.MULTILINE))
+    at_start = {CheckpointError, CredentialsError, CannotListen}
+    assert {(code.name, error.reason) for error, code in STATUS.items() if error not in at_start} <= rows
 
 
 def test_every_kind_of_checkpoint_has_a_test_that_exists() -> None:

@@ -158,7 +158,6 @@ def test_what_is_left_must_hold_cached_images_and_the_encoder(llama_11b: Path) -
         (("--memory", "1GiB", "--bandwidth", 0), "must be above 0 and finite, got 0.0"),
         (("--memory", "1GiB", "--tokens", 9999), "--tokens: must be at most 2048, got 9999"),
         (("--memory", "1GiB", "--images", 9), "--images: must be at most 8, got 9"),
-        (("--memory", "1GiB", "--kv-layers-per-page", 2), "--kv-layers-per-page: must divide 3"),
         (("--memory", "1GiB", "--tiles", 9), "--tiles: must be at most 4, got 9"),
     ],
 )

@@ -90,7 +90,7 @@ class ModelConfig(_Knobs):
     compressor: tuple[Path, ...] = Field(
         default=(),
         description="A file that `trimserve train-compressor` wrote for this very model; its policy is refused without "
-        "it. Given again for another policy, in the environment with spaces between several.",
+        "it. Give it again for each other policy; in the environment with spaces between several.",
     )
     guide_model: str | None = Field(
         default=None,
@@ -136,13 +136,6 @@ class EngineConfig(_Knobs):
         description="Bytes for all keys and values and for the scratch of one prefill, such as `2GiB`. Unset is half "
         "of the memory that is free after warm-up (0.9 of it on a GPU), but no more than `max_batch` requests can use.",
     )
-    kv_layers_per_page: int | None = Field(
-        default=None,
-        ge=1,
-        description="Layers that share a page of the KV cache. Unset is the greatest common divisor of the model's "
-        "numbers of self- and cross-attention layers; any other value must divide it. Policies whose later "
-        "cross-attention layers hold less free whole pages only, so they free more with fewer layers per page.",
-    )
     image_cache_bytes: ByteSize = Field(
         default=ByteSize(512 * 2**20),
         ge=0,
@@ -172,8 +165,8 @@ class EngineConfig(_Knobs):
     max_image_pixels: int = Field(
         default=50_000_000,
         ge=1,
-        description="Most pixels of one decoded image; a larger one counts as a decompression bomb. They also bound "
-        "the memory and processor time of the decoder.",
+        description="Most pixels of one decoded image; a larger one counts as a decompression bomb. The limit also "
+        "bounds the memory and processor time of the decoder.",
     )
     num_preprocess_workers: int = Field(
         default=2,
@@ -184,8 +177,8 @@ class EngineConfig(_Knobs):
     num_threads: int | None = Field(
         default=None,
         ge=1,
-        description="Threads of one op on the CPU; unset is PyTorch's choice: `OMP_NUM_THREADS`, else all cores; of "
-        "`tensor_parallel` processes each takes its part of these.",
+        description="Threads of one op on the CPU, in each of `tensor_parallel` processes. Unset is PyTorch's choice, "
+        "`OMP_NUM_THREADS` or all cores, which the processes share.",
     )
     tensor_parallel: int = Field(
         default=1,
@@ -219,11 +212,11 @@ class ServerConfig(_Knobs):
     )
     tls_client_ca: Path | None = Field(
         default=None,
-        description="PEM file with certificates of authorities; clients must then show a certificate of one (mTLS).",
+        description="PEM file with certificates of authorities; clients must then show one that these signed (mTLS).",
     )
     auth_file: Path | None = Field(
         default=None,
-        description="TOML file with the clients that may call, by digests of their tokens; unset lets everybody. "
+        description="TOML file with the clients that may call, by digests of their tokens; unset lets everybody call. "
         "Health checks need no token.",
     )
     allow_plaintext: bool = Field(
@@ -238,8 +231,9 @@ class ServerConfig(_Knobs):
         default=64 * 2**20,
         ge=4096,
         description="Bytes of one gRPC message, either way, and of the body of an HTTP request; more is "
-        "RESOURCE_EXHAUSTED. Messages that are arriving, at this size each, or whose images are not yet decoded take "
-        "16 times as much at most, half of it for one client; calls wait for room, up to `receive_timeout_seconds`.",
+        "RESOURCE_EXHAUSTED. Messages that are arriving (each counts as this many bytes) or whose images are not yet "
+        "decoded take at most 16 times as much, those of one client at most half of that; other calls wait for room, "
+        "up to `receive_timeout_seconds`.",
     )
     max_concurrent_rpcs: int = Field(
         default=1024,
@@ -250,8 +244,8 @@ class ServerConfig(_Knobs):
     max_concurrent_rpcs_per_client: int | None = Field(
         default=None,
         ge=1,
-        description="The same for each client: by its token, else by its certificate, else by its address. Unset is "
-        "no limit of its own.",
+        description="The same for each client, who is known by token, else by certificate, else by address. Unset is "
+        "no limit for each.",
     )
     receive_timeout_seconds: float = Field(
         default=60.0, gt=0, description="Seconds in which a call's message must have arrived."

@@ -14,7 +14,7 @@ def end_with_parent(parent: int) -> None:
     """End with the thread that started this process, even while stopped; signals to the group are for the parent.
 
     Args:
-        parent: process id of who started this one.
+        parent: id of the process that started this one.
     Raises:
         SystemExit: it has ended already.
     """

@@ -92,8 +92,7 @@ def make_plan(
         memory_bytes: of the device, for trimserve alone.
         num_requests: that are to decode together, at least 1; None is as many as fit, up to `MOST_REQUESTS`.
     Raises:
-        ValueError: the workload is more than a request may ask for, or `kv_layers_per_page` does not
-            fit the model.
+        ValueError: the workload is more than a request may ask for.
     """
     _check(info, workload)
 
@@ -137,10 +136,7 @@ def _plan_for(info: ModelInfo, config: EngineConfig, workload: Workload, memory_
     weights = info.weight_bytes + (info.guide.weight_bytes if info.guide else 0)
     rows_of_step = most_rows(config.max_batch, has_drafts=config.speculation)
     total, scratch = kv_budget(info, config, rows_of_step, max(0, memory_bytes - weights // devices))
-    try:
-        sizes = KVPool(info, 0, config.kv_layers_per_page)  # for the sizes of pages
-    except ValueError as error:
-        raise ValueError(f"kv_layers_per_page: {error}") from error
+    sizes = KVPool(info, 0)  # for the sizes of pages
     features, most_kept = workload.num_images * _num_features(workload, info), _most_kept(info, workload)
     rows = min(most_kept, cap(workload.kept_fraction, features)) if features else 0
     self_bytes, cross_bytes = sizes.self_bytes(workload.num_tokens), sizes.cross_bytes(rows)

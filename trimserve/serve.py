@@ -36,6 +36,7 @@ def make_runner(config: Config) -> Runner:
     decoders = DecoderPool(engine.num_preprocess_workers, Limits(engine.max_image_pixels))
 
     def load() -> tuple[Processor, Executor]:
+        """Called on the engine's thread."""
         if engine.tensor_parallel > 1:
             return start_ranks(config.model, engine, decoders.decode)
         if engine.num_threads is not None:

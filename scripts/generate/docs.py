@@ -97,7 +97,7 @@ def _type_and_range(field: dict[str, Any]) -> tuple[str, str]:
 
 
 def metrics() -> str:
-    """Every metric of `trimserve/server/metrics.py`."""
+    """Every metric that `trimserve/server/metrics.py` has or inherits."""
     lines = ["| name | type | labels | meaning |", "| --- | --- | --- | --- |"]
     declared = Metrics(POLICIES, RPCS).declared
     for metric in declared:

@@ -28,7 +28,7 @@ from scripts.verify.fleet_checks import (
     calling,
     cancel_many,
     deadlines,
-    picture,
+    images_stay_where_they_are,
     processor_seconds,
     request,
     same_refusals,
@@ -38,7 +38,6 @@ from scripts.verify.walkthrough import free_ports
 from trimserve.process import ServerFailed, ServerProcess, server_process
 
 ROOT = Path(__file__).resolve().parents[2]
-NUM_IMAGES = 6
 NUM_STREAMS = 20
 TOKENS = 1500
 MOST_MS_A_TOKEN = 0.2
@@ -101,16 +100,6 @@ class Fleet:
         """A metric, summed over servers and labels."""
         pages = [server.metrics() for server in self.servers]
         return sum(value for page in pages for key, value in page.items() if key.partition("{")[0] == name)
-
-
-async def images_stay_where_they_are(front: Caller, fleet: Fleet) -> None:
-    """Ask two questions on each of some images: each is encoded once."""
-    before = fleet.total("trimserve_image_cache_hits_total")
-    for number in range(NUM_IMAGES):
-        for question in "What is this?", "Which colour?":
-            await front.whole(request(question, 4, [picture(number)]))
-    hits = fleet.total("trimserve_image_cache_hits_total") - before
-    assert hits == NUM_IMAGES, f"{hits:g} of {NUM_IMAGES} second questions found their image cached"
 
 
 async def streams_begun(front: Caller, count: int) -> list[Any]:
@@ -191,8 +180,7 @@ async def verify(fleet: Fleet) -> None:
             await same_refusals(front, direct)
             await deadlines(front, TOKENS)
             say("codes, details and deadlines are as direct")
-            await images_stay_where_they_are(front, fleet)
-            say(f"{NUM_IMAGES} of {NUM_IMAGES} images were encoded once")
+            say(await images_stay_where_they_are(front, lambda: fleet.total("trimserve_image_cache_hits_total")))
             cost = await milliseconds_a_token(front, pid)
             say(f"Envoy takes {cost:.3f} ms of processor a token")
             assert cost <= MOST_MS_A_TOKEN

@@ -25,7 +25,7 @@ __all__ = [
     "calling",
     "cancel_many",
     "deadlines",
-    "picture",
+    "images_stay_where_they_are",
     "processor_seconds",
     "request",
     "same_refusals",
@@ -36,6 +36,7 @@ PATIENCE_SECONDS = 60.0
 """For what must happen soon, on a busy machine."""
 
 NUM_CANCELS = 72
+NUM_IMAGES = 6
 
 DEADLINE = 0.15
 """Seconds, of answers that take longer."""
@@ -87,7 +88,7 @@ def request(prompt: str = "Count.", tokens: int = 200, images: Sequence[bytes] =
     return make_request(prompt, images, sampling=sampling)
 
 
-def picture(number: int) -> bytes:
+def _picture(number: int) -> bytes:
     """An image file of its own for each number."""
     buffer = BytesIO()
     Image.new("RGB", (56, 56), (40 * number % 256, 90, 20 * number % 256)).save(buffer, "PNG")
@@ -132,6 +133,26 @@ async def deadlines(front: Caller, tokens: int) -> None:
     for call in front.whole(request(tokens=tokens), DEADLINE), front.text(request(tokens=tokens), DEADLINE):
         code, *_ = await _refusal(call)
         assert code is grpc.StatusCode.DEADLINE_EXCEEDED, code
+
+
+async def images_stay_where_they_are(front: Caller, count_hits: Callable[[], float]) -> str:
+    """Two questions on each of some images: each is encoded once.
+
+    Args:
+        front: before several servers.
+        count_hits: how often any of them has found an image in its cache.
+    Returns:
+        What holds.
+    Raises:
+        AssertionError: an image was encoded twice.
+    """
+    before = count_hits()
+    for number in range(NUM_IMAGES):
+        for question in "What is this?", "Which colour?":
+            await front.whole(request(question, 4, [_picture(number)]))
+    hits = count_hits() - before
+    assert hits == NUM_IMAGES, f"{hits:g} of {NUM_IMAGES} second questions found their image cached"
+    return f"{NUM_IMAGES} of {NUM_IMAGES} images were encoded once"
 
 
 async def cancel_many(front: Caller, tokens: int) -> None:

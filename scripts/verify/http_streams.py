@@ -116,7 +116,7 @@ def main() -> int:
     options = ("--http-port", "0", "--max-batch", "32", "--max-queue", str(2 * NUM_STREAMS))
     with server_process(*options) as server:
         asyncio.run(verify(server))
-    print(f"{NUM_STREAMS} streams came whole beside {NUM_IDLE} silent connections; nothing is held of who left")
+    print(f"{NUM_STREAMS} streams came whole beside {NUM_IDLE} silent connections; nothing is held of those that left")
     return 0
 
 

@@ -27,9 +27,6 @@ def test_every_phase_gets_its_figures(tmp_path: Path, monkeypatch: pytest.Monkey
         assert row["times_floor"] == pytest.approx(row["ms"]["median"] / floor, rel=0.05)
     kept = {row["setting"]: row["cross_rows"] for row in steps}
     assert kept["off"] > kept["default"] > kept["one_tile"]
-    compared = {(row["phase"], row["setting"], row["batch"]) for row in report["speedups_over_transformers"]}
-    assert ("decode", "default", 2) in compared
-    assert report["import_seconds"] > 0
     table = bench_generate.table(report, "generate")
     assert table.count("transformers, bfloat16") == 2 * 2
     assert f"({steps[0]['times_floor']:.2f})" in table

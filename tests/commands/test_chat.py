@@ -1,31 +1,16 @@
 """A conversation in the terminal, against an engine that remembers what it was asked."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
 from typer.testing import CliRunner, Result
 
-from tests.server.fakes import CHUNKS, CONFIG, DELTAS, STARTED, FakeRunner
+from tests.server.fakes import CHUNKS, DELTAS, STARTED, FakeRunner
 from trimserve.api.prompt import ChatPrompt, ImageFile, Text
 from trimserve.cli import app
 from trimserve.client import Client
 from trimserve.commands.chat import Conversation
 from trimserve.errors import InvalidRequest, RequestFailed
-from trimserve.serve import make_server
-from trimserve.server.running import InProcessServer
 from trimserve.v1 import generation_pb2 as pb
-
-
-@pytest.fixture
-def runner() -> FakeRunner:
-    return FakeRunner()
-
-
-@pytest.fixture
-def address(runner: FakeRunner) -> Iterator[str]:
-    with InProcessServer(make_server(runner, CONFIG)) as server:
-        yield server.address
 
 
 def chat(address: str, *lines: str, options: tuple[str, ...] = ()) -> Result:

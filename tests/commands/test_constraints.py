@@ -1,27 +1,13 @@
 """`trimserve generate` asks for answers of a form."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
-from tests.server.fakes import CONFIG, FakeRunner
+from tests.server.fakes import FakeRunner
 from trimserve.api.constraint import Choice, Constraint, JsonSchema, Regex
 from trimserve.cli import app
-from trimserve.serve import make_server
-from trimserve.server.running import InProcessServer
-
-
-@pytest.fixture
-def runner() -> FakeRunner:
-    return FakeRunner()
-
-
-@pytest.fixture
-def address(runner: FakeRunner) -> Iterator[str]:
-    with InProcessServer(make_server(runner, CONFIG)) as server:
-        yield server.address
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import io
 import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -17,7 +17,8 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from torch import Tensor
 
-from trimserve.api.info import GenerationDefaults, ModelInfo
+from tests.model_info import SMALL
+from trimserve.api.info import GenerationDefaults
 from trimserve.api.prompt import ImageFile, Prompt, RawPrompt, TokenPrompt
 from trimserve.api.request import GenerationRequest
 from trimserve.api.sampling import SamplingParams
@@ -88,46 +89,23 @@ class FakeModel:
 
     def __post_init__(self) -> None:
         self.tokenizer: Tokenizer = byte_tokenizer()
-        self.info = ModelInfo(
-            model_id="fake",
-            revision="0",
-            dtype="float32",
-            kv_dtype="float32",
-            quantization="none",
-            device="cpu",
-            num_parameters=0,
-            weight_bytes=0,
-            linear_bytes=0,
-            step_weight_bytes=0,
-            vocab_size=257,
+        self.info = replace(
+            SMALL,
             image_token_id=IMAGE,
             max_model_len=self.max_model_len,
-            max_images=4,
             num_self_attention_layers=2,
             num_cross_attention_layers=3,
             num_heads=2,
-            num_kv_heads=1,
             head_dim=1,
             hidden_size=2,
             intermediate_size=6,
             tile_size=8,
             patch_size=4,
-            max_tiles=4,
             features_per_tile=FEATURES_PER_TILE,
             kv_bytes_per_position=8,
-            vision_scratch_bytes=0,
             default_k_ratio=0.5,
-            default_merge_ratio=0.0,
             policy_details=tuple(policy.describe() for policy in POLICIES.values()),
-            generation_defaults=GenerationDefaults(
-                temperature=0.0,
-                top_p=1.0,
-                top_k=0,
-                min_p=0.0,
-                repetition_penalty=1.0,
-                max_new_tokens=20,
-                eos_token_ids=(END,),
-            ),
+            generation_defaults=GenerationDefaults(0.0, 1.0, 0, 0.0, 1.0, max_new_tokens=20, eos_token_ids=(END,)),
         )
 
     def tokenize(self, prompt: Prompt) -> TokenizedPrompt:

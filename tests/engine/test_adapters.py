@@ -10,6 +10,7 @@ from pydantic import ByteSize
 from tests.engine.driving import LONG, Gate, collect, running, text, tokens
 from tests.engine.fake_model import FakeModel, request
 from tests.patience import until
+from trimserve.api.chunks import GenerationChunk
 from trimserve.config import EngineConfig
 from trimserve.engine import engine
 from trimserve.engine.runner import Runner
@@ -62,15 +63,23 @@ async def test_unloading_waits_for_the_requests_that_have_it_and_refuses_new_one
         await runner.load_adapter("mine", FOLDER)
 
 
+async def unloading_in_a_step(
+    runner: Runner, gate: Gate
+) -> tuple[asyncio.Task[list[GenerationChunk]], asyncio.Task[None]]:
+    """A request whose step waits at the gate, and the unloading of its adapter."""
+    await runner.load_adapter("mine", FOLDER)
+    gate.close()
+    stream = asyncio.create_task(collect(runner, LONG_MINE))
+    await until(gate.is_reached.is_set)
+    unloading = asyncio.create_task(runner.unload_adapter("mine"))
+    await until(lambda: runner.adapters()[0].is_unloading)
+    return stream, unloading
+
+
 async def test_a_request_that_is_cancelled_holds_its_adapter_no_longer() -> None:
     gate = Gate()
     async with running(FakeModel(before_decode=gate)) as runner:
-        await runner.load_adapter("mine", FOLDER)
-        gate.close()
-        stream = asyncio.create_task(collect(runner, LONG_MINE))
-        await until(gate.is_reached.is_set)
-        unloading = asyncio.create_task(runner.unload_adapter("mine"))
-        await until(lambda: runner.adapters()[0].is_unloading)
+        stream, unloading = await unloading_in_a_step(runner, gate)
         stream.cancel()
         await until(lambda: runner.adapters()[0].num_requests == 0)
         assert not unloading.done()  # the engine is in a step with it
@@ -138,12 +147,7 @@ async def test_adapters_of_the_start_are_there_with_the_first_request_or_the_sta
 async def test_a_server_that_stops_gives_up_unloading() -> None:
     gate = Gate()
     async with running(FakeModel(before_decode=gate)) as runner:
-        await runner.load_adapter("mine", FOLDER)
-        gate.close()
-        stream = asyncio.create_task(collect(runner, LONG_MINE))
-        await until(gate.is_reached.is_set)
-        unloading = asyncio.create_task(runner.unload_adapter("mine"))
-        await until(lambda: runner.adapters()[0].is_unloading)
+        stream, unloading = await unloading_in_a_step(runner, gate)
         stopping = asyncio.create_task(runner.stop(0.0))
         with pytest.raises(EngineStopped, match="before the adapter was loaded or unloaded"):
             await unloading

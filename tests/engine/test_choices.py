@@ -7,7 +7,7 @@ import pytest
 
 from tests.engine.driving import collect, held_bytes, running
 from tests.engine.fake_model import IMAGE, LOGITS_ARE_NAN, FakeModel, request
-from tests.engine.stepping import Output, alone, deltas, finished, make_engine, start
+from tests.engine.stepping import Clock, Output, alone, deltas, finished, make_engine, start
 from tests.patience import soon, until
 from trimserve.api.chunks import Finished, FinishReason, Started
 from trimserve.api.prompt import ImageFile, TokenPrompt
@@ -63,7 +63,7 @@ def test_each_answer_is_the_one_of_its_seed_alone(prompt: TokenPrompt | str, max
 def test_prompt_and_image_are_computed_and_held_once() -> None:
     prefills: list[None] = []
     model = FakeModel(before_prefill=lambda: prefills.append(None))
-    engine = make_engine(model, max_batch=8)
+    engine = make_engine(model, max_batch=8, clock=Clock())  # so that all join within one slice
     sequence, _ = start(engine, several(8, TokenPrompt((IMAGE, *b"x" * 39), (ImageFile(b"4"),))))
     engine.step()
     assert [each.state for each in sequence.family] == [SequenceState.RUNNING] * 8

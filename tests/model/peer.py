@@ -5,9 +5,10 @@ later cross-attention layers. Nothing here calls trimserve.
 """
 
 import math
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from PIL import Image
@@ -21,7 +22,13 @@ from transformers.models.mllama.processing_mllama import (
 
 from training.mended import mend
 
-__all__ = ["Peer", "literal_groups"]
+__all__ = ["UNSEEN", "Attend", "Peer", "literal_groups"]
+
+UNSEEN: Final = torch.finfo(torch.float32).min
+"""Bias of what a row does not see."""
+
+Attend = Callable[[Any, Tensor], tuple[Tensor, Tensor]]
+"""From a cross-attention layer and its rows [1, T, D] to features [1, M, D] and biases [T, M]."""
 
 
 class Peer:
@@ -61,6 +68,35 @@ class Peer:
         continuation: list[int] = output[0, len(token_ids) :].tolist()
         return continuation
 
+    def features(self, inputs: dict[str, Tensor]) -> Tensor:
+        """Visual features [1, N, D] of all tiles, padding included."""
+        names = ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")
+        vision = self.model.model.vision_model(*(inputs[name] for name in names)).last_hidden_state
+        features: Tensor = self.model.model.multi_modal_projector(vision)
+        return features.reshape(1, -1, features.shape[-1])
+
+    def read(self, inputs: dict[str, Tensor], attend: Attend) -> Tensor:
+        """Logits [T, vocab_size] of every row, where `attend` says what each cross-attention layer sees."""
+        text, config = self.model.model.language_model, self.model.config.text_config
+        hidden = text.embed_tokens(inputs["input_ids"])
+        rotary = text.rotary_emb(hidden, torch.arange(hidden.shape[1])[None])
+        causal = torch.full((hidden.shape[1],) * 2, UNSEEN).triu(1)[None, None]
+        for index, layer in enumerate(text.layers):
+            if index not in config.cross_attention_layers:
+                hidden = layer(hidden, attention_mask=causal, position_embeddings=rotary)
+                continue
+            features, bias = attend(layer, hidden)
+            rows = (bias > UNSEEN).any(dim=1)[None, None, :, None].float()
+            hidden = layer(
+                hidden,
+                cross_attention_states=features,
+                cross_attention_mask=bias[None, None] * rows,
+                attention_mask=causal,
+                full_text_row_masked_out_mask=rows,
+            )
+        logits: Tensor = self.model.lm_head(text.norm(hidden))[0]
+        return logits
+
     @torch.inference_mode()
     def trimmed_logits(
         self,
@@ -75,63 +111,42 @@ class Peer:
         Rows from `num_prompt` on are decoded ones: they do not take part in the selection and see only what is kept
         and merged, in the first cross-attention layer too.
         """
-        num_prompt = num_prompt or len(token_ids)
+        num_read = num_prompt or len(token_ids)
         inputs = self.inputs(token_ids, images)
-        model, config = self.model.model, self.model.config.text_config
-        vision = model.vision_model(
-            inputs["pixel_values"], inputs["aspect_ratio_ids"], inputs["aspect_ratio_mask"]
-        ).last_hidden_state
-        features = model.multi_modal_projector(vision).reshape(1, -1, config.hidden_size)
-        num_features, patches = features.shape[1], vision.shape[-2]
+        features, tiles = self.features(inputs), inputs["aspect_ratio_mask"][0]
+        num_features, patches = features.shape[1], features.shape[1] // tiles.numel()
         # [T, N] over all features, padding tiles included; decoded rows see what the last prompt row sees
         mask = inputs["cross_attention_mask"][0].flatten(1).repeat_interleave(patches, dim=1).bool()
-        mask[num_prompt:] = mask[num_prompt - 1]
-        valid = (inputs["aspect_ratio_mask"][0][:, :, None].expand(-1, -1, patches) == 1).flatten(1)
+        mask[num_read:] = mask[num_read - 1]
+        valid = (tiles[:, :, None].expand(-1, -1, patches) == 1).flatten(1)
+        kept = held = weight = torch.empty(0)
+        hooks: list[Any] = []
 
-        text = model.language_model
-        hidden = text.embed_tokens(inputs["input_ids"])
-        positions = torch.arange(hidden.shape[1])[None]
-        rotary = text.rotary_emb(hidden, positions)
-        causal = torch.full((hidden.shape[1],) * 2, torch.finfo(torch.float32).min).triu(1)[None, None]
-        kept: Tensor | None = None
-        for index, layer in enumerate(text.layers):
-            if index not in config.cross_attention_layers:
-                hidden = layer(hidden, attention_mask=causal, position_embeddings=rotary)
-                continue
-            if kept is None:
-                attention = layer.cross_attn
-                normed = layer.input_layernorm(hidden)
-                kept = self._select(attention, normed, features, mask[:num_prompt], valid, k_ratio)
-                groups = self._merge(attention, features, kept, valid, patches, merge_ratio)
-                # Merged rows follow the features, as columns that are seen where their members are.
-                features = _with_means(features, groups, dim=1)
-                mask = torch.cat([mask, mask[:, [members[0] for members in groups]]], dim=1)
-                weight = torch.tensor([0.0] * num_features + [math.log(len(members)) for members in groups])
-                held = torch.cat([kept, torch.arange(num_features, len(weight))])
-                is_held = torch.zeros(len(weight), dtype=torch.bool).index_fill(0, held, True)
-                is_feature = torch.arange(len(weight)) < num_features
-                is_decoded = torch.arange(len(mask))[:, None] >= num_prompt
-                columns = torch.arange(len(weight))
-                seen = mask & torch.where(is_decoded, is_held, is_feature)
-                # Values are linear in the features, keys are normed: those of merged rows are averaged here.
-                hook = attention.k_norm.register_forward_hook(partial(_average_keys, groups, num_features))
-            else:
-                hook, columns, seen = None, held, mask[:, held]
-            rows = seen.any(dim=1)[None, None, :, None].float()
-            bias = weight[columns].masked_fill(~seen, torch.finfo(torch.float32).min)[None, None] * rows
-            hidden = layer(
-                hidden,
-                cross_attention_states=features[:, columns],
-                cross_attention_mask=bias,
-                attention_mask=causal,
-                full_text_row_masked_out_mask=rows,
-            )
-            if hook is not None:
-                hook.remove()
-        assert kept is not None
+        def attend(layer: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
+            """The first layer sees all and selects, the others see what is held."""
+            nonlocal features, mask, kept, held, weight
+            if hooks:
+                return features[:, held], weight[held].masked_fill(~mask[:, held], UNSEEN)
+            attention = layer.cross_attn
+            kept = self._select(attention, layer.input_layernorm(hidden), features, mask[:num_read], valid, k_ratio)
+            groups = self._merge(attention, features, kept, valid, patches, merge_ratio)
+            # Merged rows follow the features, as columns that are seen where their members are.
+            features = _with_means(features, groups, dim=1)
+            mask = torch.cat([mask, mask[:, [members[0] for members in groups]]], dim=1)
+            weight = torch.tensor([0.0] * num_features + [math.log(len(members)) for members in groups])
+            held = torch.cat([kept, torch.arange(num_features, len(weight))])
+            # Values are linear in the features, keys are normed: those of merged rows are averaged here.
+            hooks.append(attention.k_norm.register_forward_hook(partial(_average_keys, groups, num_features)))
+            is_held = torch.zeros(len(weight), dtype=torch.bool).index_fill(0, held, True)
+            is_decoded = torch.arange(len(mask))[:, None] >= num_read
+            seen = mask & torch.where(is_decoded, is_held, torch.arange(len(weight)) < num_features)
+            return features, weight.masked_fill(~seen, UNSEEN)
+
+        logits = self.read(inputs, attend)
+        hooks[0].remove()
         # Numbered as trimserve numbers them: valid features of all images one after another.
         number = torch.cumsum(valid.flatten(), dim=0) - 1
-        return self.model.lm_head(text.norm(hidden))[0], number[kept].tolist()
+        return logits, number[kept].tolist()
 
     def _merge(
         self, attention: Any, features: Tensor, kept: Tensor, valid: Tensor, patches: int, merge_ratio: float

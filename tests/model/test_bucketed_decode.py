@@ -1,6 +1,7 @@
 """Decode steps in fixed buffers give what ordinary steps give, at both edges of every bucket."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -39,18 +40,18 @@ KINDS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory, device: Device) -> Mllama:
-    """A random checkpoint on a device."""
+@pytest.fixture(scope="module", params=[7, 6], ids=["a layer to a page", "three layers to a page"])
+def model(tmp_path_factory: pytest.TempPathFactory, device: Device, request: pytest.FixtureRequest) -> Mllama:
+    """A random checkpoint on a device, with three cross-attention layers and four or three others."""
     folder = tmp_path_factory.mktemp("checkpoint")
-    save_random_checkpoint(folder, GEOMETRY)
+    save_random_checkpoint(folder, replace(GEOMETRY, num_layers=request.param))
     return load_model(ModelConfig(model=str(folder), device=device), EngineConfig())
 
 
-@pytest.fixture(scope="module", params=[1, 3], ids=["a layer to a page", "three layers to a page"])
-def pool(model: Mllama, request: pytest.FixtureRequest) -> OwnPages:
+@pytest.fixture(scope="module")
+def pool(model: Mllama) -> OwnPages:
     """Pages for all."""
-    return OwnPages(model.info, 2**24, request.param)
+    return OwnPages(model.info, 2**24)
 
 
 @pytest.fixture

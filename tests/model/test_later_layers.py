@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -9,12 +10,12 @@ from PIL import Image
 from torch import Tensor
 
 from tests.model.conftest import NO_TRIM, Pair
-from tests.model.peer import Peer
+from tests.model.peer import UNSEEN, Peer
 from tests.model.random_checkpoint import Geometry
 from tests.model.test_mllama import ONE, THREE_MIXED, TWO_APART, noise, raw
 from tests.tolerances import LOGITS
 from trimserve.api.trim import FixedCount, FixedRatio, TrimRequest
-from trimserve.evaluation.pages import OwnKeyValues, OwnPages
+from trimserve.evaluation.pages import OwnKeyValues
 from trimserve.model.decoder import SequenceRows
 from trimserve.model.interruptible import run_through
 from trimserve.trimming.plan import TrimPlan
@@ -33,16 +34,22 @@ def cascade(ratio: float, count: int, merge_ratio: float = 0.0) -> TrimPlan:
     )
 
 
+SHARED = Geometry(num_layers=6, cross_layers=(0, 2, 5))
+"""Three self- and three cross-attention layers: a page holds all three of a kind."""
+ALONE = Geometry(num_layers=7, cross_layers=(0, 2, 5))
+"""Four and three: a page holds one layer."""
+
+
 @pytest.fixture(scope="module")
 def deep(make_pair: Callable[..., Pair]) -> Pair:
-    """Three cross-attention layers; a page holds one layer or all three."""
-    return make_pair(Geometry(num_layers=6, cross_layers=(0, 2, 5)))
+    """Three cross-attention layers with pages of their own."""
+    return make_pair(ALONE)
 
 
-def read(pair: Pair, text: str, images: list[Image.Image], trim: TrimPlan, layers_per_page: int = 3) -> SequenceRows:
+def read(pair: Pair, text: str, images: list[Image.Image], trim: TrimPlan) -> SequenceRows:
     """The prompt's rows, not prefilled yet."""
     prepared = pair.ours.prepare(raw(text, images))
-    kv = pair.granted(prepared, 4, OwnPages(pair.ours.info, 2**24, layers_per_page))
+    kv = pair.granted(prepared, 4)
     return pair.ours.prompt_rows(prepared, pair.encoded(prepared, trim), trim, kv)
 
 
@@ -58,14 +65,14 @@ def answered(pair: Pair, rows: SequenceRows, token_ids: list[int]) -> Tensor:
     return torch.cat([logits, *(pair.ours.decode([token], [held(rows)]) for token in token_ids[rows.num_rows :])])
 
 
-@pytest.mark.parametrize("layers_per_page", [1, 3])
+@pytest.mark.parametrize(("geometry", "layers_per_page"), [(ALONE, 1), (SHARED, 3)])
 def test_after_a_late_exit_cross_attention_layers_are_shut_and_hold_nothing(
-    make_pair: Callable[..., Pair], layers_per_page: int
+    make_pair: Callable[..., Pair], geometry: Geometry, layers_per_page: int
 ) -> None:
-    pair = make_pair(Geometry(num_layers=6, cross_layers=(0, 2, 5)))
+    pair = make_pair(geometry)
     images = [noise((1, 2), pair.ours.info.tile_size)]
     trim = TrimPlan.of(TrimRequest(policy="todre", budget=FixedRatio(1.0), parameters=EXIT))
-    rows = read(pair, "before " + ONE, images, trim, layers_per_page)
+    rows = read(pair, "before " + ONE, images, trim)
     token_ids = [*pair.ours.prepare(raw("before " + ONE, images)).token_ids, *CONTINUATION]
     untrimmed = pair.peer.logits(token_ids, images)
     for index in (2, 5):
@@ -90,15 +97,18 @@ def test_a_threshold_that_is_never_reached_changes_nothing(deep: Pair) -> None:
     assert kv.cross_lengths == [2 * deep.ours.info.features_per_tile] * 3
 
 
-@pytest.mark.parametrize("layers_per_page", [1, 3])
-def test_a_cascade_equals_the_peer_on_what_a_literal_reading_keeps(deep: Pair, layers_per_page: int) -> None:
-    images = [noise((2, 2), deep.ours.info.tile_size)]
-    rows = read(deep, "before " + ONE, images, cascade(0.55, 21), layers_per_page)
-    token_ids = [*deep.ours.prepare(raw("before " + ONE, images)).token_ids, *CONTINUATION]
-    expected = literal_cascade(deep.peer, token_ids, images, rows.num_rows, [21, 12, 7])
-    torch.testing.assert_close(answered(deep, rows, token_ids), expected, atol=LOGITS, rtol=0)
+@pytest.mark.parametrize("geometry", [ALONE, SHARED])
+def test_a_cascade_equals_the_peer_on_what_a_literal_reading_keeps(
+    make_pair: Callable[..., Pair], geometry: Geometry
+) -> None:
+    pair = make_pair(geometry)
+    images = [noise((2, 2), pair.ours.info.tile_size)]
+    rows = read(pair, "before " + ONE, images, cascade(0.55, 21))
+    token_ids = [*pair.ours.prepare(raw("before " + ONE, images)).token_ids, *CONTINUATION]
+    expected = literal_cascade(pair.peer, token_ids, images, rows.num_rows, [21, 12, 7])
+    torch.testing.assert_close(answered(pair, rows, token_ids), expected, atol=LOGITS, rtol=0)
     assert held(rows).cross_lengths == [21, 12, 7]
-    flat = answered(deep, read(deep, "before " + ONE, images, cascade(1.0, 21)), token_ids)
+    flat = answered(pair, read(pair, "before " + ONE, images, cascade(1.0, 21)), token_ids)
     assert (flat - expected).abs().max() > 100 * LOGITS
 
 
@@ -108,48 +118,34 @@ def literal_cascade(
 ) -> Tensor:
     """Logits of every row when each cross-attention layer hands so many features of one image on."""
     inputs = peer.inputs(token_ids, images)
-    model, config = peer.model.model, peer.model.config.text_config
-    vision = model.vision_model(inputs["pixel_values"], inputs["aspect_ratio_ids"], inputs["aspect_ratio_mask"])
-    features = model.multi_modal_projector(vision.last_hidden_state).reshape(1, -1, config.hidden_size)
+    features, left = peer.features(inputs), iter(counts)
     sees = inputs["cross_attention_mask"][0].flatten(1).any(dim=1)
     is_decoded = torch.arange(len(token_ids)) >= num_prompt
-    text = model.language_model
-    hidden = text.embed_tokens(inputs["input_ids"])
-    rotary = text.rotary_emb(hidden, torch.arange(len(token_ids))[None])
-    causal = torch.full((len(token_ids),) * 2, torch.finfo(torch.float32).min).triu(1)[None, None]
-    for index, layer in enumerate(text.layers):
-        if index not in config.cross_attention_layers:
-            hidden = layer(hidden, attention_mask=causal, position_embeddings=rotary)
-            continue
-        attention, size = layer.cross_attn, layer.cross_attn.head_dim
+
+    def attend(layer: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Prompt rows see what the layer was handed, decoded ones what it hands on."""
+        nonlocal features
+        attention, size, given = layer.cross_attn, layer.cross_attn.head_dim, features
         q = attention.q_norm(attention.q_proj(layer.input_layernorm(hidden)[0]).view(len(token_ids), -1, size))
-        k = attention.k_norm(attention.k_proj(features[0]).view(features.shape[1], -1, size))
+        k = attention.k_norm(attention.k_proj(given[0]).view(given.shape[1], -1, size))
         k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
         logits = torch.einsum("thd,nhd->htn", q[sees & ~is_decoded], k) / size**0.5
         relevance = logits.softmax(dim=1).mean(dim=(0, 2))
         scores = logits.softmax(dim=2)[:, relevance >= relevance.mean()].mean(dim=(0, 1))
-        kept = scores.topk(counts[config.cross_attention_layers.index(index)]).indices.sort().values
-        is_kept = torch.zeros(features.shape[1], dtype=torch.bool).index_fill(0, kept, True)
+        kept = scores.topk(next(left)).indices.sort().values
+        features = given[:, kept]
+        is_kept = torch.zeros(given.shape[1], dtype=torch.bool).index_fill(0, kept, True)
         is_hidden = ~sees[:, None] | (is_decoded[:, None] & ~is_kept)
-        rows = sees[None, None, :, None].float()
-        mask = torch.zeros(is_hidden.shape).masked_fill(is_hidden, torch.finfo(torch.float32).min)[None, None]
-        hidden = layer(
-            hidden,
-            cross_attention_states=features,
-            cross_attention_mask=mask * rows,
-            attention_mask=causal,
-            full_text_row_masked_out_mask=rows,
-        )
-        features = features[:, kept]
-    of_rows: Tensor = peer.model.lm_head(text.norm(hidden))[0]
-    return of_rows
+        return given, torch.zeros(is_hidden.shape).masked_fill(is_hidden, UNSEEN)
+
+    return peer.read(inputs, attend)
 
 
 def test_images_are_counted_apart_and_merged_rows_stay_in_every_layer(deep: Pair) -> None:
     tile, size = deep.ours.info.tile_size, deep.ours.info.features_per_tile
     prepared = deep.ours.prepare(raw("<|image|><|image|>both", [noise((2, 2), tile, 1), noise((1, 1), tile, 2)]))
     trim = cascade(0.5, 9, merge_ratio=0.1)  # one row of the ten features of each tile
-    kv = deep.granted(prepared, pool=OwnPages(deep.ours.info, 2**24, 1))
+    kv = deep.granted(prepared)
     prefilled = run_through(deep.ours.prefill(prepared, deep.encoded(prepared), trim, kv))
     assert (prefilled.num_valid, prefilled.num_kept, prefilled.num_merged) == ((4 * size, size), (9, 9), (4, 1))
     assert prefilled.layer_rows == ((13, 10), (9, 6), (7, 4))
@@ -186,7 +182,7 @@ def test_a_batch_of_all_kinds_equals_each_alone(deep: Pair, monkeypatch: pytest.
     ]
     prepared = [deep.ours.prepare(raw(text, images)) for text, images, _ in requests]
     prompts = [prompt.token_ids for prompt in prepared]
-    pool = OwnPages(deep.ours.info, 2**24, 1)
+    pool = deep.pool
 
     def fresh() -> list[SequenceRows]:
         rows = [read(deep, text, images, trim) for text, images, trim in requests]

@@ -17,7 +17,8 @@ from transformers import AutoProcessor
 from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
 
 from tests.model.tiny_tokenizer import TinyTokens, save_tiny_processor
-from trimserve.api.info import GenerationDefaults, ModelInfo
+from tests.model_info import SMALL
+from trimserve.api.info import ModelInfo
 from trimserve.api.prompt import ChatPrompt, ImageFile, Message, Prompt, RawPrompt, Text, TokenPrompt
 from trimserve.errors import CheckpointError, InvalidRequest
 from trimserve.imaging.decode import Pixels
@@ -40,38 +41,14 @@ def tokens(folder: Path) -> TinyTokens:
 
 @pytest.fixture(scope="module")
 def info(tokens: TinyTokens) -> ModelInfo:
-    return ModelInfo(
-        model_id="tiny",
-        revision="",
-        dtype="float32",
-        kv_dtype="float32",
-        quantization="none",
-        device="cpu",
-        num_parameters=0,
-        weight_bytes=0,
-        linear_bytes=0,
-        step_weight_bytes=0,
+    return dataclasses.replace(
+        SMALL,
         vocab_size=tokens.vocab_size,
         image_token_id=tokens.image_token_id,
         max_model_len=MAX_MODEL_LEN,
         max_images=MAX_IMAGES,
-        num_self_attention_layers=1,
-        num_cross_attention_layers=1,
-        num_heads=1,
-        num_kv_heads=1,
-        head_dim=8,
-        hidden_size=8,
-        intermediate_size=24,
         tile_size=TILE,
-        patch_size=14,
-        max_tiles=4,
-        features_per_tile=5,
-        kv_bytes_per_position=64,
-        vision_scratch_bytes=0,
-        default_k_ratio=0.2,
-        default_merge_ratio=0.0,
-        policy_details=(),
-        generation_defaults=GenerationDefaults(0.0, 1.0, 0, 0.0, 1.0, 16, tokens.eos_ids),
+        generation_defaults=dataclasses.replace(SMALL.generation_defaults, eos_token_ids=tokens.eos_ids),
     )
 
 

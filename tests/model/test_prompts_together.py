@@ -38,7 +38,7 @@ def decoded(model: Mllama, prompts: list[ToPrefill]) -> list[torch.Tensor]:
 
 def test_prompts_of_every_policy_are_read_together_as_alone(equipped: Pair) -> None:
     model = equipped.ours
-    together, alone = (wanted(model, OwnPages(model.info, 2**25, 1)) for _ in range(2))
+    together, alone = (wanted(model, OwnPages(model.info, 2**25)) for _ in range(2))
     results: list[Prefilled] = run_through(model.prefill_together(together))
     for own, each, result in zip(together, alone, results, strict=True):
         [expected] = run_through(model.prefill_together([each]))

@@ -54,8 +54,8 @@ REQUESTS = {
 
 @pytest.fixture(scope="module")
 def deep(make_pair: Callable[..., Pair], tmp_path_factory: pytest.TempPathFactory) -> Mllama:
-    """Three cross-attention layers, a codebook and a guide."""
-    folder = make_pair(Geometry(num_layers=6, cross_layers=(0, 2, 5))).folder
+    """Three cross-attention layers with pages of their own, a codebook and a guide."""
+    folder = make_pair(Geometry(num_layers=7, cross_layers=(0, 2, 5))).folder
     codebook = tmp_path_factory.mktemp("codebook") / "codebook.safetensors"
     return load_model(equip(ModelConfig(model=str(folder)), codebook), EngineConfig())
 
@@ -68,7 +68,7 @@ def read(
     prompt = model.prepare(raw(TWO_APART, [noise((1, 2), tile, 1), noise((2, 2), tile, 2)]))
     if not images:
         images += [run_through(model.encode_image(image, trim.needs)) for image in prompt.images]
-    kv = OwnPages(model.info, 2**22, 1).key_values(len(prompt.token_ids) + 1, sum(each.num_features for each in images))
+    kv = OwnPages(model.info, 2**22).key_values(len(prompt.token_ids) + 1, sum(each.num_features for each in images))
     prefilled = run_through(model.prefill(prompt, images, trim, kv, stored))
     return prefilled, kv, model.decode([7], [kv]).clone()
 

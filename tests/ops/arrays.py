@@ -1,16 +1,52 @@
 """Tensors laid out the hard way: off alignment, strided, with sentinels around them; random numbers for them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["LAYOUTS", "misaligned", "seeded", "with_strided_columns", "with_strided_rows"]
+from trimserve.ops import reference
+
+__all__ = [
+    "LAYOUTS",
+    "assert_same",
+    "assert_writes_as_reference",
+    "misaligned",
+    "seeded",
+    "threads",
+    "with_strided_columns",
+    "with_strided_rows",
+]
 
 
 def seeded(seed: int) -> torch.Generator:
     """Random numbers on the device where new tensors are made."""
     return torch.Generator(torch.get_default_device()).manual_seed(seed)
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """So many threads of an op, where tests have one otherwise."""
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(1)
+
+
+def assert_same(tensor: Tensor, expected: Tensor) -> None:
+    """Equal to the last bit; NaN equals NaN."""
+    torch.testing.assert_close(tensor, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def assert_writes_as_reference(op: Callable[..., None], inputs: tuple[Any, ...]) -> None:
+    """An op that writes into its first input leaves there what its reference does."""
+    expected = inputs[0].clone()
+    getattr(reference, op.__name__)(expected, *inputs[1:])
+    op(*inputs)
+    assert_same(inputs[0], expected)
 
 
 def misaligned(tensor: Tensor, offset: int, sentinel: float) -> tuple[Tensor, Tensor]:

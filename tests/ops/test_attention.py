@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from tests.ops.arrays import LAYOUTS, misaligned, seeded
+from tests.ops.arrays import LAYOUTS, misaligned, seeded, threads
 from tests.ops.refusals import assert_refused
 from tests.tolerances import MANY_ROWS_ATTENTION, PAGED_ATTENTION
 from trimserve.ops import attention, reference
@@ -210,11 +210,8 @@ def test_a_row_gets_the_same_bits_alone_and_in_any_company(dtype: torch.dtype) -
 def test_any_number_of_threads_gives_the_same_bits() -> None:
     inputs = draw(300, 260)
     alone = attention(*inputs)
-    torch.set_num_threads(3)
-    try:
+    with threads(3):
         assert all(map(torch.equal, attention(*inputs), alone))
-    finally:
-        torch.set_num_threads(1)
 
 
 Q, K, R = torch.zeros(3, 4, 8), torch.zeros(5, 2, 8), torch.zeros(3, 2, dtype=torch.int32)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.ops.arrays import LAYOUTS, misaligned, seeded
+from tests.ops.arrays import LAYOUTS, assert_same, assert_writes_as_reference, misaligned, seeded, threads
 from tests.ops.refusals import assert_refused
 from trimserve.ops import PAGE_POSITIONS, gather_kv, reference
 
@@ -37,17 +37,6 @@ def draw(
     return pages, 1, keys, values, kept, slots
 
 
-def assert_same(pages: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(pages, expected, rtol=0, atol=0, equal_nan=True)
-
-
-def assert_equals_reference(inputs: Inputs) -> None:
-    expected = inputs[0].clone()
-    reference.gather_kv(expected, *inputs[1:])
-    gather_kv(*inputs)
-    assert_same(inputs[0], expected)
-
-
 @pytest.mark.parametrize("op", [gather_kv, reference.gather_kv])
 def test_kept_rows_go_to_their_page_and_offset(op: Callable[..., None]) -> None:
     pages = torch.zeros(2, 2, 2, 1, PAGE_POSITIONS, 2)
@@ -65,7 +54,7 @@ def test_kept_rows_go_to_their_page_and_offset(op: Callable[..., None]) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("num_features", "num_kept"), [(1, 1), (65, 20), (65, 65), (65, 0), (0, 0), (5, 900)])
 def test_equals_reference(num_features: int, num_kept: int, dtype: torch.dtype) -> None:
-    assert_equals_reference(draw(num_features, num_kept, dtype=dtype))
+    assert_writes_as_reference(gather_kv, draw(num_features, num_kept, dtype=dtype))
 
 
 @given(
@@ -79,14 +68,14 @@ def test_equals_reference(num_features: int, num_kept: int, dtype: torch.dtype) 
 def test_equals_reference_on_any_shape(
     num_features: int, num_kept: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, seed: int
 ) -> None:
-    assert_equals_reference(draw(num_features, num_kept, num_kv_heads, head_dim, dtype, seed))
+    assert_writes_as_reference(gather_kv, draw(num_features, num_kept, num_kv_heads, head_dim, dtype, seed))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layout_does_not_matter(layout: Callable[[Tensor], Tensor]) -> None:
     pages, layer, keys, values, *indices = draw(30, 12)
     kept, slots = (index.repeat_interleave(2)[::2] for index in indices)
-    assert_equals_reference((pages, layer, layout(keys), layout(values), kept, slots))
+    assert_writes_as_reference(gather_kv, (pages, layer, layout(keys), layout(values), kept, slots))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -108,11 +97,8 @@ def test_reads_only_its_inputs_and_writes_only_its_slots(dtype: torch.dtype) -> 
 )
 def test_threads_write_disjoint_rows_that_no_cache_holds(offset: int, head_dim: int) -> None:
     pages, layer, keys, values, kept, slots = draw(1000, 900, num_kv_heads=8, head_dim=head_dim)
-    torch.set_num_threads(3)
-    try:
-        assert_equals_reference((misaligned(pages, offset, 7.0)[0], layer, keys, values, kept, slots))
-    finally:
-        torch.set_num_threads(1)
+    with threads(3):
+        assert_writes_as_reference(gather_kv, (misaligned(pages, offset, 7.0)[0], layer, keys, values, kept, slots))
 
 
 @pytest.mark.usefixtures("checked_values")

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.ops.arrays import LAYOUTS, misaligned, seeded
+from tests.ops.arrays import LAYOUTS, misaligned, seeded, threads
 from tests.ops.refusals import assert_refused
 from tests.tolerances import HEADWISE_SCORES
 from trimserve.ops import headwise_scores, reference
@@ -197,11 +197,8 @@ def test_any_number_of_threads_gives_the_same_bits() -> None:
     inputs = draw(100, 260)
     alone = headwise_scores(*inputs)
     assert torch.equal(headwise_scores(*inputs), alone)
-    torch.set_num_threads(3)
-    try:
+    with threads(3):
         assert torch.equal(headwise_scores(*inputs), alone)
-    finally:
-        torch.set_num_threads(1)
 
 
 Q, K, V = torch.zeros(3, 4, 8), torch.zeros(5, 2, 8), torch.zeros(3, 2, dtype=torch.int32)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.ops.arrays import LAYOUTS, misaligned, seeded
+from tests.ops.arrays import LAYOUTS, misaligned, seeded, threads
 from tests.ops.refusals import assert_refused
 from trimserve.ops import headwise_topk, reference
 
@@ -102,11 +102,8 @@ def test_reads_only_its_inputs() -> None:
 def test_any_number_of_threads_gives_the_same_picks() -> None:
     scores = torch.rand(32, 3202, generator=seeded(0)).round(decimals=2)
     alone = headwise_topk(scores, [3202], [500])
-    torch.set_num_threads(3)
-    try:
+    with threads(3):
         assert torch.equal(headwise_topk(scores, [3202], [500]), alone)
-    finally:
-        torch.set_num_threads(1)
 
 
 S = torch.zeros(2, 5)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.ops.arrays import LAYOUTS, misaligned
+from tests.ops.arrays import LAYOUTS, misaligned, threads
 from tests.ops.refusals import assert_refused
 from tests.tolerances import LINEAR, LINEAR_QUANTIZED
 from trimserve.ops import layers, linear, reference
@@ -137,11 +137,8 @@ def test_a_row_is_the_same_to_the_last_bit_in_every_batch_and_on_every_thread(dt
         assert torch.equal(linear(x[:end], weight, scales), few[:end])
     for end in (most + 1, most + 2, 257):
         assert torch.equal(linear(x[:end], weight, scales), together[:end])
-    torch.set_num_threads(3)
-    try:
+    with threads(3):
         assert torch.equal(linear(x, weight, scales), together)
-    finally:
-        torch.set_num_threads(1)
 
 
 @pytest.mark.parametrize("form", FORMS)

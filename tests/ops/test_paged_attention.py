@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.ops.arrays import LAYOUTS, misaligned, seeded
+from tests.ops.arrays import LAYOUTS, misaligned, seeded, threads
 from tests.ops.refusals import assert_refused
 from tests.tolerances import PAGED_ATTENTION
 from trimserve.ops import PAGE_POSITIONS, paged_attention, reference, write_kv
@@ -269,12 +269,9 @@ def test_a_sequence_gets_the_same_bits_alone_and_in_any_company(dtype: torch.dty
 def test_any_number_of_threads_gives_the_same_bits(lengths: list[int]) -> None:
     inputs = draw(lengths, head_dim=64)
     alone = paged_attention(*inputs)
-    try:
-        for num_threads in (2, 3, 7):
-            torch.set_num_threads(num_threads)
+    for num_threads in (2, 3, 7):
+        with threads(num_threads):
             assert torch.equal(paged_attention(*inputs), alone)
-    finally:
-        torch.set_num_threads(1)
 
 
 Q, P = torch.zeros(2, 4, 8), torch.zeros(3, 4, 2, 2, PAGE_POSITIONS, 8)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.ops.arrays import misaligned, seeded, with_strided_rows
+from tests.ops.arrays import assert_same, misaligned, seeded, with_strided_rows
 from tests.ops.refusals import assert_refused
 from trimserve.ops import PAGE_POSITIONS, reference, rotate, rotate_write_kv, write_kv
 
@@ -39,10 +39,6 @@ def one_after_the_other(
     first_value = heads.shape[1] - num_kv_heads
     rotate(heads[:, :first_value], cosines, sines)
     write_kv(pages, layer, heads[:, first_value - num_kv_heads : first_value], heads[:, first_value:], slots)
-
-
-def assert_same(got: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
 
 
 def test_a_hand_worked_row() -> None:

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from torch import Tensor
 
-from tests.ops.arrays import LAYOUTS, misaligned, seeded
+from tests.ops.arrays import LAYOUTS, misaligned, seeded, threads
 from tests.ops.refusals import assert_refused
 from tests.ops.test_headwise_topk import cases
 from trimserve.ops import headwise_topk, reference, select_features, union_indices
@@ -81,11 +81,8 @@ def test_any_number_of_threads_keeps_the_same(segments: list[int]) -> None:
     k = [max(1, size // 6) for size in segments]
     alone = select_features(scores, segments, k)[0]
     assert torch.equal(alone, reference.select_features(scores, segments, k)[0])
-    torch.set_num_threads(3)
-    try:
+    with threads(3):
         assert torch.equal(select_features(scores, segments, k)[0], alone)
-    finally:
-        torch.set_num_threads(1)
 
 
 S = torch.zeros(2, 5)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.ops.arrays import LAYOUTS, misaligned, seeded
+from tests.ops.arrays import LAYOUTS, assert_same, assert_writes_as_reference, misaligned, seeded, threads
 from tests.ops.refusals import assert_refused
 from trimserve.ops import PAGE_POSITIONS, reference, write_kv
 
@@ -35,17 +35,6 @@ def draw(
     keys, values = torch.randn(2, num_rows, num_kv_heads, head_dim, generator=generator).to(dtype)
     slots = torch.randperm(num_pages * PAGE_POSITIONS, generator=generator)[:num_rows]
     return pages, layer, keys, values, slots
-
-
-def assert_same(pages: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(pages, expected, rtol=0, atol=0, equal_nan=True)
-
-
-def assert_equals_reference(inputs: Inputs) -> None:
-    expected = inputs[0].clone()
-    reference.write_kv(expected, *inputs[1:])
-    write_kv(*inputs)
-    assert_same(inputs[0], expected)
 
 
 @pytest.mark.parametrize("op", [write_kv, reference.write_kv])
@@ -85,7 +74,9 @@ def test_equals_reference_on_any_shape(
     seed: int,
 ) -> None:
     num_rows = min(num_rows, num_pages * PAGE_POSITIONS)
-    assert_equals_reference(draw(num_pages, num_rows, num_layers, seed % num_layers, num_kv_heads, head_dim, dtype))
+    assert_writes_as_reference(
+        write_kv, draw(num_pages, num_rows, num_layers, seed % num_layers, num_kv_heads, head_dim, dtype)
+    )
 
 
 def with_strided_heads(rows: Tensor) -> Tensor:
@@ -96,7 +87,7 @@ def with_strided_heads(rows: Tensor) -> Tensor:
 @pytest.mark.parametrize("layout", [*LAYOUTS, with_strided_heads])
 def test_layout_of_rows_does_not_matter(layout: Callable[[Tensor], Tensor]) -> None:
     pages, layer, keys, values, slots = draw(3, 20)
-    assert_equals_reference((pages, layer, layout(keys), layout(values), slots.repeat_interleave(2)[::2]))
+    assert_writes_as_reference(write_kv, (pages, layer, layout(keys), layout(values), slots.repeat_interleave(2)[::2]))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -118,11 +109,8 @@ def test_writes_only_its_slots(dtype: torch.dtype) -> None:
     ids=["that a cache holds", "that no cache holds", "that no cache holds, of no multiple of 16 bytes"],
 )
 def test_threads_write_disjoint_rows(num_kv_heads: int, head_dim: int) -> None:
-    torch.set_num_threads(3)
-    try:
-        assert_equals_reference(draw(70, 1100, 1, 0, num_kv_heads, head_dim))
-    finally:
-        torch.set_num_threads(1)
+    with threads(3):
+        assert_writes_as_reference(write_kv, draw(70, 1100, 1, 0, num_kv_heads, head_dim))
 
 
 @pytest.mark.usefixtures("checked_values")

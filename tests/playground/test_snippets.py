@@ -43,7 +43,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 class Remembering:
     """In place of the client."""
 
-    made: list[tuple[str, dict[str, Any]]] = []  # noqa: RUF012  # emptied by who uses it
+    made: list[tuple[str, dict[str, Any]]] = []  # noqa: RUF012  # emptied by whoever uses it
     asked: list[pb.GenerateRequest] = []  # noqa: RUF012  # the same
 
     def __init__(self, address: str, **options: Any) -> None:

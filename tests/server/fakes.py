@@ -4,9 +4,11 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Iterable
 from contextlib import suppress
+from dataclasses import replace
 from enum import Enum, auto
 from pathlib import Path
 
+from tests.model_info import SMALL
 from trimserve.api.adapter import AdapterInfo, LoadedAdapter
 from trimserve.api.chunks import (
     CrossKvBytes,
@@ -40,13 +42,9 @@ DEFAULTS = GenerationDefaults(
     eos_token_ids=(7, 8),
 )
 
-INFO = ModelInfo(
-    model_id="fake",
+INFO = replace(
+    SMALL,
     revision="cafe",
-    dtype="float32",
-    kv_dtype="float32",
-    quantization="none",
-    device="cpu",
     num_parameters=123,
     weight_bytes=492,
     linear_bytes=492,
@@ -62,13 +60,7 @@ INFO = ModelInfo(
     head_dim=16,
     hidden_size=64,
     intermediate_size=192,
-    tile_size=28,
-    patch_size=14,
-    max_tiles=4,
-    features_per_tile=5,
     kv_bytes_per_position=256,
-    vision_scratch_bytes=0,
-    default_k_ratio=0.2,
     default_merge_ratio=0.25,
     policy_details=tuple(policy.describe() for policy in POLICIES.values()),
     generation_defaults=DEFAULTS,

@@ -21,12 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["plan"]
 
-_OPTIONS = {
-    "num_tokens": "--tokens",
-    "num_images": "--images",
-    "num_tiles": "--tiles",
-    "kv_layers_per_page": "--kv-layers-per-page",
-}
+_OPTIONS = {"num_tokens": "--tokens", "num_images": "--images", "num_tiles": "--tiles"}
 """What the planner refuses, as the command line names it."""
 
 
@@ -51,6 +46,7 @@ def _with_workload() -> Callable[[Command], Command]:
     ]
 
     def make(values: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The values, checked."""
         fraction = values["kept_fraction"]
         if fraction is not None and not 0 < fraction <= 1:
             raise typer.BadParameter(f"must be in (0, 1], got {fraction}", param_hint="--kept-fraction")

@@ -22,7 +22,7 @@ _HTTP_PORT = 8000
 @with_connection(OWN_SERVER)
 def playground(
     page_host: Annotated[
-        str, typer.Option(help="Where the page listens. Who reaches it asks the server with your token.")
+        str, typer.Option(help="Where the page listens. Whoever reaches it asks the server with your token.")
     ] = "127.0.0.1",
     page_port: Annotated[int, typer.Option(min=0, max=65535, help="Its port; 0 takes a free one.")] = _PORT,
     http_address: Annotated[

@@ -67,13 +67,7 @@ def train_compressor(
     state = out.with_name(f"{out.name}.state")
     with progress("steps", steps) as advance:
         curve = train(student, lessons, recipe, state, torch.device(model.info.device), advance)
-    training: dict[str, float | str] = {
-        "data": origin.data,
-        "steps": steps,
-        "batch": batch,
-        "learning_rate": learning_rate,
-        "seed": seed,
-    }
+    training = {name: getattr(recipe, name) for name in ("data", "steps", "batch", "learning_rate", "seed")}
     save_trained(out, method, student.module, model.info, features, curve, training)
     state.unlink(missing_ok=True)
     told = f"{out}: loss {curve[0].loss:.4f} -> {curve[-1].loss:.4f} on questions that it did not learn from"

@@ -1,12 +1,12 @@
-"""What a prefill came to, for the client: features of each image, bytes of cross-attention KV, when stages ended."""
+"""What a prefill came to, for the client: features of each image, bytes of cross-attention KV."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
-from trimserve.api.chunks import CrossKvBytes, ImageUsage, StageSpan
+from trimserve.api.chunks import CrossKvBytes, ImageUsage
 from trimserve.engine.kv_pool import KVPool
 from trimserve.executor.plan import PrefillReport
 
-__all__ = ["account_cross_kv", "engine_spans", "image_usage"]
+__all__ = ["account_cross_kv", "image_usage"]
 
 
 def image_usage(report: PrefillReport) -> tuple[ImageUsage, ...]:
@@ -39,20 +39,3 @@ def account_cross_kv(report: PrefillReport, held_bytes: int, pool: KVPool) -> Cr
         saved_by_trimming=untrimmed_bytes - left_bytes,
         saved_by_visibility=left_bytes - held_bytes,
     )
-
-
-def engine_spans(report: PrefillReport, submitted_at: float, admitted_at: float) -> Iterator[StageSpan]:
-    """The stages of a request in the engine up to its first token; prefill is the last.
-
-    Args:
-        report: of its prefill.
-        submitted_at: `time.monotonic()` when it came.
-        admitted_at: when work on it began.
-    """
-    encoded_at = report.times.encoded_at
-    yield StageSpan("queue", submitted_at, admitted_at)
-    yield StageSpan("vision_encode", admitted_at, encoded_at)
-    for began_at, selected_at, gathered_at in report.trim_times:
-        yield StageSpan("trim_select", began_at, selected_at)
-        yield StageSpan("trim_gather", selected_at, gathered_at)
-    yield StageSpan("prefill", encoded_at, report.times.prefilled_at)

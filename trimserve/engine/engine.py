@@ -74,8 +74,7 @@ class Engine:
             clock: seconds, by which steps are timed and deadlines pass.
             drafter: in place of the look-up that `config.speculation` turns on.
         Raises:
-            CheckpointError: `kv_cache_bytes` does not even hold the prefill scratch and a page, or
-                `kv_layers_per_page` does not fit the model.
+            CheckpointError: `kv_cache_bytes` does not even hold the prefill scratch and a page.
         """
         self.image_cache = ImageCacheCounts()
         """Of the executor's cache, after the last step."""
@@ -155,6 +154,7 @@ class Engine:
         tokenizer, constraint = self._processor.tokenizer, request.constraint
 
         def make(token_ids: tuple[int, ...]) -> Sequence:
+            """Called by a worker thread once the prompt is tokenised."""
             made = Sequence(request, token_ids, self.info, tokenizer, sink, submitted_at, deadline, images_taken)
             if constraint is not None:
                 self._executor.compile(constraint)

@@ -27,18 +27,15 @@ class PoolExhausted(Exception):
 class KVPool:
     """Hands out pages and takes them back."""
 
-    def __init__(self, info: ModelInfo, capacity_bytes: int, wanted_layers: int | None = None) -> None:
+    def __init__(self, info: ModelInfo, capacity_bytes: int) -> None:
         """Start with every page free.
 
         Args:
             info: geometry and dtype.
             capacity_bytes: of all pages; what is less than a page is left out.
-            wanted_layers: of a page; None for as many as there can be.
-        Raises:
-            ValueError: so many layers cannot share a page.
         """
         num_self, num_cross = info.num_self_attention_layers, info.num_cross_attention_layers
-        self.layers_per_page = layers_per_page(num_self, num_cross, wanted_layers)
+        self.layers_per_page = layers_per_page(num_self, num_cross)
         """Layers whose keys and values share a page."""
         self._self_groups = num_self // self.layers_per_page
         self._cross_groups = num_cross // self.layers_per_page

@@ -91,7 +91,7 @@ def check_room_for_adapter(name: str, folder: Path, available: int) -> None:
 
 
 def memory_by_kind(info: ModelInfo, kv_cache_bytes: int, adapter_bytes: int) -> dict[str, int]:
-    """What the model's device holds, for who watches it.
+    """What the model's device holds, for whoever watches it.
 
     Args:
         info: of the model.
@@ -225,18 +225,14 @@ def make_pool(info: ModelInfo, config: EngineConfig, max_rows: int, available: i
 
     Args:
         info: of the model.
-        config: see `kv_budget`; and `kv_layers_per_page`.
+        config: see `kv_budget`.
         max_rows: see `kv_budget`.
         available: see `kv_budget`.
     Raises:
-        CheckpointError: `kv_cache_bytes` does not even hold the prefill scratch and a page, or `kv_layers_per_page`
-            does not fit the model.
+        CheckpointError: `kv_cache_bytes` does not even hold the prefill scratch and a page.
     """
     total, scratch = kv_budget(info, config, max_rows, available)
-    try:
-        pool = KVPool(info, total - scratch, config.kv_layers_per_page)
-    except ValueError as error:
-        raise CheckpointError(f"kv_layers_per_page: {error}") from error
+    pool = KVPool(info, total - scratch)
     if not pool.num_pages:
         raise CheckpointError(
             f"kv_cache_bytes: must be at least {scratch + pool.page_bytes}, the scratch of a prefill with "

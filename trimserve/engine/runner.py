@@ -368,7 +368,7 @@ class Runner:
     def _run(self, engine: Engine, is_warm: "asyncio.Future[None]") -> None:
         try:
             warm_up(engine)
-        except BaseException as error:  # noqa: BLE001  # handed to who awaits it
+        except BaseException as error:  # noqa: BLE001  # handed to whoever awaits it
             call_on(self._loop, partial(settle, is_warm, error))
             return
         call_on(self._loop, partial(settle, is_warm, None))
@@ -377,7 +377,7 @@ class Runner:
                 for command in self._take_commands(engine):
                     command()
                 engine.step()
-        except BaseException as error:  # noqa: BLE001  # logged, and told to who awaits the engine's death
+        except BaseException as error:  # noqa: BLE001  # logged, and told to whoever awaits the engine's death
             log_cause(partial(log.critical, "the engine thread dies", exc_info=error))
             call_on(self._loop, partial(self._die, error))
 

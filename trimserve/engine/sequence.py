@@ -18,15 +18,15 @@ from trimserve.api.chunks import (
     GenerationChunk,
     StageSpan,
     Started,
-    Timings,
     TokenDelta,
 )
 from trimserve.api.info import ModelInfo
 from trimserve.api.request import GenerationRequest
-from trimserve.engine.account import account_cross_kv, engine_spans, image_usage
-from trimserve.engine.detokenizer import Detokenizer
+from trimserve.api.sampling import SamplingParams
+from trimserve.engine.account import account_cross_kv, image_usage
+from trimserve.engine.answer import Answer
 from trimserve.engine.kv_pool import KVPool, SequencePages
-from trimserve.engine.limits import most_new_tokens
+from trimserve.engine.stages import Stages
 from trimserve.errors import TrimserveError
 from trimserve.executor.plan import Drawn, NewSequence, PrefillReport
 from trimserve.model.prepared import PreparedPrompt
@@ -79,53 +79,63 @@ class Sequence:
             InvalidRequest: the prompt leaves no room for `max_new_tokens`, or for one token; or fewer than
                 `min_new_tokens` can come.
         """
-        params = request.sampling
-        ends = () if params.ignore_eos else info.generation_defaults.eos_token_ids
         self.request_id = request.request_id
         self.priority = request.priority
         self.adapter = request.adapter
         self.constraint = request.constraint
-        self.trim = TrimPlan.of(request.trim)
-        self.sink = sink
-        self.submitted_at = submitted_at
-        self.deadline = deadline
-        self._images_taken = images_taken
-        self.state = SequenceState.WAITING
-        self.max_new_tokens = most_new_tokens(params, len(token_ids), info)
-        self.params = params
-        """How its tokens are drawn."""
-        self.generated_token_ids: list[int] = []
-        """Tokens drawn until now; only grows."""
-        self.cross_kv = CrossKvBytes(0, 0, 0, 0, 0)
-        """Zero before prefill."""
-        self.finish_reason: FinishReason | None = None
-        """None while more tokens are wanted."""
-        self.max_cross_rows = 0
-        """Most rows of cross-attention KV that decoding can see; known with the images, exactly after the prefill."""
-        self._info = info
-        self.num_features = 0
-        """Valid ones, of its images; known with them."""
-        self._token_ids = token_ids
-        self._end_token_ids = frozenset((*ends, *params.stop_token_ids))
-        self._prompt: PreparedPrompt | None = None
-        self._stored: KeptSets | None = None
-        self._number, self._num_shared = -1, 0
-        self.has_started = False
-        """Whether its prompt was read once, and its first chunk said."""
         self.num_choices = request.num_choices
         """Answers that the request asked for."""
         self.choice = 0
         """Which of them this is."""
-        self._family: tuple[Sequence, ...] = ()
+        self.trim = TrimPlan.of(request.trim)
+        self.sink = sink
+        self.deadline = deadline
+        self.state = SequenceState.WAITING
+        self.has_started = False
+        """Whether its prompt was read once, and its first chunk said."""
         self.was_preempted = False
         """Whether it had pages, and lost them."""
+        self.num_features = 0
+        """Valid ones, of its images; known with them."""
+        self.max_cross_rows = 0
+        """Most rows of cross-attention KV that decoding can see; known with the images, exactly after the prefill."""
+        self.cross_kv = CrossKvBytes(0, 0, 0, 0, 0)
+        """Zero before prefill."""
+        self._info = info
+        self._images_taken = images_taken
+        self._token_ids = token_ids
+        self._prompt: PreparedPrompt | None = None
+        self._stored: KeptSets | None = None
+        self._number, self._num_shared = -1, 0
         self._pages: SequencePages | None = None
-        self._matched_stop: str | int | None = None
-        self._tokenizer = tokenizer
-        self._detokenizer = Detokenizer(tokenizer, params.stop_strings)
-        self._preprocess_seconds = self._detokenize_seconds = 0.0
-        self._spans: list[StageSpan] = []
-        self._began_at = self._encoded_at = self._prefilled_at = self._first_token_at = submitted_at
+        self._family: tuple[Sequence, ...] = ()
+        self._stages = Stages(submitted_at)
+        self._answer = Answer.to(request.sampling, len(token_ids), info, tokenizer)
+
+    @property
+    def submitted_at(self) -> float:
+        """`time.monotonic()` when the request came."""
+        return self._stages.submitted_at
+
+    @property
+    def params(self) -> SamplingParams:
+        """How its tokens are drawn."""
+        return self._answer.params
+
+    @property
+    def max_new_tokens(self) -> int:
+        """Tokens at which it ends at the latest."""
+        return self._answer.max_new_tokens
+
+    @property
+    def generated_token_ids(self) -> list[int]:
+        """Tokens drawn until now; only grows."""
+        return self._answer.token_ids
+
+    @property
+    def finish_reason(self) -> FinishReason | None:
+        """None while more tokens are wanted."""
+        return self._answer.finish_reason
 
     @property
     def number(self) -> int:
@@ -244,8 +254,7 @@ class Sequence:
         self.num_features = sum(counts)
         self.max_cross_rows = sum(max_rows(count, info.num_heads, info.features_per_tile, self.trim) for count in seen)
         self._prompt = prompt
-        self._preprocess_seconds = seconds
-        self._spans.extend(image_spans)
+        self._stages.prepared(seconds, image_spans)
 
     def admitted(self, number: int, pool: KVPool) -> NewSequence:
         """Take the first pages; it runs from here on.
@@ -274,7 +283,7 @@ class Sequence:
             prompt=prompt,
             trim=self.trim,
             sampling=self.params,
-            end_token_ids=self._end_token_ids,
+            end_token_ids=self._answer.end_token_ids,
             adapter=self.adapter,
             stored=self._stored,
             generated_token_ids=tuple(self.generated_token_ids),
@@ -305,9 +314,8 @@ class Sequence:
             return None
         self.has_started = True
         self._stored, self.max_cross_rows = report.stored, max(report.held_rows, default=0)
-        self._began_at, self._encoded_at, self._prefilled_at = report.times
+        self._stages.prefilled(report)
         self.cross_kv = account_cross_kv(report, self.pages.cross_bytes, pool)
-        self._spans += engine_spans(report, self.submitted_at, self._began_at)
         if self.num_choices > 1:
             self._branch()
         return Started(
@@ -316,7 +324,7 @@ class Sequence:
             images=image_usage(report),
             seed=self.params.seed,
             selections=report.selections,
-            spans=tuple(self._spans),
+            spans=tuple(self._stages.spans),
         )
 
     def _branch(self) -> None:
@@ -332,67 +340,24 @@ class Sequence:
             return
         self.choice = choice
         self.state = SequenceState.WAITING
-        self.params = self.params.of_choice(choice)
-        self.generated_token_ids = []
         self.was_preempted = False
-        self._detokenizer = Detokenizer(self._tokenizer, self.params.stop_strings)
-        self._detokenize_seconds = 0.0
+        self._answer = self._answer.of_choice(choice)
         self._pages = None
 
     def append(self, drawn: Drawn) -> TokenDelta:
-        """Take the next token; sets `finish_reason` when it is the last.
-
-        The text of an end or stop token is not part of the answer; the token itself is counted and sent.
-        """
-        token_id, detokenizer = drawn.token_id, self._detokenizer
-        if not self.num_generated_tokens:
-            self._first_token_at = time.monotonic()
-        self.generated_token_ids.append(token_id)
-        watch = self.num_generated_tokens >= self.params.min_new_tokens
-        is_end = token_id in self._end_token_ids
-        is_last = is_end or drawn.is_complete or self.num_generated_tokens >= self.max_new_tokens
-        began_at = time.monotonic()
-        text = "" if is_end else detokenizer.add(token_id, watch=watch)
-        if is_last:
-            text += detokenizer.finish(watch=watch)
-        self._detokenize_seconds += time.monotonic() - began_at
-        if is_end or detokenizer.matched_stop is not None:
-            self.finish_reason = FinishReason.STOP
-            self._matched_stop = token_id if detokenizer.matched_stop is None else detokenizer.matched_stop
-        elif drawn.is_complete:
-            self.finish_reason = FinishReason.STOP
-        elif is_last:
-            self.finish_reason = FinishReason.LENGTH
-        return TokenDelta(text, (token_id,), () if drawn.logprob is None else (drawn.logprob,), self.choice)
+        """Take the next token; `finish_reason` is there when it is the last. See `Answer.append` for its text."""
+        logprobs = () if drawn.logprob is None else (drawn.logprob,)
+        return TokenDelta(self._answer.append(drawn), (drawn.token_id,), logprobs, self.choice)
 
     def finished(self) -> Finished:
         """The last chunk; the request ends now."""
         assert self.finish_reason is not None, "only an ended sequence has a last chunk"
         return Finished(
             reason=self.finish_reason,
-            matched_stop=self._matched_stop,
+            matched_stop=self._answer.matched_stop,
             num_prompt_tokens=self.num_prompt_tokens,
             num_generated_tokens=self.num_generated_tokens,
             cross_kv=self.cross_kv,
-            timings=self._timings(time.monotonic()),
+            timings=self._stages.timings(self._answer, time.monotonic()),
             choice=self.choice,
         )
-
-    def _timings(self, ended_at: float) -> Timings:
-        # Stages follow each other without a gap: they add up to the total.
-        return Timings(
-            queue_seconds=self._began_at - self.submitted_at - self._preprocess_seconds,
-            preprocess_seconds=self._preprocess_seconds,
-            vision_seconds=self._encoded_at - self._began_at,
-            prefill_seconds=self._prefilled_at - self._encoded_at,
-            decode_seconds=ended_at - self._prefilled_at,
-            time_to_first_token_seconds=self._first_token_at - self.submitted_at,
-            total_seconds=ended_at - self.submitted_at,
-            image_decode_seconds=self._seconds_of("image_decode"),
-            trim_select_seconds=self._seconds_of("trim_select"),
-            trim_gather_seconds=self._seconds_of("trim_gather"),
-            detokenize_seconds=self._detokenize_seconds,
-        )
-
-    def _seconds_of(self, stage: str) -> float:
-        return sum(span.end - span.begin for span in self._spans if span.stage == stage)

@@ -1,4 +1,4 @@
-"""What an engine and its requests come to at one moment, for who watches them."""
+"""What an engine and its requests come to at one moment, for whoever watches them."""
 
 from collections.abc import Collection
 

@@ -36,9 +36,10 @@ async def in_daemon_thread(function: Callable[[], T], discard: Callable[[T], obj
     outcome: Future[T] = Future()
 
     def call() -> None:
+        """The thread: hand the result over, or discard it if nobody waits any more."""
         try:
             result = function()
-        except BaseException as error:  # noqa: BLE001  # handed to who awaits it
+        except BaseException as error:  # noqa: BLE001  # handed to whoever awaits it
             with suppress(InvalidStateError):
                 outcome.set_exception(error)
             return

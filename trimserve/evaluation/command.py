@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,7 +11,6 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from trimserve.client import Client
 from trimserve.config import Config, EngineConfig, ModelConfig
 from trimserve.connection import Connection, connected, with_connection
 from trimserve.evaluation import options
@@ -71,16 +70,9 @@ def evaluate(
         compressor=tuple(compressor or ()),
         guide_model=guide_model,
     )
-    is_served = connection.address is not None
-    if is_served and config != ModelConfig():
-        raise typer.BadParameter(
-            "--address excludes --model, --device, --dtype, --quantize, --codebook, --compressor and --guide-model"
-        )
-    if is_served and only_calibrate and is_kept:
+    if connection.address is not None and only_calibrate and is_kept:
         raise typer.BadParameter("--calibrate with --keep compares logits, which a server does not tell")
-    adapter_name, with_adapter = adapter_of(adapter, Config(model=config), is_served=is_served)
-    server = connected(connection) if is_served else None
-    with _answerer(server, with_adapter.model, num_threads, adapter_name) as answerer:
+    with _answerer(connection, config, num_threads, adapter) as answerer:
         trims = parse_policies(policies, answerer.policies, is_kept=is_kept)
         first = replace(trims[0], merge_ratio=merge_budgets[0])
         if only_calibrate and is_kept and not has_parameters(first):
@@ -187,24 +179,34 @@ def _tell_files(*files: Path) -> None:
 
 @contextmanager
 def _answerer(
-    server: AbstractContextManager[Client] | None, model: ModelConfig, num_threads: int | None, adapter: str | None
+    connection: Connection, config: ModelConfig, num_threads: int | None, adapter: str | None
 ) -> Iterator["Answerer"]:
     """A server, or a model in this process."""
-    if server is None:
-        import torch
+    is_served = connection.address is not None
+    if is_served and config != ModelConfig():
+        raise typer.BadParameter(
+            "--address excludes --model, --device, --dtype, --quantize, --codebook, --compressor and --guide-model"
+        )
+    name, with_adapter = adapter_of(adapter, Config(model=config), is_served=is_served)
+    if is_served:
+        from trimserve.evaluation.served import Served
 
-        from trimserve.evaluation.in_process import InProcess
-        from trimserve.model.loading import load_model
+        with connected(connection) as client:
+            yield Served(client, adapter=name)
+    else:
+        yield _in_process(with_adapter.model, num_threads, name)
 
-        if num_threads is not None:
-            torch.set_num_threads(num_threads)
-        folder = None if adapter is None else model.adapters[adapter]
-        yield InProcess(load_model(model, EngineConfig()), adapter=folder)
-        return
-    from trimserve.evaluation.served import Served
 
-    with server as client:
-        yield Served(client, adapter=adapter)
+def _in_process(model: ModelConfig, num_threads: int | None, adapter: str | None) -> "Answerer":
+    import torch
+
+    from trimserve.evaluation.in_process import InProcess
+    from trimserve.model.loading import load_model
+
+    if num_threads is not None:
+        torch.set_num_threads(num_threads)
+    folder = None if adapter is None else model.adapters[adapter]
+    return InProcess(load_model(model, EngineConfig()), adapter=folder)
 
 
 def _find_picture(*, is_comparison: bool) -> Callable[["Report", Path], None]:

@@ -30,9 +30,9 @@ class OwnKeyValues(KeyValues):
 class OwnPages(KVPool):
     """A pool with its memory."""
 
-    def __init__(self, info: ModelInfo, capacity_bytes: int, wanted_layers: int | None = None) -> None:
+    def __init__(self, info: ModelInfo, capacity_bytes: int) -> None:
         """Allocate all pages; see `KVPool`."""
-        super().__init__(info, capacity_bytes, wanted_layers)
+        super().__init__(info, capacity_bytes)
         self.info = info
         """The model."""
         self.pages = page_memory(info, self.num_pages, self.layers_per_page)

@@ -94,6 +94,7 @@ def _divergences(
     whole, unseeing = _first_token(model, pool, prompt, [everything, everything[:0]])
 
     def of_picks(features: Callable[[int], Tensor], usual: Tensor) -> Tensor:
+        """How far the first token is from usual with the features of each pick."""
         parts = [
             js_divergence(_first_token(model, pool, prompt, [features(pick) for pick in batch]), usual)
             for batch in _batches(picks)

@@ -73,10 +73,11 @@ class RankProcesses:
         is_started: Future[None] = Future()
 
         def run() -> None:
+            """The thread: start every rank, then watch them until they end."""
             try:
                 for _ in range(1, size):
                     self._start(timeout_seconds, module)
-            except BaseException as error:  # noqa: BLE001  # handed to who waits for it
+            except BaseException as error:  # noqa: BLE001  # handed to whoever waits for it
                 is_started.set_exception(error)
                 return
             is_started.set_result(None)
@@ -135,9 +136,10 @@ class RankProcesses:
                 outcome.set_exception(error)
 
         def call() -> None:
+            """The thread: whichever comes first, the result or the end of a rank, is the outcome."""
             try:
                 result = function()
-            except BaseException as error:  # noqa: BLE001  # handed to who waits for it
+            except BaseException as error:  # noqa: BLE001  # handed to whoever waits for it
                 fail(error)
             else:
                 with suppress(InvalidStateError):

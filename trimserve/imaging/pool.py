@@ -41,7 +41,7 @@ class DecoderPool:
         """
         self._limits = limits
         self._start = start
-        self._changed = threading.Condition()  # its lock can be taken again by who has it
+        self._changed = threading.Condition()  # its lock can be taken again by whoever has it
         self._num_wanted = size
         """Processes that are still to be started."""
         self._processes: set[DecoderProcess] = set()
@@ -91,7 +91,7 @@ class DecoderPool:
             self._is_closed = True
             for process in self._processes:
                 process.kill()
-            for process in self._idle:  # the others are closed by who has them
+            for process in self._idle:  # the others are closed by whoever has them
                 process.close()
             self._idle.clear()
             self._changed.notify_all()

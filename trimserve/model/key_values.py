@@ -38,26 +38,13 @@ Tables = NDArray[np.int32]
 """[groups, pages of each], ids of the pages of one sequence in the order of their positions."""
 
 
-def layers_per_page(num_self_layers: int, num_cross_layers: int, wanted: int | None = None) -> int:
-    """G, the layers of one page.
-
-    Args:
-        num_self_layers: self-attention layers.
-        num_cross_layers: cross-attention layers.
-        wanted: None takes the most that both kinds can have.
-    Raises:
-        ValueError: `wanted` does not divide that.
+def layers_per_page(num_self_layers: int, num_cross_layers: int) -> int:
+    """G, the layers of one page: the most that divide the numbers of self- and of cross-attention layers.
 
     >>> layers_per_page(32, 8)
     8
     """
-    most = gcd(num_self_layers, num_cross_layers)
-    if wanted is None:
-        return most
-    if most % wanted:
-        layers = f"{num_self_layers} self- and {num_cross_layers} cross-attention layers"
-        raise ValueError(f"must divide {most}, the greatest common divisor of {layers} of the model, got {wanted}")
-    return wanted
+    return gcd(num_self_layers, num_cross_layers)
 
 
 def num_pages(num_positions: int) -> int:

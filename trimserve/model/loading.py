@@ -1,12 +1,14 @@
 """From a checkpoint to a model that is ready to serve, or only to a description of it."""
 
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Final
+from functools import partial
+from typing import Final, NamedTuple
 
 import torch
 
 from trimserve import ops
-from trimserve.api.info import GenerationDefaults, ModelInfo
+from trimserve.api.info import GenerationDefaults, ModelInfo, PolicyInfo
 from trimserve.config import Device, EngineConfig, ModelConfig, Quantize
 from trimserve.errors import CheckpointError
 from trimserve.imaging.decode import Decode
@@ -23,12 +25,14 @@ from trimserve.model.codebook import load_codebook
 from trimserve.model.kv_format import row_bytes
 from trimserve.model.mllama import Mllama
 from trimserve.model.processor import Processor
+from trimserve.model.quantization import WeightFormat
 from trimserve.model.ranks import ALONE, Ranks, Shard
 from trimserve.model.sharding import check_shares
 from trimserve.model.trained_file import load_trained_files, methods_of
 from trimserve.model.transformers_mllama import decoder_linears, step_modules
 from trimserve.model.vision import vision_scratch_bytes
 from trimserve.model.weights import empty_model, load_weights, num_parameters, stored_formats, weight_bytes
+from trimserve.trimming.policies.policy import Policy
 from trimserve.trimming.policies.table import POLICIES
 
 __all__ = [
@@ -170,32 +174,30 @@ def describe_checkpoint(
     """
     text, vision = text_config(checkpoint.config), vision_config(checkpoint.config)
     dtype = checkpoint.dtype(config.dtype)
-    head_dim = text.hidden_size // text.num_attention_heads
+    dtype_name = str(dtype).removeprefix("torch.")
+    kv_dtype = dtype_name if config.kv_dtype == "auto" else config.kv_dtype
     device = _device(config.device, limits.tensor_parallel) if device is None else device
     _check_stored(config, device)
-    kv_dtype = str(dtype).removeprefix("torch.") if config.kv_dtype == "auto" else config.kv_dtype
     stored = stored_formats(checkpoint.config, checkpoint.tensors) if device == "cpu" else {}
-    model = empty_model(checkpoint.config, dtype, config.quantize, stored)
-    size = limits.tensor_parallel
-    of_rank = model if size == 1 else empty_model(checkpoint.config, dtype, config.quantize, stored, Shard(0, size))
-    kept = [*stored.values()]
-    learned = methods_of(config.compressor)
+    own_format = next((each.name for each in stored.values()), "none")
+    sizes = _sizes(checkpoint, config, stored, limits.tensor_parallel)
     num_cross = len(text.cross_attention_layers or [])
+    head_dim = text.hidden_size // text.num_attention_heads
     assert isinstance(vision.image_size, int)
     assert isinstance(vision.patch_size, int)
     features_per_tile = (vision.image_size // vision.patch_size) ** 2 + 1
     info = ModelInfo(
         model_id=checkpoint.model_id,
         revision=checkpoint.revision,
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=dtype_name,
         kv_dtype=kv_dtype,
-        quantization=kept[0].name if config.quantize == "none" and kept else config.quantize,
+        quantization=own_format if config.quantize == "none" else config.quantize,
         device=device,
-        num_parameters=num_parameters(model),
-        weight_bytes=size * weight_bytes(of_rank.modules()),
-        linear_bytes=size * weight_bytes(decoder_linears(of_rank)),
-        step_weight_bytes=size * weight_bytes(step_modules(of_rank)),
-        tensor_parallel=size,
+        num_parameters=sizes.num_parameters,
+        weight_bytes=sizes.weight_bytes,
+        linear_bytes=sizes.linear_bytes,
+        step_weight_bytes=sizes.step_weight_bytes,
+        tensor_parallel=limits.tensor_parallel,
         vocab_size=text.vocab_size,
         image_token_id=checkpoint.config.image_token_index,
         max_model_len=_max_model_len(text.max_position_embeddings, config.max_model_len),
@@ -215,18 +217,41 @@ def describe_checkpoint(
         vision_scratch_bytes=vision_scratch_bytes(vision, features_per_tile, dtype),
         default_k_ratio=config.k_ratio or checkpoint.trimserve.k_ratio,
         default_merge_ratio=checkpoint.trimserve.merge_ratio if config.merge_ratio is None else config.merge_ratio,
-        policy_details=tuple(
-            policy.describe(is_available=name in learned if policy.trained else _has_knob(config, policy.knob))
-            for name, policy in POLICIES.items()
-        ),
+        policy_details=_policy_details(config),
         generation_defaults=_generation_defaults(checkpoint),
     )
     check_shares(config, info)
     return info if config.guide_model is None else replace(info, guide=_describe_guide(config, limits, info))
 
 
-def _has_knob(config: ModelConfig, knob: str) -> bool:
-    return not knob or getattr(config, knob) is not None
+class _Sizes(NamedTuple):
+    """See `ModelInfo`."""
+
+    num_parameters: int
+    weight_bytes: int
+    linear_bytes: int
+    step_weight_bytes: int
+
+
+def _sizes(checkpoint: Checkpoint, config: ModelConfig, stored: Mapping[str, WeightFormat], num_ranks: int) -> _Sizes:
+    """Of a model without weights; bytes are those of a rank, times the ranks."""
+    make = partial(empty_model, checkpoint.config, checkpoint.dtype(config.dtype), config.quantize, stored)
+    whole = make()
+    of_rank = whole if num_ranks == 1 else make(Shard(0, num_ranks))
+    modules = (of_rank.modules(), decoder_linears(of_rank), step_modules(of_rank))
+    return _Sizes(num_parameters(whole), *(num_ranks * weight_bytes(each) for each in modules))
+
+
+def _policy_details(config: ModelConfig) -> tuple[PolicyInfo, ...]:
+    """Every policy, and whether the config has what it needs."""
+    learned = methods_of(config.compressor)
+
+    def is_available(name: str, policy: type[Policy]) -> bool:
+        if policy.trained:
+            return name in learned
+        return not policy.knob or getattr(config, policy.knob) is not None
+
+    return tuple(policy.describe(is_available=is_available(name, policy)) for name, policy in POLICIES.items())
 
 
 def _check_stored(config: ModelConfig, device: str) -> None:

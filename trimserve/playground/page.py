@@ -159,6 +159,8 @@ def _connect(gr: Any, server: Server, asked: list[Any], sides: list[_Side], asks
     """Both sides answer, one after the other, to these events, and each to its own controls."""
 
     def answered(side: _Side) -> Any:
+        """What a click does for one side of the page."""
+
         def answer(
             path: str | None, text: str, most: int, temperature: float, policy: str, budget: float, merge_ratio: float
         ) -> Iterator[dict[Any, Any]]:

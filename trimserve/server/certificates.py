@@ -44,6 +44,7 @@ def read_certificates(config: ServerConfig, metrics: Metrics) -> Reloaded[Certif
     paths = [path for path in (certificate, key, client_ca) if path]
 
     def read() -> Certificates:
+        """All files at once, whose ends the metrics tell."""
         files = _read(certificate, key, client_ca)
         for name, end in files.ends.items():
             metrics.certificate_expiry.labels(name).set(end)

@@ -163,6 +163,7 @@ class Server:
         loop = asyncio.get_running_loop()
 
         async def read() -> EngineStatus:
+            """Ask the thread of the event loop, and wait a moment."""
             answer: concurrent.futures.Future[EngineStatus] = concurrent.futures.Future()
 
             def tell() -> None:

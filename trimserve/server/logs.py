@@ -17,7 +17,7 @@ __all__ = ["configure_logging"]
 
 
 def configure_logging(level: str, dropped: Callable[[int], None] = lambda _: None) -> QueuedHandler:
-    """Log to standard error, without waiting for who reads it.
+    """Log to standard error, without waiting for whoever reads it.
 
     Args:
         level: lowest severity of trimserve's own records; those of other packages are logged from `warning` on.

@@ -30,6 +30,7 @@ async def loop_watched(timeout_seconds: float) -> AsyncIterator[None]:
     with _patient_standard_error() as descriptor:
 
         async def postpone() -> None:
+            """Put the end of the process off, for as long as this is called in time."""
             while True:
                 faulthandler.dump_traceback_later(timeout_seconds, exit=True, file=descriptor)
                 signal.setitimer(signal.ITIMER_REAL, timeout_seconds + _LAST_WORDS_SECONDS)

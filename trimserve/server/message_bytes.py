@@ -1,7 +1,7 @@
 """Bytes of requests that are arriving or held, bounded for the whole server and for each client.
 
-How long a message is, gRPC tells only once it is there, so the room for the largest one is set aside before anything is
-read, and given back down to its real size afterwards. Who finds no room waits, in order of arrival; a client that has
+gRPC tells the length of a message only once it is there. So room for the largest one is set aside before anything is
+read, and shrunk to the real size afterwards. A call that finds no room waits, in order of arrival; a client that has
 its share lets others pass.
 """
 

@@ -185,6 +185,7 @@ def _signalled() -> asyncio.Future[signal.Signals]:
     signalled: asyncio.Future[signal.Signals] = loop.create_future()
 
     def hear(number: signal.Signals) -> None:
+        """Begin to drain; a second signal ends the process as it does by default."""
         if signalled.done():
             return
         for each in (signal.SIGTERM, signal.SIGINT):

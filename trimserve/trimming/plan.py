@@ -119,6 +119,7 @@ def choose_from_image(image: EncodedImage, plan: TrimPlan, text: Tensor | None =
         return policy.choose_for(image, allowance, text)
 
     def choose() -> Choice:
+        """Called unless the image remembers the answer."""
         choice = policy.choose(image, allowance)
         if choice.groups is not None or not merge_ratio:
             return choice

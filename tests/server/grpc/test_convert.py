@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import grpc
 import pytest
@@ -203,27 +203,25 @@ def test_zero_is_a_value_and_not_a_default() -> None:
 
 
 def test_set_fields_arrive_unchanged() -> None:
+    numbers: dict[str, Any] = {
+        "max_new_tokens": 128,
+        "min_new_tokens": 3,
+        "ignore_eos": True,
+        "temperature": 0.7,
+        "top_p": 1.0,
+        "top_k": 2**32 - 1,
+        "min_p": 1.0,
+        "repetition_penalty": 1.3,
+        "presence_penalty": -2.0,
+        "frequency_penalty": 2.0,
+        "logit_bias": {0: -100.0, 999: 100.0},
+        "seed": 2**64 - 1,
+        "num_top_logprobs": 20,
+    }
+    stops: dict[str, Any] = {"stop_strings": ("\n", "a" * 256), "stop_token_ids": (0, 999)}
     request = chat_request()
     request.request_id, request.priority, request.num_choices = "a.b_c:1-2", -7, 16
-    request.sampling.CopyFrom(
-        pb.SamplingParams(
-            max_new_tokens=128,
-            min_new_tokens=3,
-            ignore_eos=True,
-            temperature=0.7,
-            top_p=1.0,
-            top_k=2**32 - 1,
-            min_p=1.0,
-            repetition_penalty=1.3,
-            presence_penalty=-2,
-            frequency_penalty=2,
-            logit_bias={0: -100, 999: 100},
-            seed=2**64 - 1,
-            stop_strings=["\n", "a" * 256],
-            stop_token_ids=[0, 999],
-            num_top_logprobs=20,
-        )
-    )
+    request.sampling.CopyFrom(pb.SamplingParams(**numbers, **stops))
     request.trim.CopyFrom(
         pb.TrimOptions(
             mode=pb.TRIM_MODE_OFF,
@@ -236,23 +234,7 @@ def test_set_fields_arrive_unchanged() -> None:
     )
     got = converted(request)
     assert (got.request_id, got.priority, got.num_choices) == ("a.b_c:1-2", -7, 16)
-    assert got.sampling == SamplingParams(
-        max_new_tokens=128,
-        min_new_tokens=3,
-        ignore_eos=True,
-        temperature=0.7,
-        top_p=1.0,
-        top_k=2**32 - 1,
-        min_p=1.0,
-        repetition_penalty=1.3,
-        presence_penalty=-2.0,
-        frequency_penalty=2.0,
-        logit_bias={0: -100.0, 999: 100.0},
-        seed=2**64 - 1,
-        stop_strings=("\n", "a" * 256),
-        stop_token_ids=(0, 999),
-        num_top_logprobs=20,
-    )
+    assert got.sampling == SamplingParams(**numbers, **stops)
     assert got.trim == TrimRequest(
         enabled=False, policy="random", k_ratio=0.3, max_kept_fraction=1.0, merge_ratio=1.0, return_selection=True
     )

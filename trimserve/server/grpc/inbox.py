@@ -2,15 +2,15 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any, TypeVar
 
 import grpc
 from google.protobuf.message import Message
 
-from trimserve.errors import DeadlinePassed, EngineStopped, InvalidRequest, TooManyBytes
+from trimserve.errors import DeadlinePassed, InvalidRequest, TooManyBytes
 from trimserve.server.admission import Admission
+from trimserve.server.arrivals import Arrivals
 from trimserve.server.grpc.codec import Codec, is_small
 from trimserve.server.message_bytes import MessageBytes
 from trimserve.server.offload import Offload
@@ -40,14 +40,11 @@ class Inbox:
         """
         self._room = room
         self._offload = offload
-        self._clocks: set[asyncio.Timeout] = set()
-        self._is_closed = False
+        self._arrivals = Arrivals()
 
     def close(self) -> None:
         """End all calls whose message is not there yet, and let no other begin, so that the server can stop."""
-        self._is_closed = True
-        for clock in self._clocks:
-            clock.reschedule(asyncio.get_running_loop().time())
+        self._arrivals.close()
 
     async def receive(self, read: Reader, codec: Codec[M], admission: Admission, seconds: float) -> M:
         """The one message of an admitted call, which holds room for it from then on.
@@ -67,9 +64,9 @@ class Inbox:
         no_room = TooManyBytes(f"no room for a message within {seconds:g} seconds (max_message_bytes)")
         late = DeadlinePassed(f"the request did not arrive within {seconds:g} seconds (receive_timeout_seconds)")
         end = asyncio.get_running_loop().time() + seconds
-        async with self._until(end, no_room):
+        async with self._arrivals.until(end, no_room):
             admission.holds(await self._room.take(admission.client))
-        async with self._until(end, late):
+        async with self._arrivals.until(end, late):
             data = await _next(read)
         parse = partial(codec.read, data)
         message = parse() if is_small(data) else await self._offload.run(parse)
@@ -80,7 +77,7 @@ class Inbox:
         """The messages of an admitted call whose client sends several small ones."""
         late = f"no request came within {IDLE_SECONDS:g} seconds"
         while True:
-            async with self._until(asyncio.get_running_loop().time() + IDLE_SECONDS, DeadlinePassed(late)):
+            async with self._arrivals.until(asyncio.get_running_loop().time() + IDLE_SECONDS, DeadlinePassed(late)):
                 admission.holds(await self._room.take(admission.client))
                 data = await read()
             if data is grpc.aio.EOF:
@@ -104,26 +101,10 @@ class Inbox:
             return None
         late = DeadlinePassed(f"the request did not arrive within {PROBE_SECONDS:g} seconds")
         try:
-            async with self._until(asyncio.get_running_loop().time() + PROBE_SECONDS, late):
+            async with self._arrivals.until(asyncio.get_running_loop().time() + PROBE_SECONDS, late):
                 return codec.read(await _next(read))
         finally:
             hold.shrink(0)
-
-    @asynccontextmanager
-    async def _until(self, end: float, late: Exception) -> AsyncIterator[None]:
-        """Raise an error unless the block ends in time."""
-        stopped = EngineStopped("the server stops")
-        if self._is_closed:
-            raise stopped
-        try:
-            async with asyncio.timeout_at(end) as clock:
-                self._clocks.add(clock)
-                try:
-                    yield
-                finally:
-                    self._clocks.discard(clock)
-        except TimeoutError:
-            raise (stopped if self._is_closed else late) from None
 
 
 async def _next(read: Reader) -> bytes:

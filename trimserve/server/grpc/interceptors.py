@@ -89,6 +89,7 @@ class RpcInterceptor(grpc.aio.ServerInterceptor):
         codec = self._codecs[method]
 
         async def handle(_requests: AsyncIterator[bytes], context: Context) -> None:
+            """A call of trimserve's own services: admitted before its message is read."""
             rpc = Rpc(self._metrics, method, labels, context)
             try:
                 async with rpc.answered():
@@ -115,6 +116,7 @@ class RpcInterceptor(grpc.aio.ServerInterceptor):
 
     def _probe(self, method: str, handler: RpcHandler) -> Behaviour:
         async def handle(_requests: AsyncIterator[bytes], context: Context) -> None:
+            """A health check: read only for a caller with a token, and only if there is room."""
             rpc = Rpc(self._metrics, method, None, context)
             async with rpc.answered():
                 with ExitStack() as places:
@@ -137,6 +139,7 @@ class RpcInterceptor(grpc.aio.ServerInterceptor):
 
     def _reflection(self, handler: RpcHandler) -> Behaviour:
         async def handle(_requests: AsyncIterator[bytes], context: Context) -> None:
+            """Reflection: admitted, then as many small messages as the client sends."""
             rpc = Rpc(self._metrics, REFLECTION, None, context)
             async with rpc.answered():
                 with self._gate.admit(None, rpc.metadata, rpc.name) as admission:
@@ -149,6 +152,7 @@ class RpcInterceptor(grpc.aio.ServerInterceptor):
 
     def _unknown(self, method: str) -> Behaviour:
         async def handle(_requests: AsyncIterator[bytes], context: Context) -> None:
+            """A method that does not exist, which only a known caller is told."""
             rpc = Rpc(self._metrics, method, None, context)
             async with rpc.answered():
                 rpc.client = self._gate.identify(rpc.metadata, rpc.name).name

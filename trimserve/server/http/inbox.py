@@ -4,13 +4,13 @@ What `server/grpc/inbox.py` is for messages.
 """
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import suppress
 
 from starlette.types import Receive
 
-from trimserve.errors import EngineStopped, InvalidRequest, MessageLate, MessageTooLarge, TooManyBytes
+from trimserve.errors import InvalidRequest, MessageLate, MessageTooLarge, TooManyBytes
 from trimserve.server.admission import Admission
+from trimserve.server.arrivals import Arrivals
 from trimserve.server.core import Core
 
 __all__ = ["Inbox", "linger"]
@@ -31,14 +31,11 @@ class Inbox:
         self._room = core.gate.message_bytes
         self._most = core.config.server.max_message_bytes
         self._seconds = core.config.server.receive_timeout_seconds
-        self._clocks: set[asyncio.Timeout] = set()
-        self._is_closed = False
+        self._arrivals = Arrivals()
 
     def close(self) -> None:
         """End all requests whose body is not there yet, and let no other begin, so that the server can stop."""
-        self._is_closed = True
-        for clock in self._clocks:
-            clock.reschedule(asyncio.get_running_loop().time())
+        self._arrivals.close()
 
     async def read(self, receive: Receive, headers: dict[str, str], admission: Admission) -> bytes:
         """The body of an admitted request, which holds room for it from then on.
@@ -63,11 +60,11 @@ class Inbox:
         no_room = TooManyBytes(f"no room for a message within {seconds:g} seconds (max_message_bytes)")
         late = MessageLate(f"the request did not arrive within {seconds:g} seconds (receive_timeout_seconds)")
         end = asyncio.get_running_loop().time() + seconds
-        async with self._until(end, no_room):
+        async with self._arrivals.until(end, no_room):
             hold = await self._room.take(admission.client)
         admission.holds(hold)
         hold.shrink(length)
-        async with self._until(end, late):
+        async with self._arrivals.until(end, late):
             body = await self._whole(receive)
         admission.received(len(body))
         return body
@@ -83,22 +80,6 @@ class Inbox:
                 raise MessageTooLarge(f"the body has more than {self._most} bytes (max_message_bytes)")
             is_there = not message.get("more_body", False)
         return bytes(body)
-
-    @asynccontextmanager
-    async def _until(self, end: float, late: Exception) -> AsyncIterator[None]:
-        """Raise an error unless the block ends in time."""
-        stopped = EngineStopped("the server stops")
-        if self._is_closed:
-            raise stopped
-        try:
-            async with asyncio.timeout_at(end) as clock:
-                self._clocks.add(clock)
-                try:
-                    yield
-                finally:
-                    self._clocks.discard(clock)
-        except TimeoutError:
-            raise (stopped if self._is_closed else late) from None
 
 
 async def linger(receive: Receive) -> None:

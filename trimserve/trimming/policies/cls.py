@@ -11,7 +11,7 @@ from trimserve.trimming.policies.policy import BeforeDecoder, parameter, top
 
 __all__ = ["Cls", "class_attention", "vision_layer"]
 
-LAYER = "Vision layer, 1 is the first, local ones before global ones; 0: the last but one of the local ones."
+LAYER = "Vision layer, counted from 1, local layers first; 0 is the last local layer but one."
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""The policy `codebook`: what is unlike everything that was found to say nothing."""
+"""The policy `codebook`: features that are least like known redundant ones."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -21,8 +21,8 @@ class Codebook(BeforeDecoder):
 
     The prototypes are found once for a model, see `evaluation/redundancy.py`.
 
-    Source: Beyond Intermediate States, arXiv 2503.20540. Adapted: it keeps whatever lies below a threshold of the
-    cosine, which is another one for every model; here a budget says how many stay.
+    Source: Beyond Intermediate States, arXiv 2503.20540. Adapted: the paper keeps every feature below a cosine
+    threshold, which differs from model to model; here a budget says how many stay.
     """
 
     name: ClassVar[str] = "codebook"

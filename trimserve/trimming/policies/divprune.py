@@ -20,8 +20,8 @@ class DivPrune(BeforeDecoder):
         next = argmax_n  min_{m kept} 1 - cos(f[n], f[m]);   the first is furthest from its nearest of all features
 
     Source: DivPrune, arXiv 2503.02175, the greedy solution of the max-min diversity problem. Adapted: features are
-    compared within their tile, and every tile keeps as many, the first ones one more. It ranks by no score, so only a
-    ratio or a count can be its budget.
+    compared within their tile, and every tile keeps the same number; a remainder goes to the first tiles. It ranks by
+    no score, so only a ratio or a count can be its budget.
     """
 
     name: ClassVar[str] = "divprune"

@@ -62,7 +62,7 @@ class Exit(Policy):
 
     Source: DyVTE, arXiv 2411.19628, visual-token exit. Adapted: it decides after cross-attention layers, the only ones
     that hold features; the label is the answer alone, where the paper also bounds how much the loss rises. Left out:
-    nothing is dropped of a self-attention layer, because features are in none.
+    dropping features from self-attention layers, which hold none here.
     """
 
     name: ClassVar[str] = "exit"
@@ -71,7 +71,7 @@ class Exit(Policy):
     knob: ClassVar[str] = "compressor"
     trained: ClassVar[type[Trained]] = Router
 
-    certainty: float = parameter(0.9, 0, 1, "Probability of an unchanged answer from which on it leaves.")
+    certainty: float = parameter(0.9, 0, 1, "It leaves once the answer stays the same with this probability.")
 
     @property
     def trims_later_layers(self) -> bool:

@@ -16,7 +16,7 @@ __all__ = ["GPrune"]
 
 @dataclass(frozen=True, slots=True)
 class GPrune(BeforeDecoder):
-    """Features of a tile that are alike are neighbours; each hands its weight on to its neighbours, several times.
+    """Features of a tile that are alike are neighbours; each passes its weight to its neighbours, several times.
 
         A[n, m]   = softmax_m(cos(f[n], f[m]) / temperature) over the m with cos >= threshold
         score     = (norms of the features) . A^hops / degree
@@ -28,9 +28,9 @@ class GPrune(BeforeDecoder):
 
     name: ClassVar[str] = "gprune"
 
-    threshold: float = parameter(0.5, -1, 1, "Least cosine of neighbours.")
-    temperature: float = parameter(0.03, 0, 10, "Of the weights on a feature's neighbours.", is_low_open=True)
-    hops: int = parameter(5, 1, 64, "How often weight is handed on.")
+    threshold: float = parameter(0.5, -1, 1, "Features are neighbours if their cosine is at least this.")
+    temperature: float = parameter(0.03, 0, 10, "Of the softmax over a feature's neighbours.", is_low_open=True)
+    hops: int = parameter(5, 1, 64, "Rounds in which features pass weight to their neighbours.")
 
     def choose(self, image: EncodedImage, allowance: Allowance) -> Choice:
         """See `BeforeDecoder.choose`."""

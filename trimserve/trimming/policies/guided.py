@@ -11,15 +11,15 @@ __all__ = ["Guided"]
 
 @dataclass(frozen=True, slots=True)
 class Guided(Trimmed):
-    """A guide, a small Mllama of the same patch grid, reads the prompt first; what `trimmed` keeps in it is kept.
+    """A guide, a smaller Mllama, reads the prompt first; what `trimmed` keeps in the guide is kept in the model.
 
-    The guide runs up to its first cross-attention layer and is asked there. That is before the decoder of the large
-    model, all of whose cross-attention layers hold less then. Heads, and so `k_ratio` and votes, are the guide's.
+    The guide has the same patch grid. It runs up to its first cross-attention layer, before the model's own decoder
+    runs, so all cross-attention layers of the model hold less. `k_ratio` and votes count the guide's heads.
 
     Source: SGL, arXiv 2412.03324, section on visual token pruning. Adapted: it sums the attention of all layers, heads
     and text rows of the guide, those of the answer that it generates included; here the first cross-attention layer's
-    scores choose as in `trimmed`, and nothing is generated. Left out: to stop at the guide's answer where that is
-    certain enough.
+    scores choose as in `trimmed`, and nothing is generated. Left out: taking the guide's answer where it is certain
+    enough.
     """
 
     name: ClassVar[str] = "guided"

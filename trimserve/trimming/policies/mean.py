@@ -15,7 +15,7 @@ class Mean(AfterFirstLayer):
 
         score[n] = mean_h mean_t softmax_n(q[h, t] . k[h, n] * scale)
 
-    It is `trimmed` without heads of their own: a feature that one head needs and the others do not can go.
+    Unlike `trimmed`, it may drop a feature that only one head needs.
 
     Source: the baseline that head-wise methods are compared with; no paper of its own.
     """

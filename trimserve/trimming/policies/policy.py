@@ -2,7 +2,7 @@
 
 A policy is a frozen dataclass; its fields are the parameters that a request may set. It chooses first in one of three
 places (`Place`): *before the decoder*, from each image alone, so that the first cross-attention layer shrinks too and
-the answer serves every question on the image; *after cross-attention layers*, when the text has looked, mostly after
+the answer serves every question on the image; *after cross-attention layers*, by what the text attends to, mostly after
 the first one only; or *in a guide*, after the first cross-attention layer of a smaller model. It may be asked again
 after later layers. A policy sees one image at a time, and real tiles only.
 """
@@ -56,7 +56,7 @@ class Verdict(Enum):
 
 
 class Policy(ABC):
-    """Parameters of one way to choose."""
+    """One way to choose, with its parameters."""
 
     name: ClassVar[str]
     """What requests call it."""

@@ -14,10 +14,10 @@ __all__ = ["Random"]
 
 @dataclass(frozen=True, slots=True)
 class Random(AfterFirstLayer):
-    """As many features as are allowed, drawn from all subsets of that size alike.
+    """As many features as the budget allows, drawn uniformly.
 
-    What it answers worse than another policy with as many features is what that policy's choice is worth. Image index,
-    n and count are the seed, so a request's draw is the same on every run, on every machine and in every batch.
+    What another policy answers better at the same count is what its choice is worth. The seed is the image's index, n
+    and the count, so the draw of a request is the same on every run, on every machine and in every batch.
     """
 
     name: ClassVar[str] = "random"

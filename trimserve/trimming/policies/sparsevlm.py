@@ -1,4 +1,4 @@
-"""The policy `sparsevlm`: what those text rows attend to most that have to do with the image."""
+"""The policy `sparsevlm`: what the text rows attend to most that concern the image."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -33,12 +33,12 @@ class SparseVLM(AfterFirstLayer):
         score[n]     = mean_h mean_{t in raters} softmax_n(q[h, t] . k[h, n] * scale)
 
     With `recycle_ratio` above 0 the budget of C rows is made of features and of M = round(recycle_ratio * (N - C) / 10)
-    means, at least one of them a feature. The C - M best stay as they are; of the others that share of the best is
-    grouped around density peaks, within their tile, and every group becomes its mean. The rest is dropped, whatever
+    means, at least one of them a feature. The C - M best stay as they are. Of the others, the best `recycle_ratio` are
+    grouped around density peaks within their tile, and each group becomes its mean. The rest is dropped, whatever
     `merge_ratio` says.
 
-    With `cascade_ratio` below 1 every later cross-attention layer ranks what it is given in the same way, by its own
-    queries and keys, attends to all of it, and hands the best ceil(cascade_ratio * M) of M features on.
+    With `cascade_ratio` below 1 every later cross-attention layer attends to the M features that it is given, ranks
+    them in the same way by its own queries and keys, and passes the best ceil(cascade_ratio * M) on.
 
     Source: SparseVLM, arXiv 2410.04417, section 3. Adapted: the paper compares text and image embeddings, which in
     Mllama lie in different spaces; queries and keys of the first cross-attention layer are made to be compared. Its
@@ -50,7 +50,7 @@ class SparseVLM(AfterFirstLayer):
     name: ClassVar[str] = "sparsevlm"
 
     recycle_ratio: float = parameter(
-        0.0, 0, 1, "Share of what is dropped that is recycled into means, one for ten features; the paper's is 0.3."
+        0.0, 0, 1, "Share of the dropped features that become means, about one for ten features; the paper takes 0.3."
     )
     cascade_ratio: float = parameter(
         1.0, 0, 1, "Share of an image's kept features that each later cross-attention layer keeps.", is_low_open=True

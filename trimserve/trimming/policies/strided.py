@@ -13,9 +13,10 @@ __all__ = ["Strided"]
 
 @dataclass(frozen=True, slots=True)
 class Strided(AfterFirstLayer):
-    """As many features as are allowed, the middles of equal stretches: feature floor((j + 1/2) * n / count) for each j.
+    """As many features as the budget allows, evenly spaced: the middles of equal stretches of the image.
 
-    The second control beside `random`: it looks at nothing but covers the image.
+    These are features floor((j + 1/2) * n / count) for each j. The second control beside `random`: it looks at nothing
+    but covers the image.
     """
 
     name: ClassVar[str] = "strided"

@@ -27,16 +27,16 @@ class ToDRE(BeforeDecoder):
     over the prompt rows that see an image. No row of the request, decoded ones included, sees an image in later layers.
 
     Source: ToDRE, arXiv 2505.18757, stage 1 in its second version (max-sum diversification), and stage 2. Adapted:
-    features are compared within their tile, and every tile keeps as many, the first ones one more. Stage 2 asks how
-    much of a row's attention goes to the image; cross-attention has nowhere else to go, so its part of what the row
-    becomes stands in. It ranks by no score, so only a ratio or a count can be its budget.
+    features are compared within their tile, and every tile keeps the same number; a remainder goes to the first tiles.
+    Stage 2 of the paper measures how much of a row's attention goes to the image. Cross-attention goes nowhere else, so
+    the share of its update in the row stands in. It ranks by no score, so only a ratio or a count can be its budget.
     """
 
     name: ClassVar[str] = "todre"
     budgets: ClassVar[tuple[str, ...]] = ("ratio", "count")
 
     late_exit_threshold: float = parameter(
-        0.0, 0, 1, "Share of the image in what text rows become below which later cross-attention layers are left out."
+        0.0, 0, 1, "Later cross-attention layers are left out once the image's share in the text rows is below this."
     )
 
     @property

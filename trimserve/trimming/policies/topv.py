@@ -1,4 +1,4 @@
-"""The policy `topv`: what a vision layer makes most of, by the cheapest way to carry its input to its output."""
+"""The policy `topv`: inputs of a vision layer that contribute most to its output, by optimal transport."""
 
 from dataclasses import dataclass
 from math import isqrt
@@ -28,8 +28,8 @@ class TopV(BeforeDecoder):
     Sources x enter the last but one local vision layer, targets y leave it; p is a patch's place, a tile is 1 wide, and
     the class token is at its centre. `recovered_ratio` of what is kept are evenly spaced features of the rest.
 
-    Source: TopV, arXiv 2503.18278, optimization and recovery. Adapted: it takes a layer of the language model, and
-    Mllama's decoder makes nothing of visual features, so a vision layer stands in; features are compared within their
+    Source: TopV, arXiv 2503.18278, optimization and recovery. Adapted: the paper asks a layer of the language model;
+    Mllama's decoder does not transform visual features, so a vision layer stands in; features are compared within their
     tile. Not known: the paper's weights, temperature, number of rounds and share of recovered features; the defaults
     are ours. The more rounds, the more alike the scores: in the end every source gives 1.
     """

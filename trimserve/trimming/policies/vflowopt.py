@@ -1,4 +1,4 @@
-"""The policy `vflowopt`: what the features look at that the whole image looks at."""
+"""The policy `vflowopt`: what the most attended features of the image attend to."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -34,7 +34,9 @@ class VFlowOpt(BeforeDecoder):
     name: ClassVar[str] = "vflowopt"
     needs: ClassVar[frozenset[Observation]] = frozenset({"vision_attention", "patch_entropy"})
 
-    global_threshold: float = parameter(30.0, 0, 10000, "Attention that a global feature receives, over the mean.")
+    global_threshold: float = parameter(
+        30.0, 0, 10000, "A feature is global if it receives more than this many times the mean attention."
+    )
     entropy_weight: float = parameter(0.0, 0, 100, "Of the patches' entropy.")
 
     def choose(self, image: EncodedImage, allowance: Allowance) -> Choice:

@@ -20,10 +20,10 @@ __all__ = ["VisionDrop"]
 class VisionDrop(BeforeDecoder):
     """Of each tile the *dominant* features stay, and the others are averaged around evenly spaced anchors.
 
-    A tile with quota T keeps its T - C best by class-token attention (`cls` with one layer). Of the others, in order,
-    C evenly spaced ones are anchors; each of the rest joins the anchor that it is most like (cosine, tie: the earlier
-    one), and every group becomes its mean. C = round(contextual_ratio * T), but no more than the tile's other features
-    without it. Every tile has the same quota, the first ones one more.
+    A tile with quota T keeps its T - C best by class-token attention (`cls` with one layer). Of the others, in order, C
+    evenly spaced ones are anchors; each of the rest joins the anchor that it is most like (cosine, tie: the earlier
+    one), and every group becomes its mean. C = round(contextual_ratio * T), but at most the number of features that the
+    quota leaves out. Every tile has the same quota; a remainder goes to the first tiles.
 
     Source: VisionDrop, arXiv 2506.22283, whose stage in the encoder is that of VisionZip, arXiv 2412.04467. Adapted:
     features are compared instead of the encoder's keys, and a mean weighs as much as its members did. Left out: its

@@ -23,9 +23,10 @@ class VisPruner(BeforeDecoder):
     """Of each tile the features that the class tokens attend to most, and of the others those that are not alike.
 
     A tile with quota T keeps its round(important_ratio * T) best by class-token attention (`cls` with one layer). The
-    rest is thinned out until the other T features are left: of those that remain, taken in order, the ones at even
-    places are compared with the ones at odd places, and the even ones most like any odd one (cosine) go, the larger of
-    8 and a 16th of what remains at a time. Every tile has the same quota, the first ones one more.
+    others are thinned out until only the rest of the quota is left. Each round takes those that remain in order,
+    compares the ones at even places with the ones at odd places, and drops the even ones that are most like any odd one
+    (cosine): 8, or a 16th of what remains if that is more. Every tile has the same quota; a remainder goes to the first
+    tiles.
 
     Source: VisPruner, arXiv 2412.01818, method section. Adapted: it drops 8 at a time, which is too many rounds for
     1601 features of a tile, hence the 16th; and the class token is a feature and scores as the tile's best patch.
