@@ -214,6 +214,14 @@ def test_several_images_are_shown_in_their_order(address: str) -> None:
     assert len(answer["usage"]["images"]) == 3
 
 
+def test_a_second_look_is_told_with_its_region(address: str) -> None:
+    question = ("generate", "--image", SAMPLES[0], "--prompt", "?", "--address", address, "--json")
+    answer = json.loads(run(*question, "--look-again", 0.25).stdout)
+    assert (answer["looked_at"]["height"], answer["looked_at"]["width"]) == (0.25, 0.25)
+    assert len(answer["usage"]["images"]) == 2
+    assert "looked_at" not in json.loads(run(*question).stdout)
+
+
 @pytest.mark.parametrize("command", ["generate", "chat", "explain"])
 def test_help_lists_every_policy_with_a_line(command: str) -> None:
     listed = " ".join(run(command, "--help").stdout.split())

@@ -120,6 +120,7 @@ STATUS_2 = {
         (["serve", "--tls-cert", "x"], "--tls-key: must be given with tls_cert"),
         ([*ASK, "--prompt", "-", "--image", "-"], "standard input (-) can be read once only"),
         ([*ASK, "--no-trim", "--keep", "1"], "--no-trim and --keep exclude each other"),
+        ([*ASK, "--no-trim", "--look-again", "1"], "--no-trim and --look-again exclude each other"),
         ([*ASK, "--tls"], "--tls needs --address beside it"),
         (["status", "--address", "a:1", "--client-key", "k"], "--client-cert and --client-key need each other"),
     ],

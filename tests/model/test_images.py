@@ -5,7 +5,8 @@ import pytest
 import torch
 from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
 
-from trimserve.model.images import prepare_image
+from trimserve.api.prompt import Region
+from trimserve.model.images import crop, prepare_image
 
 TILE = 28
 GRIDS = [  # width, height, (tiles high, tiles wide), (content height, content width)
@@ -57,3 +58,20 @@ def test_aspect_ratio_ids_count_supported_grids_from_one(processor: MllamaImageP
         prepared = prepare_image(np.zeros((tiles_high * TILE, tiles_wide * TILE, 3), np.uint8), processor)
         assert (prepared.tiles_high, prepared.tiles_wide) == (tiles_high, tiles_wide)
         assert prepared.aspect_ratio_id == index + 1
+
+
+REGIONS = [  # of an image of 10 rows and 4 columns: region, first and end row, first and end column
+    (Region(0, 0, 1, 1), (0, 10), (0, 4)),
+    (Region(0.5, 0.5, 0.5, 0.5), (5, 10), (2, 4)),
+    (Region(0.25, 0, 0.5, 0.5), (2, 8), (0, 2)),
+    (Region(0.999, 0.999, 0.001, 0.001), (9, 10), (3, 4)),
+    (Region(0, 0, 1e-9, 1e-9), (0, 1), (0, 1)),
+]
+
+
+@pytest.mark.parametrize(("region", "rows", "columns"), REGIONS)
+def test_a_region_is_whole_pixels_and_at_least_one(
+    region: Region, rows: tuple[int, int], columns: tuple[int, int]
+) -> None:
+    pixels = np.arange(10 * 4 * 3, dtype=np.uint8).reshape(10, 4, 3)
+    assert np.array_equal(crop(pixels, region), pixels[slice(*rows), slice(*columns)])

@@ -19,7 +19,18 @@ from transformers.models.mllama.image_processing_pil_mllama import MllamaImagePr
 from tests.model.tiny_tokenizer import TinyTokens, save_tiny_processor
 from tests.model_info import SMALL
 from trimserve.api.info import ModelInfo
-from trimserve.api.prompt import ChatPrompt, ImageFile, Message, Prompt, RawPrompt, Text, TokenPrompt
+from trimserve.api.prompt import (
+    ChatPrompt,
+    CloserPrompt,
+    ImageFile,
+    Message,
+    PlainPrompt,
+    Prompt,
+    RawPrompt,
+    Region,
+    Text,
+    TokenPrompt,
+)
 from trimserve.errors import CheckpointError, InvalidRequest
 from trimserve.imaging.decode import Pixels
 from trimserve.model.processor import Processor
@@ -313,3 +324,33 @@ def test_chat_template_of_the_processor_is_found(folder: Path, info: ModelInfo, 
         load(tmp_path, info).prepare(chat)
     (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": template}))
     assert load(tmp_path, info).prepare(chat) == load(folder, info).prepare(chat)
+
+
+@pytest.mark.parametrize("kind", ["chat", "raw", "tokens"])
+def test_a_closer_look_is_the_region_of_the_original_pixels_right_behind_the_image(
+    processor: Processor, tokens: TinyTokens, kind: str
+) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (100, 80, 3), dtype=np.uint8)  # larger than its tiles
+    whole, part = _png(pixels), _png(pixels[25:75, 40:80])
+    image_id = tokens.image_token_id
+
+    def shown(*images: ImageFile) -> PlainPrompt:
+        match kind:
+            case "chat":
+                return ChatPrompt((Message("user", (*images, Text("What is this?"))),))
+            case "raw":
+                return RawPrompt(f"Before {'<|image|>' * len(images)} after", images)
+            case _:
+                return TokenPrompt((5, *[image_id] * len(images), 6), images)
+
+    closer = processor.prepare(CloserPrompt(shown(whole), Region(0.25, 0.5, 0.5, 0.5)))
+    expected = processor.prepare(shown(whole, part))
+    assert closer.token_ids == expected.token_ids
+    assert [image.key for image in closer.images] == [image.key for image in expected.images]
+    assert closer.images[0].key != closer.images[1].key
+
+
+def _png(pixels: Pixels) -> ImageFile:
+    buffer = io.BytesIO()
+    PilImage.fromarray(pixels).save(buffer, "PNG")
+    return ImageFile(buffer.getvalue())

@@ -24,6 +24,7 @@ from trimserve.api.chunks import (
     TokenLogprob,
 )
 from trimserve.api.info import GenerationDefaults, ModelInfo
+from trimserve.api.prompt import Region
 from trimserve.api.request import GenerationRequest
 from trimserve.api.status import EngineStatus, StepListener
 from trimserve.config import Config, EngineConfig, ServerConfig
@@ -87,6 +88,7 @@ STARTED = Started(
     images=(ImageUsage(padding_features=10, valid_features=10, kept_features=4, merged_features=1),),
     seed=2**64 - 1,
     selections=(SELECTION,),
+    looked_at=Region(0.25, 0.0, 0.5, 0.75),
     spans=(StageSpan("queue", 1.0, 1.001), StageSpan("prefill", 1.004, 1.008)),
 )
 

@@ -62,5 +62,6 @@ BOUNDS = {
     "trim.budget.ratio": Interval(0, 1, is_low_open=True),
     "trim.budget.count": Interval(1, 2**32 - 1),
     "trim.budget.top_p": Interval(0, 1, is_low_open=True),
+    "trim.look_again.side_ratio": Interval(0, 1, is_low_open=True),
 }
 """By field path."""

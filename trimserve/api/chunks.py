@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from itertools import chain
 
+from trimserve.api.prompt import Region
+
 __all__ = [
     "CrossKvBytes",
     "FinishReason",
@@ -97,6 +99,8 @@ class Started:
     """One per image if the request asked for `return_selection`."""
     spans: tuple[StageSpan, ...] = field(default=(), compare=False)
     """All stages so far; the last is prefill."""
+    looked_at: Region | None = None
+    """The region of the first image that is the second one, if the request asked for `look_again`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,19 @@ Made by a transport, such as `server/grpc/convert.py`; read by `model/processor.
 import dataclasses
 from dataclasses import dataclass
 
-__all__ = ["ChatPrompt", "ImageFile", "Message", "Part", "Prompt", "RawPrompt", "Text", "TokenPrompt"]
+__all__ = [
+    "ChatPrompt",
+    "CloserPrompt",
+    "ImageFile",
+    "Message",
+    "Part",
+    "PlainPrompt",
+    "Prompt",
+    "RawPrompt",
+    "Region",
+    "Text",
+    "TokenPrompt",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,12 +29,24 @@ class Text:
 
 
 @dataclass(frozen=True, slots=True)
+class Region:
+    """A rectangle of an upright image, in shares of its height and width, inside [0, 1]."""
+
+    top: float
+    left: float
+    height: float
+    width: float
+
+
+@dataclass(frozen=True, slots=True)
 class ImageFile:
     """An encoded image (PNG, JPEG, WebP, ...); the format is recognised by content."""
 
     data: bytes
     field: str = dataclasses.field(default="image", compare=False)
     """Path of the request's field that holds it, such as `images[0]`; errors name it."""
+    region: Region | None = None
+    """The part of it that is shown; None is all of it."""
 
 
 Part = Text | ImageFile
@@ -60,4 +84,16 @@ class TokenPrompt:
     images: tuple[ImageFile, ...] = ()
 
 
-Prompt = ChatPrompt | RawPrompt | TokenPrompt
+PlainPrompt = ChatPrompt | RawPrompt | TokenPrompt
+"""What a client sends."""
+
+
+@dataclass(frozen=True, slots=True)
+class CloserPrompt:
+    """A prompt with one image, and a region of that image as a second one right behind it."""
+
+    prompt: PlainPrompt
+    region: Region
+
+
+Prompt = PlainPrompt | CloserPrompt

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-__all__ = ["Budget", "FixedCount", "FixedRatio", "Knee", "TopP", "TrimRequest"]
+__all__ = ["Budget", "FixedCount", "FixedRatio", "Knee", "LookAgain", "TopP", "TrimRequest"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +40,14 @@ Budget = FixedRatio | FixedCount | TopP | Knee
 
 
 @dataclass(frozen=True, slots=True)
+class LookAgain:
+    """Show the model the most-voted region of its image as a second image, from the original pixels."""
+
+    side_ratio: float = 0.5
+    """Height and width of the region, as shares in (0, 1] of the image's."""
+
+
+@dataclass(frozen=True, slots=True)
 class TrimRequest:
     """How one request wants its visual features trimmed."""
 
@@ -62,3 +70,5 @@ class TrimRequest:
     `k_ratio` for the others."""
     parameters: Mapping[str, float] = field(default_factory=dict)
     """Parameters of the policy; missing ones have its defaults."""
+    look_again: LookAgain | None = None
+    """Whether the region that most heads picked is looked at again; None is not."""

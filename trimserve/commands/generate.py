@@ -29,6 +29,7 @@ def generate(
     k_ratio: question.KRatio = None,
     merge_ratio: question.MergeRatio = None,
     no_trim: question.NoTrim = False,
+    look_again: question.LookAgain = None,
     max_new_tokens: question.MaxNewTokens = None,
     temperature: question.Temperature = None,
     seed: question.Seed = None,
@@ -43,7 +44,7 @@ def generate(
 ) -> None:
     """Ask a question about images and print the answer."""
     sampling = pb.SamplingParams(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
-    trim = question.trim_options(policy, keep, k_ratio, merge_ratio, no_trim=no_trim)
+    trim = question.trim_options(policy, keep, k_ratio, merge_ratio, no_trim=no_trim, look_again=look_again)
     name, config = adapter_of(adapter, config, is_served=connection.address is not None)
     request = question.ask(prompt, image or [], system, sampling, trim, name)
     question.constrain(request, json_schema, regex, choice)

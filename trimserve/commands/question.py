@@ -19,6 +19,7 @@ __all__ = [
     "JsonSchema",
     "KRatio",
     "Keep",
+    "LookAgain",
     "MaxNewTokens",
     "MergeRatio",
     "NoTrim",
@@ -68,6 +69,13 @@ MergeRatio = Annotated[
     typer.Option(
         help="Rows that a tile's other features are merged into, as a share of its own, in [0, 1]; "
         "0 drops them; default: the model's."
+    ),
+]
+LookAgain = Annotated[
+    float | None,
+    typer.Option(
+        help="Look again at the part of the image that most heads picked, of this share of its height and width, "
+        "in (0, 1]; default: off."
     ),
 ]
 NoTrim = Annotated[bool, typer.Option("--no-trim", help="Keep every valid feature.")]
@@ -157,7 +165,13 @@ def constrain(
 
 
 def trim_options(
-    policy: str | None, keep: float | None, k_ratio: float | None, merge_ratio: float | None, *, no_trim: bool = False
+    policy: str | None,
+    keep: float | None,
+    k_ratio: float | None,
+    merge_ratio: float | None,
+    *,
+    no_trim: bool = False,
+    look_again: float | None = None,
 ) -> pb.TrimOptions:
     """Trimming as the options say it.
 
@@ -167,14 +181,24 @@ def trim_options(
         k_ratio: budget per head.
         merge_ratio: rows for what does not stay.
         no_trim: switches it off; excludes the others.
+        look_again: side of the part that is looked at again, as a share; None is off.
     """
-    told = {"--policy": policy, "--keep": keep, "--k-ratio": k_ratio, "--merge-ratio": merge_ratio}
+    told = {
+        "--policy": policy,
+        "--keep": keep,
+        "--k-ratio": k_ratio,
+        "--merge-ratio": merge_ratio,
+        "--look-again": look_again,
+    }
     for option, value in told.items():
         if no_trim and value is not None:
             raise typer.BadParameter(f"--no-trim and {option} exclude each other")
     mode = pb.TRIM_MODE_OFF if no_trim else pb.TRIM_MODE_ON
     budget = None if keep is None else pb.Budget(ratio=keep)
-    return pb.TrimOptions(mode=mode, policy=policy, budget=budget, k_ratio=k_ratio, merge_ratio=merge_ratio)
+    again = None if look_again is None else pb.LookAgain(side_ratio=look_again)
+    return pb.TrimOptions(
+        mode=mode, policy=policy, budget=budget, k_ratio=k_ratio, merge_ratio=merge_ratio, look_again=again
+    )
 
 
 def held(usage: pb.ImageUsage) -> str:

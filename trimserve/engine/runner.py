@@ -28,6 +28,7 @@ from trimserve.api.status import EngineStatus, StepListener
 from trimserve.config import EngineConfig
 from trimserve.engine.adapters import Adapters
 from trimserve.engine.engine import Engine
+from trimserve.engine.look_again import in_passes
 from trimserve.engine.outbox import Outbox, call_on, settle
 from trimserve.engine.preparation import why_not_prepared
 from trimserve.engine.preparation_workers import PreparationWorkers
@@ -163,7 +164,7 @@ class Runner:
         """
         if self._refusal is not None:
             raise EngineStopped(self._refusal)
-        generation = self._generate(request, deadline)
+        generation = in_passes(self._generate, request, deadline, self.info)
         del request  # a frame that waits for the answer keeps no images
         async with aclosing(generation) as chunks:
             async for chunk in chunks:
@@ -226,34 +227,33 @@ class Runner:
     # ---- event loop ----
 
     async def _generate(
-        self, request: GenerationRequest, deadline: float | None
+        self, request: GenerationRequest, deadline: float | None, came_at: float | None
     ) -> AsyncGenerator[GenerationChunk, None]:
-        stream, timer, num_answers = self._open(request, deadline), None, request.num_choices
+        stream, timer = self._open(request, deadline, came_at), None
+        num_answers = stream.num_answers
         del request  # see `submit`
         try:
             if deadline is not None:
                 timer = self._loop.call_later(deadline - time.monotonic(), self._expire, stream)
             self._workers.text.submit(stream.urgency, partial(self._prepare, stream))
-            while True:
+            while num_answers:
                 for chunk in await stream.take():
                     if isinstance(chunk, TrimserveError):
                         raise chunk
                     yield chunk
                     num_answers -= isinstance(chunk, Finished)
-                    if not num_answers:
-                        return
         finally:
             if timer is not None:
                 timer.cancel()
             self._close(stream)
 
-    def _open(self, request: GenerationRequest, deadline: float | None) -> Stream:
+    def _open(self, request: GenerationRequest, deadline: float | None, came_at: float | None = None) -> Stream:
         num_live = sum(stream.state is not SequenceState.ENDED for stream in self._streams)
-        if num_live >= self._config.max_batch + self._config.max_queue:
+        if came_at is None and num_live >= self._config.max_batch + self._config.max_queue:
             raise EngineBusy(
                 f"{num_live} requests run or wait: the queue of {self._config.max_queue} (max_queue) is full"
             )
-        stream = Stream(request.request_id, request.priority, time.monotonic(), num_answers=request.num_choices)
+        stream = Stream.of(request, time.monotonic() if came_at is None else came_at)
         sink = partial(self._outbox.put, stream)
         stream.preparation = self._loaded.preparation(
             request, sink, stream.submitted_at, deadline, partial(self._workers.images_taken, stream)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from itertools import chain
 
 from trimserve.api.chunks import Finished, GenerationChunk, TokenDelta
+from trimserve.api.request import GenerationRequest
 from trimserve.engine.lookahead import Ticket
 from trimserve.engine.preparation import Preparation
 from trimserve.engine.sequence import Sequence, SequenceState
@@ -40,6 +41,16 @@ class Stream:
     """That it has taken, until it is closed."""
     sequence: Sequence | None = None
     """None while the prompt is being prepared."""
+
+    @classmethod
+    def of(cls, request: GenerationRequest, submitted_at: float) -> "Stream":
+        """A request's, before anything is done for it.
+
+        The first pass of one that looks again ends without its stream: it stays open, as if an answer were missing,
+        until the second pass has ended.
+        """
+        num_answers = request.num_choices + (request.trim.look_again is not None)
+        return cls(request.request_id, request.priority, submitted_at, num_answers=num_answers)
 
     async def take(self) -> list[GenerationChunk | TrimserveError]:
         """Wait for what comes next; tokens that came while nobody listened come together, `MOST_TOKENS` at most."""

@@ -14,10 +14,11 @@ from transformers.models.mllama.image_processing_pil_mllama import (
     get_image_size_fit_to_canvas,
 )
 
+from trimserve.api.prompt import Region
 from trimserve.imaging.decode import Pixels, decode_image
 from trimserve.model.prepared import PreparedImage
 
-__all__ = ["decode_image", "prepare_image"]
+__all__ = ["crop", "decode_image", "prepare_image"]
 
 
 def prepare_image(pixels: Pixels, processor: MllamaImageProcessorPil) -> PreparedImage:
@@ -47,3 +48,15 @@ def prepare_image(pixels: Pixels, processor: MllamaImageProcessorPil) -> Prepare
         content_width=int(content_width),
         key=hashlib.sha256(bytes([aspect_ratio_id]) + real.numpy().data).digest(),
     )
+
+
+def crop(pixels: Pixels, region: Region) -> Pixels:
+    """The pixels of a region, at least one; a view."""
+    height, width, _ = pixels.shape
+    rows, columns = _stretch(region.top, region.height, height), _stretch(region.left, region.width, width)
+    return pixels[rows, columns]
+
+
+def _stretch(begin: float, share: float, num_pixels: int) -> slice:
+    first = min(round(begin * num_pixels), num_pixels - 1)
+    return slice(first, max(first + 1, round((begin + share) * num_pixels)))

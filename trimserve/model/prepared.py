@@ -3,11 +3,11 @@
 Plain frozen data, made by `processor.py` and by the engine, read by `mllama.py`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from trimserve.api.prompt import ImageFile
+from trimserve.api.prompt import ImageFile, Region
 
 __all__ = ["PreparedImage", "PreparedPrompt", "TokenizedPrompt"]
 
@@ -43,6 +43,13 @@ class TokenizedPrompt:
     """At least one id, each below the vocabulary's size or the image token's."""
     images: tuple[ImageFile, ...]
     """As many as `token_ids` has image tokens, in their order."""
+
+    def closer(self, region: Region, image_token_id: int) -> "TokenizedPrompt":
+        """The prompt with a region of its one image as a second image: rows that see the image see both."""
+        [image] = self.images
+        place = self.token_ids.index(image_token_id)
+        token_ids = (*self.token_ids[:place], image_token_id, *self.token_ids[place:])
+        return TokenizedPrompt(token_ids, (image, replace(image, region=region)))
 
 
 @dataclass(frozen=True, slots=True)

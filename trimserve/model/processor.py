@@ -14,12 +14,12 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
 
 from trimserve.api.info import ModelInfo
-from trimserve.api.prompt import ChatPrompt, ImageFile, Prompt, RawPrompt, Text
+from trimserve.api.prompt import ChatPrompt, CloserPrompt, ImageFile, PlainPrompt, Prompt, RawPrompt, Text
 from trimserve.errors import CheckpointError, InvalidRequest
 from trimserve.imaging.decode import Decode, decode_pixels
 from trimserve.model.chat import ChatEncoder
 from trimserve.model.chat_template import TEMPLATE_DATE, ChatTemplate
-from trimserve.model.images import prepare_image
+from trimserve.model.images import crop, prepare_image
 from trimserve.model.prepared import PreparedImage, PreparedPrompt, TokenizedPrompt
 
 __all__ = ["REQUEST_PIXELS", "PreparedPrompt", "Processor"]
@@ -107,13 +107,16 @@ class Processor:
         Chat messages are rendered with the chat template, which writes the special tokens. A raw prompt may
         contain special tokens itself; begin-of-text is put behind its leading image tokens unless the prompt
         has it anywhere, as transformers does. Token ids are taken as they are. Ids that the tokenizer knows
-        but the model has no logit for are refused, but for the image token's.
+        but the model has no logit for are refused, but for the image token's. A region of an image that is to be
+        looked at again gets an image token of its own, right behind the image's.
 
         Raises:
             InvalidRequest: an empty prompt, one that leaves no room for a new token, ids outside the
                 vocabulary, image tokens and images that do not match in number, too many images, or a
                 conversation that `ChatEncoder.encode` refuses.
         """
+        if isinstance(prompt, CloserPrompt):
+            return self.tokenize(prompt.prompt).closer(prompt.region, self._info.image_token_id)
         field, images = _field_of(prompt), _images_of(prompt)
         images_field = field if isinstance(prompt, ChatPrompt) else "images"
         if len(images) > self._info.max_images:
@@ -126,7 +129,7 @@ class Processor:
         return TokenizedPrompt(tuple(token_ids), tuple(images))
 
     def prepare_images(self, images: Iterable[ImageFile]) -> Iterator[PreparedImage]:
-        """Decode the images of a prompt one by one, as they are asked for, and cut each into tiles.
+        """Decode the images of a prompt one by one, as they are asked for, and cut each, or its region, into tiles.
 
         Args:
             images: each is let go once it is decoded.
@@ -146,9 +149,10 @@ class Processor:
             if num_pixels > most:
                 bound = f"with the images before it must have at most {most} pixels"
                 raise InvalidRequest(image.field, f"{bound}, got {num_pixels}")
-            return prepare_image(pixels, self._image_processor), num_pixels
+            shown = pixels if image.region is None else crop(pixels, image.region)
+            return prepare_image(shown, self._image_processor), num_pixels
 
-    def _token_ids(self, field: str, prompt: Prompt) -> Sequence[int]:
+    def _token_ids(self, field: str, prompt: PlainPrompt) -> Sequence[int]:
         if isinstance(prompt, ChatPrompt):
             parts = [part for message in prompt.messages for part in message.parts]
             self._check_characters(field, sum(len(part.text) for part in parts if isinstance(part, Text)))
@@ -185,20 +189,20 @@ class Processor:
                 raise InvalidRequest(field, f"token ids {bound}, got {token_id} at position {position}")
 
 
-def _field_of(prompt: Prompt) -> str:
+def _field_of(prompt: PlainPrompt) -> str:
     if isinstance(prompt, ChatPrompt):
         return "chat.messages"
     return "raw_prompt" if isinstance(prompt, RawPrompt) else "prompt_token_ids"
 
 
-def _mismatch(prompt: Prompt, num_image_tokens: int, num_images: int) -> str:
+def _mismatch(prompt: PlainPrompt, num_image_tokens: int, num_images: int) -> str:
     if isinstance(prompt, ChatPrompt):
         did = "dropped" if num_image_tokens < num_images else "added"
         return f"the chat template {did} images: it wrote {num_image_tokens} image tokens for {num_images} images"
     return f"must be as many as the prompt's image tokens, {num_image_tokens}, got {num_images}"
 
 
-def _images_of(prompt: Prompt) -> list[ImageFile]:
+def _images_of(prompt: PlainPrompt) -> list[ImageFile]:
     if not isinstance(prompt, ChatPrompt):
         return list(prompt.images)
     return [part for message in prompt.messages for part in message.parts if isinstance(part, ImageFile)]

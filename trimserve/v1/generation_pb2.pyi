@@ -158,7 +158,7 @@ class SamplingParams(_message.Message):
     def __init__(self, max_new_tokens: _Optional[int] = ..., min_new_tokens: _Optional[int] = ..., ignore_eos: bool = ..., temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., min_p: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., logit_bias: _Optional[_Mapping[int, float]] = ..., seed: _Optional[int] = ..., stop_strings: _Optional[_Iterable[str]] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., num_top_logprobs: _Optional[int] = ...) -> None: ...
 
 class TrimOptions(_message.Message):
-    __slots__ = ("mode", "policy", "k_ratio", "max_kept_fraction", "return_selection", "merge_ratio", "budget", "parameters")
+    __slots__ = ("mode", "policy", "k_ratio", "max_kept_fraction", "return_selection", "merge_ratio", "budget", "parameters", "look_again")
     MODE_FIELD_NUMBER: _ClassVar[int]
     POLICY_FIELD_NUMBER: _ClassVar[int]
     K_RATIO_FIELD_NUMBER: _ClassVar[int]
@@ -167,6 +167,7 @@ class TrimOptions(_message.Message):
     MERGE_RATIO_FIELD_NUMBER: _ClassVar[int]
     BUDGET_FIELD_NUMBER: _ClassVar[int]
     PARAMETERS_FIELD_NUMBER: _ClassVar[int]
+    LOOK_AGAIN_FIELD_NUMBER: _ClassVar[int]
     mode: TrimMode
     policy: str
     k_ratio: float
@@ -175,7 +176,14 @@ class TrimOptions(_message.Message):
     merge_ratio: float
     budget: Budget
     parameters: PolicyParameters
-    def __init__(self, mode: _Optional[_Union[TrimMode, str]] = ..., policy: _Optional[str] = ..., k_ratio: _Optional[float] = ..., max_kept_fraction: _Optional[float] = ..., return_selection: bool = ..., merge_ratio: _Optional[float] = ..., budget: _Optional[_Union[Budget, _Mapping]] = ..., parameters: _Optional[_Union[PolicyParameters, _Mapping]] = ...) -> None: ...
+    look_again: LookAgain
+    def __init__(self, mode: _Optional[_Union[TrimMode, str]] = ..., policy: _Optional[str] = ..., k_ratio: _Optional[float] = ..., max_kept_fraction: _Optional[float] = ..., return_selection: bool = ..., merge_ratio: _Optional[float] = ..., budget: _Optional[_Union[Budget, _Mapping]] = ..., parameters: _Optional[_Union[PolicyParameters, _Mapping]] = ..., look_again: _Optional[_Union[LookAgain, _Mapping]] = ...) -> None: ...
+
+class LookAgain(_message.Message):
+    __slots__ = ("side_ratio",)
+    SIDE_RATIO_FIELD_NUMBER: _ClassVar[int]
+    side_ratio: float
+    def __init__(self, side_ratio: _Optional[float] = ...) -> None: ...
 
 class Budget(_message.Message):
     __slots__ = ("ratio", "count", "top_p", "knee")
@@ -238,7 +246,7 @@ class PolicyParameters(_message.Message):
     def __init__(self, relevance_weight: _Optional[float] = ..., relevance_power: _Optional[float] = ..., layer: _Optional[int] = ..., num_layers: _Optional[int] = ..., important_ratio: _Optional[float] = ..., contextual_ratio: _Optional[float] = ..., threshold: _Optional[float] = ..., temperature: _Optional[float] = ..., hops: _Optional[int] = ..., global_threshold: _Optional[float] = ..., entropy_weight: _Optional[float] = ..., spatial_weight: _Optional[float] = ..., central_weight: _Optional[float] = ..., recovered_ratio: _Optional[float] = ..., rounds: _Optional[int] = ..., transport_temperature: _Optional[float] = ..., cascade_ratio: _Optional[float] = ..., late_exit_threshold: _Optional[float] = ..., recycle_ratio: _Optional[float] = ..., certainty: _Optional[float] = ...) -> None: ...
 
 class GenerateResponse(_message.Message):
-    __slots__ = ("request_id", "model_id", "model_revision", "text", "token_ids", "logprobs", "finish_reason", "matched_stop_string", "matched_stop_token_id", "usage", "cross_kv_bytes", "timings", "seed", "selections", "choices")
+    __slots__ = ("request_id", "model_id", "model_revision", "text", "token_ids", "logprobs", "finish_reason", "matched_stop_string", "matched_stop_token_id", "usage", "cross_kv_bytes", "timings", "seed", "selections", "choices", "looked_at")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_REVISION_FIELD_NUMBER: _ClassVar[int]
@@ -254,6 +262,7 @@ class GenerateResponse(_message.Message):
     SEED_FIELD_NUMBER: _ClassVar[int]
     SELECTIONS_FIELD_NUMBER: _ClassVar[int]
     CHOICES_FIELD_NUMBER: _ClassVar[int]
+    LOOKED_AT_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     model_id: str
     model_revision: str
@@ -269,7 +278,8 @@ class GenerateResponse(_message.Message):
     seed: int
     selections: _containers.RepeatedCompositeFieldContainer[ImageSelection]
     choices: _containers.RepeatedCompositeFieldContainer[Choice]
-    def __init__(self, request_id: _Optional[str] = ..., model_id: _Optional[str] = ..., model_revision: _Optional[str] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[TokenLogprob, _Mapping]]] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ..., matched_stop_string: _Optional[str] = ..., matched_stop_token_id: _Optional[int] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., cross_kv_bytes: _Optional[_Union[CrossKvBytes, _Mapping]] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ..., seed: _Optional[int] = ..., selections: _Optional[_Iterable[_Union[ImageSelection, _Mapping]]] = ..., choices: _Optional[_Iterable[_Union[Choice, _Mapping]]] = ...) -> None: ...
+    looked_at: Region
+    def __init__(self, request_id: _Optional[str] = ..., model_id: _Optional[str] = ..., model_revision: _Optional[str] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[TokenLogprob, _Mapping]]] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ..., matched_stop_string: _Optional[str] = ..., matched_stop_token_id: _Optional[int] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., cross_kv_bytes: _Optional[_Union[CrossKvBytes, _Mapping]] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ..., seed: _Optional[int] = ..., selections: _Optional[_Iterable[_Union[ImageSelection, _Mapping]]] = ..., choices: _Optional[_Iterable[_Union[Choice, _Mapping]]] = ..., looked_at: _Optional[_Union[Region, _Mapping]] = ...) -> None: ...
 
 class Choice(_message.Message):
     __slots__ = ("text", "token_ids", "logprobs", "finish_reason", "matched_stop_string", "matched_stop_token_id", "usage", "cross_kv_bytes", "timings")
@@ -304,7 +314,7 @@ class GenerateStreamResponse(_message.Message):
     def __init__(self, started: _Optional[_Union[Started, _Mapping]] = ..., delta: _Optional[_Union[TokenDelta, _Mapping]] = ..., finished: _Optional[_Union[Finished, _Mapping]] = ...) -> None: ...
 
 class Started(_message.Message):
-    __slots__ = ("request_id", "model_id", "model_revision", "num_prompt_tokens", "images", "seed", "selections")
+    __slots__ = ("request_id", "model_id", "model_revision", "num_prompt_tokens", "images", "seed", "selections", "looked_at")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_REVISION_FIELD_NUMBER: _ClassVar[int]
@@ -312,6 +322,7 @@ class Started(_message.Message):
     IMAGES_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
     SELECTIONS_FIELD_NUMBER: _ClassVar[int]
+    LOOKED_AT_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     model_id: str
     model_revision: str
@@ -319,7 +330,20 @@ class Started(_message.Message):
     images: _containers.RepeatedCompositeFieldContainer[ImageUsage]
     seed: int
     selections: _containers.RepeatedCompositeFieldContainer[ImageSelection]
-    def __init__(self, request_id: _Optional[str] = ..., model_id: _Optional[str] = ..., model_revision: _Optional[str] = ..., num_prompt_tokens: _Optional[int] = ..., images: _Optional[_Iterable[_Union[ImageUsage, _Mapping]]] = ..., seed: _Optional[int] = ..., selections: _Optional[_Iterable[_Union[ImageSelection, _Mapping]]] = ...) -> None: ...
+    looked_at: Region
+    def __init__(self, request_id: _Optional[str] = ..., model_id: _Optional[str] = ..., model_revision: _Optional[str] = ..., num_prompt_tokens: _Optional[int] = ..., images: _Optional[_Iterable[_Union[ImageUsage, _Mapping]]] = ..., seed: _Optional[int] = ..., selections: _Optional[_Iterable[_Union[ImageSelection, _Mapping]]] = ..., looked_at: _Optional[_Union[Region, _Mapping]] = ...) -> None: ...
+
+class Region(_message.Message):
+    __slots__ = ("top", "left", "height", "width")
+    TOP_FIELD_NUMBER: _ClassVar[int]
+    LEFT_FIELD_NUMBER: _ClassVar[int]
+    HEIGHT_FIELD_NUMBER: _ClassVar[int]
+    WIDTH_FIELD_NUMBER: _ClassVar[int]
+    top: float
+    left: float
+    height: float
+    width: float
+    def __init__(self, top: _Optional[float] = ..., left: _Optional[float] = ..., height: _Optional[float] = ..., width: _Optional[float] = ...) -> None: ...
 
 class TokenDelta(_message.Message):
     __slots__ = ("text", "token_ids", "logprobs", "choice")

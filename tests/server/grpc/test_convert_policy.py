@@ -8,7 +8,7 @@ from google.protobuf.descriptor_pb2 import FieldDescriptorProto
 from tests.server.conftest import Field
 from tests.server.fakes import CONFIG, INFO, chat_request, converted
 from trimserve.api.bounds import Interval
-from trimserve.api.trim import Budget, FixedCount, FixedRatio, Knee, TopP
+from trimserve.api.trim import Budget, FixedCount, FixedRatio, Knee, LookAgain, TopP
 from trimserve.errors import InvalidRequest
 from trimserve.server.grpc.convert import to_generation_request
 from trimserve.trimming.plan import TrimPlan
@@ -59,3 +59,20 @@ def test_a_policy_that_lacks_its_knob_is_refused_with_the_option_that_sets_it() 
     details = tuple(replace(each, is_available=not each.knob) for each in INFO.policy_details)
     with pytest.raises(InvalidRequest, match=r"^trim.policy: 'guided' needs .* started with --guide-model$"):
         to_generation_request(request, replace(INFO, policy_details=details), CONFIG.engine)
+
+
+def test_looking_again_is_off_unless_asked_for_and_has_a_side_of_half_the_image() -> None:
+    request = chat_request()
+    assert converted(request).trim.look_again is None
+    request.trim.look_again.SetInParent()
+    assert converted(request).trim.look_again == LookAgain(0.5)
+    request.trim.look_again.side_ratio = 0.25
+    assert converted(request).trim.look_again == LookAgain(0.25)
+
+
+@pytest.mark.parametrize("side_ratio", [0, -1, 1.01, float("nan")])
+def test_a_side_outside_the_image_is_refused(side_ratio: float) -> None:
+    request = chat_request()
+    request.trim.look_again.side_ratio = side_ratio
+    with pytest.raises(InvalidRequest, match=r"^trim.look_again.side_ratio: must be in \(0, 1\]"):
+        converted(request)

@@ -37,6 +37,7 @@ async def test_the_stream_tells_what_the_engine_told(loopback: Loopback) -> None
     assert started.selections[0].kept == SELECTION.kept
     assert tuple(started.selections[0].picks_by_head) == SELECTION.picks_by_head
     assert started.selections[0].content_width == 50
+    assert started.looked_at == pb.Region(top=0.25, left=0, height=0.5, width=0.75)
     assert (first.text, list(first.token_ids)) == ("Hel", [5])
     assert [(top.token_id, top.logprob) for top in first.logprobs[0].top] == [(5, -0.5), (6, -1.5)]
     assert finished.finish_reason == pb.FINISH_REASON_STOP

@@ -52,6 +52,7 @@ async def test_a_whole_answer_has_text_usage_and_the_account(door: Door) -> None
     assert account["images"][0]["kept_features"] == STARTED.images[0].kept_features
     assert (account["seed"], account["matched_stop"]) == (STARTED.seed, "\n")
     assert base64.b64decode(account["selections"][0]["kept"]) == STARTED.selections[0].kept
+    assert account["looked_at"] == {"top": 0.25, "left": 0, "height": 0.5, "width": 0.75}
 
 
 async def test_a_stream_joined_is_the_whole_answer(door: Door) -> None:

@@ -5,8 +5,10 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+import grpc
 import jsonschema
 import pytest
+from google.protobuf.json_format import MessageToDict
 from openai import BadRequestError, OpenAI
 
 from trimserve.client import Client, make_request
@@ -66,6 +68,24 @@ def test_text_over_http_equals_text_over_grpc(
     assert answer.trimserve["cross_kv_bytes"]["held"] == expected.cross_kv_bytes.held
     chunks: Any = list(client.chat.completions.create(**asked, stream=True))
     assert "".join(each.choices[0].delta.content or "" for each in chunks) == expected.text
+
+
+def test_a_second_look_over_http_is_that_over_grpc(server: InProcessServer, client: OpenAI) -> None:
+    request = make_request(QUESTION, [PICTURE], sampling=pb.SamplingParams(temperature=0))
+    request.trim.look_again.side_ratio = 0.25
+    with Client(server.address) as grpc_client:
+        expected = grpc_client.generate(request)
+        request.trim.mode = pb.TRIM_MODE_OFF
+        with pytest.raises(grpc.RpcError, match=r"trim\.look_again: needs trimming"):
+            grpc_client.generate(request)
+    asked: Any = {"model": expected.model_id, "messages": [{"role": "user", "content": CONTENT}], "temperature": 0}
+    trim = {"look_again": {"side_ratio": 0.25}}
+    answer: Any = client.chat.completions.create(**asked, extra_body={"trimserve": {"trim": trim}})
+    assert answer.choices[0].message.content == expected.text
+    assert answer.trimserve["looked_at"] == MessageToDict(expected.looked_at, always_print_fields_with_no_presence=True)
+    with pytest.raises(BadRequestError) as caught:
+        client.chat.completions.create(**asked, extra_body={"trimserve": {"trim": {**trim, "policy": "mean"}}})
+    assert caught.value.param == "trimserve.trim.look_again"
 
 
 SCHEMA = {

@@ -39,7 +39,7 @@ from trimserve.api.info import ModelInfo, PolicyInfo
 from trimserve.api.prompt import ChatPrompt, ImageFile, Message, Part, Prompt, RawPrompt, Text, TokenPrompt
 from trimserve.api.request import GenerationRequest
 from trimserve.api.sampling import SamplingParams
-from trimserve.api.trim import Budget, FixedCount, FixedRatio, Knee, TopP, TrimRequest
+from trimserve.api.trim import Budget, FixedCount, FixedRatio, Knee, LookAgain, TopP, TrimRequest
 from trimserve.config import EngineConfig
 from trimserve.errors import InvalidRequest
 from trimserve.v1 import generation_pb2 as pb
@@ -269,6 +269,7 @@ def _trim(trim: pb.TrimOptions, info: ModelInfo) -> TrimRequest:
         return_selection=trim.return_selection,
         budget=_budget(trim.budget, policy),
         parameters=_parameters(trim.parameters, policy),
+        look_again=_look_again(trim),
     )
 
 
@@ -289,6 +290,13 @@ def _budget(budget: pb.Budget, policy: PolicyInfo) -> Budget | None:
             return Knee()
         case _:
             return None
+
+
+def _look_again(trim: pb.TrimOptions) -> LookAgain | None:
+    if not trim.HasField("look_again"):
+        return None
+    path = "trim.look_again."
+    return LookAgain(_optional(trim.look_again, "side_ratio", path, LookAgain().side_ratio))
 
 
 def _parameters(parameters: pb.PolicyParameters, policy: PolicyInfo) -> dict[str, float]:

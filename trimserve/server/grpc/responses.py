@@ -55,6 +55,7 @@ class EventWriter:
             model_revision=self._info.revision,
             images=[_mirror(generation_pb2.ImageUsage, usage) for usage in chunk.images],
             selections=[_mirror(generation_pb2.ImageSelection, selection) for selection in chunk.selections],
+            looked_at=None if chunk.looked_at is None else _mirror(generation_pb2.Region, chunk.looked_at),
         )
 
     def _finished(self, chunk: Finished) -> generation_pb2.Finished:
@@ -154,6 +155,8 @@ def _add_started(response: generation_pb2.GenerateResponse, started: generation_
     response.model_revision = started.model_revision
     response.seed = started.seed
     response.selections.extend(started.selections)
+    if started.HasField("looked_at"):
+        response.looked_at.CopyFrom(started.looked_at)
 
 
 def _add_finished(response: generation_pb2.Choice, finished: generation_pb2.Finished) -> None:

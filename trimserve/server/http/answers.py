@@ -127,6 +127,7 @@ class AnswerWriter:
             "cross_kv_bytes": dataclasses.asdict(finished.cross_kv),
             "timings": dataclasses.asdict(finished.timings),
             **({"selections": [_selection(each) for each in started.selections]} if started.selections else {}),
+            **({} if started.looked_at is None else {"looked_at": dataclasses.asdict(started.looked_at)}),
         }
 
 

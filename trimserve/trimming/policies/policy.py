@@ -72,6 +72,8 @@ class Policy(ABC):
     """What it has to learn; None if it chooses by a formula."""
     reads_text: ClassVar[bool] = False
     """Whether it looks at the question although it is asked before the decoder."""
+    has_votes: ClassVar[bool] = False
+    """Whether its choices tell what each head picked."""
 
     @property
     def trims_later_layers(self) -> bool:

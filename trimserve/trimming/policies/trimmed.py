@@ -25,6 +25,7 @@ class Trimmed(AfterFirstLayer):
 
     name: ClassVar[str] = "trimmed"
     takes_head_ratio: ClassVar[bool] = True
+    has_votes: ClassVar[bool] = True
 
     def choose(self, image: SeenImage, allowance: Allowance) -> Choice:
         """See `AfterFirstLayer.choose`; no other policy's choice has picks."""
