@@ -3,16 +3,13 @@
 //   scores [H, N] float32: scores[h, n] = mean over the rows t that see n of
 //     softmax(q[h, t] . k[h / (H / Hkv)] * scale, over what t sees)[n]; 0 where no row sees n.
 //
-//   Two passes over tiles of kTile rows and features, logits in registers, so [H, T, N] never exists. The first leaves
-//   the largest logit and the sum of exponentials of each row and split of the features (splits, so that few rows fill
-//   the device); the second makes the same logits again, weighs them, and adds up the rows in order: no atomics,
-//   results repeat bit for bit. Bound by arithmetic, in float32 whatever the dtype is: 4 * H * T * N * Dh operations.
+//   Two passes over tiles of rows and features, logits in registers, so [H, T, N] never exists. The first leaves the
+//   largest logit and the sum of exponentials of each row and split of the features (splits, so that few rows fill the
+//   device); the second makes the same logits again, weighs them, and adds up the rows in order: no atomics, results
+//   repeat bit for bit. Bound by arithmetic: 4 * H * T * N * Dh operations. Here in float32, without tensor cores; 16
+//   bits whose heads are not too large go to headwise_scores_16bit.cu.
 
-#include <cmath>
-#include <limits>
-
-#include "device.h"
-#include "launchers.h"
+#include "headwise_scores.h"
 
 namespace trimserve::cuda {
 namespace {
@@ -22,9 +19,6 @@ constexpr int kTile = 64;            // rows, and features, of a block
 constexpr int kDepth = 16;           // components of a head at a time
 constexpr int kSide = 16;            // threads along either side of the tile
 constexpr int kPer = kTile / kSide;  // rows, and features, of a thread
-constexpr std::int64_t kWantedBlocks = 512;
-constexpr std::int64_t kMaxSplits = 16;
-constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 static_assert(kSide * kSide == kThreads && kTile * kDepth == kPer * kThreads && kSide * 2 == kWarp);
 
 // Components of a tile's rows: one component of all rows together, the rows of a thread in one access.
@@ -36,14 +30,6 @@ struct Tiles {
   alignas(16) Operand queries;
   alignas(16) Operand keys;
 };
-
-// What a row's logits came to.
-struct RowSum {
-  float maximum;
-  float total;  // of exp(logit - maximum); maximum counts as 0 where it is -inf
-};
-
-__device__ float shift_of(float maximum) { return maximum == kMinusInfinity ? 0.0f : maximum; }
 
 // Components [depth, depth + kDepth) of rows [first, first + kTile); 0 where there is none.
 template <typename T>
@@ -89,17 +75,6 @@ __device__ void multiply(const HeadwiseScoresArgs& args, std::int64_t head, std:
   }
 }
 
-// The features [begin, end) that a row sees.
-struct Range {
-  std::int64_t begin, end;
-  __device__ bool has(std::int64_t n) const { return begin <= n && n < end; }
-};
-
-__device__ Range range_of(const HeadwiseScoresArgs& args, std::int64_t row) {
-  if (row >= args.num_rows) return {0, 0};
-  return {args.visibility[2 * row], min(std::int64_t{args.visibility[2 * row + 1]}, args.num_features)};
-}
-
 // Blocks (rows, head, split); sums [splits, H, T].
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
@@ -124,9 +99,9 @@ __global__ void __launch_bounds__(kThreads)
       for (int offset = kSide / 2; offset > 0; offset /= 2)
         maximum = fmaxf(maximum, __shfl_xor_sync(kAllLanes, maximum, offset));
       const float shift = shift_of(maximum);
-      rows[i].total *= expf(rows[i].maximum - shift);
+      rows[i].total *= exp2f(rows[i].maximum - shift);
       for (int j = 0; j < kPer; ++j) {
-        if (range.has(first + x + j)) rows[i].total += expf(logits[i][j] - shift);
+        if (range.has(first + x + j)) rows[i].total += exp2f(logits[i][j] - shift);
       }
       rows[i].maximum = maximum;
     }
@@ -140,22 +115,12 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// The splits' sums of one row as one.
-__device__ RowSum merge(const RowSum* sums, std::int64_t stride, std::int64_t splits) {
-  RowSum merged{kMinusInfinity, 0.0f};
-  for (std::int64_t s = 0; s < splits; ++s) merged.maximum = fmaxf(merged.maximum, sums[s * stride].maximum);
-  const float shift = shift_of(merged.maximum);
-  for (std::int64_t s = 0; s < splits; ++s)
-    merged.total += sums[s * stride].total * expf(sums[s * stride].maximum - shift);
-  return merged;
-}
-
 // Blocks (features, head).
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
     score_features(HeadwiseScoresArgs args, std::int64_t splits, const RowSum* sums) {
   __shared__ Tiles tiles;
-  __shared__ float shifts[kTile], factors[kTile], partial_scores[kSide][kTile];
+  __shared__ float log_sums[kTile], partial_scores[kSide][kTile];
   __shared__ int partial_counts[kSide][kTile];
   const int thread = threadIdx.x, x = thread % kSide * kPer, y = thread / kSide * kPer;
   const std::int64_t first = static_cast<std::int64_t>(blockIdx.x) * kTile, head = blockIdx.y;
@@ -164,10 +129,8 @@ __global__ void __launch_bounds__(kThreads)
   for (std::int64_t first_row = 0; first_row < args.num_rows; first_row += kTile) {
     __syncthreads();  // until the rows before are read
     if (thread < kTile && first_row + thread < args.num_rows) {
-      const RowSum sum =
-          merge(sums + head * args.num_rows + first_row + thread, args.num_heads * args.num_rows, splits);
-      shifts[thread] = shift_of(sum.maximum);
-      factors[thread] = 1.0f / sum.total;
+      log_sums[thread] =
+          log_sum(sums + head * args.num_rows + first_row + thread, args.num_heads * args.num_rows, splits);
     }
     multiply<T>(args, head, first_row, first, tiles, logits);
 #pragma unroll
@@ -175,7 +138,7 @@ __global__ void __launch_bounds__(kThreads)
       const Range range = range_of(args, first_row + y + i);
       for (int j = 0; j < kPer; ++j) {
         if (!range.has(first + x + j)) continue;
-        scores[j] += expf(logits[i][j] - shifts[y + i]) * factors[y + i];
+        scores[j] += exp2f(logits[i][j] - log_sums[y + i]);
         ++counts[j];
       }
     }
@@ -196,37 +159,37 @@ __global__ void __launch_bounds__(kThreads)
       count > 0 ? score / static_cast<float>(count) : 0.0f;
 }
 
-std::int64_t tiles_per_split(const HeadwiseScoresArgs& args) {
-  const std::int64_t tiles = divide_up(args.num_features, kTile);
-  const std::int64_t blocks = std::max<std::int64_t>(divide_up(args.num_rows, kTile) * args.num_heads, 1);
-  const std::int64_t splits = std::clamp<std::int64_t>(kWantedBlocks / blocks, 1, kMaxSplits);
-  return std::max<std::int64_t>(divide_up(tiles, splits), 1);
+void score_on_cores(const HeadwiseScoresArgs& args, const Splits& splits, RowSum* sums, Stream stream) {
+  const auto heads = static_cast<unsigned>(args.num_heads);
+  const auto row_tiles = static_cast<unsigned>(divide_up(args.num_rows, kTile));
+  const auto feature_tiles = static_cast<unsigned>(divide_up(args.num_features, kTile));
+  at_dtype(args.dtype, [&]<typename T>(const T*) {
+    if (row_tiles > 0) {
+      const dim3 grid(row_tiles, heads, static_cast<unsigned>(splits.count));
+      launch(sum_rows<T>, grid, kThreads, stream, args, splits.tiles, sums);
+    }
+    launch(score_features<T>, dim3(feature_tiles, heads), kThreads, stream, args, splits.count, sums);
+  });
 }
 
-std::int64_t num_splits(const HeadwiseScoresArgs& args) {
-  return divide_up(divide_up(args.num_features, kTile), tiles_per_split(args));
+Splits splits_of(const HeadwiseScoresArgs& args) {
+  return fits_tensor_cores(args) ? tensor_core_splits(args) : split_features(args, kTile, kTile);
 }
 
 }  // namespace
 
 std::int64_t headwise_scores_workspace(const HeadwiseScoresArgs& args) {
-  return num_splits(args) * args.num_heads * args.num_rows *
+  return splits_of(args).count * args.num_heads * args.num_rows *
          static_cast<std::int64_t>(sizeof(RowSum) / sizeof(float));
 }
 
 void headwise_scores(const HeadwiseScoresArgs& args, float* workspace, Stream stream) {
   if (args.num_features == 0) return;
-  const auto heads = static_cast<unsigned>(args.num_heads), splits = static_cast<unsigned>(num_splits(args));
-  const auto row_tiles = static_cast<unsigned>(divide_up(args.num_rows, kTile));
-  const auto feature_tiles = static_cast<unsigned>(divide_up(args.num_features, kTile));
+  HeadwiseScoresArgs in_bits = args;
+  in_bits.scale *= kBitsPerNat;
   auto* const sums = reinterpret_cast<RowSum*>(workspace);
-  at_dtype(args.dtype, [&]<typename T>(const T*) {
-    if (row_tiles > 0) {
-      launch(sum_rows<T>, dim3(row_tiles, heads, splits), kThreads, stream, args, tiles_per_split(args),
-             sums);
-    }
-    launch(score_features<T>, dim3(feature_tiles, heads), kThreads, stream, args, std::int64_t{splits}, sums);
-  });
+  if (fits_tensor_cores(args)) return score_on_tensor_cores(in_bits, sums, stream);
+  score_on_cores(in_bits, splits_of(args), sums, stream);
 }
 
 }  // namespace trimserve::cuda

@@ -1,7 +1,8 @@
 // write_kv, gather_kv: store positions' keys and values in their pages.
 //   keys, values [N, Hkv, Dh], each head contiguous   kept, slots [R] int64   pages [P, G, 2, Hkv, 16, Dh], one layer
-//   Row kept[r], or r, goes to page slots[r] / 16, offset slots[r] % 16. A block takes a row, a thread copies units of
-//   16 bytes, or of what alignment allows. Bound by memory bandwidth.
+//   Row kept[r], or r, goes to page slots[r] / 16, offset slots[r] % 16. A thread copies the same unit of each of its
+//   rows, 16 bytes or what alignment allows, so it works out once where that lies; blocks take a part of a row. Bound by
+//   memory bandwidth.
 
 #include "alignment.h"
 #include "launchers.h"
@@ -14,21 +15,24 @@ constexpr int kThreads = 256;
 template <typename Unit>
 __global__ void __launch_bounds__(kThreads)
     write_rows(WriteKvArgs args, std::int64_t num_slots, KvBounds bounds) {
-  const std::int64_t block_bytes = kPagePositions * args.head_bytes;  // a page's positions of one head
-  const int units = static_cast<int>(args.head_bytes / sizeof(Unit)),
-            heads = static_cast<int>(args.num_kv_heads);
+  const auto units = static_cast<unsigned>(args.head_bytes / sizeof(Unit)),
+             heads = static_cast<unsigned>(args.num_kv_heads);
+  const unsigned place = blockIdx.y * kThreads + threadIdx.x;
+  if (place >= 2 * heads * units) return;
+  const unsigned block = place / units,
+                 head = block < heads ? block : block - heads;  // of keys, then of values
+  const std::int64_t unit_bytes = place % units * sizeof(Unit);
+  const KvRows& rows = block < heads ? args.keys : args.values;
+  const std::byte* const source = rows.data + head * rows.head_stride_bytes + unit_bytes;
+  const std::int64_t row_stride = rows.row_stride_bytes;
+  std::byte* const target = args.pages + block * kPagePositions * args.head_bytes + unit_bytes;
   for (std::int64_t r = blockIdx.x; r < num_slots; r += gridDim.x) {
     const std::int64_t row = args.kept ? args.kept[r] : r, slot = args.slots[r];
     if (row < 0 || row >= bounds.num_rows || slot < 0 || slot >= bounds.num_slots) continue;
-    std::byte* const place =
-        args.pages + slot / kPagePositions * args.page_stride_bytes + slot % kPagePositions * args.head_bytes;
-    for (int i = threadIdx.x; i < 2 * heads * units; i += kThreads) {
-      const int block = i / units, unit = i % units, head = block % heads;  // block: of keys, then of values
-      const KvRows& rows = block < heads ? args.keys : args.values;
-      const std::byte* const source = rows.data + row * rows.row_stride_bytes + head * rows.head_stride_bytes;
-      reinterpret_cast<Unit*>(place + block * block_bytes)[unit] =
-          reinterpret_cast<const Unit*>(source)[unit];
-    }
+    const auto position = static_cast<std::uint64_t>(slot);  // of unsigned ones the remainder is a mask
+    *reinterpret_cast<Unit*>(target + position / kPagePositions * args.page_stride_bytes +
+                             position % kPagePositions * args.head_bytes) =
+        *reinterpret_cast<const Unit*>(source + row * row_stride);
   }
 }
 
@@ -41,7 +45,9 @@ void write_kv(const WriteKvArgs& args, std::int64_t num_slots, const KvBounds& b
   for (const KvRows& rows : {args.keys, args.values})
     bits |= bits_of(rows.data) | static_cast<std::uint64_t>(rows.row_stride_bytes | rows.head_stride_bytes);
   at_unit(bits, [&]<typename Unit>(const Unit*) {
-    launch(write_rows<Unit>, grid_of(num_slots, 1), kThreads, stream, args, num_slots, bounds);
+    const std::int64_t units = 2 * args.num_kv_heads * (args.head_bytes / sizeof(Unit));
+    const dim3 grid(grid_of(num_slots, 1).x, static_cast<unsigned>(divide_up(units, kThreads)));
+    launch(write_rows<Unit>, grid, kThreads, stream, args, num_slots, bounds);
   });
 }
 

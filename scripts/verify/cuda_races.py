@@ -1,10 +1,6 @@
 """Runs the CUDA kernels with the threads of a block as threads, under ThreadSanitizer; no GPU needed.
 
-<<<<<<<< HEAD:scripts/verify/races.py
-    python -m scripts.verify.races
-========
     python -m scripts.verify.cuda_races
->>>>>>>> gpu:scripts/verify/cuda_races.py
 
 First it must find the race of each kernel in tests/csrc/threads/racy.cpp, then none in csrc/cuda. What it sees is every
 pair of accesses of a block that no barrier orders, whichever came first. Blocks run one after another: what one block

@@ -97,12 +97,24 @@ def test_query_heads_share_their_group_s_key_head() -> None:
         (49, 33, 6, 6, 24),  # one row more than a block of rows
         (100, 260, 8, 1, 40),
         (64, 1601, 4, 1, 128),
+        (130, 193, 2, 1, 64),  # past the 128 rows, and the 128 features, of a block on tensor cores
+        (5, 129, 4, 2, 80),
+        (33, 70, 1, 1, 136),  # too large a head for these
     ],
 )
 def test_equals_reference(
     num_rows: int, num_features: int, num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype
 ) -> None:
     assert_equals_reference(draw(num_rows, num_features, num_heads, num_kv_heads, head_dim, dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_runs_of_rows_see_an_image_each(dtype: torch.dtype) -> None:
+    q, k, visibility, scale = draw(150, 257, head_dim=64, dtype=dtype)
+    visibility[:40] = 0
+    visibility[40:100] = torch.tensor([0, 130])
+    visibility[100:] = torch.tensor([130, 257])
+    assert_equals_reference((q, k, visibility, scale))
 
 
 @given(
@@ -180,9 +192,10 @@ def test_layout_does_not_matter(layout: Callable[[Tensor], Tensor]) -> None:
     assert torch.equal(scores, headwise_scores(q, k, visibility, scale))
 
 
+@pytest.mark.parametrize("head_dim", [10, 16])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_reads_only_its_inputs(dtype: torch.dtype) -> None:
-    q, k, visibility, scale = draw(9, 37, head_dim=10, dtype=dtype)
+def test_reads_only_its_inputs(dtype: torch.dtype, head_dim: int) -> None:
+    q, k, visibility, scale = draw(9, 37, head_dim=head_dim, dtype=dtype)
     expected = headwise_scores(q, k, visibility, scale)
     for offset in range(18):
         q_view, q_buffer = misaligned(q, offset, math.nan)
