@@ -25,6 +25,7 @@ from trimserve.commands.playground import playground
 from trimserve.commands.question import policy_help
 from trimserve.commands.serve import serve
 from trimserve.commands.status import status
+from trimserve.commands.together import CheckedCommand
 from trimserve.distillation.command import train_compressor
 from trimserve.engine.workers import is_any_left_behind
 from trimserve.environment import shut_out
@@ -115,15 +116,15 @@ def about(
     """Serve Llama-3.2-Vision, keeping only the visual features that the text attends to."""
 
 
-app.command()(serve)
-app.command(epilog=policy_help())(generate)
-app.command(epilog=policy_help())(chat)
-app.command()(batch)
-app.command(epilog=policy_help())(explain)
-app.command()(playground)
-app.command()(status)
-app.command()(info)
-app.command()(plan)
-app.command("eval")(evaluate)
+app.command(cls=CheckedCommand)(serve)
+app.command(epilog=policy_help(), cls=CheckedCommand)(generate)
+app.command(epilog=policy_help(), cls=CheckedCommand)(chat)
+app.command(cls=CheckedCommand)(batch)
+app.command(epilog=policy_help(), cls=CheckedCommand)(explain)
+app.command(cls=CheckedCommand)(playground)
+app.command(cls=CheckedCommand)(status)
+app.command(cls=CheckedCommand)(info)
+app.command(cls=CheckedCommand)(plan)
+app.command("eval", cls=CheckedCommand)(evaluate)
 app.add_typer(codebook, name="codebook")
-app.command("train-compressor")(train_compressor)
+app.command("train-compressor", cls=CheckedCommand)(train_compressor)

@@ -72,10 +72,6 @@ def evaluate(
         guide_model=guide_model,
     )
     is_served = connection.address is not None
-    if is_served and config != ModelConfig():
-        raise typer.BadParameter(
-            "--address excludes --model, --device, --dtype, --quantize, --codebook, --compressor and --guide-model"
-        )
     if is_served and only_calibrate and is_kept:
         raise typer.BadParameter("--calibrate with --keep compares logits, which a server does not tell")
     adapter_name, with_adapter = adapter_of(adapter, Config(model=config), is_served=is_served)
