@@ -49,6 +49,7 @@ _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 def main() -> None:
     """Entry point of `trimserve`; errors that a user can fix are one line and exit status 1 or 2, Ctrl-C is 130."""
     shut_out()
+    _open_missing_streams()
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # an answer may have signs that the terminal does not
     try:
@@ -61,6 +62,13 @@ def main() -> None:
         if is_interrupted or is_any_left_behind():
             _leave(end.code)
         raise
+
+
+def _open_missing_streams() -> None:
+    """A stream that the caller has closed is empty; otherwise the next file or socket would take its number."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115  # until the process ends
 
 
 def _run() -> None:

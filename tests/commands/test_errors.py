@@ -224,3 +224,18 @@ def test_a_prompt_on_standard_input_that_is_not_utf8_is_one_line(
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"ok \xff")))
     line = told(2, ["generate", "--prompt", "-"], capsys, monkeypatch)
     assert "--prompt: standard input must be UTF-8, got byte 0xff at position 3" in line
+
+
+@pytest.mark.usefixtures("folder")
+@pytest.mark.parametrize("arguments", [["generate", "--prompt", "-"], ["chat"], ["batch", "-", "out"]])
+@pytest.mark.parametrize("stream", ["stdin", "stdout", "stderr"])
+def test_a_stream_that_is_closed_is_empty(
+    stream: str, arguments: list[str], served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"")))
+    monkeypatch.setattr(f"sys.{stream}", None)
+    monkeypatch.setattr("sys.argv", ["trimserve", *arguments, "--address", served.real])
+    with pytest.raises(SystemExit) as exit_:
+        main()
+    getattr(sys, stream).close()  # as an end of the process would
+    assert not exit_.value.code
