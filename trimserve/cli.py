@@ -25,6 +25,7 @@ from trimserve.commands.playground import playground
 from trimserve.commands.question import policy_help
 from trimserve.commands.serve import serve
 from trimserve.commands.status import status
+from trimserve.commands.together import CheckedCommand
 from trimserve.distillation.command import train_compressor
 from trimserve.engine.workers import is_any_left_behind
 from trimserve.environment import shut_out
@@ -48,6 +49,7 @@ _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 def main() -> None:
     """Entry point of `trimserve`; errors that a user can fix are one line and exit status 1 or 2, Ctrl-C is 130."""
     shut_out()
+    _open_missing_streams()
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # an answer may have signs that the terminal does not
     try:
@@ -60,6 +62,13 @@ def main() -> None:
         if is_interrupted or is_any_left_behind():
             _leave(end.code)
         raise
+
+
+def _open_missing_streams() -> None:
+    """A stream that the caller has closed is empty; otherwise the next file or socket would take its number."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115  # until the process ends
 
 
 def _run() -> None:
@@ -115,15 +124,15 @@ def about(
     """Serve Llama-3.2-Vision, keeping only the visual features that the text attends to."""
 
 
-app.command()(serve)
-app.command(epilog=policy_help())(generate)
-app.command(epilog=policy_help())(chat)
-app.command()(batch)
-app.command(epilog=policy_help())(explain)
-app.command()(playground)
-app.command()(status)
-app.command()(info)
-app.command()(plan)
-app.command("eval")(evaluate)
+app.command(cls=CheckedCommand)(serve)
+app.command(epilog=policy_help(), cls=CheckedCommand)(generate)
+app.command(epilog=policy_help(), cls=CheckedCommand)(chat)
+app.command(cls=CheckedCommand)(batch)
+app.command(epilog=policy_help(), cls=CheckedCommand)(explain)
+app.command(cls=CheckedCommand)(playground)
+app.command(cls=CheckedCommand)(status)
+app.command(cls=CheckedCommand)(info)
+app.command(cls=CheckedCommand)(plan)
+app.command("eval", cls=CheckedCommand)(evaluate)
 app.add_typer(codebook, name="codebook")
-app.command("train-compressor")(train_compressor)
+app.command("train-compressor", cls=CheckedCommand)(train_compressor)

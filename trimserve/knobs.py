@@ -3,7 +3,7 @@
 import difflib
 import inspect
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import reduce
 from operator import or_
 from types import UnionType
@@ -15,19 +15,24 @@ from pydantic import BaseModel, ByteSize, ValidationError
 from trimserve.config import Config, EngineConfig, ModelConfig, ServerConfig
 from trimserve.options import Command, with_options
 
-__all__ = ["adapter_of", "with_knobs"]
+__all__ = ["adapter_of", "is_knob", "with_knobs"]
 
 _SECTIONS: dict[str, type[BaseModel]] = {"model": ModelConfig, "engine": EngineConfig, "server": ServerConfig}
 _PREFIX = "TRIMSERVE__"
+_PANEL = "Knobs: "
 
 
-def with_knobs(*sections: str) -> Callable[[Command], Command]:
+def with_knobs(*sections: str, without: Collection[str] = ()) -> Callable[[Command], Command]:
     """Add the knobs of config sections to a command as options; it receives them, validated, as its argument `config`.
 
     A knob with the name of one of the command's own options is left out. An environment variable that looks like a
     knob's but names none, of any section, is refused, because it would have no effect.
+
+    Args:
+        sections: of the config.
+        without: knobs that would have no effect on the command.
     """
-    knobs = [knob for section in sections for knob in _knobs(section)]
+    knobs = [knob for section in sections for knob in _knobs(section) if knob.name not in without]
 
     def config(values: Mapping[str, Any]) -> Config:
         _refuse_unknown_variables()
@@ -61,6 +66,11 @@ def adapter_of(adapter: str | None, config: Config, *, is_served: bool) -> tuple
     return name, config.model_copy(update={"model": model})
 
 
+def is_knob(option: Any) -> bool:
+    """Whether an option of a command, as typer has it, came from `with_knobs`."""
+    return (getattr(option, "rich_help_panel", None) or "").startswith(_PANEL)
+
+
 def _refuse_unknown_variables() -> None:
     known = {_variable(section, name) for section, model in _SECTIONS.items() for name in model.model_fields}
     for variable in sorted(os.environ):
@@ -82,7 +92,7 @@ def _knobs(section: str) -> Iterator[inspect.Parameter]:
             help=field.description,
             envvar=_variable(section, name),
             show_envvar=False,  # the panel tells the rule; whole names do not fit into 80 columns
-            rich_help_panel=f"Knobs: {section}; in the environment {_variable(section, '')}...",
+            rich_help_panel=f"{_PANEL}{section}; in the environment {_variable(section, '')}...",
         )
         annotation: Any = Annotated[_plain(field.annotation), option]
         yield inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=annotation)

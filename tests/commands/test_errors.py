@@ -124,6 +124,23 @@ STATUS_2 = {
         ([*ASK, "--tls"], "--tls needs --address beside it"),
         (["status", "--address", "a:1", "--client-key", "k"], "--client-cert and --client-key need each other"),
     ],
+    "options that have no effect beside others": [
+        ([*ASK, *HERE, "--model", "x"], "--address excludes --model, which would have no effect"),
+        (["chat", *HERE, "--device", "auto"], "--address excludes --device, which would have no effect"),
+        (["explain", *ASK[1:], "--image", "x", *HERE, "--dtype", "auto"], "--address excludes --dtype"),
+        (["batch", "questions", "out", *HERE, "--max-batch", "4"], "--address excludes --max-batch"),
+        (["playground", *HERE, "--quantize", "int8"], "--address excludes --quantize"),
+        (["info", *HERE, "--kv-dtype", "int8"], "--address excludes --kv-dtype"),
+        ([*EVAL, "questions", "--num-threads", "1"], "--address excludes --num-threads"),
+        ([*ASK, "--token", "x"], "--token needs --address beside it"),
+        ([*EVAL, "questions", "--keep", "0.5", "--k-ratios", "0.5"], "--keep excludes --k-ratios"),
+        ([*EVAL, "questions", "--k-ratios", "0.5", "--calibrate"], "--calibrate excludes --k-ratios"),
+        ([*EVAL, "questions", "--max-kl", "1"], "--max-kl needs --calibrate beside it"),
+        ([*EVAL, "questions", "--calibrate", "--keep", "0.5", "--max-kl", "1"], "--keep excludes --max-kl"),
+        ([*EVAL, "questions", "--calibrate", "--by", "kl"], "--by needs --keep beside it"),
+        (["train-compressor", "--codebook", "x"], "No such option: --codebook"),
+        (["codebook", "build", "--adapter", "a=x"], "No such option: --adapter"),
+    ],
     "text that is not UTF-8": [
         (["generate", "--prompt", "a\udcff"], "'--prompt': must be UTF-8, got 'a\\udcff'"),
         ([*ASK, *HERE, "--choice", "a\udcff"], "must be UTF-8, got 'a\\udcff'"),
@@ -135,6 +152,18 @@ STATUS_2 = {
         (["status", "--adress", "a:1"], "No such option: --adress"),
     ],
 }
+
+
+@pytest.mark.usefixtures("folder")
+def test_knobs_in_the_environment_do_not_keep_a_command_from_a_running_server(
+    served: Served, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TRIMSERVE__MODEL__MODEL", "no/such/model")
+    monkeypatch.setattr("sys.argv", ["trimserve", "info", "--address", served.real])
+    with pytest.raises(SystemExit) as exit_:
+        main()
+    assert not exit_.value.code
+    assert "trimserve-tiny" in capsys.readouterr().out
 
 
 def told(status: int, arguments: list[str], capsys: pytest.CaptureFixture[str], patch: pytest.MonkeyPatch) -> str:
@@ -196,3 +225,18 @@ def test_a_prompt_on_standard_input_that_is_not_utf8_is_one_line(
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"ok \xff")))
     line = told(2, ["generate", "--prompt", "-"], capsys, monkeypatch)
     assert "--prompt: standard input must be UTF-8, got byte 0xff at position 3" in line
+
+
+@pytest.mark.usefixtures("folder")
+@pytest.mark.parametrize("arguments", [["generate", "--prompt", "-"], ["chat"], ["batch", "-", "out"]])
+@pytest.mark.parametrize("stream", ["stdin", "stdout", "stderr"])
+def test_a_stream_that_is_closed_is_empty(
+    stream: str, arguments: list[str], served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"")))
+    monkeypatch.setattr(f"sys.{stream}", None)
+    monkeypatch.setattr("sys.argv", ["trimserve", *arguments, "--address", served.real])
+    with pytest.raises(SystemExit) as exit_:
+        main()
+    getattr(sys, stream).close()  # as an end of the process would
+    assert not exit_.value.code

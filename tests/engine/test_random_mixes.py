@@ -24,6 +24,7 @@ from trimserve.engine.memory import prefill_scratch_bytes
 from trimserve.engine.sequence import Sequence, SequenceState
 from trimserve.errors import TrimserveError
 from trimserve.executor.local import LocalExecutor
+from trimserve.executor.model import Model
 from trimserve.model.mllama import Mllama
 
 __all__ = ["folder", "model"]  # the fixtures
@@ -116,7 +117,14 @@ def assert_same(output: Output, expected: Output, wanted: GenerationRequest) -> 
 class Mix:
     """A few requests that come and go in one engine, and each of their answers alone."""
 
-    def __init__(self, model: Mllama, seed: int) -> None:
+    def __init__(self, model: Mllama, seed: int, computing: Model | None = None) -> None:
+        """Draw the requests.
+
+        Args:
+            model: that answers each alone.
+            seed: of everything.
+            computing: the same model for the mix, which may fail where several are computed together.
+        """
         rng = self._rng = random.Random(f"mix/{seed}")
         self._model = model
         self.is_tight = rng.random() < 0.5
@@ -134,10 +142,11 @@ class Mix:
             image_cache_bytes=ByteSize(rng.choice([0, 2**16, 2**24])),
             prefill_slice_seconds=rng.choice([0.0, 0.005, 0.1]),
         )
-        executor = LocalExecutor(model, config.image_cache_bytes, runs_ahead=seed % 2 == 1)
-        self.engine = Engine(model, executor, config)
-        assert executor.pages is not None
-        executor.pages.fill_(math.nan)  # what a request has not written itself reaches none of its tokens
+        computing = computing or model
+        self._executor = LocalExecutor(computing, config.image_cache_bytes, runs_ahead=seed % 2 == 1)
+        self.engine = Engine(model, self._executor, config)
+        assert self._executor.pages is not None
+        self._executor.pages.fill_(math.nan)  # what a request has not written itself reaches none of its tokens
 
     def _most_bytes(self, wanted: GenerationRequest) -> int:
         engine = make_engine(self._model)
@@ -166,6 +175,7 @@ class Mix:
             engine.step()
             step += 1
         assert engine.pool.num_free_pages == engine.pool.num_pages
+        self._executor.free_pages()  # it knows no sequence any more, or it would complain
         by_rounding = 0
         for wanted, _, output, cancelled in live:
             assert cancelled is not None or sum(isinstance(chunk, Finished) for chunk in output) == wanted.num_choices

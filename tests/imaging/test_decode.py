@@ -284,12 +284,14 @@ def test_white_is_white_where_it_is_stored_as_zero(
     assert np.abs(decoded - (255 - stored / most * 255)[..., None]).max() <= 0.5
 
 
+@pytest.mark.parametrize("byteorder", ["<", ">"])
 @pytest.mark.parametrize(("photometric", "shown"), [(0, (255, 0)), (1, (0, 255))])
-def test_12_bits_are_scaled_by_their_own_white(photometric: int, shown: tuple[int, int]) -> None:
+def test_12_bits_are_scaled_by_their_own_white(photometric: int, shown: tuple[int, int], byteorder: str) -> None:
     pixels = bytes([0x00, 0x0F, 0xFF])  # 0 and 4095
     tags = [(256, 2), (257, 1), (258, 12), (259, 1), (262, photometric), (273, 122), (277, 1), (278, 1), (279, 3)]
-    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
-    data = struct.pack("<2sHIH", b"II", 42, 8, len(tags)) + entries + struct.pack("<I", 0) + pixels
+    entries = b"".join(struct.pack(f"{byteorder}HHII", tag, 4, 1, value) for tag, value in tags)
+    begin = struct.pack(f"{byteorder}2sHIH", b"II" if byteorder == "<" else b"MM", 42, 8, len(tags))
+    data = begin + entries + struct.pack(f"{byteorder}I", 0) + pixels
     assert np.asarray(decode(data))[0, :, 0].tolist() == list(shown)
 
 

@@ -94,7 +94,7 @@ class Started:
     num_prompt_tokens: int
     images: tuple[ImageUsage, ...]
     seed: int
-    """The seed in use, even if the server drew it: sending it again gives the same tokens."""
+    """The seed in use, even if the server drew it: sending it again gives the same tokens, but for rounding."""
     selections: tuple[ImageSelection, ...] = ()
     """One per image if the request asked for `return_selection`."""
     spans: tuple[StageSpan, ...] = field(default=(), compare=False)

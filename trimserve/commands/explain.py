@@ -61,8 +61,6 @@ def explain(
     config: Config,
 ) -> None:
     """Draw which visual features a question kept, and which query heads picked them."""
-    if policies is not None and (policy is not None or k_ratio is not None):
-        raise typer.BadParameter("--policies excludes --policy and --k-ratio")
     name, config = adapter_of(adapter, config, is_served=connection.address is not None)
     request = question.ask(prompt, [image], system, pb.SamplingParams(temperature=0), pb.TrimOptions(), name)
 
@@ -81,7 +79,7 @@ def explain(
                 picture, _explained(client, request, trim, f"{out}"), tile_size=model.tile_size, question=text
             )
         else:
-            trims = _trims_of(policies, model, keep or _SHEET_KEEP, merge_ratio)
+            trims = _trims_of(policies, model, _SHEET_KEEP if keep is None else keep, merge_ratio)
             explained = {name: _explained(client, request, trim, f"{out}", name) for name, trim in trims.items()}
             page = draw_contact_sheet(picture, explained, tile_size=model.tile_size, question=text)
     page.save(out, _FORMATS[out.suffix.lower()])

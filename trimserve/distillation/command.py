@@ -18,8 +18,11 @@ if TYPE_CHECKING:
 
 __all__ = ["train_compressor"]
 
+_WITHOUT_EFFECT = ("adapter", "codebook", "compressor", "guide_model", "k_ratio", "merge_ratio")
+"""Knobs: the teacher is the untrimmed base model."""
 
-@with_knobs("model")
+
+@with_knobs("model", without=_WITHOUT_EFFECT)
 def train_compressor(
     method: Annotated[str, typer.Option(help="Policy that is to learn.")],
     data: Annotated[Path, typer.Option(help="JSONL file: image and question on each line; answers are not asked for.")],
@@ -51,8 +54,7 @@ def train_compressor(
     questions = load_questions(data, need_answers=False)
     if num_threads is not None:
         torch.set_num_threads(num_threads)
-    others = {"codebook": None, "guide_model": None, "compressor": ()}
-    model = load_model(config.model.model_copy(update=others), config.engine)
+    model = load_model(config.model, config.engine)
     torch.manual_seed(seed)
     student = _student(method, rows, model)
     features = config.model.intermediate_features

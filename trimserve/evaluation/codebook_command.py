@@ -13,11 +13,14 @@ from trimserve.knobs import with_knobs
 
 __all__ = ["build", "codebook"]
 
+_WITHOUT_EFFECT = ("adapter", "codebook", "compressor", "guide_model", "k_ratio", "merge_ratio")
+"""Knobs: what is redundant is asked of the untrimmed base model."""
+
 codebook = typer.Typer(no_args_is_help=True, help="Make what the policy `codebook` needs.")
 
 
 @codebook.command()
-@with_knobs("model")
+@with_knobs("model", without=_WITHOUT_EFFECT)
 def build(
     data: Annotated[Path, typer.Option(help="JSONL file: image and question on each line; answers are not asked for.")],
     out: Annotated[Path, typer.Option(help="File to write, in safetensors.")],
@@ -49,8 +52,7 @@ def build(
     questions = load_questions(data, limit=limit, need_answers=False)
     if num_threads is not None:
         torch.set_num_threads(num_threads)
-    # The environment may name the codebook that this one replaces, and a guide.
-    model = load_model(config.model.model_copy(update={"codebook": None, "guide_model": None}), config.engine)
+    model = load_model(config.model, config.engine)
     with progress("questions", len(questions)) as advance:
         found = find_prototypes(
             model,

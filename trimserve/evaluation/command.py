@@ -183,10 +183,6 @@ def _answerer(
 ) -> Iterator["Answerer"]:
     """A server, or a model in this process."""
     is_served = connection.address is not None
-    if is_served and config != ModelConfig():
-        raise typer.BadParameter(
-            "--address excludes --model, --device, --dtype, --quantize, --codebook, --compressor and --guide-model"
-        )
     name, with_adapter = adapter_of(adapter, Config(model=config), is_served=is_served)
     if is_served:
         from trimserve.evaluation.served import Served

@@ -17,7 +17,6 @@ from PIL import (
     GifImagePlugin,
     JpegImagePlugin,
     PngImagePlugin,
-    TiffImagePlugin,
     WebPImagePlugin,
 )
 from PIL import Image as PilImage
@@ -27,6 +26,7 @@ from PIL.ImageFile import ImageFile
 
 from trimserve.errors import InvalidRequest
 from trimserve.imaging.png import SIGNATURE, without_metadata
+from trimserve.imaging.tiff import WHITE_IS_ZERO, TiffFile
 
 __all__ = ["Decode", "ImageReader", "Pixels", "decode_image", "decode_pixels"]
 
@@ -43,7 +43,7 @@ _FORMATS: Final[dict[str, type[ImageFile]]] = {
     "WebP": WebPImagePlugin.WebPImageFile,
     "GIF": GifImagePlugin.GifImageFile,
     "BMP": BmpImagePlugin.BmpImageFile,
-    "TIFF": TiffImagePlugin.TiffImageFile,
+    "TIFF": TiffFile,
 }
 
 _TURNS: Final = {
@@ -63,15 +63,6 @@ _LAST_COMES_FIRST: Final = {3, 4, 7, 8}
 
 _BAND_PIXELS: Final = 2**20
 """Converted at a time: beside the stored pixels and the result there is no third copy of the image."""
-
-_WHITE_IS_ZERO: Final = 0
-# Pillow reads grey of 12 and 16 bits as it is stored, white-is-zero too, which it lists only for one byte order.
-for _order, _fill, _bits, _modes in (
-    (TiffImagePlugin.II, 1, 12, ("I;16", "I;12")),
-    (TiffImagePlugin.II, 2, 16, ("I;16", "I;16R")),
-    (TiffImagePlugin.MM, 1, 16, ("I;16B", "I;16B")),
-):
-    TiffImagePlugin.OPEN_INFO.setdefault((_order, _WHITE_IS_ZERO, (1,), _fill, (_bits,), ()), _modes)
 
 # Pillow warns about odd metadata in a client's file, for which an operator can do nothing. Once for the
 # process: `warnings.catch_warnings` is not thread-safe.
@@ -148,6 +139,7 @@ def _open(data: bytes, field: str, max_pixels: int) -> tuple[str, ImageFile]:
     if not data:
         raise InvalidRequest(field, "must be an image file, got 0 bytes")
     content = without_metadata(data) if data.startswith(SIGNATURE) else data
+    other = f"got {len(data)} bytes of something else"
     # Not `PIL.Image.open`: it compares the size with a bound that only the process as a whole can set.
     for name, image_class in _FORMATS.items():
         _, accepts = PilImage.OPEN[str(image_class.format)]
@@ -157,7 +149,9 @@ def _open(data: bytes, field: str, max_pixels: int) -> tuple[str, ImageFile]:
             image = image_class(io.BytesIO(content))
         except MemoryError:
             raise
-        except SyntaxError:  # Pillow's way of saying: not this format
+        except SyntaxError as error:  # Pillow's way of saying: not this format, or a kind of it that it does not know
+            if accepts is not None:
+                other = f"got a {name} file of {len(data)} bytes that cannot be read: {error}"
             continue
         except (PilImage.DecompressionBombError, PilImage.DecompressionBombWarning) as error:
             raise InvalidRequest(field, f"must have at most {max_pixels} pixels: {error}") from error
@@ -169,7 +163,7 @@ def _open(data: bytes, field: str, max_pixels: int) -> tuple[str, ImageFile]:
             raise InvalidRequest(field, f"must have at most {max_pixels} pixels, got {size}")
         return name, image
     formats = ", ".join(_FORMATS)
-    raise InvalidRequest(field, f"must be an image file ({formats}), got {len(data)} bytes of something else")
+    raise InvalidRequest(field, f"must be an image file ({formats}), {other}")
 
 
 def _orientation(image: Image) -> int:
@@ -183,16 +177,16 @@ def _orientation(image: Image) -> int:
 def _is_inverted(image: ImageFile) -> bool:
     """Whether a TIFF stores white as zero in a way that Pillow does not turn into black is zero."""
     return (
-        isinstance(image, TiffImagePlugin.TiffImageFile)
+        isinstance(image, TiffFile)
         and image.mode.startswith("I;16")
-        and image.tag_v2.get(ExifTag.PhotometricInterpretation) == _WHITE_IS_ZERO
+        and image.tag_v2.get(ExifTag.PhotometricInterpretation) == WHITE_IS_ZERO
     )
 
 
 def _make_opaque(image: ImageFile) -> None:
     """Drop an alpha of nothing but zeros where it may be padding: in a BMP, and in a TIFF that does not declare it."""
     is_declared = not isinstance(image, BmpImagePlugin.BmpImageFile)
-    if isinstance(image, TiffImagePlugin.TiffImageFile):
+    if isinstance(image, TiffFile):
         is_declared = ExifTag.ExtraSamples in image.tag_v2
     if image.mode == "RGBA" and not is_declared and image.getchannel("A").getextrema()[1] == 0:
         image.putalpha(255)
@@ -221,7 +215,7 @@ def _most_value(image: Image) -> int | None:
         least, most = values.min(), values.max()
         if least < 0 or most > 65535:
             raise ValueError(f"integer pixels must be in [0, 65535], got {least} to {most}")
-    if isinstance(image, TiffImagePlugin.TiffImageFile) and image.tag_v2.get(ExifTag.BitsPerSample) == (12,):
+    if isinstance(image, TiffFile) and image.tag_v2.get(ExifTag.BitsPerSample) == (12,):
         return 4095
     return 65535
 
