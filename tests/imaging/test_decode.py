@@ -154,7 +154,7 @@ REFUSED = [
         r"must be an image file \(PNG, JPEG, .*\), got 28 bytes of something else",
     ),
     (encode(gradient(2000, 1000)), r"must have at most 1000000 pixels, got 2000 x 1000 = 2000000"),
-    (png(0, 4, 8, 2, b""), "of something else"),
+    (png(0, 4, 8, 2, b""), "a PNG file of 65 bytes that cannot be read"),
     (encode(Image.new("F", (4, 4), 0.5), "TIFF"), "floating-point pixels have no defined white"),
     (
         encode(Image.new("I", (4, 4), 70000), "TIFF"),
