@@ -18,6 +18,7 @@ from transformers.models.mllama.image_processing_pil_mllama import get_all_suppo
 import trimserve
 from trimserve.errors import CheckpointError
 from trimserve.model.formats.table import check_method
+from trimserve.model.geometry import check_geometry
 from trimserve.model.hub import snapshot
 from trimserve.model.json_object import read_json
 from trimserve.model.stored_tensors import StoredTensor, has_weights, stored_tensors
@@ -221,6 +222,7 @@ def _read_config(folder: Path) -> MllamaConfig:
     if not isinstance(vision.image_size, int) or not isinstance(vision.patch_size, int):
         sides = f"{vision.image_size} and {vision.patch_size}"
         raise CheckpointError(f"{file}: image_size and patch_size must be the side of a square, got {sides}")
+    check_geometry(file, config)
     expected = [list(ratio) for ratio in get_all_supported_aspect_ratios(vision.max_num_tiles)]
     if vision.supported_aspect_ratios != expected:
         raise CheckpointError(

@@ -1,0 +1,49 @@
+"""Numbers of a config.json that no model can have are refused by name, whoever would have stumbled over them."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trimserve.config import EngineConfig, ModelConfig
+from trimserve.errors import CheckpointError
+from trimserve.model.loading import describe_model, embedded_model_folder
+
+
+@pytest.mark.parametrize(
+    ("part", "field", "value", "message"),
+    [
+        ("text_config", "hidden_size", 0, "hidden_size must be at least 1, got 0"),
+        ("text_config", "num_attention_heads", 0, "num_attention_heads must be at least 1, got 0"),
+        ("text_config", "num_attention_heads", 7, "hidden_size must be a multiple of num_attention_heads, 7"),
+        ("text_config", "num_key_value_heads", 0, "num_key_value_heads must be at least 1, got 0"),
+        ("text_config", "num_key_value_heads", 3, "num_attention_heads must be a multiple of num_key_value_heads, 3"),
+        ("text_config", "num_hidden_layers", 0, "num_hidden_layers must be at least 1, got 0"),
+        ("text_config", "vocab_size", -1, "vocab_size must be at least 1, got -1"),
+        ("text_config", "max_position_embeddings", 0, "max_position_embeddings must be at least 1, got 0"),
+        ("text_config", "cross_attention_layers", [], "must be different layers of"),
+        ("text_config", "cross_attention_layers", [1, 1], "must be different layers of"),
+        ("text_config", "cross_attention_layers", [99], "must be different layers of"),
+        ("text_config", "cross_attention_layers", [-1], "must be different layers of"),
+        ("vision_config", "patch_size", 0, "patch_size must be at least 1, got 0"),
+        ("vision_config", "patch_size", 13, "image_size must be a multiple of patch_size, 13"),
+        ("vision_config", "attention_heads", 0, "attention_heads must be at least 1, got 0"),
+        ("vision_config", "intermediate_layers_indices", [99], "must be different layers of"),
+        (None, "image_token_index", -1, "image_token_index must be at least 0, got -1"),
+    ],
+)
+def test_what_no_model_can_have_is_refused_by_its_name(
+    tmp_path: Path, part: str | None, field: str, value: Any, message: str
+) -> None:
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(embedded_model_folder(), folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    config = json.loads((folder / "config.json").read_text())
+    (config if part is None else config[part])[field] = value
+    (folder / "config.json").unlink()
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"/config\.json: ") as caught:
+        describe_model(ModelConfig(model=str(folder)), EngineConfig())
+    assert part is None or f"{part}." in str(caught.value)
+    assert message in str(caught.value)

@@ -1,0 +1,75 @@
+"""Whether the numbers of a config.json describe a model that can be: told before anything is built of them."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from transformers import MllamaConfig
+
+from trimserve.errors import CheckpointError
+
+__all__ = ["check_geometry"]
+
+_COUNTS: Final[Mapping[str, tuple[str, ...]]] = {
+    "text_config": (
+        "hidden_size",
+        "intermediate_size",
+        "max_position_embeddings",
+        "num_attention_heads",
+        "num_hidden_layers",
+        "num_key_value_heads",
+        "vocab_size",
+    ),
+    "vision_config": (
+        "attention_heads",
+        "hidden_size",
+        "image_size",
+        "intermediate_size",
+        "max_num_tiles",
+        "num_hidden_layers",
+        "patch_size",
+    ),
+}
+_MULTIPLES: Final = (
+    ("text_config", "hidden_size", "num_attention_heads"),
+    ("text_config", "num_attention_heads", "num_key_value_heads"),
+    ("vision_config", "hidden_size", "attention_heads"),
+    ("vision_config", "image_size", "patch_size"),
+)
+
+
+def check_geometry(file: Path, config: MllamaConfig) -> None:
+    """Refuse what no model can have.
+
+    Args:
+        file: that the config was read from, for the error.
+        config: of a checkpoint.
+    Raises:
+        CheckpointError: names the field.
+    """
+    for complaint in _complaints(config):
+        raise CheckpointError(f"{file}: {complaint}")
+
+
+def _complaints(config: Any) -> Iterator[str]:
+    for part, names in _COUNTS.items():
+        for name in names:
+            if (value := getattr(getattr(config, part), name)) < 1:
+                yield f"{part}.{name} must be at least 1, got {value}"
+    for part, name, divisor in _MULTIPLES:
+        whole, each = (getattr(getattr(config, part), field) for field in (name, divisor))
+        if whole % each:
+            yield f"{part}.{name} must be a multiple of {divisor}, {each}, got {whole}"
+    text, vision = config.text_config, config.vision_config
+    yield from _places("text_config.cross_attention_layers", text.cross_attention_layers, text.num_hidden_layers)
+    yield from _places(
+        "vision_config.intermediate_layers_indices", vision.intermediate_layers_indices, vision.num_hidden_layers
+    )
+    if config.image_token_index < 0:
+        yield f"image_token_index must be at least 0, got {config.image_token_index}"
+
+
+def _places(name: str, layers: list[int] | None, num_layers: int) -> Iterator[str]:
+    layers = layers or []
+    if not layers or len({*layers}) < len(layers) or min(layers) < 0 or max(layers) >= num_layers:
+        yield f"{name} must be different layers of {num_layers}, at least one, got {layers}"
