@@ -1,10 +1,10 @@
 // headwise_scores of bfloat16 and float16, on tensor cores: the same two passes as headwise_scores.cu.
 //   q [T, H, Dh]   k [N, Hkv, Dh]   visibility [T, 2] int32   scores [H, N] float32; Dh at most kMaxHeadDim
 //
-//   A warp holds 32 rows in registers, queries in the first pass and keys in the second, and multiplies them by tiles of
-//   64 of the others, which all warps of the block share and which are copied to shared memory while those before are
-//   used. So what is added up, the sum of a row or the score of a feature, stays with a warp. Products are exact, sums
-//   float32. A product adds up components in any order, so a thread takes 8 that lie together, 16 bytes, for the places
+//   A warp holds 32 rows in registers, queries in the first pass and keys in the second, and multiplies them by tiles
+//   of 64 of the others, which all warps of the block share and which are copied to shared memory while those before
+//   are used. So what is added up, the sum of a row or the score of a feature, stays with a warp. Products are exact,
+//   sums float32. A product adds up components in any order, so a thread takes 8 that lie together, 16 bytes, for the places
 //   of two products that are its own: fragments are loaded as they lie, without conflicts between banks.
 
 #include <cuda_pipeline.h>
@@ -90,7 +90,8 @@ __device__ void copy_rows(const Rows<T>& rows, std::int64_t first, Tile<kPanels>
   __pipeline_commit();
 }
 
-// Of the block's rows from `first` on: held[p][i] of row 8 i + lane / 4 of the warp's, panel p. Both tiles are free then.
+// Of the block's rows from `first` on: held[p][i] of row 8 i + lane / 4 of the warp's, panel p. Both tiles are free
+// then.
 template <typename T, int kPanels>
 __device__ void hold(const Rows<T>& rows, std::int64_t first, Tile<kPanels> (&tiles)[2],
                      uint4 (&held)[kPanels][kParts]) {

@@ -1,8 +1,8 @@
 // write_kv, gather_kv: store positions' keys and values in their pages.
 //   keys, values [N, Hkv, Dh], each head contiguous   kept, slots [R] int64   pages [P, G, 2, Hkv, 16, Dh], one layer
 //   Row kept[r], or r, goes to page slots[r] / 16, offset slots[r] % 16. A thread copies the same unit of each of its
-//   rows, 16 bytes or what alignment allows, so it works out once where that lies; blocks take a part of a row. Bound by
-//   memory bandwidth.
+//   rows, 16 bytes or what alignment allows, so it works out once where that lies; blocks take a part of a row. Bound
+//   by memory bandwidth.
 
 #include "alignment.h"
 #include "launchers.h"

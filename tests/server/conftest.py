@@ -64,6 +64,7 @@ REQUEST_MESSAGES = (
     "TrimOptions",
     "Budget",
     "PolicyParameters",
+    "LookAgain",
 )
 
 Field = tuple[FieldDescriptorProto, str]
@@ -76,6 +77,7 @@ def said() -> dict[str, Field]:
     (file,) = (file for file in descriptors() if file.name.endswith("generation.proto"))
     text = comments(file)
     owners = {"GenerateRequest": "", "SamplingParams": "sampling.", "TrimOptions": "trim.", "Budget": "trim.budget."}
+    owners |= {"LookAgain": "trim.look_again."}
     return {
         owners.get(message.name, f"{message.name}.") + field.name: (field, text[4, index, 2, place])
         for index, message in enumerate(file.message_type)
