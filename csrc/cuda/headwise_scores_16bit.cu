@@ -4,8 +4,8 @@
 //   A warp holds 32 rows in registers, queries in the first pass and keys in the second, and multiplies them by tiles
 //   of 64 of the others, which all warps of the block share and which are copied to shared memory while those before
 //   are used. So what is added up, the sum of a row or the score of a feature, stays with a warp. Products are exact,
-//   sums float32. A product adds up components in any order, so a thread takes 8 that lie together, 16 bytes, for the places
-//   of two products that are its own: fragments are loaded as they lie, without conflicts between banks.
+//   sums float32. A product adds up components in any order, so a thread takes 8 that lie together, 16 bytes, for the
+//   places of two products that are its own: fragments are loaded as they lie, without conflicts between banks.
 
 #include <cuda_pipeline.h>
 
