@@ -91,7 +91,7 @@ def test_policies_are_explained_side_by_side_at_equal_counts(address: str, tmp_p
     assert [line.split(": ")[0] for line in told.splitlines()] == ["cls", "fastv"]
     refused = CliRunner().invoke(app, [*map(str, ("explain", *question, "--policies", "all", "--policy", "cls"))])
     assert refused.exit_code == 2
-    assert "--policy excludes --policies" in refused.output
+    assert "--policies excludes --policy" in refused.output
 
 
 @pytest.mark.parametrize(("ending", "format_"), [("png", "PNG"), ("JPG", "JPEG"), ("webp", "WEBP")])

@@ -49,7 +49,7 @@ TRIMSERVE_INLINE void multiply(const typename Operands::Stored* x, std::int64_t 
       });
     };
     const auto step = [&](std::int64_t k) TRIMSERVE_INLINE_LAMBDA {
-      if (kRows > 1 && ahead) {
+      if (ahead) {
         unrolled<kAtOnce>([&](auto c) TRIMSERVE_INLINE_LAMBDA {
           __builtin_prefetch(ahead + (kFirst + c) * num_inputs + k);
         });
@@ -78,7 +78,7 @@ TRIMSERVE_INLINE void multiply_tile(const LinearArgs& args, std::int64_t row, st
   const std::int64_t num_columns = std::min<std::int64_t>(kColumns, args.num_outputs - column);
   const auto* const x = static_cast<const typename Operands::Stored*>(args.x) + row * args.x_stride;
   const auto* const weight = static_cast<const Weight*>(args.weight) + column * args.num_inputs;
-  const bool has_next = is_first && column + 2 * kColumns <= args.num_outputs;
+  const bool has_next = kRows > 1 && is_first && column + 2 * kColumns <= args.num_outputs;
   typename Operands::Floats sums[kWidth];
   multiply<kWidth, Operands, kRows>(x, args.x_stride, num_rows, weight, num_columns, args.num_inputs,
                                     has_next ? weight + kColumns * args.num_inputs : nullptr, sums);

@@ -79,7 +79,7 @@ TRIMSERVE_INLINE void add_tile(const Part& part, const std::byte* elements, cons
                                          std::int64_t num_inputs) TRIMSERVE_INLINE_LAMBDA {
     unrolled<kRows * kColumns>([&](auto i) TRIMSERVE_INLINE_LAMBDA {
       products[i] = typename Math::Sums{};
-      if constexpr (Unit::kIsInt4) products[i][0] = heads[i / kColumns].first;
+      if constexpr (Unit::kIsInt4) Math::begin(products[i], heads[i / kColumns].first);
     });
     unrolled<kUnits>([&](auto) TRIMSERVE_INLINE_LAMBDA { add_unit(); });
     if constexpr (kUnits == 0) {

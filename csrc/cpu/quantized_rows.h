@@ -19,7 +19,7 @@ inline std::int64_t rows_of_tile(std::int64_t num_rows) { return num_rows >= 4 ?
 // Of a row and a group of its inputs.
 template <typename Math>
 struct Head {
-  typename Math::Number first;  // int4: -8 times the inputs' sum, with which the group's sum begins
+  typename Math::Number first;  // int4: a lane's share of what the group's sum begins with
   float scale;                  // WordMath: of the inputs
 };
 
@@ -74,7 +74,7 @@ TRIMSERVE_INLINE void pack_group(const float* values, std::int64_t num_units, st
   }
   typename Math::Number sum = 0;
   for (std::int64_t i = 0; i < count; ++i) sum += rounded[i];
-  head = {-8 * sum, scale};
+  head = {Math::shared(sum), scale};
   for (std::int64_t unit = 0; unit < num_units; ++unit) {
     unrolled<Unit::kInputs / Math::kInputs>([&](auto r) TRIMSERVE_INLINE_LAMBDA {
       constexpr auto kFactor = static_cast<Element>(Unit::factor(r));

@@ -23,6 +23,13 @@ struct FloatMath {
   static constexpr int kInputs = kWidth;     // of a register
   static constexpr bool kHasScales = false;  // of the rows' blocks
 
+  // What the sums of int4 weights begin with: -8 times the inputs' sum, shared out. In a single lane it would be added
+  // up along all of K before it cancels, and cost the accuracy of inputs whose mean is not 0.
+  TRIMSERVE_INLINE static Number shared(Number sum) { return -8 * sum / kWidth; }
+  TRIMSERVE_INLINE static void begin(Sums& sums, Number shared) {
+    const Sums all = Sums{} + shared;
+    sums = all;
+  }
   TRIMSERVE_INLINE static void add(Sums& sums, const Register& x, const Register& w) { sums += x * w; }
   TRIMSERVE_INLINE static void to_floats(typename Simd<kWidth>::Floats& floats, const Sums& sums) {
     floats = sums;
@@ -41,6 +48,17 @@ struct WordMath {
   static constexpr int kInputs = 2 * kWidth;
   static constexpr bool kHasScales = true;
 
+  // As of FloatMath, to whole numbers: in every other one of 16 lanes.
+  TRIMSERVE_INLINE static Number shared(Number sum) { return kWidth == 4 ? -2 * sum : -sum; }
+  TRIMSERVE_INLINE static void begin(Sums& sums, Number shared) {
+    const Sums all = Sums{} + shared;
+    if constexpr (kWidth == 16) {
+      const Sums every_other = {-1, 0, -1, 0, -1, 0, -1, 0, -1, 0, -1, 0, -1, 0, -1, 0};
+      sums = all & every_other;
+    } else {
+      sums = all;
+    }
+  }
   TRIMSERVE_INLINE static void add(Sums& sums, const Register& x, const Register& w) {
 #ifdef __x86_64__
     // Both instructions in one asm: of additions that it sees, GCC 12 makes trees of more sums than registers hold.

@@ -15,8 +15,7 @@ namespace trimserve::cuda {
 
 // Adds to d [16, 8] the product of a [16, 16] and b [16, 8], on tensor cores; all lanes of the warp take part. Each
 // register of a and b has two elements. Lane 4 g + c holds, of
-//   a: rows g, g + 8, g, g + 8, at columns 2 c and 2 c + 1 of the left half, of it again, of the right half, of it
-//      again
+//   a: rows g and g + 8 of the left half, then of the right half, at columns 2 c and 2 c + 1 of the half
 //   b: column g, at rows 2 c and 2 c + 1 of the upper half, of the lower half
 //   d: row g at columns 2 c and 2 c + 1, row g + 8 at the same
 // Source: PTX ISA, "Matrix Fragments for mma.m16n8k16 with floating point type".

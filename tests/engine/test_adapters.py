@@ -10,9 +10,11 @@ from pydantic import ByteSize
 from tests.engine.driving import LONG, Gate, collect, running, text, tokens
 from tests.engine.fake_model import FakeModel, request
 from tests.patience import until
+from trimserve.api.adapter import AdapterInfo
 from trimserve.api.chunks import GenerationChunk
 from trimserve.config import EngineConfig
 from trimserve.engine import engine
+from trimserve.engine.adapters import Adapters
 from trimserve.engine.runner import Runner
 from trimserve.errors import AdapterError, AdapterExists, EngineStopped, OutOfMemory, UnknownAdapter
 from trimserve.executor.local import LocalExecutor
@@ -41,6 +43,28 @@ async def test_a_request_may_name_what_is_loaded_and_nothing_else() -> None:
             await collect(runner, MINE)
         with pytest.raises(UnknownAdapter):
             await runner.unload_adapter("mine")
+
+
+async def test_a_request_takes_what_it_has_again_while_that_is_being_unloaded() -> None:
+    adapters = Adapters()
+
+    async def read() -> AdapterInfo:
+        return AdapterInfo("mine", "some/folder", NUM_BYTES, 4, (), changes_image_features=False)
+
+    async def forget() -> None:
+        assert adapters.loaded()[0].num_requests == 0
+
+    await adapters.load("mine", read)
+    adapters.take("mine")
+    unloading = asyncio.create_task(adapters.unload("mine", forget))
+    await until(lambda: adapters.loaded()[0].is_unloading)
+    with pytest.raises(UnknownAdapter, match="adapter 'mine' is being unloaded"):
+        adapters.take("mine")
+    adapters.take("mine", is_held=True)
+    for _ in range(2):
+        assert not unloading.done()
+        adapters.give_back("mine")
+    await unloading
 
 
 async def test_unloading_waits_for_the_requests_that_have_it_and_refuses_new_ones() -> None:

@@ -31,6 +31,8 @@ from trimserve.model.loading import describe_model, embedded_model_folder
         ("vision_config", "patch_size", 13, "image_size must be a multiple of patch_size, 13"),
         ("vision_config", "attention_heads", 0, "attention_heads must be at least 1, got 0"),
         ("vision_config", "intermediate_layers_indices", [99], "must be different layers of"),
+        ("vision_config", "num_channels", 4, "num_channels must be 3, got 4"),
+        ("vision_config", "vision_output_dim", 7, "vision_output_dim must be "),
         (None, "image_token_index", -1, "image_token_index must be at least 0, got -1"),
     ],
 )

@@ -59,6 +59,16 @@ def test_rows_are_multiplied_with_every_row_of_the_weight(op: Callable[..., Tens
     assert op(x, weight.to(torch.int8), torch.tensor([10.0, 0.5])).tolist() == [[10, 4], [0, 0]]
 
 
+@pytest.mark.parametrize("num_rows", [1, 3])
+def test_int4_sums_keep_their_accuracy_where_inputs_have_a_mean(num_rows: int) -> None:
+    x, weight, scales = draw(num_rows, 32, 8192, form="int4")
+    assert scales is not None
+    x += 1
+    exact = reference.linear(x.double(), weight, scales)
+    terms = x.double().square() @ reference.unpack_int4(weight, scales, 8192).square().T
+    assert float(((linear(x, weight, scales) - exact).abs() / terms.sqrt()).median()) < 1e-6
+
+
 @pytest.mark.parametrize("op", [linear, reference.linear])
 def test_halves_of_bytes_are_weights_plus_8_times_the_scale_of_their_group(op: Callable[..., Tensor]) -> None:
     x = torch.zeros(2, 34)

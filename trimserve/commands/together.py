@@ -47,7 +47,7 @@ _RULES: Mapping[str, Collection[_Rule]] = {
         _Rule("--by", needs="--calibrate"),
         _Rule("--by", needs="--keep"),
     ),
-    "explain": (_Rule("--policies", excludes="--policy"), _Rule("--policies", excludes="--k-ratio")),
+    "explain": (_Rule("--policy", excludes="--policies"), _Rule("--k-ratio", excludes="--policies")),
 }
 """Beside what holds for all commands: knobs are of a server of one's own, and a token is for another one."""
 

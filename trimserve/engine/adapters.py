@@ -59,14 +59,17 @@ class Adapters:
             if entry.info is not None
         )
 
-    def take(self, name: str) -> None:
+    def take(self, name: str, *, is_held: bool = False) -> None:
         """A request that has it begins.
 
+        Args:
+            name: of the adapter.
+            is_held: whether the request has it already and takes it again, for which an unload waits.
         Raises:
             UnknownAdapter: it is not loaded.
         """
         entry = self._entry(name)
-        if entry.unloading is not None:
+        if entry.unloading is not None and not is_held:
             raise UnknownAdapter(f"adapter {name!r} is being unloaded")
         entry.num_requests += 1
         entry.has_none.clear()

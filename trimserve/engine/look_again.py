@@ -130,9 +130,9 @@ def _num_images(prompt: Prompt) -> int:
 
 
 def _glance(request: GenerationRequest) -> GenerationRequest:
-    """The first pass: one token, which nobody sees, and what was kept."""
+    """The first pass: one token, which nobody sees, and what was kept; a constraint is refused before it, not after."""
     trim = replace(request.trim, return_selection=True)
-    return replace(request, sampling=SamplingParams(max_new_tokens=1), trim=trim, num_choices=1, constraint=None)
+    return replace(request, sampling=SamplingParams(max_new_tokens=1), trim=trim, num_choices=1)
 
 
 def _closer(request: GenerationRequest, region: Region) -> GenerationRequest:

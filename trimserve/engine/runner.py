@@ -80,7 +80,7 @@ class Runner:
         """Why no request is taken now; None when they are."""
         self._ready_at: float | None = None
         self._death: asyncio.Future[BaseException]
-        self._is_alive = True
+        self._is_alive, self._is_ending = True, False
         self._streams: set[Stream] = set()
         self._is_idle = asyncio.Event()
         self._is_idle.set()
@@ -217,6 +217,7 @@ class Runner:
         self._adapters.close()
         with suppress(TimeoutError):
             await asyncio.wait_for(self._is_idle.wait(), grace_seconds)
+        self._is_ending = True
         self._end(tuple(self._streams), lambda: EngineStopped("the engine stopped before the request ended"))
         self._command(self._leave)
         await asyncio.to_thread(self._join)
@@ -248,18 +249,17 @@ class Runner:
             self._close(stream)
 
     def _open(self, request: GenerationRequest, deadline: float | None, came_at: float | None = None) -> Stream:
+        if self._is_ending:  # a second pass would be a stream that nobody ends
+            raise EngineStopped(str(self._refusal))
         num_live = sum(stream.state is not SequenceState.ENDED for stream in self._streams)
         if came_at is None and num_live >= self._config.max_batch + self._config.max_queue:
-            raise EngineBusy(
-                f"{num_live} requests run or wait: the queue of {self._config.max_queue} (max_queue) is full"
-            )
+            queue = f"the queue of {self._config.max_queue} (max_queue) is full"
+            raise EngineBusy(f"{num_live} requests run or wait: {queue}")
         stream = Stream.of(request, time.monotonic() if came_at is None else came_at)
-        sink = partial(self._outbox.put, stream)
-        stream.preparation = self._loaded.preparation(
-            request, sink, stream.submitted_at, deadline, partial(self._workers.images_taken, stream)
-        )
+        sink, images_taken = partial(self._outbox.put, stream), partial(self._workers.images_taken, stream)
+        stream.preparation = self._loaded.preparation(request, sink, stream.submitted_at, deadline, images_taken)
         if request.adapter is not None:
-            self._adapters.take(request.adapter)
+            self._adapters.take(request.adapter, is_held=came_at is not None)
             stream.adapter = request.adapter
         self._streams.add(stream)
         self._is_idle.clear()
@@ -323,7 +323,7 @@ class Runner:
             return
         self._refusal = died = "the engine died"  # why is the operator's business
         self._death.set_result(error)
-        self._is_alive = False
+        self._is_alive, self._is_ending = False, True
         self._end(tuple(self._streams), lambda: EngineStopped(died))
 
     def _join(self) -> None:

@@ -61,10 +61,18 @@ def _complaints(config: Any) -> Iterator[str]:
         if whole % each:
             yield f"{part}.{name} must be a multiple of {divisor}, {each}, got {whole}"
     text, vision = config.text_config, config.vision_config
+    if (head := text.hidden_size // text.num_attention_heads) % 2:
+        yield f"text_config.hidden_size over num_attention_heads must be even, got {head}"
+    if vision.num_channels != 3:
+        yield f"vision_config.num_channels must be 3, got {vision.num_channels}"
     yield from _places("text_config.cross_attention_layers", text.cross_attention_layers, text.num_hidden_layers)
     yield from _places(
         "vision_config.intermediate_layers_indices", vision.intermediate_layers_indices, vision.num_hidden_layers
     )
+    width = vision.hidden_size * (1 + len(vision.intermediate_layers_indices))
+    if vision.vision_output_dim != width:
+        made = "hidden_size of the last layer and of each of intermediate_layers_indices"
+        yield f"vision_config.vision_output_dim must be {width}, {made}, got {vision.vision_output_dim}"
     if config.image_token_index < 0:
         yield f"image_token_index must be at least 0, got {config.image_token_index}"
 

@@ -64,7 +64,8 @@ class Admission:
             case TokenDelta():
                 self._rates.spend(self.caller, "tokens_per_minute", len(chunk.token_ids))
             case Started():
-                self._rates.spend(self.caller, "tokens_per_minute", chunk.num_prompt_tokens)
+                num_passes = 1 if chunk.looked_at is None else 2
+                self._rates.spend(self.caller, "tokens_per_minute", num_passes * chunk.num_prompt_tokens)
                 self.release_message()
 
     def check_priority(self, priority: int) -> None:
