@@ -56,6 +56,7 @@ def with_connection(otherwise: str) -> Callable[[Command], Command]:
     }
 
     def decorate(command: Command) -> Command:
+        """Give a command the options."""
         parameters = []
         for name, (kind, option) in options.items():
             option.rich_help_panel = _PANEL

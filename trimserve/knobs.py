@@ -35,6 +35,7 @@ def with_knobs(*sections: str, without: Collection[str] = ()) -> Callable[[Comma
     knobs = [knob for section in sections for knob in _knobs(section) if knob.name not in without]
 
     def config(values: Mapping[str, Any]) -> Config:
+        """The config, of an environment without unknown variables."""
         _refuse_unknown_variables()
         return _config(values)
 

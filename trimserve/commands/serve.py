@@ -37,6 +37,7 @@ def serve(*, config: Config) -> None:
     describe_model(config.model, config.engine)  # refuses a bad checkpoint before anything listens
 
     def announce(serving: "Server") -> None:
+        """Say where it listens, once it does."""
         metrics = f"metrics on {serving.metrics_address}"
         ready = f"ready after {time.monotonic() - begin:.1f} s"
         http = f", HTTP on {serving.http_address}" if serving.http_address else ""

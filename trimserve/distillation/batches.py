@@ -55,6 +55,7 @@ def batch_of(lessons: Lessons, numbers: Sequence[int], device: torch.device) -> 
     lesson_of = [torch.full((len(tiles),), index) for index, tiles in enumerate(images)]
 
     def padded(of: list[Tensor]) -> Tensor:
+        """Rows of different lengths as one tensor, zeros behind the shorter ones."""
         return pad_sequence(of, batch_first=True).to(device)
 
     pairs = [*zip(chosen, rows, strict=True)]

@@ -88,6 +88,7 @@ class _Asked:
 
     @classmethod
     def of(cls, model: Mllama, pool: OwnPages, prompt: PreparedPrompt, image: int, encoded: EncodedImage) -> "_Asked":
+        """A prompt that is to be answered, with room for its longest answer."""
         info, num_prompt = model.info, len(prompt.token_ids)
         most = min(info.max_model_len - num_prompt, info.generation_defaults.max_new_tokens, MAX_ANSWER)
         kv = pool.key_values(num_prompt + most, encoded.num_features)
@@ -95,19 +96,23 @@ class _Asked:
 
     @property
     def first_seeing(self) -> int:
+        """The first row that sees the image."""
         assert self.rows.vision is not None
         [(first, _, _, _)] = self.rows.vision.visible_runs()
         return first
 
     @property
     def said(self) -> Tensor:
+        """Log-probabilities of the answer, float16 [tokens, vocab_size]."""
         return torch.stack(self.logprobs)
 
     def take(self, logits: Tensor) -> None:
+        """Note the log-probabilities of logits [vocab_size], and take the likeliest token."""
         self.logprobs.append(logits.log_softmax(dim=-1).half())
         self.answer.append(int(logits.argmax()))
 
     def has_ended(self, ends: frozenset[int]) -> bool:
+        """Whether the answer is whole, or as long as it may be."""
         return self.answer[-1] in ends or len(self.answer) >= self.most_tokens
 
 

@@ -297,6 +297,7 @@ class Runner:
         is_gone: asyncio.Future[None] = self._loop.create_future()
 
         def forget() -> None:
+            """In the engine's thread."""
             engine.unload_adapter(name)
             call_on(self._loop, partial(settle, is_gone, None))
 

@@ -98,6 +98,7 @@ def find_parameters(
     """
 
     def gain(probe: Tried) -> float:
+        """What is to be large."""
         return probe.similarity if measure == "cosine" else -probe.divergence
 
     known = POLICIES[trim.policy].describe().parameters

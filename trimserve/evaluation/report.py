@@ -240,9 +240,11 @@ class _Table:
 
     @property
     def kinds(self) -> list[str]:
+        """All kinds of questions, and each of them."""
         return list(self._where)
 
     def row(self, column: int, setting: _Setting, kind: str) -> Row:
+        """What a setting achieves on a kind."""
         where, is_right = self._where[kind], self._is_right[:, column]
         return Row(
             **setting._asdict(),
@@ -255,6 +257,7 @@ class _Table:
         )
 
     def advantage(self, column: int, policy: str, other: int, over: _Setting, kind: str) -> Advantage:
+        """What a policy gains over another setting on a kind."""
         gain = self._is_right[:, column] - self._is_right[:, other]
         return Advantage(
             policy=policy,
@@ -286,6 +289,7 @@ def _commit() -> str | None:
     """The commit of the checkout that this file belongs to; None for an installed package."""
 
     def git(*arguments: str) -> str:
+        """What git prints, without white space around it."""
         command = ["git", "-C", str(Path(__file__).parent), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 

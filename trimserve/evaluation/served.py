@@ -62,6 +62,7 @@ class Served:
         runs = ((question, trim) for question in questions for trim in settings)
 
         def ask(run: tuple[Question, TrimRequest]) -> pb.GenerateResponse:
+            """Ask the server a question under a setting."""
             return self._client.generate(_request(*run, max_new_tokens, self._adapter))
 
         with ThreadPoolExecutor(self._concurrency) as pool:

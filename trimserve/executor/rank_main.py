@@ -31,6 +31,7 @@ def main() -> None:
     end_with_parent(parent)
 
     def reply(message: object) -> None:
+        """Send rank 0 a message."""
         connection.send_bytes(pickle.dumps(message, pickle.HIGHEST_PROTOCOL))
 
     try:

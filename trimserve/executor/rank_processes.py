@@ -132,6 +132,7 @@ class RankProcesses:
         outcome: Future[T] = Future()
 
         def fail(error: BaseException) -> None:
+            """Make an error the outcome, if there is none yet."""
             with suppress(InvalidStateError):
                 outcome.set_exception(error)
 

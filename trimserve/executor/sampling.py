@@ -224,6 +224,7 @@ def _filter(logits: Tensor, params: Sequence[SamplingParams], num_candidates: in
     is_short: Tensor | None = None
 
     def cut_top_p(scores: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+        """Cut, and note whether the candidates were too few."""
         nonlocal is_short
         scores, is_short = _cut_top_p(scores, params, num_candidates)
         return scores

@@ -152,6 +152,7 @@ def start_ranks(
         processes.tell([Done()] * len(others))
 
         def load() -> tuple[RankGroup, Mllama]:
+            """Join the ranks, and load this one's share."""
             group = join(setup, own.info, limits.step_timeout_seconds, processes.connections)
             return group, load_model(config, limits, decode, group)
 
