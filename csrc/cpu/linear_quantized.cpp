@@ -78,8 +78,9 @@ TRIMSERVE_INLINE void add_tile(const Part& part, const std::byte* elements, cons
   const auto add_group = [&]<int kUnits>(std::integral_constant<int, kUnits>,
                                          std::int64_t num_inputs) TRIMSERVE_INLINE_LAMBDA {
     unrolled<kRows * kColumns>([&](auto i) TRIMSERVE_INLINE_LAMBDA {
-      products[i] = typename Math::Sums{};
-      if constexpr (Unit::kIsInt4) Math::begin(products[i], heads[i / kColumns].first);
+      typename Math::Sums first = {};
+      if constexpr (Unit::kIsInt4) Math::begin(first, heads[i / kColumns].first);
+      products[i] = first;
     });
     unrolled<kUnits>([&](auto) TRIMSERVE_INLINE_LAMBDA { add_unit(); });
     if constexpr (kUnits == 0) {
