@@ -11,7 +11,7 @@
 
 namespace trimserve::cpu {
 
-constexpr std::int64_t kFewRows = 16;
+constexpr std::int64_t kFewRows = 48;
 constexpr int kFewColumns = 3;
 constexpr int kTilesAhead = 2;
 

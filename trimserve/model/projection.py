@@ -16,14 +16,14 @@ from trimserve.model.weights import fused_scales, fused_weight
 
 __all__ = ["Projection", "projection_of"]
 
-_MOST_ROWS: Final = {torch.float32: math.inf, torch.float16: 512, torch.bfloat16: 16}
+_MOST_ROWS: Final = {torch.float32: math.inf, torch.float16: 512, torch.bfloat16: 48}
 """Up to so many rows `ops.linear` is taken on a CPU: it was faster there than torch, whose bfloat16 products catch up
 (`benchmarks/results/ops.json`, with rows up to these and, of bfloat16, beyond)."""
 
 _BLOCK: Final = 512
 """Rows, see `Projection.row_by_row`."""
 
-_MANY: Final = 17
+_MANY: Final = 49
 """Rows from which on `ops.linear` multiplies in one way, whatever the weights are."""
 
 

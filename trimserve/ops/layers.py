@@ -20,7 +20,7 @@ def linear(x: Tensor, weight: Tensor, scales: Tensor | None = None) -> Tensor:
     """Multiply rows with a weight.
 
     A row's result does not depend on the other rows or on the number of threads, to the last bit, among calls of up to
-    16 rows and among those of more; with int8 or int4 weights of up to 15. Of bfloat16 rows and weights the number does
+    48 rows and among those of more; with int8 or int4 weights of up to 15. Of bfloat16 rows and weights the number does
     not matter where the machine has no products of bfloat16 pairs. Strided rows are read in place.
 
     Args:
