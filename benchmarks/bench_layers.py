@@ -13,10 +13,11 @@ from typing import Any, Final
 import numpy as np
 
 from benchmarks.held_out import held_out
-from benchmarks.ours import UNTRIMMED, encoded, prepared
+from benchmarks.ours import UNTRIMMED, encoded
 from benchmarks.report import Columns, command_line, finish, tabulated
 from trimserve.api.trim import FixedRatio, TrimRequest
 from trimserve.config import EngineConfig, ModelConfig
+from trimserve.evaluation.in_process import prepare_question
 from trimserve.evaluation.metrics import is_match
 from trimserve.evaluation.pages import OwnPages
 from trimserve.evaluation.report import UNTRIMMED_POLICY, variant
@@ -97,7 +98,7 @@ def main() -> None:
     measured: list[list[tuple[bool, list[int]]]] = [[] for _ in settings]
     with held_out(arguments.questions) as questions:
         for question in questions:
-            prompt = prepared(model, question)
+            prompt = prepare_question(model, question)
             images = encoded(model, prompt)
             for trim, found in zip(settings, measured, strict=True):
                 text, rows = _answer(model, prompt, images, TrimPlan.of(trim))

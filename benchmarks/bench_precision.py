@@ -16,13 +16,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.held_out import bootstrap_of, held_out, is_right
-from benchmarks.ours import UNTRIMMED, encoded, prepared, recommended
+from benchmarks.ours import UNTRIMMED, encoded, recommended
 from benchmarks.report import Columns, command_line, finish, noted, precision, tabulated
 from trimserve.api.trim import TrimRequest
 from trimserve.config import Dtype, EngineConfig, ModelConfig, Quantize
 from trimserve.evaluation.answers import Answer
 from trimserve.evaluation.dataset import Question
-from trimserve.evaluation.in_process import InProcess
+from trimserve.evaluation.in_process import InProcess, prepare_question
 from trimserve.evaluation.metrics import kl_divergence
 from trimserve.evaluation.pages import OwnPages
 from trimserve.model.interruptible import run_through
@@ -72,7 +72,7 @@ def _first_tokens(model: Mllama, questions: Sequence[Question], trim: TrimReques
     info = model.info
     pool = OwnPages(info, info.max_model_len * (info.self_kv_bytes_per_token + info.cross_kv_bytes_per_feature))
     for question in questions:
-        prompt = prepared(model, question)
+        prompt = prepare_question(model, question)
         images = encoded(model, prompt)
         kv = pool.key_values(len(prompt.token_ids), sum(image.num_features for image in images))
         logits = run_through(model.prefill(prompt, images, TrimPlan.of(trim), kv)).logits

@@ -15,7 +15,6 @@ from trimserve.api.info import ModelInfo
 from trimserve.api.prompt import ChatPrompt, ImageFile, Message, Text
 from trimserve.api.trim import TrimRequest
 from trimserve.config import EngineConfig, ModelConfig
-from trimserve.evaluation.dataset import Question
 from trimserve.evaluation.pages import OwnKeyValues, OwnPages
 from trimserve.model.interruptible import run_through
 from trimserve.model.loading import load_model
@@ -34,7 +33,6 @@ __all__ = [
     "Setting",
     "chat",
     "encoded",
-    "prepared",
     "recommended",
 ]
 
@@ -75,11 +73,6 @@ def recommended(info: ModelInfo, max_kept_fraction: float | None = None) -> Trim
     return TrimRequest(
         k_ratio=info.default_k_ratio, merge_ratio=info.default_merge_ratio, max_kept_fraction=max_kept_fraction
     )
-
-
-def prepared(model: Mllama, question: Question) -> PreparedPrompt:
-    """A held-out question."""
-    return model.prepare(chat(question.text, question.image.read_bytes()))
 
 
 def encoded(model: Mllama, prompt: PreparedPrompt) -> list[EncodedImage]:
