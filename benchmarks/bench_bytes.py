@@ -201,7 +201,7 @@ def _table_of_model(model: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Command line."""
+    """Measure and write."""
     arguments = command_line(__doc__, "bytes.json", bench_model=BENCH_MODEL, threads=1, quick=False)
     models: list[dict[str, Any]] = []
     for name in MODELS[:1] if arguments.quick else MODELS:

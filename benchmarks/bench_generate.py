@@ -9,7 +9,7 @@ full canvas; its step is timed with the cache that grows and sdpa, and with a st
 floor of a step is the larger of the bytes of weights, keys and values over the read bandwidth and of the products over
 the rate of products (`floor.py`); a step and a read of much memory take turns.
 
-Logits are compared first. Writes `report.json` and `generate.png`; the last line of standard output is the report.
+Logits are compared first. Writes `report.json` and `generate.png`.
 """
 
 import io
@@ -99,8 +99,7 @@ def _ours(plan: _Plan, variant: _Variant) -> Iterator[Row]:
         row = {"engine": "trimserve", **variant._asdict(), "setting": name}
         row |= {"prompt_tokens": len(asked.prompt.token_ids), "cross_rows": asked.cross_rows}
         for phase in phases(asked, (), plan.timed) if variant.quantize == "none" else ():
-            if (name, phase["phase"]) != ("default", "vision"):  # whose image is that of `off`
-                yield row | phase
+            yield row | phase
         read, read_bytes = stream("read")
         for batch in plan.batches:
             taken, reading = time_in_turns([asked.step(batch), read], plan.seconds)
@@ -227,7 +226,7 @@ def _step(row: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Command line."""
+    """Measure and write."""
     arguments = command_line(__doc__, "generate", bench_model=BENCH_MODEL, threads=1, quick=False)
     if arguments.quick:
         folder, few = embedded_model_folder(), _VARIANTS[:3]

@@ -9,7 +9,7 @@ long as for four. Heads of random weights agree on nothing, so `default` is capp
 (`max_kept_fraction`). Each sequence of a batch has pages of its own. The floor of a decode step is the bytes of
 weights, keys and values that it reads over the bandwidth of reading, measured here.
 
-Logits are compared first. Writes `gpu.json` after each row; the last line of standard output is the report.
+Logits are compared first. Writes `gpu.json` after each row.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -195,7 +195,7 @@ def _config(geometry: str) -> MllamaConfig:
 
 
 def main() -> None:
-    """Command line."""
+    """Measure and write."""
     arguments = command_line(
         __doc__, "", geometry=("11b", "bench"), device=("cuda", "cpu"), seconds=1.0, threads=torch.get_num_threads()
     )

@@ -65,7 +65,7 @@ def _all(threads: ThreadPoolExecutor, prepare: Prepare, files: list[bytes]) -> N
 
 
 def main() -> None:
-    """Command line; the last line of standard output is the report as one JSON document."""
+    """Measure and write."""
     arguments = command_line(__doc__, "images.json", quick=False)
     rounds, rounds_at_once = (5, 2) if arguments.quick else (30, 40)
     limits = Limits(EngineConfig().max_image_pixels)

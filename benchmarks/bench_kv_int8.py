@@ -4,7 +4,7 @@
 
 Steps are those of an untrimmed question about four tiles, in bfloat16; the two ways take turns, and the ratio has the
 95 % interval of the median of the pairs. Answers are greedy, untrimmed and with the trimming that the checkpoint
-recommends, in float32, and counted when not a letter changes. The last line of standard output is the report.
+recommends, in float32, and counted when not a letter changes.
 """
 
 from collections.abc import Sequence

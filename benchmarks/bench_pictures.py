@@ -11,7 +11,7 @@
   stand the paper's rule, which drops, and both controls. `calibrated` is the k_ratio that `trimserve eval --calibrate`
   finds without knowing what is right.
 
-No times are measured: a busy machine does no harm.
+The embedded model is asked where no other is named. No times are measured: a busy machine does no harm.
 """
 
 from collections.abc import Iterator, Sequence

@@ -4,8 +4,7 @@
 
 Every question is answered untrimmed and with the trimming that the checkpoint recommends, by the model in every
 precision. Beside exact matches, with intervals over images, stands how far the distribution of the first token is from
-that of float32: KL(float32 || this) in nats, and how often the likeliest token is the same. The last line of standard
-output is the report.
+that of float32: KL(float32 || this) in nats, and how often the likeliest token is the same.
 """
 
 from collections.abc import Iterator, Sequence
@@ -95,7 +94,7 @@ def table(report: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Command line."""
+    """Measure and write."""
     arguments = command_line(__doc__, "precision.json", threads=1, questions=1000)
     with held_out(arguments.questions) as questions:
         rows = _measure(questions)

@@ -128,7 +128,7 @@ def _compared(ours: Callable[[], Tensor], theirs: Callable[[], Tensor], num_pair
 
 @torch.inference_mode()
 def main() -> None:
-    """Command line; the last line of standard output is the report as one JSON document."""
+    """Measure and write."""
     arguments = command_line(__doc__, "prefill.json", bench_model=BENCH_MODEL, quick=False)
     num_rows, num_pairs, num_turns = (64, 2, 3) if arguments.quick else (2048, 5, 30)
     layer: list[dict[str, Any]] = []

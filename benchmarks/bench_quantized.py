@@ -5,7 +5,7 @@
 A step is that of one sequence which holds a question about an image of one tile; a prefill is that of so many text
 tokens. Steps, prefills and a read of a large tensor take turns, so that what else the machine does slows all of them.
 Floors: the bytes of weights over the bandwidth of reading; and the products over the rate of products whose weights lie
-in the cache, by torch or by `ops.linear`, whichever is faster. The last line of standard output is the report.
+in the cache, by torch or by `ops.linear`, whichever is faster.
 """
 
 from collections.abc import Callable
@@ -105,7 +105,7 @@ def table(report: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Command line."""
+    """Measure and write."""
     arguments = command_line(__doc__, "quantized.json", threads=1, bench_model=BENCH_MODEL, runs=40)
     folder = bench_model(arguments.bench_model)
     rows = [row for dtype in _DTYPES for row in measure(folder, dtype, arguments.runs)]

@@ -6,8 +6,7 @@ Writes the checkpoint first if it is not there (20 GiB). One server after anothe
 1 GiB of KV and bfloat16 elsewhere: seconds until it is loaded and warmed up, peak of resident memory, first token of a
 question about a new image of one tile and about the same image again, and the time between the tokens of answers. The
 floor of a decode step is the bytes of weights that it reads over the bandwidth of reading by as many threads. That is
-measured before and after each answer, while the server rests: others may use the same memory. The last line of standard
-output is the report.
+measured before and after each answer, while the server rests: others may use the same memory.
 """
 
 import argparse
@@ -106,7 +105,7 @@ def table(report: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Command line."""
+    """Measure and write."""
     options = {"model": REAL_SIZE_MODEL, "quantize": ["int8", "int4"], "tokens": 24, "threads": 2}
     arguments = command_line(__doc__, "real_size.json", **options)
     if not (arguments.model / "model.safetensors.index.json").exists():

@@ -319,7 +319,7 @@ def _cells(load: dict[str, Any]) -> list[str]:
 
 
 def main() -> None:
-    """Command line."""
+    """Measure and write."""
     arguments = command_line(__doc__, "serve", bench_model=BENCH_MODEL, models=[*MODELS], rival_venv=None, quick=False)
     models = []
     for name in arguments.models:

@@ -82,7 +82,7 @@ def _measure(
 
 
 def main() -> None:
-    """Command line; the last line of standard output is the report as one JSON document."""
+    """Measure and write."""
     arguments = command_line(__doc__, "slices.json", bench_model=BENCH_MODEL, models=[*MODELS], quick=False)
     num_running, num_newcomers = (2, 1) if arguments.quick else (8, 3)
     models: dict[str, list[dict[str, Any]]] = {}

@@ -3,8 +3,7 @@
     python -m benchmarks.bench_vision [--runs 3] [--layers 4] [--threads 1 2] [--out FILE]
 
 One image of one tile and one of four, in float32 and in bfloat16; the ratio has the 95 % interval of the median of the
-pairs that were timed in turn. The weights are random. Outputs are compared first. The last line of standard output is
-the report.
+pairs that were timed in turn. The weights are random. Outputs are compared first.
 """
 
 from functools import reduce

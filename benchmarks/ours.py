@@ -48,7 +48,6 @@ _SLACK: Final = 1.1  # of the pool: pages are whole
 class Setting:
     """A question about an image."""
 
-    name: str
     side: int
     """Tiles along each side of the image."""
     is_trimmed: bool
@@ -58,9 +57,7 @@ class Setting:
         return draw_picture(random.Random(0), self.side * tile_size)
 
 
-SETTINGS: Final = {
-    each.name: each for each in (Setting("off", 2, False), Setting("default", 2, True), Setting("one_tile", 1, True))
-}
+SETTINGS: Final = {"off": Setting(2, False), "default": Setting(2, True), "one_tile": Setting(1, True)}
 
 
 def chat(question: str, *images: bytes) -> ChatPrompt:

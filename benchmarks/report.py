@@ -46,7 +46,7 @@ _HELP: Final = {
     "out": "where the report goes",
     "threads": "of one op",
     "bench_model": "folder; written if it is not there",
-    "model": "folder of a checkpoint; the embedded model if it is not given",
+    "model": "folder of a checkpoint",
     "quick": "little of everything, to see whether it works",
     "questions": "how many",
     "pairs": "measured of both sides in turn, at least 2",
@@ -60,10 +60,14 @@ def command_line(doc: str | None, out: str, **defaults: Any) -> argparse.Namespa
     Args:
         doc: of the benchmark.
         out: default of `--out`, in `RESULTS`.
-        defaults: of its other options: False is a switch, a list several values, a tuple a choice whose first is the
-            default, None a text or nothing.
+        defaults: of its other options: False is a switch, a list several values, texts if it is empty; a tuple a
+            choice whose first is the default; None a text or nothing.
     """
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=doc,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="The last line of standard output is the report.",
+    )
     for name, default in {"out": RESULTS / out, **defaults}.items():
         how: dict[str, Any] = {"default": default, "type": type(default)}
         if default is None:
@@ -71,7 +75,7 @@ def command_line(doc: str | None, out: str, **defaults: Any) -> argparse.Namespa
         elif default is False:
             how = {"action": "store_true"}
         elif isinstance(default, list):
-            how = {"default": default, "type": type(default[0]), "nargs": "+"}
+            how = {"default": default, "type": type(default[0]) if default else str, "nargs": "+"}
         elif isinstance(default, tuple):
             how = {"default": default[0], "choices": default}
         elif isinstance(default, Path):
