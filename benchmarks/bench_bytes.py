@@ -10,7 +10,8 @@ cross-attention alike. The figures are bytes, not times, so the machine need not
 
 import asyncio
 import random
-from functools import partial
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any, Final
 
 from benchmarks.load import Item, Kind, picture_of
@@ -53,54 +54,68 @@ _MORE_TOKENS: Final = 64
 """Beyond those that are asked for, so that a request still runs when its account is asked for."""
 
 
-async def _account(model: UnderTest, max_new_tokens: int, num_threads: int) -> dict[str, Any]:
+class _Account:
     """What is known of one model; all figures are bytes or counts."""
-    info = load_model(ModelConfig(model=str(model.checkpoint)), EngineConfig(max_images=_MAX_IMAGES)).info
-    items = {name: _item(name, info.tile_size) for name in _CASES}
-    targets = {
-        layout: partial(GrpcTarget, max_new_tokens=max_new_tokens, trim=model.trim(is_on=is_on))
-        for layout, is_on in _OURS.items()
-    }
-    with Transformers(model.checkpoint, num_threads=num_threads, max_new_tokens=max_new_tokens) as rival:
-        caches = {name: await rival.cache_bytes(item) for name, item in items.items()}
-    requests: dict[str, Any] = {name: {"bytes": {}} for name in items}
-    with running_server(model.checkpoint, num_threads=num_threads, flags=("--max-images", _MAX_IMAGES)) as server:
-        for layout, connected in targets.items():
-            async with connected(server.address) as target:
-                for name, item in items.items():
-                    requests[name]["bytes"][layout], started = await _held(target, item)
+
+    def __init__(self, model: UnderTest, max_new_tokens: int, num_threads: int) -> None:
+        self._model = model
+        self._options = {"num_threads": num_threads, "max_new_tokens": max_new_tokens}
+        self._info = load_model(ModelConfig(model=str(model.checkpoint)), EngineConfig(max_images=_MAX_IMAGES)).info
+        self._items = {name: _item(name, self._info.tile_size) for name in _CASES}
+
+    async def run(self) -> dict[str, Any]:
+        """Everything, as plain data."""
+        info, requests = self._info, await self._requests()
+        kv_bytes = _PEERS_AT_ONCE * requests["four_tiles"]["bytes"]["transformers"]["total"]
+        return {
+            "model": self._model.name,
+            "dtype": info.dtype,
+            "k_ratio": info.default_k_ratio,
+            "merge_ratio": info.default_merge_ratio,
+            "max_kept_fraction": self._model.max_kept_fraction,
+            "max_new_tokens": self._options["max_new_tokens"],
+            "prefill_scratch_bytes": prefill_scratch_bytes(info),
+            "requests": requests,
+            "at_once": {
+                "kv_bytes": kv_bytes,
+                **{name: await self._at_once(name, requests[name]["bytes"], kv_bytes) for name in _COUNTED},
+            },
+        }
+
+    async def _requests(self) -> dict[str, Any]:
+        found: dict[str, Any] = {name: {"bytes": {}} for name in self._items}
+        with Transformers(self._model.checkpoint, **self._options) as rival:
+            caches = {name: await rival.cache_bytes(item) for name, item in self._items.items()}
+        for layout in _OURS:
+            async with self._serving(layout) as target:
+                for name, item in self._items.items():
+                    found[name]["bytes"][layout], started = await _held(target, item)
                     if layout == "trimserve":
-                        requests[name] |= _features(started, caches[name], requests[name]["bytes"][layout])
-    for name, request in requests.items():
-        num_positions = request["num_prompt_tokens"] + max_new_tokens
-        request["bytes"]["transformers"] = _bytes(caches[name].self_attention, caches[name].cross)
-        request["bytes"]["sglang_layout"] = sglang_bytes(info, len(_CASES[name]), num_positions)
-    kv_bytes, scratch = (
-        _PEERS_AT_ONCE * requests["four_tiles"]["bytes"]["transformers"]["total"],
-        prefill_scratch_bytes(info),
-    )
-    at_once: dict[str, Any] = {"kv_bytes": kv_bytes}
-    for name in _COUNTED:
-        fits = {layout: kv_bytes // each["total"] for layout, each in requests[name]["bytes"].items()}
-        at_once[name] = {layout: fits[layout] for layout in ("transformers", "sglang_layout")}
-        for layout, connected in targets.items():
-            most = 2 * fits[layout] + 2  # half an answer takes no less than half of the pages
-            flags = ["--kv-cache-bytes", kv_bytes + scratch, "--max-images", _MAX_IMAGES, "--max-batch", most]
-            flags += ["--prefill-slice-seconds", _ALL_AT_ONCE_SECONDS]
-            with running_server(model.checkpoint, num_threads=num_threads, flags=flags) as server:
-                async with connected(server.address) as target:
-                    at_once[name][layout] = await _num_at_once(target, items[name], most)
-    return {
-        "model": model.name,
-        "dtype": info.dtype,
-        "k_ratio": info.default_k_ratio,
-        "merge_ratio": info.default_merge_ratio,
-        "max_kept_fraction": model.max_kept_fraction,
-        "max_new_tokens": max_new_tokens,
-        "prefill_scratch_bytes": scratch,
-        "requests": requests,
-        "at_once": at_once,
-    }
+                        found[name] |= _features(started, caches[name], found[name]["bytes"][layout])
+        for name, request in found.items():
+            num_positions = request["num_prompt_tokens"] + self._options["max_new_tokens"]
+            request["bytes"]["transformers"] = _bytes(caches[name].self_attention, caches[name].cross)
+            request["bytes"]["sglang_layout"] = sglang_bytes(self._info, len(_CASES[name]), num_positions)
+        return found
+
+    async def _at_once(self, name: str, of_one: dict[str, dict[str, int]], kv_bytes: int) -> dict[str, int]:
+        found = {layout: kv_bytes // of_one[layout]["total"] for layout in ("transformers", "sglang_layout")}
+        pool = kv_bytes + prefill_scratch_bytes(self._info)
+        for layout in _OURS:
+            most = 2 * (kv_bytes // of_one[layout]["total"]) + 2  # half an answer takes no less than half of the pages
+            flags = ("--kv-cache-bytes", pool, "--max-batch", most, "--prefill-slice-seconds", _ALL_AT_ONCE_SECONDS)
+            async with self._serving(layout, *flags) as target:
+                found[layout] = await _num_at_once(target, self._items[name], most)
+        return found
+
+    @asynccontextmanager
+    async def _serving(self, layout: str, *flags: object) -> AsyncIterator[GrpcTarget]:
+        tokens, threads = self._options["max_new_tokens"], self._options["num_threads"]
+        flags = ("--max-images", _MAX_IMAGES, *flags)
+        with running_server(self._model.checkpoint, num_threads=threads, flags=flags) as server:
+            trim = self._model.trim(is_on=_OURS[layout])
+            async with GrpcTarget(server.address, max_new_tokens=tokens, trim=trim) as target:
+                yield target
 
 
 async def _held(target: GrpcTarget, item: Item) -> tuple[dict[str, int], pb.Started]:
@@ -206,7 +221,7 @@ def main() -> None:
     models: list[dict[str, Any]] = []
     for name in MODELS[:1] if arguments.quick else MODELS:
         model, tokens = under_test(name, arguments.bench_model), 32 if arguments.quick else 128
-        noted(models, asyncio.run(_account(model, tokens, arguments.threads)))
+        noted(models, asyncio.run(_Account(model, tokens, arguments.threads).run()))
     finish(arguments, {"models": models})
 
 
