@@ -70,7 +70,7 @@ verify-load: build  ## ten minutes of two hundred streams: all come whole, and o
 	$(BIN)/python -m scripts.verify.load load
 
 verify-batch: build  ## `trimserve batch` is as fast as bare clients, and loses nothing when it is killed
-	$(BIN)/python -m benchmarks.bench_batch --out out/bench/batch.json
+	$(BIN)/python -m scripts.verify.batch --out out/bench/batch.json
 
 verify-training: build  ## the committed accuracies, from the committed weights
 	$(BIN)/python -m training.reproduce

@@ -10,22 +10,22 @@ cross-attention alike. The figures are bytes, not times, so the machine need not
 
 import asyncio
 import random
-import sys
-from collections.abc import Sequence
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any, Final
 
-from benchmarks.models import MODELS, UnderTest, under_test
-from benchmarks.report import finish, markdown, options, origin, size
+from benchmarks.load import Item, Kind, picture_of
+from benchmarks.models import BENCH_MODEL, MODELS, UnderTest, under_test
+from benchmarks.report import command_line, finish, markdown, noted, origin, size
 from benchmarks.rival import CacheBytes, Transformers
-from benchmarks.service import GrpcTarget, Held, running_server
-from benchmarks.workload import Item, Kind, picture_of
+from benchmarks.service import GrpcTarget, running_server
 from trimserve.api.info import ModelInfo
 from trimserve.config import EngineConfig, ModelConfig
 from trimserve.engine.memory import prefill_scratch_bytes
 from trimserve.model.loading import load_model
 from trimserve.v1 import generation_pb2 as pb
 
-__all__ = ["headline", "main", "saving", "sglang_bytes", "table"]
+__all__ = ["main", "sglang_bytes", "table"]
 
 _CASES: Final[dict[str, tuple[Kind, ...]]] = {
     "four_tiles": ("four_tiles",),
@@ -45,84 +45,126 @@ _LAYOUTS: Final = {
 _OURS: Final = {"trimserve": True, "trimserve_untrimmed": False}
 _COUNTED: Final = ("four_tiles", "one_tile")
 _QUESTION: Final = "What is in the image? Answer in one sentence and name every colour."
+_MAX_IMAGES: Final = max(map(len, _CASES.values()))
 _PEERS_AT_ONCE: Final = 8
 """Requests are counted in the bytes that so many requests with a 4-tile image take in transformers' caches."""
 _ALL_AT_ONCE_SECONDS: Final = 3600
 """A slice of prefill so long that whatever fits is in before the first decode step."""
+_MORE_TOKENS: Final = 64
+"""Beyond those that are asked for, so that a request still runs when its account is asked for."""
 
 
 class _Account:
-    """Measures one model."""
+    """What is known of one model; all figures are bytes or counts."""
 
     def __init__(self, model: UnderTest, max_new_tokens: int, num_threads: int) -> None:
-        self._model, self._max_new_tokens, self._num_threads = model, max_new_tokens, num_threads
-        self._limits = EngineConfig(max_images=max(map(len, _CASES.values())))
-        name = None if model.folder is None else str(model.folder)
-        self._info: ModelInfo = load_model(ModelConfig(model=name), self._limits).info
+        self._model = model
+        self._options = {"num_threads": num_threads, "max_new_tokens": max_new_tokens}
+        self._info = load_model(ModelConfig(model=str(model.checkpoint)), EngineConfig(max_images=_MAX_IMAGES)).info
         self._items = {name: _item(name, self._info.tile_size) for name in _CASES}
 
     async def run(self) -> dict[str, Any]:
-        """Everything, as plain data; all figures are bytes or counts."""
-        requests = await self._requests()
+        """Everything, as plain data."""
+        info, requests = self._info, await self._requests()
         kv_bytes = _PEERS_AT_ONCE * requests["four_tiles"]["bytes"]["transformers"]["total"]
-        at_once = {name: await self._at_once(name, requests[name]["bytes"], kv_bytes) for name in _COUNTED}
-        info = self._info
         return {
             "model": self._model.name,
             "dtype": info.dtype,
             "k_ratio": info.default_k_ratio,
             "merge_ratio": info.default_merge_ratio,
             "max_kept_fraction": self._model.max_kept_fraction,
-            "max_new_tokens": self._max_new_tokens,
+            "max_new_tokens": self._options["max_new_tokens"],
             "prefill_scratch_bytes": prefill_scratch_bytes(info),
             "requests": requests,
-            "at_once": {"kv_bytes": kv_bytes, **at_once},
+            "at_once": {
+                "kv_bytes": kv_bytes,
+                **{name: await self._at_once(name, requests[name]["bytes"], kv_bytes) for name in _COUNTED},
+            },
         }
 
     async def _requests(self) -> dict[str, Any]:
-        with Transformers(
-            self._model.checkpoint, num_threads=self._num_threads, max_new_tokens=self._max_new_tokens
-        ) as rival:
+        found: dict[str, Any] = {name: {"bytes": {}} for name in self._items}
+        with Transformers(self._model.checkpoint, **self._options) as rival:
             caches = {name: await rival.cache_bytes(item) for name, item in self._items.items()}
-        held: dict[str, dict[str, Held]] = {}
-        flags = ("--max-images", str(self._limits.max_images))
-        with running_server(self._model.folder, num_threads=self._num_threads, flags=flags) as server:
-            for layout, is_trimmed in _OURS.items():
-                async with self._target(server.address, is_trimmed=is_trimmed) as target:
-                    held[layout] = {name: await target.held(item) for name, item in self._items.items()}
-        return {name: self._request(name, held, caches[name]) for name in _CASES}
-
-    def _request(self, name: str, held: dict[str, dict[str, Held]], cache: CacheBytes) -> dict[str, Any]:
-        trimmed = held["trimserve"][name]
-        num_positions = trimmed.num_prompt_tokens + self._max_new_tokens
-        by_layout = {layout: _bytes(of[name].self_bytes, of[name].cross_bytes) for layout, of in held.items()}
-        by_layout["transformers"] = _bytes(cache.self_attention, cache.cross)
-        by_layout["sglang_layout"] = sglang_bytes(self._info, len(_CASES[name]), num_positions)
-        return {
-            "num_prompt_tokens": trimmed.num_prompt_tokens,
-            "features": _features(trimmed.images),
-            "bytes": by_layout,
-            "cross_bytes_over_transformers": round(trimmed.cross_bytes / cache.cross, 4) if cache.cross else None,
-        }
+        for layout in _OURS:
+            async with self._serving(layout) as target:
+                for name, item in self._items.items():
+                    found[name]["bytes"][layout], started = await _held(target, item)
+                    if layout == "trimserve":
+                        found[name] |= _features(started, caches[name], found[name]["bytes"][layout])
+        for name, request in found.items():
+            num_positions = request["num_prompt_tokens"] + self._options["max_new_tokens"]
+            request["bytes"]["transformers"] = _bytes(caches[name].self_attention, caches[name].cross)
+            request["bytes"]["sglang_layout"] = sglang_bytes(self._info, len(_CASES[name]), num_positions)
+        return found
 
     async def _at_once(self, name: str, of_one: dict[str, dict[str, int]], kv_bytes: int) -> dict[str, int]:
         found = {layout: kv_bytes // of_one[layout]["total"] for layout in ("transformers", "sglang_layout")}
-        for layout, is_trimmed in _OURS.items():
+        pool = kv_bytes + prefill_scratch_bytes(self._info)
+        for layout in _OURS:
             most = 2 * (kv_bytes // of_one[layout]["total"]) + 2  # half an answer takes no less than half of the pages
-            flags = {
-                "--kv-cache-bytes": kv_bytes + prefill_scratch_bytes(self._info),
-                "--max-images": self._limits.max_images,
-                "--max-batch": most,
-                "--prefill-slice-seconds": _ALL_AT_ONCE_SECONDS,
-            }
-            words = [str(word) for flag in flags.items() for word in flag]
-            with running_server(self._model.folder, num_threads=self._num_threads, flags=words) as server:
-                async with self._target(server.address, is_trimmed=is_trimmed) as target:
-                    found[layout] = await target.num_at_once(self._items[name], most)
+            flags = ("--kv-cache-bytes", pool, "--max-batch", most, "--prefill-slice-seconds", _ALL_AT_ONCE_SECONDS)
+            async with self._serving(layout, *flags) as target:
+                found[layout] = await _num_at_once(target, self._items[name], most)
         return found
 
-    def _target(self, address: str, *, is_trimmed: bool) -> GrpcTarget:
-        return GrpcTarget(address, max_new_tokens=self._max_new_tokens, trim=self._model.trim(is_on=is_trimmed))
+    @asynccontextmanager
+    async def _serving(self, layout: str, *flags: object) -> AsyncIterator[GrpcTarget]:
+        tokens, threads = self._options["max_new_tokens"], self._options["num_threads"]
+        flags = ("--max-images", _MAX_IMAGES, *flags)
+        with running_server(self._model.checkpoint, num_threads=threads, flags=flags) as server:
+            trim = self._model.trim(is_on=_OURS[layout])
+            async with GrpcTarget(server.address, max_new_tokens=tokens, trim=trim) as target:
+                yield target
+
+
+async def _held(target: GrpcTarget, item: Item) -> tuple[dict[str, int], pb.Started]:
+    """What a request holds by the server's account, when all tokens are there; the server has nothing else to do."""
+    num_tokens, started = 0, pb.Started()
+    stream = target.stream(item, _MORE_TOKENS)
+    async for event in stream:
+        num_tokens += len(event.delta.token_ids)
+        if event.HasField("started"):
+            started = event.started
+        elif num_tokens >= target.max_new_tokens:
+            break
+    status = await target.status()
+    stream.cancel()
+    assert status.num_running == 1, f"{status.num_running} requests run, one was asked about"
+    return _bytes(status.self_kv_bytes, status.cross_kv_bytes), started
+
+
+async def _num_at_once(target: GrpcTarget, item: Item, num_clients: int) -> int:
+    """How many of equal requests run at the same time; there are more clients than can."""
+    peak = 0
+
+    async def client() -> None:
+        """Go on until half of the answer is there, when whatever fits has come in, then look how many run."""
+        nonlocal peak
+        num_tokens = 0
+        async for event in target.stream(item):
+            num_tokens += len(event.delta.token_ids)
+            if num_tokens > target.max_new_tokens // 2:
+                break
+        status = await target.status()
+        assert status.num_waiting, f"{num_clients} clients are too few to fill the pool"
+        peak = status.num_running
+
+    clients = {asyncio.create_task(client()) for _ in range(num_clients)}
+    done, running = await asyncio.wait(clients, return_when=asyncio.FIRST_COMPLETED)
+    for task in running:
+        task.cancel()
+    await asyncio.gather(*done)
+    return peak
+
+
+def _features(started: pb.Started, cache: CacheBytes, held: dict[str, int]) -> dict[str, Any]:
+    kinds = ("padding", "valid", "kept", "merged")
+    return {
+        "num_prompt_tokens": started.num_prompt_tokens,
+        "features": {name: sum(getattr(image, f"{name}_features") for image in started.images) for name in kinds},
+        "cross_bytes_over_transformers": round(held["cross"] / cache.cross, 4) if cache.cross else None,
+    }
 
 
 def sglang_bytes(info: ModelInfo, num_images: int, num_positions: int) -> dict[str, int]:
@@ -141,11 +183,6 @@ def sglang_bytes(info: ModelInfo, num_images: int, num_positions: int) -> dict[s
 
 def _bytes(of_self: int, cross: int) -> dict[str, int]:
     return {"self": of_self, "cross": cross, "total": of_self + cross}
-
-
-def _features(images: Sequence[pb.ImageUsage]) -> dict[str, int]:
-    kinds = ("padding", "valid", "kept", "merged")
-    return {name: sum(getattr(image, f"{name}_features") for image in images) for name in kinds}
 
 
 def _item(name: str, tile_size: int) -> Item:
@@ -178,65 +215,14 @@ def _table_of_model(model: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
-def headline(of_bytes: dict[str, Any], of_trimming: dict[str, Any]) -> str:
-    """What trimming saves and costs, in a few lines of Markdown.
-
-    Args:
-        of_bytes: the report.
-        of_trimming: report of `trimserve eval` on the embedded model, of the budgets that it recommends, among others.
-    """
-    model, row, before = _exact_answers(of_bytes, of_trimming)
-    at_once = model["at_once"]["four_tiles"]
-    held = f"{_held(model, 'four_tiles'):.0%} for 4 tiles, {_held(model, 'one_tile'):.0%} for 1 tile"
-    counts = f"untrimmed {at_once['trimserve_untrimmed']}, transformers {at_once['transformers']}"
-    right = f"{row['accuracy']['value']:.1%}, untrimmed {before:.1%}"
-    return "\n".join(
-        [
-            "| saved and paid, embedded model | |\n|---|---|",
-            f"| cross-attention KV of an image, beside transformers' | {held} |",
-            f"| requests with a 4-tile image at once, in equal memory | {at_once['trimserve']}, {counts} |",
-            f"| exact answers to {row['num_questions']:,} held-out questions | {right} |",
-        ]
-    )
-
-
-def saving(of_bytes: dict[str, Any], of_trimming: dict[str, Any]) -> str:
-    """The same in one sentence; takes what `headline` takes."""
-    model, row, before = _exact_answers(of_bytes, of_trimming)
-    return (
-        f"An image of four tiles holds **{_held(model, 'four_tiles'):.0%}** of the cross-attention KV that it holds in "
-        f"transformers, and **{row['accuracy']['value']:.1%}** of {row['num_questions']:,} held-out questions are "
-        f"answered exactly; untrimmed, {before:.1%} are (embedded model)."
-    )
-
-
-def _held(model: dict[str, Any], request: str) -> float:
-    """Cross-attention KV of a request, as a share of what transformers holds for it."""
-    held = model["requests"][request]["bytes"]
-    return float(held["trimserve"]["cross"] / held["transformers"]["cross"])
-
-
-def _exact_answers(
-    of_bytes: dict[str, Any], of_trimming: dict[str, Any]
-) -> tuple[dict[str, Any], dict[str, Any], float]:
-    """The embedded model, the evaluation's row of its own setting, and the accuracy without trimming."""
-    [model] = [model for model in of_bytes["models"] if model["model"] == "embedded"]
-    setting = {"policy": "trimmed", "k_ratio": model["k_ratio"], "merge_ratio": model["merge_ratio"], "kind": "all"}
-    [row] = [row for row in of_trimming["rows"] if setting.items() <= row.items()]
-    return model, row, row["accuracy"]["value"] - row["accuracy_change"]["value"]
-
-
 def main() -> None:
-    """Command line."""
-    parser = options(__doc__, "bytes.json", threads=True, bench_model=True, quick=True)
-    arguments = parser.parse_args()
-    names, tokens = (MODELS[:1], 32) if arguments.quick else (MODELS, 128)
-    models = []
-    for name in names:
-        print(name, file=sys.stderr, flush=True)
-        account = _Account(under_test(name, arguments.bench_model), tokens, arguments.threads)
-        models.append(asyncio.run(account.run()))
-    finish("bytes", arguments.out, {"models": models}, arguments.threads)
+    """Measure and write."""
+    arguments = command_line(__doc__, "bytes.json", bench_model=BENCH_MODEL, threads=1, quick=False)
+    models: list[dict[str, Any]] = []
+    for name in MODELS[:1] if arguments.quick else MODELS:
+        model, tokens = under_test(name, arguments.bench_model), 32 if arguments.quick else 128
+        noted(models, asyncio.run(_Account(model, tokens, arguments.threads).run()))
+    finish(arguments, {"models": models})
 
 
 if __name__ == "__main__":

@@ -10,12 +10,10 @@ import json
 from statistics import median
 from typing import Final
 
-import torch
-
 from benchmarks.driven import Driven
-from benchmarks.measure import in_pairs, seconds_of
+from benchmarks.measure import medians, seconds_in_pairs
 from benchmarks.ours import chat
-from benchmarks.report import finish, options
+from benchmarks.report import command_line, finish
 from trimserve.api.constraint import Constraint, JsonSchema
 from trimserve.api.request import GenerationRequest
 from trimserve.api.sampling import SamplingParams
@@ -43,10 +41,10 @@ _SCHEMA: Final = {  # long enough that no answer is complete while it is measure
 def _round(model: Mllama, num_steps: int) -> tuple[float, float]:
     """Median seconds of a step of each engine."""
     engines = [_running(model, constraint) for constraint in (None, JsonSchema(json.dumps(_SCHEMA)))]
-    plain, constrained = (lambda _, step=engine.step: seconds_of(step) for engine in engines)
-    pairs = in_pairs(plain, constrained, num_steps)
+    plain, constrained = engines
+    pairs = seconds_in_pairs(plain.step, constrained.step, num_steps)
     assert all(driven.engine.has_work for driven in engines), "a request ended while it was measured"
-    return median(one for one, _ in pairs), median(other for _, other in pairs)
+    return medians(pairs, 6)
 
 
 def _running(model: Mllama, constraint: Constraint | None) -> Driven:
@@ -61,24 +59,20 @@ def _running(model: Mllama, constraint: Constraint | None) -> Driven:
 
 
 def main() -> None:
-    """Measure, write the report, print it as the last line."""
-    parser = options(__doc__, "constraints.json")
-    parser.add_argument("--steps", type=int, default=400, help="of each engine in a round")
-    parser.add_argument("--rounds", type=int, default=5)
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
+    """Measure and write."""
+    arguments = command_line(__doc__, "constraints.json", steps=400, rounds=5)
     model = load_model(ModelConfig(), EngineConfig())
     rounds = [_round(model, arguments.steps) for _ in range(arguments.rounds)]
-    plain, constrained = (median(times) for times in zip(*rounds, strict=True))
+    plain, constrained = medians(rounds, 6)
     figures = {
         "batch": _BATCH,
         "steps": arguments.steps,
-        "rounds": [{"plain_step_seconds": one, "constrained_step_seconds": other} for one, other in rounds],
+        "rounds": rounds,
         "plain_step_seconds": plain,
         "constrained_step_seconds": constrained,
-        "slowdown": median(other / one for one, other in rounds) - 1,
+        "slowdown": round(median(other / one for one, other in rounds) - 1, 4),
     }
-    finish("constraints", arguments.out, figures)
+    finish(arguments, figures)
 
 
 if __name__ == "__main__":

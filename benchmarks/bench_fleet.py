@@ -13,7 +13,7 @@ from collections.abc import Callable
 from statistics import median
 from typing import Any, Final
 
-from benchmarks.report import finish, markdown, options, origin
+from benchmarks.report import command_line, finish, markdown, origin
 from scripts.verify.envoy import envoy
 from scripts.verify.fleet_checks import calling, processor_seconds, request, until
 from scripts.verify.ray_serve import METADATA, Replicas, ray_serve, seconds_of_ray
@@ -65,10 +65,7 @@ def table(report: dict[str, Any]) -> str:
 
 def main() -> None:
     """Measure and write down."""
-    parser = options(__doc__, "fleet.json")
-    parser.add_argument("--haproxy", action="store_true", help="Ray's HAProxy mode")
-    parser.add_argument("--rounds", type=int, default=7, help="of each; default: %(default)s")
-    arguments = parser.parse_args()
+    arguments = command_line(__doc__, "fleet.json", haproxy=False, rounds=7)
     name = "ray_haproxy" if arguments.haproxy else "ray"
     with (
         server_process("--num-threads", "1") as server,
@@ -85,7 +82,7 @@ def main() -> None:
         found = asyncio.run(_measure(ways, arguments.rounds))
     before = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
     others = {key: value for key, value in before.items() if key.startswith("beside_")}
-    finish("fleet", arguments.out, {"model": "trimserve-tiny", "tokens": _TOKENS, **others, "beside_" + name: found})
+    finish(arguments, {"model": "trimserve-tiny", "tokens": _TOKENS, **others, "beside_" + name: found})
 
 
 if __name__ == "__main__":

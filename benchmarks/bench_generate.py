@@ -9,14 +9,11 @@ full canvas; its step is timed with the cache that grows and sdpa, and with a st
 floor of a step is the larger of the bytes of weights, keys and values over the read bandwidth and of the products over
 the rate of products (`floor.py`); a step and a read of much memory take turns.
 
-Logits are compared first. Writes `report.json` and `generate.png`; the last line of standard output is the report.
+Logits are compared first. Writes `report.json` and `generate.png`.
 """
 
-import argparse
 import io
-import sys
-from collections.abc import Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -26,15 +23,15 @@ from PIL import Image
 
 from benchmarks.floor import Floor, StepShape
 from benchmarks.measure import stream, time_calls, time_in_turns
-from benchmarks.models import bench_model, max_kept_fraction
-from benchmarks.ours import QUESTION, SETTINGS, Ours, Setting
-from benchmarks.report import INK, bare, finish, markdown, options, origin, precision
-from benchmarks.rival import Rival, cache_of
+from benchmarks.models import BENCH_MODEL, bench_model, max_kept_fraction
+from benchmarks.ours import QUESTION, SETTINGS, Asked, Ours, Setting
+from benchmarks.report import INK, bare, command_line, finish, markdown, noted, origin, precision
+from benchmarks.rival import Rival
 from tests.model.peer import Peer
 from trimserve.config import Dtype, Quantize
 from trimserve.model.loading import embedded_model_folder
 
-__all__ = ["main", "table"]
+__all__ = ["main", "phases", "table"]
 
 _LOGITS = 1e-2
 """By so much logits of a standard deviation of about 3 may differ in float32."""
@@ -80,6 +77,18 @@ class _Plan(NamedTuple):
     seconds: float = 1.0
     """Of every figure."""
 
+    def timed(self, call: Callable[[], Any]) -> dict[str, float]:
+        """Milliseconds of a call."""
+        return time_calls(call, self.seconds)
+
+
+def phases(asked: Asked | Rival, batches: Sequence[int], timed: Callable[[Callable[[], Any]], Any]) -> Iterator[Row]:
+    """What `timed` finds of a prompt's image, of reading it, and of a decode step for each batch."""
+    yield {"phase": "vision", "batch": 1, "ms": timed(asked.encode)}
+    yield {"phase": "prefill", "batch": 1, "ms": timed(asked.prefill)}
+    for batch in batches:
+        yield {"phase": "decode", "batch": batch, "ms": timed(asked.step(batch))}
+
 
 @torch.inference_mode()
 def _ours(plan: _Plan, variant: _Variant) -> Iterator[Row]:
@@ -89,26 +98,14 @@ def _ours(plan: _Plan, variant: _Variant) -> Iterator[Row]:
         asked = ours.ask(setting, plan.cap)
         row = {"engine": "trimserve", **variant._asdict(), "setting": name}
         row |= {"prompt_tokens": len(asked.prompt.token_ids), "cross_rows": asked.cross_rows}
-        if variant.quantize == "none" and name != "default":  # whose image is that of `off`
-            yield row | {"phase": "vision", "batch": 1, "ms": time_calls(asked.encode, plan.seconds)}
-        if variant.quantize == "none":
-            yield row | {"phase": "prefill", "batch": 1, "ms": time_calls(asked.prefill, plan.seconds)}
+        for phase in phases(asked, (), plan.timed) if variant.quantize == "none" else ():
+            yield row | phase
         read, read_bytes = stream("read")
         for batch in plan.batches:
             taken, reading = time_in_turns([asked.step(batch), read], plan.seconds)
             floor = Floor.of_step(shape, batch, asked.kv_bytes(batch), read_bytes / reading["median"] * 1e3)
-            yield row | {"phase": "decode", "batch": batch, "ms": taken, **_beside(floor, taken["median"])}
+            yield row | {"phase": "decode", "batch": batch, "ms": taken, **floor.beside(taken["median"])}
         asked.release()
-
-
-def _beside(floor: Floor, taken: float) -> Row:
-    return {
-        "bytes": floor.num_bytes,
-        "read_bytes_per_second": round(floor.num_bytes / floor.bytes_ms * 1e3),
-        "bytes_ms": round(floor.bytes_ms, 3),
-        "products_ms": round(floor.products_ms, 3),
-        "times_floor": round(taken / floor.ms, 3),
-    }
 
 
 @torch.inference_mode()
@@ -117,23 +114,20 @@ def _theirs(plan: _Plan, peer: Peer, dtype: Dtype) -> Iterator[Row]:
     for name in ("off", "one_tile"):  # `default` has the prompt of `off`
         rival = _rival(peer, SETTINGS[name])
         row = {"engine": "transformers", "dtype": dtype, "quantize": "none", "setting": name}
-        yield row | {"phase": "vision", "batch": 1, "ms": time_calls(rival.encode, plan.seconds)}
-        prefill = partial(rival.prefill, rival.encode())
-        yield row | {"phase": "prefill", "batch": 1, "ms": time_calls(prefill, plan.seconds)}
-        cache = cache_of(prefill())
-        for batch in plan.batches:
-            yield row | {"phase": "decode", "batch": batch, "ms": time_calls(rival.step(cache, batch), plan.seconds)}
+        for phase in phases(rival, plan.batches, plan.timed):
+            yield row | phase
         for batch in plan.compiled_batches if (name, dtype) == ("off", "float32") else ():
             compiled = row | {"engine": "transformers, compiled", "phase": "decode", "batch": batch}
             try:
-                yield compiled | {"ms": time_calls(rival.compiled_step(batch), plan.seconds)}
+                yield compiled | {"ms": plan.timed(rival.compiled_step(batch))}
             except Exception as error:  # noqa: BLE001 - the compiler's own, of whatever kind
                 yield compiled | {"error": f"{type(error).__name__}: {str(error)[:300]}"}
 
 
 def _rival(peer: Peer, setting: Setting) -> Rival:
     """A setting's question, whose image gets a full canvas of tiles."""
-    return Rival(peer.model, peer.inputs(_their_token_ids(peer), [_opened(peer, setting)]))
+    image = Image.open(io.BytesIO(setting.picture(peer.model.config.vision_config.image_size)))
+    return Rival(peer.model, peer.inputs(_their_token_ids(peer), [image]))
 
 
 def _their_token_ids(peer: Peer) -> list[int]:
@@ -143,16 +137,11 @@ def _their_token_ids(peer: Peer) -> list[int]:
     return token_ids
 
 
-def _opened(peer: Peer, setting: Setting) -> Image.Image:
-    return Image.open(io.BytesIO(setting.picture(peer.model.config.vision_config.image_size)))
-
-
 @torch.inference_mode()
 def _compare(plan: _Plan, peer: Peer) -> Row:
     """Both models' logits of the untrimmed prompt, in float32; `AssertionError` if they differ."""
-    untrimmed = SETTINGS["off"]
-    asked, rival = Ours.load(plan.folder, 1, dtype="float32").ask(untrimmed), _rival(peer, untrimmed)
-    expected = rival.prefill(rival.encode()).logits[0, -1]
+    asked = Ours.load(plan.folder, 1, dtype="float32").ask(SETTINGS["off"])
+    expected = _rival(peer, SETTINGS["off"]).logits
     difference = float((asked.logits - expected).abs().max())
     assert _their_token_ids(peer) == list(asked.prompt.token_ids)
     assert difference < _LOGITS
@@ -237,30 +226,21 @@ def _step(row: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Command line."""
-    parser = options(__doc__, "generate", threads=True, bench_model=True, quick=True)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    plan = _plan(arguments)
-    peer = Peer(plan.folder)
-    figures = {
-        "model": "embedded" if arguments.quick else "bench",
-        "max_kept_fraction": plan.cap,
-        **_compare(plan, peer),
-    }
-    rows = []
-    for row in _rows(plan, peer):
-        rows.append(row)
-        print(row, file=sys.stderr, flush=True)
-    report = finish("generate", arguments.out / "report.json", {**figures, "rows": rows}, arguments.threads)
-    draw(report, arguments.out / "generate.png")
-
-
-def _plan(arguments: argparse.Namespace) -> _Plan:
+    """Measure and write."""
+    arguments = command_line(__doc__, "generate", bench_model=BENCH_MODEL, threads=1, quick=False)
     if arguments.quick:
-        folder = embedded_model_folder()
-        return _Plan(folder, None, batches=(1, 2), variants=_VARIANTS[:3], compiled_batches=(), seconds=0.01)
-    return _Plan(bench_model(arguments.bench_model), max_kept_fraction())
+        folder, few = embedded_model_folder(), _VARIANTS[:3]
+        plan = _Plan(folder, None, batches=(1, 2), variants=few, compiled_batches=(), seconds=0.01)
+    else:
+        plan = _Plan(bench_model(arguments.bench_model), max_kept_fraction())
+    peer = Peer(plan.folder)
+    model = "embedded" if arguments.quick else "bench"
+    figures = {"model": model, "max_kept_fraction": plan.cap, **_compare(plan, peer)}
+    rows: list[Row] = []
+    for row in _rows(plan, peer):
+        noted(rows, row)
+    report = finish(arguments, {**figures, "rows": rows}, "report.json")
+    draw(report, arguments.out / "generate.png")
 
 
 if __name__ == "__main__":

@@ -9,28 +9,26 @@ long as for four. Heads of random weights agree on nothing, so `default` is capp
 (`max_kept_fraction`). Each sequence of a batch has pages of its own. The floor of a decode step is the bytes of
 weights, keys and values that it reads over the bandwidth of reading, measured here.
 
-Logits are compared first. Writes `gpu.json` after each row; the last line of standard output is the report.
+Logits are compared first. Writes `gpu.json` after each row.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any, Final
 
 import torch
-from torch import Tensor
 from torch.nn import functional as F
 from transformers import MllamaConfig
 
+from benchmarks.bench_generate import phases
 from benchmarks.floor import StepShape
 from benchmarks.machine import about
 from benchmarks.measure import bandwidth, time_calls
 from benchmarks.models import GEOMETRY, draw_weights
 from benchmarks.ours import SETTINGS, UNTRIMMED, Asked, Ours, Setting
-from benchmarks.report import finish, options, write_json
-from benchmarks.rival import Rival, cache_of
+from benchmarks.report import command_line, finish, write_json
+from benchmarks.rival import Rival
 from training.mended import mend
 from trimserve.api.trim import TrimRequest
 from trimserve.config import Device, EngineConfig, ModelConfig
@@ -156,7 +154,7 @@ def measure(plan: Plan, write: Callable[[dict[str, Any]], None]) -> dict[str, An
         "cosine_of_logits": round(alike, 5),
         "rows": rows,
     }
-    for row in chain(_ours(both, plan, per_second), _theirs(both, plan)):
+    for row in _rows(both, plan, per_second):
         rows.append(row)
         write(report)
     theirs = {(row["phase"], row["batch"]): row["ms"]["median"] for row in rows if row["engine"] == "transformers"}
@@ -168,38 +166,23 @@ def measure(plan: Plan, write: Callable[[dict[str, Any]], None]) -> dict[str, An
 
 def _likeness(both: _Both) -> float:
     asked, rival = both.asked(SETTINGS["off"]), both.rival()
-    expected: Tensor = rival.prefill(rival.encode()).logits[0, -1]
     asked.release()
-    return float(F.cosine_similarity(asked.logits.float(), expected.float(), dim=0))
+    return float(F.cosine_similarity(asked.logits.float(), rival.logits.float(), dim=0))
 
 
-def _ours(both: _Both, plan: Plan, per_second: float) -> Iterator[Row]:
+def _rows(both: _Both, plan: Plan, per_second: float) -> Iterator[Row]:
     for name, setting in SETTINGS.items():
         asked = both.asked(setting)
         row = {"engine": "trimserve", "setting": name, "cross_rows": asked.cross_rows}
-        yield row | {"phase": "vision", "batch": 1, "ms": plan.timed(asked.encode)}
-        yield row | {"phase": "prefill", "batch": 1, "ms": plan.timed(asked.prefill)}
-        for batch in plan.batches:
-            taken = plan.timed(partial(_drawn, asked.step(batch)))
-            floor = (both.weight_bytes + asked.kv_bytes(batch)) / per_second * 1e3
-            beside = {"floor_ms": round(floor, 3), "times_floor": round(taken["median"] / floor, 3)}
-            yield row | {"phase": "decode", "batch": batch, "ms": taken, **beside}
+        for phase in phases(asked, plan.batches, plan.timed):
+            if phase["phase"] == "decode":
+                floor = (both.weight_bytes + asked.kv_bytes(phase["batch"])) / per_second * 1e3
+                taken = phase["ms"]["median"]
+                phase |= {"floor_ms": round(floor, 3), "times_floor": round(taken / floor, 3)}
+            yield row | phase
         asked.release()
-
-
-def _theirs(both: _Both, plan: Plan) -> Iterator[Row]:
-    row, rival = {"engine": "transformers", "setting": "off"}, both.rival()
-    yield row | {"phase": "vision", "batch": 1, "ms": plan.timed(rival.encode)}
-    prefill = partial(rival.prefill, rival.encode())
-    yield row | {"phase": "prefill", "batch": 1, "ms": plan.timed(prefill)}
-    cache = cache_of(prefill())
-    for batch in plan.batches:
-        yield row | {"phase": "decode", "batch": batch, "ms": plan.timed(partial(_drawn, rival.step(cache, batch)))}
-
-
-def _drawn(step: Callable[[], Tensor]) -> list[Any]:
-    """The tokens of a step, on the host."""
-    return step().argmax(dim=-1).tolist()
+    for phase in phases(both.rival(), plan.batches, plan.timed):
+        yield {"engine": "transformers", "setting": "off"} | phase
 
 
 def _config(geometry: str) -> MllamaConfig:
@@ -212,22 +195,20 @@ def _config(geometry: str) -> MllamaConfig:
 
 
 def main() -> None:
-    """Command line."""
-    parser = options(__doc__, "")
-    parser.add_argument("--geometry", choices=["11b", "bench"], default="11b", help="shape of the model")
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="where to measure")
-    parser.add_argument("--seconds", type=float, default=1.0, help="of every figure")
-    arguments = parser.parse_args()
+    """Measure and write."""
+    arguments = command_line(
+        __doc__, "", geometry=("11b", "bench"), device=("cuda", "cpu"), seconds=1.0, threads=torch.get_num_threads()
+    )
     is_gpu = arguments.device == "cuda"
-    out, threads = arguments.out / ("gpu.json" if is_gpu else "gpu_on_cpu.json"), torch.get_num_threads()
+    file = "gpu.json" if is_gpu else "gpu_on_cpu.json"
     gpu = torch.cuda.get_device_name() if is_gpu else None
     named = {"gpu": gpu, "model": arguments.geometry, "dtype": "bfloat16"}
 
     def write(measured: dict[str, Any]) -> None:
-        write_json({"benchmark": "gpu", **about(threads), **named, **measured}, out)
+        write_json({"benchmark": "gpu", **about(arguments.threads), **named, **measured}, arguments.out / file)
 
     measured = measure(Plan(_config(arguments.geometry), arguments.device, seconds=arguments.seconds), write)
-    finish("gpu", out, {**named, **measured}, threads)
+    finish(arguments, {**named, **measured}, file)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from statistics import median
 from typing import Any, Final
 
 import numpy as np
@@ -20,8 +19,8 @@ import torch
 from PIL import Image
 from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
 
-from benchmarks.measure import in_pairs, interval, seconds_of, spread
-from benchmarks.report import finish, options
+from benchmarks.measure import medians, seconds_in_pairs, speedup
+from benchmarks.report import command_line, finish, noted
 from trimserve.config import EngineConfig
 from trimserve.imaging.decode import Pixels, decode_pixels
 from trimserve.imaging.limits import Limits
@@ -60,55 +59,38 @@ def _way(decode: Callable[[bytes], AbstractContextManager[Pixels]]) -> Prepare:
     return prepare
 
 
-def _measure(ways: dict[str, Prepare], data: bytes, rounds: int, rounds_at_once: int) -> dict[str, Any]:
-    """Seconds of one image alone, and of each image when many are asked for at once by as many threads as workers."""
-    images = [data] * _NUM_AT_ONCE
-
-    def alone(prepare: Prepare, _: int) -> float:
-        return seconds_of(lambda: prepare(data))
-
-    def at_once(prepare: Prepare, _: int) -> float:
-        return seconds_of(lambda: list(threads.map(prepare, images))) / _NUM_AT_ONCE
-
-    thread, process = ways.values()
-    with ThreadPoolExecutor(_NUM_PROCESSES) as threads:  # as many as a server has workers for images
-        one = in_pairs(partial(alone, thread), partial(alone, process), rounds)
-        many = in_pairs(partial(at_once, thread), partial(at_once, process), rounds_at_once)
-    ratios = [other / own for own, other in many]
-    low, high = interval(ratios)
-    return {
-        "alone_seconds": {way: spread(values) for way, values in zip(ways, zip(*one, strict=True), strict=True)},
-        "at_once_seconds_per_image": {
-            way: spread(values) for way, values in zip(ways, zip(*many, strict=True), strict=True)
-        },
-        "at_once_ratio": {"median": round(median(ratios), 4), "low": low, "high": high},
-    }
+def _all(threads: ThreadPoolExecutor, prepare: Prepare, files: list[bytes]) -> None:
+    for _ in threads.map(prepare, files):
+        pass
 
 
 def main() -> None:
-    """Command line; the last line of standard output is the report as one JSON document."""
-    arguments = options(__doc__, "images.json", quick=True).parse_args()
+    """Measure and write."""
+    arguments = command_line(__doc__, "images.json", quick=False)
     rounds, rounds_at_once = (5, 2) if arguments.quick else (30, 40)
-    torch.set_num_threads(1)
     limits = Limits(EngineConfig().max_image_pixels)
     pool = DecoderPool(_NUM_PROCESSES, limits)
     pool.start()
-    ways = {
-        "thread": _way(lambda data: nullcontext(decode_pixels(data, "image", limits.max_pixels))),
-        "process": _way(lambda data: pool.decode(data, "image")),
-    }
-    rows = []
+    thread = _way(lambda data: nullcontext(decode_pixels(data, "image", limits.max_pixels)))
+    process = _way(lambda data: pool.decode(data, "image"))
+    rows: list[dict[str, Any]] = []
     for name in ("JPEG", "PNG", "WEBP"):
         data = _photograph(name)
-        ours, theirs = (way(data) for way in ways.values())
+        ours, theirs = thread(data), process(data)
         if not (torch.equal(ours.pixel_values, theirs.pixel_values) and ours.key == theirs.key):
             raise SystemExit(f"{name}: the tiles differ")
-        rows.append({"format": name, "num_bytes": len(data), **_measure(ways, data, rounds, rounds_at_once)})
-        print(rows[-1], flush=True)
+        many = [data] * _NUM_AT_ONCE
+        alone = seconds_in_pairs(partial(thread, data), partial(process, data), rounds)
+        with ThreadPoolExecutor(_NUM_PROCESSES) as threads:  # as many as a server has workers for images
+            one, other = (partial(_all, threads, way, many) for way in (thread, process))
+            at_once = seconds_in_pairs(one, other, rounds_at_once)
+        row: dict[str, Any] = {"format": name, "num_bytes": len(data)}
+        for asked, pairs in (("alone", alone), ("at_once", at_once)):
+            row[asked] = dict(zip(("thread_seconds", "process_seconds"), medians(pairs), strict=True)) | speedup(pairs)
+        noted(rows, row)
     pool.close()
     plan = {"width": _WIDTH, "height": _HEIGHT, "num_processes": _NUM_PROCESSES, "num_at_once": _NUM_AT_ONCE}
-    plan |= {"num_rounds": rounds, "num_rounds_at_once": rounds_at_once}
-    finish("images", arguments.out, {"plan": plan, "rows": rows})
+    finish(arguments, {"plan": plan, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -8,19 +8,16 @@ the cross-attention layers of a request hold, and bytes those of their pages, as
 """
 
 from collections.abc import Sequence
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, Final
 
 import numpy as np
-import torch
 
-from benchmarks.ours import UNTRIMMED, encoded, prepared
-from benchmarks.report import finish, markdown, options
-from training.heldout import write_held_out
+from benchmarks.held_out import held_out
+from benchmarks.ours import UNTRIMMED, encoded
+from benchmarks.report import Columns, command_line, finish, tabulated
 from trimserve.api.trim import FixedRatio, TrimRequest
 from trimserve.config import EngineConfig, ModelConfig
-from trimserve.evaluation.dataset import load_questions
+from trimserve.evaluation.in_process import prepare_question
 from trimserve.evaluation.metrics import is_match
 from trimserve.evaluation.pages import OwnPages
 from trimserve.evaluation.report import UNTRIMMED_POLICY, variant
@@ -79,34 +76,36 @@ def _row(model: Mllama, trim: TrimRequest, found: Sequence[tuple[bool, list[int]
 
 def table(report: dict[str, Any]) -> str:
     """What it costs and saves that later cross-attention layers hold less, as Markdown."""
-    rows = []
-    for row in report["rows"]:
-        name = row["policy"] if row["policy"] == UNTRIMMED_POLICY else f"`{variant(row['policy'], row['parameters'])}`"
-        held = ", ".join(f"{num_rows:,.0f}" for num_rows in row["layer_rows"])
-        rows.append([name, f"{row['accuracy']:.1%}", held, f"{row['held_bytes'] / 2**10:,.0f}"])
-    head = ["policy", "exact match", "rows of each layer", "KiB in pages"]
+    columns: Columns = {
+        "policy": _name,
+        "exact match": "{accuracy:.1%}",
+        "rows of each layer": lambda row: ", ".join(f"{num_rows:,.0f}" for num_rows in row["layer_rows"]),
+        "KiB in pages": lambda row: f"{row['held_bytes'] / 2**10:,.0f}",
+    }
     asked = f"{report['questions']:,} questions; means over them. `sparsevlm` keeps {report['keep']:.0%} in the first"
-    return f"{markdown(head, rows)}\n\n{asked} layer, `todre` everything."
+    return f"{tabulated(report['rows'], columns)}\n\n{asked} layer, `todre` everything."
+
+
+def _name(row: dict[str, Any]) -> str:
+    policy = str(row["policy"])
+    return policy if policy == UNTRIMMED_POLICY else f"`{variant(policy, row['parameters'])}`"
 
 
 def main() -> None:
     """Ask, write, tell."""
-    parser = options(__doc__, "policies/later_layers.json")
-    parser.add_argument("--questions", type=int, default=300)
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
+    arguments = command_line(__doc__, "policies/later_layers.json", questions=300)
     model, settings = load_model(ModelConfig(), EngineConfig()), _settings()
     measured: list[list[tuple[bool, list[int]]]] = [[] for _ in settings]
-    with TemporaryDirectory() as folder:
-        for question in load_questions(write_held_out(Path(folder), arguments.questions, 0)):
-            prompt = prepared(model, question)
+    with held_out(arguments.questions) as questions:
+        for question in questions:
+            prompt = prepare_question(model, question)
             images = encoded(model, prompt)
             for trim, found in zip(settings, measured, strict=True):
                 text, rows = _answer(model, prompt, images, TrimPlan.of(trim))
                 found.append((is_match(text, question.answer or ""), rows))
     settled = [_row(model, trim, found) for trim, found in zip(settings, measured, strict=True)]
     figures = {"model": model.info.model_id, "questions": arguments.questions, "keep": _KEEP, "rows": settled}
-    print(table(finish("layers", arguments.out, figures)))
+    print(table(finish(arguments, figures)))
 
 
 if __name__ == "__main__":

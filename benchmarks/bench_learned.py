@@ -15,10 +15,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Final
 
-import torch
 from safetensors import safe_open
 
-from benchmarks.report import finish, markdown, options
+from benchmarks.report import command_line, finish, markdown, points
 from training.heldout import write_held_out
 from trimserve.api.trim import FixedRatio, TrimRequest
 from trimserve.config import EngineConfig, ModelConfig
@@ -74,8 +73,7 @@ def _exit_told(report: dict[str, Any]) -> Iterator[str]:
 def _line(row: dict[str, Any], trained: Sequence[dict[str, Any]]) -> list[str]:
     size = [each for each in trained if (each["method"], each["rows"]) == (row["policy"], row["rows"])]
     learned = [f"{size[0]['weights']:,}", _loss(size[0])] if size else ["", ""]
-    low, high = row["change_interval"]
-    change = f"{100 * row['change']:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+    change = points(row["change"], *row["change_interval"])
     name = row["name"] if row["policy"] == "untrained" else f"`{row['name']}`{', merged' if row['merge_ratio'] else ''}"
     return [name, f"{row['held']:.1%}", f"{row['accuracy']:.1%}", change, f"{row['divergence']:.3f}", *learned]
 
@@ -86,12 +84,8 @@ def _loss(trained: dict[str, Any]) -> str:
 
 def main() -> None:
     """Train, ask, write."""
-    parser = options(__doc__, "policies/learned.json", threads=True)
-    parser.add_argument("--questions", type=int, default=2000)
-    parser.add_argument("--learn-from", type=int, default=12000, help="questions")
-    parser.add_argument("--files", type=Path, default=Path("out/learned"))
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    options = {"questions": 2000, "learn_from": 12000, "files": Path("out/learned")}
+    arguments = command_line(__doc__, "policies/learned.json", threads=1, **options)
     router = _trained(arguments, _ROUTER, 0)
     trained, rows = [_card(router)], {}
     with TemporaryDirectory() as folder:
@@ -101,7 +95,7 @@ def main() -> None:
             trained += map(_card, files)
             rows[share] = _asked(share, questions, (*files, router))
     figures = {"questions": arguments.questions, "learned_from": arguments.learn_from, "trained": trained, "rows": rows}
-    print(table(finish("learned", arguments.out, figures)))
+    print(table(finish(arguments, figures)))
 
 
 def _asked(share: str, questions: Sequence[Question], files: tuple[Path, ...]) -> list[dict[str, Any]]:

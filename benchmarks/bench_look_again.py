@@ -17,10 +17,9 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import numpy as np
-import torch
 
 from benchmarks.ours import UNTRIMMED, chat, recommended
-from benchmarks.report import finish, markdown, options
+from benchmarks.report import command_line, finish, markdown, points
 from training.examples import example_rng
 from training.questions import Turn, ask_questions
 from training.render import render
@@ -176,10 +175,9 @@ def table(report: dict[str, Any]) -> str:
     lines = []
     for row in report["rows"]:
         cells = [f"{row['factor']} x", _SETTINGS[row["setting"]]]
-        for name in ("reading", "other"):
-            low, high = row[name]["change_interval"]
-            change = f"{100 * row[name]['change']:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
-            cells += [f"{row[name]['accuracy']:.1%}", "" if row["setting"] == "once" else change]
+        for found in (row["reading"], row["other"]):
+            change = "" if row["setting"] == "once" else points(found["change"], *found["change_interval"])
+            cells += [f"{found['accuracy']:.1%}", change]
         lines.append([*cells, f"{row['held_rows']:.0f}", f"{row['held_bytes'] / 2**10:.0f}"])
     head = ["canvas", "the image is shown", "reading", "change, points", "other questions", "change, points"]
     counts = [f"{row['reading']['questions']} and {row['other']['questions']}" for row in report["rows"]]
@@ -189,17 +187,14 @@ def table(report: dict[str, Any]) -> str:
 
 def main() -> None:
     """Ask, write, tell."""
-    parser = options(__doc__, "policies/look_again.json")
-    parser.add_argument("--questions", type=int, default=320, help="on each canvas")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
+    arguments = command_line(__doc__, "policies/look_again.json", questions=320)
     model = load_model(ModelConfig(), EngineConfig())
     rows: list[dict[str, Any]] = []
     for factor in _FACTORS:
         questions = _questions(factor, arguments.questions)
         rows += _rows(factor, questions, asyncio.run(_answers(model, questions)))
     figures = {"model": model.info.model_id, "side_ratio": LookAgain().side_ratio, "rows": rows}
-    print(table(finish("look_again", arguments.out, figures)))
+    print(table(finish(arguments, figures)))
 
 
 if __name__ == "__main__":

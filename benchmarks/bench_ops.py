@@ -3,8 +3,7 @@
     python -m benchmarks.bench_ops [--runs 15] [--threads 1 2] [--ops NAME ...] [--device cuda] [--out DIR]
 
 Compares results first, then times with cold caches: op, composition and the use of memory that bounds the op take
-turns. Writes `ops.json`, of a GPU `ops_gpu.json`; the last line of standard output is the report. With `--ops` nothing
-is written.
+turns. Writes `ops.json`, of a GPU `ops_gpu.json`; with `--ops` nothing.
 """
 
 from typing import Any, Final
@@ -13,7 +12,7 @@ import torch
 
 from benchmarks.measure import peak_extra_bytes, stream, time_cold
 from benchmarks.ops_cases import GEOMETRY, Case, make_cases
-from benchmarks.report import finish, options
+from benchmarks.report import command_line, finish
 from trimserve import ops
 
 __all__ = ["main"]
@@ -23,12 +22,7 @@ _DTYPES: Final = (torch.float32, torch.bfloat16)
 
 def main() -> None:
     """Compare, time, write."""
-    parser = options(__doc__, "")
-    parser.add_argument("--runs", type=int, default=15, help="timed calls of each op, at least 2")
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="numbers of threads, of the CPU")
-    parser.add_argument("--ops", nargs="+", metavar="NAME", help="only these")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where to measure")
-    arguments = parser.parse_args()
+    arguments = command_line(__doc__, "", runs=15, threads=[1, 2], ops=[], device=("cpu", "cuda"))
     results: list[dict[str, Any]] = []
     print(f"{'op':46} {'dtype':9} {'threads':>7} {'ms: median':>10} {'p10':>9} {'p90':>9} {'PyTorch':>9} {'floor':>6}")
     is_gpu = arguments.device == "cuda"
@@ -38,13 +32,12 @@ def main() -> None:
         torch.set_num_threads(threads)
         for dtype in _DTYPES:
             for case in make_cases(dtype):
-                if arguments.ops is None or case.op in arguments.ops:
+                if not arguments.ops or case.op in arguments.ops:
                     results.append(_measure(case, threads, arguments.runs))
                     print(_line(results[-1]), flush=True)
-    if arguments.ops is None:
-        name, threads = "ops_gpu" if is_gpu else "ops", max(arguments.threads)
+    if not arguments.ops:
         figures = {"geometry": GEOMETRY, "build": ops.build_info(), "results": results}
-        finish("ops", arguments.out / f"{name}.json", figures, threads)
+        finish(arguments, figures, "ops_gpu.json" if is_gpu else "ops.json")
 
 
 def _measure(case: Case, threads: int, runs: int) -> dict[str, Any]:

@@ -20,11 +20,11 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from benchmarks.load import draw_picture
 from benchmarks.measure import peak_extra_bytes, seconds_of
-from benchmarks.models import bench_model
+from benchmarks.models import BENCH_MODEL, bench_model
 from benchmarks.ours import QUESTION, chat
-from benchmarks.report import finish, markdown, options, origin
-from benchmarks.workload import draw_picture
+from benchmarks.report import Columns, command_line, finish, noted, origin, tabulated
 from trimserve.api.trim import FixedRatio, TrimRequest
 from trimserve.config import EngineConfig, ModelConfig
 from trimserve.evaluation.pages import OwnPages
@@ -154,38 +154,33 @@ class _Bench:
 
 def table(report: dict[str, Any]) -> str:
     """What choosing takes, by policy, as Markdown."""
-    rows = []
-    for row in report["policies"]:
-        held, share = row["peak_extra_bytes"], row["share_with_encoding"]
-        rows.append(
-            [
-                f"`{row['policy']}`{', merged' if row['merge_ratio'] else ''}",
-                f"{1e3 * row['seconds']:,.1f}",
-                "" if held is None else f"{held / 2**20:,.0f}",
-                f"{1e3 * row['bench_seconds']:,.1f}",
-                f"{row['share_of_prefill']:.1%}",
-                f"{share:.1%}{', slow' if share > MOST_OF_PREFILL else ''}",
-            ]
-        )
-    head = ["policy", "11B's shape, ms", "memory, MiB", "`bench`, ms", "of a prefill", "of one that encodes the image"]
+    columns: Columns = {
+        "policy": lambda row: f"`{row['policy']}`{', merged' if row['merge_ratio'] else ''}",
+        "11B's shape, ms": lambda row: f"{1e3 * row['seconds']:,.1f}",
+        "memory, MiB": lambda row: "" if row["peak_extra_bytes"] is None else f"{row['peak_extra_bytes'] / 2**20:,.0f}",
+        "`bench`, ms": lambda row: f"{1e3 * row['bench_seconds']:,.1f}",
+        "of a prefill": "{share_of_prefill:.1%}",
+        "of one that encodes the image": _share,
+    }
     aside = f"The engine sets {report['scratch_bytes'] / 2**20:,.0f} MiB aside for it at 11B's shape."
-    return f"{markdown(head, rows)}\n\n{origin(report)} {aside}"
+    return f"{tabulated(report['policies'], columns)}\n\n{origin(report)} {aside}"
+
+
+def _share(row: dict[str, Any]) -> str:
+    share = row["share_with_encoding"]
+    return f"{share:.1%}{', slow' if share > MOST_OF_PREFILL else ''}"
 
 
 def main() -> None:
     """Time, write, tell."""
-    parser = options(__doc__, "policies/speed.json", threads=True, bench_model=True)
-    parser.add_argument("--runs", type=int, default=3, help="of each policy, at least 1; the median counts")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    bench, rows = _Bench(_load(bench_model(arguments.bench_model)), arguments.runs), []
+    arguments = command_line(__doc__, "policies/speed.json", threads=1, bench_model=BENCH_MODEL, runs=3)
+    bench = _Bench(_load(bench_model(arguments.bench_model)), arguments.runs)
+    rows: list[dict[str, Any]] = []
     for request in _requests():
         named, trim = {"policy": request.policy, "merge_ratio": request.merge_ratio}, TrimPlan.of(request)
-        rows.append({**named, **_alone(trim, arguments.runs), **bench.measure(trim)})
-        print(rows[-1], flush=True)
+        noted(rows, {**named, **_alone(trim, arguments.runs), **bench.measure(trim)})
     scratch = scratch_bytes(_TILES, _SIZE, _DIM)
-    figures = {"geometry": _GEOMETRY, "scratch_bytes": scratch, "policies": rows}
-    finish("policies", arguments.out, figures, arguments.threads)
+    finish(arguments, {"geometry": _GEOMETRY, "scratch_bytes": scratch, "policies": rows})
 
 
 if __name__ == "__main__":

@@ -11,17 +11,17 @@ changes them little.
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import product
 from pathlib import Path
-from statistics import median
 from typing import Any, Final
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.measure import in_pairs, interval, seconds_of, spread
-from benchmarks.models import bench_model
-from benchmarks.report import finish, options
+from benchmarks.measure import medians, seconds_in_pairs, speedup
+from benchmarks.models import BENCH_MODEL, bench_model
+from benchmarks.report import command_line, finish, noted
 from tests.tolerances import LOGITS
 from trimserve import ops
 from trimserve.api.prompt import TokenPrompt
@@ -100,7 +100,7 @@ def _layer(dtype: torch.dtype, num_rows: int, num_pairs: int) -> dict[str, Any]:
     return row | _compared(layer.ours, layer.theirs, num_pairs)
 
 
-def _prompts(name: str, folder: Path, num_prompts: int, num_pairs: int) -> dict[str, Any]:
+def _prompts(folder: Path, num_prompts: int, num_pairs: int) -> dict[str, Any]:
     model = load_model(ModelConfig(model=str(folder)), EngineConfig())
     pool, trim = OwnPages(model.info, 2**28), TrimPlan.of(TrimRequest(enabled=False))
     generator = torch.Generator().manual_seed(0)
@@ -115,43 +115,30 @@ def _prompts(name: str, folder: Path, num_prompts: int, num_pairs: int) -> dict[
 
     together, one_by_one = partial(read, [wanted]), partial(read, [[each] for each in wanted])
     torch.testing.assert_close(together(), one_by_one(), atol=LOGITS, rtol=0)
-    row = {"model": name, "dtype": model.info.dtype, "num_prompts": num_prompts, "num_tokens": _PROMPT_TOKENS}
+    row = {"model": model.info.model_id, "num_prompts": num_prompts, "num_tokens": _PROMPT_TOKENS}
     return row | _compared(together, one_by_one, num_pairs)
 
 
 def _compared(ours: Callable[[], Tensor], theirs: Callable[[], Tensor], num_pairs: int) -> dict[str, Any]:
-    """Seconds of both, and how many times as long the other takes."""
-    pairs = in_pairs(
-        lambda _: seconds_of(ours, time.thread_time), lambda _: seconds_of(theirs, time.thread_time), num_pairs
-    )
-    ratios = [other / own for own, other in pairs]
-    low, high = interval(ratios)
-    own, other = (spread(seconds) for seconds in zip(*pairs, strict=True))
-    return {
-        "seconds": own,
-        "other_seconds": other,
-        "ratio": {"median": round(median(ratios), 3), "low": low, "high": high},
-    }
+    """Processor time of both, and how many times as long the other takes."""
+    pairs = seconds_in_pairs(theirs, ours, num_pairs, clock=time.thread_time)
+    other_seconds, seconds = medians(pairs)
+    return {"seconds": seconds, "other_seconds": other_seconds, **speedup(pairs)}
 
 
 @torch.inference_mode()
 def main() -> None:
-    """Command line; the last line of standard output is the report as one JSON document."""
-    arguments = options(__doc__, "prefill.json", bench_model=True, quick=True).parse_args()
-    torch.set_num_threads(1)
+    """Measure and write."""
+    arguments = command_line(__doc__, "prefill.json", bench_model=BENCH_MODEL, quick=False)
     num_rows, num_pairs, num_turns = (64, 2, 3) if arguments.quick else (2048, 5, 30)
-    figures: dict[str, Any] = {"layer": [], "prompts": []}
+    layer: list[dict[str, Any]] = []
+    prompts: list[dict[str, Any]] = []
     for dtype in (torch.bfloat16, torch.float32):
-        figures["layer"].append(_layer(dtype, num_rows, num_pairs))
-        print(figures["layer"][-1], flush=True)
-    folders = {"embedded": embedded_model_folder()}
-    if not arguments.quick:
-        folders["bench"] = bench_model(arguments.bench_model)
-    for name, folder in folders.items():
-        for num_prompts in _NUM_PROMPTS:
-            figures["prompts"].append(_prompts(name, folder, num_prompts, num_turns))
-            print(figures["prompts"][-1], flush=True)
-    finish("prefill", arguments.out, figures)
+        noted(layer, _layer(dtype, num_rows, num_pairs))
+    folders = [embedded_model_folder(), *([] if arguments.quick else [bench_model(arguments.bench_model)])]
+    for folder, num_prompts in product(folders, _NUM_PROMPTS):
+        noted(prompts, _prompts(folder, num_prompts, num_turns))
+    finish(arguments, {"layer": layer, "prompts": prompts})
 
 
 if __name__ == "__main__":

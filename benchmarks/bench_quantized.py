@@ -5,10 +5,9 @@
 A step is that of one sequence which holds a question about an image of one tile; a prefill is that of so many text
 tokens. Steps, prefills and a read of a large tensor take turns, so that what else the machine does slows all of them.
 Floors: the bytes of weights over the bandwidth of reading; and the products over the rate of products whose weights lie
-in the cache, by torch or by `ops.linear`, whichever is faster. The last line of standard output is the report.
+in the cache, by torch or by `ops.linear`, whichever is faster.
 """
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
@@ -17,9 +16,9 @@ import torch
 
 from benchmarks.floor import Floor, StepShape
 from benchmarks.measure import stream, time_cold
-from benchmarks.models import bench_model
+from benchmarks.models import BENCH_MODEL, bench_model
 from benchmarks.ours import SETTINGS, UNTRIMMED, Ours
-from benchmarks.report import finish, markdown, options, origin, precision
+from benchmarks.report import Columns, command_line, finish, noted, origin, precision, tabulated
 from trimserve.api.prompt import TokenPrompt
 from trimserve.config import Dtype, Quantize
 from trimserve.model.interruptible import run_through
@@ -49,11 +48,12 @@ def measure(folder: Path, dtype: Dtype, runs: int) -> list[Row]:
         calls[quantize, 1] = ours.ask(SETTINGS["one_tile"], max_kept_fraction=0.5).step(1)
         calls |= {(quantize, num_rows): _prefill(ours, num_rows) for num_rows in _PREFILLS}
     of_read, *times = time_cold([read, *calls.values()], runs)
-    rows = []
+    rows: list[Row] = []
     for (quantize, num_rows), milliseconds in zip(calls, times, strict=True):
         shape = StepShape.of_checkpoint(folder, getattr(torch, dtype), quantize)
         floor = Floor.of_step(shape, num_rows, 0, read_bytes / of_read["p10"] * 1e3)
-        rows.append(
+        noted(
+            rows,
             {
                 "dtype": dtype,
                 "quantize": quantize,
@@ -64,9 +64,8 @@ def measure(folder: Path, dtype: Dtype, runs: int) -> list[Row]:
                 "bytes_floor_ms": round(floor.bytes_ms, 3),
                 "products_floor_ms": round(floor.products_ms, 3),
                 "over_floor": round(milliseconds["p10"] / floor.ms, 2),
-            }
+            },
         )
-        print(json.dumps(rows[-1]), flush=True)
     steps: dict[Any, Any] = {row["quantize"]: row["milliseconds"] for row in rows if row["phase"] == "step"}
     ratios = {name: round(steps["int8"][name] / steps["int4"][name], 2) for name in ("median", "p10")}
     return [*rows, {"dtype": dtype, "phase": "step", "int8_over_int4": ratios}]
@@ -86,30 +85,31 @@ def _prefill(ours: Ours, num_rows: int) -> Callable[[], None]:
 
 def table(report: dict[str, Any]) -> str:
     """Steps and prefills with quantized weights beside their floors, as Markdown."""
-    rows, told = [], []
-    for row in report["rows"]:
-        if "int8_over_int4" in row:
-            told.append(f"{row['int8_over_int4']['median']:.2f} with {row['dtype']} rows")
-            continue
-        times = (row["milliseconds"]["median"], row["bytes_floor_ms"], row["products_floor_ms"])
-        rows.append([precision(row), row["rows"], *(f"{each:.1f}" for each in times), f"{row['over_floor']:.2f}"])
+    columns: Columns = {
+        "weights": precision,
+        "rows": "{rows}",
+        "ms": "{milliseconds[median]:.1f}",
+        "reading the weights, ms": "{bytes_floor_ms:.1f}",
+        "products, ms": "{products_floor_ms:.1f}",
+        "times the larger": "{over_floor:.2f}",
+    }
+    rows, ratios = (
+        [row for row in report["rows"] if ("int8_over_int4" in row) is is_ratio] for is_ratio in (False, True)
+    )
+    told = " and ".join(f"{row['int8_over_int4']['median']:.2f} with {row['dtype']} rows" for row in ratios)
     told_ratios = (
-        f"A step with int8 over one with int4: {' and '.join(told)}. The last column compares fastest tenths; it falls "
+        f"A step with int8 over one with int4: {told}. The last column compares fastest tenths; it falls "
         "below 1 where many outputs share the packing of rows, which the products' rate counts for few."
     )
-    head = ["weights", "rows", "ms", "reading the weights, ms", "products, ms", "times the larger"]
-    return "\n\n".join([markdown(head, rows), told_ratios, origin(report)])
+    return "\n\n".join([tabulated(rows, columns), told_ratios, origin(report)])
 
 
 def main() -> None:
-    """Command line."""
-    parser = options(__doc__, "quantized.json", threads=True, bench_model=True)
-    parser.add_argument("--runs", type=int, default=40, help="calls of each")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    """Measure and write."""
+    arguments = command_line(__doc__, "quantized.json", threads=1, bench_model=BENCH_MODEL, runs=40)
     folder = bench_model(arguments.bench_model)
     rows = [row for dtype in _DTYPES for row in measure(folder, dtype, arguments.runs)]
-    finish("quantized", arguments.out, {"model": "bench", "rows": rows}, arguments.threads)
+    finish(arguments, {"model": "bench", "rows": rows})
 
 
 if __name__ == "__main__":

@@ -6,29 +6,26 @@ Writes the checkpoint first if it is not there (20 GiB). One server after anothe
 1 GiB of KV and bfloat16 elsewhere: seconds until it is loaded and warmed up, peak of resident memory, first token of a
 question about a new image of one tile and about the same image again, and the time between the tokens of answers. The
 floor of a decode step is the bytes of weights that it reads over the bandwidth of reading by as many threads. That is
-measured before and after each answer, while the server rests: others may use the same memory. The last line of standard
-output is the report.
+measured before and after each answer, while the server rests: others may use the same memory.
 """
 
 import argparse
-import json
 import random
 import time
 import urllib.error
 from contextlib import suppress
 from itertools import pairwise
-from pathlib import Path
 from statistics import median
 from typing import Any, Final
 
 import torch
 
 from benchmarks.floor import StepShape
-from benchmarks.machine import peak_rss_bytes
+from benchmarks.load import draw_picture
+from benchmarks.machine import memory_bytes
 from benchmarks.measure import bandwidth
 from benchmarks.models import REAL_SIZE_MODEL, write_real_size_model
-from benchmarks.report import finish, markdown, options, origin
-from benchmarks.workload import draw_picture
+from benchmarks.report import Columns, command_line, finish, noted, origin, tabulated
 from trimserve.client import Client
 from trimserve.config import Quantize
 from trimserve.process import ServerProcess, read_page, server_process
@@ -52,9 +49,9 @@ def _measure(quantize: Quantize, arguments: argparse.Namespace) -> dict[str, Any
         _wait_until_ready(server)
         ready = time.monotonic() - begin
         firsts, steps, rates = _ask(server, arguments.tokens)
-        peak = peak_rss_bytes(server.pid)
+        peak = memory_bytes(server.pid)
     floors = [2 * shape.weight_bytes / (before + after) for before, after in pairwise(rates)]
-    row = {
+    return {
         "quantize": quantize,
         "ready_seconds": round(ready, 1),
         "peak_bytes": peak,
@@ -66,8 +63,6 @@ def _measure(quantize: Quantize, arguments: argparse.Namespace) -> dict[str, Any
         "step_floor_ms": [round(floor * 1e3, 1) for floor in floors],
         "step_over_floor": round(median(step / floor for step, floor in zip(steps, floors, strict=True)), 2),
     }
-    print(json.dumps(row), flush=True)
-    return row
 
 
 def _ask(server: ServerProcess, num_tokens: int) -> tuple[list[float], list[float], list[float]]:
@@ -98,41 +93,27 @@ def _wait_until_ready(server: ServerProcess) -> None:
 
 def table(report: dict[str, Any]) -> str:
     """What serving a model of 11B parameters takes, as Markdown."""
-    head = [
-        "weights",
-        "ready, s",
-        "peak memory",
-        "first token, new image, s",
-        "same image, s",
-        "step, ms (times its bytes)",
-    ]
-    rows = [
-        [
-            row["quantize"],
-            f"{row['ready_seconds']:,.0f}",
-            f"{row['peak_bytes'] / 2**30:.1f} GiB",
-            f"{row['first_token_seconds_of_new_image']:,.1f}",
-            f"{row['first_token_seconds_of_same_image']:,.1f}",
-            f"{median(row['step_ms']):,.0f} ({row['step_over_floor']:.2f})",
-        ]
-        for row in report["rows"]
-    ]
-    return f"{markdown(head, rows)}\n\n{origin(report)}"
+    columns: Columns = {
+        "weights": "{quantize}",
+        "ready, s": "{ready_seconds:,.0f}",
+        "peak memory": lambda row: f"{row['peak_bytes'] / 2**30:.1f} GiB",
+        "first token, new image, s": "{first_token_seconds_of_new_image:,.1f}",
+        "same image, s": "{first_token_seconds_of_same_image:,.1f}",
+        "step, ms (times its bytes)": lambda row: f"{median(row['step_ms']):,.0f} ({row['step_over_floor']:.2f})",
+    }
+    return f"{tabulated(report['rows'], columns)}\n\n{origin(report)}"
 
 
 def main() -> None:
-    """Command line."""
-    parser = options(__doc__, "real_size.json")
-    parser.add_argument("--model", type=Path, default=REAL_SIZE_MODEL, help="folder of the checkpoint")
-    parser.add_argument("--quantize", nargs="+", default=["int8", "int4"], help="which precisions")
-    parser.add_argument("--tokens", type=int, default=24, help="of each answer")
-    parser.add_argument("--threads", type=int, default=2, help="threads of one op")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    """Measure and write."""
+    options = {"model": REAL_SIZE_MODEL, "quantize": ["int8", "int4"], "tokens": 24, "threads": 2}
+    arguments = command_line(__doc__, "real_size.json", **options)
     if not (arguments.model / "model.safetensors.index.json").exists():
         write_real_size_model(arguments.model)
-    rows = [_measure(quantize, arguments) for quantize in arguments.quantize]
-    finish("real_size", arguments.out, {"kv_cache": _KV_BYTES, "image": "one tile", "rows": rows}, arguments.threads)
+    rows: list[dict[str, Any]] = []
+    for quantize in arguments.quantize:
+        noted(rows, _measure(quantize, arguments))
+    finish(arguments, {"kv_cache": _KV_BYTES, "image": "one tile", "rows": rows})
 
 
 if __name__ == "__main__":

@@ -13,11 +13,10 @@ For each model, on the same number of threads and with the same requests:
 End tokens are ignored everywhere, so every answer has as many tokens. Results: `report.json` and `serve.png`.
 """
 
-import argparse
 import asyncio
 import random
 import sys
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
@@ -26,17 +25,29 @@ from statistics import fmean, median
 from typing import Any, Final
 
 import torch
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.load import Exchange, agreement, closed_loop, median_round, open_loop, ratios, summary
-from benchmarks.machine import peak_rss_bytes
-from benchmarks.models import MODELS, ModelName, UnderTest, under_test
+from benchmarks.load import (
+    REPEATED_SHARE,
+    Exchange,
+    Item,
+    Kind,
+    closed_loop,
+    make_workload,
+    median_round,
+    num_equal_answers,
+    open_loop,
+    picture_of,
+    poisson_arrivals,
+    ratios,
+    summary,
+)
+from benchmarks.machine import memory_bytes
+from benchmarks.models import BENCH_MODEL, MODELS, UnderTest, under_test
 from benchmarks.ours import Asked, Ours, chat, recommended
-from benchmarks.report import INK, bare, finish, label_bars, markdown, options, origin
+from benchmarks.report import INK, bare, command_line, finish, label_bars, markdown, origin
 from benchmarks.rival import Transformers, transformers_serve
 from benchmarks.service import GrpcTarget, running_server
-from benchmarks.workload import Item, Kind, make_workload, picture_of, poisson_arrivals
 from trimserve.config import EngineConfig, ModelConfig
 from trimserve.model.loading import load_model
 from trimserve.process import ServerFailed
@@ -45,7 +56,6 @@ __all__ = ["Plan", "draw", "main", "table"]
 
 _WARM_UP: Final = Item(0, "text", "Hello?", ())
 """Asked before a load is timed, as transformers answers a request before its own is."""
-_LEAST_SECONDS: Final = 8.0
 _PROBED: Final[dict[Kind, str]] = {"four_tiles": "4 tiles", "one_tile": "1 tile"}
 _QUESTIONS: Final = ("What is in the image?", "Which colour is the largest thing?")
 _NAMES: Final = {
@@ -67,25 +77,26 @@ class Plan:
     concurrency: int = 16
     """Clients of the closed loop, and requests of one of transformers' batches."""
     max_new_tokens: int = 128
-    repeated_share: float = 0.5
+    repeated_share: float = REPEATED_SHARE
     open_loop_load: float = 0.7
     """Rate of the open loop as a share of the rate that the closed loop reached."""
+    least_seconds: float = 8.0
+    """Of a closed loop, which is measured again until it comes to them."""
     num_probe_images: int = 3
     latency_rounds: int = 5
     num_threads: int = 1
     """Of one op, in every process; the load generator takes another core."""
-    seed: int = 0
 
 
-_PLANS: Final[dict[ModelName, Plan]] = {"embedded": Plan(64), "bench": Plan(16)}
+_PLANS: Final = {"embedded": Plan(64), "bench": Plan(16)}
 """One at a time, `bench` takes transformers ten seconds a request."""
-_QUICK: Final = Plan(6, concurrency=3, max_new_tokens=8, num_probe_images=1, latency_rounds=1)
+_QUICK: Final = Plan(6, concurrency=3, max_new_tokens=8, least_seconds=0.1, num_probe_images=1, latency_rounds=1)
 
 
 class _Comparison:
     """All loads and probes of one model: trimserve first, then transformers with the same requests."""
 
-    def __init__(self, model: UnderTest, plan: Plan, rival_venv: Path | None) -> None:
+    def __init__(self, model: UnderTest, plan: Plan, rival_venv: str | None) -> None:
         self._model, self._plan, self._rival_venv = model, plan, rival_venv
         self._tile_size = 0
         self._items: tuple[Item, ...] = ()
@@ -95,38 +106,31 @@ class _Comparison:
         """Everything, as plain data."""
         async with self._serving(is_trimmed=True) as (target, _):
             self._tile_size = await target.tile_size()
-        self._items = self._workload(self._plan.seed)
-        self._begin("closed loop")
+        self._items = make_workload(self._plan.num_requests, self._tile_size)
         await self._closed_loops("trimserve", is_trimmed=True)
         probes = await self._probes()
-        self._begin("closed loop, untrimmed")
         untrimmed = await self._closed_loops("trimserve_untrimmed", is_trimmed=False)
-        self._begin("transformers")
-        equal = agreement(untrimmed, await self._transformers())
+        exchanges = await self._transformers()
         if self._rival_venv is not None:
-            self._begin("transformers serve")
-            await self._transformers_serve(self._rival_venv)
+            await self._transformers_serve(Path(self._rival_venv))
         return {
             "model": self._model.name,
             "max_kept_fraction": self._model.max_kept_fraction,
             "loads": self._loads,
             "ratios": ratios(self._loads),
             **probes,
-            "untrimmed_answers_and_transformers": equal,
+            "num_untrimmed_answers_as_transformers": num_equal_answers(untrimmed, exchanges),
             "plan": asdict(self._plan),
         }
 
-    def _begin(self, stage: str) -> None:
-        print(f"{self._model.name}: {stage}", file=sys.stderr, flush=True)
-
-    def _workload(self, seed: int) -> tuple[Item, ...]:
-        plan = self._plan
-        return make_workload(plan.num_requests, self._tile_size, repeated_share=plan.repeated_share, seed=seed)
+    def _loaded(self, name: str, load: dict[str, Any]) -> None:
+        self._loads[name] = load
+        print(self._model.name, name, load, file=sys.stderr, flush=True)
 
     @asynccontextmanager
     async def _serving(self, *, is_trimmed: bool) -> AsyncIterator[tuple[GrpcTarget, int]]:
         """A fresh server, which has seen no image yet: a client and the process id."""
-        with running_server(self._model.folder, num_threads=self._plan.num_threads) as server:
+        with running_server(self._model.checkpoint, num_threads=self._plan.num_threads) as server:
             trim = self._model.trim(is_on=is_trimmed)
             async with GrpcTarget(server.address, max_new_tokens=self._plan.max_new_tokens, trim=trim) as target:
                 yield target, server.pid
@@ -138,40 +142,35 @@ class _Comparison:
         """
         rounds: list[dict[str, Any]] = []
         exchanges: list[Exchange] = []
-        while sum(each["seconds"] for each in rounds) < _LEAST_SECONDS:
+        while sum(each["seconds"] for each in rounds) < self._plan.least_seconds:
             async with self._serving(is_trimmed=is_trimmed) as (target, pid):
                 await target.ask(_WARM_UP)
-                async with target.watched() as peak:
-                    exchanges = await closed_loop(target.ask, self._items, self._plan.concurrency)
-                held = {"peak_pool_bytes": peak.pool_bytes, "peak_cross_kv_bytes": peak.cross_bytes}
-                rounds.append({**summary(exchanges), **held, "peak_rss_bytes": peak_rss_bytes(pid)})
+                exchanges = await closed_loop(target.ask, self._items, self._plan.concurrency)
+                rounds.append({**summary(exchanges), "peak_rss_bytes": memory_bytes(pid)})
                 if rounds[-1]["errors"]:
                     break
-        self._loads[name] = median_round(rounds)
+        self._loaded(name, median_round(rounds))
         return exchanges
 
     async def _probes(self) -> dict[str, Any]:
         """The open loop, and what needs an idle server."""
         plan = self._plan
-        self._begin("open loop and probes")
         async with self._serving(is_trimmed=True) as (target, _):
             rate = plan.open_loop_load * self._loads["trimserve"]["requests_per_second"]
-            arrivals = poisson_arrivals(plan.num_requests, rate, plan.seed)
-            exchanges = await open_loop(target.ask, self._workload(plan.seed + 1), arrivals)
-            self._loads["trimserve_open_loop"] = {"offered_requests_per_second": round(rate, 4), **summary(exchanges)}
-            return {
-                "repeated_images": await self._repeated_images(target),
-                "added_latency": await self._added_latency(target),
-            }
+            items = make_workload(plan.num_requests, self._tile_size, seed=1)
+            exchanges = await open_loop(target.ask, items, poisson_arrivals(plan.num_requests, rate))
+            self._loaded("trimserve_open_loop", {"offered_requests_per_second": round(rate, 4), **summary(exchanges)})
+            images, latency = await self._repeated_images(target), await self._added_latency(target)
+        return {"repeated_images": images, "added_latency": latency}
 
     async def _repeated_images(self, target: GrpcTarget) -> dict[str, Any]:
         """Time to first token of a new image and of another question on it, one request at a time, by kind."""
-        rng, number = random.Random(self._plan.seed + 2), self._plan.num_probe_images
+        rng, number = random.Random(2), self._plan.num_probe_images
         found: dict[str, Any] = {}
         for kind in _PROBED:
             pictures = [picture_of(kind, rng, self._tile_size) for _ in range(number)]
             items = [Item(0, kind, question, (picture,)) for picture in pictures for question in _QUESTIONS]
-            waited = [each.time_to_first_token for item in items for each in await closed_loop(target.ask, [item], 1)]
+            waited = [each.time_to_first_token for each in await closed_loop(target.ask, items, 1)]
             first, repeated = median(waited[::2]), median(waited[1::2])
             found[kind] = {
                 "num_images": number,
@@ -208,52 +207,40 @@ class _Comparison:
 
     async def _transformers(self) -> list[Exchange]:
         """One at a time, then in batches."""
-        plan = self._plan
-        options = {"num_threads": plan.num_threads, "max_new_tokens": plan.max_new_tokens}
-        with Transformers(self._model.checkpoint, **options) as rival:
-            await rival.warm_up(self._items[0])
-            exchanges = await closed_loop(rival.ask, self._items, plan.concurrency)
-            rss = await rival.peak_rss_bytes()
-            self._loads["transformers_sequential"] = {**summary(exchanges), "peak_rss_bytes": rss}
+        with Transformers(self._model.checkpoint, **self._options) as rival:
+            pid = await rival.warm_up(self._items[0])
+            exchanges = await closed_loop(rival.ask, self._items, self._plan.concurrency)
+            self._loaded("transformers_sequential", {**summary(exchanges), "peak_rss_bytes": memory_bytes(pid)})
+            size, count = self._plan.concurrency, len(self._items)
             try:
-                self._loads["transformers_batched"] = await self._batched(rival)
+                seconds = sum([await rival.batch(self._items[first : first + size]) for first in range(0, count, size)])
+                rate = round(count * self._plan.max_new_tokens / seconds, 2)
+                batched = {"tokens_per_second": rate, "errors": [], "peak_rss_bytes": memory_bytes(pid)}
             except BrokenProcessPool as error:  # such as killed for its memory
-                self._loads["transformers_batched"] = {"errors": [str(error)]}
+                batched = {"errors": [str(error)]}
+            self._loaded("transformers_batched", batched)
         return exchanges
 
-    async def _batched(self, rival: Transformers) -> dict[str, Any]:
-        size, count = self._plan.concurrency, len(self._items)
-        seconds = sum([await rival.batch(self._items[start : start + size]) for start in range(0, count, size)])
-        num_tokens = count * self._plan.max_new_tokens
-        return {
-            "num_requests": count,
-            "batch_size": min(size, count),
-            "errors": [],
-            "seconds": round(seconds, 3),
-            "num_tokens": num_tokens,
-            "tokens_per_second": round(num_tokens / seconds, 2),
-            "peak_rss_bytes": await rival.peak_rss_bytes(),
-        }
-
     async def _transformers_serve(self, venv: Path) -> None:
-        plan = self._plan
-        options = {"num_threads": plan.num_threads, "max_new_tokens": plan.max_new_tokens}
         try:
-            with transformers_serve(venv, self._model.checkpoint, **options) as target:
-                await target.ask(self._items[0])
-                exchanges = await closed_loop(target.ask, self._items, plan.concurrency)
-                found = {**summary(exchanges), "peak_rss_bytes": peak_rss_bytes(target.pid)}
+            with transformers_serve(venv, self._model.checkpoint, **self._options) as (ask, pid):
+                await ask(self._items[0])
+                exchanges = await closed_loop(ask, self._items, self._plan.concurrency)
+                found = {**summary(exchanges), "peak_rss_bytes": memory_bytes(pid)}
         except (ServerFailed, OSError) as error:
             found = {"errors": [str(error)]}
-        self._loads["transformers_serve"] = found
+        self._loaded("transformers_serve", found)
+
+    @property
+    def _options(self) -> dict[str, int]:
+        return {"num_threads": self._plan.num_threads, "max_new_tokens": self._plan.max_new_tokens}
 
 
 @torch.inference_mode()
 def _bare_model(model: UnderTest, plan: Plan, item: Item) -> Callable[[int], list[float]]:
     """The model in this process, an item prefilled; gives seconds of so many decode steps."""
     torch.set_num_threads(plan.num_threads)
-    name = None if model.folder is None else str(model.folder)
-    ours = Ours(load_model(ModelConfig(model=name), EngineConfig()), 1, plan.max_new_tokens)
+    ours = Ours(load_model(ModelConfig(model=str(model.checkpoint)), EngineConfig()), 1, plan.max_new_tokens)
     prompt = ours.model.prepare(chat(item.question, *item.images))
     asked = Asked(ours, prompt, recommended(ours.model.info, model.max_kept_fraction))
     asked.answer(4)
@@ -266,11 +253,16 @@ def draw(report: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(15, 0.6 + 3.3 * len(models)), dpi=150, layout="constrained")
     for row, model in zip(figure.subplots(len(models), 4, squeeze=False), models, strict=True):
         rates = f"{model['model']}: tokens per second, {model['plan']['concurrency']} clients"
-        _draw_loads(row[0], model, rates, lambda load: load.get("tokens_per_second"), "{:,.0f}")
-        waited = lambda load: _point(load, "time_to_first_token_seconds", "p50")  # noqa: E731  # a name for a column
-        _draw_loads(row[1], model, "time to first token, median", waited, "{:.2g} s")
-        paced = lambda load: _point(load, "inter_token_seconds", "p99")  # noqa: E731  # a name for a column
-        _draw_loads(row[2], model, "between two tokens, p99", paced, "{:.2g} s")
+        for axes, title, form, *keys in (
+            (row[0], rates, "{:,.0f}", "tokens_per_second"),
+            (row[1], "time to first token, median", "{:.2g} s", "time_to_first_token_seconds", "p50"),
+            (row[2], "between two tokens, p99", "{:.2g} s", "inter_token_seconds", "p99"),
+        ):
+            loads = {_NAMES[name]: load for name, load in model["loads"].items() if name != "trimserve_open_loop"}
+            found = {name.strip("`").replace(", ", ",\n"): _figure(load, *keys) for name, load in loads.items()}
+            bars = {name: value for name, value in found.items() if value}
+            label_bars(axes, bars, [_BLUE if name.startswith("trimserve") else _GREY for name in bars], form)
+            bare(axes, title)
         images, latency = model["repeated_images"]["four_tiles"], model["added_latency"]
         bars = {
             "first token,\nnew image": images["first_seconds"] * 1e3,
@@ -286,16 +278,9 @@ def draw(report: dict[str, Any], path: Path) -> None:
     figure.savefig(path)
 
 
-def _draw_loads(axes: Axes, model: dict[str, Any], title: str, value: Callable[[Any], Any], form: str) -> None:
-    found = {name: value(load) for name, load in model["loads"].items() if name != "trimserve_open_loop"}
-    bars = {_NAMES[name].strip("`").replace(", ", ",\n"): shown for name, shown in found.items() if shown}
-    label_bars(axes, bars, [_BLUE if name.startswith("trimserve") else _GREY for name in bars], form)
-    bare(axes, title)
-
-
-def _point(load: dict[str, Any], name: str, point: str) -> float | None:
+def _figure(load: dict[str, Any], name: str, point: str = "") -> Any:
     found = load.get(name)
-    return found[point] if found else None
+    return found[point] if found and point else found
 
 
 def table(report: dict[str, Any]) -> str:
@@ -337,24 +322,16 @@ def _cells(load: dict[str, Any]) -> list[str]:
 
 
 def main() -> None:
-    """Command line."""
-    parser = options(__doc__, "serve", bench_model=True, quick=True)
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS, help="default: both")
-    parser.add_argument("--rival-venv", type=Path, help="environment with transformers[serving]; unset leaves it out")
-    arguments = parser.parse_args()
-    models = asyncio.run(_measure(arguments))
-    report = finish("serve", arguments.out / "report.json", {"models": models})
-    draw(report, arguments.out / "serve.png")
-    print(table(report), file=sys.stderr)
-
-
-async def _measure(arguments: argparse.Namespace) -> Sequence[dict[str, Any]]:
-    found = []
+    """Measure and write."""
+    arguments = command_line(__doc__, "serve", bench_model=BENCH_MODEL, models=[*MODELS], rival_venv=None, quick=False)
+    models = []
     for name in arguments.models:
         plan = _QUICK if arguments.quick else _PLANS[name]
-        model = under_test(name, arguments.bench_model)
-        found.append(await _Comparison(model, plan, arguments.rival_venv).run())
-    return found
+        comparison = _Comparison(under_test(name, arguments.bench_model), plan, arguments.rival_venv)
+        models.append(asyncio.run(comparison.run()))
+    report = finish(arguments, {"models": models}, "report.json")
+    draw(report, arguments.out / "serve.png")
+    print(table(report), file=sys.stderr)
 
 
 if __name__ == "__main__":

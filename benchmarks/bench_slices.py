@@ -16,18 +16,15 @@ engine is driven without service and sockets, on one thread. For each slice:
 
 import random
 import time
-from dataclasses import asdict, dataclass
 from itertools import pairwise
 from statistics import median
 from typing import Any, Final
 
-import torch
-
-from benchmarks.driven import UNCUT, Driven, Output
-from benchmarks.models import MODELS, under_test
+from benchmarks.driven import UNCUT, Driven
+from benchmarks.load import draw_picture
+from benchmarks.models import BENCH_MODEL, MODELS, under_test
 from benchmarks.ours import QUESTION, chat
-from benchmarks.report import finish, options
-from benchmarks.workload import draw_picture
+from benchmarks.report import command_line, finish, noted
 from trimserve.api.request import GenerationRequest
 from trimserve.api.sampling import SamplingParams
 from trimserve.api.trim import TrimRequest
@@ -39,50 +36,44 @@ __all__ = ["main"]
 
 _SLICES: Final = (0.0, 0.03, 0.1, 0.3, 1.0, UNCUT)
 _MAX_NEW_TOKENS: Final = 512  # of the running requests, which never come to their end
+_BETWEEN: Final = 25
+"""Tokens of each running request from one newcomer to the next; more than a prefill has layers."""
+_NEWCOMERS_TOKENS: Final = 8
 
 
-@dataclass(frozen=True, slots=True)
-class _Plan:
-    """How much is generated at every slice."""
+def _measure(
+    model: Mllama, trim: TrimRequest, slice_seconds: float, num_running: int, pictures: list[bytes]
+) -> dict[str, Any]:
+    """Figures of one slice, with a newcomer for each picture."""
+    driven = Driven(model, clock=time.monotonic, max_batch=num_running + 1, prefill_slice_seconds=slice_seconds)
 
-    num_running: int = 8
-    num_newcomers: int = 3
-    tokens_between: int = 25
-    """Of each running request, from one newcomer to the next; more than a prefill has layers."""
-    newcomer_tokens: int = 8
-
-
-def _measure(model: Mllama, plan: _Plan, trim: TrimRequest, slice_seconds: float, rng: random.Random) -> dict[str, Any]:
-    """Figures of one slice."""
-    driven = Driven(model, clock=time.monotonic, max_batch=plan.num_running + 1, prefill_slice_seconds=slice_seconds)
-
-    def begin(num_tokens: int, *images: bytes) -> Output:
+    def begin(num_tokens: int, *images: bytes) -> list[float]:
         sampling = SamplingParams(max_new_tokens=num_tokens, ignore_eos=True)
-        return driven.begin(GenerationRequest("slices", chat(QUESTION, *images), sampling, trim))
+        return driven.begin(GenerationRequest("slices", chat(QUESTION, *images), sampling, trim)).arrivals
 
-    watched = [begin(_MAX_NEW_TOKENS) for _ in range(plan.num_running)][-1].arrivals
-    while not watched:  # their own prefill is not what is measured
-        driven.step()
+    def go_on(arrivals: list[float], num_arrivals: int) -> None:
+        while len(arrivals) < num_arrivals:
+            driven.step()
+
+    watched = [begin(_MAX_NEW_TOKENS) for _ in range(num_running)][-1]
+    go_on(watched, 1)  # their own prefill is not what is measured
     start, paused = time.monotonic(), 0.0
     gaps: list[float] = []
     firsts: list[float] = []
-    for number in range(1, plan.num_newcomers + 1):
-        while len(watched) <= number * plan.tokens_between:
-            driven.step()
+    for number, picture in enumerate(pictures, 1):
+        go_on(watched, number * _BETWEEN + 1)
         came = time.monotonic()
-        newcomer = begin(plan.newcomer_tokens, draw_picture(rng, 2 * model.info.tile_size))
+        newcomer = begin(_NEWCOMERS_TOKENS, picture)
         num_seen, added = len(watched), time.monotonic()
         paused += added - came
-        while not newcomer.arrivals:
-            driven.step()
-        firsts.append(newcomer.arrivals[0] - added)
+        go_on(newcomer, 1)
+        firsts.append(newcomer[0] - added)
         gaps += [later - earlier for earlier, later in pairwise([added, *watched[num_seen:]])]
-    while len(watched) <= plan.tokens_between * (plan.num_newcomers + 2):  # newcomers are long done by then
-        driven.step()
-    num_tokens = plan.num_running * (len(watched) - 1) + plan.num_newcomers * plan.newcomer_tokens
+    go_on(watched, _BETWEEN * (len(pictures) + 2) + 1)  # newcomers are long done by then
+    num_tokens = num_running * (len(watched) - 1) + len(pictures) * _NEWCOMERS_TOKENS
     return {
         "slice_seconds": None if slice_seconds == UNCUT else slice_seconds,
-        "undisturbed_gap_seconds": round(median(b - a for a, b in pairwise(watched[: plan.tokens_between])), 4),
+        "undisturbed_gap_seconds": round(median(b - a for a, b in pairwise(watched[:_BETWEEN])), 4),
         "median_gap_seconds": round(median(gaps), 4),
         "longest_gap_seconds": round(max(gaps), 4),
         "time_to_first_token_seconds": round(median(firsts), 4),
@@ -91,23 +82,20 @@ def _measure(model: Mllama, plan: _Plan, trim: TrimRequest, slice_seconds: float
 
 
 def main() -> None:
-    """Command line; the last line of standard output is the report as one JSON document."""
-    parser = options(__doc__, "slices.json", bench_model=True, quick=True)
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS, help="default: both")
-    arguments = parser.parse_args()
-    plan = _Plan(num_running=2, num_newcomers=1) if arguments.quick else _Plan()
-    torch.set_num_threads(1)
+    """Measure and write."""
+    arguments = command_line(__doc__, "slices.json", bench_model=BENCH_MODEL, models=[*MODELS], quick=False)
+    num_running, num_newcomers = (2, 1) if arguments.quick else (8, 3)
     models: dict[str, list[dict[str, Any]]] = {}
     for name in arguments.models:
-        tested = under_test(name, arguments.bench_model)
-        model, rng = load_model(ModelConfig(model=str(tested.checkpoint)), EngineConfig()), random.Random(0)
+        tested, rng = under_test(name, arguments.bench_model), random.Random(0)
+        model = load_model(ModelConfig(model=str(tested.checkpoint)), EngineConfig())
         trim = TrimRequest(k_ratio=model.info.default_k_ratio, max_kept_fraction=tested.max_kept_fraction)
         rows = models[name] = []
         for slice_seconds in (UNCUT, *_SLICES):  # the first warms up
-            rows.append(_measure(model, plan, trim, slice_seconds, rng))
-            print(name, rows[-1], flush=True)
+            pictures = [draw_picture(rng, 2 * model.info.tile_size) for _ in range(num_newcomers)]
+            noted(rows, _measure(model, trim, slice_seconds, num_running, pictures))
         del rows[0]
-    finish("slices", arguments.out, {"plan": asdict(plan), "models": models})
+    finish(arguments, {"num_running": num_running, "num_newcomers": num_newcomers, "models": models})
 
 
 if __name__ == "__main__":

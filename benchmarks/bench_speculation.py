@@ -14,19 +14,17 @@ its weights are changed, not its shape: after a token comes the next one of the 
 - `forced`: a constraint leaves no choice.
 """
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from statistics import median
 from typing import Any, Final
 
 import torch
 
 from benchmarks.driven import UNCUT, Driven
-from benchmarks.measure import in_pairs, interval
+from benchmarks.measure import in_pairs, medians, speedup
 from benchmarks.models import BENCH_MODEL, bench_model
-from benchmarks.report import finish, markdown, options, origin, times
+from benchmarks.report import Columns, command_line, finish, noted, origin, tabulated, times
 from trimserve.api.constraint import Regex
 from trimserve.api.prompt import TokenPrompt
 from trimserve.api.request import GenerationRequest
@@ -122,7 +120,8 @@ class _Engine:
             self.driven.step()
         num_before = sum(len(output.token_ids) for output in outputs)
         began, self.num_steps[-1] = self.driven.clock(), 0
-        self.driven.finish()
+        while self.driven.engine.has_work:
+            self.driven.step()
         seconds = self.driven.clock() - began
         self.answers.append([output.token_ids for output in outputs])
         return (sum(len(output.token_ids) for output in outputs) - num_before) / seconds
@@ -143,64 +142,53 @@ def _count_up(model: Mllama) -> None:
 def _measure(model: Mllama, case: _Case, num_tokens: int, num_pairs: int) -> dict[str, Any]:
     plain, speculative = (_Engine(model, speculation=is_on) for is_on in (False, True))
     pairs = in_pairs(
-        lambda number: plain.answer(case, num_tokens, number),
         lambda number: speculative.answer(case, num_tokens, number),
+        lambda number: plain.answer(case, num_tokens, number),
         num_pairs,
     )
     if plain.answers != speculative.answers:
         raise AssertionError(f"{case.name}: drafts changed an answer")
-    ratios = [on / off for off, on in pairs]
+    with_drafts, without = medians(pairs, 2)
     steps = [on / max(1, off) for off, on in zip(plain.num_steps, speculative.num_steps, strict=True)]
     speculation = speculative.driven.engine.speculation
-    row = {
+    return {
         "case": case.name,
         "batch": case.batch,
-        "plain_tokens_per_second": round(median(off for off, _ in pairs), 2),
-        "tokens_per_second": round(median(on for _, on in pairs), 2),
-        "speedup": round(median(ratios), 4),
-        "interval": interval(ratios),
+        "plain_tokens_per_second": without,
+        "tokens_per_second": with_drafts,
+        **speedup(pairs),
         "steps_ratio": round(median(steps[1:]), 4),
         "proposed": speculation.num_proposed,
         "accepted": speculation.num_accepted,
         "pairs": num_pairs,
     }
-    print(json.dumps(row), flush=True)
-    return row
 
 
 def table(report: dict[str, Any]) -> str:
     """Tokens a second with and without drafts, by what the answers are like, as Markdown."""
-    rows = [
-        [
-            row["case"],
-            row["batch"],
-            f"{row['plain_tokens_per_second']:.0f}",
-            f"{row['tokens_per_second']:.0f}",
-            times(row),
-            f"{row['steps_ratio']:.2f}",
-            f"{row['accepted'] / row['proposed']:.0%}" if row["proposed"] else "none made",
-        ]
-        for row in report["rows"]
-    ]
-    head = ["answers", "batch", "tokens/s without", "with", "times as fast [95 %]", "steps a token", "drafts right"]
-    return f"{markdown(head, rows)}\n\n{origin(report)}"
+    columns: Columns = {
+        "answers": "{case}",
+        "batch": "{batch}",
+        "tokens/s without": "{plain_tokens_per_second:.0f}",
+        "with": "{tokens_per_second:.0f}",
+        "times as fast [95 %]": times,
+        "steps a token": "{steps_ratio:.2f}",
+        "drafts right": lambda row: f"{row['accepted'] / row['proposed']:.0%}" if row["proposed"] else "none made",
+    }
+    return f"{tabulated(report['rows'], columns)}\n\n{origin(report)}"
 
 
 def main() -> None:
-    """Print a row for each case; the last line is the report."""
-    parser = options(__doc__, "speculation.json")
-    parser.add_argument("--pairs", type=int, default=15)
-    parser.add_argument("--tokens", type=int, default=192, help="of each answer")
-    parser.add_argument("--cases", nargs="*", help="names of those to measure; all if none is given")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--model", type=Path, default=BENCH_MODEL, help="folder of bench; written if it is not there")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    model = load_model(ModelConfig(model=str(bench_model(arguments.model)), dtype=arguments.dtype), EngineConfig())
+    """Measure and write."""
+    options = {"pairs": 15, "tokens": 192, "cases": [case.name for case in _CASES], "dtype": ("float32", "bfloat16")}
+    arguments = command_line(__doc__, "speculation.json", bench_model=BENCH_MODEL, **options)
+    config = ModelConfig(model=str(bench_model(arguments.bench_model)), dtype=arguments.dtype)
+    model = load_model(config, EngineConfig())
     _count_up(model)
-    cases = [case for case in _CASES if not arguments.cases or case.name in arguments.cases]
-    rows = [_measure(model, case, arguments.tokens, arguments.pairs) for case in cases]
-    finish("speculation", arguments.out, {"dtype": arguments.dtype, "tokens": arguments.tokens, "rows": rows})
+    rows: list[dict[str, Any]] = []
+    for case in (case for case in _CASES if case.name in arguments.cases):
+        noted(rows, _measure(model, case, arguments.tokens, arguments.pairs))
+    finish(arguments, {"dtype": arguments.dtype, "tokens": arguments.tokens, "rows": rows})
 
 
 if __name__ == "__main__":

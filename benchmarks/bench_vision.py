@@ -3,12 +3,10 @@
     python -m benchmarks.bench_vision [--runs 3] [--layers 4] [--threads 1 2] [--out FILE]
 
 One image of one tile and one of four, in float32 and in bfloat16; the ratio has the 95 % interval of the median of the
-pairs that were timed in turn. The weights are random. Outputs are compared first. The last line of standard output is
-the report.
+pairs that were timed in turn. The weights are random. Outputs are compared first.
 """
 
 from functools import reduce
-from statistics import median
 from typing import Any, Final
 
 import torch
@@ -19,8 +17,8 @@ from transformers.models.mllama.modeling_mllama import (
     _prepare_aspect_ratio_attention_mask,
 )
 
-from benchmarks.measure import in_pairs, interval, seconds_of
-from benchmarks.report import finish, markdown, options, origin, times
+from benchmarks.measure import medians, seconds_in_pairs, speedup
+from benchmarks.report import Columns, command_line, finish, noted, origin, tabulated, times
 from trimserve.model.transformers_mllama import vision_layer_parts
 from trimserve.model.vision import ImageRows, VisionLayer
 from trimserve.model.vision_observer import VisionObserver
@@ -70,56 +68,46 @@ class _Layers:
 
         difference = (ours().float() - theirs()[0, order].float()).square().mean().sqrt().item()
         assert difference <= _MOST_DIFFERENCE[self._dtype], difference
-        pairs = in_pairs(lambda _: seconds_of(ours), lambda _: seconds_of(theirs), runs, warm_up=False)
-        ratios = [slow / fast for fast, slow in pairs]
+        pairs = seconds_in_pairs(theirs, ours, runs, warm_up=False)
+        their_seconds, seconds = medians(pairs)
         return {
             "dtype": str(self._dtype).removeprefix("torch."),
             "layers": len(layers),
-            "seconds": round(median(fast for fast, _ in pairs), 3),
-            "transformers_seconds": round(median(slow for _, slow in pairs), 3),
-            "speedup": round(median(ratios), 2),
-            "interval": interval(ratios),
+            "seconds": seconds,
+            "transformers_seconds": their_seconds,
+            **speedup(pairs),
             "difference": difference,
         }
 
 
 def table(report: dict[str, Any]) -> str:
     """Seconds of the vision encoder's layers beside transformers', as Markdown."""
-    rows = [
-        [
-            row["threads"],
-            row["tiles"],
-            row["dtype"],
-            f"{row['seconds']:.2f}",
-            f"{row['transformers_seconds']:.2f}",
-            times(row),
-        ]
-        for row in report["results"]
-    ]
-    head = ["threads", "tiles", "dtype", "trimserve, s", "transformers, s", "times as fast [95 %]"]
-    return f"{markdown(head, rows)}\n\n{origin(report)}"
+    columns: Columns = {
+        "threads": "{threads}",
+        "tiles": "{tiles}",
+        "dtype": "{dtype}",
+        "trimserve, s": "{seconds:.2f}",
+        "transformers, s": "{transformers_seconds:.2f}",
+        "times as fast [95 %]": times,
+    }
+    return f"{tabulated(report['results'], columns)}\n\n{origin(report)}"
 
 
 @torch.inference_mode()
 def main() -> None:
     """Compare, time, write."""
-    parser = options(__doc__, "vision.json")
-    parser.add_argument("--runs", type=int, default=3, help="timed calls of each layer, at least 2")
-    parser.add_argument("--layers", type=int, default=4, help="how many")
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="numbers of threads")
-    arguments = parser.parse_args()
+    arguments = command_line(__doc__, "vision.json", runs=3, layers=4, threads=[1, 2])
     torch.manual_seed(0)
     config = MllamaVisionConfig(image_size=560)
     compared = [_Layers(config, dtype, arguments.layers) for dtype in _MOST_DIFFERENCE]
-    results = []
+    results: list[dict[str, Any]] = []
     for threads in arguments.threads:
         torch.set_num_threads(threads)
         for layers in compared:
-            for num_tiles in (1, layers.max_tiles):
-                row = layers.beside_transformers(num_tiles, arguments.runs)
-                results.append({"threads": threads, "tiles": num_tiles, **row})
-                print(results[-1], flush=True)
-    finish("vision", arguments.out, {"results": results}, max(arguments.threads))
+            for tiles in (1, layers.max_tiles):
+                row = layers.beside_transformers(tiles, arguments.runs)
+                noted(results, {"threads": threads, "tiles": tiles, **row})
+    finish(arguments, {"results": results})
 
 
 if __name__ == "__main__":

@@ -42,32 +42,25 @@ class Driven:
     def __init__(
         self,
         model: Mllama,
-        image_cache_bytes: int = 0,
+        *,
         clock: Callable[[], float] = time.thread_time,
         on_step: Callable[[int, float], None] | None = None,
         **knobs: Any,
     ) -> None:
-        """Start an engine.
+        """Start an engine that keeps no image.
 
         Args:
             model: loaded.
-            image_cache_bytes: see `LocalExecutor`.
             clock: seconds by which tokens come: by default the thread's own, so that other work does not count.
             on_step: see `Engine`.
             knobs: those of `EngineConfig`.
         """
-        executor = LocalExecutor(model, image_cache_bytes)
         listener = () if on_step is None else (on_step,)
-        self.engine, self.clock = Engine(model, executor, EngineConfig(**knobs), *listener), clock
-        self.step = self.engine.step
+        self.engine = Engine(model, LocalExecutor(model, 0), EngineConfig(**knobs), *listener)
+        self.step, self.clock = self.engine.step, clock
 
     def begin(self, request: GenerationRequest) -> Output:
         """Hand a prepared request to the engine: in a server, other threads prepare it."""
         output = Output(self.clock)
         self.engine.add(self.engine.prepare(request, output, time.monotonic()))
         return output
-
-    def finish(self) -> None:
-        """Step until nothing is left to do."""
-        while self.engine.has_work:
-            self.step()

@@ -67,6 +67,15 @@ class Floor:
         """The larger."""
         return max(self.bytes_ms, self.products_ms)
 
+    def beside(self, milliseconds: float) -> dict[str, float]:
+        """The floor, and how many times as long a step took."""
+        return {
+            "bytes": self.num_bytes,
+            "bytes_ms": round(self.bytes_ms, 3),
+            "products_ms": round(self.products_ms, 3),
+            "times_floor": round(milliseconds / self.ms, 3),
+        }
+
     @classmethod
     def of_step(cls, shape: StepShape, batch: int, kv_bytes: int, bytes_per_second: float) -> "Floor":
         """Of a batch that attends to so many bytes."""

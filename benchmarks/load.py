@@ -1,35 +1,126 @@
-"""Sends workloads, takes the time, and says what it came to.
+"""Load: questions about images and of text alone, the same for equal seeds, sent to a target, and what it came to.
 
 As fast as some clients can (closed loop), or as independent clients come (open loop). A target is anything that can be
 asked; it stamps each message that brings tokens. All times are `time.monotonic()`, which processes share.
 """
 
 import asyncio
+import io
+import random
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise, takewhile
-from typing import Any
+from itertools import accumulate, pairwise
+from typing import Any, Final, Literal
 
 import numpy as np
-
-from benchmarks.workload import KINDS, Item
+from PIL import Image, ImageDraw
 
 __all__ = [
+    "REPEATED_SHARE",
     "Answer",
     "Ask",
     "Exchange",
-    "agreement",
+    "Item",
+    "Kind",
     "closed_loop",
+    "draw_picture",
+    "make_workload",
     "median_round",
+    "num_equal_answers",
     "open_loop",
     "percentiles",
+    "picture_of",
+    "poisson_arrivals",
     "ratios",
     "summary",
 ]
 
+Kind = Literal["four_tiles", "one_tile", "text"]
+"""Tiles of an item's image, or none."""
+
+REPEATED_SHARE: Final = 0.5
+"""Every second item of a kind shows an image that an earlier one showed."""
+
+_SHARES: Final[dict[Kind, float]] = {"four_tiles": 0.5, "one_tile": 0.25}
+"""Of the items; the others are text."""
+_SENTENCES: Final = (
+    "What is in the image?",
+    "Describe what you see in a few words.",
+    "Which colour is the largest thing?",
+    "How many shapes are there, and where are they?",
+    "Is there something to the left of the blue circle?",
+    "Answer in one sentence and name every colour.",
+    "If you cannot tell, say so.",
+    "Begin with the thing that is closest to the middle.",
+)
 _DIGITS = 5
 """Of seconds: 10 microseconds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One request."""
+
+    index: int
+    kind: Kind
+    question: str
+    images: tuple[bytes, ...]
+    """JPEG files."""
+
+
+def make_workload(num_requests: int, tile_size: int, seed: int = 0) -> tuple[Item, ...]:
+    """The items in the order in which they are sent.
+
+    Args:
+        num_requests: how many.
+        tile_size: pixels along the side of the model's tiles.
+        seed: other seeds give other questions, images and orders.
+    """
+    rng = random.Random(seed)
+    kinds: list[Kind] = [kind for kind, share in _SHARES.items() for _ in range(round(share * num_requests))]
+    kinds += ["text"] * (num_requests - len(kinds))
+    rng.shuffle(kinds)
+    shown: dict[Kind, list[bytes]] = {kind: [] for kind in _SHARES}
+    items = []
+    for index, kind in enumerate(kinds):
+        images: tuple[bytes, ...] = ()
+        if kind != "text":
+            is_repeated = kinds[:index].count(kind) % 2 == 1
+            images = (rng.choice(shown[kind]) if is_repeated else picture_of(kind, rng, tile_size),)
+            shown[kind] += images
+        items.append(Item(index, kind, " ".join(rng.choices(_SENTENCES, k=rng.randint(1, 8))), images))
+    return tuple(items)
+
+
+def picture_of(kind: Kind, rng: random.Random, tile_size: int) -> bytes:
+    """An image that fills its tiles; `kind` has some."""
+    return draw_picture(rng, tile_size * (2 if kind == "four_tiles" else 1))
+
+
+def draw_picture(rng: random.Random, side: int) -> bytes:
+    """A JPEG of coloured ellipses on an uneven ground.
+
+    Args:
+        rng: decides what is on it.
+        side: pixels along each side.
+    """
+    ground = np.random.default_rng(rng.getrandbits(64)).integers(0, 256, (6, 6, 3), dtype=np.uint8)
+    picture = Image.fromarray(ground).resize((side, side), Image.Resampling.BICUBIC)
+    pen = ImageDraw.Draw(picture)
+    for _ in range(6):
+        x, y, radius = rng.randrange(side), rng.randrange(side), max(1, rng.randrange(side // 16, side // 5))
+        colour = (rng.randrange(256), rng.randrange(256), rng.randrange(256))
+        pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill=colour)
+    file = io.BytesIO()
+    picture.save(file, "JPEG", quality=90)
+    return file.getvalue()
+
+
+def poisson_arrivals(num_requests: int, requests_per_second: float, seed: int = 0) -> list[float]:
+    """Seconds at which independent clients come, ascending, at so many a second on average."""
+    rng = random.Random(seed)
+    return list(accumulate(rng.expovariate(requests_per_second) for _ in range(num_requests)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,13 +130,8 @@ class Answer:
     arrivals: tuple[float, ...] = ()
     """When each message with tokens came."""
     num_tokens: int = 0
-    num_prompt_tokens: int = 0
     token_ids: tuple[int, ...] = ()
     """Empty where the target does not tell them."""
-    num_valid: int = 0
-    """Visual features of the images' own tiles."""
-    num_kept: int = 0
-    """Rows held for them: those that were kept, and those that others were merged into."""
     error: str | None = None
     """Why there is no answer."""
 
@@ -82,10 +168,6 @@ class Exchange:
 async def closed_loop(ask: Ask, items: Iterable[Item], concurrency: int) -> list[Exchange]:
     """Let some clients share the items; each sends its next one when it has its answer.
 
-    Args:
-        ask: the target.
-        items: in the order in which they are sent.
-        concurrency: clients.
     Returns:
         Exchanges in the order of the items.
     """
@@ -99,16 +181,9 @@ async def closed_loop(ask: Ask, items: Iterable[Item], concurrency: int) -> list
 
 
 async def open_loop(ask: Ask, items: Sequence[Item], arrivals: Sequence[float]) -> list[Exchange]:
-    """Send each item at its time, whatever became of those before it.
+    """Send each item at its time, in seconds from now, whatever became of those before it.
 
     Waiting counts from the time an item was due, so a load generator that falls behind cannot hide it.
-
-    Args:
-        ask: the target.
-        items: in order.
-        arrivals: seconds from now, one for each item.
-    Returns:
-        Exchanges in the order of the items.
     """
     start = time.monotonic()
 
@@ -143,37 +218,18 @@ def summary(exchanges: Sequence[Exchange]) -> dict[str, Any]:
     answered = [each for each in exchanges if each.answer.error is None]
     seconds = max(each.finished for each in exchanges) - min(each.sent for each in exchanges)
     num_tokens = sum(each.answer.num_tokens for each in answered)
-    valid, kept = (sum(getattr(each.answer, name) for each in answered) for name in ("num_valid", "num_kept"))
     return {
         "num_requests": len(exchanges),
         "errors": sorted({each.answer.error for each in exchanges if each.answer.error}),
         "num_failed": len(exchanges) - len(answered),
         "seconds": round(seconds, 3),
-        "num_prompt_tokens": sum(each.answer.num_prompt_tokens for each in answered),
         "num_tokens": num_tokens,
         "tokens_per_second": round(num_tokens / seconds, 2),
         "requests_per_second": round(len(answered) / seconds, 4),
         "time_to_first_token_seconds": percentiles(each.time_to_first_token for each in answered),
         "inter_token_seconds": percentiles(gap for each in answered for gap in each.gaps),
-        "time_per_output_token_seconds": percentiles(each.time_per_output_token for each in answered),
         "duration_seconds": percentiles(each.finished - each.sent for each in answered),
-        "time_to_first_token_seconds_by_kind": _first_tokens(answered),
-        "kept_fraction": round(kept / valid, 4) if valid else None,
     }
-
-
-def _first_tokens(answered: Sequence[Exchange]) -> dict[str, dict[str, float] | None]:
-    """By kind of image, and whether it was new."""
-    groups: dict[str, list[float]] = {
-        kind if kind == "text" else f"{kind}, {name}": []
-        for kind in KINDS
-        for name in ("first_image", "repeated_image")
-    }
-    for each in answered:
-        name = "repeated_image" if each.item.is_repeated else "first_image"
-        kind = each.item.kind
-        groups[kind if kind == "text" else f"{kind}, {name}"].append(each.time_to_first_token)
-    return {name: percentiles(seconds) for name, seconds in groups.items()}
 
 
 def median_round(rounds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -188,23 +244,10 @@ def median_round(rounds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {**chosen, "tokens_per_second_of_rounds": [each["tokens_per_second"] for each in ordered]}
 
 
-def agreement(ours: Sequence[Exchange], theirs: Sequence[Exchange]) -> dict[str, Any]:
-    """How many answers to the same items are the same to the last token.
-
-    Args:
-        ours: answers that tell token ids.
-        theirs: the same, of another target.
-    """
-    pairs = [(a.answer, b.answer) for a, b in zip(ours, theirs, strict=True)]
-    compared = [(a.token_ids, b.token_ids) for a, b in pairs if a.error is None and b.error is None]
-    common = [sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False))) for a, b in compared]
-    return {
-        "num_compared": len(compared),
-        "num_equal_prompts": sum(a.num_prompt_tokens == b.num_prompt_tokens for a, b in pairs),
-        "num_equal_answers": sum(a == b for a, b in compared),
-        "num_tokens": sum(len(a) for a, _ in compared),
-        "num_tokens_before_they_part": sum(common),
-    }
+def num_equal_answers(ours: Sequence[Exchange], theirs: Sequence[Exchange]) -> int:
+    """How many answers to the same items are the same to the last token; both targets tell token ids."""
+    pairs = ((one.answer, other.answer) for one, other in zip(ours, theirs, strict=True))
+    return sum(one.error is None and one.token_ids == other.token_ids for one, other in pairs)
 
 
 def ratios(loads: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:

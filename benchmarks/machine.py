@@ -1,7 +1,6 @@
 """About this machine: what a figure was taken on, and with what."""
 
 import re
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,7 @@ import torch
 
 from trimserve.evaluation.report import about_this_run
 
-__all__ = ["about", "peak_rss_bytes"]
+__all__ = ["about", "memory_bytes"]
 
 
 def about(num_threads: int) -> dict[str, Any]:
@@ -22,12 +21,11 @@ def about(num_threads: int) -> dict[str, Any]:
     machine = {**run["machine"], "num_threads": num_threads}
     if torch.get_default_device().type == "cuda":
         machine["gpu"] = torch.cuda.get_device_name()
-    versions = {**run["versions"], "grpcio": metadata.version("grpcio")}
-    return {"machine": machine, "versions": versions, "commit": run["commit"]}
+    return {"machine": machine, "versions": run["versions"], "commit": run["commit"]}
 
 
-def peak_rss_bytes(pid: int) -> int | None:
-    """Most resident memory that a process has had so far; None where the system does not tell (not Linux)."""
+def memory_bytes(pid: int, field: str = "VmHWM") -> int | None:
+    """Resident memory of a process, the most so far or (`VmRSS`) now; None where the system does not tell."""
     status = Path(f"/proc/{pid}/status")
-    found = re.search(r"^VmHWM:\s+(\d+) kB", status.read_text(), re.MULTILINE) if status.exists() else None
+    found = re.search(rf"^{field}:\s+(\d+) kB", status.read_text(), re.MULTILINE) if status.exists() else None
     return int(found[1]) * 1024 if found else None

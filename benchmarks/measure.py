@@ -1,10 +1,11 @@
-"""Times of calls that take turns, intervals of their ratios, bandwidth and peak memory. It knows no op and no model.
+"""Times of calls that take turns, what is made of them, bandwidth and peak memory. It knows no op and no model.
 
 Everything happens on the device where new tensors are made.
 """
 
 import ctypes
 import gc
+import os
 import random
 import statistics
 import time
@@ -15,6 +16,7 @@ from typing import Any, Literal
 
 import torch
 
+from benchmarks.machine import memory_bytes
 from trimserve.model import huge_pages
 
 __all__ = [
@@ -22,8 +24,11 @@ __all__ = [
     "bandwidth",
     "in_pairs",
     "interval",
+    "medians",
     "peak_extra_bytes",
+    "seconds_in_pairs",
     "seconds_of",
+    "speedup",
     "spread",
     "stream",
     "time_calls",
@@ -31,6 +36,7 @@ __all__ = [
     "time_in_turns",
 ]
 
+Call = Callable[[], Any]
 Floor = Literal["read", "copy"]
 """A use of memory that bounds an op."""
 
@@ -41,7 +47,7 @@ _LEAST, _MOST = 3, 200
 _NUM_RESAMPLED = 2000
 
 
-def seconds_of(call: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> float:
+def seconds_of(call: Call, clock: Callable[[], float] = time.perf_counter) -> float:
     """How long a call takes."""
     start = clock()
     call()
@@ -57,8 +63,8 @@ def spread(samples: Sequence[float], digits: int = 4) -> dict[str, float]:
 def interval(ratios: Sequence[float]) -> tuple[float, float]:
     """95 % interval of the median of some ratios, at least two, by bootstrap."""
     rng = random.Random(0)
-    medians = sorted(statistics.median(rng.choices(ratios, k=len(ratios))) for _ in range(_NUM_RESAMPLED))
-    return round(medians[_NUM_RESAMPLED // 40], 4), round(medians[-_NUM_RESAMPLED // 40 - 1], 4)
+    resampled = sorted(statistics.median(rng.choices(ratios, k=len(ratios))) for _ in range(_NUM_RESAMPLED))
+    return round(resampled[_NUM_RESAMPLED // 40], 4), round(resampled[-_NUM_RESAMPLED // 40 - 1], 4)
 
 
 def in_pairs(
@@ -83,43 +89,63 @@ def in_pairs(
     return pairs[int(warm_up) :]
 
 
-def time_calls(call: Callable[[], Any], seconds: float) -> dict[str, float]:
+def seconds_in_pairs(
+    one: Call,
+    other: Call,
+    num_pairs: int,
+    *,
+    warm_up: bool = True,
+    clock: Callable[[], float] = time.perf_counter,
+) -> list[tuple[float, float]]:
+    """Seconds of two calls; see `in_pairs`."""
+    return in_pairs(lambda _: seconds_of(one, clock), lambda _: seconds_of(other, clock), num_pairs, warm_up=warm_up)
+
+
+def medians(pairs: Sequence[tuple[float, float]], digits: int = 5) -> tuple[float, float]:
+    """Of both sides."""
+    one, other = (statistics.median(side) for side in zip(*pairs, strict=True))
+    return round(one, digits), round(other, digits)
+
+
+def speedup(pairs: Sequence[tuple[float, float]]) -> dict[str, Any]:
+    """How many times the second figure of a pair the first is: `speedup`, the median, and its 95 % `interval`."""
+    ratios = [one / other for one, other in pairs]
+    return {"speedup": round(statistics.median(ratios), 4), "interval": interval(ratios)}
+
+
+def time_calls(call: Call, seconds: float) -> dict[str, float]:
     """Milliseconds, as `spread` tells them, of about as many calls as fit, after one that is not counted."""
-    (summary,) = time_in_turns([call], seconds)
+    [summary] = time_in_turns([call], seconds)
     return summary
 
 
-def time_in_turns(calls: Sequence[Callable[[], Any]], seconds: float) -> list[dict[str, float]]:
+def time_in_turns(calls: Sequence[Call], seconds: float) -> list[dict[str, float]]:
     """The same of several that take turns: what else the machine does meanwhile slows all of them."""
-    return _take_turns(calls, lambda call: seconds_of(call) * 1e3, _LEAST, _MOST, seconds, inf)
+    return _take_turns(calls, lambda call: seconds_of(call) * 1e3, (_LEAST, _MOST), seconds, inf)
 
 
-def time_cold(calls: Sequence[Callable[[], Any]], runs: int) -> list[dict[str, float]]:
+def time_cold(calls: Sequence[Call], runs: int) -> list[dict[str, float]]:
     """Milliseconds of `runs` calls of each, at least 2, in turns, each after the caches were flushed.
 
     Calls that take a tenth of a second are timed five times at most.
     """
     timer = _gpu_timer() if _is_gpu() else _cpu_timer()
-    return _take_turns(calls, timer, runs, runs, 0, _SLOW_MILLISECONDS)
+    return _take_turns(calls, timer, (runs, runs), 0, _SLOW_MILLISECONDS)
 
 
 def _take_turns(
-    calls: Sequence[Callable[[], Any]],
-    timer: Callable[[Callable[[], Any]], float],
-    least: int,
-    most: int,
-    seconds: float,
-    slow: float,
+    calls: Sequence[Call], timer: Callable[[Call], float], turns: tuple[int, int], seconds: float, slow: float
 ) -> list[dict[str, float]]:
     samples: list[list[float]] = [[] for _ in calls]
     for call in calls:
         call()
-    end, num_turns = time.perf_counter() + seconds, 0
-    while num_turns < least or (time.perf_counter() < end and num_turns < most):
+    end, (least, most) = time.perf_counter() + seconds, turns
+    for num_turns in range(most):
+        if num_turns >= least and time.perf_counter() >= end:
+            break
         for call, milliseconds in zip(calls, samples, strict=True):
             if num_turns < _FEW_RUNS or milliseconds[0] < slow:
                 milliseconds.append(timer(call))
-        num_turns += 1
     return [spread(milliseconds) for milliseconds in samples]
 
 
@@ -127,22 +153,22 @@ def _is_gpu() -> bool:
     return torch.get_default_device().type == "cuda"
 
 
-def _cpu_timer() -> Callable[[Callable[[], Any]], float]:
+def _cpu_timer() -> Callable[[Call], float]:
     flush = torch.ones(_FLUSH_BYTES["cpu"] // 4)
 
-    def time_call(call: Callable[[], Any]) -> float:
+    def time_call(call: Call) -> float:
         flush.sum()  # read, not written: what caches have to write back would take bandwidth from the call
         return seconds_of(call) * 1e3
 
     return time_call
 
 
-def _gpu_timer() -> Callable[[Callable[[], Any]], float]:
+def _gpu_timer() -> Callable[[Call], float]:
     """Time of the GPU alone where the call does not wait for it: while it flushes, the host queues the call."""
     flush = torch.empty(_FLUSH_BYTES["cuda"] // 4)
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
-    def time_call(call: Callable[[], Any]) -> float:
+    def time_call(call: Call) -> float:
         flush.fill_(0)
         start.record()
         call()
@@ -154,7 +180,7 @@ def _gpu_timer() -> Callable[[Callable[[], Any]], float]:
     return time_call
 
 
-def stream(floor: Floor) -> tuple[Callable[[], Any], int]:
+def stream(floor: Floor) -> tuple[Call, int]:
     """A call that sums a large tensor (`read`) or copies it (`copy`), and the bytes that it moves, both directions.
 
     It lies on huge pages, as weights and KV do.
@@ -170,7 +196,7 @@ def stream(floor: Floor) -> tuple[Callable[[], Any], int]:
 def bandwidth(floor: Floor, runs: int) -> float:
     """Bytes per second of `stream`, by the median of `runs` calls."""
     call, num_bytes = stream(floor)
-    (milliseconds,) = time_cold([call], runs)
+    [milliseconds] = time_cold([call], runs)
     return num_bytes / milliseconds["median"] * 1e3
 
 
@@ -182,18 +208,13 @@ def peak_extra_bytes(call: Callable[[], torch.Tensor]) -> int | None:
         held = torch.cuda.memory_allocated()
         num_bytes = call().nbytes
         return torch.cuda.max_memory_allocated() - held - num_bytes
-    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    pid, reset = os.getpid(), Path("/proc/self/clear_refs")
     if not reset.exists():
         return None
     call()
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # memory that the allocator kept for later would hide what is taken again
     reset.write_text("5")  # sets the peak to what is held now
-    before = _kilobytes(status, "VmRSS")
-    result = call()
-    return max(0, (_kilobytes(status, "VmHWM") - before) * 1024 - result.nbytes)
-
-
-def _kilobytes(status: Path, field: str) -> int:
-    line = next(line for line in status.read_text().splitlines() if line.startswith(field + ":"))
-    return int(line.split()[1])
+    before = memory_bytes(pid, "VmRSS")
+    num_bytes = call().nbytes
+    return max(0, (memory_bytes(pid) or 0) - (before or 0) - num_bytes)

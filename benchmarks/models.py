@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import torch
 from safetensors.torch import save_file
@@ -30,7 +30,6 @@ __all__ = [
     "GEOMETRY",
     "MODELS",
     "REAL_SIZE_MODEL",
-    "ModelName",
     "UnderTest",
     "bench_model",
     "draw_weights",
@@ -39,8 +38,7 @@ __all__ = [
     "write_real_size_model",
 ]
 
-ModelName = Literal["embedded", "bench"]
-MODELS: Final[tuple[ModelName, ...]] = ("embedded", "bench")
+MODELS: Final = ("embedded", "bench")
 
 GEOMETRY: Final = Path(__file__).with_name("bench_geometry.json")
 """Shape of `bench`, and how it is to be trimmed."""
@@ -68,22 +66,18 @@ _ROPE: Final = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+_REAL_SIZE: Final = {"text_config": {"rope_parameters": _ROPE}, "vision_config": {}, "trim": {"k_ratio": 0.2}}
+"""For the rest transformers' defaults are the 11B model's."""
 
 
 @dataclass(frozen=True, slots=True)
 class UnderTest:
     """A model, and how it is trimmed."""
 
-    name: ModelName
-    folder: Path | None
-    """Of the checkpoint; None is the embedded model."""
+    name: str
+    checkpoint: Path
     max_kept_fraction: float | None
     """Cap of every trimmed request; None: none."""
-
-    @property
-    def checkpoint(self) -> Path:
-        """Folder of the checkpoint, of the embedded model too."""
-        return self.folder or embedded_model_folder()
 
     def trim(self, *, is_on: bool) -> pb.TrimOptions:
         """What a request says: the checkpoint's own budget, or off."""
@@ -92,7 +86,7 @@ class UnderTest:
         return pb.TrimOptions(mode=pb.TRIM_MODE_ON, max_kept_fraction=self.max_kept_fraction)
 
 
-def under_test(name: ModelName, folder: Path) -> UnderTest:
+def under_test(name: str, folder: Path) -> UnderTest:
     """One of `MODELS`.
 
     Args:
@@ -100,7 +94,7 @@ def under_test(name: ModelName, folder: Path) -> UnderTest:
         folder: of `bench`, which is written if it is not there.
     """
     if name == "embedded":
-        return UnderTest(name, None, None)
+        return UnderTest(name, embedded_model_folder(), None)
     return UnderTest(name, bench_model(folder), max_kept_fraction())
 
 
@@ -111,66 +105,53 @@ def max_kept_fraction() -> float:
 
 
 def bench_model(folder: Path) -> Path:
-    """The folder of `bench`, which is written, as a checkpoint of transformers, if it is not there."""
-    if (folder / "config.json").exists():
-        return folder
-    geometry, special = read_json(GEOMETRY), _special_tokens()
-    _write_small_files(folder, geometry)
-    text = geometry["text_config"]
-    config = MllamaConfig(
-        vision_config=geometry["vision_config"],
-        text_config={**text, **special},
-        image_token_index=text["vocab_size"],
-        dtype="float32",
-    )
-    with torch.device("meta"):  # transformers' own initial values would be drawn in vain
-        model = MllamaForConditionalGeneration(config)
-    model.to_empty(device="cpu")
-    limit = read_json(embedded_model_folder() / "generation_config.json")["max_new_tokens"]
-    model.generation_config = GenerationConfig(**special, do_sample=False, max_new_tokens=limit)
-    draw_weights(model)
-    model.save_pretrained(folder)
-    (folder / "model.safetensors").chmod(0o644)  # safetensors writes for the owner alone
+    """The folder of `bench`, which is written if it is not there."""
+    if not (folder / "config.json").exists():
+        _write_model(folder, read_json(GEOMETRY), torch.float32, _SHARD_BYTES)
     return folder
 
 
-def write_real_size_model(
-    folder: Path, geometry: dict[str, Any] | None = None, shard_bytes: int = _SHARD_BYTES
-) -> None:
+def write_real_size_model(folder: Path, geometry: dict[str, Any] = _REAL_SIZE, shard_bytes: int = _SHARD_BYTES) -> None:
     """Write the large checkpoint in bfloat16, a shard at a time, so that it takes little memory.
 
     Args:
         folder: made if it is not there.
-        geometry: `text_config` and `vision_config` of another model; None is the 11B model's, transformers' default.
+        geometry: `text_config`, `vision_config` and `trim`, of another model for tests.
         shard_bytes: of a file, at most.
     """
-    special = _special_tokens()
-    given = geometry or {"text_config": {"rope_parameters": _ROPE}, "vision_config": {}}
+    _write_model(folder, geometry, torch.bfloat16, shard_bytes)
+
+
+def _write_model(folder: Path, geometry: dict[str, Any], dtype: torch.dtype, shard_bytes: int) -> None:
+    generation = read_json(embedded_model_folder() / "generation_config.json")
+    special = {name: generation[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     config = MllamaConfig(
-        text_config={**given["text_config"], **special}, vision_config=given["vision_config"], dtype="bfloat16"
+        text_config={**geometry["text_config"], **special},
+        vision_config=geometry["vision_config"],
+        architectures=["MllamaForConditionalGeneration"],
+        dtype=dtype,
     )
-    text, vision = text_config(config), vision_config(config)
-    config.image_token_index = text.vocab_size
-    small = {"text_config": text.to_dict(), "vision_config": vision.to_dict(), "trim": {"k_ratio": 0.2}}
-    _write_small_files(folder, small)
+    config.image_token_index = text_config(config).vocab_size
+    _write_small_files(folder, config, geometry["trim"]["k_ratio"])
     config.save_pretrained(folder)
-    GenerationConfig(**special, do_sample=False).save_pretrained(folder)
+    limit = generation["max_new_tokens"]
+    GenerationConfig(**special, do_sample=False, max_new_tokens=limit).save_pretrained(folder)
     weight_map: dict[str, str] = {}
-    for index, shard in enumerate(_shards(config, shard_bytes), 1):
+    for index, shard in enumerate(_shards(config, dtype, shard_bytes), 1):
         name = f"model-{index:05}.safetensors"
         save_file(shard, folder / name, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(shard, name)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    _write(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
 
 
-def _shards(config: MllamaConfig, shard_bytes: int) -> Iterator[dict[str, Tensor]]:
+def _shards(config: MllamaConfig, dtype: torch.dtype, shard_bytes: int) -> Iterator[dict[str, Tensor]]:
     generator = torch.Generator().manual_seed(0)
     shard: dict[str, Tensor] = {}
-    for name, parameter in meta_model(config, torch.bfloat16).named_parameters():
+    for name, parameter in meta_model(config, dtype).named_parameters():
         if shard and sum(tensor.nbytes for tensor in shard.values()) + parameter.nbytes > shard_bytes:
             yield shard
             shard = {}
-        weight = torch.empty(parameter.shape, dtype=torch.bfloat16)
+        weight = torch.empty(parameter.shape, dtype=dtype)
         _draw(name, weight, generator)
         start = next((ours for ours in _NAMES_OF_META if name.startswith(ours)), "")
         shard[_NAMES_OF_META.get(start, "") + name.removeprefix(start)] = weight
@@ -200,26 +181,21 @@ def _draw(name: str, parameter: Tensor, generator: torch.Generator) -> None:
         parameter.normal_(0, parameter[0].numel() ** -0.5, generator=generator)
 
 
-def _special_tokens() -> dict[str, Any]:
-    generation = read_json(embedded_model_folder() / "generation_config.json")
-    return {name: generation[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-
-
-def _write_small_files(folder: Path, geometry: dict[str, Any]) -> None:
+def _write_small_files(folder: Path, config: MllamaConfig, k_ratio: float) -> None:
     """Tokenizer, processor and trimming of a checkpoint."""
     folder.mkdir(parents=True, exist_ok=True)
-    source, vision = embedded_model_folder(), geometry["vision_config"]
+    source, vision = embedded_model_folder(), vision_config(config)
     for name in _COPIED:
         shutil.copy(source / name, folder / name)
     for name in _IMAGE_PROCESSORS:
         document = read_json(source / name)
         processor = document.get("image_processor", document)
-        processor["size"] = {"height": vision["image_size"], "width": vision["image_size"]}
-        processor["max_image_tiles"] = vision["max_num_tiles"]
+        processor["size"] = {"height": vision.image_size, "width": vision.image_size}
+        processor["max_image_tiles"] = vision.max_num_tiles
         _write(folder / name, document)
-    vocab_size = geometry["text_config"]["vocab_size"]
-    _write(folder / "tokenizer.json", _enlarged(read_json(source / "tokenizer.json"), vocab_size))
-    _write(folder / "trimserve.json", {"k_ratio": geometry["trim"]["k_ratio"]})
+    tokenizer = _enlarged(read_json(source / "tokenizer.json"), text_config(config).vocab_size)
+    _write(folder / "tokenizer.json", tokenizer)
+    _write(folder / "trimserve.json", {"k_ratio": k_ratio})
 
 
 def _enlarged(tokenizer: dict[str, Any], vocab_size: int) -> dict[str, Any]:

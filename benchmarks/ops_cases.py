@@ -6,6 +6,8 @@ after the op was found equal to its reference.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from itertools import product
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -53,15 +55,34 @@ class Case:
     detail: str
     """What tells it from other cases of the op; may be empty."""
     dtype: torch.dtype
-    run: Callable[[], Any]
-    baseline: Callable[[], Any]
+    arguments: tuple[Any, ...]
     baseline_name: str
+    baseline: Callable[[], Any]
     num_bytes: int
     """Least traffic with memory."""
-    floor: Floor | None
+    floor: Floor | None = None
     """Whose bandwidth bounds it; None: bound by arithmetic."""
     matrix_bytes: int | None = None
     """Of the intermediate tensor that the op does without; its peak extra memory is then measured."""
+
+    def run(self) -> Any:
+        """The op, once."""
+        return getattr(ops, self.op)(*self.arguments)
+
+
+class _Drawn:
+    """Values of a dtype on the default device, the same each time."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self.generator = torch.Generator(torch.get_default_device()).manual_seed(0)
+
+    def __call__(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, generator=self.generator).to(self.dtype)
+
+    def order(self, length: int, dtype: torch.dtype = torch.int64) -> Tensor:
+        """A permutation."""
+        return torch.randperm(length, generator=self.generator, dtype=dtype)
 
 
 def make_cases(dtype: torch.dtype) -> Iterator[Case]:
@@ -70,38 +91,25 @@ def make_cases(dtype: torch.dtype) -> Iterator[Case]:
     Raises:
         AssertionError: an op differs from its reference.
     """
-    device = torch.get_default_device()
-    generator = torch.Generator(device).manual_seed(0)
-    yield from _selection_cases(dtype, generator)
-    yield from _writing_cases(dtype, generator)
+    draw = _Drawn(dtype)
+    yield from _selection_cases(draw)
+    yield from _writing_cases(draw)
     for length in (_FEATURES // 2, _FEATURES):
-        yield _paged_attention_case(dtype, generator, _HEADS_11B, _BATCH, length)
-    for batch in (1, _BATCH):
-        for length in (_TEXT_LENGTH, _FEATURES // 2):
-            yield _paged_attention_case(dtype, generator, _HEADS_BENCH, batch, length)
-    if device.type == "cpu":  # of ops that have no CUDA kernel
-        yield _attention_case(dtype, generator, _HEADS_VISION, _VISION_ROWS, is_causal=False)
-        yield _attention_case(dtype, generator, _HEADS_11B, _PROMPT_ROWS, is_causal=True)
-        yield from _linear_cases(dtype, generator)
-
-
-def _linear_cases(dtype: torch.dtype, generator: torch.Generator) -> Iterator[Case]:
-    """At the numbers of rows of decode steps, and at and beyond the limits of model/projection.py."""
-    for num_rows in (1, _BATCH, 2 * _BATCH):
-        for int8 in (False, True):
-            yield _linear_case(dtype, generator, num_rows, int8=int8)
-    if dtype == torch.float32:
-        small = _HEADS * _HEAD_DIM // 4  # so that so many rows take no minutes
-        for int8 in (False, True):
-            yield _linear_case(dtype, generator, 512, small, int8=int8)
-    else:
-        yield _linear_case(dtype, generator, 4 * _BATCH)
-        for num_rows in (4 * _BATCH, 8 * _BATCH):
-            yield _linear_case(dtype, generator, num_rows, int8=True)
-
-
-def _draw(*shape: int, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    return torch.randn(*shape, generator=generator).to(dtype)
+        yield _paged_attention_case(draw, _HEADS_11B, _BATCH, length)
+    for batch, length in product((1, _BATCH), (_TEXT_LENGTH, _FEATURES // 2)):
+        yield _paged_attention_case(draw, _HEADS_BENCH, batch, length)
+    if torch.get_default_device().type == "cpu":  # of ops that have no CUDA kernel
+        yield _attention_case(draw, _HEADS_VISION, _VISION_ROWS, is_causal=False)
+        yield _attention_case(draw, _HEADS_11B, _PROMPT_ROWS, is_causal=True)
+        # Rows of decode steps, and at and beyond the limits of model/projection.py.
+        for num_rows, int8 in product((1, _BATCH, 2 * _BATCH), (False, True)):
+            yield _linear_case(draw, num_rows, int8=int8)
+        if dtype == torch.float32:
+            for int8 in (False, True):
+                yield _linear_case(draw, 512, _HEADS * _HEAD_DIM // 4, int8=int8)  # so that it takes no minutes
+        else:
+            for num_rows, int8 in ((4 * _BATCH, False), (4 * _BATCH, True), (8 * _BATCH, True)):
+                yield _linear_case(draw, num_rows, int8=int8)
 
 
 def _on_huge_pages(tensor: Tensor) -> Tensor:
@@ -109,168 +117,124 @@ def _on_huge_pages(tensor: Tensor) -> Tensor:
     return huge_pages.empty(tensor.shape, tensor.dtype, tensor.device).copy_(tensor)
 
 
-def _selection_cases(dtype: torch.dtype, generator: torch.Generator) -> Iterator[Case]:
-    q = _draw(_ROWS, _HEADS, _HEAD_DIM, dtype=dtype, generator=generator)
-    keys = _draw(_FEATURES, _KV_HEADS, _HEAD_DIM, dtype=dtype, generator=generator)
+def _selection_cases(draw: _Drawn) -> Iterator[Case]:
+    q, keys = draw(_ROWS, _HEADS, _HEAD_DIM), draw(_FEATURES, _KV_HEADS, _HEAD_DIM)
     visibility = torch.tensor([[0, _FEATURES]], dtype=torch.int32).expand(_ROWS, 2)
-    scores = ops.headwise_scores(q, keys, visibility, _SCALE)
-    expected = reference.headwise_scores(q, keys, visibility, _SCALE)
-    torch.testing.assert_close(scores, expected, **HEADWISE_SCORES)
+    arguments = (q, keys, visibility, _SCALE)
+    scores = ops.headwise_scores(*arguments)
+    torch.testing.assert_close(scores, reference.headwise_scores(*arguments), **HEADWISE_SCORES)
+    moved, matrix_bytes = q.nbytes + keys.nbytes + scores.nbytes, 4 * _HEADS * _ROWS * _FEATURES
+    torch_scores = partial(_scores_in_torch, q, keys)
+    named = "bmm + softmax + mean"
+    yield Case("headwise_scores", "", draw.dtype, arguments, named, torch_scores, moved, None, matrix_bytes)
+    if draw.dtype != torch.float32:  # scores are float32 whatever the model's dtype is
+        return
+    picked = (scores, [_FEATURES], [_PICKS])
+    picks = ops.headwise_topk(*picked)
+    assert torch.equal(picks, reference.headwise_topk(*picked))
+    kept, _ = ops.union_indices(picks, _FEATURES)
+    assert torch.equal(kept, reference.union_indices(picks, _FEATURES)[0])
+    assert torch.equal(kept, ops.select_features(*picked)[0])
+    of_all, top = scores.nbytes, partial(scores.topk, _PICKS)
     yield Case(
-        "headwise_scores",
-        "",
-        dtype,
-        lambda: ops.headwise_scores(q, keys, visibility, _SCALE),
-        lambda: _scores_in_torch(q, keys),
-        "bmm + softmax + mean",
-        q.nbytes + keys.nbytes + scores.nbytes,
-        None,
-        4 * _HEADS * _ROWS * _FEATURES,
+        "headwise_topk", "", scores.dtype, picked, "topk + sort", lambda: top().indices.sort(), of_all + picks.nbytes
     )
-    if dtype == torch.float32:  # scores are float32 whatever the model's dtype is
-        yield from _pick_cases(scores)
+    yield Case(
+        "union_indices", "", scores.dtype, (picks, _FEATURES), "unique", picks.unique, picks.nbytes + kept.nbytes
+    )
+    yield Case(
+        "select_features",
+        "",
+        scores.dtype,
+        picked,
+        "topk + unique",
+        lambda: top().indices.unique(),
+        of_all + kept.nbytes,
+    )
 
 
 def _scores_in_torch(q: Tensor, k: Tensor) -> Tensor:
     """When every row sees every feature: two batched ops and a mean."""
     keys = k.permute(1, 2, 0).repeat_interleave(_HEADS // _KV_HEADS, dim=0)  # [H, Dh, N]
     weights: Tensor = (torch.bmm(q.transpose(0, 1), keys).float() * _SCALE).softmax(dim=-1)
-    scores: Tensor = weights.mean(dim=1)
-    return scores
+    return weights.mean(dim=1)
 
 
-def _pick_cases(scores: Tensor) -> Iterator[Case]:
-    segments, k = [_FEATURES], [_PICKS]
-    picks = ops.headwise_topk(scores, segments, k)
-    assert torch.equal(picks, reference.headwise_topk(scores, segments, k))
-    kept, _ = ops.union_indices(picks, _FEATURES)
-    assert torch.equal(kept, reference.union_indices(picks, _FEATURES)[0])
-    assert torch.equal(kept, ops.select_features(scores, segments, k)[0])
-
-    def case(op: str, run: Callable[[], Any], baseline: Callable[[], Any], name: str, num_bytes: int) -> Case:
-        return Case(op, "", scores.dtype, run, baseline, name, num_bytes, None)
-
-    yield case(
-        "headwise_topk",
-        lambda: ops.headwise_topk(scores, segments, k),
-        lambda: scores.topk(_PICKS).indices.sort().values,
-        "topk + sort",
-        scores.nbytes + picks.nbytes,
-    )
-    yield case(
-        "union_indices",
-        lambda: ops.union_indices(picks, _FEATURES),
-        lambda: picks.unique(),
-        "unique",
-        picks.nbytes + kept.nbytes,
-    )
-    yield case(
-        "select_features",
-        lambda: ops.select_features(scores, segments, k),
-        lambda: scores.topk(_PICKS).indices.unique(),
-        "topk + unique",
-        scores.nbytes + kept.nbytes,
-    )
-
-
-def _writing_cases(dtype: torch.dtype, generator: torch.Generator) -> Iterator[Case]:
+def _writing_cases(draw: _Drawn) -> Iterator[Case]:
     rows = _FEATURES // 2
-    keys, values = _draw(2, _FEATURES, _KV_HEADS, _HEAD_DIM, dtype=dtype, generator=generator)
-    kept = torch.randperm(_FEATURES, generator=generator)[:rows].sort().values
+    keys, values = draw(2, _FEATURES, _KV_HEADS, _HEAD_DIM)
+    kept = draw.order(_FEATURES)[:rows].sort().values
     shape = (-(-rows // PAGE_POSITIONS), 1, 2, _KV_HEADS, PAGE_POSITIONS, _HEAD_DIM)
-    pages = _on_huge_pages(torch.zeros(shape, dtype=dtype))
-    order = torch.randperm(len(pages), generator=generator)
+    pages, expected = _on_huge_pages(torch.zeros(shape, dtype=draw.dtype)), torch.zeros(shape, dtype=draw.dtype)
     position = torch.arange(rows)
-    slots = order[position // PAGE_POSITIONS] * PAGE_POSITIONS + position % PAGE_POSITIONS
-
-    def case(name: str, detail: str, *arguments: Tensor) -> Case:
-        ours, theirs = getattr(ops, name), getattr(reference, name)
-        expected = torch.zeros_like(pages)
-        theirs(expected, 0, *arguments)
-        ours(pages.zero_(), 0, *arguments)
+    slots = draw.order(len(pages))[position // PAGE_POSITIONS] * PAGE_POSITIONS + position % PAGE_POSITIONS
+    num_bytes = 2 * rows * (keys[0].nbytes + values[0].nbytes)
+    for op, detail, *arguments in (
+        ("write_kv", f"{rows} rows", keys[:rows], values[:rows], slots),
+        ("gather_kv", "half kept", keys, values, kept, slots),
+    ):
+        in_torch = partial(getattr(reference, op), pages, 0, *arguments)
+        case = Case(op, detail, draw.dtype, (pages, 0, *arguments), "advanced indexing", in_torch, num_bytes, "copy")
+        getattr(reference, op)(expected.zero_(), 0, *arguments)
+        pages.zero_()
+        case.run()
         assert torch.equal(pages, expected)
-        run, baseline = (lambda: ours(pages, 0, *arguments)), (lambda: theirs(pages, 0, *arguments))
-        num_bytes = 2 * rows * (keys[0].nbytes + values[0].nbytes)
-        return Case(name, detail, dtype, run, baseline, "advanced indexing", num_bytes, "copy")
-
-    yield case("write_kv", f"{rows} rows", keys[:rows], values[:rows], slots)
-    yield case("gather_kv", "half kept", keys, values, kept, slots)
+        yield case
 
 
-def _paged_attention_case(
-    dtype: torch.dtype, generator: torch.Generator, heads: _Heads, batch: int, length: int
-) -> Case:
-    scale, per_sequence = heads.head_dim**-0.5, -(-length // PAGE_POSITIONS)
-    q = _draw(batch, heads.num_heads, heads.head_dim, dtype=dtype, generator=generator)
-    shape = (batch * per_sequence, 1, 2, heads.num_kv_heads, PAGE_POSITIONS, heads.head_dim)
-    pages = _on_huge_pages(_draw(*shape, dtype=dtype, generator=generator))
-    tables = torch.randperm(len(pages), generator=generator, dtype=torch.int32).view(batch, per_sequence)
-    lengths = torch.full((batch,), length, dtype=torch.int32)
-    arguments = (q, pages, 0, tables, lengths, scale)
+def _paged_attention_case(draw: _Drawn, heads: _Heads, batch: int, length: int) -> Case:
+    per_sequence = -(-length // PAGE_POSITIONS)
+    q = draw(batch, heads.num_heads, heads.head_dim)
+    pages = _on_huge_pages(draw(batch * per_sequence, 1, 2, heads.num_kv_heads, PAGE_POSITIONS, heads.head_dim))
+    tables = draw.order(len(pages), torch.int32).view(batch, per_sequence)
+    arguments = (q, pages, 0, tables, torch.full((batch,), length, dtype=torch.int32), heads.head_dim**-0.5)
     attended = ops.paged_attention(*arguments)
-    expected = reference.paged_attention(q[:1], pages, 0, tables[:1], lengths[:1], scale)
-    torch.testing.assert_close(attended[:1], expected, **PAGED_ATTENTION[dtype])
+    first = (q[:1], pages, 0, tables[:1], arguments[4][:1], arguments[5])
+    torch.testing.assert_close(attended[:1], reference.paged_attention(*first), **PAGED_ATTENTION[draw.dtype])
     # The same keys and values as transformers caches them, [B, Hkv, length, Dh].
     together = pages[tables.long(), 0].permute(2, 0, 3, 1, 4, 5).flatten(3, 4)[..., :length, :].contiguous()
-    keys, values = together
-    torch.testing.assert_close(_attention_in_torch(q, keys, values), attended, rtol=1e-2, atol=1e-2)
-    of_bench = f", batch {batch} of bench" if heads is _HEADS_BENCH else ""
-    return Case(
-        "paged_attention",
-        f"length {length}{of_bench}",
-        dtype,
-        lambda: ops.paged_attention(*arguments),
-        lambda: _attention_in_torch(q, keys, values),
-        "repeat_kv + sdpa",
-        together.nbytes,
-        "read" if length > _TEXT_LENGTH else None,  # so few bytes take less time than the call
-    )
+    in_torch = partial(_attention_in_torch, q, *together)
+    torch.testing.assert_close(in_torch(), attended, rtol=1e-2, atol=1e-2)
+    detail = f"length {length}" + (f", batch {batch} of bench" if heads is _HEADS_BENCH else "")
+    floor: Floor | None = "read" if length > _TEXT_LENGTH else None  # so few bytes take less time than the call
+    return Case("paged_attention", detail, draw.dtype, arguments, "repeat_kv + sdpa", in_torch, together.nbytes, floor)
 
 
-def _attention_case(
-    dtype: torch.dtype, generator: torch.Generator, heads: _Heads, num_rows: int, *, is_causal: bool
-) -> Case:
+def _attention_case(draw: _Drawn, heads: _Heads, num_rows: int, *, is_causal: bool) -> Case:
     """The vision encoder of an image of four tiles, or a prompt."""
-    scale = heads.head_dim**-0.5
-    q = _draw(num_rows, heads.num_heads, heads.head_dim, dtype=dtype, generator=generator)
-    k, v = _draw(2, num_rows, heads.num_kv_heads, heads.head_dim, dtype=dtype, generator=generator)
+    q = draw(num_rows, heads.num_heads, heads.head_dim)
+    k, v = draw(2, num_rows, heads.num_kv_heads, heads.head_dim)
     rows = torch.arange(num_rows, dtype=torch.int32)
     ends = rows + 1 if is_causal else torch.full_like(rows, num_rows)
     visibility = torch.stack([torch.zeros_like(rows), ends], dim=1)
-    attended, _ = ops.attention(q, k, v, visibility, scale)
-    some = torch.randint(num_rows, (16,), generator=generator)
-    expected, _ = reference.attention(q[some], k, v, visibility[some], scale)
-    torch.testing.assert_close(attended[some], expected, **MANY_ROWS_ATTENTION[dtype])
+    arguments = (q, k, v, visibility, heads.head_dim**-0.5)
+    some = torch.randint(num_rows, (16,), generator=draw.generator)
+    expected, _ = reference.attention(q[some], k, v, visibility[some], arguments[4])
+    torch.testing.assert_close(ops.attention(*arguments)[0][some], expected, **MANY_ROWS_ATTENTION[draw.dtype])
     queries, keys, values = (part.transpose(0, 1)[None].contiguous() for part in (q, k, v))
     has_groups = heads.num_heads != heads.num_kv_heads
-    return Case(
-        "attention",
-        f"{num_rows} rows of a {'prompt' if is_causal else 'vision encoder'}",
-        dtype,
-        lambda: ops.attention(q, k, v, visibility, scale),
-        lambda: F.scaled_dot_product_attention(queries, keys, values, is_causal=is_causal, enable_gqa=has_groups),
-        "sdpa",
-        2 * q.nbytes + k.nbytes + v.nbytes,
-        None,
+    in_torch = partial(
+        F.scaled_dot_product_attention, queries, keys, values, is_causal=is_causal, enable_gqa=has_groups
     )
+    detail = f"{num_rows} rows of a {'prompt' if is_causal else 'vision encoder'}"
+    num_bytes = 2 * q.nbytes + k.nbytes + v.nbytes
+    return Case("attention", detail, draw.dtype, arguments, "sdpa", in_torch, num_bytes)
 
 
-def _linear_case(
-    dtype: torch.dtype, generator: torch.Generator, num_rows: int, size: int = _HEADS * _HEAD_DIM, *, int8: bool = False
-) -> Case:
+def _linear_case(draw: _Drawn, num_rows: int, size: int = _HEADS * _HEAD_DIM, *, int8: bool = False) -> Case:
     """int8 beside what model/projection.py does on a GPU."""
-    x, weight = (_draw(n, size, dtype=dtype, generator=generator) for n in (num_rows, size))
-    stored = to_int8(weight) if int8 else (_on_huge_pages(weight),)
-    product = ops.linear(x, *stored)
-    torch.testing.assert_close(product, reference.linear(x, *stored), **LINEAR[dtype])
+    x, weight = draw(num_rows, size), draw(size, size)
+    arguments = (x, *(to_int8(weight) if int8 else (_on_huge_pages(weight),)))
+    outputs = ops.linear(*arguments)
+    torch.testing.assert_close(outputs, reference.linear(*arguments), **LINEAR[draw.dtype])
     return Case(
         "linear",
         f"{num_rows} rows of {size}{', int8 weights' if int8 else ''}",
-        dtype,
-        lambda: ops.linear(x, *stored),
-        (lambda: multiply_int8(x, *stored)) if int8 else (lambda: F.linear(x, *stored)),
+        draw.dtype,
+        arguments,
         "weights made floats + linear" if int8 else "linear",
-        x.nbytes + sum(tensor.nbytes for tensor in stored) + product.nbytes,
+        partial(multiply_int8 if int8 else F.linear, *arguments),
+        sum(tensor.nbytes for tensor in (*arguments, outputs)),
         "read" if num_rows == 1 else None,
     )
 

@@ -10,12 +10,11 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from benchmarks.workload import draw_picture
+from benchmarks.load import draw_picture
 from trimserve.api.info import ModelInfo
 from trimserve.api.prompt import ChatPrompt, ImageFile, Message, Text
 from trimserve.api.trim import TrimRequest
 from trimserve.config import EngineConfig, ModelConfig
-from trimserve.evaluation.dataset import Question
 from trimserve.evaluation.pages import OwnKeyValues, OwnPages
 from trimserve.model.interruptible import run_through
 from trimserve.model.loading import load_model
@@ -34,7 +33,6 @@ __all__ = [
     "Setting",
     "chat",
     "encoded",
-    "prepared",
     "recommended",
 ]
 
@@ -50,7 +48,6 @@ _SLACK: Final = 1.1  # of the pool: pages are whole
 class Setting:
     """A question about an image."""
 
-    name: str
     side: int
     """Tiles along each side of the image."""
     is_trimmed: bool
@@ -60,9 +57,7 @@ class Setting:
         return draw_picture(random.Random(0), self.side * tile_size)
 
 
-SETTINGS: Final = {
-    each.name: each for each in (Setting("off", 2, False), Setting("default", 2, True), Setting("one_tile", 1, True))
-}
+SETTINGS: Final = {"off": Setting(2, False), "default": Setting(2, True), "one_tile": Setting(1, True)}
 
 
 def chat(question: str, *images: bytes) -> ChatPrompt:
@@ -75,11 +70,6 @@ def recommended(info: ModelInfo, max_kept_fraction: float | None = None) -> Trim
     return TrimRequest(
         k_ratio=info.default_k_ratio, merge_ratio=info.default_merge_ratio, max_kept_fraction=max_kept_fraction
     )
-
-
-def prepared(model: Mllama, question: Question) -> PreparedPrompt:
-    """A held-out question."""
-    return model.prepare(chat(question.text, question.image.read_bytes()))
 
 
 def encoded(model: Mllama, prompt: PreparedPrompt) -> list[EncodedImage]:

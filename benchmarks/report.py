@@ -1,14 +1,16 @@
-"""What a benchmark writes down: its command line, JSON, tables for docs/, and bars of a picture."""
+"""What a benchmark is asked and what it writes down: command line, JSON, tables for docs/, bars of a picture."""
 
 import argparse
 import json
+import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+import torch
+
 from benchmarks.machine import about
-from benchmarks.models import BENCH_MODEL
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -16,14 +18,18 @@ if TYPE_CHECKING:
 __all__ = [
     "INK",
     "RESULTS",
+    "Columns",
     "bare",
+    "command_line",
     "finish",
     "label_bars",
     "markdown",
-    "options",
+    "noted",
     "origin",
+    "points",
     "precision",
     "size",
+    "tabulated",
     "times",
     "write_json",
 ]
@@ -32,46 +38,80 @@ RESULTS: Final = Path(__file__).parent / "results"
 INK: Final = "#2b2f36"
 """Colour of a picture's words."""
 
+Columns = Mapping[str, str | Callable[[Any], object]]
+"""Head -> how a row is told: a format of its items, such as `{seconds:.1f}`, or a function of it."""
+
 _BEGAN: Final = time.monotonic()
+_HELP: Final = {
+    "out": "where the report goes",
+    "threads": "of one op",
+    "bench_model": "folder; written if it is not there",
+    "model": "folder of a checkpoint",
+    "quick": "little of everything, to see whether it works",
+    "questions": "how many",
+    "pairs": "measured of both sides in turn, at least 2",
+    "runs": "timed calls of each, at least 2",
+}
 
 
-def options(
-    doc: str | None, out: str, *, threads: bool = False, bench_model: bool = False, quick: bool = False
-) -> argparse.ArgumentParser:
-    """The command line of a benchmark: `--out`, and what many of them take.
+def command_line(doc: str | None, out: str, **defaults: Any) -> argparse.Namespace:
+    """The arguments of a benchmark, which are `--out` and what it names; torch takes so many threads as they say.
 
     Args:
         doc: of the benchmark.
         out: default of `--out`, in `RESULTS`.
-        threads: whether it takes `--threads`.
-        bench_model: whether it takes `--bench-model`.
-        quick: whether it takes `--quick`.
+        defaults: of its other options: False is a switch, a list several values, texts if it is empty; a tuple a
+            choice whose first is the default; None a text or nothing.
     """
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=RESULTS / out, help="where the report goes")
-    if threads:
-        parser.add_argument("--threads", type=int, default=1, help="of one op")
-    if bench_model:
-        parser.add_argument("--bench-model", type=Path, default=BENCH_MODEL, help="folder; written if it is not there")
-    if quick:
-        parser.add_argument("--quick", action="store_true", help="little of everything, to see whether it works")
-    return parser
+    parser = argparse.ArgumentParser(
+        description=doc,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="The last line of standard output is the report.",
+    )
+    for name, default in {"out": RESULTS / out, **defaults}.items():
+        how: dict[str, Any] = {"default": default, "type": type(default)}
+        if default is None:
+            how = {}
+        elif default is False:
+            how = {"action": "store_true"}
+        elif isinstance(default, list):
+            how = {"default": default, "type": type(default[0]) if default else str, "nargs": "+"}
+        elif isinstance(default, tuple):
+            how = {"default": default[0], "choices": default}
+        elif isinstance(default, Path):
+            how["type"] = Path
+        told = _HELP.get(name, name.replace("_", " ")) + (" (%(default)s)" if "default" in how else "")
+        parser.add_argument(f"--{name.replace('_', '-')}", **how, help=told)
+    arguments = parser.parse_args()
+    threads = vars(arguments).setdefault("threads", 1)
+    torch.set_num_threads(max(threads) if isinstance(threads, list) else threads)
+    return arguments
 
 
-def finish(benchmark: str, out: Path, figures: dict[str, Any], num_threads: int = 1) -> dict[str, Any]:
+def noted(rows: list[dict[str, Any]], row: dict[str, Any]) -> None:
+    """Add a row to a report's, and tell it at once."""
+    rows.append(row)
+    print(json.dumps(row), file=sys.stderr, flush=True)
+
+
+def finish(arguments: argparse.Namespace, figures: dict[str, Any], name: str = "") -> dict[str, Any]:
     """Write the report and print it, as the last line of standard output.
 
     Args:
-        benchmark: its name.
-        out: JSON file.
+        arguments: of `command_line`.
         figures: what was found.
-        num_threads: of one op, in every process that was measured.
+        name: of the file, where `--out` is a folder.
     Returns:
         The report.
     """
-    seconds = round(time.monotonic() - _BEGAN, 1)
-    report = {"benchmark": benchmark, **about(num_threads), "seconds": seconds, **figures}
-    write_json(report, out)
+    threads = arguments.threads
+    report = {
+        "benchmark": Path(sys.argv[0]).stem.removeprefix("bench_"),
+        **about(max(threads) if isinstance(threads, list) else threads),
+        "seconds": round(time.monotonic() - _BEGAN, 1),
+        **figures,
+    }
+    write_json(report, arguments.out / name)
     print(json.dumps(report))
     return report
 
@@ -82,14 +122,22 @@ def write_json(document: dict[str, Any], path: Path) -> None:
     path.write_text(json.dumps(document, indent=2) + "\n")
 
 
-def markdown(head: Sequence[str], rows: Iterable[Sequence[object]], words: int = 1) -> str:
-    """A table.
+def tabulated(rows: Iterable[Any], columns: Columns, words: int = 1) -> str:
+    """A table with a line for each row.
 
     Args:
-        head: of the columns.
-        rows: their cells.
+        rows: of a report.
+        columns: from the left.
         words: columns on the left that hold words; the others hold numbers, on the right.
     """
+    cells = [
+        [cell.format_map(row) if isinstance(cell, str) else cell(row) for cell in columns.values()] for row in rows
+    ]
+    return markdown([*columns], cells, words)
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[object]], words: int = 1) -> str:
+    """A table of cells; see `tabulated`."""
     rule = "|" + "---|" * words + "---:|" * (len(head) - words)
     return "\n".join([f"| {' | '.join(head)} |", rule, *(f"| {' | '.join(map(str, row))} |" for row in rows)])
 
@@ -115,6 +163,11 @@ def times(row: dict[str, Any]) -> str:
     """A row's `speedup` with its interval."""
     low, high = row["interval"]
     return f"{row['speedup']:.2f} [{low:.2f}, {high:.2f}]"
+
+
+def points(value: float, low: float, high: float) -> str:
+    """A change of a share in points, with its 95 % interval."""
+    return f"{100 * value:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
 
 
 def size(num_bytes: int) -> str:

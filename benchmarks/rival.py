@@ -15,9 +15,12 @@ import socket
 import subprocess
 import tempfile
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import cached_property
 from inspect import signature
 from pathlib import Path
 from typing import Any, Final, NamedTuple, TypeVar
@@ -28,13 +31,12 @@ from torch import Tensor
 from transformers import AutoProcessor, BatchFeature, MllamaForConditionalGeneration
 from transformers.generation.streamers import BaseStreamer
 
-from benchmarks.load import Answer
-from benchmarks.machine import peak_rss_bytes
-from benchmarks.workload import Item
+from benchmarks.load import Answer, Ask, Item
+from benchmarks.measure import seconds_of
 from training.mended import mend
 from trimserve.process import ServerFailed
 
-__all__ = ["CACHE", "CacheBytes", "Rival", "Transformers", "TransformersServe", "cache_of", "transformers_serve"]
+__all__ = ["CACHE", "CacheBytes", "Rival", "Transformers", "cache_of", "transformers_serve"]
 
 CACHE: Final = "cache" if "cache" in signature(MllamaForConditionalGeneration.forward).parameters else "past_key_values"
 """What the KV cache is called, as an argument and in outputs: `cache` from transformers 5.24 on."""
@@ -43,6 +45,7 @@ _ROOM: Final = 16
 """Positions of a static cache behind the prompt."""
 _NO_END: Final = -1
 """An end token that is never drawn; transformers warns of it, and does as it should."""
+_MOST_CLIENTS: Final = 64
 
 Result = TypeVar("Result")
 
@@ -56,12 +59,7 @@ class Rival:
     """transformers' modules as its `generate` calls them, with one prompt."""
 
     def __init__(self, model: Any, inputs: dict[str, Tensor]) -> None:
-        """Take a prompt.
-
-        Args:
-            model: `MllamaForConditionalGeneration`, mended.
-            inputs: as its processor makes them, of one prompt with one image.
-        """
+        """Take `MllamaForConditionalGeneration`, mended, and what its processor makes of a prompt with one image."""
         self.model = model
         self._inputs = inputs | {"pixel_values": inputs["pixel_values"].to(model.dtype)}
 
@@ -72,20 +70,29 @@ class Rival:
         features: Tensor = self.model.model.multi_modal_projector(states)
         return features.reshape(-1, states.shape[-2], features.shape[-1])
 
-    def prefill(self, features: Tensor) -> Any:
-        """The prompt's output, with a cache that grows."""
+    @cached_property
+    def _features(self) -> Tensor:
+        return self.encode()
+
+    @cached_property
+    def _prefilled(self) -> Any:
+        return self.prefill()
+
+    @property
+    def logits(self) -> Tensor:
+        """Of the prompt's last row, [V]."""
+        logits: Tensor = self._prefilled.logits[0, -1]
+        return logits
+
+    def prefill(self) -> Any:
+        """The prompt's output, with a cache that grows; the image is encoded once."""
         names = ("input_ids", "attention_mask", "cross_attention_mask")
         inputs = {name: self._inputs[name] for name in names}
-        return self.model(**inputs, cross_attention_states=features, use_cache=True, logits_to_keep=1)
+        return self.model(**inputs, cross_attention_states=self._features, use_cache=True, logits_to_keep=1)
 
-    def step(self, cache: Any, batch: int) -> Callable[[], Tensor]:
-        """A decode step of several copies of the sequence, whose logits [B, 1, V] it gives.
-
-        Args:
-            cache: of the prompt; a copy is taken, and each call is one position longer.
-            batch: B, copies.
-        """
-        grown = copy.deepcopy(cache)
+    def step(self, batch: int) -> Callable[[], Tensor]:
+        """A decode step of `batch` copies of the sequence, logits [B, 1, V]; each call is one position longer."""
+        grown = copy.deepcopy(cache_of(self._prefilled))
         grown.batch_repeat_interleave(batch)
         length, device = self._inputs["input_ids"].shape[1], self.model.device
         token_ids = torch.full((batch, 1), 5, device=device)
@@ -171,19 +178,16 @@ class Transformers:
 
     async def batch(self, items: Sequence[Item]) -> float:
         """Generate for several items in one call, prompts padded on the left; the seconds that it took."""
-        return await self._call(_generate_batch, list(items), self._max_new_tokens)
+        return await self._call(_generate_batch, items, self._max_new_tokens)
 
     async def cache_bytes(self, item: Item) -> CacheBytes:
         """Answer one item and measure the cache that is left."""
         return await self._call(_cache_bytes, item, self._max_new_tokens)
 
-    async def warm_up(self, item: Item) -> None:
-        """Load the model and make it run once."""
+    async def warm_up(self, item: Item) -> int:
+        """Load the model and make it run once; the process's id."""
         await self._call(_generate, item, 2)
-
-    async def peak_rss_bytes(self) -> int | None:
-        """Most resident memory of the process so far."""
-        return await self._call(_own_peak_rss_bytes)
+        return await self._call(os.getpid)
 
     async def _call(self, function: Callable[..., Result], *arguments: Any) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self._process, function, *arguments)
@@ -216,33 +220,29 @@ class _Clock(BaseStreamer):
         """Nothing is held back."""
 
 
-@torch.inference_mode()
 def _generate(item: Item, max_new_tokens: int) -> Answer:
-    clock, inputs = _Clock(), _inputs([item])
-    output = _loaded[0].generate(**inputs, **_options(max_new_tokens), streamer=clock)
-    num_prompt_tokens = inputs["input_ids"].shape[1]
-    token_ids = output[0, num_prompt_tokens:].tolist()
-    return Answer(tuple(clock.stamps[1:]), len(token_ids), num_prompt_tokens, tuple(token_ids))
+    clock = _Clock()
+    token_ids, _ = _answer([item], max_new_tokens, streamer=clock)
+    return Answer(tuple(clock.stamps[1:]), len(token_ids), tuple(token_ids))
 
 
-@torch.inference_mode()
-def _generate_batch(items: list[Item], max_new_tokens: int) -> float:
-    start = time.monotonic()
-    _loaded[0].generate(**_inputs(items), **_options(max_new_tokens))
-    return time.monotonic() - start
+def _generate_batch(items: Sequence[Item], max_new_tokens: int) -> float:
+    return seconds_of(lambda: _answer(items, max_new_tokens))
 
 
-@torch.inference_mode()
 def _cache_bytes(item: Item, max_new_tokens: int) -> CacheBytes:
-    model = _loaded[0]
-    cache = cache_of(model.generate(**_inputs([item]), **_options(max_new_tokens), return_dict_in_generate=True))
+    _, cache = _answer([item], max_new_tokens)
     sizes = [layer.keys.nbytes + layer.values.nbytes if layer.is_initialized else 0 for layer in cache.layers]
-    cross = sum(sizes[index] for index in model.config.text_config.cross_attention_layers)
+    cross = sum(sizes[index] for index in _loaded[0].config.text_config.cross_attention_layers)
     return CacheBytes(cross, sum(sizes) - cross)
 
 
-def _own_peak_rss_bytes() -> int | None:
-    return peak_rss_bytes(os.getpid())
+@torch.inference_mode()
+def _answer(items: Sequence[Item], max_new_tokens: int, **options: Any) -> tuple[list[int], Any]:
+    """Token ids of the first item's answer, and the cache."""
+    inputs = _inputs(items)
+    output = _loaded[0].generate(**inputs, **_options(max_new_tokens), **options, return_dict_in_generate=True)
+    return output.sequences[0, inputs["input_ids"].shape[1] :].tolist(), cache_of(output)
 
 
 def _inputs(items: Sequence[Item]) -> BatchFeature:
@@ -267,10 +267,8 @@ def _options(max_new_tokens: int) -> dict[str, Any]:
 
 
 @contextmanager
-def transformers_serve(
-    venv: Path, model: Path, *, num_threads: int, max_new_tokens: int
-) -> Iterator["TransformersServe"]:
-    """Run `transformers serve` until the block ends.
+def transformers_serve(venv: Path, model: Path, *, num_threads: int, max_new_tokens: int) -> Iterator[tuple[Ask, int]]:
+    """Run `transformers serve` until the block ends: what asks it, streaming, and its process id.
 
     Args:
         venv: an environment with `transformers[serving]`.
@@ -285,15 +283,23 @@ def transformers_serve(
     command = [str(venv / "bin/transformers"), "serve", str(model.absolute()), "--device", "cpu"]
     command += ["--host", "127.0.0.1", "--port", str(port)]
     environment = os.environ | {"OMP_NUM_THREADS": str(num_threads), "HF_HUB_OFFLINE": "1"}
+    options = json.dumps(_options(max_new_tokens) | {"pad_token_id": 0})
+    body = {"model": str(model.absolute()), "stream": True, "generation_config": options}
+
+    async def ask(item: Item) -> Answer:
+        url = f"http://127.0.0.1:{port}/v1/chat/completions"
+        return await asyncio.get_running_loop().run_in_executor(threads, _ask, url, body, item)
+
     with (
         tempfile.TemporaryFile("w+") as log,
         subprocess.Popen(command, env=environment, stdout=log, stderr=log) as process,
+        ThreadPoolExecutor(_MOST_CLIENTS) as threads,
     ):
         try:
             if not _is_up(port, process):
                 log.seek(0)
                 raise ServerFailed(f"transformers serve: {log.read().strip()[-2000:]}")
-            yield TransformersServe(port, process.pid, model.absolute(), max_new_tokens)
+            yield ask, process.pid
         finally:
             process.terminate()
 
@@ -310,51 +316,22 @@ def _is_up(port: int, process: subprocess.Popen[bytes]) -> bool:
     return False
 
 
-class TransformersServe:
-    """Asks `transformers serve` over HTTP, streaming."""
-
-    def __init__(self, port: int, pid: int, model: Path, max_new_tokens: int) -> None:
-        """Use `transformers_serve`."""
-        self._port, self.pid = port, pid
-        options = _options(max_new_tokens) | {"pad_token_id": 0}
-        self._body = {"model": str(model), "stream": True, "generation_config": json.dumps(options)}
-
-    async def ask(self, item: Item) -> Answer:
-        """See `load.Ask`."""
-        urls = [f"data:image/jpeg;base64,{base64.b64encode(image).decode()}" for image in item.images]
-        images = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
-        content = [*images, {"type": "text", "text": item.question}]
-        body = json.dumps({**self._body, "messages": [{"role": "user", "content": content}]}).encode()
-        head = (
-            "POST /v1/chat/completions HTTP/1.0\r\nContent-Type: application/json\r\n"  # 1.0: no chunks to undo
-            f"Content-Length: {len(body)}\r\n\r\n"
-        )
-        reader, writer = await asyncio.open_connection("127.0.0.1", self._port, limit=2**20)
-        try:
-            writer.write(head.encode() + body)
-            status = (await reader.readline()).decode().strip()
-            while (await reader.readline()).strip():
-                pass
-            if " 200 " not in f"{status} ":
-                return Answer(error=f"{status}: {(await reader.read()).decode()[:2000]}")
-            return await _read_events(reader)
-        finally:
-            writer.close()
-
-
-async def _read_events(reader: asyncio.StreamReader) -> Answer:
-    """Server-sent events until the connection ends."""
-    arrivals: list[float] = []
-    usage: dict[str, int] = {}
-    async for line in reader:
-        if not line.startswith(b"data: {"):
-            continue
-        event = json.loads(line.removeprefix(b"data: "))
-        if "error" in event:
-            return Answer(error=str(event["error"]))
-        if event["choices"][0]["delta"].get("content"):
-            arrivals.append(time.monotonic())
-        usage = event.get("usage") or usage
-    if not arrivals or not usage:
-        return Answer(error="the stream ended early")
-    return Answer(tuple(arrivals), usage["completion_tokens"], usage["prompt_tokens"])
+def _ask(url: str, body: dict[str, Any], item: Item) -> Answer:
+    urls = [f"data:image/jpeg;base64,{base64.b64encode(image).decode()}" for image in item.images]
+    images = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
+    content = [*images, {"type": "text", "text": item.question}]
+    data = json.dumps({**body, "messages": [{"role": "user", "content": content}]}).encode()
+    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
+    arrivals, num_tokens = [], 0
+    try:
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request) as lines:
+            for line in lines:
+                event = json.loads(line.removeprefix(b"data: ")) if line.startswith(b"data: {") else {}
+                if "error" in event:
+                    return Answer(error=str(event["error"]))
+                if event and event["choices"][0]["delta"].get("content"):
+                    arrivals.append(time.monotonic())
+                num_tokens = (event.get("usage") or {}).get("completion_tokens", num_tokens)
+    except urllib.error.HTTPError as error:
+        return Answer(error=f"{error}: {error.read().decode()[:2000]}")
+    return Answer(tuple(arrivals), num_tokens) if arrivals and num_tokens else Answer(error="the stream ended early")

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -50,6 +51,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         on_it = [item for item in items if "device" in getattr(item, "fixturenames", ())]
         config.hook.pytest_deselected(items=[item for item in items if item not in on_it])
         items[:] = on_it
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with random weights in the usual geometry."""
+    from tests.model.random_checkpoint import Geometry, save_random_checkpoint  # most tests need no transformers
+
+    folder: Path = tmp_path_factory.mktemp("checkpoint")
+    save_random_checkpoint(folder, Geometry())
+    return folder
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,6 @@ from typer.testing import CliRunner
 
 from tests.model.adapters import CONFIGS, save_adapter, save_merged
 from tests.model.peer import Peer
-from tests.model.random_checkpoint import Geometry, save_random_checkpoint
 from trimserve.cli import app
 from trimserve.client import Client
 from trimserve.model.adapter_files import WEIGHTS_FILE
@@ -24,13 +23,6 @@ NUM_NEW = 12
 NO_TRIM = pb.TrimOptions(mode=pb.TRIM_MODE_OFF)
 PROMPT = [320, 328, 30, 17, 5, 40]
 """Begin of text, an image, and a question of sorts."""
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("checkpoint")
-    save_random_checkpoint(folder, Geometry())
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,8 @@ import doctest
 import importlib
 import re
 from collections.abc import Iterator
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 
 import pytest
@@ -56,7 +58,15 @@ def test_doctests_pass(path: Path) -> None:
     assert doctest.testmod(importlib.import_module(module_name(path))).failed == 0
 
 
-def test_commands_name_real_targets_programs_subcommands_and_flags() -> None:
+def help_of_benchmark(module: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What `python -m MODULE --help` prints."""
+    monkeypatch.setattr("sys.argv", [module, "--help"])
+    with redirect_stdout(StringIO()) as said, pytest.raises(SystemExit):
+        importlib.import_module(module).main()
+    return said.getvalue()
+
+
+def test_commands_name_real_targets_programs_subcommands_and_flags(monkeypatch: pytest.MonkeyPatch) -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     group = typer.main.get_command(app)
     checked = set()
@@ -66,8 +76,7 @@ def test_commands_name_real_targets_programs_subcommands_and_flags() -> None:
             case "make", target:
                 assert target in targets, command
             case "python", "-m", str(module), *flags if module.startswith("benchmarks."):
-                sources = [(ROOT / module.replace(".", "/")).with_suffix(".py"), ROOT / "benchmarks/report.py"]
-                known = set(re.findall(r'"(--[a-z-]+)"', "".join(map(Path.read_text, sources))))
+                known = set(re.findall(r"--[a-z-]+", help_of_benchmark(module, monkeypatch)))
                 assert {flag for flag in flags if flag.startswith("--")} <= known, command
             case "trimserve", subcommand, *words:
                 known = {name for parameter in group.commands[subcommand].params for name in parameter.opts}  # type: ignore[attr-defined]  # a group

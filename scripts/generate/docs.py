@@ -28,17 +28,14 @@ from google.protobuf.descriptor_pb2 import (
 )
 
 from benchmarks import (
-    bench_adaptive,
-    bench_backgrounds,
-    bench_batch,
     bench_bytes,
-    bench_default,
     bench_fleet,
     bench_generate,
     bench_kv_int8,
     bench_layers,
     bench_learned,
     bench_look_again,
+    bench_pictures,
     bench_policies,
     bench_precision,
     bench_quantized,
@@ -50,7 +47,15 @@ from benchmarks import (
 from benchmarks.report import RESULTS
 from scripts.generate.picture_tables import cost_by_picture
 from scripts.generate.policy_tables import accuracy_by_kind, accuracy_by_policy, parameters_found
-from scripts.generate.verified_tables import departures_table, load_table, meta_table, tools_table, walkthrough_table
+from scripts.generate.saving import headline, saving
+from scripts.generate.verified_tables import (
+    batch_table,
+    departures_table,
+    load_table,
+    meta_table,
+    tools_table,
+    walkthrough_table,
+)
 from trimserve.config import Config
 from trimserve.evaluation.report import Report
 from trimserve.server.declarations import Declared
@@ -245,6 +250,11 @@ def generated(folder: str) -> str:
     return measured(table, "python -m benchmarks.bench_generate", f"{folder}/report.json")
 
 
+def of_pictures(table: Callable[..., str], subject: str) -> str:
+    """A table of what was measured about harder pictures."""
+    return measured(table, f"python -m benchmarks.bench_pictures --subject {subject}", f"pictures/{subject}.json")
+
+
 BYTES = ("python -m benchmarks.bench_bytes", "bytes.json", "trimming/report.json")
 CALIBRATE = ("trimserve eval --calibrate", "policies/cosine/calibration.json", "policies/kl/calibration.json")
 TABLES: dict[str, tuple[str, Callable[[], str]]] = {
@@ -252,8 +262,8 @@ TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     "metrics": ("docs/metrics.md", metrics),
     "api": ("docs/api.md", api),
     "decisions": ("docs/adr/README.md", decisions),
-    "headline": ("README.md", lambda: measured(bench_bytes.headline, *BYTES)),
-    "saving": ("docs/index.md", lambda: measured(bench_bytes.saving, *BYTES)),
+    "headline": ("README.md", lambda: measured(headline, *BYTES)),
+    "saving": ("docs/index.md", lambda: measured(saving, *BYTES)),
     "walkthrough": (
         "docs/start.md",
         lambda: measured(walkthrough_table, "make verify-walkthrough-as-root", "walkthrough.json"),
@@ -270,10 +280,10 @@ TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     "policies-look-again": ("docs/policies.md", lambda: benchmark(bench_look_again, "policies/look_again.json")),
     "policies-layers": ("docs/policies.md", lambda: benchmark(bench_layers, "policies/later_layers.json")),
     "pictures": ("docs/pictures.md", lambda: compared(cost_by_picture, "pictures/report.json")),
-    "pictures-adaptive": ("docs/pictures.md", lambda: benchmark(bench_adaptive, "pictures/adaptive.json")),
-    "pictures-backgrounds": ("docs/pictures.md", lambda: benchmark(bench_backgrounds, "pictures/backgrounds.json")),
-    "pictures-default": ("docs/pictures.md", lambda: benchmark(bench_default, "pictures/default.json")),
-    "batch": ("docs/command-line.md", lambda: benchmark(bench_batch, "batch.json")),
+    "pictures-adaptive": ("docs/pictures.md", lambda: of_pictures(bench_pictures.adaptive_table, "adaptive")),
+    "pictures-backgrounds": ("docs/pictures.md", lambda: of_pictures(bench_pictures.backgrounds_table, "backgrounds")),
+    "pictures-default": ("docs/pictures.md", lambda: of_pictures(bench_pictures.default_table, "default")),
+    "batch": ("docs/command-line.md", lambda: measured(batch_table, "make verify-batch", "batch.json")),
     "fleet": ("docs/fleet.md", lambda: benchmark(bench_fleet, "fleet.json")),
     "bytes": ("docs/performance.md", lambda: benchmark(bench_bytes, "bytes.json")),
     "serve": ("docs/performance.md", lambda: benchmark(bench_serve, "serve/report.json")),

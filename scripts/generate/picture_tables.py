@@ -2,8 +2,7 @@
 
 from dataclasses import asdict
 
-from benchmarks.pictures import interval
-from benchmarks.report import markdown
+from benchmarks.report import markdown, points
 from trimserve.evaluation.dataset import ALL_KINDS
 from trimserve.evaluation.report import UNTRIMMED_POLICY, Report, Row
 
@@ -38,5 +37,5 @@ def _name(policy: str, merge_ratio: float) -> str:
 
 
 def _cells(rows: list[Row], keeps: list[float]) -> list[str]:
-    changes = {row.keep: interval(asdict(row.accuracy_change)) for row in rows}
+    changes = {row.keep: points(**asdict(row.accuracy_change)) for row in rows}
     return [changes.get(keep, "") for keep in keeps]

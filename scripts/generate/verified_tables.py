@@ -1,10 +1,10 @@
-"""Tables of docs/ about what scripts/verify/ found: full load, the walkthrough, and Meta's own code."""
+"""Tables of docs/ about what scripts/verify/ found: batches, full load, the walkthrough, and Meta's own code."""
 
 from typing import Any, Final
 
-from benchmarks.report import markdown, origin
+from benchmarks.report import Columns, markdown, origin, tabulated
 
-__all__ = ["departures_table", "load_table", "meta_table", "tools_table", "walkthrough_table"]
+__all__ = ["batch_table", "departures_table", "load_table", "meta_table", "tools_table", "walkthrough_table"]
 
 _VERSIONS: Final = ("llama-models", "torch", "transformers", "pillow", "trimserve")
 
@@ -26,6 +26,25 @@ def load_table(report: dict[str, Any]) -> str:
     return "\n\n".join(
         [told, markdown(["asked for", "times", "p50, ms", "p99, ms", "longest, ms"], rows), origin(report)]
     )
+
+
+def batch_table(report: dict[str, Any]) -> str:
+    """What a batch reaches beside bare clients, and what came of one that was killed, as Markdown."""
+    columns: Columns = {
+        "round": "{number}",
+        "bare clients, lines/s": "{served_lines_per_second:.1f}",
+        "`trimserve batch`, lines/s": "{batch_lines_per_second:.1f}",
+        "ratio": "{ratio:.3f}",
+    }
+    rows = [{"number": number, **each} for number, each in enumerate(report["rounds"], 1)]
+    killed = report["killed"]
+    places = ", ".join(map(str, killed["lines_at_kill"]))
+    told = (
+        f"{report['num_lines']:,} lines, {report['concurrency']} at a time, {report['max_new_tokens']} tokens each; "
+        f"the median ratio is {report['ratio']:.3f}. Killed (`kill -9`) at {places} lines and started again each time: "
+        f"{killed['num_lost']} lost, {killed['num_doubled']} doubled, {killed['num_other_texts']} with another text."
+    )
+    return "\n\n".join([tabulated(rows, columns), told, origin(report)])
 
 
 def tools_table(report: dict[str, Any]) -> str:

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.load import agreement, median_round, percentiles, ratios, summary
+from benchmarks.load import median_round, num_equal_answers, percentiles, ratios, summary
 from tests.benchmarks.conftest import Maker
 
 
@@ -32,20 +32,11 @@ def test_a_failed_request_is_counted_and_adds_no_tokens(make: Maker) -> None:
     assert found["tokens_per_second"] == 0.5
 
 
-def test_waiting_is_told_apart_for_first_and_repeated_images(make: Maker) -> None:
-    first = make.exchange(0.0, 2.0, 2.1, item=make.item(0, "four_tiles"))
-    again = make.exchange(0.0, 0.5, 0.6, item=make.item(1, "four_tiles", is_repeated=True))
-    found = summary([first, again])["time_to_first_token_seconds_by_kind"]
-    assert found["four_tiles, first_image"]["p50"] == 2.0
-    assert found["four_tiles, repeated_image"]["p50"] == 0.5
-    assert found["one_tile, first_image"] is None
-
-
-def test_agreement_ends_with_the_first_token_that_differs(make: Maker) -> None:
+def test_answers_are_equal_to_the_last_token_or_not_at_all(make: Maker) -> None:
     ours = [make.exchange(0.0, 1.0, token_ids=(1, 2, 3)), make.exchange(0.0, 1.0, token_ids=(4, 5, 6))]
     theirs = [make.exchange(0.0, 1.0, token_ids=(1, 9, 3)), make.exchange(0.0, 1.0, token_ids=(4, 5, 6))]
-    found = agreement(ours, theirs)
-    assert (found["num_equal_answers"], found["num_tokens_before_they_part"], found["num_tokens"]) == (1, 4, 6)
+    assert num_equal_answers(ours, theirs) == 1
+    assert num_equal_answers([make.failure(0.0, 1.0)], [make.failure(0.0, 1.0)]) == 0
 
 
 def test_ratios_leave_out_a_rival_that_failed() -> None:

@@ -6,8 +6,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from benchmarks.load import Answer, closed_loop, open_loop
-from benchmarks.workload import Item
+from benchmarks.load import Answer, Item, closed_loop, open_loop
 from tests.benchmarks.conftest import Maker
 
 

@@ -2,9 +2,7 @@
 
 from pathlib import Path
 
-from benchmarks.bench_adaptive import compared
-from benchmarks.bench_backgrounds import figures
-from benchmarks.bench_default import Candidate, best
+from benchmarks.bench_pictures import Candidate, backgrounds, best, compared
 from trimserve.api.trim import FixedRatio
 from trimserve.evaluation.answers import Answer
 from trimserve.evaluation.dataset import ALL_KINDS, Question
@@ -22,7 +20,7 @@ def _answers(*texts: str, num_held: int = 20) -> list[Answer]:
 def test_a_change_of_background_is_told_apart_from_a_change_of_what_is_right() -> None:
     own = _answers("cat", "dog", "cat", "bird")
     other = _answers("cat", "cow", "dog", "bird")
-    assert {name: figure["value"] for name, figure in figures(QUESTIONS, own, other).items()} == {
+    assert {name: figure["value"] for name, figure in backgrounds(QUESTIONS, own, other).items()} == {
         "own": 0.5,
         "other": 0.25,
         "change": -0.25,

@@ -22,6 +22,7 @@ def small_geometry() -> dict[str, Any]:
     return {
         "vision_config": geometry["vision_config"] | vision,
         "text_config": geometry["text_config"] | text | {"vocab_size": 9000},
+        "trim": {"k_ratio": 0.2},
     }
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 from benchmarks import bench_bytes, bench_serve
 from benchmarks.load import ratios, summary
 from benchmarks.machine import about
-from benchmarks.report import finish
+from benchmarks.report import command_line, finish, tabulated
 from scripts.generate.docs import measured
 from scripts.generate.verified_tables import load_table, walkthrough_table
 from tests.benchmarks.conftest import Maker
@@ -42,13 +42,43 @@ def report(make: Maker) -> dict[str, Any]:
 
 
 def test_a_report_says_where_it_comes_from_and_is_the_last_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    report = finish("serve", tmp_path / "new" / "report.json", {"models": []}, num_threads=3)
+    monkeypatch.setattr("sys.argv", ["bench_serve.py", "--threads", "3", "--out", str(tmp_path / "new")])
+    monkeypatch.setattr("torch.set_num_threads", lambda _: None)
+    report = finish(command_line("", "serve", threads=1), {"models": []}, "report.json")
     assert {"machine", "versions", "commit", "seconds", "models"} <= report.keys()
     assert (report["benchmark"], report["machine"]["num_threads"]) == ("serve", 3)
     written = (tmp_path / "new" / "report.json").read_text()
     assert json.loads(written) == json.loads(capsys.readouterr().out.splitlines()[-1]) == report
+
+
+def test_options_are_what_their_defaults_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {
+        "runs": 3,
+        "quick": False,
+        "names": ["a", "b"],
+        "dtype": ("float32", "bfloat16"),
+        "bench_model": Path("x"),
+    }
+    monkeypatch.setattr("sys.argv", ["bench", "--runs", "5", "--bench-model", "y"])
+    found = command_line("", "file.json", **options, rival=None)
+    assert (found.runs, found.bench_model, found.threads) == (5, Path("y"), 1)
+    assert (found.quick, found.names, found.dtype, found.rival) == (False, ["a", "b"], "float32", None)
+    monkeypatch.setattr("sys.argv", ["bench", "--quick", "--names", "c", "--dtype", "bfloat16", "--rival", "z"])
+    found = command_line("", "file.json", **options, rival=None)
+    assert (found.quick, found.names, found.dtype, found.rival) == (True, ["c"], "bfloat16", "z")
+
+
+def test_columns_tell_rows_by_formats_and_functions() -> None:
+    rows = [{"name": "one", "ms": {"median": 1.25}}, {"name": "two", "ms": {"median": 1000.0}}]
+    table = tabulated(rows, {"what": "{name}", "ms": "{ms[median]:,.1f}", "length": lambda row: len(row["name"])})
+    assert table.splitlines() == [
+        "| what | ms | length |",
+        "|---|---:|---:|",
+        "| one | 1.2 | 3 |",
+        "| two | 1,000.0 | 3 |",
+    ]
 
 
 def test_the_picture_is_a_png_with_a_row_for_each_model(report: dict[str, Any], tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from statistics import mean
 import pytest
 from PIL import Image
 
-from benchmarks.workload import make_workload, poisson_arrivals
+from benchmarks.load import make_workload, poisson_arrivals
 
 
 def test_equal_settings_give_equal_items() -> None:
@@ -32,9 +32,8 @@ def test_half_of_the_images_were_shown_before() -> None:
     shown: set[bytes] = set()
     num_repeated = 0
     for item in make_workload(16, 32, seed=3):
-        assert item.is_repeated == bool(shown.intersection(item.images))
+        num_repeated += bool(shown.intersection(item.images))
         shown.update(item.images)
-        num_repeated += item.is_repeated
     assert num_repeated == 6
 
 

@@ -11,7 +11,7 @@ import torch
 from PIL import Image as PilImage
 
 from tests.engine.stepping import make_engine
-from tests.model.random_checkpoint import Geometry, equip, save_random_checkpoint
+from tests.model.random_checkpoint import Geometry, equip
 from trimserve.api.chunks import Finished, GenerationChunk, Started, TokenDelta
 from trimserve.api.prompt import ImageFile, RawPrompt
 from trimserve.api.request import GenerationRequest
@@ -34,18 +34,10 @@ PARAMETERS = {"sparsevlm": {"recycle_ratio": 1.0, "cascade_ratio": 0.5}, "todre"
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random checkpoint."""
-    folder: Path = tmp_path_factory.mktemp("checkpoint")
-    save_random_checkpoint(folder, GEOMETRY)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def equipped(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Mllama:
+def equipped(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Mllama:
     """The checkpoint on the CPU, with all that policies need."""
     codebook = tmp_path_factory.mktemp("codebook") / "codebook.safetensors"
-    return load_model(equip(ModelConfig(model=str(folder), device="cpu"), codebook), EngineConfig())
+    return load_model(equip(ModelConfig(model=str(checkpoint), device="cpu"), codebook), EngineConfig())
 
 
 def load(folder: Path, device: Device, quantize: Quantize = "none") -> Mllama:
@@ -54,10 +46,10 @@ def load(folder: Path, device: Device, quantize: Quantize = "none") -> Mllama:
 
 
 @pytest.fixture(scope="module")
-def equipped_there(folder: Path, tmp_path_factory: pytest.TempPathFactory, device: Device) -> Mllama:
+def equipped_there(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory, device: Device) -> Mllama:
     """As `equipped`, on the device."""
     codebook = tmp_path_factory.mktemp("codebook") / "codebook.safetensors"
-    return load_model(equip(ModelConfig(model=str(folder), device=device), codebook), EngineConfig())
+    return load_model(equip(ModelConfig(model=str(checkpoint), device=device), codebook), EngineConfig())
 
 
 def noise(high: int, wide: int, seed: int) -> ImageFile:
@@ -96,10 +88,12 @@ def generate(engine: Engine, *requests: GenerationRequest, default_device: str =
 
 
 @pytest.mark.parametrize("quantize", ["none", "int8"])
-def test_a_mix_of_requests_gets_the_tokens_that_the_cpu_gives(folder: Path, device: Device, quantize: Quantize) -> None:
+def test_a_mix_of_requests_gets_the_tokens_that_the_cpu_gives(
+    checkpoint: Path, device: Device, quantize: Quantize
+) -> None:
     # In float32 nothing is so close that another order of sums decides it.
-    expected = generate(make_engine(load(folder, "cpu", quantize), max_batch=len(MIX)), *MIX)
-    engine = make_engine(load(folder, device, quantize), max_batch=len(MIX), kv_cache_bytes=2**24)
+    expected = generate(make_engine(load(checkpoint, "cpu", quantize), max_batch=len(MIX)), *MIX)
+    engine = make_engine(load(checkpoint, device, quantize), max_batch=len(MIX), kv_cache_bytes=2**24)
     warm_up(engine)
     assert engine.info.device.startswith(device)
     assert generate(engine, *MIX) == expected

@@ -6,6 +6,7 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +18,6 @@ from tests.engine.driving import running as running_fake
 from tests.engine.fake_model import FakeModel
 from tests.engine.fake_model import request as short
 from tests.engine.test_real_model import GREEDY, SAMPLED, noise
-from tests.model.random_checkpoint import Geometry, save_random_checkpoint
 from tests.patience import until
 from trimserve.api.chunks import Finished, GenerationChunk, ImageSelection, Started
 from trimserve.api.prompt import ChatPrompt, ImageFile, Message, Prompt, RawPrompt, Region, Text
@@ -95,10 +95,8 @@ def test_shares_are_of_the_image_and_not_of_its_canvas() -> None:
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Mllama:
-    folder = tmp_path_factory.mktemp("checkpoint")
-    save_random_checkpoint(folder, Geometry())
-    return load_model(ModelConfig(model=str(folder)), EngineConfig())
+def model(checkpoint: Path) -> Mllama:
+    return load_model(ModelConfig(model=str(checkpoint)), EngineConfig())
 
 
 @asynccontextmanager

@@ -11,7 +11,6 @@ from tests.engine.fake_model import FakeModel, request
 from tests.engine.stepping import Output, deltas, run, start
 from tests.engine.test_real_model import REQUESTS
 from tests.executor.executors import PicklingExecutor, ProcessExecutor
-from tests.model.random_checkpoint import Geometry, save_random_checkpoint
 from trimserve.api.chunks import Finished, Started
 from trimserve.config import EngineConfig, ModelConfig
 from trimserve.engine.engine import Engine
@@ -24,29 +23,21 @@ from trimserve.model.mllama import Mllama
 CONFIG = EngineConfig(max_batch=len(REQUESTS))
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random checkpoint."""
-    folder: Path = tmp_path_factory.mktemp("checkpoint")
-    save_random_checkpoint(folder, Geometry())
-    return folder
-
-
 def load(folder: Path) -> Mllama:
     """Load it."""
     return load_model(ModelConfig(model=str(folder)), EngineConfig())
 
 
 @pytest.fixture(scope="module")
-def model(folder: Path) -> Mllama:
+def model(checkpoint: Path) -> Mllama:
     """In this process."""
-    return load(folder)
+    return load(checkpoint)
 
 
 @pytest.fixture(scope="module")
-def elsewhere(folder: Path) -> Iterator[ProcessExecutor]:
+def elsewhere(checkpoint: Path) -> Iterator[ProcessExecutor]:
     """The same checkpoint in another process."""
-    executor = ProcessExecutor(partial(load, folder))
+    executor = ProcessExecutor(partial(load, checkpoint))
     yield executor
     executor.close()
 

@@ -3,7 +3,8 @@
 import asyncio
 import threading
 import weakref
-from contextlib import suppress
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
 
 import pytest
 import torch
@@ -37,12 +38,19 @@ def _no_memory() -> None:
     raise MemoryError
 
 
-async def test_text_does_not_wait_for_the_images_of_others() -> None:
+@asynccontextmanager
+async def holding_images(**knobs: int) -> AsyncIterator[tuple[Runner, FakeModel, Gate]]:
+    """A runner whose model waits before each image until its gate opens."""
     gate = Gate()
     model = FakeModel(before_image=gate)
-    async with running(model, num_preprocess_workers=1) as runner:
-        model.images.clear()
+    async with running(model, **knobs) as runner:
+        model.images.clear()  # the warm-up's
         gate.close()
+        yield runner, model, gate
+
+
+async def test_text_does_not_wait_for_the_images_of_others() -> None:
+    async with holding_images(num_preprocess_workers=1) as (runner, model, gate):
         tasks = [asyncio.create_task(collect(runner, request(_album(3)))) for _ in range(2)]
         await until(lambda: bool(model.images))
         assert text(await collect(runner, request("hi")))
@@ -52,11 +60,7 @@ async def test_text_does_not_wait_for_the_images_of_others() -> None:
 
 
 async def test_an_urgent_request_comes_between_two_images() -> None:
-    gate = Gate()
-    model = FakeModel(before_image=gate)
-    async with running(model, num_preprocess_workers=1) as runner:
-        model.images.clear()
-        gate.close()
+    async with holding_images(num_preprocess_workers=1) as (runner, model, gate):
         tasks = [asyncio.create_task(collect(runner, request(_album(2, "first"))))]
         await until(lambda: bool(model.images))
         for name, priority in [("second", 0), ("urgent", 1)]:
@@ -117,11 +121,7 @@ async def test_a_request_holds_no_image_file_while_it_generates_and_no_pixels_on
 
 
 async def test_stop_does_not_wait_for_images() -> None:
-    gate = Gate()
-    model = FakeModel(before_image=gate)
-    async with running(model) as runner:
-        model.images.clear()
-        gate.close()
+    async with holding_images() as (runner, model, gate):
         tasks = [asyncio.create_task(collect(runner, request(_album(4)))) for _ in range(3)]
         await until(lambda: len(model.images) == 2)
         await soon(runner.stop(0.0))

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from tests.engine.test_random_mixes import Mix
-from tests.engine.test_real_model import folder, model
+from tests.engine.test_real_model import model
 from trimserve.model.interruptible import Interruptible
 from trimserve.model.key_values import KeyValues
 from trimserve.model.mllama import Mllama
 from trimserve.model.prefilled import Prefilled, ToPrefill
 
-__all__ = ["folder", "model"]  # the fixtures
+__all__ = ["model"]  # the fixture
 
 _LAYERS = 7
 """Of the model: a pass breaks before, within or behind them."""

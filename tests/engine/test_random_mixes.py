@@ -13,7 +13,7 @@ import pytest
 from pydantic import ByteSize
 
 from tests.engine.stepping import make_engine
-from tests.engine.test_real_model import GREEDY, ONE, OTHER, SAMPLED, THREE, folder, model, noise
+from tests.engine.test_real_model import GREEDY, ONE, OTHER, SAMPLED, THREE, model, noise
 from trimserve.api.chunks import Finished, GenerationChunk, Started, TokenDelta
 from trimserve.api.prompt import RawPrompt
 from trimserve.api.request import GenerationRequest
@@ -27,7 +27,7 @@ from trimserve.executor.local import LocalExecutor
 from trimserve.executor.model import Model
 from trimserve.model.mllama import Mllama
 
-__all__ = ["folder", "model"]  # the fixtures
+__all__ = ["model"]  # the fixture
 
 Output = list[GenerationChunk | TrimserveError]
 

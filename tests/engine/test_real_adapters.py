@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 
 from tests.engine.stepping import Output
-from tests.engine.test_real_model import GEOMETRY, GREEDY, ONE, OTHER, SAMPLED, THREE, TRIMMED, UNTRIMMED
+from tests.engine.test_real_model import GREEDY, ONE, OTHER, SAMPLED, THREE, TRIMMED, UNTRIMMED
 from tests.model.adapters import CONFIGS, save_adapter, save_merged
-from tests.model.random_checkpoint import save_random_checkpoint
 from trimserve.api.chunks import ImageSelection, Started, TokenDelta
 from trimserve.api.prompt import RawPrompt
 from trimserve.api.request import GenerationRequest
@@ -55,9 +54,7 @@ class Adapted:
 
 
 @pytest.fixture(scope="module")
-def adapted(tmp_path_factory: pytest.TempPathFactory) -> Adapted:
-    checkpoint = tmp_path_factory.mktemp("checkpoint")
-    save_random_checkpoint(checkpoint, GEOMETRY)
+def adapted(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Adapted:
     folders = {name: save_adapter(tmp_path_factory.mktemp(name), checkpoint, CONFIGS[name]) for name in NAMES}
     merged = {name: save_merged(tmp_path_factory.mktemp("merged"), checkpoint, folders[name]) for name in NAMES}
     return Adapted(

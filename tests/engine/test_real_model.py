@@ -10,7 +10,7 @@ import pytest
 from PIL import Image as PilImage
 
 from tests.engine.stepping import make_engine
-from tests.model.random_checkpoint import Geometry, save_random_checkpoint
+from tests.model.random_checkpoint import Geometry
 from trimserve.api.chunks import Finished, GenerationChunk, ImageSelection, Started, TokenDelta
 from trimserve.api.prompt import ImageFile, RawPrompt
 from trimserve.api.request import GenerationRequest
@@ -30,23 +30,15 @@ NUM_NEW = 24
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random checkpoint."""
-    folder = tmp_path_factory.mktemp("checkpoint")
-    save_random_checkpoint(folder, GEOMETRY)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def model(folder: Path) -> Mllama:
+def model(checkpoint: Path) -> Mllama:
     """The checkpoint as it is."""
-    return load_model(ModelConfig(model=str(folder)), EngineConfig())
+    return load_model(ModelConfig(model=str(checkpoint)), EngineConfig())
 
 
 @pytest.fixture(scope="module")
-def int8(folder: Path) -> Mllama:
+def int8(checkpoint: Path) -> Mllama:
     """The checkpoint with keys and values in int8."""
-    return load_model(ModelConfig(model=str(folder), kv_dtype="int8"), EngineConfig())
+    return load_model(ModelConfig(model=str(checkpoint), kv_dtype="int8"), EngineConfig())
 
 
 def noise(high: int, wide: int, seed: int) -> ImageFile:

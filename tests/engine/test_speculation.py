@@ -21,9 +21,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, MllamaForConditionalGene
 from tests.engine.draft_model import DraftModel
 from tests.engine.fake_model import END, FakeModel, request
 from tests.engine.stepping import Clock, Output, deltas, finished, make_engine, run, start, text
-from tests.engine.test_real_model import GEOMETRY, ONE, THREE
+from tests.engine.test_real_model import ONE, THREE
 from tests.executor.executors import PicklingExecutor
-from tests.model.random_checkpoint import save_random_checkpoint
 from trimserve.api.chunks import Finished, TokenDelta
 from trimserve.api.constraint import Choice, Constraint, JsonSchema, Regex
 from trimserve.api.prompt import RawPrompt
@@ -151,13 +150,6 @@ def is_near_tie(output: Output, expected: Output) -> bool:
     parted: TokenDelta = next(theirs for ours, theirs in pairs if ours.token_ids != theirs.token_ids)
     (_, best), (_, second) = parted.logprobs[0].top
     return best - second < TOKEN_GAP
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder: Path = tmp_path_factory.mktemp("checkpoint")
-    save_random_checkpoint(folder, GEOMETRY)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,7 @@ from pydantic import ByteSize
 
 from tests.engine.stepping import deltas, run
 from tests.engine.test_random_mixes import answer, assert_same, choices_of, draw_request
-from tests.engine.test_real_model import GEOMETRY, ONE, REQUESTS
-from tests.model.random_checkpoint import save_random_checkpoint
+from tests.engine.test_real_model import ONE, REQUESTS
 from tests.model.ranks import ThreadRanks
 from tests.patience import PATIENCE_SECONDS
 from trimserve.api.chunks import Finished, GenerationChunk
@@ -89,13 +88,6 @@ class Pair:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("checkpoint")
-    save_random_checkpoint(folder, GEOMETRY)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ThreadRanks]:
     ranks = ThreadRanks(2, tmp_path_factory.mktemp("ranks"))
     yield ranks
@@ -103,14 +95,14 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ThreadRanks]:
 
 
 @pytest.fixture(scope="module")
-def parts(folder: Path, ranks: ThreadRanks) -> list[Mllama]:
-    return ranks.load(ModelConfig(model=str(folder)))
+def parts(checkpoint: Path, ranks: ThreadRanks) -> list[Mllama]:
+    return ranks.load(ModelConfig(model=str(checkpoint)))
 
 
 @pytest.fixture(scope="module")
-def whole(folder: Path) -> Mllama:
+def whole(checkpoint: Path) -> Mllama:
     """In one process."""
-    return load_model(ModelConfig(model=str(folder)), LIMITS)
+    return load_model(ModelConfig(model=str(checkpoint)), LIMITS)
 
 
 @pytest.fixture
@@ -219,9 +211,9 @@ def test_an_error_between_two_sums_on_either_rank_is_fatal_20_of_20(
         ranks.meet_again()
 
 
-def test_adapters_are_refused_while_it_runs(pair: Pair, folder: Path) -> None:
+def test_adapters_are_refused_while_it_runs(pair: Pair, checkpoint: Path) -> None:
     with pytest.raises(AdapterError, match="adapters do not work with tensor_parallel"):
-        pair.engine.load_adapter("one", folder)
+        pair.engine.load_adapter("one", checkpoint)
 
 
 def test_ranks_that_found_different_checkpoints_do_not_begin(parts: list[Mllama]) -> None:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.ops.arrays import LAYOUTS, assert_same, assert_writes_as_reference, misaligned, seeded, threads
-from tests.ops.refusals import assert_refused
+from tests.ops.refusals import refusing
 from trimserve.ops import PAGE_POSITIONS, gather_kv, reference
 
 pytestmark = pytest.mark.usefixtures("device")
@@ -140,16 +140,8 @@ REFUSED_VALUES: list[tuple[Inputs, str]] = [
 ]
 
 
-@pytest.mark.usefixtures("host")
-@pytest.mark.parametrize(("arguments", "message"), REFUSALS)
-def test_refuses_with_its_reason(arguments: Inputs, message: str) -> None:
-    assert_refused(gather_kv, arguments, message)
-
-
-@pytest.mark.usefixtures("checked_values")
-@pytest.mark.parametrize(("arguments", "message"), REFUSED_VALUES)
-def test_refuses_values_with_its_reason(arguments: Inputs, message: str) -> None:
-    assert_refused(gather_kv, arguments, message)
+test_refuses_with_its_reason = refusing(gather_kv, REFUSALS)
+test_refuses_values_with_its_reason = refusing(gather_kv, REFUSED_VALUES, "checked_values")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

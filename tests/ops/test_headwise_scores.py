@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.ops.arrays import LAYOUTS, misaligned, seeded, threads
-from tests.ops.refusals import assert_refused
+from tests.ops.refusals import refusing
 from tests.tolerances import HEADWISE_SCORES
 from trimserve.ops import headwise_scores, reference
 
@@ -240,16 +240,8 @@ REFUSED_VALUES: list[tuple[tuple[Tensor, Tensor, Tensor, float], str]] = [
 ]
 
 
-@pytest.mark.usefixtures("host")
-@pytest.mark.parametrize(("arguments", "message"), REFUSALS)
-def test_refuses_with_its_reason(arguments: tuple[Tensor, Tensor, Tensor, float], message: str) -> None:
-    assert_refused(headwise_scores, arguments, message)
-
-
-@pytest.mark.usefixtures("checked_values")
-@pytest.mark.parametrize(("arguments", "message"), REFUSED_VALUES)
-def test_refuses_values_with_its_reason(arguments: tuple[Tensor, Tensor, Tensor, float], message: str) -> None:
-    assert_refused(headwise_scores, arguments, message)
+test_refuses_with_its_reason = refusing(headwise_scores, REFUSALS)
+test_refuses_values_with_its_reason = refusing(headwise_scores, REFUSED_VALUES, "checked_values")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

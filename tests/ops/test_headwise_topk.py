@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.ops.arrays import LAYOUTS, misaligned, seeded, threads
-from tests.ops.refusals import assert_refused
+from tests.ops.refusals import refusing
 from trimserve.ops import headwise_topk, reference
 
 pytestmark = pytest.mark.usefixtures("device")
@@ -123,10 +123,7 @@ REFUSALS: list[tuple[tuple[Tensor, list[int], list[int]], str]] = [
 ]
 
 
-@pytest.mark.usefixtures("host")
-@pytest.mark.parametrize(("arguments", "message"), REFUSALS)
-def test_refuses_with_its_reason(arguments: tuple[Tensor, list[int], list[int]], message: str) -> None:
-    assert_refused(headwise_topk, arguments, message)
+test_refuses_with_its_reason = refusing(headwise_topk, REFUSALS)
 
 
 def test_opcheck() -> None:

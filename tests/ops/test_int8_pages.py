@@ -6,12 +6,11 @@ from collections.abc import Sequence
 import pytest
 import torch
 from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.ops.arrays import seeded, with_strided_rows
 from tests.ops.refusals import assert_refused
-from tests.ops.test_paged_attention import EDGES, place
+from tests.ops.test_paged_attention import ANY_BATCH, EDGES, place
 from tests.tolerances import INT8_PAGES
 from trimserve.model.kv_format import round_as_stored, row_bytes
 from trimserve.ops import PAGE_POSITIONS, gather_kv, paged_attention, reference, write_kv
@@ -113,14 +112,7 @@ def test_reading_equals_the_reference(num_heads: int, num_kv_heads: int, head_di
     assert_equals_reference((*inputs[:6], None))
 
 
-@given(
-    lengths=st.lists(st.integers(0, 70) | st.sampled_from(EDGES), max_size=4),
-    num_kv_heads=st.integers(1, 3),
-    group=st.integers(1, 5),
-    head_dim=st.integers(1, 70),
-    dtype=st.sampled_from(DTYPES),
-    seed=st.integers(0, 2**32),
-)
+@given(**ANY_BATCH)
 def test_reading_equals_the_reference_on_any_shape(
     lengths: list[int], num_kv_heads: int, group: int, head_dim: int, dtype: torch.dtype, seed: int
 ) -> None:

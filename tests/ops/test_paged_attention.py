@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.ops.arrays import LAYOUTS, misaligned, seeded, threads
-from tests.ops.refusals import assert_refused
+from tests.ops.refusals import assert_refused, refusing
 from tests.tolerances import PAGED_ATTENTION
 from trimserve.ops import PAGE_POSITIONS, paged_attention, reference, write_kv
 
@@ -18,6 +19,14 @@ pytestmark = pytest.mark.usefixtures("device")
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 EDGES = [0, 1, 15, 16, 17, 100, 255, 256, 257, 511, 512, 513, 1030]  # around a page and pieces of the work
+ANY_BATCH: dict[str, st.SearchStrategy[Any]] = {
+    "lengths": st.lists(st.integers(0, 70) | st.sampled_from(EDGES), max_size=4),
+    "num_kv_heads": st.integers(1, 3),
+    "group": st.integers(1, 5),
+    "head_dim": st.integers(1, 70),
+    "dtype": st.sampled_from(DTYPES),
+    "seed": st.integers(0, 2**32),
+}
 Inputs = tuple[Tensor, Tensor, int, Tensor, Tensor, float]
 BiasedInputs = tuple[Tensor, Tensor, int, Tensor, Tensor, float, Tensor]
 
@@ -139,14 +148,7 @@ def test_equals_reference(num_heads: int, num_kv_heads: int, head_dim: int, dtyp
     assert_equals_reference(with_bias(inputs))
 
 
-@given(
-    lengths=st.lists(st.integers(0, 70) | st.sampled_from(EDGES), max_size=4),
-    num_kv_heads=st.integers(1, 3),
-    group=st.integers(1, 5),
-    head_dim=st.integers(1, 70),
-    dtype=st.sampled_from(DTYPES),
-    seed=st.integers(0, 2**32),
-)
+@given(**ANY_BATCH)
 def test_equals_reference_on_any_shape(
     lengths: list[int], num_kv_heads: int, group: int, head_dim: int, dtype: torch.dtype, seed: int
 ) -> None:
@@ -314,16 +316,8 @@ REFUSED_VALUES: list[tuple[Inputs, str]] = [
 ]
 
 
-@pytest.mark.usefixtures("host")
-@pytest.mark.parametrize(("arguments", "message"), REFUSALS)
-def test_refuses_with_its_reason(arguments: Inputs, message: str) -> None:
-    assert_refused(paged_attention, arguments, message)
-
-
-@pytest.mark.usefixtures("checked_values")
-@pytest.mark.parametrize(("arguments", "message"), REFUSED_VALUES)
-def test_refuses_values_with_its_reason(arguments: Inputs, message: str) -> None:
-    assert_refused(paged_attention, arguments, message)
+test_refuses_with_its_reason = refusing(paged_attention, REFUSALS)
+test_refuses_values_with_its_reason = refusing(paged_attention, REFUSED_VALUES, "checked_values")
 
 
 B = torch.zeros(2, 32)

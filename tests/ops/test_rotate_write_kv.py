@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.ops.arrays import assert_same, misaligned, seeded, with_strided_rows
-from tests.ops.refusals import assert_refused
+from tests.ops.refusals import refusing
 from trimserve.ops import PAGE_POSITIONS, reference, rotate, rotate_write_kv, write_kv
 
 pytestmark = pytest.mark.usefixtures("device")
@@ -133,10 +133,7 @@ REFUSALS: list[tuple[tuple[Any, ...], str]] = [
 ]
 
 
-@pytest.mark.usefixtures("host")
-@pytest.mark.parametrize(("arguments", "message"), REFUSALS)
-def test_refuses_with_its_reason(arguments: tuple[Any, ...], message: str) -> None:
-    assert_refused(rotate_write_kv, arguments, message)
+test_refuses_with_its_reason = refusing(rotate_write_kv, REFUSALS)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

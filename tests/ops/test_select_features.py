@@ -9,7 +9,7 @@ from hypothesis import given
 from torch import Tensor
 
 from tests.ops.arrays import LAYOUTS, misaligned, seeded, threads
-from tests.ops.refusals import assert_refused
+from tests.ops.refusals import refusing
 from tests.ops.test_headwise_topk import cases
 from trimserve.ops import headwise_topk, reference, select_features, union_indices
 
@@ -96,10 +96,7 @@ REFUSALS: list[tuple[tuple[Tensor, list[int], list[int]], str]] = [
 ]
 
 
-@pytest.mark.usefixtures("host")
-@pytest.mark.parametrize(("arguments", "message"), REFUSALS)
-def test_refuses_with_its_reason(arguments: tuple[Tensor, list[int], list[int]], message: str) -> None:
-    assert_refused(select_features, arguments, message)
+test_refuses_with_its_reason = refusing(select_features, REFUSALS)
 
 
 def test_opcheck() -> None:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.ops.arrays import LAYOUTS, misaligned, seeded
-from tests.ops.refusals import assert_refused
+from tests.ops.refusals import refusing
 from trimserve.ops import reference, union_indices
 
 pytestmark = pytest.mark.usefixtures("device")
@@ -93,16 +93,8 @@ REFUSED_VALUES: list[tuple[tuple[Tensor, int], str]] = [
 ]
 
 
-@pytest.mark.usefixtures("host")
-@pytest.mark.parametrize(("arguments", "message"), REFUSALS)
-def test_refuses_with_its_reason(arguments: tuple[Tensor, int], message: str) -> None:
-    assert_refused(union_indices, arguments, message)
-
-
-@pytest.mark.usefixtures("checked_values")
-@pytest.mark.parametrize(("arguments", "message"), REFUSED_VALUES)
-def test_refuses_values_with_its_reason(arguments: tuple[Tensor, int], message: str) -> None:
-    assert_refused(union_indices, arguments, message)
+test_refuses_with_its_reason = refusing(union_indices, REFUSALS)
+test_refuses_values_with_its_reason = refusing(union_indices, REFUSED_VALUES, "checked_values")
 
 
 def test_opcheck() -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Final
 
-from benchmarks.workload import draw_picture
+from benchmarks.load import draw_picture
 from trimserve.client import make_request
 from trimserve.v1 import generation_pb2 as pb
 

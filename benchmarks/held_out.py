@@ -1,27 +1,38 @@
-"""What benchmarks about harder pictures share: the model, what is right, and intervals over images."""
+"""Held-out questions to a model: who asks, what is right, and intervals over the images that they are about."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 from numpy.typing import NDArray
 
+from training.heldout import write_held_out
 from trimserve.config import EngineConfig, ModelConfig
 from trimserve.evaluation.answers import Answer
-from trimserve.evaluation.dataset import Question
+from trimserve.evaluation.dataset import Question, load_questions
 from trimserve.evaluation.in_process import InProcess
 from trimserve.evaluation.metrics import Bootstrap, is_match
 from trimserve.model.loading import load_model
 
-__all__ = ["bootstrap_of", "interval", "is_right", "load"]
+__all__ = ["bootstrap_of", "held_out", "is_right", "loaded"]
 
 
-def load(model: str | None) -> InProcess:
+def loaded(model: str | None = None) -> InProcess:
     """A model in float32.
 
     Args:
         model: folder; None is the embedded model.
     """
     return InProcess(load_model(ModelConfig(model=model, dtype="float32"), EngineConfig()))
+
+
+@contextmanager
+def held_out(num_questions: int, pictures: Sequence[str] = (), seed: int = 0) -> Iterator[list[Question]]:
+    """Questions that training never saw, while the block runs; see `write_held_out`."""
+    with TemporaryDirectory() as folder:
+        yield load_questions(write_held_out(Path(folder), num_questions, seed, pictures))
 
 
 def is_right(questions: Sequence[Question], answers: Sequence[Answer]) -> NDArray[np.float64]:
@@ -34,9 +45,3 @@ def bootstrap_of(questions: Sequence[Question]) -> Bootstrap:
     """Intervals over the images that questions are about."""
     numbers = {image: number for number, image in enumerate(dict.fromkeys(q.image for q in questions))}
     return Bootstrap(np.array([numbers[question.image] for question in questions]))
-
-
-def interval(estimate: dict[str, float]) -> str:
-    """A change in points with its 95 % interval, as people read it."""
-    value, low, high = (100 * estimate[name] for name in ("value", "low", "high"))
-    return f"{value:+.1f} [{low:+.1f}, {high:+.1f}]"

@@ -1,6 +1,6 @@
 """`trimserve batch` beside bare clients of the same server, in turns; and a batch that is killed three times.
 
-    python -m benchmarks.bench_batch [--out FILE]
+    python -m scripts.verify.batch [--lines 2000] [--rounds 3] [--max-new-tokens 16] [--out FILE]
 
 The bare clients have all requests ready and throw the answers away: what they get is the served throughput. The batch
 is the whole command, from its start to its end. The killed batch must have every line once, with the bare clients'
@@ -22,16 +22,16 @@ from typing import Any, Final
 
 import grpc
 
+from benchmarks.load import draw_picture
 from benchmarks.measure import in_pairs, seconds_of
-from benchmarks.report import finish, markdown, options, origin
+from benchmarks.report import command_line, finish
 from benchmarks.service import running_server
-from benchmarks.workload import draw_picture
 from trimserve.batch.lines import parse, read_lines
 from trimserve.client import channel_options
 from trimserve.v1 import generation_pb2 as pb
 from trimserve.v1 import generation_pb2_grpc
 
-__all__ = ["main", "table"]
+__all__ = ["main"]
 
 _LEAST_RATIO: Final = 0.95
 _CONCURRENCY: Final = 32
@@ -109,35 +109,9 @@ def _num_lines(path: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-def table(report: dict[str, Any]) -> str:
-    """What a batch reaches beside bare clients, and what came of one that was killed, as Markdown."""
-    head = ["round", "bare clients, lines/s", "`trimserve batch`, lines/s", "ratio"]
-    rows = [
-        [
-            number,
-            f"{each['served_lines_per_second']:.1f}",
-            f"{each['batch_lines_per_second']:.1f}",
-            f"{each['ratio']:.3f}",
-        ]
-        for number, each in enumerate(report["rounds"], 1)
-    ]
-    killed = report["killed"]
-    places = ", ".join(map(str, killed["lines_at_kill"]))
-    told = (
-        f"{report['num_lines']:,} lines, {report['concurrency']} at a time, {report['max_new_tokens']} tokens each; "
-        f"the median ratio is {report['ratio']:.3f}. Killed (`kill -9`) at {places} lines and started again each time: "
-        f"{killed['num_lost']} lost, {killed['num_doubled']} doubled, {killed['num_other_texts']} with another text."
-    )
-    return "\n\n".join([markdown(head, rows), told, origin(report)])
-
-
 def main() -> None:
     """Measure, kill, check, write down."""
-    parser = options(__doc__, "batch.json")
-    parser.add_argument("--lines", type=int, default=2000, help="of the batch; default: %(default)s")
-    parser.add_argument("--rounds", type=int, default=3, help="of each; default: %(default)s")
-    parser.add_argument("--max-new-tokens", type=int, default=16, help="of each answer; default: %(default)s")
-    arguments = parser.parse_args()
+    arguments = command_line(__doc__, "batch.json", lines=2000, rounds=3, max_new_tokens=16)
     num_lines = arguments.lines
     with tempfile.TemporaryDirectory() as name, running_server(None, num_threads=1) as server:
         address, folder = server.address, Path(name)
@@ -158,7 +132,7 @@ def main() -> None:
     ratio = round(median(other / one for one, other in pairs), 4)
     asked = {"num_lines": num_lines, "concurrency": _CONCURRENCY, "max_new_tokens": arguments.max_new_tokens}
     figures = {"model": "trimserve-tiny", **asked, "rounds": rounds, "ratio": ratio, "killed": killed}
-    finish("batch", arguments.out, figures)
+    finish(arguments, figures)
     if killed["num_lost"] or killed["num_doubled"] or killed["num_other_texts"] or ratio < _LEAST_RATIO:
         raise SystemExit("the batch lost or doubled lines, answered otherwise, or is too slow")
 

@@ -1,0 +1,263 @@
+"""What trimming does to harder pictures: budgets that differ by image, other backgrounds, one way for every kind.
+
+    python -m benchmarks.bench_pictures [--subject adaptive ...] [--questions N] [--model DIR] [--out DIR]
+
+- `adaptive`: `trimmed` under `top_p` and `knee`, and under a fixed budget that keeps the same mean share of the
+  features, by kind of picture; the differences are paired.
+- `backgrounds`: the same questions about the same busy scenes on two photographs each, untrimmed: whether they are
+  answered from what lies on the photograph, or from the photograph.
+- `default`: candidates that hold equally many rows, merged ones counted. At each budget the one is taken whose worst
+  kind of picture loses least, on questions drawn with another seed than those that it is then measured on; beside it
+  stand the paper's rule, which drops, and both controls. `calibrated` is the k_ratio that `trimserve eval --calibrate`
+  finds without knowing what is right.
+
+The embedded model is asked where no other is named. No times are measured: a busy machine does no harm.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.held_out import bootstrap_of, held_out, is_right, loaded
+from benchmarks.report import command_line, finish, markdown, points
+from training.backgrounds import BACKGROUNDS, write_backgrounds
+from training.examples import PICTURES
+from trimserve.api.trim import Budget, FixedRatio, Knee, TopP, TrimRequest
+from trimserve.evaluation.answers import Answer
+from trimserve.evaluation.curve import calibrate, measure_curve
+from trimserve.evaluation.dataset import ALL_KINDS, Question, describe_questions, load_questions
+from trimserve.evaluation.in_process import InProcess
+from trimserve.evaluation.report import Row, variant
+
+__all__ = [
+    "Candidate",
+    "adaptive_table",
+    "backgrounds",
+    "backgrounds_table",
+    "best",
+    "compared",
+    "default_table",
+    "main",
+]
+
+_ADAPTIVE: Final[dict[str, Budget]] = {
+    "top_p 0.5": TopP(0.5),
+    "top_p 0.7": TopP(0.7),
+    "top_p 0.9": TopP(0.9),
+    "knee": Knee(),
+}
+_MERGE_RATIOS: Final = (0.0, 0.1)
+
+
+def _adaptive(model: InProcess, num_questions: int) -> dict[str, Any]:
+    with held_out(num_questions, PICTURES) as questions:
+        wanted = [TrimRequest(budget=budget) for budget in _ADAPTIVE.values()]
+        asked = model.answers(questions, wanted, max_new_tokens=1)
+        kept = np.array([[each.num_held / each.num_valid for each in answers[1:]] for answers in asked]).mean(axis=0)
+        rows = []
+        for merge_ratio in _MERGE_RATIOS:
+            adaptive = [replace(trim, merge_ratio=merge_ratio) for trim in wanted]
+            fixed = [replace(trim, budget=FixedRatio(float(share))) for trim, share in zip(adaptive, kept, strict=True)]
+            columns = list(zip(*model.answers(questions, [*adaptive, *fixed]), strict=True))[1:]
+            for number, name in enumerate(_ADAPTIVE):
+                kinds = compared(questions, columns[number], columns[len(_ADAPTIVE) + number])
+                rows.append({"budget": name, "merge_ratio": merge_ratio, "kinds": kinds})
+        return {"data": describe_questions(questions), "rows": rows}
+
+
+def compared(
+    questions: Sequence[Question], adaptive: Sequence[Answer], fixed: Sequence[Answer]
+) -> dict[str, dict[str, Any]]:
+    """An adaptive budget beside a fixed one, for all questions and for each kind.
+
+    Returns:
+        For each kind the mean shares held, both accuracies and `gain`, adaptive minus fixed, with its interval.
+    """
+    both = {"adaptive": adaptive, "fixed": fixed}
+    right = {name: is_right(questions, answers) for name, answers in both.items()}
+    held = {name: np.array([each.num_held / each.num_valid for each in answers]) for name, answers in both.items()}
+    kinds = np.array([question.kind for question in questions])
+    bootstrap = bootstrap_of(questions)
+    found = {}
+    for kind in (ALL_KINDS, *np.unique(kinds).tolist()):
+        where: NDArray[np.bool_] = np.ones(len(kinds), np.bool_) if kind == ALL_KINDS else kinds == kind
+        found[kind] = {
+            "num_questions": int(where.sum()),
+            "held": {name: round(float(values[where].mean()), 4) for name, values in held.items()},
+            "accuracy": {name: asdict(bootstrap.mean(values, where)) for name, values in right.items()},
+            "gain": asdict(bootstrap.mean(right["adaptive"] - right["fixed"], where)),
+        }
+    return found
+
+
+def adaptive_table(report: dict[str, Any]) -> str:
+    """Gains over the fixed budget in points, as Markdown."""
+    kinds = list(report["rows"][0]["kinds"])
+    rows = []
+    for row in report["rows"]:
+        held = row["kinds"][ALL_KINDS]["held"]
+        shares = f"{held['adaptive']:.0%}, fixed {held['fixed']:.0%}"
+        gains = [points(**row["kinds"][kind]["gain"]) for kind in kinds]
+        rows.append([row["budget"], f"{row['merge_ratio']:g}", shares, *gains])
+    head = ["budget", "merge_ratio", "holds", *kinds]
+    return f"{markdown(head, rows)}\n\n{report['data']['num_questions']:,} questions; points, with 95 % intervals."
+
+
+def _backgrounds(model: InProcess, num_questions: int) -> dict[str, Any]:
+    with TemporaryDirectory() as folder:
+        files = write_backgrounds(Path(folder), num_questions)
+        asked = [load_questions(files[background]) for background in BACKGROUNDS]
+        answers = [[answer for [answer] in model.answers(questions, [])] for questions in asked]
+        return {"data": describe_questions(asked[0]), **backgrounds(asked[0], *answers)}
+
+
+def backgrounds(
+    questions: Sequence[Question], own: Sequence[Answer], other: Sequence[Answer]
+) -> dict[str, dict[str, float]]:
+    """How much another background changes, from answers to the same questions on two.
+
+    Returns:
+        Accuracy on each, `change` of the accuracy, and `differing`, the share of answers that are others; each with
+        its 95 % interval.
+    """
+    on_own, on_other = is_right(questions, own), is_right(questions, other)
+    differs = np.array([one.text != two.text for one, two in zip(own, other, strict=True)], float)
+    found = {"own": on_own, "other": on_other, "change": on_other - on_own, "differing": differs}
+    bootstrap = bootstrap_of(questions)
+    return {name: asdict(bootstrap.mean(values)) for name, values in found.items()}
+
+
+def backgrounds_table(report: dict[str, Any]) -> str:
+    """What was found, in a sentence."""
+    data = report["data"]
+    return (
+        f"{data['num_questions']:,} questions about {data['num_images']:,} busy scenes: {report['own']['value']:.1%} "
+        f"right on one background, {report['other']['value']:.1%} on another, a change of "
+        f"{points(**report['change'])} points; {report['differing']['value']:.1%} of the answers differ."
+    )
+
+
+_ROWS: Final = (0.22, 0.33, 0.5)
+"""Rows held, as shares of an image's features."""
+_MAX_KL = 0.02
+_SEED = 3  # of the questions to choose by; those of the comparison have 0
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A way of trimming, but for its budget."""
+
+    policy: str
+    merge_ratio: float = 0.0
+    parameters: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """Policy, parameters and merging, for reports."""
+        merged = f", merge_ratio {self.merge_ratio:g}" if self.merge_ratio else ""
+        return variant(self.policy, self.parameters) + merged
+
+    def holding(self, rows: float) -> TrimRequest:
+        """Keep so many features that they and the merged rows come to a share of the image."""
+        budget = FixedRatio(round((rows - self.merge_ratio) / (1 - self.merge_ratio), 4))
+        return TrimRequest(policy=self.policy, merge_ratio=self.merge_ratio, parameters=self.parameters, budget=budget)
+
+
+_PUBLISHED: Final = Candidate("trimmed")
+_CONTROLS: Final = (Candidate("random", 0.1), Candidate("strided", 0.1))
+_CANDIDATES: Final = (
+    _PUBLISHED,
+    *(Candidate("trimmed", merge_ratio) for merge_ratio in (0.05, 0.1, 0.15)),
+    *(Candidate("cls", merge_ratio) for merge_ratio in (0.05, 0.1, 0.15)),
+    Candidate("mmr", 0.1),
+    Candidate("sparsevlm", 0.0, {"recycle_ratio": 1.0}),
+    Candidate("visiondrop"),
+    *_CONTROLS,
+)
+"""What is tried. The slow policies that choose before the decoder are not: docs/policies.md."""
+
+
+def _default(model: InProcess, num_questions: int) -> dict[str, Any]:
+    with held_out(num_questions, PICTURES, _SEED) as own, held_out(num_questions, PICTURES) as questions:
+        tried = list(_measured(model, own, _CANDIDATES))
+        chosen = {rows: best([each for each in tried if each["rows"] == rows]) for rows in _ROWS}
+        shown = {_PUBLISHED.name, *chosen.values(), *(control.name for control in _CONTROLS)}
+        calibrated = calibrate(model, own[: len(own) // 3], _MAX_KL, TrimRequest(merge_ratio=0.1))
+        return {
+            "chosen_by": describe_questions(own),
+            "data": describe_questions(questions),
+            "chosen": [{"rows": rows, "name": name} for rows, name in chosen.items()],
+            "calibrated": {"max_kl": _MAX_KL, "merge_ratio": 0.1, **asdict(calibrated)},
+            "tried": tried,
+            "measured": list(_measured(model, questions, [each for each in _CANDIDATES if each.name in shown])),
+        }
+
+
+def best(tried: Sequence[dict[str, Any]]) -> str:
+    """The candidate whose worst kind loses least; of equal ones the first.
+
+    Args:
+        tried: candidates at one budget: name, and `changes` by kind.
+    """
+    found: str = max(tried, key=lambda each: min(change["value"] for change in each["changes"].values()))["name"]
+    return found
+
+
+def _measured(
+    model: InProcess, questions: Sequence[Question], candidates: Sequence[Candidate]
+) -> Iterator[dict[str, Any]]:
+    """Changes from untrimmed by kind of picture, for each candidate and budget."""
+    settings = [(candidate, rows) for candidate in candidates for rows in _ROWS]
+    report = measure_curve(model, questions, [candidate.holding(rows) for candidate, rows in settings])
+    num_kinds = len(report.rows) // (len(settings) + 1)
+    for index, (candidate, rows) in enumerate(settings, start=1):
+        of_setting: Sequence[Row] = report.rows[index * num_kinds : (index + 1) * num_kinds]
+        changes = {row.kind: asdict(row.accuracy_change) for row in of_setting if row.kind != ALL_KINDS}
+        held = float(np.mean([row.kept_fraction for row in of_setting if row.kind == ALL_KINDS]))
+        yield {"name": candidate.name, "rows": rows, "held": round(held, 4), "changes": changes}
+
+
+def default_table(report: dict[str, Any]) -> str:
+    """What the chosen, the published and the blind ways lose by kind of picture, as Markdown."""
+    chosen = {(each["rows"], each["name"]) for each in report["chosen"]}
+    names = {name for _, name in chosen}
+    kinds = list(report["measured"][0]["changes"])
+    rows = []
+    for each in sorted(report["measured"], key=lambda each: float(each["rows"])):
+        is_chosen = (each["rows"], each["name"]) in chosen
+        if is_chosen or each["name"] not in names:
+            shown = f"**{each['name']}**" if is_chosen else each["name"]
+            changes = (points(**each["changes"][kind]) for kind in kinds)
+            rows.append([f"{each['rows']:.0%}", shown, f"{each['held']:.0%}", *changes])
+    found = report["calibrated"]
+    last = next((probe for probe in found["probes"] if probe["k_ratio"] == found["k_ratio"]), None)
+    share = "" if last is None else f", which holds {last['kept_fraction']:.0%}"
+    calibrated = f"Calibrated for a KL of {found['max_kl']:g}: `k_ratio` {found['k_ratio']:g}{share}."
+    asked = f"{report['data']['num_questions']:,} questions, others than those it was chosen by; points from untrimmed."
+    return f"{markdown(['rows', 'way', 'holds', *kinds], rows, words=2)}\n\n{asked} {calibrated}"
+
+
+_BENCHMARKS: Final = {
+    "adaptive": (_adaptive, adaptive_table, 1000),
+    "backgrounds": (_backgrounds, backgrounds_table, 500),
+    "default": (_default, default_table, 600),
+}
+
+
+def main() -> None:
+    """Ask, write, tell."""
+    arguments = command_line(__doc__, "pictures", subject=[*_BENCHMARKS], questions=0, model=None)
+    model = loaded(arguments.model)
+    for name in arguments.subject:
+        measure, table, num_questions = _BENCHMARKS[name]
+        found = measure(model, arguments.questions or num_questions)
+        print(table(finish(arguments, {"model": model.describe(), **found}, f"{name}.json")))
+
+
+if __name__ == "__main__":
+    main()
