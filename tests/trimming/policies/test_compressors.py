@@ -1,6 +1,7 @@
 """What a compressor makes of an image is the formula of its policy, read literally: one row after the other."""
 
 import math
+from collections.abc import Callable, Mapping
 
 import pytest
 import torch
@@ -74,7 +75,13 @@ def wico(module: WiCoRows, f: list[Tensor], region: list[int], _: int) -> tuple[
     return torch.stack([f[n] for n in region]).mean(dim=0), F.gelu(joined)
 
 
-LITERAL = {"tokenpacker": tokenpacker, "wico": wico, "flashsloth": flashsloth, "quecc": quecc, "registers": registers}
+LITERAL: Mapping[str, Callable[..., tuple[Tensor, Tensor]]] = {
+    "tokenpacker": tokenpacker,
+    "wico": wico,
+    "flashsloth": flashsloth,
+    "quecc": quecc,
+    "registers": registers,
+}
 
 
 @pytest.mark.parametrize("method", LITERAL)
@@ -84,13 +91,13 @@ def test_rows_are_the_literal_formula(method: str) -> None:
     assert isinstance(module, Compressor)
     tiles = 3 * torch.randn(1, TILES, SIZE, WIDTH, generator=torch.Generator().manual_seed(2))
     (rows,), (group,) = module(tiles, TEXT[None])
-    patches = tiles[0, :, 1:].flatten(0, 1)
+    patches, output = tiles[0, :, 1:].flatten(0, 1), module.get_submodule("output")
     assert len(rows) == TILES * (ROWS - 1)
     for row, made in enumerate(rows):
         region = (group == row).nonzero()[:, 0].tolist()
-        mean, change = LITERAL[method](module, [*patches], region, row)  # type: ignore[operator]
+        mean, change = LITERAL[method](module, [*patches], region, row)
         size = patches.square().mean().sqrt()
-        torch.testing.assert_close(made, mean + size * module.output(change), atol=1e-5, rtol=1e-5)  # type: ignore[operator]
+        torch.testing.assert_close(made, mean + size * output(change), atol=1e-5, rtol=1e-5)
 
 
 def test_windows_are_the_squares_of_a_tile() -> None:
