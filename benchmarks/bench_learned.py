@@ -1,9 +1,10 @@
 """Trains what policies learn, on the embedded model, and compares it with choosing and merging at as many rows.
 
-    python -m benchmarks.bench_learned [--questions 2000] [--learn-from 12000] [--files out/learned] [--out FILE]
+    python -m benchmarks.bench_learned [--questions 2000] [--learn-from 12000] [--files out/learned] [--guide out/guide]
+        [--out FILE]
 
 Questions to learn from are of the training split, others of the held-out one. A compressor that is in `--files` is not
-trained again. Nothing here is a time.
+trained again; the guide must be there (training/README.md). Nothing here is a time.
 """
 
 import argparse
@@ -26,6 +27,7 @@ from trimserve.evaluation.dataset import ALL_KINDS, Question, load_questions
 from trimserve.evaluation.in_process import InProcess
 from trimserve.evaluation.progress import progress
 from trimserve.evaluation.report import UNTRIMMED_POLICY, Row
+from trimserve.model.json_object import read_json
 from trimserve.model.loading import describe_model, load_model
 from trimserve.model.trained_file import save_trained, shape_of
 from trimserve.trimming.policies.tokenpacker import TokenPackerRows
@@ -41,7 +43,7 @@ _ROWS: Final = {
 _MERGED: Final = {"11": (0.016, 0.09), "22": (0.12, 0.09)}
 """What stays of an image and what the rest is merged into, together about as many rows."""
 
-_CHOOSING: Final = ("cls", "vispruner", "gprune", "trimmed", "sparsevlm", "mmr")
+_CHOOSING: Final = ("cls", "vispruner", "gprune", "trimmed", "guided", "sparsevlm", "mmr")
 _ROUTER: Final = "exit"
 _UNTRAINED: Final = "tokenpacker"
 """Every method that groups alike patches is the same before training."""
@@ -59,7 +61,7 @@ def table(report: dict[str, Any]) -> str:
         head = ["policy", "holds", "exact match", "beside untrimmed, points", "KL", "weights", "loss"]
         asked = f"{report['questions']:,} questions, untrimmed {untrimmed['accuracy']:.1%}"
         tables.append(f"About {share} % of the rows; {asked}:\n\n{markdown(head, lines)}")
-    return "\n\n".join([*tables, *_exit_told(report)])
+    return "\n\n".join([*tables, *_exit_told(report), _guide_told(report["guide"])])
 
 
 def _exit_told(report: dict[str, Any]) -> Iterator[str]:
@@ -68,6 +70,12 @@ def _exit_told(report: dict[str, Any]) -> Iterator[str]:
     for row in (row for row in report["rows"]["11"] if row["policy"] == _ROUTER):
         told = f"`exit`, which holds all rows of the first layer: {row['accuracy']:.1%}, KL {row['divergence']:.3f}"
         yield f"{told}; {routers[0]['weights']:,} weights, loss {_loss(routers[0])}."
+
+
+def _guide_told(guide: dict[str, Any]) -> str:
+    """A sentence on the guide."""
+    size = f"{guide['weights']:,} weights, {guide['steps']:,} steps of training"
+    return f"The guide of `guided`: {size}; by itself it answers {guide['accuracy']:.1%}."
 
 
 def _line(row: dict[str, Any], trained: Sequence[dict[str, Any]]) -> list[str]:
@@ -84,7 +92,7 @@ def _loss(trained: dict[str, Any]) -> str:
 
 def main() -> None:
     """Train, ask, write."""
-    options = {"questions": 2000, "learn_from": 12000, "files": Path("out/learned")}
+    options = {"questions": 2000, "learn_from": 12000, "files": Path("out/learned"), "guide": Path("out/guide")}
     arguments = command_line(__doc__, "policies/learned.json", threads=1, **options)
     router = _trained(arguments, _ROUTER, 0)
     trained, rows = [_card(router)], {}
@@ -93,14 +101,15 @@ def main() -> None:
         for share, methods in _ROWS.items():
             files = [_trained(arguments, method, number) for method, number in methods.items()]
             trained += map(_card, files)
-            rows[share] = _asked(share, questions, (*files, router))
-    figures = {"questions": arguments.questions, "learned_from": arguments.learn_from, "trained": trained, "rows": rows}
-    print(table(finish(arguments, figures)))
+            rows[share] = _asked(share, questions, (*files, router), arguments.guide)
+        guide = _guide(arguments.guide, questions)
+    counts = {"questions": arguments.questions, "learned_from": arguments.learn_from}
+    print(table(finish(arguments, {**counts, "trained": trained, "guide": guide, "rows": rows})))
 
 
-def _asked(share: str, questions: Sequence[Question], files: tuple[Path, ...]) -> list[dict[str, Any]]:
+def _asked(share: str, questions: Sequence[Question], files: tuple[Path, ...], guide: Path) -> list[dict[str, Any]]:
     """What every policy comes to, the best first."""
-    answerer = InProcess(load_model(ModelConfig(compressor=files), EngineConfig()))
+    answerer = InProcess(load_model(ModelConfig(compressor=files, guide_model=str(guide)), EngineConfig()))
     with progress(f"questions, {share} %", len(questions)) as advance:
         report = measure_curve(answerer, questions, [*_trims(share)], on_question=advance)
     rows = [_figures(row, _ROWS[share].get(row.policy, 0)) for row in report.rows if row.kind == ALL_KINDS]
@@ -119,6 +128,18 @@ def _untrained(share: str, questions: Sequence[Question]) -> dict[str, Any]:
             report = measure_curve(answerer, questions, [TrimRequest(policy=_UNTRAINED)], on_question=advance)
     [row] = (row for row in report.rows if (row.policy, row.kind) == (_UNTRAINED, ALL_KINDS))
     return {**_figures(row, 0), "policy": "untrained", "name": "means of alike patches"}
+
+
+def _guide(folder: Path, questions: Sequence[Question]) -> dict[str, Any]:
+    """How large the guide is, and what it answers by itself."""
+    model, about = load_model(ModelConfig(model=str(folder)), EngineConfig()), read_json(folder / "trimserve.json")
+    with progress("questions, the guide", len(questions)) as advance:
+        report = measure_curve(InProcess(model), questions, [TrimRequest(k_ratio=1.0)], on_question=advance)
+    [row] = (row for row in report.rows if (row.policy, row.kind) == (UNTRIMMED_POLICY, ALL_KINDS))
+    with safe_open(folder / "model.safetensors", framework="pt") as weights:
+        size = sum(weights.get_tensor(name).numel() for name in weights.keys())  # noqa: SIM118  # no mapping
+    steps = {"weights": size, "steps": about["training_steps"]}
+    return {**steps, "accuracy": row.accuracy.value, "interval": [row.accuracy.low, row.accuracy.high]}
 
 
 def _figures(row: Row, rows: int) -> dict[str, Any]:

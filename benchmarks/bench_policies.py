@@ -4,8 +4,9 @@
 
 Twice: alone, on random features of Llama-3.2-Vision 11B's shape, where one call is timed with what it held in memory;
 and within the prefill of a question on the model `bench`, as a share of a prefill whose image is encoded already, and
-of one that encodes it. Every policy keeps a fifth of the image; those that the docs recommend choose what is merged,
-too. A line is told for each policy as it is done, in a few minutes altogether on one core; the last line is the report.
+of one that encodes it. Every policy keeps a fifth of the image, and compressors, which nothing was trained for, make as
+many rows; `guided` asks a guide of half the width. Those that the docs recommend choose what is merged, too. A line is
+told for each policy as it is done, in a few minutes altogether on one core; the last line is the report.
 """
 
 from collections.abc import Callable, Iterator
@@ -34,10 +35,15 @@ from trimserve.model.loading import describe_model, load_model
 from trimserve.model.mllama import Mllama
 from trimserve.model.prefilled import Prefilled
 from trimserve.model.prepared import PreparedPrompt
+from trimserve.model.trained_file import save_trained, shape_of, trainable
+from trimserve.trimming.compressor import Compressor
 from trimserve.trimming.encoded_image import EncodedImage, Observation
 from trimserve.trimming.plan import TrimPlan, choose_from_image, scratch_bytes, select
+from trimserve.trimming.policies.exit import Router
+from trimserve.trimming.policies.learned import Learned
 from trimserve.trimming.policies.policy import CrossAttentionView, Place
 from trimserve.trimming.policies.table import POLICIES
+from trimserve.trimming.trained import Shape, Trained
 
 __all__ = ["MOST_OF_PREFILL", "RECOMMENDED", "main", "table"]
 
@@ -50,6 +56,8 @@ _KEEP, _MERGE_RATIO = 0.2, 0.1
 _TILES, _SIZE, _DIM = 4, 1601, 4096
 _ROWS, _HEADS, _KV_HEADS, _HEAD_DIM = 64, 32, 8, 128
 _PROTOTYPES = 64
+_COMPRESSED = 321
+"""Rows of a tile, its class token included: windows of 16 x 20, and the count nearest to a fifth that windows allow."""
 _VISION_LAYERS, _VISION_HEADS, _VISION_HEAD_DIM = 40, 16, 80
 _FEATURES = _TILES * _SIZE
 _GEOMETRY: Final = {"tiles": _TILES, "F": _SIZE, "N": _FEATURES, "D": _DIM, "T": _ROWS, "keep": _KEEP}
@@ -57,20 +65,30 @@ _POOL_BYTES = 2**28
 
 
 def _load(folder: Path) -> Mllama:
-    """The model with what every policy needs: a drawn codebook, as fast as a found one, and itself as guide."""
+    """The model with what every policy needs, drawn, which is as fast as what is found or trained."""
     config, limits = ModelConfig(model=str(folder)), EngineConfig()
     info = describe_model(config, limits)
     prototypes = torch.randn(_PROTOTYPES, info.hidden_size, generator=torch.Generator().manual_seed(0))
     with TemporaryDirectory() as drawn:
-        codebook = Path(drawn) / "codebook.safetensors"
+        codebook, compressors = Path(drawn) / "codebook.safetensors", []
         save_codebook(codebook, prototypes, info, config.intermediate_features)
-        return load_model(config.model_copy(update={"codebook": codebook, "guide_model": str(folder)}), limits)
+        for name, module in _compressors(shape_of(info, _COMPRESSED)).items():
+            compressors.append(Path(drawn) / f"{name}.safetensors")
+            save_trained(compressors[-1], name, module, info, config.intermediate_features, [], {})
+        guide = bench_model(Path(drawn) / "guide", narrower=2)
+        needed = {"codebook": codebook, "compressor": tuple(compressors), "guide_model": str(guide)}
+        return load_model(config.model_copy(update=needed), limits)
+
+
+def _compressors(shape: Shape) -> dict[str, Trained]:
+    """One of each method, not trained."""
+    return {name: kind(shape).eval() for name, kind in trainable().items() if issubclass(kind, Compressor)}
 
 
 def _requests() -> Iterator[TrimRequest]:
-    """Every policy that nothing was trained for, and the recommended ones with merging."""
+    """Every policy that chooses or makes rows, and the recommended ones with merging."""
     for name, policy in POLICIES.items():
-        if policy.trained is not None:
+        if policy.trained is Router:  # it only says when to leave
             continue
         request = TrimRequest(policy=name, budget=FixedRatio(_KEEP) if policy.budgets else None)
         yield request
@@ -101,9 +119,14 @@ def _chooser(trim: TrimPlan) -> Callable[[], Tensor]:
             "patch_entropy": lambda: draw(_FEATURES).abs(),
         }
         observed = {name: notes[name]() for name in sorted(trim.needs)}
-        prototypes = draw(_PROTOTYPES, _DIM)
-        # A new image each time: one that was asked before would remember.
-        return lambda: choose_from_image(EncodedImage(features, _SIZE, _VISION_LAYERS, observed, prototypes), trim).kept
+        prototypes, text = draw(_PROTOTYPES, _DIM), draw(_DIM)
+        trained = _compressors(Shape(_DIM, _SIZE, 2, _COMPRESSED)) if isinstance(trim.policy, Learned) else {}
+
+        def encoded() -> EncodedImage:
+            """A new image each time: one that was asked before would remember."""
+            return EncodedImage(features, _SIZE, _VISION_LAYERS, observed, prototypes, trained)
+
+        return lambda: choose_from_image(encoded(), trim, text).kept
     queries, keys = draw(_ROWS, _HEADS, _HEAD_DIM), draw(_FEATURES, _KV_HEADS, _HEAD_DIM)
     visibility = torch.tensor([[0, _FEATURES]] * _ROWS, dtype=torch.int32)
     shape = (features, visibility, _HEAD_DIM**-0.5, (_FEATURES,), _SIZE)

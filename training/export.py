@@ -48,7 +48,7 @@ def export(
         accuracy: share of held-out questions answered exactly right, by kind.
         is_unfinished: whether training is to go on: half the bytes, and the head that only training uses.
     """
-    model = make_model(trainer.settings.seed)
+    model = make_model(trainer.settings.seed, trainer.settings.narrower)
     model.load_state_dict(trainer.model.state_dict())
     if is_unfinished:
         model.half()

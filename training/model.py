@@ -1,6 +1,7 @@
 """Geometry and first weights of trimserve-tiny, and the auxiliary head that only training uses."""
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,10 @@ from training.marks import NUM_MARKS
 from training.scenes import COLOURS, TILE_SIZE
 from training.tokenizer import NUM_TEXT_TOKENS, SPECIAL_TOKENS, VOCAB_SIZE
 
-__all__ = ["PATCH_SIZE", "PatchHead", "encode_images", "make_config", "make_model", "token_id"]
+if TYPE_CHECKING:
+    from training.batches import Batch
+
+__all__ = ["PATCH_SIZE", "PatchHead", "encode_images", "make_config", "make_model", "read_batch", "token_id"]
 
 PATCH_SIZE = 8
 """Pixels along the side of a patch: 64 patches and a class token in a tile."""
@@ -22,29 +26,34 @@ def token_id(token: str) -> int:
     return NUM_TEXT_TOKENS + SPECIAL_TOKENS.index(token)
 
 
-def make_config() -> MllamaConfig:
-    """The geometry. It is part of the format: later training may change weights only."""
+def make_config(narrower: int = 1) -> MllamaConfig:
+    """The geometry. It is part of the format: later training may change weights only.
+
+    Args:
+        narrower: what widths are divided by; layers, heads, tiles, patches and tokens stay as they are.
+    """
+    vision_width, text_width = 96 // narrower, 192 // narrower
     vision = MllamaVisionConfig(
-        hidden_size=96,
+        hidden_size=vision_width,
         num_hidden_layers=4,
         num_global_layers=2,
         attention_heads=4,
-        intermediate_size=384,
+        intermediate_size=4 * vision_width,
         image_size=TILE_SIZE,
         patch_size=PATCH_SIZE,
         max_num_tiles=4,
         intermediate_layers_indices=[1, 2, 3],
-        vision_output_dim=96 * 4,
+        vision_output_dim=4 * vision_width,
         initializer_range=0.06,
     )
     text = MllamaTextConfig(
         vocab_size=VOCAB_SIZE,
-        hidden_size=192,
+        hidden_size=text_width,
         num_hidden_layers=6,
         cross_attention_layers=[1, 3, 5],
         num_attention_heads=8,
         num_key_value_heads=2,
-        intermediate_size=512,
+        intermediate_size=512 // narrower,
         max_position_embeddings=2048,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
         initializer_range=0.06,
@@ -55,14 +64,15 @@ def make_config() -> MllamaConfig:
     return MllamaConfig(vision_config=vision, text_config=text, image_token_index=VOCAB_SIZE)
 
 
-def make_model(seed: int) -> MllamaForConditionalGeneration:
+def make_model(seed: int, narrower: int = 1) -> MllamaForConditionalGeneration:
     """A fresh model in float32: gates open, positions as sines of the place in the whole image.
 
     Args:
         seed: of the random weights.
+        narrower: see `make_config`.
     """
     torch.manual_seed(seed)
-    config = make_config()
+    config = make_config(narrower)
     model = MllamaForConditionalGeneration(config)
     vision = model.model.vision_model
     with torch.no_grad():
@@ -103,6 +113,31 @@ def encode_images(
     seen = model.model.vision_model(pixel_values, aspect_ratio_ids, aspect_ratio_mask).last_hidden_state
     states: Tensor = model.model.multi_modal_projector(seen)
     return states.reshape(pixel_values.shape[0], -1, states.shape[-1])
+
+
+def read_batch(model: MllamaForConditionalGeneration, batch: "Batch") -> tuple[Tensor, Tensor]:
+    """Read a batch, in bfloat16 where autocast says so.
+
+    Args:
+        model: on the batch's device.
+        batch: B rows.
+    Returns:
+        logits: [L, V], for each label.
+        features: [B, images * 4 * 65, D], the visual features.
+    """
+    device = batch.input_ids.device
+    mask = torch.zeros(batch.attention_mask.shape, device=device).masked_fill(~batch.attention_mask, -1e9)
+    with torch.autocast(device.type, torch.bfloat16):
+        features = encode_images(model, batch.pixel_values, batch.aspect_ratio_ids, batch.aspect_ratio_mask)
+        hidden = model.model(
+            input_ids=batch.input_ids,
+            position_ids=batch.position_ids,
+            attention_mask=mask,
+            cross_attention_states=features,
+            cross_attention_mask=batch.cross_attention_mask,
+            use_cache=False,
+        ).last_hidden_state
+        return model.lm_head(hidden[batch.labels >= 0]), features
 
 
 class PatchHead(nn.Module):

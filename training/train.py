@@ -18,14 +18,15 @@ from typing import TextIO
 import torch
 from rich.progress import Progress
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 from transformers import MllamaForConditionalGeneration
 
 from training.attention import WRITTEN_OUT, register
-from training.batches import Batch, Batcher
+from training.batches import Batcher
 from training.examples import SCENES_ONLY, TRAINING_PICTURES
+from training.guide import Teacher
 from training.mended import mend
-from training.model import PatchHead, encode_images, make_model
+from training.model import PatchHead, make_model, read_batch
 from training.scenes import Split
 from training.tokenizer import make_processor
 
@@ -58,6 +59,13 @@ class Settings:
     weight_decay: float = 0.01
     has_harder_pictures: bool = False
     """Whether busy scenes, objects, pages and charts are shown as well: `TRAINING_PICTURES`."""
+    guide_of: str | None = None
+    """Folder of the exported model that a model of half its width learns to guide."""
+
+    @property
+    def narrower(self) -> int:
+        """What the model's widths are divided by."""
+        return 1 if self.guide_of is None else 2
 
 
 class Trainer:
@@ -75,9 +83,12 @@ class Trainer:
         self.step = 0
         self.minutes = 0.0
         register()
-        self.model = mend(make_model(settings.seed))
+        self.model = mend(make_model(settings.seed, settings.narrower))
         nn.Module.to(self.model, device)
         self.model.set_attn_implementation(WRITTEN_OUT)
+        self._teacher = None
+        if settings.guide_of is not None:
+            self._teacher = Teacher(Path(settings.guide_of), self.model)
         torch.manual_seed(settings.seed)
         self.head = PatchHead(self.model.config.get_text_config().hidden_size).to(device)
         pictures = TRAINING_PICTURES if settings.has_harder_pictures else SCENES_ONLY
@@ -94,7 +105,8 @@ class Trainer:
         """Train on one batch.
 
         Returns:
-            loss per answer token, share of answer tokens right, auxiliary loss, learning rate factor.
+            loss per answer token, share of answer tokens right, auxiliary loss, learning rate factor; a guide's loss
+            is the sum of its divergences from the teacher, which are told by themselves as well.
         """
         started = time.monotonic()
         rng = random.Random(f"train/{self.settings.seed}/{self.step}")
@@ -105,9 +117,15 @@ class Trainer:
         for optimizer in self._optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * factor
-        logits, features = self._forward(batch)
+        logits, features = read_batch(self.model, batch)
         labels = batch.labels[batch.labels >= 0]
-        loss = nn.functional.cross_entropy(logits.float(), labels)
+        told = {}
+        if self._teacher is None:
+            loss = nn.functional.cross_entropy(logits.float(), labels)
+        else:
+            answers, attention = self._teacher.losses(batch, logits)
+            told = {"answers": answers.item(), "attention": attention.item()}
+            loss = answers + attention
         # A head that knows nothing yet would tear at features that are good: at first it learns and does not teach.
         read = features.detach() if self.step < _HEAD_ALONE else features
         auxiliary = self.head(read.float(), batch.marks, batch.colours)
@@ -124,6 +142,7 @@ class Trainer:
             "token_accuracy": right.item(),
             "auxiliary": auxiliary.item(),
             "factor": factor,
+            **told,
         }
 
     @torch.no_grad()
@@ -141,7 +160,7 @@ class Trainer:
         right: dict[str, list[bool]] = {}
         for index in range(num_batches):
             batch = self.batcher.make(random.Random(f"{split}/measure/{index}"), split, rows).to(self.device)
-            logits, _ = self._forward(batch)
+            logits, _ = read_batch(self.model, batch)
             asked = batch.labels >= 0
             wrong = torch.zeros(len(batch.kinds), device=self.device)
             wrong.index_add_(0, batch.turns[asked], (logits.argmax(-1) != batch.labels[asked]).float())
@@ -191,21 +210,6 @@ class Trainer:
         if (checkpoint / HEAD_FILE).exists():
             self.head.load_state_dict(load_file(checkpoint / HEAD_FILE))
 
-    def _forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        model: MllamaForConditionalGeneration = self.model
-        mask = torch.zeros(batch.attention_mask.shape, device=self.device).masked_fill(~batch.attention_mask, -1e9)
-        with torch.autocast(self.device.type, torch.bfloat16):
-            features = encode_images(model, batch.pixel_values, batch.aspect_ratio_ids, batch.aspect_ratio_mask)
-            hidden = model.model(
-                input_ids=batch.input_ids,
-                position_ids=batch.position_ids,
-                attention_mask=mask,
-                cross_attention_states=features,
-                cross_attention_mask=batch.cross_attention_mask,
-                use_cache=False,
-            ).last_hidden_state
-            return model.lm_head(hidden[batch.labels >= 0]), features
-
     def _learning_rate_factor(self) -> float:
         warm = self.progress / self.settings.warm_up
         return min(1.0, warm + 1e-3) * (0.02 + 0.98 * (1 + math.cos(math.pi * self.progress)) / 2)
@@ -246,6 +250,7 @@ def main() -> None:
         action="store_true",
         help="busy scenes, objects, pages and charts as well; fetches packages",
     )
+    parser.add_argument("--guide-of", help="folder of an exported model: train one of half its width that looks alike")
     parser.add_argument("--from-checkpoint", type=Path, help="folder of an exported model to start from")
     parser.add_argument("--resume", action="store_true", help="go on from state.pt with its settings")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -37,13 +37,16 @@ def test_trained_rows_are_told_with_their_size_and_what_only_chooses_without() -
         for method, rows in (("quecc", 7), ("exit", 0))
     ]
     rows = [row("untrimmed", 0, 0.0), row("quecc", 7, 0.0), row("cls", 0, 0.09), row("exit", 0, 0.0)]
-    lines = bench_learned.table({"questions": 2000, "trained": trained, "rows": {"11": rows}}).splitlines()
+    guide = {"weights": 4321, "steps": 1000, "accuracy": 0.5}
+    report = {"questions": 2000, "trained": trained, "guide": guide, "rows": {"11": rows}}
+    lines = bench_learned.table(report).splitlines()
     assert lines[0] == "About 11 % of the rows; 2,000 questions, untrimmed 90.0%:"
     assert lines[4:6] == [
         "| `quecc` | 12.5% | 90.0% | -5.0 [-6.0, -4.0] | 0.500 | 1,234 | 0.500 → 0.250 |",
         "| `cls`, merged | 12.5% | 90.0% | -5.0 [-6.0, -4.0] | 0.500 |  |  |",
     ]
-    assert lines[-1].endswith("90.0%, KL 0.500; 1,234 weights, loss 0.500 → 0.250.")
+    assert lines[-3].endswith("90.0%, KL 0.500; 1,234 weights, loss 0.500 → 0.250.")
+    assert lines[-1] == "The guide of `guided`: 4,321 weights, 1,000 steps of training; by itself it answers 50.0%."
 
 
 def test_the_table_calls_slow_what_takes_more_even_where_the_image_is_encoded() -> None:

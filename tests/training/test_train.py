@@ -20,9 +20,9 @@ CPU = torch.device("cpu")
 SETTINGS = Settings(steps=4, rows=2, two_image_every=2)
 
 
-def shallow() -> MllamaConfig:
+def shallow(narrower: int = 1) -> MllamaConfig:
     """The geometry with fewer layers: how a run goes does not depend on how many there are."""
-    config = make_config()
+    config = make_config(narrower)
     text, vision = text_config(config), vision_config(config)
     text.num_hidden_layers, text.cross_attention_layers = 2, [1]
     vision.num_hidden_layers = vision.num_global_layers = 1

@@ -40,9 +40,10 @@ class FlashSlothRows(Compressor):
         """See `Compressor.made`."""
         assert text is not None, "it reads the question"
         normal = self.norm(patches)
-        values, salient = self.value(normal), regions.softmax(self.saliency(normal))
+        keys, values, salient = self.key(normal), self.value(normal), regions.softmax(self.saliency(normal))
+        del normal  # as large as the patches, which are weighed below
         asking = F.gelu(self.queries + self.text(self.text_norm(text.float()))[:, None])
-        logits = self.query(asking) @ self.key(normal).transpose(1, 2) / self.inside**0.5
+        logits = self.query(asking) @ keys.transpose(1, 2) / self.inside**0.5
         found = (logits.softmax(dim=-1) @ values).flatten(1)[:, None]
         own = regions.sum(salient * values)
         joined = self.joined(torch.cat([own, found.expand(-1, own.shape[1], -1)], dim=-1))

@@ -38,12 +38,13 @@ class QueCCRows(Compressor):
         """See `Compressor.made`."""
         assert text is not None, "it reads the question"
         normal, asked = self.norm(patches), self.text(self.text_norm(text.float()))[:, None]
-        x = F.gelu(self.features(normal) + asked)
+        x, values = F.gelu(self.features(normal) + asked), self.value(normal)
+        del normal  # as large as the patches, which are weighed below
         kernel = self.kernel.repeat(patches.shape[1] // len(self.kernel), 1)
         query = self.query(regions.mean(kernel * x))
         logits = (regions.spread(query) * self.key(x)).sum(dim=-1, keepdim=True) / self.inside**0.5
         weights = regions.softmax(logits)
-        seen = regions.sum(weights * self.value(normal))
+        seen = regions.sum(weights * values)
         joined = self.joined(torch.cat([seen, asked.expand_as(seen)], dim=-1))
         return regions.sum(weights * patches), self.output(F.gelu(joined))
 
