@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from transformers.models.mllama.modeling_mllama import repeat_kv
 
 from benchmarks.measure import Floor
-from tests.tolerances import HEADWISE_SCORES, LINEAR, MANY_ROWS_ATTENTION, PAGED_ATTENTION
+from tests.tolerances import HEADWISE_SCORES, LINEAR, LINEAR_QUANTIZED, MANY_ROWS_ATTENTION, PAGED_ATTENTION
 from trimserve import ops
 from trimserve.model import huge_pages
 from trimserve.model.int8 import to_int8
@@ -226,7 +226,9 @@ def _linear_case(draw: _Drawn, num_rows: int, size: int = _HEADS * _HEAD_DIM, *,
     x, weight = draw(num_rows, size), draw(size, size)
     arguments = (x, *(to_int8(weight) if int8 else (_on_huge_pages(weight),)))
     outputs = ops.linear(*arguments)
-    torch.testing.assert_close(outputs, reference.linear(*arguments), **LINEAR[draw.dtype])
+    torch.testing.assert_close(
+        outputs, reference.linear(*arguments), **(LINEAR_QUANTIZED if int8 else LINEAR)[draw.dtype]
+    )
     return Case(
         "linear",
         f"{num_rows} rows of {size}{', int8 weights' if int8 else ''}",
