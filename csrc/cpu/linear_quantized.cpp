@@ -1,10 +1,11 @@
 // linear with int8 or int4 weights, for up to 15 rows; on machines without products of bfloat16 pairs for any number of
 // bfloat16 rows.
-//   Rows are packed once, bfloat16 as int16 with scales (WordMath) and others as floats, in the order in which
-//   registers of weights hold their inputs. A block of outputs then passes rows and inputs in parts that stay in the
-//   first-level cache. Weights leave their bytes in registers only, next to the products. Sums of a group of inputs
-//   begin with -8 times the inputs' sum (int4), and are added to float32 sums along K times the scales; those stay
-//   vectors until the end. An output does not depend on the other rows, to the last bit.
+//   Rows are packed once, bfloat16 as int16 with scales (WordMath, or ByteMath in two bytes each) and others as floats,
+//   in the order in which registers of weights hold their inputs. A block of outputs then passes rows and inputs in
+//   parts that stay in the first-level cache. Weights leave their bytes in registers only, next to the products. Sums of
+//   a group of inputs begin with -8 times the inputs' sum where weights are stored plus 8, and are added to float32 sums
+//   along K times the scales; those stay vectors until the end. An output does not depend on the other rows, to the last
+//   bit.
 
 #include "linear_quantized.h"
 
@@ -22,6 +23,7 @@ constexpr std::int64_t kRowsAtOnce = 32;    // whose sums stay in the second-lev
 constexpr std::int64_t kPartBytes = 16384;  // of all these rows: half of the first-level cache
 constexpr std::int64_t kPartInputs = 4096;  // of one row, at most
 constexpr std::int64_t kMostGroups = kPartInputs / kInt4Unit;
+constexpr std::int64_t kRowBytes = 20480;  // of a row that stays in the first-level cache
 constexpr std::int64_t kRowGroups = 512;
 constexpr std::int64_t kQuad = 4;            // outputs that all rows pass together
 constexpr std::int64_t kOutputsAhead = 8;    // to prefetch
@@ -49,8 +51,8 @@ TRIMSERVE_INLINE void add_tile(const Part& part, const std::byte* elements, cons
   using Floats = typename Simd<kWidth>::Floats;
   constexpr std::int64_t kGroupBytes = Unit::bytes(Unit::kGroup);
   constexpr int kUnits = Unit::kGroup / Unit::kInputs, kRegisters = Unit::kInputs / Math::kInputs;
-  // A row that is alone passes a group of one output after the other, with what it is made of in registers.
-  constexpr int kAtOnce = kIsAlone ? 1 : kColumns;
+  // Then a group of a row that is alone stays in registers, and passes one output after the other.
+  constexpr int kAtOnce = kIsAlone && Math::kIsBytes ? 1 : kColumns;
   const std::byte* weight[kColumns];
   const float* scales = part.scales;
   unrolled<kColumns>([&](auto c) TRIMSERVE_INLINE_LAMBDA {
@@ -143,7 +145,7 @@ TRIMSERVE_INLINE void add_quad(std::int64_t num_rows, const Part& quad, const st
                                const Head<Math>* heads, float* sums) {
   if (num_rows == 2) return add_tile<kWidth, Math, Unit, 2, kQuad>(quad, elements, heads, sums);
   if (num_rows == 1) return add_tile<kWidth, Math, Unit, 1, kQuad>(quad, elements, heads, sums);
-  constexpr int kColumns = kWidth == 16 && sizeof(typename Math::Sums) == 64 ? 4 : 2;  // that registers hold
+  constexpr int kColumns = kWidth == 16 && !Math::kIsBytes ? 4 : 2;  // whose sums registers hold
   Part part = quad;
   for (std::int64_t c = 0; c < std::min(kQuad, quad.num_outputs); c += kColumns) {
     part.weight = quad.weight + c * quad.row_bytes;
@@ -264,19 +266,17 @@ TRIMSERVE_INLINE void multiply_block(const LinearArgs& args, const std::byte* ro
   });
 }
 
-// A block of outputs times a row that is alone, kColumns at a time.
-template <int kWidth, typename Math, typename Unit>
+// A block of outputs times a row that is alone, kColumns at a time. ahead: as of Part.
+template <int kWidth, typename Math, typename Unit, int kColumns>
 TRIMSERVE_INLINE void multiply_row(const LinearArgs& args, const std::byte* packed, std::int64_t row,
-                                   std::int64_t first_output) {
-  constexpr std::int64_t kColumns = kWidth == 16 && !Unit::kIsInt4 ? 8 : 4;
+                                   std::int64_t first_output, std::int64_t ahead) {
   const std::int64_t row_bytes = Unit::bytes(args.num_inputs), group = scale_group<Unit>(args);
   const std::int64_t num_groups = divide_up(args.num_inputs, group), stride = divide_up(num_groups, 4) * 4;
   const std::int64_t num_outputs = std::min(kLinearColumns, args.num_outputs - first_output);
-  const std::int64_t ahead = divide_up(kBytesAhead, kColumns * row_bytes) * kColumns * row_bytes;
   const auto* const weight = static_cast<const std::byte*>(args.weight) + first_output * row_bytes;
   const auto* const heads =
       reinterpret_cast<const Head<Math>*>(packed + PackedRow<Math, Unit>(args).element_bytes);
-  float of_row[kRowGroups], scales[kColumns * kRowGroups];
+  float of_row[kRowGroups + 3], scales[kColumns * kRowGroups + 3];  // are read four at a time
   for (std::int64_t g = 0; Math::kHasScales && g < num_groups; ++g)
     of_row[g] = heads[g * group / Unit::kGroup].scales[g * group % Unit::kGroup / group];
   alignas(64) float sums[kLinearColumns * kWidth] = {};
@@ -295,32 +295,44 @@ TRIMSERVE_INLINE void multiply_row(const LinearArgs& args, const std::byte* pack
   });
 }
 
+// One by one, outputs are read in memory order, at full bandwidth, without prefetches: along a long sequence of addresses
+// a core fetches ahead by itself. A row that the first-level cache cannot hold is read again for each, though: several
+// outputs share it. So they do where a core reads more of the row than of the weight and fetches nothing ahead: bytes.
+template <int kWidth, typename Math, typename Unit>
+TRIMSERVE_INLINE void multiply_row(const LinearArgs& args, const std::byte* packed, std::int64_t row,
+                                   std::int64_t first_output) {
+  if constexpr (Math::kIsBytes) {
+    const std::int64_t bytes = kQuad * Unit::bytes(args.num_inputs);
+    const std::int64_t ahead = divide_up(kBytesAhead, bytes) * bytes;
+    multiply_row<kWidth, Math, Unit, kQuad>(args, packed, row, first_output, ahead);
+  } else if (PackedRow<Math, Unit>(args).num_bytes <= kRowBytes) {
+    multiply_row<kWidth, Math, Unit, 1>(args, packed, row, first_output, 0);
+  } else {
+    multiply_row<kWidth, Math, Unit, kWidth == 16 ? 8 : 4>(args, packed, row, first_output, 0);
+  }
+}
+
 // Calls body with the width, how rows are multiplied and what units of weights are.
 template <typename Body>
 void at_units(const LinearArgs& args, const Body& body) {
-  const bool is_int8 = args.format == WeightFormat::kInt8, is_bfloat16 = args.dtype == DType::kBFloat16;
 #ifdef __x86_64__
-  if (is_bfloat16 && has_byte_products()) {
+  if (args.format == WeightFormat::kInt4 && args.dtype == DType::kBFloat16 && has_byte_products()) {
     return with_avx512([&](auto width) TRIMSERVE_INLINE_LAMBDA {
-      const std::type_identity<ByteMath> math;
-      if (is_int8) return body(width, math, std::type_identity<Int8Bytes>());
-      body(width, math, std::type_identity<Int4Bytes>());
+      body(width, std::type_identity<ByteMath>(), std::type_identity<Int4Bytes>());
     });
   }
 #endif
-  const auto with = [&]<typename Math>(auto width, std::type_identity<Math> math) TRIMSERVE_INLINE_LAMBDA {
-    if (is_int8) return body(width, math, std::type_identity<Int8Unit<width, Math>>());
-    if (args.group == 32) return body(width, math, std::type_identity<Int4Unit<width, Math, 32>>());
-    if (args.group == 64) return body(width, math, std::type_identity<Int4Of<width, Math, 64>>());
-    body(width, math, std::type_identity<Int4Of<width, Math, 128>>());
-  };
-  at_width(is_bfloat16 ? std::min(widest_vector(), 8) : widest_vector(),
-           [&](auto width) TRIMSERVE_INLINE_LAMBDA {
-             if constexpr (width <= 8) {
-               if (is_bfloat16) return with(width, std::type_identity<WordMath<width>>());
-             }
-             with(width, std::type_identity<FloatMath<width>>());
-           });
+  at_width(widest_vector(), [&](auto width) TRIMSERVE_INLINE_LAMBDA {
+    const auto with = [&]<typename Math>(std::type_identity<Math> math) TRIMSERVE_INLINE_LAMBDA {
+      if (args.format == WeightFormat::kInt8)
+        return body(width, math, std::type_identity<Int8Unit<width, Math>>());
+      if (args.group == 32) return body(width, math, std::type_identity<Int4Unit<width, Math, 32>>());
+      if (args.group == 64) return body(width, math, std::type_identity<Int4Of<width, Math, 64>>());
+      body(width, math, std::type_identity<Int4Of<width, Math, 128>>());
+    };
+    if (args.dtype == DType::kBFloat16) return with(std::type_identity<WordMath<width>>());
+    with(std::type_identity<FloatMath<width>>());
+  });
 }
 
 }  // namespace

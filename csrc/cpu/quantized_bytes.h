@@ -1,5 +1,4 @@
-// Products of bfloat16 rows with quantized weights as bytes, where has_byte_products(): weights are multiplied as they
-// are stored, and never widened.
+// Products of bfloat16 rows with int4 weights as bytes, where has_byte_products(): weights are never widened.
 
 #pragma once
 
@@ -44,6 +43,7 @@ struct ByteMath {
   using Spread = SpreadByGroup;
   static constexpr int kInputs = 64;
   static constexpr bool kHasScales = true;
+  static constexpr bool kIsBytes = true;
 
   TRIMSERVE_INLINE static void pack(std::byte* packed, const Element (&x)[kInputs]) {
     std::int8_t bytes[2][kInputs];
@@ -82,26 +82,6 @@ struct ByteMath {
 };
 
 // As in quantized_units.h. Groups of the weights may be shorter than kGroup.
-struct Int8Bytes {
-  using Opened = const std::byte*;
-  static constexpr bool kIsInt4 = false;
-  static constexpr int kOffset = 128;
-  static constexpr std::int64_t kGroup = kLongestGroup;
-  static constexpr std::int64_t kInputs = 64, kBytes = kInputs;
-
-  static constexpr std::int64_t bytes(std::int64_t num_inputs) { return num_inputs; }
-  static constexpr int input(int, int i) { return i; }
-  static constexpr float factor(int) { return 1.0f; }
-
-  TRIMSERVE_INLINE static void open(Opened& unit, const std::byte* source) { unit = source; }
-
-  template <int>
-  TRIMSERVE_INLINE static void take(ByteMath::Register& w, const Opened& unit) {
-    std::memcpy(&w, unit, sizeof w);
-    w ^= 0x80808080u;
-  }
-};
-
 struct Int4Bytes {
   using Opened = ByteMath::Register;
   static constexpr bool kIsInt4 = true;

@@ -33,6 +33,7 @@ struct FloatMath {
   using Spread = Broadcast<kWidth>;
   static constexpr int kInputs = kWidth;     // of a register
   static constexpr bool kHasScales = false;  // of the rows' groups
+  static constexpr bool kIsBytes = false;
 
   TRIMSERVE_INLINE static void pack(std::byte* packed, const Element (&x)[kInputs]) {
     std::memcpy(packed, x, sizeof x);
@@ -59,7 +60,8 @@ struct FloatMath {
 
 // How bfloat16 rows are: as int16 times a scale for each group of inputs, a power of two. What is within 2^-7 of the
 // group's largest is exact, the rest is off by 2^-15 of the largest at most, whose own last bit is worth 2^-8. Twice
-// the inputs fit in a register, and sums of a group are exact. Vectors of 16 have ByteMath (quantized_bytes.h).
+// the inputs fit in a register, and sums of a group are exact. Where bytes can be multiplied ByteMath takes its place
+// for int4 weights (quantized_bytes.h).
 template <int kWidth>
 struct WordMath {
   using Element = std::int16_t;
@@ -70,21 +72,27 @@ struct WordMath {
   using Spread = Broadcast<kWidth>;
   static constexpr int kInputs = 2 * kWidth;
   static constexpr bool kHasScales = true;
+  static constexpr bool kIsBytes = false;
 
   TRIMSERVE_INLINE static void pack(std::byte* packed, const Element (&x)[kInputs]) {
     std::memcpy(packed, x, sizeof x);
   }
   TRIMSERVE_INLINE static void load(Inputs& x, const std::byte* packed) { std::memcpy(&x, packed, sizeof x); }
+  // As of FloatMath, to whole numbers: in every other one of 16 lanes.
   template <int kOffset>
   TRIMSERVE_INLINE static void count(First& first, const Element (&x)[kInputs]) {
-    static_assert(kOffset % kWidth == 0);
     First sum = 0;
     for (const Element each : x) sum += each;
-    first -= sum * (kOffset / kWidth);
+    first -= sum * (kOffset / std::min(kWidth, 8));
   }
   TRIMSERVE_INLINE static void begin(Sums& sums, const First& first) {
     const Sums all = Sums{} + first;
-    sums = all;
+    if constexpr (kWidth == 16) {
+      const Sums every_other = {-1, 0, -1, 0, -1, 0, -1, 0, -1, 0, -1, 0, -1, 0, -1, 0};
+      sums = all & every_other;
+    } else {
+      sums = all;
+    }
   }
   TRIMSERVE_INLINE static void add(Sums& sums, const Inputs& x, const Register& w) {
 #ifdef __x86_64__
@@ -206,7 +214,10 @@ struct Int4Unit {
   TRIMSERVE_INLINE static void open(Opened& unit, const std::byte* source) {
     repeat<kWidth>(unit, source);
     if constexpr (kWidth == 8) unit >>= Opened{0, 0, 0, 0, 4, 4, 4, 4};
-    if constexpr (kWidth == 16) unit >>= Opened{0, 0, 0, 0, 4, 4, 4, 4, 16, 16, 16, 16, 20, 20, 20, 20};
+    if constexpr (kWidth == 16 && Math::kHasScales)
+      unit >>= Opened{0, 0, 0, 0, 4, 4, 4, 4, 8, 8, 8, 8, 12, 12, 12, 12};
+    if constexpr (kWidth == 16 && !Math::kHasScales)
+      unit >>= Opened{0, 0, 0, 0, 4, 4, 4, 4, 16, 16, 16, 16, 20, 20, 20, 20};
   }
 
   template <int kRegister>
@@ -230,7 +241,8 @@ struct Int4Words {
   static constexpr int kOffset = 8;
   static constexpr std::int64_t kGroup = kInputsOfGroup;
   static constexpr int kWords = 2 * kWidth;  // of a register, and bytes behind two
-  static constexpr std::int64_t kInputs = kInt4Unit, kBytes = kInt4UnitBytes;
+  static constexpr std::int64_t kInputs = kWidth == 16 ? 64 : 32, kBytes = kInputs / 2;
+  static_assert(kGroup % kInputs == 0);
 
   static constexpr std::int64_t bytes(std::int64_t num_inputs) { return int4_bytes(num_inputs); }
   static constexpr int input(int r, int i) {
