@@ -29,8 +29,8 @@
 
 namespace trimserve::cpu {
 
-// What ATEN_CPU_CAPABILITY, torch's own switch, allows: "default", "avx2", "avx512" (which is without AVX512_BF16 and AVX512_VNNI),
-// or empty for whatever the machine has.
+// What ATEN_CPU_CAPABILITY, torch's own switch, allows: "default", "avx2", "avx512" (which is without AVX512_BF16 and
+// AVX512_VNNI), or empty for whatever the machine has.
 inline std::string_view capability_limit() {
   const char* const limit = std::getenv("ATEN_CPU_CAPABILITY");
   return limit ? limit : "";
