@@ -1,11 +1,11 @@
 // linear with int8 or int4 weights, for up to 15 rows; on machines without products of bfloat16 pairs for any number of
 // bfloat16 rows.
-//   Rows are packed once, bfloat16 as int16 with scales (WordMath, or ByteMath in two bytes each) and others as floats,
-//   in the order in which registers of weights hold their inputs. A block of outputs then passes rows and inputs in
-//   parts that stay in the first-level cache. Weights leave their bytes in registers only, next to the products. Sums of
-//   a group of inputs begin with -8 times the inputs' sum where weights are stored plus 8, and are added to float32 sums
-//   along K times the scales; those stay vectors until the end. An output does not depend on the other rows, to the last
-//   bit.
+//   Rows are packed once, bfloat16 as int16 with scales (WordMath, or ByteMath in two bytes each) and others as
+//   floats, in the order in which registers of weights hold their inputs. A block of outputs then passes rows and
+//   inputs in parts that stay in the first-level cache. Weights leave their bytes in registers only, next to the
+//   products. Sums of a group begin with -8 times the inputs' sum where weights are stored plus 8, and are added to
+//   float32 sums along K times the scales; those stay vectors until the end. An output does not depend on the other
+//   rows, to the last bit.
 
 #include "linear_quantized.h"
 
@@ -295,9 +295,10 @@ TRIMSERVE_INLINE void multiply_row(const LinearArgs& args, const std::byte* pack
   });
 }
 
-// One by one, outputs are read in memory order, at full bandwidth, without prefetches: along a long sequence of addresses
-// a core fetches ahead by itself. A row that the first-level cache cannot hold is read again for each, though: several
-// outputs share it. So they do where a core reads more of the row than of the weight and fetches nothing ahead: bytes.
+// One by one, outputs are read in memory order, at full bandwidth, without prefetches: along a long sequence of
+// addresses a core fetches ahead by itself. A row that the first-level cache cannot hold is read again for each,
+// though: several outputs share it. So they do where a core reads more of the row than of the weight, and fetches
+// nothing ahead: bytes.
 template <int kWidth, typename Math, typename Unit>
 TRIMSERVE_INLINE void multiply_row(const LinearArgs& args, const std::byte* packed, std::int64_t row,
                                    std::int64_t first_output) {
