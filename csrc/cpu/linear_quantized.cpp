@@ -1,10 +1,11 @@
 // linear with int8 or int4 weights, for up to 15 rows; on machines without products of bfloat16 pairs for any number of
 // bfloat16 rows.
-//   Rows are packed once, bfloat16 as int16 with scales (WordMath) and others as floats, in the order in which
-//   registers of weights hold their inputs. A block of outputs then passes rows and inputs in parts that stay in the
-//   first-level cache. Weights leave their bytes in registers only, next to the products. Sums of a group of inputs
-//   begin with -8 times the inputs' sum (int4), and are added to float32 sums along K times the scales; those stay
-//   vectors until the end. An output does not depend on the other rows, to the last bit.
+//   Rows are packed once, bfloat16 as int16 with scales (WordMath, or ByteMath in two bytes each) and others as
+//   floats, in the order in which registers of weights hold their inputs. A block of outputs then passes rows and
+//   inputs in parts that stay in the first-level cache. Weights leave their bytes in registers only, next to the
+//   products. Sums of a group begin with -8 times the inputs' sum where weights are stored plus 8, and are added to
+//   float32 sums along K times the scales; those stay vectors until the end. An output does not depend on the other
+//   rows, to the last bit.
 
 #include "linear_quantized.h"
 
@@ -24,8 +25,11 @@ constexpr std::int64_t kPartInputs = 4096;  // of one row, at most
 constexpr std::int64_t kMostGroups = kPartInputs / kInt4Unit;
 constexpr std::int64_t kRowBytes = 20480;  // of a row that stays in the first-level cache
 constexpr std::int64_t kRowGroups = 512;
-constexpr std::int64_t kQuad = 4;          // outputs that all rows pass together
-constexpr std::int64_t kOutputsAhead = 8;  // to prefetch
+constexpr std::int64_t kQuad = 4;            // outputs that all rows pass together
+constexpr std::int64_t kOutputsAhead = 8;    // to prefetch
+constexpr std::int64_t kBytesAhead = 16384;  // for a row that is alone, at least
+// Where prefetches go, as __builtin_prefetch counts: the first-level cache has fewer places for misses.
+constexpr int kSecondLevel = 2;
 
 // Some inputs of some outputs.
 struct Part {
@@ -37,15 +41,18 @@ struct Part {
   // [outputs, scales_stride]: of a group's weights (int4); for a row that is alone, times its own.
   const float* scales;
   std::int64_t scales_stride;
+  std::int64_t group;  // of inputs that share one
 };
 
 // sums[r * kLinearColumns + c] += products of a tile's rows and outputs along a part. elements and heads: as packed.
 template <int kWidth, typename Math, typename Unit, int kRows, int kColumns, bool kIsAlone = false>
 TRIMSERVE_INLINE void add_tile(const Part& part, const std::byte* elements, const Head<Math>* heads,
                                float* sums) {
-  using Register = typename Math::Register;
   using Floats = typename Simd<kWidth>::Floats;
-  constexpr int kRegisters = Unit::kInputs / Math::kInputs;
+  constexpr std::int64_t kGroupBytes = Unit::bytes(Unit::kGroup);
+  constexpr int kUnits = Unit::kGroup / Unit::kInputs, kRegisters = Unit::kInputs / Math::kInputs;
+  // Then a group of a row that is alone stays in registers, and passes one output after the other.
+  constexpr int kAtOnce = kIsAlone && Math::kIsBytes ? 1 : kColumns;
   const std::byte* weight[kColumns];
   const float* scales = part.scales;
   unrolled<kColumns>([&](auto c) TRIMSERVE_INLINE_LAMBDA {
@@ -54,75 +61,80 @@ TRIMSERVE_INLINE void add_tile(const Part& part, const std::byte* elements, cons
   const auto place = [](int i) TRIMSERVE_INLINE_LAMBDA {
     return (i / kColumns * kLinearColumns + i % kColumns) * kWidth;
   };
+  const typename Math::Spread spread(part.group);
   Floats so_far[kRows * kColumns];
   unrolled<kRows * kColumns>([&](auto i)
                                  TRIMSERVE_INLINE_LAMBDA { Simd<kWidth>::load(so_far[i], sums + place(i)); });
-  typename Math::Sums products[kRows * kColumns];
-  const auto add_unit = [&] TRIMSERVE_INLINE_LAMBDA {
-    typename Unit::Opened unit[kColumns];
-    unrolled<kColumns>([&](auto c) TRIMSERVE_INLINE_LAMBDA { Unit::open(unit[c], weight[c]); });
-    unrolled<kRegisters>([&](auto r) TRIMSERVE_INLINE_LAMBDA {
-      Register w[kColumns];
-      unrolled<kColumns>([&](auto c) TRIMSERVE_INLINE_LAMBDA { Unit::template take<r>(w[c], unit[c]); });
-      unrolled<kRows>([&](auto row) TRIMSERVE_INLINE_LAMBDA {
-        Register x;
-        std::memcpy(&x, elements + (r * kRows + row) * sizeof x, sizeof x);
-        unrolled<kColumns>([&](auto c)
-                               TRIMSERVE_INLINE_LAMBDA { Math::add(products[row * kColumns + c], x, w[c]); });
+  // Outputs from `first` on.
+  const auto add_group = [&](auto first) TRIMSERVE_INLINE_LAMBDA {
+    typename Math::Sums products[kRows * kAtOnce];
+    unrolled<kRows * kAtOnce>([&](auto i) TRIMSERVE_INLINE_LAMBDA {
+      typename Math::Sums begun = {};
+      if constexpr (Unit::kOffset > 0) Math::begin(begun, heads[i / kAtOnce].first);
+      products[i] = begun;
+    });
+    unrolled<kUnits>([&](auto u) TRIMSERVE_INLINE_LAMBDA {
+      typename Unit::Opened unit[kAtOnce];
+      unrolled<kAtOnce>(
+          [&](auto c) TRIMSERVE_INLINE_LAMBDA { Unit::open(unit[c], weight[first + c] + u * Unit::kBytes); });
+      unrolled<kRegisters>([&](auto r) TRIMSERVE_INLINE_LAMBDA {
+        typename Math::Register w[kAtOnce];
+        unrolled<kAtOnce>([&](auto c) TRIMSERVE_INLINE_LAMBDA { Unit::template take<r>(w[c], unit[c]); });
+        unrolled<kRows>([&](auto row) TRIMSERVE_INLINE_LAMBDA {
+          typename Math::Inputs x;
+          Math::load(x, elements + ((u * kRegisters + r) * kRows + row) * sizeof x);
+          unrolled<kAtOnce>([&](auto c)
+                                TRIMSERVE_INLINE_LAMBDA { Math::add(products[row * kAtOnce + c], x, w[c]); });
+        });
       });
     });
-    elements += kRegisters * kRows * sizeof(Register);
-    unrolled<kColumns>([&](auto c) TRIMSERVE_INLINE_LAMBDA { weight[c] += Unit::kBytes; });
-  };
-  // kUnits: of the group, where it is whole; else num_inputs tells.
-  const auto add_group = [&]<int kUnits>(std::integral_constant<int, kUnits>,
-                                         std::int64_t num_inputs) TRIMSERVE_INLINE_LAMBDA {
-    unrolled<kRows * kColumns>([&](auto i) TRIMSERVE_INLINE_LAMBDA {
-      typename Math::Sums first = {};
-      if constexpr (Unit::kIsInt4) Math::begin(first, heads[i / kColumns].first);
-      products[i] = first;
+    constexpr bool kIsRowScaled = Math::kHasScales && !kIsAlone;
+    constexpr bool kIsColumnScaled = Unit::kIsInt4 || (Math::kHasScales && kIsAlone);
+    Floats of_row[kRows], of_column[kAtOnce];
+    unrolled<kIsRowScaled ? kRows : 0>(
+        [&](auto row) TRIMSERVE_INLINE_LAMBDA { spread(of_row[row], heads[row].scales); });
+    unrolled<kIsColumnScaled ? kAtOnce : 0>([&](auto c) TRIMSERVE_INLINE_LAMBDA {
+      spread(of_column[c], scales + (first + c) * part.scales_stride);
     });
-    unrolled<kUnits>([&](auto) TRIMSERVE_INLINE_LAMBDA { add_unit(); });
-    if constexpr (kUnits == 0) {
-      for (; num_inputs >= Unit::kInputs; num_inputs -= Unit::kInputs) add_unit();
-      if (num_inputs > 0) {
-        std::byte padded[kColumns][Unit::kBytes] = {};
-        unrolled<kColumns>([&](auto c) TRIMSERVE_INLINE_LAMBDA {
-          std::memcpy(padded[c], weight[c], Unit::bytes(num_inputs));
-          weight[c] = padded[c];
-        });
-        add_unit();
-      }
-    }
-    unrolled<kRows * kColumns>([&](auto i) TRIMSERVE_INLINE_LAMBDA {
-      constexpr bool kIsScaled = Unit::kIsInt4 || Math::kHasScales;
-      Floats floats, scale, sum = so_far[i];  // added to in place, it would stay in memory
+    unrolled<kRows * kAtOnce>([&](auto i) TRIMSERVE_INLINE_LAMBDA {
+      constexpr int kPlace = i / kAtOnce * kColumns + first + i % kAtOnce;
+      Floats floats, sum = so_far[kPlace];  // added to in place, it would stay in memory
       Math::to_floats(floats, products[i]);
-      if constexpr (Math::kHasScales && !kIsAlone) {
-        scale = Floats{} + heads[i / kColumns].scale;
-        if constexpr (Unit::kIsInt4) scale *= scales[i % kColumns * part.scales_stride];
-        sum += floats * scale;
-      } else if constexpr (kIsScaled) {
-        sum += floats * scales[i % kColumns * part.scales_stride];
+      if constexpr (kIsRowScaled && kIsColumnScaled) {
+        sum += floats * (of_row[i / kAtOnce] * of_column[i % kAtOnce]);
+      } else if constexpr (kIsRowScaled) {
+        sum += floats * of_row[i / kAtOnce];
+      } else if constexpr (kIsColumnScaled) {
+        sum += floats * of_column[i % kAtOnce];
       } else {
         sum += floats;
       }
-      so_far[i] = sum;
+      so_far[kPlace] = sum;
     });
-    heads += kRows;
-    ++scales;
   };
-  constexpr std::int64_t kGroupBytes = Unit::bytes(Unit::kGroup), kLine = 64;
-  std::int64_t left = part.num_inputs;
-  for (; left >= Unit::kGroup; left -= Unit::kGroup) {
-    if (part.ahead) {
-      unrolled<kColumns*(kGroupBytes + kLine - 1) / kLine>([&](auto i) TRIMSERVE_INLINE_LAMBDA {
-        __builtin_prefetch(weight[i % kColumns] + part.ahead + i / kColumns * kLine);
+  for (std::int64_t left = part.num_inputs; left > 0; left -= Unit::kGroup) {
+    std::byte padded[kColumns][kGroupBytes];
+    if (left < Unit::kGroup) {
+      unrolled<kColumns>([&](auto c) TRIMSERVE_INLINE_LAMBDA {
+        std::memset(padded[c], 0, kGroupBytes);
+        std::memcpy(padded[c], weight[c], Unit::bytes(left));
+        weight[c] = padded[c];
+      });
+    } else if (part.ahead) {
+      // Lines come in pairs.
+      constexpr int kPair = 128, kPairs = (kGroupBytes + kPair - 1) / kPair;
+      unrolled<kColumns * kPairs>([&](auto i) TRIMSERVE_INLINE_LAMBDA {
+        __builtin_prefetch(weight[i / kPairs] + part.ahead + i % kPairs * kPair, 0, kSecondLevel);
       });
     }
-    add_group(std::integral_constant<int, Unit::kGroup / Unit::kInputs>(), left);
+    unrolled<kColumns / kAtOnce>([&](auto strip) TRIMSERVE_INLINE_LAMBDA {
+      add_group(std::integral_constant<int, strip * kAtOnce>());
+    });
+    unrolled<kColumns>([&](auto c) TRIMSERVE_INLINE_LAMBDA { weight[c] += kGroupBytes; });
+    elements += kUnits * kRegisters * kRows * sizeof(typename Math::Inputs);
+    heads += kRows;
+    scales += Unit::kGroup / part.group;
   }
-  if (left > 0) add_group(std::integral_constant<int, 0>(), left);
   unrolled<kRows * kColumns>(
       [&](auto i) TRIMSERVE_INLINE_LAMBDA { Simd<kWidth>::store(sums + place(i), so_far[i]); });
 }
@@ -133,7 +145,7 @@ TRIMSERVE_INLINE void add_quad(std::int64_t num_rows, const Part& quad, const st
                                const Head<Math>* heads, float* sums) {
   if (num_rows == 2) return add_tile<kWidth, Math, Unit, 2, kQuad>(quad, elements, heads, sums);
   if (num_rows == 1) return add_tile<kWidth, Math, Unit, 1, kQuad>(quad, elements, heads, sums);
-  constexpr int kColumns = kWidth == 16 ? 4 : 2;  // as many sums as registers hold
+  constexpr int kColumns = kWidth == 16 && !Math::kIsBytes ? 4 : 2;  // whose sums registers hold
   Part part = quad;
   for (std::int64_t c = 0; c < std::min(kQuad, quad.num_outputs); c += kColumns) {
     part.weight = quad.weight + c * quad.row_bytes;
@@ -143,16 +155,27 @@ TRIMSERVE_INLINE void add_quad(std::int64_t num_rows, const Part& quad, const st
   }
 }
 
-// int4: the scales of a block of outputs as floats [kLinearColumns, stride], of some groups.
-TRIMSERVE_INLINE void take_scales(const LinearArgs& args, std::int64_t first_output, std::int64_t first_group,
-                                  std::int64_t num_groups, std::int64_t stride, float* scales) {
+// int4: the scales of a block of outputs as floats [kLinearColumns, stride], of some groups, times those of a row that
+// is alone, or not. Up to a multiple of four groups they are filled up with 0.
+TRIMSERVE_INLINE void take_scales(const LinearArgs& args, std::int64_t first_output, std::int64_t num_outputs,
+                                  std::int64_t first_group, std::int64_t num_groups, std::int64_t stride,
+                                  const float* of_row, float* scales) {
   const std::int64_t row_size = divide_up(args.num_inputs, args.group);
-  const std::int64_t num_outputs = std::min(kLinearColumns, args.num_outputs - first_output);
+  const std::int64_t end = std::min(num_outputs, args.num_outputs - first_output);
   at_dtype(args.scale_dtype, [&](auto dtype) TRIMSERVE_INLINE_LAMBDA {
-    for (std::int64_t c = 0; c < num_outputs; ++c) {
+    constexpr std::int64_t kLine = 64 / sizeof(Element<dtype>);
+    for (std::int64_t c = 0; c < end; ++c) {
       const auto* const stored =
           static_cast<const Element<dtype>*>(args.scales) + (first_output + c) * row_size + first_group;
-      for (std::int64_t g = 0; g < num_groups; ++g) scales[c * stride + g] = stored[g].to_float();
+      for (std::int64_t g = 0; g < num_groups; g += kLine)
+        __builtin_prefetch(stored + kLinearColumns * row_size + g, 0, kSecondLevel);
+      float* const taken = scales + c * stride;
+      if (of_row) {
+        for (std::int64_t g = 0; g < num_groups; ++g) taken[g] = stored[g].to_float() * of_row[g];
+      } else {
+        for (std::int64_t g = 0; g < num_groups; ++g) taken[g] = stored[g].to_float();
+      }
+      for (std::int64_t g = num_groups; g % 4 != 0; ++g) taken[g] = 0.0f;
     }
   });
 }
@@ -210,12 +233,13 @@ TRIMSERVE_INLINE void multiply_block(const LinearArgs& args, const std::byte* ro
   const std::int64_t row_bytes = Unit::bytes(args.num_inputs);
   alignas(64) float sums[kRowsAtOnce * kLinearColumns * kWidth];
   alignas(64) float scales[kLinearColumns * kMostGroups];
+  const std::int64_t group = scale_group<Unit>(args);
   std::fill_n(sums, num_rows * kLinearColumns * kWidth, 0.0f);
   for (std::int64_t k = 0; k < args.num_inputs; k += size) {
     const std::int64_t num_inputs = std::min(size, args.num_inputs - k);
     if (Unit::kIsInt4)
-      take_scales(args, first_output, k / Unit::kGroup, divide_up(num_inputs, Unit::kGroup), kMostGroups,
-                  scales);
+      take_scales(args, first_output, kLinearColumns, k / args.group, divide_up(num_inputs, args.group),
+                  kMostGroups, nullptr, scales);
     const auto* const weight = static_cast<const std::byte*>(args.weight) + Unit::bytes(k);
     const bool is_last = k + size >= args.num_inputs;
     for (std::int64_t c = 0; c < kLinearColumns && first_output + c < args.num_outputs; c += kQuad) {
@@ -232,7 +256,8 @@ TRIMSERVE_INLINE void multiply_block(const LinearArgs& args, const std::byte* ro
                       has_next ? ahead : 0,
                       num_inputs,
                       scales + c * kMostGroups,
-                      kMostGroups};
+                      kMostGroups,
+                      group};
       add_rows<kWidth, Math, Unit>(args, quad, rows, num_rows, k, sums + c * kWidth);
     }
   }
@@ -241,30 +266,27 @@ TRIMSERVE_INLINE void multiply_block(const LinearArgs& args, const std::byte* ro
   });
 }
 
-// A block of outputs times a row that is alone, kColumns at a time, without prefetches: a core fetches ahead by itself
-// along a long sequence of addresses.
+// A block of outputs times a row that is alone, kColumns at a time. ahead: as of Part.
 template <int kWidth, typename Math, typename Unit, int kColumns>
 TRIMSERVE_INLINE void multiply_row(const LinearArgs& args, const std::byte* packed, std::int64_t row,
-                                   std::int64_t first_output) {
-  const std::int64_t row_bytes = Unit::bytes(args.num_inputs);
-  const std::int64_t num_groups = divide_up(args.num_inputs, Unit::kGroup);
+                                   std::int64_t first_output, std::int64_t ahead) {
+  const std::int64_t row_bytes = Unit::bytes(args.num_inputs), group = scale_group<Unit>(args);
+  const std::int64_t num_groups = divide_up(args.num_inputs, group), stride = divide_up(num_groups, 4) * 4;
   const std::int64_t num_outputs = std::min(kLinearColumns, args.num_outputs - first_output);
   const auto* const weight = static_cast<const std::byte*>(args.weight) + first_output * row_bytes;
   const auto* const heads =
       reinterpret_cast<const Head<Math>*>(packed + PackedRow<Math, Unit>(args).element_bytes);
-  float of_row[kRowGroups], scales[kLinearColumns * kRowGroups];
-  for (std::int64_t g = 0; Math::kHasScales && g < num_groups; ++g) of_row[g] = heads[g].scale;
-  if constexpr (Unit::kIsInt4) {
-    take_scales(args, first_output, 0, num_groups, num_groups, scales);
-    for (std::int64_t c = 0; Math::kHasScales && c < num_outputs; ++c)
-      for (std::int64_t g = 0; g < num_groups; ++g) scales[c * num_groups + g] *= of_row[g];
-  }
+  float of_row[kRowGroups + 3], scales[kColumns * kRowGroups + 3];  // are read four at a time
+  for (std::int64_t g = 0; Math::kHasScales && g < num_groups; ++g)
+    of_row[g] = heads[g * group / Unit::kGroup].scales[g * group % Unit::kGroup / group];
   alignas(64) float sums[kLinearColumns * kWidth] = {};
   for (std::int64_t c = 0; c < num_outputs; c += kColumns) {
-    Part part{weight + c * row_bytes, row_bytes, num_outputs - c, 0, args.num_inputs, of_row, 0};
+    Part part{weight + c * row_bytes, row_bytes, num_outputs - c, ahead, args.num_inputs, of_row, 0, group};
     if (Unit::kIsInt4) {
-      part.scales = scales + c * num_groups;
-      part.scales_stride = num_groups;
+      take_scales(args, first_output + c, kColumns, 0, num_groups, stride,
+                  Math::kHasScales ? of_row : nullptr, scales);
+      part.scales = scales;
+      part.scales_stride = stride;
     }
     add_tile<kWidth, Math, Unit, 1, kColumns, true>(part, packed, heads, sums + c * kWidth);
   }
@@ -273,21 +295,34 @@ TRIMSERVE_INLINE void multiply_row(const LinearArgs& args, const std::byte* pack
   });
 }
 
-// One by one, outputs are read in memory order, at full bandwidth. A row that the first-level cache cannot hold is read
-// again for each, though: several outputs share it.
+// One by one, outputs are read in memory order, at full bandwidth, without prefetches: along a long sequence of
+// addresses a core fetches ahead by itself. A row that the first-level cache cannot hold is read again for each,
+// though: several outputs share it. So they do where a core reads more of the row than of the weight, and fetches
+// nothing ahead: bytes.
 template <int kWidth, typename Math, typename Unit>
 TRIMSERVE_INLINE void multiply_row(const LinearArgs& args, const std::byte* packed, std::int64_t row,
                                    std::int64_t first_output) {
-  if (PackedRow<Math, Unit>(args).num_bytes <= kRowBytes) {
-    multiply_row<kWidth, Math, Unit, 1>(args, packed, row, first_output);
+  if constexpr (Math::kIsBytes) {
+    const std::int64_t bytes = kQuad * Unit::bytes(args.num_inputs);
+    const std::int64_t ahead = divide_up(kBytesAhead, bytes) * bytes;
+    multiply_row<kWidth, Math, Unit, kQuad>(args, packed, row, first_output, ahead);
+  } else if (PackedRow<Math, Unit>(args).num_bytes <= kRowBytes) {
+    multiply_row<kWidth, Math, Unit, 1>(args, packed, row, first_output, 0);
   } else {
-    multiply_row<kWidth, Math, Unit, kWidth == 16 ? 8 : 4>(args, packed, row, first_output);
+    multiply_row<kWidth, Math, Unit, kWidth == 16 ? 8 : 4>(args, packed, row, first_output, 0);
   }
 }
 
 // Calls body with the width, how rows are multiplied and what units of weights are.
 template <typename Body>
 void at_units(const LinearArgs& args, const Body& body) {
+#ifdef __x86_64__
+  if (args.format == WeightFormat::kInt4 && args.dtype == DType::kBFloat16 && has_byte_products()) {
+    return with_avx512([&](auto width) TRIMSERVE_INLINE_LAMBDA {
+      body(width, std::type_identity<ByteMath>(), std::type_identity<Int4Bytes>());
+    });
+  }
+#endif
   at_width(widest_vector(), [&](auto width) TRIMSERVE_INLINE_LAMBDA {
     const auto with = [&]<typename Math>(std::type_identity<Math> math) TRIMSERVE_INLINE_LAMBDA {
       if (args.format == WeightFormat::kInt8)

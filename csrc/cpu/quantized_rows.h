@@ -7,11 +7,18 @@
 #include <cstring>
 #include <limits>
 
+#include "quantized_bytes.h"
 #include "quantized_units.h"
 
 namespace trimserve::cpu {
 
 inline std::int64_t divide_up(std::int64_t size, std::int64_t part) { return (size + part - 1) / part; }
+
+// Inputs that share a scale of the weights; of int8 all do, as far as a group goes.
+template <typename Unit>
+std::int64_t scale_group(const LinearArgs& args) {
+  return Unit::kIsInt4 ? args.group : Unit::kGroup;
+}
 
 // Rows are taken four at a time, then two, then one: a tile.
 inline std::int64_t rows_of_tile(std::int64_t num_rows) { return num_rows >= 4 ? 4 : num_rows >= 2 ? 2 : 1; }
@@ -19,11 +26,11 @@ inline std::int64_t rows_of_tile(std::int64_t num_rows) { return num_rows >= 4 ?
 // Of a row and a group of its inputs.
 template <typename Math>
 struct Head {
-  typename Math::Number first;  // int4: a lane's share of what the group's sum begins with
-  float scale;                  // WordMath: of the inputs
+  typename Math::First first;  // what the group's sum begins with, if weights have an offset
+  float scales[4];             // of the inputs, one for each group of the weights
 };
 
-// A packed row has its elements, whole units of them, and then the heads of its groups. Rows of a tile are interleaved,
+// A packed row has its elements, whole groups of them, and then the heads of these. Rows of a tile are interleaved,
 // elements by registers.
 template <typename Math, typename Unit>
 struct PackedRow {
@@ -31,22 +38,24 @@ struct PackedRow {
   std::int64_t num_bytes;
 
   explicit PackedRow(const LinearArgs& args)
-      : element_bytes(divide_up(args.num_inputs, Unit::kInputs) * Unit::kInputs *
+      : element_bytes(divide_up(args.num_inputs, Unit::kGroup) * Unit::kGroup *
                       sizeof(typename Math::Element)),
         num_bytes(
             divide_up(element_bytes + divide_up(args.num_inputs, Unit::kGroup) * sizeof(Head<Math>), 64) *
             64) {}
 };
 
-// The power of two that makes 16 bits of a group's inputs; NaN if one of them is not finite, 0 if all are.
+// The power of two that makes 16 bits of a group's inputs, less than 32640; NaN if one of them is not finite, 0 if all
+// are.
 TRIMSERVE_INLINE float scale_of(const float* values, std::int64_t count) {
   constexpr std::uint32_t kInfinity = 0x7f800000u;
   std::uint32_t largest = 0;
   for (std::int64_t i = 0; i < count; ++i)
     largest = std::max(largest, std::bit_cast<std::uint32_t>(values[i]) & ~(1u << 31));
   if (largest >= kInfinity) return std::numeric_limits<float>::quiet_NaN();
+  constexpr std::uint32_t kLastBit = 1u << 16;  // what makes 255 of 8 bits the next power of two
   const std::uint32_t exponent =
-      std::max(largest >> 23, 32u);  // smaller inputs than 2^-96 lose their last bits
+      std::max((largest + kLastBit) >> 23, 32u);  // smaller inputs than 2^-96 lose their last bits
   return largest ? std::bit_cast<float>((exponent - 14) << 23) : 0.0f;
 }
 
@@ -60,29 +69,32 @@ TRIMSERVE_INLINE void round_to_words(const float* values, std::int64_t count, fl
   if (!(scale > 0)) std::fill_n(words, count, std::int16_t{0});
 }
 
-// One group of a row. elements: of its first register, `stride` registers apart.
+// Inputs of a row that make a group of the unit, in which each `group` of them has a scale. elements: of its first
+// register, `stride` registers apart.
 template <typename Math, typename Unit>
-TRIMSERVE_INLINE void pack_group(const float* values, std::int64_t num_units, std::int64_t stride,
-                                 float scale, std::byte* elements, Head<Math>& head) {
+TRIMSERVE_INLINE void pack_group(const float* values, std::int64_t stride, std::int64_t group,
+                                 std::byte* elements, Head<Math>& head) {
   using Element = typename Math::Element;
   Element rounded[kLongestGroup];
-  const std::int64_t count = num_units * Unit::kInputs;
+  head = Head<Math>{};
   if constexpr (Math::kHasScales) {
-    round_to_words(values, count, scale, rounded);
+    for (std::int64_t k = 0; k < Unit::kGroup; k += group) {
+      const float scale = scale_of(values + k, group);
+      round_to_words(values + k, group, scale, rounded + k);
+      head.scales[k / group] = scale;
+    }
   } else {
-    std::copy_n(values, count, rounded);
+    std::copy_n(values, Unit::kGroup, rounded);
   }
-  typename Math::Number sum = 0;
-  for (std::int64_t i = 0; i < count; ++i) sum += rounded[i];
-  head = {Math::shared(sum), scale};
-  for (std::int64_t unit = 0; unit < num_units; ++unit) {
+  for (std::int64_t unit = 0; unit < Unit::kGroup / Unit::kInputs; ++unit) {
     unrolled<Unit::kInputs / Math::kInputs>([&](auto r) TRIMSERVE_INLINE_LAMBDA {
-      constexpr auto kFactor = static_cast<Element>(Unit::factor(r));
       Element vector[Math::kInputs];
       unrolled<Math::kInputs>([&](auto i) TRIMSERVE_INLINE_LAMBDA {
-        vector[i] = rounded[unit * Unit::kInputs + Unit::input(r, i)] * kFactor;
+        vector[i] = rounded[unit * Unit::kInputs + Unit::input(r, i)];
       });
-      std::memcpy(elements, vector, sizeof vector);
+      Math::template count<Unit::kOffset>(head.first, vector);
+      for (Element& each : vector) each *= static_cast<Element>(Unit::factor(r));
+      Math::pack(elements, vector);
       elements += stride * sizeof vector;
     });
   }
@@ -93,15 +105,14 @@ template <typename Math, typename Unit, DType dtype>
 TRIMSERVE_INLINE void pack_row(const LinearArgs& args, std::int64_t row, std::int64_t r,
                                std::int64_t num_rows, std::byte* tile) {
   const auto* const x = static_cast<const Element<dtype>*>(args.x) + row * args.x_stride;
-  std::byte* elements = tile + r * sizeof(typename Math::Register);
+  std::byte* elements = tile + r * sizeof(typename Math::Inputs);
   auto* head = reinterpret_cast<Head<Math>*>(tile + num_rows * PackedRow<Math, Unit>(args).element_bytes) + r;
   for (std::int64_t k = 0; k < args.num_inputs; k += Unit::kGroup, head += num_rows) {
     float values[kLongestGroup] = {};
-    const std::int64_t count = std::min(Unit::kGroup, args.num_inputs - k),
-                       num_units = divide_up(count, Unit::kInputs);
+    const std::int64_t count = std::min(Unit::kGroup, args.num_inputs - k);
     for (std::int64_t i = 0; i < count; ++i) values[i] = x[k + i].to_float();
-    pack_group<Math, Unit>(values, num_units, num_rows, scale_of(values, count), elements, *head);
-    elements += num_rows * num_units * Unit::kInputs * sizeof(typename Math::Element);
+    pack_group<Math, Unit>(values, num_rows, scale_group<Unit>(args), elements, *head);
+    elements += num_rows * Unit::kGroup * sizeof(typename Math::Element);
   }
 }
 

@@ -13,45 +13,80 @@ namespace trimserve::cpu {
 constexpr int kUnit = kInt4Unit;
 constexpr std::int64_t kLongestGroup = 128;
 
+// A scale in all lanes.
+template <int kWidth>
+struct Broadcast {
+  explicit Broadcast(std::int64_t) {}
+  TRIMSERVE_INLINE void operator()(typename Simd<kWidth>::Floats& lanes, const float* scale) const {
+    lanes = typename Simd<kWidth>::Floats{} + *scale;
+  }
+};
+
 // How float32 and float16 rows are multiplied.
 template <int kWidth>
 struct FloatMath {
   using Element = float;
-  using Number = float;
-  using Register = typename Simd<kWidth>::Floats;
+  using First = float;
+  using Inputs = typename Simd<kWidth>::Floats;    // a register of a row
+  using Register = typename Simd<kWidth>::Floats;  // of weights
   using Sums = typename Simd<kWidth>::Floats;
+  using Spread = Broadcast<kWidth>;
   static constexpr int kInputs = kWidth;     // of a register
-  static constexpr bool kHasScales = false;  // of the rows' blocks
+  static constexpr bool kHasScales = false;  // of the rows' groups
+  static constexpr bool kIsBytes = false;
 
-  // What the sums of int4 weights begin with: -8 times the inputs' sum, shared out. In a single lane it would be added
-  // up along all of K before it cancels, and cost the accuracy of inputs whose mean is not 0.
-  TRIMSERVE_INLINE static Number shared(Number sum) { return -8 * sum / kWidth; }
-  TRIMSERVE_INLINE static void begin(Sums& sums, Number shared) {
-    const Sums all = Sums{} + shared;
+  TRIMSERVE_INLINE static void pack(std::byte* packed, const Element (&x)[kInputs]) {
+    std::memcpy(packed, x, sizeof x);
+  }
+  TRIMSERVE_INLINE static void load(Inputs& x, const std::byte* packed) { std::memcpy(&x, packed, sizeof x); }
+  // What the sums of weights that are stored plus kOffset begin with: -kOffset times the inputs' sum, shared out. In a
+  // single lane it would be added up along all of K before it cancels, and cost the accuracy of inputs whose mean is
+  // not 0.
+  template <int kOffset>
+  TRIMSERVE_INLINE static void count(First& first, const Element (&x)[kInputs]) {
+    Element sum = 0;
+    for (const Element each : x) sum += each;
+    first -= sum * kOffset / kWidth;
+  }
+  TRIMSERVE_INLINE static void begin(Sums& sums, const First& first) {
+    const Sums all = Sums{} + first;
     sums = all;
   }
-  TRIMSERVE_INLINE static void add(Sums& sums, const Register& x, const Register& w) { sums += x * w; }
+  TRIMSERVE_INLINE static void add(Sums& sums, const Inputs& x, const Register& w) { sums += x * w; }
   TRIMSERVE_INLINE static void to_floats(typename Simd<kWidth>::Floats& floats, const Sums& sums) {
     floats = sums;
   }
 };
 
 // How bfloat16 rows are: as int16 times a scale for each group of inputs, a power of two. What is within 2^-7 of the
-// group's largest is exact, the rest is off by 2^-16 of the largest at most, whose own last bit is worth 2^-8. Twice
-// the inputs fit in a register, and sums of a group are exact.
+// group's largest is exact, the rest is off by 2^-15 of the largest at most, whose own last bit is worth 2^-8. Twice
+// the inputs fit in a register, and sums of a group are exact. Where bytes can be multiplied ByteMath takes its place
+// for int4 weights (quantized_bytes.h).
 template <int kWidth>
 struct WordMath {
   using Element = std::int16_t;
-  using Number = std::int32_t;  // of a sum
+  using First = std::int32_t;
+  using Inputs = typename Simd<kWidth>::Bits;
   using Register = typename Simd<kWidth>::Bits;
   using Sums = typename Simd<kWidth>::Ints;
+  using Spread = Broadcast<kWidth>;
   static constexpr int kInputs = 2 * kWidth;
   static constexpr bool kHasScales = true;
+  static constexpr bool kIsBytes = false;
 
+  TRIMSERVE_INLINE static void pack(std::byte* packed, const Element (&x)[kInputs]) {
+    std::memcpy(packed, x, sizeof x);
+  }
+  TRIMSERVE_INLINE static void load(Inputs& x, const std::byte* packed) { std::memcpy(&x, packed, sizeof x); }
   // As of FloatMath, to whole numbers: in every other one of 16 lanes.
-  TRIMSERVE_INLINE static Number shared(Number sum) { return kWidth == 4 ? -2 * sum : -sum; }
-  TRIMSERVE_INLINE static void begin(Sums& sums, Number shared) {
-    const Sums all = Sums{} + shared;
+  template <int kOffset>
+  TRIMSERVE_INLINE static void count(First& first, const Element (&x)[kInputs]) {
+    First sum = 0;
+    for (const Element each : x) sum += each;
+    first -= sum * (kOffset / std::min(kWidth, 8));
+  }
+  TRIMSERVE_INLINE static void begin(Sums& sums, const First& first) {
+    const Sums all = Sums{} + first;
     if constexpr (kWidth == 16) {
       const Sums every_other = {-1, 0, -1, 0, -1, 0, -1, 0, -1, 0, -1, 0, -1, 0, -1, 0};
       sums = all & every_other;
@@ -59,11 +94,11 @@ struct WordMath {
       sums = all;
     }
   }
-  TRIMSERVE_INLINE static void add(Sums& sums, const Register& x, const Register& w) {
+  TRIMSERVE_INLINE static void add(Sums& sums, const Inputs& x, const Register& w) {
 #ifdef __x86_64__
     // Both instructions in one asm: of additions that it sees, GCC 12 makes trees of more sums than registers hold.
     Sums sum = sums;
-    Register products = x;
+    Inputs products = x;
     if constexpr (kWidth == 4) {
       asm("pmaddwd %2, %1\n\tpaddd %1, %0" : "+x"(sum), "+x"(products) : "x"(w));
     } else {
@@ -92,6 +127,7 @@ template <int kWidth, typename Math>
 struct Int8Unit {
   using Opened = const std::int8_t*;
   static constexpr bool kIsInt4 = false;
+  static constexpr int kOffset = 0;
   static constexpr std::int64_t kGroup = kLongestGroup;
   static constexpr std::int64_t kInputs = 32, kBytes = kInputs;
 
@@ -157,6 +193,7 @@ struct Int4Unit {
   static constexpr std::int64_t kGroup = kInputsOfGroup;
   using Opened = typename Simd<kWidth>::Bits;
   static constexpr bool kIsInt4 = true;
+  static constexpr int kOffset = 8;
   static constexpr std::int64_t kInputs = kInt4Unit, kBytes = kInt4UnitBytes;
   static constexpr int kQuarters = kWidth / 4;
 
@@ -201,6 +238,7 @@ template <int kWidth, int kInputsOfGroup>
 struct Int4Words {
   using Opened = const std::byte*;
   static constexpr bool kIsInt4 = true;
+  static constexpr int kOffset = 8;
   static constexpr std::int64_t kGroup = kInputsOfGroup;
   static constexpr int kWords = 2 * kWidth;  // of a register, and bytes behind two
   static constexpr std::int64_t kInputs = kWidth == 16 ? 64 : 32, kBytes = kInputs / 2;

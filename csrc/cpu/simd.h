@@ -29,8 +29,8 @@
 
 namespace trimserve::cpu {
 
-// What ATEN_CPU_CAPABILITY, torch's own switch, allows: "default", "avx2", "avx512" (which is without AVX512_BF16), or
-// empty for whatever the machine has.
+// What ATEN_CPU_CAPABILITY, torch's own switch, allows: "default", "avx2", "avx512" (which is without AVX512_BF16 and
+// AVX512_VNNI), or empty for whatever the machine has.
 inline std::string_view capability_limit() {
   const char* const limit = std::getenv("ATEN_CPU_CAPABILITY");
   return limit ? limit : "";
@@ -57,6 +57,17 @@ inline bool has_pair_products() {
 #ifdef __x86_64__
   static const bool has =
       capability_limit().empty() && widest_vector() == 16 && __builtin_cpu_supports("avx512bf16");
+  return has;
+#else
+  return false;
+#endif
+}
+
+// Whether AVX512_VNNI may be used, which multiplies bytes and adds up four products.
+inline bool has_byte_products() {
+#ifdef __x86_64__
+  static const bool has =
+      capability_limit().empty() && widest_vector() == 16 && __builtin_cpu_supports("avx512vnni");
   return has;
 #else
   return false;

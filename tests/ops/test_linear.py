@@ -209,6 +209,20 @@ def test_inputs_of_any_size_are_multiplied_with_quantized_weights(exponent: int,
     assert linear(x * 2.0**exponent, weight, scales).isfinite().all()
 
 
+@pytest.mark.parametrize("num_rows", [1, 2, 7])
+@pytest.mark.parametrize("num_inputs", [256, 250])
+@pytest.mark.parametrize("group", [0, *GROUPS])  # 0: int8
+def test_sums_of_small_integers_are_exact_where_rows_are_bfloat16(group: int, num_inputs: int, num_rows: int) -> None:
+    form = "int4" if group else "int8"
+    _, weight, scales = draw(1, 20, num_inputs, torch.bfloat16, form, group=group)
+    assert scales is not None
+    scales = torch.ones_like(scales)
+    x = torch.randint(-255, 256, (num_rows, num_inputs), generator=torch.Generator().manual_seed(1)).float()
+    x[:, ::3], x[:, 1::5] = 255, -255  # the most of 8 bits
+    expected = reference.linear(x, weight, scales)
+    assert torch.equal(linear(x.bfloat16(), weight, scales), expected.bfloat16())
+
+
 def test_a_bfloat16_input_that_is_larger_than_all_others_leaves_them_their_first_bits() -> None:
     x = torch.full((1, 128), 1.0, dtype=torch.bfloat16)
     x[0, 5] = 2.0**10
