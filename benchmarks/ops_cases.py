@@ -108,7 +108,7 @@ def make_cases(dtype: torch.dtype) -> Iterator[Case]:
             for int8 in (False, True):
                 yield _linear_case(draw, 512, _HEADS * _HEAD_DIM // 4, int8=int8)  # so that it takes no minutes
         else:
-            for num_rows, int8 in ((4 * _BATCH, False), (4 * _BATCH, True), (8 * _BATCH, True)):
+            for num_rows, int8 in product((4 * _BATCH, 6 * _BATCH, 8 * _BATCH), (False, True)):
                 yield _linear_case(draw, num_rows, int8=int8)
 
 

@@ -60,8 +60,8 @@ def command_line(doc: str | None, out: str, **defaults: Any) -> argparse.Namespa
     Args:
         doc: of the benchmark.
         out: default of `--out`, in `RESULTS`.
-        defaults: of its other options: False is a switch, a list several values, texts if it is empty; a tuple a
-            choice whose first is the default; None a text or nothing.
+        defaults: of its other options: False is a switch; a list several values, of its own where these are texts, any
+            texts if it is empty; a tuple a choice whose first is the default; None a text or nothing.
     """
     parser = argparse.ArgumentParser(
         description=doc,
@@ -76,6 +76,8 @@ def command_line(doc: str | None, out: str, **defaults: Any) -> argparse.Namespa
             how = {"action": "store_true"}
         elif isinstance(default, list):
             how = {"default": default, "type": type(default[0]) if default else str, "nargs": "+"}
+            if default and isinstance(default[0], str):
+                how["choices"] = default
         elif isinstance(default, tuple):
             how = {"default": default[0], "choices": default}
         elif isinstance(default, Path):

@@ -98,7 +98,7 @@ LOGITS_INT8 = 0.1
 LOGITS_INT4 = 0.5
 
 # As LINEAR, for quantized weights. A few bfloat16 rows are multiplied as 16-bit integers: what is smaller than 2^-7 of
-# a group's largest, itself about 4, is off by 2^-16 of it, in sums of up to 4100 such products.
+# a group's largest, itself about 4, is off by 2^-15 of it, in sums of up to 4100 such products.
 LINEAR_QUANTIZED: dict[torch.dtype, Tolerance] = {
     torch.float32: {"rtol": 1e-5, "atol": 3e-4},
     torch.bfloat16: {"rtol": 2**-7, "atol": 2e-3},

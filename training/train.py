@@ -250,7 +250,9 @@ def main() -> None:
         action="store_true",
         help="busy scenes, objects, pages and charts as well; fetches packages",
     )
-    parser.add_argument("--guide-of", help="folder of an exported model: train one of half its width that looks alike")
+    parser.add_argument(
+        "--guide-of", help="folder of an exported model: train one of half its width that looks where it looks"
+    )
     parser.add_argument("--from-checkpoint", type=Path, help="folder of an exported model to start from")
     parser.add_argument("--resume", action="store_true", help="go on from state.pt with its settings")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -14,7 +14,7 @@ namespace trimserve::cpu {
 namespace {
 
 constexpr std::int64_t kFewestRows = 16;
-constexpr std::int64_t kFewestFloatRows = 49;  // of a weight of floats: few_rows.h is faster for fewer
+constexpr std::int64_t kFewestFloatRows = 49;  // of a weight of floats: linear.cpp takes fewer
 constexpr std::int64_t kPanelsAtOnce = 8;
 
 std::int64_t divide_up(std::int64_t size, std::int64_t part) { return (size + part - 1) / part; }

@@ -51,7 +51,7 @@ TRIMSERVE_INLINE void add_tile(const Part& part, const std::byte* elements, cons
   using Floats = typename Simd<kWidth>::Floats;
   constexpr std::int64_t kGroupBytes = Unit::bytes(Unit::kGroup);
   constexpr int kUnits = Unit::kGroup / Unit::kInputs, kRegisters = Unit::kInputs / Math::kInputs;
-  // Then a group of a row that is alone stays in registers, and passes one output after the other.
+  // Of bytes, a lone row's group stays in registers while outputs pass one after another.
   constexpr int kAtOnce = kIsAlone && Math::kIsBytes ? 1 : kColumns;
   const std::byte* weight[kColumns];
   const float* scales = part.scales;
@@ -276,7 +276,7 @@ TRIMSERVE_INLINE void multiply_row(const LinearArgs& args, const std::byte* pack
   const auto* const weight = static_cast<const std::byte*>(args.weight) + first_output * row_bytes;
   const auto* const heads =
       reinterpret_cast<const Head<Math>*>(packed + PackedRow<Math, Unit>(args).element_bytes);
-  float of_row[kRowGroups + 3], scales[kColumns * kRowGroups + 3];  // are read four at a time
+  float of_row[kRowGroups], scales[kColumns * kRowGroups + 3];  // the latter are read four at a time
   for (std::int64_t g = 0; Math::kHasScales && g < num_groups; ++g)
     of_row[g] = heads[g * group / Unit::kGroup].scales[g * group % Unit::kGroup / group];
   alignas(64) float sums[kLinearColumns * kWidth] = {};
@@ -297,8 +297,8 @@ TRIMSERVE_INLINE void multiply_row(const LinearArgs& args, const std::byte* pack
 
 // One by one, outputs are read in memory order, at full bandwidth, without prefetches: along a long sequence of
 // addresses a core fetches ahead by itself. A row that the first-level cache cannot hold is read again for each,
-// though: several outputs share it. So they do where a core reads more of the row than of the weight, and fetches
-// nothing ahead: bytes.
+// though: several outputs share it. So do they for bytes, where a core reads more of the row than of the weight and
+// fetches nothing ahead: there outputs ahead are prefetched, too.
 template <int kWidth, typename Math, typename Unit>
 TRIMSERVE_INLINE void multiply_row(const LinearArgs& args, const std::byte* packed, std::int64_t row,
                                    std::int64_t first_output) {
@@ -372,7 +372,7 @@ void linear_quantized(const LinearArgs& args, const float* packed, std::int64_t 
       const std::int64_t num_rows = std::min(kRowsAtOnce, args.num_rows - row);
       // To read a row of floats takes longer than to read int4 weights: a tile's outputs share it.
       const bool is_alone = num_rows == 1 && (Math::kHasScales || !Unit::kIsInt4) &&
-                            divide_up(args.num_inputs, Unit::kGroup) <= kRowGroups;
+                            divide_up(args.num_inputs, scale_group<Unit>(args)) <= kRowGroups;
       for (std::int64_t block = begin; block < end; ++block) {
         if (is_alone) {
           multiply_row<width, Math, Unit>(args, rows + row * num_bytes, row, block * kLinearColumns);

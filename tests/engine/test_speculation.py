@@ -191,7 +191,7 @@ def test_answers_are_those_without_drafts(
         if answers(output) != answers(alone):
             assert is_near_tie(output, alone), one
             by_rounding += 1
-        else:  # more rows than 16 are added up in another order
+        else:  # more rows than 48 are added up in another order
             assert logprobs(output) == pytest.approx(logprobs(alone), abs=LOGPROB_GAP)
     assert by_rounding <= len(wanted) // 100
     assert engine.speculation.num_accepted > engine.speculation.num_proposed / (2 if is_tight else 10) > 0

@@ -151,6 +151,13 @@ def test_a_row_is_the_same_to_the_last_bit_in_every_batch_and_on_every_thread(dt
         assert torch.equal(linear(x, weight, scales), together)
 
 
+@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("num_inputs", [16384, 16416, 28672, 65536])
+def test_a_row_alone_is_as_in_a_tile_however_many_groups_of_int4_it_passes(num_inputs: int, group: int) -> None:
+    x, weight, scales = draw(2, 16, num_inputs, torch.bfloat16, "int4", group=group)
+    assert torch.equal(linear(x[:1], weight, scales), linear(x, weight, scales)[:1])
+
+
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", LAYOUTS)

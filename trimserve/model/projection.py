@@ -17,8 +17,7 @@ from trimserve.model.weights import fused_scales, fused_weight
 __all__ = ["Projection", "projection_of"]
 
 _MOST_ROWS: Final = {torch.float32: math.inf, torch.float16: 512, torch.bfloat16: 48}
-"""Up to so many rows `ops.linear` is taken on a CPU: it was faster there than torch, whose bfloat16 products catch up
-(`benchmarks/results/ops.json`, with rows up to these and, of bfloat16, beyond)."""
+"""Up to so many rows `ops.linear` is taken on a CPU: beyond, torch's products of bfloat16 are as fast."""
 
 _BLOCK: Final = 512
 """Rows, see `Projection.row_by_row`."""
