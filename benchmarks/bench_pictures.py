@@ -11,7 +11,8 @@
   stand the paper's rule, which drops, and both controls. `calibrated` is the k_ratio that `trimserve eval --calibrate`
   finds without knowing what is right.
 
-The embedded model is asked where no other is named. No times are measured: a busy machine does no harm.
+Each asks a number of questions of its own where none is given, the embedded model where no other is named. No times are
+measured: a busy machine does no harm.
 """
 
 from collections.abc import Iterator, Sequence
@@ -251,11 +252,11 @@ _BENCHMARKS: Final = {
 
 def main() -> None:
     """Ask, write, tell."""
-    arguments = command_line(__doc__, "pictures", subject=[*_BENCHMARKS], questions=0, model=None)
+    arguments = command_line(__doc__, "pictures", subject=[*_BENCHMARKS], questions=None, model=None)
     model = loaded(arguments.model)
     for name in arguments.subject:
         measure, table, num_questions = _BENCHMARKS[name]
-        found = measure(model, arguments.questions or num_questions)
+        found = measure(model, int(arguments.questions or num_questions))
         print(table(finish(arguments, {"model": model.describe(), **found}, f"{name}.json")))
 
 
