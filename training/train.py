@@ -45,7 +45,7 @@ class Settings:
 
     steps: int = 4000
     minutes: float | None = None
-    """Wall time that the learning rate's cosine ends at, instead of `steps`."""
+    """Processor time that the cosine ends at, instead of `steps`: a run that is stopped for a while loses none."""
     seed: int = 1
     rows: int = 20
     """Images in a batch."""
@@ -108,7 +108,7 @@ class Trainer:
             loss per answer token, share of answer tokens right, auxiliary loss, learning rate factor; a guide's loss
             is the sum of its divergences from the teacher, which are told by themselves as well.
         """
-        started = time.monotonic()
+        started = time.process_time()
         rng = random.Random(f"train/{self.settings.seed}/{self.step}")
         two = self.step % self.settings.two_image_every == self.settings.two_image_every - 1
         rows = self.settings.rows // 2 if two else self.settings.rows
@@ -135,7 +135,7 @@ class Trainer:
             optimizer.step()
             optimizer.zero_grad()
         self.step += 1
-        self.minutes += (time.monotonic() - started) / 60
+        self.minutes += (time.process_time() - started) / 60
         right = (logits.argmax(-1) == labels).float().mean()
         return {
             "loss": loss.item(),
@@ -238,7 +238,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder of the run: state.pt and log.jsonl")
     parser.add_argument("--steps", type=int, default=Settings.steps)
-    parser.add_argument("--minutes", type=float, help="end by wall time instead of steps; with --resume, a new end")
+    parser.add_argument("--minutes", type=float, help="end by processor time instead of steps; with --resume, a new end")
     parser.add_argument("--rows", type=int, default=Settings.rows, help="images in a batch")
     parser.add_argument("--learning-rate", type=float, default=Settings.learning_rate)
     parser.add_argument("--muon-learning-rate", type=float, default=Settings.muon_learning_rate)
