@@ -163,9 +163,9 @@ class PatchHead(nn.Module):
         """
         patches = features.view(*marks.shape[:2], -1, features.shape[-1])[:, :, 1:]
         mark_loss = nn.functional.cross_entropy(self.mark(patches).flatten(0, 2), marks.flatten())
-        covered = colours >= 0
-        colour_loss = nn.functional.cross_entropy(self.colour(patches[covered]), colours[covered])
-        return mark_loss * 4 + colour_loss
+        covered = colours >= 0  # nowhere, where all pictures are pages and charts
+        colour_loss = nn.functional.cross_entropy(self.colour(patches[covered]), colours[covered], reduction="sum")
+        return mark_loss * 4 + colour_loss / covered.sum().clamp(min=1)
 
 
 def _sines(tiles_high: int, tiles_wide: int, width: int) -> Tensor:

@@ -238,7 +238,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder of the run: state.pt and log.jsonl")
     parser.add_argument("--steps", type=int, default=Settings.steps)
-    parser.add_argument("--minutes", type=float, help="end by processor time instead of steps; with --resume, a new end")
+    parser.add_argument("--minutes", type=float, help="end by processor time, not steps; with --resume, a new end")
     parser.add_argument("--rows", type=int, default=Settings.rows, help="images in a batch")
     parser.add_argument("--learning-rate", type=float, default=Settings.learning_rate)
     parser.add_argument("--muon-learning-rate", type=float, default=Settings.muon_learning_rate)

@@ -11,8 +11,9 @@ from transformers import AutoProcessor, MllamaConfig, MllamaForConditionalGenera
 from training import model as model_module
 from training.evaluate import answer, held_out_questions
 from training.export import export
+from training.marks import NUM_MARKS
 from training.mended import mend
-from training.model import make_config
+from training.model import PatchHead, make_config
 from training.train import Settings, Trainer, main, open_log
 from trimserve.model.checkpoint import text_config, vision_config
 
@@ -113,3 +114,13 @@ def test_answers_do_not_depend_on_the_batch(tmp_path: Path) -> None:
     asked = [(image, turn.question) for image, turn in held_out_questions(4)]
     together = answer(model, processor, asked)
     assert together == [answer(model, processor, [one])[0] for one in asked]
+
+
+def test_pictures_that_cover_no_patch_teach_their_marks_alone() -> None:
+    torch.manual_seed(0)
+    head = PatchHead(8)
+    features, marks = torch.randn(2, 65, 8), torch.randint(0, NUM_MARKS, (2, 1, 64))
+    nothing = torch.full((2, 1, 64), -100)
+    loss = head(features, marks, nothing)
+    expected = torch.nn.functional.cross_entropy(head.mark(features[:, 1:]).flatten(0, 1), marks.flatten())
+    torch.testing.assert_close(loss, 4 * expected)
