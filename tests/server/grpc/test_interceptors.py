@@ -7,6 +7,7 @@ import grpc
 import pytest
 from google.rpc import error_details_pb2, status_pb2
 
+from tests.patience import line_of
 from tests.server.conftest import Loopback, rich_status
 from tests.server.fakes import CHUNKS, DELTAS, STARTED, Script, chat_request
 from trimserve import errors
@@ -169,7 +170,7 @@ async def test_a_call_goes_by_the_id_of_its_request_or_its_header_and_is_told_it
     expected = expected or loopback.runner.requests[0].request_id
     assert (await call.trailing_metadata())["x-request-id"] == expected
     assert loopback.runner.requests[0].request_id == expected
-    assert {record.__dict__["request_id"] for record in caplog.records if record.message == "rpc"} == {expected}
+    assert (await line_of("rpc", caplog))["request_id"] == expected
     loopback.runner.script = (RequestFailed("NaN"),)
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await loopback.generation.Generate(request, metadata=(("x-request-id", header),))
@@ -204,8 +205,7 @@ async def test_every_call_is_logged_without_its_content(loopback: Loopback, capl
     request = chat_request("confidential")
     request.request_id = "mine"
     await loopback.generation.Generate(request)
-    (record,) = (record for record in caplog.records if record.message == "rpc")
-    fields = record.__dict__
+    fields = await line_of("rpc", caplog)
     assert (fields["method"], fields["code"], fields["request_id"]) == ("Generate", "OK", "mine")
     assert fields["service"] == "trimserve.v1.GenerationService"
     assert (fields["request_bytes"], fields["messages_sent"]) == (request.ByteSize(), 1)
@@ -221,7 +221,6 @@ async def test_the_line_of_a_refused_call_says_why_without_its_content(
     request = chat_request("confidential")
     request.trim.policy = "confidential"
     await failed(loopback.generation.Generate(request))
-    (record,) = (record for record in caplog.records if record.message == "rpc")
-    fields = record.__dict__
+    fields = await line_of("rpc", caplog)
     assert (fields["code"], fields["reason"], fields["field"]) == ("INVALID_ARGUMENT", "INVALID_REQUEST", "trim.policy")
     assert "confidential" not in str(fields)

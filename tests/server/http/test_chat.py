@@ -10,7 +10,7 @@ from typing import Any
 import openai
 import pytest
 
-from tests.patience import soon
+from tests.patience import line_of, soon
 from tests.server.fakes import CHUNKS, DEFAULTS, DELTAS, FINISHED, INFO, STARTED, FakeRunner, Pause
 from tests.server.http.conftest import Door, open_door
 from trimserve.api.chunks import FinishReason, TokenDelta, TokenLogprob
@@ -315,8 +315,7 @@ async def test_the_line_of_a_refused_request_says_why_without_its_content(
     caplog.set_level(logging.INFO, "trimserve")
     with pytest.raises(openai.BadRequestError):
         await ask(door, n=99, user="confidential")
-    (record,) = (record for record in caplog.records if record.message == "http")
-    fields = record.__dict__
+    fields = await line_of("http", caplog)
     assert (fields["status"], fields["reason"], fields["field"]) == (400, "INVALID_REQUEST", "n")
     assert "confidential" not in str(fields)
 
