@@ -197,7 +197,7 @@ bench-ops: build  ## measure the ops and a layer of the vision encoder, in four 
 
 bench: bench-ops  ## measure ops and policies, and try the other benchmarks (docs/performance.md measures with them)
 	$(BIN)/python -m benchmarks.bench_policies
-	$(BIN)/python -m benchmarks.bench_generate --quick --out out/bench/generate
+	$(BIN)/python -m benchmarks.bench_generate --quick --out out/bench/generate.json
 	$(BIN)/python -m benchmarks.bench_serve --quick --models embedded --out out/bench/serve
 	$(BIN)/python -m benchmarks.bench_bytes --quick --out out/bench/bytes.json
 

@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from benchmarks.load import Item, Kind, picture_of
 from benchmarks.models import BENCH_MODEL, MODELS, UnderTest, under_test
-from benchmarks.report import command_line, finish, markdown, noted, origin, size
+from benchmarks.report import command_line, finish, markdown, noted, origin
 from benchmarks.rival import CacheBytes, Transformers
 from benchmarks.service import GrpcTarget, running_server
 from trimserve.api.info import ModelInfo
@@ -190,6 +190,11 @@ def _item(name: str, tile_size: int) -> Item:
     return Item(0, next(iter(kinds), "text"), _QUESTION, tuple(picture_of(kind, rng, tile_size) for kind in kinds))
 
 
+def _size(num_bytes: int) -> str:
+    mebibytes = num_bytes / 2**20
+    return f"{mebibytes:.1f} MiB" if mebibytes >= 1 else f"{num_bytes / 2**10:.0f} KiB"
+
+
 def table(report: dict[str, Any]) -> str:
     """Bytes of one request by layout, and requests at once in equal bytes, as Markdown."""
     return "\n\n".join([*(_table_of_model(model) for model in report["models"]), origin(report)])
@@ -201,7 +206,7 @@ def _table_of_model(model: dict[str, Any]) -> str:
     rows = []
     for name, request in model["requests"].items():
         features, ratio = request["features"], request["cross_bytes_over_transformers"]
-        sizes = [size(request["bytes"][layout]["total"]) for layout in _LAYOUTS]
+        sizes = [_size(request["bytes"][layout]["total"]) for layout in _LAYOUTS]
         held = features["kept"] + features["merged"]
         rows.append([_NAMES[name], features["valid"], held, *sizes, "" if ratio is None else f"{ratio:.3f}"])
     at_once = model["at_once"]
@@ -209,7 +214,7 @@ def _table_of_model(model: dict[str, Any]) -> str:
     parts = [
         f"{title}, answers of {model['max_new_tokens']} tokens; one request holds:",
         markdown(["request", "features", "held", *_LAYOUTS.values(), "cross KV over transformers'"], rows),
-        f"Requests that run at once in {size(at_once['kv_bytes'])} of KV:",
+        f"Requests that run at once in {_size(at_once['kv_bytes'])} of KV:",
         markdown(["request", *_LAYOUTS.values()], counts),
     ]
     return "\n\n".join(parts)
@@ -217,7 +222,7 @@ def _table_of_model(model: dict[str, Any]) -> str:
 
 def main() -> None:
     """Measure and write."""
-    arguments = command_line(__doc__, "bytes.json", bench_model=BENCH_MODEL, threads=1, quick=False)
+    arguments = command_line(__doc__, "bytes.json", bench_model=BENCH_MODEL, quick=False)
     models: list[dict[str, Any]] = []
     for name in MODELS[:1] if arguments.quick else MODELS:
         model, tokens = under_test(name, arguments.bench_model), 32 if arguments.quick else 128

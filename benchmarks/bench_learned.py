@@ -93,7 +93,7 @@ def _loss(trained: dict[str, Any]) -> str:
 def main() -> None:
     """Train, ask, write."""
     options = {"questions": 2000, "learn_from": 12000, "files": Path("out/learned"), "guide": Path("out/guide")}
-    arguments = command_line(__doc__, "policies/learned.json", threads=1, **options)
+    arguments = command_line(__doc__, "policies/learned.json", **options)
     router = _trained(arguments, _ROUTER, 0)
     trained, rows = [_card(router)], {}
     with TemporaryDirectory() as folder:

@@ -95,7 +95,7 @@ def table(report: dict[str, Any]) -> str:
 
 def main() -> None:
     """Measure and write."""
-    arguments = command_line(__doc__, "precision.json", threads=1, questions=1000)
+    arguments = command_line(__doc__, "precision.json", questions=1000)
     with held_out(arguments.questions) as questions:
         rows = _measure(questions)
     finish(arguments, {"model": "embedded", "num_questions": len(questions), "rows": rows})

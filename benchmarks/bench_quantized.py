@@ -106,7 +106,7 @@ def table(report: dict[str, Any]) -> str:
 
 def main() -> None:
     """Measure and write."""
-    arguments = command_line(__doc__, "quantized.json", threads=1, bench_model=BENCH_MODEL, runs=40)
+    arguments = command_line(__doc__, "quantized.json", bench_model=BENCH_MODEL, runs=40)
     folder = bench_model(arguments.bench_model)
     rows = [row for dtype in _DTYPES for row in measure(folder, dtype, arguments.runs)]
     finish(arguments, {"model": "bench", "rows": rows})

@@ -25,6 +25,7 @@ from statistics import fmean, median
 from typing import Any, Final
 
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.load import (
@@ -45,7 +46,7 @@ from benchmarks.load import (
 from benchmarks.machine import memory_bytes
 from benchmarks.models import BENCH_MODEL, MODELS, UnderTest, under_test
 from benchmarks.ours import Asked, Ours, chat, recommended
-from benchmarks.report import INK, bare, command_line, finish, label_bars, markdown, origin
+from benchmarks.report import command_line, finish, markdown, origin
 from benchmarks.rival import Transformers, transformers_serve
 from benchmarks.service import GrpcTarget, running_server
 from trimserve.config import EngineConfig, ModelConfig
@@ -66,7 +67,7 @@ _NAMES: Final = {
     "transformers_serve": "`transformers serve`",
     "trimserve_open_loop": "trimserve, open loop",
 }
-_BLUE, _GREY = "#0a6fb8", "#a9b2bd"
+_FIRST: Final = "time_to_first_token_seconds"
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,44 +249,32 @@ def _bare_model(model: UnderTest, plan: Plan, item: Item) -> Callable[[int], lis
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
-    """A picture with a row for each model: throughput, waiting, pace of the stream, and the cost of the service."""
+    """A picture with a row for each model: throughput, and waiting for the first token."""
     models = report["models"]
-    figure = Figure(figsize=(15, 0.6 + 3.3 * len(models)), dpi=150, layout="constrained")
-    for row, model in zip(figure.subplots(len(models), 4, squeeze=False), models, strict=True):
-        rates = f"{model['model']}: tokens per second, {model['plan']['concurrency']} clients"
-        for axes, title, form, *keys in (
-            (row[0], rates, "{:,.0f}", "tokens_per_second"),
-            (row[1], "time to first token, median", "{:.2g} s", "time_to_first_token_seconds", "p50"),
-            (row[2], "between two tokens, p99", "{:.2g} s", "inter_token_seconds", "p99"),
-        ):
-            loads = {_NAMES[name]: load for name, load in model["loads"].items() if name != "trimserve_open_loop"}
-            found = {name.strip("`").replace(", ", ",\n"): _figure(load, *keys) for name, load in loads.items()}
-            bars = {name: value for name, value in found.items() if value}
-            label_bars(axes, bars, [_BLUE if name.startswith("trimserve") else _GREY for name in bars], form)
-            bare(axes, title)
-        images, latency = model["repeated_images"]["four_tiles"], model["added_latency"]
-        bars = {
-            "first token,\nnew image": images["first_seconds"] * 1e3,
-            "the same image\nagain": images["repeated_seconds"] * 1e3,
-            "a token\nthrough gRPC": latency["service_seconds_per_token"] * 1e3,
-            "bare decode\nstep": latency["bare_step_seconds"] * 1e3,
-        }
-        label_bars(row[3], bars, [_BLUE, _BLUE, _BLUE, _GREY], "{:,.1f} ms")
-        row[3].set_xscale("log")
-        row[3].set_xlim(min(bars.values()) / 4, 4 * max(bars.values()))
-        bare(row[3], "one request at a time, 4 tiles (log scale)")
-    figure.suptitle(f"{origin(report)} Same requests, same dtype, one run.", color=INK, fontsize=11)
+    figure = Figure(figsize=(11, 0.6 + 2.5 * len(models)), dpi=150, layout="constrained")
+    for row, model in zip(figure.subplots(len(models), 2, squeeze=False), models, strict=True):
+        loads = [(_NAMES[name].strip("`"), load) for name, load in model["loads"].items() if "open_loop" not in name]
+        rates = {name: load["tokens_per_second"] for name, load in loads if "tokens_per_second" in load}
+        waits = {name: load[_FIRST]["p50"] for name, load in loads if load.get(_FIRST)}
+        _bars(row[0], f"{model['model']}: tokens per second, {model['plan']['concurrency']} clients", rates, "{:,.0f}")
+        _bars(row[1], "seconds to the first token, median", waits, "{:.2g}")
+    figure.suptitle(f"{origin(report)} Same requests, same dtype, one run.", fontsize=9)
     figure.savefig(path)
 
 
-def _figure(load: dict[str, Any], name: str, point: str = "") -> Any:
-    found = load.get(name)
-    return found[point] if found and point else found
+def _bars(axes: Axes, title: str, values: dict[str, float], form: str) -> None:
+    colours = ["#0a6fb8" if name.startswith("trimserve") else "#a9b2bd" for name in values]
+    axes.bar_label(axes.barh([*values], [*values.values()], color=colours), fmt=form, padding=3)
+    axes.set_title(title, loc="left", fontsize=10)
+    axes.invert_yaxis()
+    axes.margins(x=0.25)
+    axes.set_xticks([])
+    axes.spines[["top", "right", "bottom"]].set_visible(False)
 
 
 def table(report: dict[str, Any]) -> str:
     """Rates and latencies under load by target, and the probes of an idle server, as Markdown."""
-    picture = "![tokens per second, waiting and pace by target](../benchmarks/results/serve/serve.png)"
+    picture = "![tokens per second and waiting by target](../benchmarks/results/serve/serve.png)"
     return "\n\n".join([picture, *(_table_of_model(model) for model in report["models"]), origin(report)])
 
 

@@ -12,7 +12,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from functools import partial
 from itertools import chain
 from pathlib import Path
 from types import ModuleType
@@ -243,12 +242,6 @@ def compared(table: Callable[[Report], str], name: str = "policies/report.json")
     return table(Report.from_json(path.read_text())) if path.exists() else "Not measured yet: `trimserve eval`."
 
 
-def generated(folder: str) -> str:
-    """The table of decode steps, with its picture."""
-    table = partial(bench_generate.table, folder=folder)
-    return measured(table, "python -m benchmarks.bench_generate", f"{folder}/report.json")
-
-
 def of_pictures(table: Callable[..., str], subject: str) -> str:
     """A table of what was measured about harder pictures."""
     return measured(table, f"python -m benchmarks.bench_pictures --subject {subject}", f"pictures/{subject}.json")
@@ -285,8 +278,11 @@ TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     "fleet": ("docs/fleet.md", lambda: benchmark(bench_fleet, "fleet.json")),
     "bytes": ("docs/performance.md", lambda: benchmark(bench_bytes, "bytes.json")),
     "serve": ("docs/performance.md", lambda: benchmark(bench_serve, "serve/report.json")),
-    "generate": ("docs/performance.md", lambda: generated("generate")),
-    "generate-two-threads": ("docs/performance.md", lambda: generated("generate/two_threads")),
+    "generate": ("docs/performance.md", lambda: benchmark(bench_generate, "generate/report.json")),
+    "generate-two-threads": (
+        "docs/performance.md",
+        lambda: benchmark(bench_generate, "generate/two_threads/report.json"),
+    ),
     "precision": ("docs/performance.md", lambda: benchmark(bench_precision, "precision.json")),
     "quantized": ("docs/performance.md", lambda: benchmark(bench_quantized, "quantized.json")),
     "real-size": ("docs/performance.md", lambda: benchmark(bench_real_size, "real_size.json")),
