@@ -31,6 +31,7 @@ __all__ = [
     "GEOMETRY",
     "MODELS",
     "REAL_SIZE_MODEL",
+    "ROPE",
     "UnderTest",
     "bench_model",
     "draw_weights",
@@ -60,7 +61,7 @@ _NAMES_OF_META: Final = {
     "model.vision_model.": "vision_model.",
     "model.multi_modal_projector.": "multi_modal_projector.",
 }
-_ROPE: Final = {
+ROPE: Final = {
     "rope_type": "llama3",
     "rope_theta": 500_000.0,
     "factor": 8.0,
@@ -68,7 +69,9 @@ _ROPE: Final = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
-_REAL_SIZE: Final = {"text_config": {"rope_parameters": _ROPE}, "vision_config": {}, "trim": {"k_ratio": 0.2}}
+"""How the 11B model's positions are scaled."""
+
+_REAL_SIZE: Final = {"text_config": {"rope_parameters": ROPE}, "vision_config": {}, "trim": {"k_ratio": 0.2}}
 """For the rest transformers' defaults are the 11B model's."""
 
 
