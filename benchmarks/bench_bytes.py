@@ -22,7 +22,7 @@ from benchmarks.service import GrpcTarget, running_server
 from trimserve.api.info import ModelInfo
 from trimserve.config import EngineConfig, ModelConfig
 from trimserve.engine.memory import prefill_scratch_bytes
-from trimserve.model.loading import load_model
+from trimserve.model.loading import describe_model
 from trimserve.v1 import generation_pb2 as pb
 
 __all__ = ["main", "sglang_bytes", "table"]
@@ -60,7 +60,7 @@ class _Account:
     def __init__(self, model: UnderTest, max_new_tokens: int, num_threads: int) -> None:
         self._model = model
         self._options = {"num_threads": num_threads, "max_new_tokens": max_new_tokens}
-        self._info = load_model(ModelConfig(model=str(model.checkpoint)), EngineConfig(max_images=_MAX_IMAGES)).info
+        self._info = describe_model(ModelConfig(model=str(model.checkpoint)), EngineConfig(max_images=_MAX_IMAGES))
         self._items = {name: _item(name, self._info.tile_size) for name in _CASES}
 
     async def run(self) -> dict[str, Any]:
@@ -170,12 +170,7 @@ def _features(started: pb.Started, cache: CacheBytes, held: dict[str, int]) -> d
 def sglang_bytes(info: ModelInfo, num_images: int, num_positions: int) -> dict[str, int]:
     """What SGLang 0.5.23 holds of a request, by its layout: one slot of every layer for each token and each feature.
 
-    Args:
-        info: of the model.
-        num_images: each takes the features of a full canvas, whatever its size.
-        num_positions: tokens of prompt and answer.
-    Returns:
-        Bytes: `cross`, of features; `self`, of text; and `total`.
+    An image takes the features of a full canvas, whatever its size; positions are tokens of prompt and answer.
     """
     slot = (info.num_self_attention_layers + info.num_cross_attention_layers) * info.kv_bytes_per_position
     return _bytes(num_positions * slot, num_images * info.max_tiles * info.features_per_tile * slot)

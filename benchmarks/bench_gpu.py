@@ -25,12 +25,13 @@ from benchmarks.bench_generate import phases
 from benchmarks.floor import StepShape
 from benchmarks.measure import bandwidth, time_calls
 from benchmarks.models import draw_weights
-from benchmarks.ours import SETTINGS, UNTRIMMED, Asked, Ours, Setting
+from benchmarks.ours import SETTINGS, Asked, Ours, Setting
 from benchmarks.report import command_line, finish, noted
 from benchmarks.rival import Rival
 from training.mended import mend
 from trimserve.api.trim import TrimRequest
 from trimserve.config import Device, EngineConfig, ModelConfig
+from trimserve.evaluation.answers import UNTRIMMED
 from trimserve.model.checkpoint import (
     Checkpoint,
     GenerationJson,

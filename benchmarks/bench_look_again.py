@@ -19,7 +19,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from benchmarks.ours import UNTRIMMED, chat, recommended
+from benchmarks.ours import chat, recommended
 from benchmarks.report import command_line, finish, markdown, points
 from tests.engine.driving import collect
 from tests.engine.stepping import text
@@ -34,6 +34,7 @@ from trimserve.api.sampling import SamplingParams
 from trimserve.api.trim import LookAgain, TrimRequest
 from trimserve.config import EngineConfig, ModelConfig
 from trimserve.engine.runner import Runner
+from trimserve.evaluation.answers import UNTRIMMED
 from trimserve.evaluation.metrics import Bootstrap, is_match
 from trimserve.executor.local import LocalExecutor
 from trimserve.model.loading import load_model

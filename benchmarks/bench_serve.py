@@ -19,7 +19,7 @@ import sys
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import asynccontextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any, Final
@@ -29,13 +29,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.load import (
-    REPEATED_SHARE,
     Exchange,
     Item,
     Kind,
     closed_loop,
     make_workload,
-    median_round,
     num_equal_answers,
     open_loop,
     picture_of,
@@ -50,7 +48,7 @@ from benchmarks.report import command_line, finish, markdown, origin
 from benchmarks.rival import Transformers, transformers_serve
 from benchmarks.service import GrpcTarget, running_server
 from trimserve.config import EngineConfig, ModelConfig
-from trimserve.model.loading import load_model
+from trimserve.model.loading import describe_model, load_model
 from trimserve.process import ServerFailed
 
 __all__ = ["Plan", "draw", "main", "table"]
@@ -78,20 +76,19 @@ class Plan:
     concurrency: int = 16
     """Clients of the closed loop, and requests of one of transformers' batches."""
     max_new_tokens: int = 128
-    repeated_share: float = REPEATED_SHARE
+    repeated_share: float = 0.5
+    """Of the images, as `make_workload` has it."""
     open_loop_load: float = 0.7
     """Rate of the open loop as a share of the rate that the closed loop reached."""
-    least_seconds: float = 8.0
-    """Of a closed loop, which is measured again until it comes to them."""
     num_probe_images: int = 3
     latency_rounds: int = 5
     num_threads: int = 1
     """Of one op, in every process; the load generator takes another core."""
 
 
-_PLANS: Final = {"embedded": Plan(64), "bench": Plan(16)}
+_PLANS: Final = {"embedded": Plan(192), "bench": Plan(16)}
 """One at a time, `bench` takes transformers ten seconds a request."""
-_QUICK: Final = Plan(6, concurrency=3, max_new_tokens=8, least_seconds=0.1, num_probe_images=1, latency_rounds=1)
+_QUICK: Final = Plan(6, concurrency=3, max_new_tokens=8, num_probe_images=1, latency_rounds=1)
 
 
 class _Comparison:
@@ -99,18 +96,16 @@ class _Comparison:
 
     def __init__(self, model: UnderTest, plan: Plan, rival_venv: str | None) -> None:
         self._model, self._plan, self._rival_venv = model, plan, rival_venv
-        self._tile_size = 0
-        self._items: tuple[Item, ...] = ()
+        config = ModelConfig(model=str(model.checkpoint))
+        self._tile_size = describe_model(config, EngineConfig()).tile_size
+        self._items = make_workload(plan.num_requests, self._tile_size)
         self._loads: dict[str, dict[str, Any]] = {}
 
     async def run(self) -> dict[str, Any]:
         """Everything, as plain data."""
-        async with self._serving(is_trimmed=True) as (target, _):
-            self._tile_size = await target.tile_size()
-        self._items = make_workload(self._plan.num_requests, self._tile_size)
-        await self._closed_loops("trimserve", is_trimmed=True)
+        await self._closed_loop("trimserve", is_trimmed=True)
         probes = await self._probes()
-        untrimmed = await self._closed_loops("trimserve_untrimmed", is_trimmed=False)
+        untrimmed = await self._closed_loop("trimserve_untrimmed", is_trimmed=False)
         exchanges = await self._transformers()
         if self._rival_venv is not None:
             await self._transformers_serve(Path(self._rival_venv))
@@ -136,21 +131,11 @@ class _Comparison:
             async with GrpcTarget(server.address, max_new_tokens=self._plan.max_new_tokens, trim=trim) as target:
                 yield target, server.pid
 
-    async def _closed_loops(self, name: str, *, is_trimmed: bool) -> list[Exchange]:
-        """The same load on fresh servers until it was measured for long enough.
-
-        The median round counts, of an even number the slower one in the middle; one with errors counts at once.
-        """
-        rounds: list[dict[str, Any]] = []
-        exchanges: list[Exchange] = []
-        while sum(each["seconds"] for each in rounds) < self._plan.least_seconds:
-            async with self._serving(is_trimmed=is_trimmed) as (target, pid):
-                await target.ask(_WARM_UP)
-                exchanges = await closed_loop(target.ask, self._items, self._plan.concurrency)
-                rounds.append({**summary(exchanges), "peak_rss_bytes": memory_bytes(pid)})
-                if rounds[-1]["errors"]:
-                    break
-        self._loaded(name, median_round(rounds))
+    async def _closed_loop(self, name: str, *, is_trimmed: bool) -> list[Exchange]:
+        async with self._serving(is_trimmed=is_trimmed) as (target, pid):
+            await target.ask(_WARM_UP)
+            exchanges = await closed_loop(target.ask, self._items, self._plan.concurrency)
+            self._loaded(name, {**summary(exchanges), "peak_rss_bytes": memory_bytes(pid)})
         return exchanges
 
     async def _probes(self) -> dict[str, Any]:
@@ -182,11 +167,9 @@ class _Comparison:
         return found
 
     async def _added_latency(self, target: GrpcTarget) -> dict[str, Any]:
-        """Seconds per token through the service, at batch 1, beside the bare decode step of the same model.
+        """Seconds per token through the service at batch 1 beside the bare decode step of the same model, in turns.
 
-        Service and bare model take turns, so that a change in the machine's speed meets both. gRPC, scheduling,
-        sampling and detokenisation are in the difference. Medians of the rounds' means, because several tokens may
-        come in one message.
+        Medians of the rounds' means, because several tokens may come in one message.
         """
         item = next(item for item in self._items if item.kind == "four_tiles")
         bare = await asyncio.to_thread(_bare_model, self._model, self._plan, item)
@@ -315,7 +298,7 @@ def main() -> None:
     arguments = command_line(__doc__, "serve", bench_model=BENCH_MODEL, models=[*MODELS], rival_venv=None, quick=False)
     models = []
     for name in arguments.models:
-        plan = _QUICK if arguments.quick else _PLANS[name]
+        plan = replace(_QUICK if arguments.quick else _PLANS[name], num_threads=arguments.threads)
         comparison = _Comparison(under_test(name, arguments.bench_model), plan, arguments.rival_venv)
         models.append(asyncio.run(comparison.run()))
     report = finish(arguments, {"models": models}, "report.json")

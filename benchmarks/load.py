@@ -17,7 +17,6 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 __all__ = [
-    "REPEATED_SHARE",
     "Answer",
     "Ask",
     "Exchange",
@@ -26,7 +25,6 @@ __all__ = [
     "closed_loop",
     "draw_picture",
     "make_workload",
-    "median_round",
     "num_equal_answers",
     "open_loop",
     "percentiles",
@@ -38,9 +36,6 @@ __all__ = [
 
 Kind = Literal["four_tiles", "one_tile", "text"]
 """Tiles of an item's image, or none."""
-
-REPEATED_SHARE: Final = 0.5
-"""Every second item of a kind shows an image that an earlier one showed."""
 
 _SHARES: Final[dict[Kind, float]] = {"four_tiles": 0.5, "one_tile": 0.25}
 """Of the items; the others are text."""
@@ -54,8 +49,6 @@ _SENTENCES: Final = (
     "If you cannot tell, say so.",
     "Begin with the thing that is closest to the middle.",
 )
-_DIGITS = 5
-"""Of seconds: 10 microseconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +63,7 @@ class Item:
 
 
 def make_workload(num_requests: int, tile_size: int, seed: int = 0) -> tuple[Item, ...]:
-    """The items in the order in which they are sent.
+    """The items in the order in which they are sent; every second one of a kind shows an image that was shown before.
 
     Args:
         num_requests: how many.
@@ -206,7 +199,7 @@ def percentiles(samples: Iterable[float]) -> dict[str, float] | None:
     if not values:
         return None
     found = np.percentile(values, (50, 90, 99))
-    return {name: round(float(value), _DIGITS) for name, value in zip(("p50", "p90", "p99"), found, strict=True)}
+    return {name: round(float(value), 5) for name, value in zip(("p50", "p90", "p99"), found, strict=True)}
 
 
 def summary(exchanges: Sequence[Exchange]) -> dict[str, Any]:
@@ -230,18 +223,6 @@ def summary(exchanges: Sequence[Exchange]) -> dict[str, Any]:
         "inter_token_seconds": percentiles(gap for each in answered for gap in each.gaps),
         "duration_seconds": percentiles(each.finished - each.sent for each in answered),
     }
-
-
-def median_round(rounds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The summary that stands for several of the same load.
-
-    Returns:
-        The last one if that has errors, else the median by rate, of an even number the slower one in the middle; and
-        the rates of all.
-    """
-    ordered = sorted(rounds, key=lambda each: each["tokens_per_second"])
-    chosen = rounds[-1] if rounds[-1]["errors"] else ordered[(len(ordered) - 1) // 2]
-    return {**chosen, "tokens_per_second_of_rounds": [each["tokens_per_second"] for each in ordered]}
 
 
 def num_equal_answers(ours: Sequence[Exchange], theirs: Sequence[Exchange]) -> int:

@@ -146,7 +146,6 @@ class CacheBytes(NamedTuple):
     """What transformers' cache holds of one request when its answer is complete, counted from its tensors."""
 
     cross: int
-    """Of the cross-attention layers."""
     self_attention: int
 
 

@@ -21,13 +21,7 @@ Stream = grpc.aio.UnaryStreamCall[pb.GenerateRequest, pb.GenerateStreamResponse]
 def running_server(
     model: Path | None, *, num_threads: int, flags: Sequence[object] = ()
 ) -> AbstractContextManager[ServerProcess]:
-    """A server of a checkpoint, until the block ends; it logs only what is wrong.
-
-    Args:
-        model: folder of a checkpoint; None is the embedded model.
-        num_threads: of one op.
-        flags: more options of `trimserve serve`.
-    """
+    """A server of a checkpoint or of the embedded model, until the block ends; it logs only what is wrong."""
     checkpoint = () if model is None else ("--model", model)
     return server_process(*map(str, ("--num-threads", num_threads, "--log-level", "warning", *flags, *checkpoint)))
 
@@ -79,7 +73,3 @@ class GrpcTarget:
     async def status(self) -> model_pb2.GetServerStatusResponse:
         """The server's account now."""
         return await self._model.GetServerStatus(model_pb2.GetServerStatusRequest())
-
-    async def tile_size(self) -> int:
-        """Pixels along the side of the model's tiles."""
-        return (await self._model.GetModel(model_pb2.GetModelRequest())).tile_size
