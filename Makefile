@@ -13,7 +13,7 @@ LOCKED := --require-hashes --no-deps --requirement
 CXX_SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/*.cu csrc/cuda/*.cpp \
 	csrc/cuda/*.h tests/csrc/fibers/* tests/csrc/threads/*)
 # The Python of a machine with a GPU, which needs no network: it has a torch for CUDA, transformers, cmake, ninja,
-# pybind11, pytest, hypothesis and matplotlib. Plugins that pyproject.toml configures may be missing there.
+# pybind11, pytest and hypothesis. Plugins that pyproject.toml configures may be missing there.
 GPU_PYTHON ?= python3
 GPU_PYTEST := -c /dev/null --rootdir . -o pythonpath=. --import-mode importlib -p no:cacheprovider -q
 VERSION := $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' trimserve/__init__.py)

@@ -13,12 +13,11 @@ For each model, on the same number of threads and with the same requests:
 End tokens are ignored everywhere, so every answer has as many tokens. Results: `report.json` and `serve.png`.
 """
 
-import asyncio
 import random
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import asynccontextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean, median
@@ -29,6 +28,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.load import (
+    Ask,
     Exchange,
     Item,
     Kind,
@@ -46,7 +46,8 @@ from benchmarks.models import BENCH_MODEL, MODELS, UnderTest, under_test
 from benchmarks.ours import Asked, Ours, chat, recommended
 from benchmarks.report import command_line, finish, markdown, origin
 from benchmarks.rival import Transformers, transformers_serve
-from benchmarks.service import GrpcTarget, running_server
+from benchmarks.service import asking, running_server
+from trimserve.client import Client
 from trimserve.config import EngineConfig, ModelConfig
 from trimserve.model.loading import describe_model, load_model
 from trimserve.process import ServerFailed
@@ -101,14 +102,16 @@ class _Comparison:
         self._items = make_workload(plan.num_requests, self._tile_size)
         self._loads: dict[str, dict[str, Any]] = {}
 
-    async def run(self) -> dict[str, Any]:
+    def run(self) -> dict[str, Any]:
         """Everything, as plain data."""
-        await self._closed_loop("trimserve", is_trimmed=True)
-        probes = await self._probes()
-        untrimmed = await self._closed_loop("trimserve_untrimmed", is_trimmed=False)
-        exchanges = await self._transformers()
+        with self._serving(is_trimmed=True) as served:
+            self._closed_loop("trimserve", *served)
+        probes = self._probes()
+        with self._serving(is_trimmed=False) as served:
+            untrimmed = self._closed_loop("trimserve_untrimmed", *served)
+        exchanges = self._transformers()
         if self._rival_venv is not None:
-            await self._transformers_serve(Path(self._rival_venv))
+            self._transformers_serve(Path(self._rival_venv))
         return {
             "model": self._model.name,
             "max_kept_fraction": self._model.max_kept_fraction,
@@ -123,40 +126,40 @@ class _Comparison:
         self._loads[name] = load
         print(self._model.name, name, load, file=sys.stderr, flush=True)
 
-    @asynccontextmanager
-    async def _serving(self, *, is_trimmed: bool) -> AsyncIterator[tuple[GrpcTarget, int]]:
-        """A fresh server, which has seen no image yet: a client and the process id."""
-        with running_server(self._model.checkpoint, num_threads=self._plan.num_threads) as server:
-            trim = self._model.trim(is_on=is_trimmed)
-            async with GrpcTarget(server.address, max_new_tokens=self._plan.max_new_tokens, trim=trim) as target:
-                yield target, server.pid
+    @contextmanager
+    def _serving(self, *, is_trimmed: bool) -> Iterator[tuple[Ask, int]]:
+        """A fresh server, which has seen no image yet: what asks it, and its process id."""
+        with (
+            running_server(self._model.checkpoint, num_threads=self._plan.num_threads) as server,
+            Client(server.address) as client,
+        ):
+            yield asking(client, self._plan.max_new_tokens, self._model.trim(is_on=is_trimmed)), server.pid
 
-    async def _closed_loop(self, name: str, *, is_trimmed: bool) -> list[Exchange]:
-        async with self._serving(is_trimmed=is_trimmed) as (target, pid):
-            await target.ask(_WARM_UP)
-            exchanges = await closed_loop(target.ask, self._items, self._plan.concurrency)
-            self._loaded(name, {**summary(exchanges), "peak_rss_bytes": memory_bytes(pid)})
+    def _closed_loop(self, name: str, ask: Ask, pid: int) -> list[Exchange]:
+        ask(_WARM_UP)
+        exchanges = closed_loop(ask, self._items, self._plan.concurrency)
+        self._loaded(name, {**summary(exchanges), "peak_rss_bytes": memory_bytes(pid)})
         return exchanges
 
-    async def _probes(self) -> dict[str, Any]:
+    def _probes(self) -> dict[str, Any]:
         """The open loop, and what needs an idle server."""
         plan = self._plan
-        async with self._serving(is_trimmed=True) as (target, _):
+        with self._serving(is_trimmed=True) as (ask, _):
             rate = plan.open_loop_load * self._loads["trimserve"]["requests_per_second"]
             items = make_workload(plan.num_requests, self._tile_size, seed=1)
-            exchanges = await open_loop(target.ask, items, poisson_arrivals(plan.num_requests, rate))
+            exchanges = open_loop(ask, items, poisson_arrivals(plan.num_requests, rate))
             self._loaded("trimserve_open_loop", {"offered_requests_per_second": round(rate, 4), **summary(exchanges)})
-            images, latency = await self._repeated_images(target), await self._added_latency(target)
+            images, latency = self._repeated_images(ask), self._added_latency(ask)
         return {"repeated_images": images, "added_latency": latency}
 
-    async def _repeated_images(self, target: GrpcTarget) -> dict[str, Any]:
+    def _repeated_images(self, ask: Ask) -> dict[str, Any]:
         """Time to first token of a new image and of another question on it, one request at a time, by kind."""
         rng, number = random.Random(2), self._plan.num_probe_images
         found: dict[str, Any] = {}
         for kind in _PROBED:
             pictures = [picture_of(kind, rng, self._tile_size) for _ in range(number)]
             items = [Item(0, kind, question, (picture,)) for picture in pictures for question in _QUESTIONS]
-            waited = [each.time_to_first_token for each in await closed_loop(target.ask, items, 1)]
+            waited = [each.time_to_first_token for each in closed_loop(ask, items, 1)]
             first, repeated = median(waited[::2]), median(waited[1::2])
             found[kind] = {
                 "num_images": number,
@@ -166,19 +169,19 @@ class _Comparison:
             }
         return found
 
-    async def _added_latency(self, target: GrpcTarget) -> dict[str, Any]:
+    def _added_latency(self, ask: Ask) -> dict[str, Any]:
         """Seconds per token through the service at batch 1 beside the bare decode step of the same model, in turns.
 
         Medians of the rounds' means, because several tokens may come in one message.
         """
         item = next(item for item in self._items if item.kind == "four_tiles")
-        bare = await asyncio.to_thread(_bare_model, self._model, self._plan, item)
-        num_tokens = (await target.ask(item)).num_tokens  # also the first use of the image
+        bare = _bare_model(self._model, self._plan, item)
+        num_tokens = ask(item).num_tokens  # also the first use of the image
         served, steps = [], []
         for _ in range(self._plan.latency_rounds):
-            [exchange] = await closed_loop(target.ask, [item], 1)
+            [exchange] = closed_loop(ask, [item], 1)
             served.append(exchange.time_per_output_token)
-            steps.append(fmean(await asyncio.to_thread(bare, num_tokens - 1)))
+            steps.append(fmean(bare(num_tokens - 1)))
         service, step = median(served), median(steps)
         return {
             "rounds": self._plan.latency_rounds,
@@ -189,15 +192,14 @@ class _Comparison:
             "added_over_bare_step": round((service - step) / step, 4),
         }
 
-    async def _transformers(self) -> list[Exchange]:
+    def _transformers(self) -> list[Exchange]:
         """One at a time, then in batches."""
         with Transformers(self._model.checkpoint, **self._options) as rival:
-            pid = await rival.warm_up(self._items[0])
-            exchanges = await closed_loop(rival.ask, self._items, self._plan.concurrency)
-            self._loaded("transformers_sequential", {**summary(exchanges), "peak_rss_bytes": memory_bytes(pid)})
+            pid = rival.warm_up(self._items[0])
+            exchanges = self._closed_loop("transformers_sequential", rival.ask, pid)
             size, count = self._plan.concurrency, len(self._items)
             try:
-                seconds = sum([await rival.batch(self._items[first : first + size]) for first in range(0, count, size)])
+                seconds = sum(rival.batch(self._items[first : first + size]) for first in range(0, count, size))
                 rate = round(count * self._plan.max_new_tokens / seconds, 2)
                 batched = {"tokens_per_second": rate, "errors": [], "peak_rss_bytes": memory_bytes(pid)}
             except BrokenProcessPool as error:  # such as killed for its memory
@@ -205,15 +207,12 @@ class _Comparison:
             self._loaded("transformers_batched", batched)
         return exchanges
 
-    async def _transformers_serve(self, venv: Path) -> None:
+    def _transformers_serve(self, venv: Path) -> None:
         try:
             with transformers_serve(venv, self._model.checkpoint, **self._options) as (ask, pid):
-                await ask(self._items[0])
-                exchanges = await closed_loop(ask, self._items, self._plan.concurrency)
-                found = {**summary(exchanges), "peak_rss_bytes": memory_bytes(pid)}
+                self._closed_loop("transformers_serve", ask, pid)
         except (ServerFailed, OSError) as error:
-            found = {"errors": [str(error)]}
-        self._loaded("transformers_serve", found)
+            self._loaded("transformers_serve", {"errors": [str(error)]})
 
     @property
     def _options(self) -> dict[str, int]:
@@ -300,7 +299,7 @@ def main() -> None:
     for name in arguments.models:
         plan = replace(_QUICK if arguments.quick else _PLANS[name], num_threads=arguments.threads)
         comparison = _Comparison(under_test(name, arguments.bench_model), plan, arguments.rival_venv)
-        models.append(asyncio.run(comparison.run()))
+        models.append(comparison.run())
     report = finish(arguments, {"models": models}, "report.json")
     draw(report, arguments.out / "serve.png")
     print(table(report), file=sys.stderr)

@@ -4,11 +4,11 @@ As fast as some clients can (closed loop), or as independent clients come (open 
 asked; it stamps each message that brings tokens. All times are `time.monotonic()`, which processes share.
 """
 
-import asyncio
 import io
 import random
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any, Final, Literal
@@ -129,8 +129,8 @@ class Answer:
     """Why there is no answer."""
 
 
-Ask = Callable[[Item], Awaitable[Answer]]
-"""Sends one item; returns when all is said, also when it is an error."""
+Ask = Callable[[Item], Answer]
+"""Sends one item, in any thread; returns when all is said, also when it is an error."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,38 +158,30 @@ class Exchange:
         return (self.answer.arrivals[-1] - self.answer.arrivals[0]) / (self.answer.num_tokens - 1)
 
 
-async def closed_loop(ask: Ask, items: Iterable[Item], concurrency: int) -> list[Exchange]:
-    """Let some clients share the items; each sends its next one when it has its answer.
-
-    Returns:
-        Exchanges in the order of the items.
-    """
-    waiting = iter(items)
-
-    async def client() -> list[Exchange]:
-        return [await _exchange(ask, item, time.monotonic()) for item in waiting]
-
-    groups = await asyncio.gather(*(client() for _ in range(concurrency)))
-    return sorted((each for group in groups for each in group), key=lambda exchange: exchange.item.index)
+def closed_loop(ask: Ask, items: Iterable[Item], concurrency: int) -> list[Exchange]:
+    """Let some clients share the items; each sends its next one when it has its answer."""
+    with ThreadPoolExecutor(concurrency) as clients:
+        return list(clients.map(lambda item: _exchange(ask, item, time.monotonic()), items))
 
 
-async def open_loop(ask: Ask, items: Sequence[Item], arrivals: Sequence[float]) -> list[Exchange]:
+def open_loop(ask: Ask, items: Sequence[Item], arrivals: Sequence[float]) -> list[Exchange]:
     """Send each item at its time, in seconds from now, whatever became of those before it.
 
     Waiting counts from the time an item was due, so a load generator that falls behind cannot hide it.
     """
     start = time.monotonic()
 
-    async def client(item: Item, due: float) -> Exchange:
-        await asyncio.sleep(due - time.monotonic())
-        return await _exchange(ask, item, due)
+    def client(item: Item, arrival: float) -> Exchange:
+        due = start + arrival
+        time.sleep(max(0.0, due - time.monotonic()))
+        return _exchange(ask, item, due)
 
-    clients = (client(item, start + arrival) for item, arrival in zip(items, arrivals, strict=True))
-    return list(await asyncio.gather(*clients))
+    with ThreadPoolExecutor(len(items)) as clients:
+        return list(clients.map(client, items, arrivals))
 
 
-async def _exchange(ask: Ask, item: Item, sent: float) -> Exchange:
-    answer = await ask(item)
+def _exchange(ask: Ask, item: Item, sent: float) -> Exchange:
+    answer = ask(item)
     return Exchange(item, sent, time.monotonic(), answer)
 
 
