@@ -13,7 +13,7 @@ LOCKED := --require-hashes --no-deps --requirement
 CXX_SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/*.cu csrc/cuda/*.cpp \
 	csrc/cuda/*.h tests/csrc/fibers/* tests/csrc/threads/*)
 # The Python of a machine with a GPU, which needs no network: it has a torch for CUDA, transformers, cmake, ninja,
-# pybind11, pytest, hypothesis and matplotlib. Plugins that pyproject.toml configures may be missing there.
+# pybind11, pytest and hypothesis. Plugins that pyproject.toml configures may be missing there.
 GPU_PYTHON ?= python3
 GPU_PYTEST := -c /dev/null --rootdir . -o pythonpath=. --import-mode importlib -p no:cacheprovider -q
 VERSION := $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' trimserve/__init__.py)
@@ -198,9 +198,8 @@ bench-ops: build  ## measure the ops and a layer of the vision encoder, in four 
 
 bench: bench-ops  ## measure ops and policies, and try the other benchmarks (docs/performance.md measures with them)
 	$(BIN)/python -m benchmarks.bench_policies
-	$(BIN)/python -m benchmarks.bench_images --quick --out out/bench/images.json
 	$(BIN)/python -m benchmarks.bench_prefill --quick --out out/bench/prefill.json
-	$(BIN)/python -m benchmarks.bench_generate --quick --out out/bench/generate
+	$(BIN)/python -m benchmarks.bench_generate --quick --out out/bench/generate.json
 	$(BIN)/python -m benchmarks.bench_serve --quick --models embedded --out out/bench/serve
 	$(BIN)/python -m benchmarks.bench_bytes --quick --out out/bench/bytes.json
 

@@ -8,21 +8,22 @@ layout: an image takes the slots of a full canvas, padding tiles among them, and
 cross-attention alike. The figures are bytes, not times, so the machine need not be quiet.
 """
 
-import asyncio
 import random
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from typing import Any, Final
 
 from benchmarks.load import Item, Kind, picture_of
 from benchmarks.models import BENCH_MODEL, MODELS, UnderTest, under_test
-from benchmarks.report import command_line, finish, markdown, noted, origin, size
+from benchmarks.report import command_line, finish, markdown, noted, origin
 from benchmarks.rival import CacheBytes, Transformers
-from benchmarks.service import GrpcTarget, running_server
+from benchmarks.service import request_of, running_server
 from trimserve.api.info import ModelInfo
+from trimserve.client import Client
 from trimserve.config import EngineConfig, ModelConfig
 from trimserve.engine.memory import prefill_scratch_bytes
-from trimserve.model.loading import load_model
+from trimserve.model.loading import describe_model
 from trimserve.v1 import generation_pb2 as pb
 
 __all__ = ["main", "sglang_bytes", "table"]
@@ -60,12 +61,12 @@ class _Account:
     def __init__(self, model: UnderTest, max_new_tokens: int, num_threads: int) -> None:
         self._model = model
         self._options = {"num_threads": num_threads, "max_new_tokens": max_new_tokens}
-        self._info = load_model(ModelConfig(model=str(model.checkpoint)), EngineConfig(max_images=_MAX_IMAGES)).info
+        self._info = describe_model(ModelConfig(model=str(model.checkpoint)), EngineConfig(max_images=_MAX_IMAGES))
         self._items = {name: _item(name, self._info.tile_size) for name in _CASES}
 
-    async def run(self) -> dict[str, Any]:
+    def run(self) -> dict[str, Any]:
         """Everything, as plain data."""
-        info, requests = self._info, await self._requests()
+        info, requests = self._info, self._requests()
         kv_bytes = _PEERS_AT_ONCE * requests["four_tiles"]["bytes"]["transformers"]["total"]
         return {
             "model": self._model.name,
@@ -78,84 +79,80 @@ class _Account:
             "requests": requests,
             "at_once": {
                 "kv_bytes": kv_bytes,
-                **{name: await self._at_once(name, requests[name]["bytes"], kv_bytes) for name in _COUNTED},
+                **{name: self._at_once(name, requests[name]["bytes"], kv_bytes) for name in _COUNTED},
             },
         }
 
-    async def _requests(self) -> dict[str, Any]:
+    def _requests(self) -> dict[str, Any]:
         found: dict[str, Any] = {name: {"bytes": {}} for name in self._items}
         with Transformers(self._model.checkpoint, **self._options) as rival:
-            caches = {name: await rival.cache_bytes(item) for name, item in self._items.items()}
+            caches = {name: rival.cache_bytes(item) for name, item in self._items.items()}
         for layout in _OURS:
-            async with self._serving(layout) as target:
-                for name, item in self._items.items():
-                    found[name]["bytes"][layout], started = await _held(target, item)
+            with self._serving() as client:
+                for name in self._items:
+                    request = self._request(name, layout, _MORE_TOKENS)
+                    found[name]["bytes"][layout], started = _held(client, request)
                     if layout == "trimserve":
                         found[name] |= _features(started, caches[name], found[name]["bytes"][layout])
-        for name, request in found.items():
-            num_positions = request["num_prompt_tokens"] + self._options["max_new_tokens"]
-            request["bytes"]["transformers"] = _bytes(caches[name].self_attention, caches[name].cross)
-            request["bytes"]["sglang_layout"] = sglang_bytes(self._info, len(_CASES[name]), num_positions)
+        for name, figures in found.items():
+            num_positions = figures["num_prompt_tokens"] + self._options["max_new_tokens"]
+            figures["bytes"]["transformers"] = _bytes(caches[name].self_attention, caches[name].cross)
+            figures["bytes"]["sglang_layout"] = sglang_bytes(self._info, len(_CASES[name]), num_positions)
         return found
 
-    async def _at_once(self, name: str, of_one: dict[str, dict[str, int]], kv_bytes: int) -> dict[str, int]:
+    def _at_once(self, name: str, of_one: dict[str, dict[str, int]], kv_bytes: int) -> dict[str, int]:
         found = {layout: kv_bytes // of_one[layout]["total"] for layout in ("transformers", "sglang_layout")}
         pool = kv_bytes + prefill_scratch_bytes(self._info)
         for layout in _OURS:
             most = 2 * (kv_bytes // of_one[layout]["total"]) + 2  # half an answer takes no less than half of the pages
             flags = ("--kv-cache-bytes", pool, "--max-batch", most, "--prefill-slice-seconds", _ALL_AT_ONCE_SECONDS)
-            async with self._serving(layout, *flags) as target:
-                found[layout] = await _num_at_once(target, self._items[name], most)
+            with self._serving(*flags) as client:
+                found[layout] = _num_at_once(client, self._request(name, layout), most)
         return found
 
-    @asynccontextmanager
-    async def _serving(self, layout: str, *flags: object) -> AsyncIterator[GrpcTarget]:
-        tokens, threads = self._options["max_new_tokens"], self._options["num_threads"]
-        flags = ("--max-images", _MAX_IMAGES, *flags)
-        with running_server(self._model.checkpoint, num_threads=threads, flags=flags) as server:
-            trim = self._model.trim(is_on=_OURS[layout])
-            async with GrpcTarget(server.address, max_new_tokens=tokens, trim=trim) as target:
-                yield target
+    @contextmanager
+    def _serving(self, *flags: object) -> Iterator[Client]:
+        num_threads, flags = self._options["num_threads"], ("--max-images", _MAX_IMAGES, *flags)
+        server = running_server(self._model.checkpoint, num_threads=num_threads, flags=flags)
+        with server as process, Client(process.address) as client:
+            yield client
+
+    def _request(self, name: str, layout: str, more_tokens: int = 0) -> pb.GenerateRequest:
+        tokens = self._options["max_new_tokens"] + more_tokens
+        return request_of(self._items[name], tokens, self._model.trim(is_on=_OURS[layout]))
 
 
-async def _held(target: GrpcTarget, item: Item) -> tuple[dict[str, int], pb.Started]:
-    """What a request holds by the server's account, when all tokens are there; the server has nothing else to do."""
-    num_tokens, started = 0, pb.Started()
-    stream = target.stream(item, _MORE_TOKENS)
-    async for event in stream:
+def _held(client: Client, request: pb.GenerateRequest) -> tuple[dict[str, int], pb.Started]:
+    """What a request holds by the server's account shortly before its end; the server has nothing else to do."""
+    num_tokens, started, stream = 0, pb.Started(), client.stream(request)
+    for event in stream:
         num_tokens += len(event.delta.token_ids)
         if event.HasField("started"):
             started = event.started
-        elif num_tokens >= target.max_new_tokens:
+        elif num_tokens >= request.sampling.max_new_tokens - _MORE_TOKENS:
             break
-    status = await target.status()
-    stream.cancel()
+    status = client.status()  # while the stream, which ends with this function, is still open
     assert status.num_running == 1, f"{status.num_running} requests run, one was asked about"
     return _bytes(status.self_kv_bytes, status.cross_kv_bytes), started
 
 
-async def _num_at_once(target: GrpcTarget, item: Item, num_clients: int) -> int:
+def _num_at_once(client: Client, request: pb.GenerateRequest, num_clients: int) -> int:
     """How many of equal requests run at the same time; there are more clients than can."""
-    peak = 0
 
-    async def client() -> None:
+    def ask() -> int:
         """Go on until half of the answer is there, when whatever fits has come in, then look how many run."""
-        nonlocal peak
-        num_tokens = 0
-        async for event in target.stream(item):
-            num_tokens += len(event.delta.token_ids)
-            if num_tokens > target.max_new_tokens // 2:
-                break
-        status = await target.status()
+        num_tokens, stream = 0, client.stream(request)
+        while num_tokens <= request.sampling.max_new_tokens // 2:
+            num_tokens += len(next(stream).delta.token_ids)
+        status = client.status()
         assert status.num_waiting, f"{num_clients} clients are too few to fill the pool"
-        peak = status.num_running
+        return status.num_running
 
-    clients = {asyncio.create_task(client()) for _ in range(num_clients)}
-    done, running = await asyncio.wait(clients, return_when=asyncio.FIRST_COMPLETED)
-    for task in running:
-        task.cancel()
-    await asyncio.gather(*done)
-    return peak
+    with ThreadPoolExecutor(num_clients) as clients:
+        answers = [clients.submit(ask) for _ in range(num_clients)]
+        first = next(as_completed(answers))
+        client.close()  # the others need not go on
+    return first.result()
 
 
 def _features(started: pb.Started, cache: CacheBytes, held: dict[str, int]) -> dict[str, Any]:
@@ -170,12 +167,7 @@ def _features(started: pb.Started, cache: CacheBytes, held: dict[str, int]) -> d
 def sglang_bytes(info: ModelInfo, num_images: int, num_positions: int) -> dict[str, int]:
     """What SGLang 0.5.23 holds of a request, by its layout: one slot of every layer for each token and each feature.
 
-    Args:
-        info: of the model.
-        num_images: each takes the features of a full canvas, whatever its size.
-        num_positions: tokens of prompt and answer.
-    Returns:
-        Bytes: `cross`, of features; `self`, of text; and `total`.
+    An image takes the features of a full canvas, whatever its size; positions are tokens of prompt and answer.
     """
     slot = (info.num_self_attention_layers + info.num_cross_attention_layers) * info.kv_bytes_per_position
     return _bytes(num_positions * slot, num_images * info.max_tiles * info.features_per_tile * slot)
@@ -190,6 +182,11 @@ def _item(name: str, tile_size: int) -> Item:
     return Item(0, next(iter(kinds), "text"), _QUESTION, tuple(picture_of(kind, rng, tile_size) for kind in kinds))
 
 
+def _size(num_bytes: int) -> str:
+    mebibytes = num_bytes / 2**20
+    return f"{mebibytes:.1f} MiB" if mebibytes >= 1 else f"{num_bytes / 2**10:.0f} KiB"
+
+
 def table(report: dict[str, Any]) -> str:
     """Bytes of one request by layout, and requests at once in equal bytes, as Markdown."""
     return "\n\n".join([*(_table_of_model(model) for model in report["models"]), origin(report)])
@@ -201,7 +198,7 @@ def _table_of_model(model: dict[str, Any]) -> str:
     rows = []
     for name, request in model["requests"].items():
         features, ratio = request["features"], request["cross_bytes_over_transformers"]
-        sizes = [size(request["bytes"][layout]["total"]) for layout in _LAYOUTS]
+        sizes = [_size(request["bytes"][layout]["total"]) for layout in _LAYOUTS]
         held = features["kept"] + features["merged"]
         rows.append([_NAMES[name], features["valid"], held, *sizes, "" if ratio is None else f"{ratio:.3f}"])
     at_once = model["at_once"]
@@ -209,7 +206,7 @@ def _table_of_model(model: dict[str, Any]) -> str:
     parts = [
         f"{title}, answers of {model['max_new_tokens']} tokens; one request holds:",
         markdown(["request", "features", "held", *_LAYOUTS.values(), "cross KV over transformers'"], rows),
-        f"Requests that run at once in {size(at_once['kv_bytes'])} of KV:",
+        f"Requests that run at once in {_size(at_once['kv_bytes'])} of KV:",
         markdown(["request", *_LAYOUTS.values()], counts),
     ]
     return "\n\n".join(parts)
@@ -217,11 +214,11 @@ def _table_of_model(model: dict[str, Any]) -> str:
 
 def main() -> None:
     """Measure and write."""
-    arguments = command_line(__doc__, "bytes.json", bench_model=BENCH_MODEL, threads=1, quick=False)
+    arguments = command_line(__doc__, "bytes.json", bench_model=BENCH_MODEL, quick=False)
     models: list[dict[str, Any]] = []
     for name in MODELS[:1] if arguments.quick else MODELS:
         model, tokens = under_test(name, arguments.bench_model), 32 if arguments.quick else 128
-        noted(models, asyncio.run(_Account(model, tokens, arguments.threads).run()))
+        noted(models, _Account(model, tokens, arguments.threads).run())
     finish(arguments, {"models": models})
 
 

@@ -10,15 +10,16 @@ import json
 from statistics import median
 from typing import Final
 
-from benchmarks.driven import Driven
 from benchmarks.measure import medians, seconds_in_pairs
 from benchmarks.ours import chat
 from benchmarks.report import command_line, finish
+from tests.engine.stepping import make_engine, start, tokens
 from trimserve.api.constraint import Constraint, JsonSchema
 from trimserve.api.request import GenerationRequest
 from trimserve.api.sampling import SamplingParams
 from trimserve.api.trim import TrimRequest
 from trimserve.config import EngineConfig, ModelConfig
+from trimserve.engine.engine import Engine
 from trimserve.model.loading import load_model
 from trimserve.model.mllama import Mllama
 
@@ -40,22 +41,21 @@ _SCHEMA: Final = {  # long enough that no answer is complete while it is measure
 
 def _round(model: Mllama, num_steps: int) -> tuple[float, float]:
     """Median seconds of a step of each engine."""
-    engines = [_running(model, constraint) for constraint in (None, JsonSchema(json.dumps(_SCHEMA)))]
-    plain, constrained = engines
+    plain, constrained = (_running(model, constraint) for constraint in (None, JsonSchema(json.dumps(_SCHEMA))))
     pairs = seconds_in_pairs(plain.step, constrained.step, num_steps)
-    assert all(driven.engine.has_work for driven in engines), "a request ended while it was measured"
+    assert all(engine.has_work for engine in (plain, constrained)), "a request ended while it was measured"
     return medians(pairs, 6)
 
 
-def _running(model: Mllama, constraint: Constraint | None) -> Driven:
-    driven, outputs = Driven(model, max_batch=_BATCH), []
+def _running(model: Mllama, constraint: Constraint | None) -> Engine:
+    engine, outputs = make_engine(model, max_batch=_BATCH), []
     for seed in range(_BATCH):
         sampling = SamplingParams(max_new_tokens=1500, ignore_eos=True, temperature=1.0, seed=seed)
         trim, prompt = TrimRequest(k_ratio=0.2), chat("Say something.")
-        outputs.append(driven.begin(GenerationRequest(f"{seed}", prompt, sampling, trim, constraint=constraint)))
-    while sum(len(output.arrivals) for output in outputs) < _BATCH * _WARM_UP_STEPS:
-        driven.step()
-    return driven
+        outputs.append(start(engine, GenerationRequest(f"{seed}", prompt, sampling, trim, constraint=constraint))[1])
+    while sum(len(tokens(output)) for output in outputs) < _BATCH * _WARM_UP_STEPS:
+        engine.step()
+    return engine
 
 
 def main() -> None:

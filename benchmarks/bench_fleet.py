@@ -68,7 +68,7 @@ def main() -> None:
     arguments = command_line(__doc__, "fleet.json", haproxy=False, rounds=7)
     name = "ray_haproxy" if arguments.haproxy else "ray"
     with (
-        server_process("--num-threads", "1") as server,
+        server_process("--num-threads", str(arguments.threads)) as server,
         envoy([int(server.address.rpartition(":")[2])]) as (proxy, pid),
         ray_serve(is_haproxy=arguments.haproxy) as (address, serve, deploy),
     ):

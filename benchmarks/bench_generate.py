@@ -1,6 +1,6 @@
 """Times vision encoder, prefill and decode steps beside transformers, and decode steps beside their floor.
 
-    python -m benchmarks.bench_generate [--bench-model DIR] [--out DIR] [--quick]
+    python -m benchmarks.bench_generate [--bench-model DIR] [--out FILE] [--quick]
 
 The geometry is `bench`'s (`models.py`). A question about an image of four tiles is asked untrimmed (`off`) and trimmed
 (`default`), one about an image of one tile trimmed (`one_tile`); images are encoded and prompts read one at a time, as
@@ -9,7 +9,7 @@ full canvas; its step is timed with the cache that grows and sdpa, and with a st
 floor of a step is the larger of the bytes of weights, keys and values over the read bandwidth and of the products over
 the rate of products (`floor.py`); a step and a read of much memory take turns.
 
-Logits are compared first. Writes `report.json` and `generate.png`.
+Logits are compared first.
 """
 
 import io
@@ -18,14 +18,13 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import torch
-from matplotlib.figure import Figure
 from PIL import Image
 
 from benchmarks.floor import Floor, StepShape
 from benchmarks.measure import stream, time_calls, time_in_turns
 from benchmarks.models import BENCH_MODEL, bench_model, max_kept_fraction
 from benchmarks.ours import QUESTION, SETTINGS, Asked, Ours, Setting
-from benchmarks.report import INK, bare, command_line, finish, markdown, noted, origin, precision
+from benchmarks.report import command_line, finish, markdown, noted, origin, precision
 from benchmarks.rival import Rival
 from tests.model.peer import Peer
 from trimserve.config import Dtype, Quantize
@@ -53,14 +52,11 @@ _VARIANTS: Final = (
     _Variant("bfloat16", "int8"),
 )
 _SETTINGS: Final = {"off": "4 tiles, untrimmed", "default": "4 tiles", "one_tile": "1 tile"}
-_LINES: Final = (  # engine, dtype, quantize, colour and dash in the picture
-    ("trimserve", "float32", "none", "#0a6fb8", "-"),
-    ("trimserve", "bfloat16", "none", "#12875a", "-"),
-    ("trimserve", "float32", "int8", "#c2410c", "-"),
-    ("trimserve", "bfloat16", "int8", "", ""),
-    ("transformers", "float32", "none", "#0a6fb8", ":"),
-    ("transformers, compiled", "float32", "none", "", ""),
-    ("transformers", "bfloat16", "none", "#12875a", ":"),
+_LINES: Final = (  # of the table: engine, dtype, quantize
+    *(("trimserve", *variant) for variant in _VARIANTS),
+    ("transformers", "float32", "none"),
+    ("transformers, compiled", "float32", "none"),
+    ("transformers", "bfloat16", "none"),
 )
 
 
@@ -155,47 +151,12 @@ def _rows(plan: _Plan, peer: Peer) -> Iterator[Row]:
         yield from _theirs(plan, peer, dtype)
 
 
-def draw(report: dict[str, Any], path: Path) -> None:
-    """Tokens per second by batch, and steps beside their floor, as a picture."""
-    rows = [row for row in report["rows"] if row["phase"] == "decode" and "ms" in row]
-    batches = sorted({row["batch"] for row in rows})
-    figure = Figure(figsize=(13, 4.6), dpi=150, layout="constrained")
-    speed, floor = figure.subplots(1, 2)
-    for engine, dtype, quantize, colour, dash in (line for line in _LINES if line[3]):
-        wanted = {"engine": engine, "dtype": dtype, "quantize": quantize}
-        wanted["setting"] = "default" if engine == "trimserve" else "off"
-        found = [row for row in rows if wanted.items() <= row.items()]
-        places = [row["batch"] for row in found]
-        look = {"color": colour, "label": f"{engine}, {precision(wanted)}", "marker": "o", "markersize": 4}
-        speed.plot(places, [row["batch"] / row["ms"]["median"] * 1e3 for row in found], dash, **look)
-        if engine == "trimserve":
-            floor.plot(places, [row["times_floor"] for row in found], dash, **look)
-    bare(speed, "tokens per second, image of four tiles", ("top", "right"))
-    bare(floor, "step, times its floor", ("top", "right"))
-    for axes in (speed, floor):
-        axes.set_xlabel("batch", fontsize=9, color=INK)
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(batches, [str(batch) for batch in batches])
-        axes.grid(alpha=0.25)
-        axes.legend(fontsize=8, frameon=False)
-    speed.set_yscale("log")
-    floor.axhline(1, color=INK, linewidth=0.8)
-    floor.set_ylim(bottom=0.9)
-    figure.suptitle(origin(report), color=INK, fontsize=11)
-    figure.savefig(path)
-
-
-def table(report: dict[str, Any], folder: str) -> str:
-    """Milliseconds of a decode step by batch, and of vision and prefill, as Markdown.
-
-    Args:
-        report: what was found.
-        folder: of the report and its picture, in `benchmarks/results`.
-    """
+def table(report: dict[str, Any]) -> str:
+    """Milliseconds of a decode step by batch, and of vision and prefill, as Markdown."""
     steps = [row for row in report["rows"] if row["phase"] == "decode"]
     batches = sorted({row["batch"] for row in steps})
     of_steps, of_phases = [], []
-    for engine, dtype, quantize, *_ in _LINES:
+    for engine, dtype, quantize in _LINES:
         for setting, request in _SETTINGS.items():
             wanted = {"engine": engine, "dtype": dtype, "quantize": quantize, "setting": setting}
             cells = {row["batch"]: _step(row) for row in steps if wanted.items() <= row.items()}
@@ -208,9 +169,7 @@ def table(report: dict[str, Any], folder: str) -> str:
                 ]
                 of_phases.append([f"{engine}, {dtype}", request, *phases])
     head = ["decode step, ms (times its floor)", "request", *(f"batch {batch}" for batch in batches)]
-    picture = "![tokens per second by batch, and steps beside their floor]"
     parts = [
-        f"{picture}(../benchmarks/results/{folder}/generate.png)",
         markdown(head, of_steps, words=2),
         markdown(["ms", "request", "vision", "prefill"], of_phases, words=2),
         origin(report),
@@ -227,7 +186,7 @@ def _step(row: dict[str, Any]) -> str:
 
 def main() -> None:
     """Measure and write."""
-    arguments = command_line(__doc__, "generate", bench_model=BENCH_MODEL, threads=1, quick=False)
+    arguments = command_line(__doc__, "generate/report.json", bench_model=BENCH_MODEL, quick=False)
     if arguments.quick:
         folder, few = embedded_model_folder(), _VARIANTS[:3]
         plan = _Plan(folder, None, batches=(1, 2), variants=few, compiled_batches=(), seconds=0.01)
@@ -239,8 +198,7 @@ def main() -> None:
     rows: list[Row] = []
     for row in _rows(plan, peer):
         noted(rows, row)
-    report = finish(arguments, {**figures, "rows": rows}, "report.json")
-    draw(report, arguments.out / "generate.png")
+    finish(arguments, {**figures, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Times vision encoder, prefill and decode steps at the 11B model's geometry on a GPU, beside transformers.
 
-    python -m benchmarks.bench_gpu [--geometry 11b|bench] [--device cuda|cpu] [--seconds 1]
+    python -m benchmarks.bench_gpu [--seconds 1] [--out FILE]
 
 Both run on the same bfloat16 weights, drawn on the device: transformers with sdpa and Meta's semantics, whose cache
 grows; trimserve with its decode steps as CUDA graphs. A prompt of random tokens about an image of four tiles is read
@@ -9,7 +9,7 @@ long as for four. Heads of random weights agree on nothing, so `default` is capp
 (`max_kept_fraction`). Each sequence of a batch has pages of its own. The floor of a decode step is the bytes of
 weights, keys and values that it reads over the bandwidth of reading, measured here.
 
-Logits are compared first. Writes `gpu.json` after each row.
+Logits are compared first. Each row is told at once, so that a failure loses none.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -23,15 +23,15 @@ from transformers import MllamaConfig
 
 from benchmarks.bench_generate import phases
 from benchmarks.floor import StepShape
-from benchmarks.machine import about
 from benchmarks.measure import bandwidth, time_calls
-from benchmarks.models import GEOMETRY, draw_weights
-from benchmarks.ours import SETTINGS, UNTRIMMED, Asked, Ours, Setting
-from benchmarks.report import command_line, finish, write_json
+from benchmarks.models import draw_weights
+from benchmarks.ours import SETTINGS, Asked, Ours, Setting
+from benchmarks.report import command_line, finish, noted
 from benchmarks.rival import Rival
 from training.mended import mend
 from trimserve.api.trim import TrimRequest
 from trimserve.config import Device, EngineConfig, ModelConfig
+from trimserve.evaluation.answers import UNTRIMMED
 from trimserve.model.checkpoint import (
     Checkpoint,
     GenerationJson,
@@ -40,7 +40,6 @@ from trimserve.model.checkpoint import (
     text_config,
     vision_config,
 )
-from trimserve.model.json_object import read_json
 from trimserve.model.loading import describe_checkpoint, describe_model
 from trimserve.model.mllama import Mllama
 from trimserve.model.prepared import PreparedImage, PreparedPrompt
@@ -133,12 +132,11 @@ class _Both:
 
 
 @torch.inference_mode()
-def measure(plan: Plan, write: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+def measure(plan: Plan) -> dict[str, Any]:
     """Everything but the machine.
 
     Args:
         plan: what, and how long.
-        write: gets what is known after each row, so that a failure loses none.
     Raises:
         AssertionError: the logits of both models are not alike.
     """
@@ -148,20 +146,18 @@ def measure(plan: Plan, write: Callable[[dict[str, Any]], None]) -> dict[str, An
     with torch.device(both.ours.model.info.device):
         per_second = bandwidth("read", 15)
     rows: list[Row] = []
-    report = {
+    for row in _rows(both, plan, per_second):
+        noted(rows, row)
+    theirs = {(row["phase"], row["batch"]): row["ms"]["median"] for row in rows if row["engine"] == "transformers"}
+    for row in rows:
+        if row["engine"] == "trimserve":
+            row["speedup"] = round(theirs[row["phase"], row["batch"]] / row["ms"]["median"], 2)
+    return {
         "max_kept_fraction": _TRIMMED.max_kept_fraction,
         "read_bytes_per_second": round(per_second),
         "cosine_of_logits": round(alike, 5),
         "rows": rows,
     }
-    for row in _rows(both, plan, per_second):
-        rows.append(row)
-        write(report)
-    theirs = {(row["phase"], row["batch"]): row["ms"]["median"] for row in rows if row["engine"] == "transformers"}
-    for row in rows:
-        if row["engine"] == "trimserve":
-            row["speedup"] = round(theirs[row["phase"], row["batch"]] / row["ms"]["median"], 2)
-    return report
 
 
 def _likeness(both: _Both) -> float:
@@ -185,30 +181,13 @@ def _rows(both: _Both, plan: Plan, per_second: float) -> Iterator[Row]:
         yield {"engine": "transformers", "setting": "off"} | phase
 
 
-def _config(geometry: str) -> MllamaConfig:
-    """`11b` is what transformers takes where nothing is said, with the tiles of the instruction-tuned checkpoint."""
-    if geometry == "11b":
-        return MllamaConfig(vision_config={"image_size": 560}, image_token_index=128256)
-    document = read_json(GEOMETRY)
-    text = document["text_config"]
-    return MllamaConfig(vision_config=document["vision_config"], text_config=text, image_token_index=text["vocab_size"])
-
-
 def main() -> None:
     """Measure and write."""
-    arguments = command_line(
-        __doc__, "", geometry=("11b", "bench"), device=("cuda", "cpu"), seconds=1.0, threads=torch.get_num_threads()
-    )
-    is_gpu = arguments.device == "cuda"
-    file = "gpu.json" if is_gpu else "gpu_on_cpu.json"
-    gpu = torch.cuda.get_device_name() if is_gpu else None
-    named = {"gpu": gpu, "model": arguments.geometry, "dtype": "bfloat16"}
-
-    def write(measured: dict[str, Any]) -> None:
-        write_json({"benchmark": "gpu", **about(arguments.threads), **named, **measured}, arguments.out / file)
-
-    measured = measure(Plan(_config(arguments.geometry), arguments.device, seconds=arguments.seconds), write)
-    finish(arguments, {**named, **measured}, file)
+    arguments = command_line(__doc__, "gpu.json", seconds=1.0, threads=torch.get_num_threads())
+    # What transformers takes where nothing is said, with the tiles of the instruction-tuned checkpoint.
+    config = MllamaConfig(vision_config={"image_size": 560}, image_token_index=128256)
+    measured = measure(Plan(config, "cuda", seconds=arguments.seconds))
+    finish(arguments, {"gpu": torch.cuda.get_device_name(), "model": "11b", "dtype": "bfloat16", **measured})
 
 
 if __name__ == "__main__":

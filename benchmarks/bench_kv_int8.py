@@ -79,7 +79,7 @@ def table(report: dict[str, Any]) -> str:
 @torch.inference_mode()
 def main() -> None:
     """Measure and write."""
-    options = {"threads": 1, "bench_model": BENCH_MODEL, "pairs": 15, "batches": [1, 32], "questions": 1000}
+    options = {"bench_model": BENCH_MODEL, "pairs": 15, "batches": [1, 32], "questions": 1000}
     arguments = command_line(__doc__, "kv_int8.json", **options)
     steps = _steps(bench_model(arguments.bench_model), arguments.batches, arguments.pairs)
     finish(arguments, {"steps": steps, "answers": _answers(arguments.questions)})

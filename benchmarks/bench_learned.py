@@ -18,14 +18,14 @@ from typing import Any, Final
 
 from safetensors import safe_open
 
+from benchmarks.held_out import held_out
 from benchmarks.report import command_line, finish, markdown, points
 from training.heldout import write_held_out
 from trimserve.api.trim import FixedRatio, TrimRequest
 from trimserve.config import EngineConfig, ModelConfig
 from trimserve.evaluation.curve import measure_curve
-from trimserve.evaluation.dataset import ALL_KINDS, Question, load_questions
+from trimserve.evaluation.dataset import ALL_KINDS, Question
 from trimserve.evaluation.in_process import InProcess
-from trimserve.evaluation.progress import progress
 from trimserve.evaluation.report import UNTRIMMED_POLICY, Row
 from trimserve.model.json_object import read_json
 from trimserve.model.loading import describe_model, load_model
@@ -93,11 +93,10 @@ def _loss(trained: dict[str, Any]) -> str:
 def main() -> None:
     """Train, ask, write."""
     options = {"questions": 2000, "learn_from": 12000, "files": Path("out/learned"), "guide": Path("out/guide")}
-    arguments = command_line(__doc__, "policies/learned.json", threads=1, **options)
+    arguments = command_line(__doc__, "policies/learned.json", **options)
     router = _trained(arguments, _ROUTER, 0)
     trained, rows = [_card(router)], {}
-    with TemporaryDirectory() as folder:
-        questions = load_questions(write_held_out(Path(folder), arguments.questions))
+    with held_out(arguments.questions) as questions:
         for share, methods in _ROWS.items():
             files = [_trained(arguments, method, number) for method, number in methods.items()]
             trained += map(_card, files)
@@ -110,8 +109,7 @@ def main() -> None:
 def _asked(share: str, questions: Sequence[Question], files: tuple[Path, ...], guide: Path) -> list[dict[str, Any]]:
     """What every policy comes to, the best first."""
     answerer = InProcess(load_model(ModelConfig(compressor=files, guide_model=str(guide)), EngineConfig()))
-    with progress(f"questions, {share} %", len(questions)) as advance:
-        report = measure_curve(answerer, questions, [*_trims(share)], on_question=advance)
+    report = measure_curve(answerer, questions, [*_trims(share)])
     rows = [_figures(row, _ROWS[share].get(row.policy, 0)) for row in report.rows if row.kind == ALL_KINDS]
     return sorted([*rows, _untrained(share, questions)], key=lambda row: -row["accuracy"])
 
@@ -124,8 +122,7 @@ def _untrained(share: str, questions: Sequence[Question]) -> dict[str, Any]:
         file = Path(folder) / "file"
         save_trained(file, _UNTRAINED, module, info, "inputs", [], {})
         answerer = InProcess(load_model(ModelConfig(compressor=(file,)), EngineConfig()))
-        with progress(f"questions, {share} %, untrained", len(questions)) as advance:
-            report = measure_curve(answerer, questions, [TrimRequest(policy=_UNTRAINED)], on_question=advance)
+        report = measure_curve(answerer, questions, [TrimRequest(policy=_UNTRAINED)])
     [row] = (row for row in report.rows if (row.policy, row.kind) == (_UNTRAINED, ALL_KINDS))
     return {**_figures(row, 0), "policy": "untrained", "name": "means of alike patches"}
 
@@ -133,8 +130,7 @@ def _untrained(share: str, questions: Sequence[Question]) -> dict[str, Any]:
 def _guide(folder: Path, questions: Sequence[Question]) -> dict[str, Any]:
     """How large the guide is, and what it answers by itself."""
     model, about = load_model(ModelConfig(model=str(folder)), EngineConfig()), read_json(folder / "trimserve.json")
-    with progress("questions, the guide", len(questions)) as advance:
-        report = measure_curve(InProcess(model), questions, [TrimRequest(k_ratio=1.0)], on_question=advance)
+    report = measure_curve(InProcess(model), questions, [TrimRequest(k_ratio=1.0)])
     [row] = (row for row in report.rows if (row.policy, row.kind) == (UNTRIMMED_POLICY, ALL_KINDS))
     with safe_open(folder / "model.safetensors", framework="pt") as weights:
         size = sum(weights.get_tensor(name).numel() for name in weights.keys())  # noqa: SIM118  # no mapping

@@ -14,23 +14,27 @@ import io
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from statistics import mean
 from typing import Any, Final
 
 import numpy as np
 
-from benchmarks.ours import UNTRIMMED, chat, recommended
+from benchmarks.ours import chat, recommended
 from benchmarks.report import command_line, finish, markdown, points
+from tests.engine.driving import collect
+from tests.engine.stepping import text
 from training.examples import example_rng
 from training.questions import Turn, ask_questions
 from training.render import render
 from training.scenes import TILE_SIZE, Scene, sample_scene
-from trimserve.api.chunks import Finished, Started, TokenDelta
+from trimserve.api.chunks import Finished, GenerationChunk, Started
 from trimserve.api.prompt import CloserPrompt, PlainPrompt, Region
 from trimserve.api.request import GenerationRequest
 from trimserve.api.sampling import SamplingParams
 from trimserve.api.trim import LookAgain, TrimRequest
 from trimserve.config import EngineConfig, ModelConfig
 from trimserve.engine.runner import Runner
+from trimserve.evaluation.answers import UNTRIMMED
 from trimserve.evaluation.metrics import Bootstrap, is_match
 from trimserve.executor.local import LocalExecutor
 from trimserve.model.loading import load_model
@@ -61,13 +65,6 @@ class _Asked:
     turn: Turn
     prompt: PlainPrompt
     elsewhere: Region
-
-
-@dataclass(frozen=True, slots=True)
-class _Answered:
-    text: str
-    held_rows: int
-    held_bytes: int
 
 
 def spread(scene: Scene, factor: int) -> Scene:
@@ -117,41 +114,27 @@ def _request(asked: _Asked, setting: str, usual: TrimRequest) -> GenerationReque
     return GenerationRequest(setting, prompt, SamplingParams(max_new_tokens=64), trim)
 
 
-async def _answer(runner: Runner, request: GenerationRequest, places: asyncio.Semaphore) -> _Answered:
-    text, rows, held = "", 0, 0
-    async with places:
-        async for chunk in runner.submit(request):
-            match chunk:
-                case Started():
-                    rows = sum(image.held_rows for image in chunk.images)
-                case TokenDelta():
-                    text += chunk.text
-                case Finished():
-                    held = chunk.cross_kv.held
-    return _Answered(text, rows, held)
-
-
-async def _answers(model: Mllama, questions: Sequence[_Asked]) -> dict[str, list[_Answered]]:
+async def _answers(model: Mllama, questions: Sequence[_Asked]) -> dict[str, list[list[GenerationChunk]]]:
     """By setting, in the order of the questions."""
-    runner = Runner(lambda: (model, LocalExecutor(model, 2**26)), EngineConfig(max_batch=_TOGETHER))
+    limits = EngineConfig(max_batch=_TOGETHER, max_queue=len(questions))
+    runner, usual = Runner(lambda: (model, LocalExecutor(model, 2**26)), limits), recommended(model.info)
     await runner.start()
-    usual, places = recommended(model.info), asyncio.Semaphore(_TOGETHER)
     try:
         return {
-            setting: await asyncio.gather(
-                *(_answer(runner, _request(asked, setting, usual), places) for asked in questions)
-            )
+            setting: await asyncio.gather(*(collect(runner, _request(asked, setting, usual)) for asked in questions))
             for setting in _SETTINGS
         }
     finally:
         await runner.stop(0.0)
 
 
-def _rows(factor: int, questions: Sequence[_Asked], answers: dict[str, list[_Answered]]) -> Iterator[dict[str, Any]]:
+def _rows(
+    factor: int, questions: Sequence[_Asked], answers: dict[str, list[list[GenerationChunk]]]
+) -> Iterator[dict[str, Any]]:
     """Figures of each setting; a change is beside `once`."""
     is_reading = np.array([asked.turn.kind in _READING for asked in questions])
     is_right = {
-        setting: np.array([is_match(a.text, q.turn.answer) for a, q in zip(given, questions, strict=True)], float)
+        setting: np.array([is_match(text(a), q.turn.answer) for a, q in zip(given, questions, strict=True)], float)
         for setting, given in answers.items()
     }
     drawn = Bootstrap(np.array([asked.image for asked in questions]))
@@ -165,8 +148,10 @@ def _rows(factor: int, questions: Sequence[_Asked], answers: dict[str, list[_Ans
                 "change": change.value,
                 "change_interval": [change.low, change.high],
             }
-        found["held_rows"] = float(np.mean([answer.held_rows for answer in given]))
-        found["held_bytes"] = float(np.mean([answer.held_bytes for answer in given]))
+        chunks = [chunk for answer in given for chunk in answer]
+        shown = [chunk.images for chunk in chunks if isinstance(chunk, Started)]
+        found["held_rows"] = mean(sum(image.held_rows for image in images) for images in shown)
+        found["held_bytes"] = mean(chunk.cross_kv.held for chunk in chunks if isinstance(chunk, Finished))
         yield found
 
 

@@ -1,9 +1,9 @@
 """Times each op against its composition in PyTorch, at the geometry of Llama-3.2-Vision 11B.
 
-    python -m benchmarks.bench_ops [--runs 15] [--threads 1 2] [--ops NAME ...] [--device cuda] [--out DIR]
+    python -m benchmarks.bench_ops [--runs 15] [--threads 1 2] [--device cuda] [--out DIR]
 
 Compares results first, then times with cold caches: op, composition and the use of memory that bounds the op take
-turns. Writes `ops.json`, of a GPU `ops_gpu.json`; with `--ops` nothing.
+turns. Writes `ops.json`, of a GPU `ops_gpu.json`.
 """
 
 from typing import Any, Final
@@ -12,7 +12,7 @@ import torch
 
 from benchmarks.measure import peak_extra_bytes, stream, time_cold
 from benchmarks.ops_cases import GEOMETRY, Case, make_cases
-from benchmarks.report import command_line, finish
+from benchmarks.report import command_line, finish, noted
 from trimserve import ops
 
 __all__ = ["main"]
@@ -22,9 +22,8 @@ _DTYPES: Final = (torch.float32, torch.bfloat16)
 
 def main() -> None:
     """Compare, time, write."""
-    arguments = command_line(__doc__, "", runs=15, threads=[1, 2], ops=[], device=("cpu", "cuda"))
+    arguments = command_line(__doc__, "", runs=15, threads=[1, 2], device=("cpu", "cuda"))
     results: list[dict[str, Any]] = []
-    print(f"{'op':46} {'dtype':9} {'threads':>7} {'ms: median':>10} {'p10':>9} {'p90':>9} {'PyTorch':>9} {'floor':>6}")
     is_gpu = arguments.device == "cuda"
     if is_gpu:  # where it is the default anyway, naming it would slow every call
         torch.set_default_device("cuda")
@@ -32,12 +31,9 @@ def main() -> None:
         torch.set_num_threads(threads)
         for dtype in _DTYPES:
             for case in make_cases(dtype):
-                if not arguments.ops or case.op in arguments.ops:
-                    results.append(_measure(case, threads, arguments.runs))
-                    print(_line(results[-1]), flush=True)
-    if not arguments.ops:
-        figures = {"geometry": GEOMETRY, "build": ops.build_info(), "results": results}
-        finish(arguments, figures, "ops_gpu.json" if is_gpu else "ops.json")
+                noted(results, _measure(case, threads, arguments.runs))
+    figures = {"geometry": GEOMETRY, "build": ops.build_info(), "results": results}
+    finish(arguments, figures, "ops_gpu.json" if is_gpu else "ops.json")
 
 
 def _measure(case: Case, threads: int, runs: int) -> dict[str, Any]:
@@ -65,15 +61,6 @@ def _measure(case: Case, threads: int, runs: int) -> dict[str, Any]:
     if case.matrix_bytes:
         row |= {"peak_extra_bytes": peak_extra_bytes(case.run), "matrix_bytes": case.matrix_bytes}
     return row
-
-
-def _line(row: dict[str, Any]) -> str:
-    ours = row["ms"]
-    share = f"{row['bandwidth_ratio']:6.0%}" if "bandwidth_ratio" in row else ""
-    return (
-        f"{row['op'] + ' ' + row['detail']:46} {row['dtype']:9} {row['threads']:7} {ours['median']:10.3f} "
-        f"{ours['p10']:9.3f} {ours['p90']:9.3f} {row['baseline_ms']['median']:9.3f} {share}"
-    )
 
 
 if __name__ == "__main__":

@@ -24,16 +24,18 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.held_out import bootstrap_of, held_out, is_right, loaded
+from benchmarks.held_out import bootstrap_of, held_out, is_right
 from benchmarks.report import command_line, finish, markdown, points
 from training.backgrounds import BACKGROUNDS, write_backgrounds
 from training.examples import PICTURES
 from trimserve.api.trim import Budget, FixedRatio, Knee, TopP, TrimRequest
+from trimserve.config import EngineConfig, ModelConfig
 from trimserve.evaluation.answers import Answer
 from trimserve.evaluation.curve import calibrate, measure_curve
 from trimserve.evaluation.dataset import ALL_KINDS, Question, describe_questions, load_questions
 from trimserve.evaluation.in_process import InProcess
 from trimserve.evaluation.report import Row, variant
+from trimserve.model.loading import load_model
 
 __all__ = [
     "Candidate",
@@ -46,12 +48,7 @@ __all__ = [
     "main",
 ]
 
-_ADAPTIVE: Final[dict[str, Budget]] = {
-    "top_p 0.5": TopP(0.5),
-    "top_p 0.7": TopP(0.7),
-    "top_p 0.9": TopP(0.9),
-    "knee": Knee(),
-}
+_ADAPTIVE: Final[dict[str, Budget]] = {**{f"top_p {p}": TopP(p) for p in (0.5, 0.7, 0.9)}, "knee": Knee()}
 _MERGE_RATIOS: Final = (0.0, 0.1)
 
 
@@ -74,11 +71,7 @@ def _adaptive(model: InProcess, num_questions: int) -> dict[str, Any]:
 def compared(
     questions: Sequence[Question], adaptive: Sequence[Answer], fixed: Sequence[Answer]
 ) -> dict[str, dict[str, Any]]:
-    """An adaptive budget beside a fixed one, for all questions and for each kind.
-
-    Returns:
-        For each kind the mean shares held, both accuracies and `gain`, adaptive minus fixed, with its interval.
-    """
+    """For all questions and each kind: mean shares held, accuracies, and `gain`, adaptive minus fixed."""
     both = {"adaptive": adaptive, "fixed": fixed}
     right = {name: is_right(questions, answers) for name, answers in both.items()}
     held = {name: np.array([each.num_held / each.num_valid for each in answers]) for name, answers in both.items()}
@@ -120,12 +113,7 @@ def _backgrounds(model: InProcess, num_questions: int) -> dict[str, Any]:
 def backgrounds(
     questions: Sequence[Question], own: Sequence[Answer], other: Sequence[Answer]
 ) -> dict[str, dict[str, float]]:
-    """How much another background changes, from answers to the same questions on two.
-
-    Returns:
-        Accuracy on each, `change` of the accuracy, and `differing`, the share of answers that are others; each with
-        its 95 % interval.
-    """
+    """Accuracy on each of two backgrounds, its `change`, and `differing`, the share of answers that are others."""
     on_own, on_other = is_right(questions, own), is_right(questions, other)
     differs = np.array([one.text != two.text for one, two in zip(own, other, strict=True)], float)
     found = {"own": on_own, "other": on_other, "change": on_other - on_own, "differing": differs}
@@ -200,11 +188,7 @@ def _default(model: InProcess, num_questions: int) -> dict[str, Any]:
 
 
 def best(tried: Sequence[dict[str, Any]]) -> str:
-    """The candidate whose worst kind loses least; of equal ones the first.
-
-    Args:
-        tried: candidates at one budget: name, and `changes` by kind.
-    """
+    """The name of the candidate whose worst kind loses least; of equal ones the first."""
     found: str = max(tried, key=lambda each: min(change["value"] for change in each["changes"].values()))["name"]
     return found
 
@@ -253,7 +237,7 @@ _BENCHMARKS: Final = {
 def main() -> None:
     """Ask, write, tell."""
     arguments = command_line(__doc__, "pictures", subject=[*_BENCHMARKS], questions=None, model=None)
-    model = loaded(arguments.model)
+    model = InProcess(load_model(ModelConfig(model=arguments.model, dtype="float32"), EngineConfig()))
     for name in arguments.subject:
         measure, table, num_questions = _BENCHMARKS[name]
         found = measure(model, int(arguments.questions or num_questions))

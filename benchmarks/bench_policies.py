@@ -196,7 +196,7 @@ def _share(row: dict[str, Any]) -> str:
 
 def main() -> None:
     """Time, write, tell."""
-    arguments = command_line(__doc__, "policies/speed.json", threads=1, bench_model=BENCH_MODEL, runs=3)
+    arguments = command_line(__doc__, "policies/speed.json", bench_model=BENCH_MODEL, runs=3)
     bench = _Bench(_load(bench_model(arguments.bench_model)), arguments.runs)
     rows: list[dict[str, Any]] = []
     for request in _requests():

@@ -15,11 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.held_out import bootstrap_of, held_out, is_right
-from benchmarks.ours import UNTRIMMED, encoded, recommended
+from benchmarks.ours import encoded, recommended
 from benchmarks.report import Columns, command_line, finish, noted, precision, tabulated
 from trimserve.api.trim import TrimRequest
 from trimserve.config import Dtype, EngineConfig, ModelConfig, Quantize
-from trimserve.evaluation.answers import Answer
+from trimserve.evaluation.answers import UNTRIMMED, Answer
 from trimserve.evaluation.dataset import Question
 from trimserve.evaluation.in_process import InProcess, prepare_question
 from trimserve.evaluation.metrics import kl_divergence
@@ -95,7 +95,7 @@ def table(report: dict[str, Any]) -> str:
 
 def main() -> None:
     """Measure and write."""
-    arguments = command_line(__doc__, "precision.json", threads=1, questions=1000)
+    arguments = command_line(__doc__, "precision.json", questions=1000)
     with held_out(arguments.questions) as questions:
         rows = _measure(questions)
     finish(arguments, {"model": "embedded", "num_questions": len(questions), "rows": rows})

@@ -4,11 +4,9 @@
 
 A self-attention layer of Llama-3.2-Vision 11B's geometry takes 2,048 rows, with our ops as the decoder uses them and
 with torch's. Then 1 to 8 prompts of 20 tokens are read, one by one and together, by the embedded model and `bench`.
-Both sides take turns, and must agree. Seconds are processor time of one thread, so that other work on the machine
-changes them little.
+Both sides take turns, and must agree.
 """
 
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import product
@@ -120,8 +118,8 @@ def _prompts(folder: Path, num_prompts: int, num_pairs: int) -> dict[str, Any]:
 
 
 def _compared(ours: Callable[[], Tensor], theirs: Callable[[], Tensor], num_pairs: int) -> dict[str, Any]:
-    """Processor time of both, and how many times as long the other takes."""
-    pairs = seconds_in_pairs(theirs, ours, num_pairs, clock=time.thread_time)
+    """Seconds of both, and how many times as long the other takes."""
+    pairs = seconds_in_pairs(theirs, ours, num_pairs)
     other_seconds, seconds = medians(pairs)
     return {"seconds": seconds, "other_seconds": other_seconds, **speedup(pairs)}
 

@@ -17,10 +17,11 @@ import torch
 from benchmarks.floor import Floor, StepShape
 from benchmarks.measure import stream, time_cold
 from benchmarks.models import BENCH_MODEL, bench_model
-from benchmarks.ours import SETTINGS, UNTRIMMED, Ours
+from benchmarks.ours import SETTINGS, Ours
 from benchmarks.report import Columns, command_line, finish, noted, origin, precision, tabulated
 from trimserve.api.prompt import TokenPrompt
 from trimserve.config import Dtype, Quantize
+from trimserve.evaluation.answers import UNTRIMMED
 from trimserve.model.interruptible import run_through
 from trimserve.trimming.plan import TrimPlan
 
@@ -34,13 +35,7 @@ Row = dict[str, Any]
 
 
 def measure(folder: Path, dtype: Dtype, runs: int) -> list[Row]:
-    """Every precision, step and prefills, in turns.
-
-    Args:
-        folder: of the checkpoint.
-        dtype: of everything that is not quantized.
-        runs: calls of each, at least 2.
-    """
+    """Every precision, step and prefills, in turns; a dtype is that of everything that is not quantized."""
     models = {quantize: Ours.load(folder, 1, dtype=dtype, quantize=quantize) for quantize in _QUANTIZE}
     read, read_bytes = stream("read")
     calls: dict[tuple[Quantize, int], Callable[[], Any]] = {}
@@ -106,7 +101,7 @@ def table(report: dict[str, Any]) -> str:
 
 def main() -> None:
     """Measure and write."""
-    arguments = command_line(__doc__, "quantized.json", threads=1, bench_model=BENCH_MODEL, runs=40)
+    arguments = command_line(__doc__, "quantized.json", bench_model=BENCH_MODEL, runs=40)
     folder = bench_model(arguments.bench_model)
     rows = [row for dtype in _DTYPES for row in measure(folder, dtype, arguments.runs)]
     finish(arguments, {"model": "bench", "rows": rows})

@@ -13,28 +13,27 @@ For each model, on the same number of threads and with the same requests:
 End tokens are ignored everywhere, so every answer has as many tokens. Results: `report.json` and `serve.png`.
 """
 
-import asyncio
 import random
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import asynccontextmanager
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any, Final
 
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.load import (
-    REPEATED_SHARE,
+    Ask,
     Exchange,
     Item,
     Kind,
     closed_loop,
     make_workload,
-    median_round,
     num_equal_answers,
     open_loop,
     picture_of,
@@ -45,11 +44,12 @@ from benchmarks.load import (
 from benchmarks.machine import memory_bytes
 from benchmarks.models import BENCH_MODEL, MODELS, UnderTest, under_test
 from benchmarks.ours import Asked, Ours, chat, recommended
-from benchmarks.report import INK, bare, command_line, finish, label_bars, markdown, origin
+from benchmarks.report import command_line, finish, markdown, origin
 from benchmarks.rival import Transformers, transformers_serve
-from benchmarks.service import GrpcTarget, running_server
+from benchmarks.service import asking, running_server
+from trimserve.client import Client
 from trimserve.config import EngineConfig, ModelConfig
-from trimserve.model.loading import load_model
+from trimserve.model.loading import describe_model, load_model
 from trimserve.process import ServerFailed
 
 __all__ = ["Plan", "draw", "main", "table"]
@@ -66,7 +66,7 @@ _NAMES: Final = {
     "transformers_serve": "`transformers serve`",
     "trimserve_open_loop": "trimserve, open loop",
 }
-_BLUE, _GREY = "#0a6fb8", "#a9b2bd"
+_FIRST: Final = "time_to_first_token_seconds"
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,20 +77,19 @@ class Plan:
     concurrency: int = 16
     """Clients of the closed loop, and requests of one of transformers' batches."""
     max_new_tokens: int = 128
-    repeated_share: float = REPEATED_SHARE
+    repeated_share: float = 0.5
+    """Of the images, as `make_workload` has it."""
     open_loop_load: float = 0.7
     """Rate of the open loop as a share of the rate that the closed loop reached."""
-    least_seconds: float = 8.0
-    """Of a closed loop, which is measured again until it comes to them."""
     num_probe_images: int = 3
     latency_rounds: int = 5
     num_threads: int = 1
     """Of one op, in every process; the load generator takes another core."""
 
 
-_PLANS: Final = {"embedded": Plan(64), "bench": Plan(16)}
+_PLANS: Final = {"embedded": Plan(192), "bench": Plan(16)}
 """One at a time, `bench` takes transformers ten seconds a request."""
-_QUICK: Final = Plan(6, concurrency=3, max_new_tokens=8, least_seconds=0.1, num_probe_images=1, latency_rounds=1)
+_QUICK: Final = Plan(6, concurrency=3, max_new_tokens=8, num_probe_images=1, latency_rounds=1)
 
 
 class _Comparison:
@@ -98,21 +97,21 @@ class _Comparison:
 
     def __init__(self, model: UnderTest, plan: Plan, rival_venv: str | None) -> None:
         self._model, self._plan, self._rival_venv = model, plan, rival_venv
-        self._tile_size = 0
-        self._items: tuple[Item, ...] = ()
+        config = ModelConfig(model=str(model.checkpoint))
+        self._tile_size = describe_model(config, EngineConfig()).tile_size
+        self._items = make_workload(plan.num_requests, self._tile_size)
         self._loads: dict[str, dict[str, Any]] = {}
 
-    async def run(self) -> dict[str, Any]:
+    def run(self) -> dict[str, Any]:
         """Everything, as plain data."""
-        async with self._serving(is_trimmed=True) as (target, _):
-            self._tile_size = await target.tile_size()
-        self._items = make_workload(self._plan.num_requests, self._tile_size)
-        await self._closed_loops("trimserve", is_trimmed=True)
-        probes = await self._probes()
-        untrimmed = await self._closed_loops("trimserve_untrimmed", is_trimmed=False)
-        exchanges = await self._transformers()
+        with self._serving(is_trimmed=True) as served:
+            self._closed_loop("trimserve", *served)
+        probes = self._probes()
+        with self._serving(is_trimmed=False) as served:
+            untrimmed = self._closed_loop("trimserve_untrimmed", *served)
+        exchanges = self._transformers()
         if self._rival_venv is not None:
-            await self._transformers_serve(Path(self._rival_venv))
+            self._transformers_serve(Path(self._rival_venv))
         return {
             "model": self._model.name,
             "max_kept_fraction": self._model.max_kept_fraction,
@@ -127,50 +126,40 @@ class _Comparison:
         self._loads[name] = load
         print(self._model.name, name, load, file=sys.stderr, flush=True)
 
-    @asynccontextmanager
-    async def _serving(self, *, is_trimmed: bool) -> AsyncIterator[tuple[GrpcTarget, int]]:
-        """A fresh server, which has seen no image yet: a client and the process id."""
-        with running_server(self._model.checkpoint, num_threads=self._plan.num_threads) as server:
-            trim = self._model.trim(is_on=is_trimmed)
-            async with GrpcTarget(server.address, max_new_tokens=self._plan.max_new_tokens, trim=trim) as target:
-                yield target, server.pid
+    @contextmanager
+    def _serving(self, *, is_trimmed: bool) -> Iterator[tuple[Ask, int]]:
+        """A fresh server, which has seen no image yet: what asks it, and its process id."""
+        with (
+            running_server(self._model.checkpoint, num_threads=self._plan.num_threads) as server,
+            Client(server.address) as client,
+        ):
+            yield asking(client, self._plan.max_new_tokens, self._model.trim(is_on=is_trimmed)), server.pid
 
-    async def _closed_loops(self, name: str, *, is_trimmed: bool) -> list[Exchange]:
-        """The same load on fresh servers until it was measured for long enough.
-
-        The median round counts, of an even number the slower one in the middle; one with errors counts at once.
-        """
-        rounds: list[dict[str, Any]] = []
-        exchanges: list[Exchange] = []
-        while sum(each["seconds"] for each in rounds) < self._plan.least_seconds:
-            async with self._serving(is_trimmed=is_trimmed) as (target, pid):
-                await target.ask(_WARM_UP)
-                exchanges = await closed_loop(target.ask, self._items, self._plan.concurrency)
-                rounds.append({**summary(exchanges), "peak_rss_bytes": memory_bytes(pid)})
-                if rounds[-1]["errors"]:
-                    break
-        self._loaded(name, median_round(rounds))
+    def _closed_loop(self, name: str, ask: Ask, pid: int) -> list[Exchange]:
+        ask(_WARM_UP)
+        exchanges = closed_loop(ask, self._items, self._plan.concurrency)
+        self._loaded(name, {**summary(exchanges), "peak_rss_bytes": memory_bytes(pid)})
         return exchanges
 
-    async def _probes(self) -> dict[str, Any]:
+    def _probes(self) -> dict[str, Any]:
         """The open loop, and what needs an idle server."""
         plan = self._plan
-        async with self._serving(is_trimmed=True) as (target, _):
+        with self._serving(is_trimmed=True) as (ask, _):
             rate = plan.open_loop_load * self._loads["trimserve"]["requests_per_second"]
             items = make_workload(plan.num_requests, self._tile_size, seed=1)
-            exchanges = await open_loop(target.ask, items, poisson_arrivals(plan.num_requests, rate))
+            exchanges = open_loop(ask, items, poisson_arrivals(plan.num_requests, rate))
             self._loaded("trimserve_open_loop", {"offered_requests_per_second": round(rate, 4), **summary(exchanges)})
-            images, latency = await self._repeated_images(target), await self._added_latency(target)
+            images, latency = self._repeated_images(ask), self._added_latency(ask)
         return {"repeated_images": images, "added_latency": latency}
 
-    async def _repeated_images(self, target: GrpcTarget) -> dict[str, Any]:
+    def _repeated_images(self, ask: Ask) -> dict[str, Any]:
         """Time to first token of a new image and of another question on it, one request at a time, by kind."""
         rng, number = random.Random(2), self._plan.num_probe_images
         found: dict[str, Any] = {}
         for kind in _PROBED:
             pictures = [picture_of(kind, rng, self._tile_size) for _ in range(number)]
             items = [Item(0, kind, question, (picture,)) for picture in pictures for question in _QUESTIONS]
-            waited = [each.time_to_first_token for each in await closed_loop(target.ask, items, 1)]
+            waited = [each.time_to_first_token for each in closed_loop(ask, items, 1)]
             first, repeated = median(waited[::2]), median(waited[1::2])
             found[kind] = {
                 "num_images": number,
@@ -180,21 +169,19 @@ class _Comparison:
             }
         return found
 
-    async def _added_latency(self, target: GrpcTarget) -> dict[str, Any]:
-        """Seconds per token through the service, at batch 1, beside the bare decode step of the same model.
+    def _added_latency(self, ask: Ask) -> dict[str, Any]:
+        """Seconds per token through the service at batch 1 beside the bare decode step of the same model, in turns.
 
-        Service and bare model take turns, so that a change in the machine's speed meets both. gRPC, scheduling,
-        sampling and detokenisation are in the difference. Medians of the rounds' means, because several tokens may
-        come in one message.
+        Medians of the rounds' means, because several tokens may come in one message.
         """
         item = next(item for item in self._items if item.kind == "four_tiles")
-        bare = await asyncio.to_thread(_bare_model, self._model, self._plan, item)
-        num_tokens = (await target.ask(item)).num_tokens  # also the first use of the image
+        bare = _bare_model(self._model, self._plan, item)
+        num_tokens = ask(item).num_tokens  # also the first use of the image
         served, steps = [], []
         for _ in range(self._plan.latency_rounds):
-            [exchange] = await closed_loop(target.ask, [item], 1)
+            [exchange] = closed_loop(ask, [item], 1)
             served.append(exchange.time_per_output_token)
-            steps.append(fmean(await asyncio.to_thread(bare, num_tokens - 1)))
+            steps.append(fmean(bare(num_tokens - 1)))
         service, step = median(served), median(steps)
         return {
             "rounds": self._plan.latency_rounds,
@@ -205,15 +192,14 @@ class _Comparison:
             "added_over_bare_step": round((service - step) / step, 4),
         }
 
-    async def _transformers(self) -> list[Exchange]:
+    def _transformers(self) -> list[Exchange]:
         """One at a time, then in batches."""
         with Transformers(self._model.checkpoint, **self._options) as rival:
-            pid = await rival.warm_up(self._items[0])
-            exchanges = await closed_loop(rival.ask, self._items, self._plan.concurrency)
-            self._loaded("transformers_sequential", {**summary(exchanges), "peak_rss_bytes": memory_bytes(pid)})
+            pid = rival.warm_up(self._items[0])
+            exchanges = self._closed_loop("transformers_sequential", rival.ask, pid)
             size, count = self._plan.concurrency, len(self._items)
             try:
-                seconds = sum([await rival.batch(self._items[first : first + size]) for first in range(0, count, size)])
+                seconds = sum(rival.batch(self._items[first : first + size]) for first in range(0, count, size))
                 rate = round(count * self._plan.max_new_tokens / seconds, 2)
                 batched = {"tokens_per_second": rate, "errors": [], "peak_rss_bytes": memory_bytes(pid)}
             except BrokenProcessPool as error:  # such as killed for its memory
@@ -221,15 +207,12 @@ class _Comparison:
             self._loaded("transformers_batched", batched)
         return exchanges
 
-    async def _transformers_serve(self, venv: Path) -> None:
+    def _transformers_serve(self, venv: Path) -> None:
         try:
             with transformers_serve(venv, self._model.checkpoint, **self._options) as (ask, pid):
-                await ask(self._items[0])
-                exchanges = await closed_loop(ask, self._items, self._plan.concurrency)
-                found = {**summary(exchanges), "peak_rss_bytes": memory_bytes(pid)}
+                self._closed_loop("transformers_serve", ask, pid)
         except (ServerFailed, OSError) as error:
-            found = {"errors": [str(error)]}
-        self._loaded("transformers_serve", found)
+            self._loaded("transformers_serve", {"errors": [str(error)]})
 
     @property
     def _options(self) -> dict[str, int]:
@@ -248,44 +231,32 @@ def _bare_model(model: UnderTest, plan: Plan, item: Item) -> Callable[[int], lis
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
-    """A picture with a row for each model: throughput, waiting, pace of the stream, and the cost of the service."""
+    """A picture with a row for each model: throughput, and waiting for the first token."""
     models = report["models"]
-    figure = Figure(figsize=(15, 0.6 + 3.3 * len(models)), dpi=150, layout="constrained")
-    for row, model in zip(figure.subplots(len(models), 4, squeeze=False), models, strict=True):
-        rates = f"{model['model']}: tokens per second, {model['plan']['concurrency']} clients"
-        for axes, title, form, *keys in (
-            (row[0], rates, "{:,.0f}", "tokens_per_second"),
-            (row[1], "time to first token, median", "{:.2g} s", "time_to_first_token_seconds", "p50"),
-            (row[2], "between two tokens, p99", "{:.2g} s", "inter_token_seconds", "p99"),
-        ):
-            loads = {_NAMES[name]: load for name, load in model["loads"].items() if name != "trimserve_open_loop"}
-            found = {name.strip("`").replace(", ", ",\n"): _figure(load, *keys) for name, load in loads.items()}
-            bars = {name: value for name, value in found.items() if value}
-            label_bars(axes, bars, [_BLUE if name.startswith("trimserve") else _GREY for name in bars], form)
-            bare(axes, title)
-        images, latency = model["repeated_images"]["four_tiles"], model["added_latency"]
-        bars = {
-            "first token,\nnew image": images["first_seconds"] * 1e3,
-            "the same image\nagain": images["repeated_seconds"] * 1e3,
-            "a token\nthrough gRPC": latency["service_seconds_per_token"] * 1e3,
-            "bare decode\nstep": latency["bare_step_seconds"] * 1e3,
-        }
-        label_bars(row[3], bars, [_BLUE, _BLUE, _BLUE, _GREY], "{:,.1f} ms")
-        row[3].set_xscale("log")
-        row[3].set_xlim(min(bars.values()) / 4, 4 * max(bars.values()))
-        bare(row[3], "one request at a time, 4 tiles (log scale)")
-    figure.suptitle(f"{origin(report)} Same requests, same dtype, one run.", color=INK, fontsize=11)
+    figure = Figure(figsize=(11, 0.6 + 2.5 * len(models)), dpi=150, layout="constrained")
+    for row, model in zip(figure.subplots(len(models), 2, squeeze=False), models, strict=True):
+        loads = [(_NAMES[name].strip("`"), load) for name, load in model["loads"].items() if "open_loop" not in name]
+        rates = {name: load["tokens_per_second"] for name, load in loads if "tokens_per_second" in load}
+        waits = {name: load[_FIRST]["p50"] for name, load in loads if load.get(_FIRST)}
+        _bars(row[0], f"{model['model']}: tokens per second, {model['plan']['concurrency']} clients", rates, "{:,.0f}")
+        _bars(row[1], "seconds to the first token, median", waits, "{:.2g}")
+    figure.suptitle(f"{origin(report)} Same requests, same dtype, one run.", fontsize=9)
     figure.savefig(path)
 
 
-def _figure(load: dict[str, Any], name: str, point: str = "") -> Any:
-    found = load.get(name)
-    return found[point] if found and point else found
+def _bars(axes: Axes, title: str, values: dict[str, float], form: str) -> None:
+    colours = ["#0a6fb8" if name.startswith("trimserve") else "#a9b2bd" for name in values]
+    axes.bar_label(axes.barh([*values], [*values.values()], color=colours), fmt=form, padding=3)
+    axes.set_title(title, loc="left", fontsize=10)
+    axes.invert_yaxis()
+    axes.margins(x=0.25)
+    axes.set_xticks([])
+    axes.spines[["top", "right", "bottom"]].set_visible(False)
 
 
 def table(report: dict[str, Any]) -> str:
     """Rates and latencies under load by target, and the probes of an idle server, as Markdown."""
-    picture = "![tokens per second, waiting and pace by target](../benchmarks/results/serve/serve.png)"
+    picture = "![tokens per second and waiting by target](../benchmarks/results/serve/serve.png)"
     return "\n\n".join([picture, *(_table_of_model(model) for model in report["models"]), origin(report)])
 
 
@@ -326,9 +297,9 @@ def main() -> None:
     arguments = command_line(__doc__, "serve", bench_model=BENCH_MODEL, models=[*MODELS], rival_venv=None, quick=False)
     models = []
     for name in arguments.models:
-        plan = _QUICK if arguments.quick else _PLANS[name]
+        plan = replace(_QUICK if arguments.quick else _PLANS[name], num_threads=arguments.threads)
         comparison = _Comparison(under_test(name, arguments.bench_model), plan, arguments.rival_venv)
-        models.append(asyncio.run(comparison.run()))
+        models.append(comparison.run())
     report = finish(arguments, {"models": models}, "report.json")
     draw(report, arguments.out / "serve.png")
     print(table(report), file=sys.stderr)

@@ -14,6 +14,7 @@ its weights are changed, not its shape: after a token comes the next one of the 
 - `forced`: a constraint leaves no choice.
 """
 
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from statistics import median
@@ -21,10 +22,10 @@ from typing import Any, Final
 
 import torch
 
-from benchmarks.driven import UNCUT, Driven
 from benchmarks.measure import in_pairs, medians, speedup
 from benchmarks.models import BENCH_MODEL, bench_model
 from benchmarks.report import Columns, command_line, finish, noted, origin, tabulated, times
+from tests.engine.stepping import make_engine, start, tokens
 from trimserve.api.constraint import Regex
 from trimserve.api.prompt import TokenPrompt
 from trimserve.api.request import GenerationRequest
@@ -38,6 +39,8 @@ __all__ = ["main", "table"]
 
 _FIRST: Final = 1000
 """Token from which prompts count; those before it include all that are special."""
+_UNCUT: Final = 1e6
+"""Seconds that no prefill takes, so every one runs in one piece."""
 _SHARPNESS: Final = 0.05
 """Of `lm_head`: the next token's logit is 26 above the others', whose standard deviation is 1."""
 
@@ -104,27 +107,26 @@ class _Engine:
     """An engine that is measured, with drafts or without."""
 
     def __init__(self, model: Mllama, *, speculation: bool) -> None:
-        self.driven = Driven(model, on_step=self._saw_step, speculation=speculation, prefill_slice_seconds=UNCUT)
+        self.engine = make_engine(model, speculation=speculation, prefill_slice_seconds=_UNCUT)
         self.num_steps: list[int] = []
-        """Of each answer."""
+        """Of each batch."""
         self.answers: list[list[list[int]]] = []
-
-    def _saw_step(self, num_sequences: int, seconds: float) -> None:  # noqa: ARG002  # as a listener has them
-        self.num_steps[-1] += 1
 
     def answer(self, case: _Case, num_tokens: int, first: int) -> float:
         """Answer a batch of requests; tokens a second of its decode steps."""
-        self.num_steps.append(0)
-        outputs = [self.driven.begin(case.request(first + each, num_tokens)) for each in range(case.batch)]
-        while not all(output.arrivals for output in outputs):  # a step reads all prompts that there are places for
-            self.driven.step()
-        num_before = sum(len(output.token_ids) for output in outputs)
-        began, self.num_steps[-1] = self.driven.clock(), 0
-        while self.driven.engine.has_work:
-            self.driven.step()
-        seconds = self.driven.clock() - began
-        self.answers.append([output.token_ids for output in outputs])
-        return (sum(len(output.token_ids) for output in outputs) - num_before) / seconds
+        asked = [start(self.engine, case.request(first + each, num_tokens)) for each in range(case.batch)]
+        outputs = [output for _, output in asked]
+        while not all(map(tokens, outputs)):  # a step reads all prompts that there are places for
+            self.engine.step()
+        num_before, num_steps = sum(len(tokens(output)) for output in outputs), 0
+        began = time.thread_time()
+        while self.engine.has_work:
+            self.engine.step()
+            num_steps += 1
+        seconds = time.thread_time() - began
+        self.num_steps.append(num_steps)
+        self.answers.append([tokens(output) for output in outputs])
+        return (sum(map(len, self.answers[-1])) - num_before) / seconds
 
 
 @torch.inference_mode()
@@ -150,7 +152,7 @@ def _measure(model: Mllama, case: _Case, num_tokens: int, num_pairs: int) -> dic
         raise AssertionError(f"{case.name}: drafts changed an answer")
     with_drafts, without = medians(pairs, 2)
     steps = [on / max(1, off) for off, on in zip(plain.num_steps, speculative.num_steps, strict=True)]
-    speculation = speculative.driven.engine.speculation
+    speculation = speculative.engine.speculation
     return {
         "case": case.name,
         "batch": case.batch,

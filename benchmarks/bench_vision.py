@@ -68,7 +68,7 @@ class _Layers:
 
         difference = (ours().float() - theirs()[0, order].float()).square().mean().sqrt().item()
         assert difference <= _MOST_DIFFERENCE[self._dtype], difference
-        pairs = seconds_in_pairs(theirs, ours, runs, warm_up=False)
+        pairs = seconds_in_pairs(theirs, ours, runs)
         their_seconds, seconds = medians(pairs)
         return {
             "dtype": str(self._dtype).removeprefix("torch."),

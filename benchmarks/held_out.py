@@ -9,23 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from training.heldout import write_held_out
-from trimserve.config import EngineConfig, ModelConfig
 from trimserve.evaluation.answers import Answer
 from trimserve.evaluation.dataset import Question, load_questions
-from trimserve.evaluation.in_process import InProcess
 from trimserve.evaluation.metrics import Bootstrap, is_match
-from trimserve.model.loading import load_model
 
-__all__ = ["bootstrap_of", "held_out", "is_right", "loaded"]
-
-
-def loaded(model: str | None = None) -> InProcess:
-    """A model in float32.
-
-    Args:
-        model: folder; None is the embedded model.
-    """
-    return InProcess(load_model(ModelConfig(model=model, dtype="float32"), EngineConfig()))
+__all__ = ["bootstrap_of", "held_out", "is_right"]
 
 
 @contextmanager

@@ -4,11 +4,11 @@ As fast as some clients can (closed loop), or as independent clients come (open 
 asked; it stamps each message that brings tokens. All times are `time.monotonic()`, which processes share.
 """
 
-import asyncio
 import io
 import random
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any, Final, Literal
@@ -17,7 +17,6 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 __all__ = [
-    "REPEATED_SHARE",
     "Answer",
     "Ask",
     "Exchange",
@@ -26,7 +25,6 @@ __all__ = [
     "closed_loop",
     "draw_picture",
     "make_workload",
-    "median_round",
     "num_equal_answers",
     "open_loop",
     "percentiles",
@@ -38,9 +36,6 @@ __all__ = [
 
 Kind = Literal["four_tiles", "one_tile", "text"]
 """Tiles of an item's image, or none."""
-
-REPEATED_SHARE: Final = 0.5
-"""Every second item of a kind shows an image that an earlier one showed."""
 
 _SHARES: Final[dict[Kind, float]] = {"four_tiles": 0.5, "one_tile": 0.25}
 """Of the items; the others are text."""
@@ -54,8 +49,6 @@ _SENTENCES: Final = (
     "If you cannot tell, say so.",
     "Begin with the thing that is closest to the middle.",
 )
-_DIGITS = 5
-"""Of seconds: 10 microseconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +63,7 @@ class Item:
 
 
 def make_workload(num_requests: int, tile_size: int, seed: int = 0) -> tuple[Item, ...]:
-    """The items in the order in which they are sent.
+    """The items in the order in which they are sent; every second one of a kind shows an image that was shown before.
 
     Args:
         num_requests: how many.
@@ -136,8 +129,8 @@ class Answer:
     """Why there is no answer."""
 
 
-Ask = Callable[[Item], Awaitable[Answer]]
-"""Sends one item; returns when all is said, also when it is an error."""
+Ask = Callable[[Item], Answer]
+"""Sends one item, in any thread; returns when all is said, also when it is an error."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,38 +158,30 @@ class Exchange:
         return (self.answer.arrivals[-1] - self.answer.arrivals[0]) / (self.answer.num_tokens - 1)
 
 
-async def closed_loop(ask: Ask, items: Iterable[Item], concurrency: int) -> list[Exchange]:
-    """Let some clients share the items; each sends its next one when it has its answer.
-
-    Returns:
-        Exchanges in the order of the items.
-    """
-    waiting = iter(items)
-
-    async def client() -> list[Exchange]:
-        return [await _exchange(ask, item, time.monotonic()) for item in waiting]
-
-    groups = await asyncio.gather(*(client() for _ in range(concurrency)))
-    return sorted((each for group in groups for each in group), key=lambda exchange: exchange.item.index)
+def closed_loop(ask: Ask, items: Iterable[Item], concurrency: int) -> list[Exchange]:
+    """Let some clients share the items; each sends its next one when it has its answer."""
+    with ThreadPoolExecutor(concurrency) as clients:
+        return list(clients.map(lambda item: _exchange(ask, item, time.monotonic()), items))
 
 
-async def open_loop(ask: Ask, items: Sequence[Item], arrivals: Sequence[float]) -> list[Exchange]:
+def open_loop(ask: Ask, items: Sequence[Item], arrivals: Sequence[float]) -> list[Exchange]:
     """Send each item at its time, in seconds from now, whatever became of those before it.
 
     Waiting counts from the time an item was due, so a load generator that falls behind cannot hide it.
     """
     start = time.monotonic()
 
-    async def client(item: Item, due: float) -> Exchange:
-        await asyncio.sleep(due - time.monotonic())
-        return await _exchange(ask, item, due)
+    def client(item: Item, arrival: float) -> Exchange:
+        due = start + arrival
+        time.sleep(max(0.0, due - time.monotonic()))
+        return _exchange(ask, item, due)
 
-    clients = (client(item, start + arrival) for item, arrival in zip(items, arrivals, strict=True))
-    return list(await asyncio.gather(*clients))
+    with ThreadPoolExecutor(len(items)) as clients:
+        return list(clients.map(client, items, arrivals))
 
 
-async def _exchange(ask: Ask, item: Item, sent: float) -> Exchange:
-    answer = await ask(item)
+def _exchange(ask: Ask, item: Item, sent: float) -> Exchange:
+    answer = ask(item)
     return Exchange(item, sent, time.monotonic(), answer)
 
 
@@ -206,7 +191,7 @@ def percentiles(samples: Iterable[float]) -> dict[str, float] | None:
     if not values:
         return None
     found = np.percentile(values, (50, 90, 99))
-    return {name: round(float(value), _DIGITS) for name, value in zip(("p50", "p90", "p99"), found, strict=True)}
+    return {name: round(float(value), 5) for name, value in zip(("p50", "p90", "p99"), found, strict=True)}
 
 
 def summary(exchanges: Sequence[Exchange]) -> dict[str, Any]:
@@ -230,18 +215,6 @@ def summary(exchanges: Sequence[Exchange]) -> dict[str, Any]:
         "inter_token_seconds": percentiles(gap for each in answered for gap in each.gaps),
         "duration_seconds": percentiles(each.finished - each.sent for each in answered),
     }
-
-
-def median_round(rounds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The summary that stands for several of the same load.
-
-    Returns:
-        The last one if that has errors, else the median by rate, of an even number the slower one in the middle; and
-        the rates of all.
-    """
-    ordered = sorted(rounds, key=lambda each: each["tokens_per_second"])
-    chosen = rounds[-1] if rounds[-1]["errors"] else ordered[(len(ordered) - 1) // 2]
-    return {**chosen, "tokens_per_second_of_rounds": [each["tokens_per_second"] for each in ordered]}
 
 
 def num_equal_answers(ours: Sequence[Exchange], theirs: Sequence[Exchange]) -> int:

@@ -6,14 +6,13 @@ Everything happens on the device where new tensors are made.
 import ctypes
 import gc
 import os
-import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from math import inf
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from benchmarks.machine import memory_bytes
@@ -47,58 +46,48 @@ _LEAST, _MOST = 3, 200
 _NUM_RESAMPLED = 2000
 
 
-def seconds_of(call: Call, clock: Callable[[], float] = time.perf_counter) -> float:
+def seconds_of(call: Call) -> float:
     """How long a call takes."""
-    start = clock()
+    start = time.perf_counter()
     call()
-    return clock() - start
+    return time.perf_counter() - start
 
 
 def spread(samples: Sequence[float], digits: int = 4) -> dict[str, float]:
-    """Median, 10th and 90th percentile; all the same for a single sample."""
-    deciles = statistics.quantiles(samples, n=10, method="inclusive") if len(samples) > 1 else [*samples] * 9
-    return {"median": round(deciles[4], digits), "p10": round(deciles[0], digits), "p90": round(deciles[-1], digits)}
+    """Median, 10th and 90th percentile."""
+    found = np.percentile(samples, (50, 10, 90))
+    return {name: round(float(value), digits) for name, value in zip(("median", "p10", "p90"), found, strict=True)}
 
 
 def interval(ratios: Sequence[float]) -> tuple[float, float]:
-    """95 % interval of the median of some ratios, at least two, by bootstrap."""
-    rng = random.Random(0)
-    resampled = sorted(statistics.median(rng.choices(ratios, k=len(ratios))) for _ in range(_NUM_RESAMPLED))
-    return round(resampled[_NUM_RESAMPLED // 40], 4), round(resampled[-_NUM_RESAMPLED // 40 - 1], 4)
+    """95 % interval of the median of some ratios by bootstrap."""
+    resampled = np.random.default_rng(0).choice(ratios, (_NUM_RESAMPLED, len(ratios)))
+    low, high = np.percentile(np.median(resampled, axis=1), (2.5, 97.5))
+    return round(float(low), 4), round(float(high), 4)
 
 
-def in_pairs(
-    one: Callable[[int], float], other: Callable[[int], float], num_pairs: int, *, warm_up: bool = True
-) -> list[tuple[float, float]]:
+def in_pairs(one: Callable[[int], float], other: Callable[[int], float], num_pairs: int) -> list[tuple[float, float]]:
     """Figures of two that are measured back to back, so that both meet the same moments of the machine.
 
     Args:
-        one: gives a figure; gets the number of the pair, from 0.
+        one: gives a figure; gets the number of the pair: 0 warms up and does not count.
         other: the same; it is first in every second pair.
-        num_pairs: at least 2, beside the one that warms up.
-        warm_up: whether a pair is measured first that does not count; numbers then begin with 1.
+        num_pairs: at least 1, beside the one that warms up.
     """
     pairs = []
-    for number in range(num_pairs + warm_up):
+    for number in range(num_pairs + 1):
         if number % 2:
             found = one(number), other(number)
         else:
             second = other(number)
             found = one(number), second
         pairs.append(found)
-    return pairs[int(warm_up) :]
+    return pairs[1:]
 
 
-def seconds_in_pairs(
-    one: Call,
-    other: Call,
-    num_pairs: int,
-    *,
-    warm_up: bool = True,
-    clock: Callable[[], float] = time.perf_counter,
-) -> list[tuple[float, float]]:
+def seconds_in_pairs(one: Call, other: Call, num_pairs: int) -> list[tuple[float, float]]:
     """Seconds of two calls; see `in_pairs`."""
-    return in_pairs(lambda _: seconds_of(one, clock), lambda _: seconds_of(other, clock), num_pairs, warm_up=warm_up)
+    return in_pairs(lambda _: seconds_of(one), lambda _: seconds_of(other), num_pairs)
 
 
 def medians(pairs: Sequence[tuple[float, float]], digits: int = 5) -> tuple[float, float]:
@@ -121,30 +110,30 @@ def time_calls(call: Call, seconds: float) -> dict[str, float]:
 
 def time_in_turns(calls: Sequence[Call], seconds: float) -> list[dict[str, float]]:
     """The same of several that take turns: what else the machine does meanwhile slows all of them."""
-    return _take_turns(calls, lambda call: seconds_of(call) * 1e3, (_LEAST, _MOST), seconds, inf)
+    samples: list[list[float]] = [[] for _ in calls]
+    for call in calls:
+        call()
+    end = time.perf_counter() + seconds
+    for num_turns in range(_MOST):
+        if num_turns >= _LEAST and time.perf_counter() >= end:
+            break
+        for call, milliseconds in zip(calls, samples, strict=True):
+            milliseconds.append(seconds_of(call) * 1e3)
+    return [spread(milliseconds) for milliseconds in samples]
 
 
 def time_cold(calls: Sequence[Call], runs: int) -> list[dict[str, float]]:
-    """Milliseconds of `runs` calls of each, at least 2, in turns, each after the caches were flushed.
+    """Milliseconds of `runs` calls of each in turns, each after the caches were flushed.
 
     Calls that take a tenth of a second are timed five times at most.
     """
     timer = _gpu_timer() if _is_gpu() else _cpu_timer()
-    return _take_turns(calls, timer, (runs, runs), 0, _SLOW_MILLISECONDS)
-
-
-def _take_turns(
-    calls: Sequence[Call], timer: Callable[[Call], float], turns: tuple[int, int], seconds: float, slow: float
-) -> list[dict[str, float]]:
     samples: list[list[float]] = [[] for _ in calls]
     for call in calls:
         call()
-    end, (least, most) = time.perf_counter() + seconds, turns
-    for num_turns in range(most):
-        if num_turns >= least and time.perf_counter() >= end:
-            break
+    for turn in range(runs):
         for call, milliseconds in zip(calls, samples, strict=True):
-            if num_turns < _FEW_RUNS or milliseconds[0] < slow:
+            if turn < _FEW_RUNS or milliseconds[0] < _SLOW_MILLISECONDS:
                 milliseconds.append(timer(call))
     return [spread(milliseconds) for milliseconds in samples]
 

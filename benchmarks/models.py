@@ -31,6 +31,7 @@ __all__ = [
     "GEOMETRY",
     "MODELS",
     "REAL_SIZE_MODEL",
+    "ROPE",
     "UnderTest",
     "bench_model",
     "draw_weights",
@@ -60,7 +61,7 @@ _NAMES_OF_META: Final = {
     "model.vision_model.": "vision_model.",
     "model.multi_modal_projector.": "multi_modal_projector.",
 }
-_ROPE: Final = {
+ROPE: Final = {
     "rope_type": "llama3",
     "rope_theta": 500_000.0,
     "factor": 8.0,
@@ -68,7 +69,9 @@ _ROPE: Final = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
-_REAL_SIZE: Final = {"text_config": {"rope_parameters": _ROPE}, "vision_config": {}, "trim": {"k_ratio": 0.2}}
+"""How the 11B model's positions are scaled."""
+
+_REAL_SIZE: Final = {"text_config": {"rope_parameters": ROPE}, "vision_config": {}, "trim": {"k_ratio": 0.2}}
 """For the rest transformers' defaults are the 11B model's."""
 
 
@@ -89,12 +92,7 @@ class UnderTest:
 
 
 def under_test(name: str, folder: Path) -> UnderTest:
-    """One of `MODELS`.
-
-    Args:
-        name: which.
-        folder: of `bench`, which is written if it is not there.
-    """
+    """One of `MODELS`; `bench` is written to a folder if it is not there."""
     if name == "embedded":
         return UnderTest(name, embedded_model_folder(), None)
     return UnderTest(name, bench_model(folder), max_kept_fraction())
@@ -107,12 +105,7 @@ def max_kept_fraction() -> float:
 
 
 def bench_model(folder: Path, narrower: int = 1) -> Path:
-    """The folder of `bench`, which is written if it is not there.
-
-    Args:
-        folder: of the checkpoint.
-        narrower: what its widths are divided by, for a guide.
-    """
+    """The folder of `bench`, which is written if it is not there; a guide's widths are divided by `narrower`."""
     if not (folder / "config.json").exists():
         geometry = read_json(GEOMETRY)
         for part, name in product(("vision_config", "text_config"), _WIDTHS):
@@ -123,13 +116,7 @@ def bench_model(folder: Path, narrower: int = 1) -> Path:
 
 
 def write_real_size_model(folder: Path, geometry: dict[str, Any] = _REAL_SIZE, shard_bytes: int = _SHARD_BYTES) -> None:
-    """Write the large checkpoint in bfloat16, a shard at a time, so that it takes little memory.
-
-    Args:
-        folder: made if it is not there.
-        geometry: `text_config`, `vision_config` and `trim`, of another model for tests.
-        shard_bytes: of a file, at most.
-    """
+    """Write the large checkpoint in bfloat16, a shard at a time, so that it takes little memory."""
     _write_model(folder, geometry, torch.bfloat16, shard_bytes)
 
 

@@ -1,14 +1,13 @@
 """What is timed: each op at the geometry of Llama-3.2-Vision 11B beside what a PyTorch user would write.
 
-Attention also at the heads of `bench_geometry.json`, the model whose decode steps are measured. A case is made only
-after the op was found equal to its reference.
+A case is made only after the op was found equal to its reference.
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -34,17 +33,7 @@ _SHAPE = (_ROWS, _FEATURES, _HEADS, _KV_HEADS, _HEAD_DIM, _PICKS, _BATCH)
 GEOMETRY: Final = dict(zip(("T", "N", "H", "Hkv", "Dh", "K", "B"), _SHAPE, strict=True))
 
 
-class _Heads(NamedTuple):
-    """Of an attention."""
-
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-
-
 _VISION_ROWS, _PROMPT_ROWS = 4 * 1608, 2048
-_HEADS_VISION = _Heads(16, 16, 80)
-_HEADS_11B, _HEADS_BENCH = _Heads(_HEADS, _KV_HEADS, _HEAD_DIM), _Heads(16, 4, 64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,22 +83,13 @@ def make_cases(dtype: torch.dtype) -> Iterator[Case]:
     draw = _Drawn(dtype)
     yield from _selection_cases(draw)
     yield from _writing_cases(draw)
-    for length in (_FEATURES // 2, _FEATURES):
-        yield _paged_attention_case(draw, _HEADS_11B, _BATCH, length)
     for batch, length in product((1, _BATCH), (_TEXT_LENGTH, _FEATURES // 2)):
-        yield _paged_attention_case(draw, _HEADS_BENCH, batch, length)
+        yield _paged_attention_case(draw, batch, length)
     if torch.get_default_device().type == "cpu":  # of ops that have no CUDA kernel
-        yield _attention_case(draw, _HEADS_VISION, _VISION_ROWS, is_causal=False)
-        yield _attention_case(draw, _HEADS_11B, _PROMPT_ROWS, is_causal=True)
-        # Rows of decode steps, and at and beyond the limits of model/projection.py.
-        for num_rows, int8 in product((1, _BATCH, 2 * _BATCH), (False, True)):
+        yield _attention_case(draw, (_VISION_ROWS, 16, 16, 80), is_causal=False)
+        yield _attention_case(draw, (_PROMPT_ROWS, _HEADS, _KV_HEADS, _HEAD_DIM), is_causal=True)
+        for num_rows, int8 in product((1, _BATCH, 4 * _BATCH), (False, True)):
             yield _linear_case(draw, num_rows, int8=int8)
-        if dtype == torch.float32:
-            for int8 in (False, True):
-                yield _linear_case(draw, 512, _HEADS * _HEAD_DIM // 4, int8=int8)  # so that it takes no minutes
-        else:
-            for num_rows, int8 in product((4 * _BATCH, 6 * _BATCH, 8 * _BATCH), (False, True)):
-                yield _linear_case(draw, num_rows, int8=int8)
 
 
 def _on_huge_pages(tensor: Tensor) -> Tensor:
@@ -135,22 +115,13 @@ def _selection_cases(draw: _Drawn) -> Iterator[Case]:
     kept, _ = ops.union_indices(picks, _FEATURES)
     assert torch.equal(kept, reference.union_indices(picks, _FEATURES)[0])
     assert torch.equal(kept, ops.select_features(*picked)[0])
-    of_all, top = scores.nbytes, partial(scores.topk, _PICKS)
-    yield Case(
-        "headwise_topk", "", scores.dtype, picked, "topk + sort", lambda: top().indices.sort(), of_all + picks.nbytes
-    )
-    yield Case(
-        "union_indices", "", scores.dtype, (picks, _FEATURES), "unique", picks.unique, picks.nbytes + kept.nbytes
-    )
-    yield Case(
-        "select_features",
-        "",
-        scores.dtype,
-        picked,
-        "topk + unique",
-        lambda: top().indices.unique(),
-        of_all + kept.nbytes,
-    )
+    top = partial(scores.topk, _PICKS)
+    for op, given, named, in_torch, moved in (
+        ("headwise_topk", picked, "topk + sort", lambda: top().indices.sort(), scores.nbytes + picks.nbytes),
+        ("union_indices", (picks, _FEATURES), "unique", picks.unique, picks.nbytes + kept.nbytes),
+        ("select_features", picked, "topk + unique", lambda: top().indices.unique(), scores.nbytes + kept.nbytes),
+    ):
+        yield Case(op, "", scores.dtype, given, named, in_torch, moved)
 
 
 def _scores_in_torch(q: Tensor, k: Tensor) -> Tensor:
@@ -182,63 +153,22 @@ def _writing_cases(draw: _Drawn) -> Iterator[Case]:
         yield case
 
 
-def _paged_attention_case(draw: _Drawn, heads: _Heads, batch: int, length: int) -> Case:
+def _paged_attention_case(draw: _Drawn, batch: int, length: int) -> Case:
     per_sequence = -(-length // PAGE_POSITIONS)
-    q = draw(batch, heads.num_heads, heads.head_dim)
-    pages = _on_huge_pages(draw(batch * per_sequence, 1, 2, heads.num_kv_heads, PAGE_POSITIONS, heads.head_dim))
+    q = draw(batch, _HEADS, _HEAD_DIM)
+    pages = _on_huge_pages(draw(batch * per_sequence, 1, 2, _KV_HEADS, PAGE_POSITIONS, _HEAD_DIM))
     tables = draw.order(len(pages), torch.int32).view(batch, per_sequence)
-    arguments = (q, pages, 0, tables, torch.full((batch,), length, dtype=torch.int32), heads.head_dim**-0.5)
+    arguments = (q, pages, 0, tables, torch.full((batch,), length, dtype=torch.int32), _SCALE)
     attended = ops.paged_attention(*arguments)
-    first = (q[:1], pages, 0, tables[:1], arguments[4][:1], arguments[5])
+    first = (q[:1], pages, 0, tables[:1], arguments[4][:1], _SCALE)
     torch.testing.assert_close(attended[:1], reference.paged_attention(*first), **PAGED_ATTENTION[draw.dtype])
     # The same keys and values as transformers caches them, [B, Hkv, length, Dh].
     together = pages[tables.long(), 0].permute(2, 0, 3, 1, 4, 5).flatten(3, 4)[..., :length, :].contiguous()
     in_torch = partial(_attention_in_torch, q, *together)
     torch.testing.assert_close(in_torch(), attended, rtol=1e-2, atol=1e-2)
-    detail = f"length {length}" + (f", batch {batch} of bench" if heads is _HEADS_BENCH else "")
+    detail = f"length {length}, batch {batch}"
     floor: Floor | None = "read" if length > _TEXT_LENGTH else None  # so few bytes take less time than the call
     return Case("paged_attention", detail, draw.dtype, arguments, "repeat_kv + sdpa", in_torch, together.nbytes, floor)
-
-
-def _attention_case(draw: _Drawn, heads: _Heads, num_rows: int, *, is_causal: bool) -> Case:
-    """The vision encoder of an image of four tiles, or a prompt."""
-    q = draw(num_rows, heads.num_heads, heads.head_dim)
-    k, v = draw(2, num_rows, heads.num_kv_heads, heads.head_dim)
-    rows = torch.arange(num_rows, dtype=torch.int32)
-    ends = rows + 1 if is_causal else torch.full_like(rows, num_rows)
-    visibility = torch.stack([torch.zeros_like(rows), ends], dim=1)
-    arguments = (q, k, v, visibility, heads.head_dim**-0.5)
-    some = torch.randint(num_rows, (16,), generator=draw.generator)
-    expected, _ = reference.attention(q[some], k, v, visibility[some], arguments[4])
-    torch.testing.assert_close(ops.attention(*arguments)[0][some], expected, **MANY_ROWS_ATTENTION[draw.dtype])
-    queries, keys, values = (part.transpose(0, 1)[None].contiguous() for part in (q, k, v))
-    has_groups = heads.num_heads != heads.num_kv_heads
-    in_torch = partial(
-        F.scaled_dot_product_attention, queries, keys, values, is_causal=is_causal, enable_gqa=has_groups
-    )
-    detail = f"{num_rows} rows of a {'prompt' if is_causal else 'vision encoder'}"
-    num_bytes = 2 * q.nbytes + k.nbytes + v.nbytes
-    return Case("attention", detail, draw.dtype, arguments, "sdpa", in_torch, num_bytes)
-
-
-def _linear_case(draw: _Drawn, num_rows: int, size: int = _HEADS * _HEAD_DIM, *, int8: bool = False) -> Case:
-    """int8 beside what model/projection.py does on a GPU."""
-    x, weight = draw(num_rows, size), draw(size, size)
-    arguments = (x, *(to_int8(weight) if int8 else (_on_huge_pages(weight),)))
-    outputs = ops.linear(*arguments)
-    torch.testing.assert_close(
-        outputs, reference.linear(*arguments), **(LINEAR_QUANTIZED if int8 else LINEAR)[draw.dtype]
-    )
-    return Case(
-        "linear",
-        f"{num_rows} rows of {size}{', int8 weights' if int8 else ''}",
-        draw.dtype,
-        arguments,
-        "weights made floats + linear" if int8 else "linear",
-        partial(multiply_int8 if int8 else F.linear, *arguments),
-        sum(tensor.nbytes for tensor in (*arguments, outputs)),
-        "read" if num_rows == 1 else None,
-    )
 
 
 def _attention_in_torch(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
@@ -247,3 +177,40 @@ def _attention_in_torch(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     keys, values = repeat_kv(keys, group), repeat_kv(values, group)
     attended: Tensor = F.scaled_dot_product_attention(q[:, :, None], keys, values)
     return attended[:, :, 0]
+
+
+def _attention_case(draw: _Drawn, shape: tuple[int, int, int, int], *, is_causal: bool) -> Case:
+    """The vision encoder of an image of four tiles, or a prompt; a shape is (T, H, Hkv, Dh)."""
+    num_rows, num_heads, num_kv_heads, head_dim = shape
+    q = draw(num_rows, num_heads, head_dim)
+    k, v = draw(2, num_rows, num_kv_heads, head_dim)
+    rows = torch.arange(num_rows, dtype=torch.int32)
+    ends = rows + 1 if is_causal else torch.full_like(rows, num_rows)
+    visibility = torch.stack([torch.zeros_like(rows), ends], dim=1)
+    arguments = (q, k, v, visibility, head_dim**-0.5)
+    some = torch.randint(num_rows, (16,), generator=draw.generator)
+    expected, _ = reference.attention(q[some], k, v, visibility[some], arguments[4])
+    torch.testing.assert_close(ops.attention(*arguments)[0][some], expected, **MANY_ROWS_ATTENTION[draw.dtype])
+    queries, keys, values = (part.transpose(0, 1)[None].contiguous() for part in (q, k, v))
+    has_groups = num_heads != num_kv_heads
+    in_torch = partial(
+        F.scaled_dot_product_attention, queries, keys, values, is_causal=is_causal, enable_gqa=has_groups
+    )
+    detail = f"{num_rows} rows of a {'prompt' if is_causal else 'vision encoder'}"
+    return Case("attention", detail, draw.dtype, arguments, "sdpa", in_torch, 2 * q.nbytes + k.nbytes + v.nbytes)
+
+
+def _linear_case(draw: _Drawn, num_rows: int, *, int8: bool) -> Case:
+    """int8 beside what model/projection.py does on a GPU."""
+    size = _HEADS * _HEAD_DIM
+    x, weight = draw(num_rows, size), draw(size, size)
+    arguments = (x, *(to_int8(weight) if int8 else (_on_huge_pages(weight),)))
+    outputs = ops.linear(*arguments)
+    tolerance = (LINEAR_QUANTIZED if int8 else LINEAR)[draw.dtype]
+    torch.testing.assert_close(outputs, reference.linear(*arguments), **tolerance)
+    named = "weights made floats + linear" if int8 else "linear"
+    in_torch = partial(multiply_int8 if int8 else F.linear, *arguments)
+    num_bytes = sum(tensor.nbytes for tensor in (*arguments, outputs))
+    floor: Floor | None = "read" if num_rows == 1 else None
+    detail = f"{num_rows} rows of {size}{', int8 weights' if int8 else ''}"
+    return Case("linear", detail, draw.dtype, arguments, named, in_torch, num_bytes, floor)

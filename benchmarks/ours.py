@@ -15,6 +15,7 @@ from trimserve.api.info import ModelInfo
 from trimserve.api.prompt import ChatPrompt, ImageFile, Message, Text
 from trimserve.api.trim import TrimRequest
 from trimserve.config import EngineConfig, ModelConfig
+from trimserve.evaluation.answers import UNTRIMMED
 from trimserve.evaluation.pages import OwnKeyValues, OwnPages
 from trimserve.model.interruptible import run_through
 from trimserve.model.loading import load_model
@@ -27,7 +28,6 @@ from trimserve.trimming.plan import TrimPlan
 __all__ = [
     "QUESTION",
     "SETTINGS",
-    "UNTRIMMED",
     "Asked",
     "Ours",
     "Setting",
@@ -37,7 +37,6 @@ __all__ = [
 ]
 
 QUESTION: Final = "Describe what you see in a few words, and name every colour."
-UNTRIMMED: Final = TrimRequest(enabled=False)
 
 _MOST_TEXT: Final = 64
 """Tokens of a prompt."""
@@ -81,13 +80,7 @@ class Ours:
     """A model, and pages for some sequences of one prompt."""
 
     def __init__(self, model: Mllama, most: int, answer_tokens: int = 16) -> None:
-        """Take pages.
-
-        Args:
-            model: loaded.
-            most: sequences that decode together, at most.
-            answer_tokens: positions behind the prompt.
-        """
+        """Take pages for `most` sequences that decode together, with positions behind the prompt."""
         self.model, self.answer_tokens, info = model, answer_tokens, model.info
         of_text = info.self_kv_bytes_per_token * (_MOST_TEXT + answer_tokens)
         of_image = info.cross_kv_bytes_per_feature * info.max_tiles * info.features_per_tile
@@ -110,13 +103,7 @@ class Asked:
     """One prompt about one image, prefilled."""
 
     def __init__(self, ours: Ours, prompt: PreparedPrompt, trim: TrimRequest) -> None:
-        """Encode the image and prefill.
-
-        Args:
-            ours: the model.
-            prompt: of at most 64 tokens, with an image.
-            trim: of the image.
-        """
+        """Encode the image of a prompt of at most 64 tokens, and prefill."""
         self._model, self._pool, self._trim = ours.model, ours.pool, TrimPlan.of(trim)
         self.prompt, self._num_positions = prompt, len(prompt.token_ids) + ours.answer_tokens
         self._images = [self.encode()]

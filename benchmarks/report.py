@@ -1,4 +1,4 @@
-"""What a benchmark is asked and what it writes down: command line, JSON, tables for docs/, bars of a picture."""
+"""What a benchmark is asked and what it writes down: command line, JSON, tables for docs/."""
 
 import argparse
 import json
@@ -6,37 +6,28 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import torch
 
 from benchmarks.machine import about
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
 __all__ = [
-    "INK",
     "RESULTS",
     "Columns",
-    "bare",
     "command_line",
     "finish",
-    "label_bars",
     "markdown",
     "noted",
     "origin",
     "points",
     "precision",
-    "size",
     "tabulated",
     "times",
     "write_json",
 ]
 
 RESULTS: Final = Path(__file__).parent / "results"
-INK: Final = "#2b2f36"
-"""Colour of a picture's words."""
 
 Columns = Mapping[str, str | Callable[[Any], object]]
 """Head -> how a row is told: a format of its items, such as `{seconds:.1f}`, or a function of it."""
@@ -49,45 +40,42 @@ _HELP: Final = {
     "model": "folder of a checkpoint",
     "quick": "little of everything, to see whether it works",
     "questions": "how many",
-    "pairs": "measured of both sides in turn, at least 2",
+    "pairs": "measured of both sides in turn",
     "runs": "timed calls of each, at least 2",
 }
 
 
 def command_line(doc: str | None, out: str, **defaults: Any) -> argparse.Namespace:
-    """The arguments of a benchmark, which are `--out` and what it names; torch takes so many threads as they say.
+    """The arguments of a benchmark: `--out`, `--threads` and what it names; torch takes so many threads as they say.
 
     Args:
         doc: of the benchmark.
         out: default of `--out`, in `RESULTS`.
-        defaults: of its other options: False is a switch; a list several values, of its own where these are texts, any
-            texts if it is empty; a tuple a choice whose first is the default; None a text or nothing.
+        defaults: of its other options: False is a switch; a list several values, of its own where these are texts; a
+            tuple a choice whose first is the default; None a text or nothing.
     """
-    parser = argparse.ArgumentParser(
-        description=doc,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="The last line of standard output is the report.",
-    )
-    for name, default in {"out": RESULTS / out, **defaults}.items():
-        how: dict[str, Any] = {"default": default, "type": type(default)}
-        if default is None:
-            how = {}
-        elif default is False:
-            how = {"action": "store_true"}
-        elif isinstance(default, list):
-            how = {"default": default, "type": type(default[0]) if default else str, "nargs": "+"}
-            if default and isinstance(default[0], str):
-                how["choices"] = default
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=doc, formatter_class=form)
+    for name, default in {"out": RESULTS / out, "threads": 1, **defaults}.items():
+        how: dict[str, Any] = {"default": default}
+        if default is False:
+            how["action"] = "store_true"
         elif isinstance(default, tuple):
-            how = {"default": default[0], "choices": default}
-        elif isinstance(default, Path):
-            how["type"] = Path
-        told = _HELP.get(name, name.replace("_", " ")) + (" (%(default)s)" if "default" in how else "")
-        parser.add_argument(f"--{name.replace('_', '-')}", **how, help=told)
+            how |= {"default": default[0], "choices": default}
+        elif isinstance(default, list):
+            how |= {"nargs": "+", "type": type(default[0]), "choices": default if isinstance(default[0], str) else None}
+        elif default is not None:
+            how["type"] = type(default)
+        told = _HELP.get(name, name.replace("_", " "))
+        parser.add_argument(f"--{name.replace('_', '-')}", **how, help=f"{told} (%(default)s)")
     arguments = parser.parse_args()
-    threads = vars(arguments).setdefault("threads", 1)
-    torch.set_num_threads(max(threads) if isinstance(threads, list) else threads)
+    torch.set_num_threads(_most_threads(arguments))
     return arguments
+
+
+def _most_threads(arguments: argparse.Namespace) -> int:
+    threads = arguments.threads
+    return max(threads) if isinstance(threads, list) else int(threads)
 
 
 def noted(rows: list[dict[str, Any]], row: dict[str, Any]) -> None:
@@ -106,10 +94,9 @@ def finish(arguments: argparse.Namespace, figures: dict[str, Any], name: str = "
     Returns:
         The report.
     """
-    threads = arguments.threads
     report = {
         "benchmark": Path(sys.argv[0]).stem.removeprefix("bench_"),
-        **about(max(threads) if isinstance(threads, list) else threads),
+        **about(_most_threads(arguments)),
         "seconds": round(time.monotonic() - _BEGAN, 1),
         **figures,
     }
@@ -170,28 +157,3 @@ def times(row: dict[str, Any]) -> str:
 def points(value: float, low: float, high: float) -> str:
     """A change of a share in points, with its 95 % interval."""
     return f"{100 * value:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
-
-
-def size(num_bytes: int) -> str:
-    """Bytes, as people read them."""
-    for unit, one in (("GiB", 2**30), ("MiB", 2**20)):
-        if num_bytes >= one:
-            return f"{num_bytes / one:.1f} {unit}"
-    return f"{num_bytes / 2**10:.0f} KiB"
-
-
-def bare(axes: "Axes", title: str, sides: Iterable[str] = ("top", "right", "bottom")) -> None:
-    """A title on the left, and no lines where none are needed."""
-    axes.set_title(title, loc="left", fontsize=10)
-    axes.tick_params(labelsize=9, colors=INK)
-    for side in sides:
-        axes.spines[side].set_visible(False)
-
-
-def label_bars(axes: "Axes", bars: dict[str, float], colours: Sequence[str], form: str) -> None:
-    """Horizontal bars with their values, the first on top."""
-    drawn = axes.barh(list(bars), list(bars.values()), color=colours)
-    axes.bar_label(drawn, [form.format(value) for value in bars.values()], padding=3, fontsize=9, color=INK)
-    axes.set_xlim(right=1.25 * max(bars.values(), default=1))
-    axes.invert_yaxis()
-    axes.set_xticks([])

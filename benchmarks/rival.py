@@ -4,7 +4,6 @@ The model has Meta's semantics (`training.mended`), sdpa, and is called alike in
 runs one call after the other, first come, first served: what `generate` behind a lock does. Its server is unmended.
 """
 
-import asyncio
 import base64
 import copy
 import io
@@ -18,12 +17,12 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from inspect import signature
 from pathlib import Path
-from typing import Any, Final, NamedTuple, TypeVar
+from typing import Any, Final, NamedTuple
 
 import torch
 from PIL import Image
@@ -45,9 +44,6 @@ _ROOM: Final = 16
 """Positions of a static cache behind the prompt."""
 _NO_END: Final = -1
 """An end token that is never drawn; transformers warns of it, and does as it should."""
-_MOST_CLIENTS: Final = 64
-
-Result = TypeVar("Result")
 
 
 def cache_of(output: Any) -> Any:
@@ -146,7 +142,6 @@ class CacheBytes(NamedTuple):
     """What transformers' cache holds of one request when its answer is complete, counted from its tensors."""
 
     cross: int
-    """Of the cross-attention layers."""
     self_attention: int
 
 
@@ -172,25 +167,22 @@ class Transformers:
     def __exit__(self, *_: object) -> None:
         self._process.shutdown()
 
-    async def ask(self, item: Item) -> Answer:
+    def ask(self, item: Item) -> Answer:
         """See `load.Ask`."""
-        return await self._call(_generate, item, self._max_new_tokens)
+        return self._process.submit(_generate, item, self._max_new_tokens).result()
 
-    async def batch(self, items: Sequence[Item]) -> float:
+    def batch(self, items: Sequence[Item]) -> float:
         """Generate for several items in one call, prompts padded on the left; the seconds that it took."""
-        return await self._call(_generate_batch, items, self._max_new_tokens)
+        return self._process.submit(_generate_batch, items, self._max_new_tokens).result()
 
-    async def cache_bytes(self, item: Item) -> CacheBytes:
+    def cache_bytes(self, item: Item) -> CacheBytes:
         """Answer one item and measure the cache that is left."""
-        return await self._call(_cache_bytes, item, self._max_new_tokens)
+        return self._process.submit(_cache_bytes, item, self._max_new_tokens).result()
 
-    async def warm_up(self, item: Item) -> int:
+    def warm_up(self, item: Item) -> int:
         """Load the model and make it run once; the process's id."""
-        await self._call(_generate, item, 2)
-        return await self._call(os.getpid)
-
-    async def _call(self, function: Callable[..., Result], *arguments: Any) -> Result:
-        return await asyncio.get_running_loop().run_in_executor(self._process, function, *arguments)
+        self._process.submit(_generate, item, 2).result()
+        return self._process.submit(os.getpid).result()
 
 
 # ---- in the process ----
@@ -285,21 +277,15 @@ def transformers_serve(venv: Path, model: Path, *, num_threads: int, max_new_tok
     environment = os.environ | {"OMP_NUM_THREADS": str(num_threads), "HF_HUB_OFFLINE": "1"}
     options = json.dumps(_options(max_new_tokens) | {"pad_token_id": 0})
     body = {"model": str(model.absolute()), "stream": True, "generation_config": options}
-
-    async def ask(item: Item) -> Answer:
-        url = f"http://127.0.0.1:{port}/v1/chat/completions"
-        return await asyncio.get_running_loop().run_in_executor(threads, _ask, url, body, item)
-
     with (
         tempfile.TemporaryFile("w+") as log,
         subprocess.Popen(command, env=environment, stdout=log, stderr=log) as process,
-        ThreadPoolExecutor(_MOST_CLIENTS) as threads,
     ):
         try:
             if not _is_up(port, process):
                 log.seek(0)
                 raise ServerFailed(f"transformers serve: {log.read().strip()[-2000:]}")
-            yield ask, process.pid
+            yield partial(_ask, f"http://127.0.0.1:{port}/v1/chat/completions", body), process.pid
         finally:
             process.terminate()
 

@@ -48,7 +48,7 @@ sanitize() { # tool
 
 ops() { "$python" -m benchmarks.bench_ops --device cuda --out "$out"; }
 
-model() { "$python" -m benchmarks.bench_gpu --seconds 0.5 --out "$out"; }
+model() { "$python" -m benchmarks.bench_gpu --seconds 0.5 --out "$out/gpu.json"; }
 
 step() { # name, command...
   local name=$1 began=$SECONDS status=0

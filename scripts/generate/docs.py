@@ -12,7 +12,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from functools import partial
 from itertools import chain
 from pathlib import Path
 from types import ModuleType
@@ -32,7 +31,6 @@ from benchmarks import (
     bench_fleet,
     bench_generate,
     bench_kv_int8,
-    bench_layers,
     bench_learned,
     bench_look_again,
     bench_pictures,
@@ -244,12 +242,6 @@ def compared(table: Callable[[Report], str], name: str = "policies/report.json")
     return table(Report.from_json(path.read_text())) if path.exists() else "Not measured yet: `trimserve eval`."
 
 
-def generated(folder: str) -> str:
-    """The table of decode steps, with its picture."""
-    table = partial(bench_generate.table, folder=folder)
-    return measured(table, "python -m benchmarks.bench_generate", f"{folder}/report.json")
-
-
 def of_pictures(table: Callable[..., str], subject: str) -> str:
     """A table of what was measured about harder pictures."""
     return measured(table, f"python -m benchmarks.bench_pictures --subject {subject}", f"pictures/{subject}.json")
@@ -278,7 +270,6 @@ TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     "policies-speed": ("docs/policies.md", lambda: benchmark(bench_policies, "policies/speed.json")),
     "policies-learned": ("docs/policies.md", lambda: benchmark(bench_learned, "policies/learned.json")),
     "policies-look-again": ("docs/policies.md", lambda: benchmark(bench_look_again, "policies/look_again.json")),
-    "policies-layers": ("docs/policies.md", lambda: benchmark(bench_layers, "policies/later_layers.json")),
     "pictures": ("docs/pictures.md", lambda: compared(cost_by_picture, "pictures/report.json")),
     "pictures-adaptive": ("docs/pictures.md", lambda: of_pictures(bench_pictures.adaptive_table, "adaptive")),
     "pictures-backgrounds": ("docs/pictures.md", lambda: of_pictures(bench_pictures.backgrounds_table, "backgrounds")),
@@ -287,8 +278,11 @@ TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     "fleet": ("docs/fleet.md", lambda: benchmark(bench_fleet, "fleet.json")),
     "bytes": ("docs/performance.md", lambda: benchmark(bench_bytes, "bytes.json")),
     "serve": ("docs/performance.md", lambda: benchmark(bench_serve, "serve/report.json")),
-    "generate": ("docs/performance.md", lambda: generated("generate")),
-    "generate-two-threads": ("docs/performance.md", lambda: generated("generate/two_threads")),
+    "generate": ("docs/performance.md", lambda: benchmark(bench_generate, "generate/report.json")),
+    "generate-two-threads": (
+        "docs/performance.md",
+        lambda: benchmark(bench_generate, "generate/two_threads/report.json"),
+    ),
     "precision": ("docs/performance.md", lambda: benchmark(bench_precision, "precision.json")),
     "quantized": ("docs/performance.md", lambda: benchmark(bench_quantized, "quantized.json")),
     "real-size": ("docs/performance.md", lambda: benchmark(bench_real_size, "real_size.json")),

@@ -113,15 +113,13 @@ def main() -> None:
     """Measure, kill, check, write down."""
     arguments = command_line(__doc__, "batch.json", lines=2000, rounds=3, max_new_tokens=16)
     num_lines = arguments.lines
-    with tempfile.TemporaryDirectory() as name, running_server(None, num_threads=1) as server:
+    with tempfile.TemporaryDirectory() as name, running_server(None, num_threads=arguments.threads) as server:
         address, folder = server.address, Path(name)
         requests = _write_lines(folder, num_lines, arguments.max_new_tokens)
-        asyncio.run(_served(address, requests[: num_lines // 4]))  # the images are in the cache from now on
         pairs = in_pairs(
             lambda _: num_lines / seconds_of(lambda: asyncio.run(_served(address, requests))),
             lambda number: num_lines / seconds_of(lambda: _run_batch(address, folder, f"round{number}.jsonl")),
             arguments.rounds,
-            warm_up=False,
         )
         texts = asyncio.run(_served(address, requests))
         killed = _kill_and_go_on(address, folder, texts)

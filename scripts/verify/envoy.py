@@ -22,18 +22,7 @@ from typing import Any
 import grpc
 import yaml
 
-from scripts.verify.fleet_checks import (
-    PATIENCE_SECONDS,
-    Caller,
-    calling,
-    cancel_many,
-    deadlines,
-    images_stay_where_they_are,
-    processor_seconds,
-    request,
-    same_refusals,
-    until,
-)
+from scripts.verify import fleet_checks as checks
 from scripts.verify.walkthrough import free_ports
 from trimserve.process import ServerFailed, ServerProcess, server_process
 
@@ -102,9 +91,9 @@ class Fleet:
         return sum(value for page in pages for key, value in page.items() if key.partition("{")[0] == name)
 
 
-async def streams_begun(front: Caller, count: int) -> list[Any]:
+async def streams_begun(front: checks.Caller, count: int) -> list[Any]:
     """The rest of streams that have their first message."""
-    calls = [aiter(front.stream(request(tokens=TOKENS))) for _ in range(count)]
+    calls = [aiter(front.stream(checks.request(tokens=TOKENS))) for _ in range(count)]
     await asyncio.gather(*map(anext, calls))
     return calls
 
@@ -117,38 +106,38 @@ async def rest(call: Any) -> bool:
     return last is not None and last.HasField("finished")
 
 
-async def rolling_restart(front: Caller, fleet: Fleet) -> None:
+async def rolling_restart(front: checks.Caller, fleet: Fleet) -> None:
     """End one server after the other under streams, while new calls come."""
     for number in range(2):
         calls = await streams_begun(front, NUM_STREAMS)
         fleet.signal(number, signal.SIGTERM)
-        new = [await front.whole(request(tokens=8)) for _ in range(NUM_STREAMS)]
+        new = [await front.whole(checks.request(tokens=8)) for _ in range(NUM_STREAMS)]
         assert len(new) == NUM_STREAMS
         assert all(await asyncio.gather(*map(rest, calls)))
         await asyncio.to_thread(fleet.restart, number)
         await wait_for_both(fleet, front)
 
 
-async def wait_for_both(fleet: Fleet, front: Caller) -> None:
+async def wait_for_both(fleet: Fleet, front: checks.Caller) -> None:
     """Until the front sends calls to each server."""
 
     def tokens(server: ServerProcess) -> float:
         return server.metrics()["trimserve_generation_tokens_total"]
 
     before = [tokens(server) for server in fleet.servers]
-    end = time.monotonic() + PATIENCE_SECONDS
+    end = time.monotonic() + checks.PATIENCE_SECONDS
     while not all(tokens(server) > count for server, count in zip(fleet.servers, before, strict=True)):
         assert time.monotonic() < end, "a server gets no calls"
         with suppress(grpc.aio.AioRpcError):  # at first none is healthy
-            await front.whole(request(tokens=1))
+            await front.whole(checks.request(tokens=1))
 
 
-async def kill(front: Caller, fleet: Fleet) -> tuple[int, int]:
+async def kill(front: checks.Caller, fleet: Fleet) -> tuple[int, int]:
     """Kill a server under streams; how many it had, and how many came whole."""
     calls = await streams_begun(front, NUM_STREAMS)
     had = int(fleet.servers[0].metrics()["trimserve_requests_running"])
     fleet.signal(0, signal.SIGKILL)
-    new = asyncio.gather(*(front.whole(request(tokens=8)) for _ in range(NUM_STREAMS)))
+    new = asyncio.gather(*(front.whole(checks.request(tokens=8)) for _ in range(NUM_STREAMS)))
     whole = 0
     for call in calls:
         try:
@@ -162,30 +151,30 @@ async def kill(front: Caller, fleet: Fleet) -> tuple[int, int]:
     return had, whole
 
 
-async def milliseconds_a_token(front: Caller, pid: int) -> float:
+async def milliseconds_a_token(front: checks.Caller, pid: int) -> float:
     """Envoy's processor time for a stream that is alone, of which each token is a message."""
-    before = processor_seconds(pid)
+    before = checks.processor_seconds(pid)
     [call] = await streams_begun(front, 1)
     assert await rest(call)
-    return (processor_seconds(pid) - before) * 1e3 / TOKENS
+    return (checks.processor_seconds(pid) - before) * 1e3 / TOKENS
 
 
 async def verify(fleet: Fleet) -> None:
     """All of it."""
     with envoy(fleet.ports) as (address, pid):
         async with AsyncExitStack() as places:
-            front = await places.enter_async_context(calling(address))
-            direct = await places.enter_async_context(calling(fleet.servers[0].address))
+            front = await places.enter_async_context(checks.calling(address))
+            direct = await places.enter_async_context(checks.calling(fleet.servers[0].address))
             await wait_for_both(fleet, front)
-            await same_refusals(front, direct)
-            await deadlines(front, TOKENS)
+            await checks.same_refusals(front, direct)
+            await checks.deadlines(front, TOKENS)
             say("codes, details and deadlines are as direct")
-            say(await images_stay_where_they_are(front, lambda: fleet.total("trimserve_image_cache_hits_total")))
+            say(await checks.images_stay_where_they_are(front, lambda: fleet.total("trimserve_image_cache_hits_total")))
             cost = await milliseconds_a_token(front, pid)
             say(f"Envoy takes {cost:.3f} ms of processor a token")
             assert cost <= MOST_MS_A_TOKEN
-            await cancel_many(front, TOKENS)
-            await until(lambda: fleet.total("trimserve_kv_cache_used_bytes") == 0, "no pages are held")
+            await checks.cancel_many(front, TOKENS)
+            await checks.until(lambda: fleet.total("trimserve_kv_cache_used_bytes") == 0, "no pages are held")
             say("cancelled streams leave no pages")
             await rolling_restart(front, fleet)
             say(f"SIGTERM of both, one by one, under {NUM_STREAMS} streams and new calls lost none")

@@ -19,17 +19,7 @@ from typing import Any
 
 import grpc
 
-from scripts.verify.fleet_checks import (
-    Caller,
-    calling,
-    cancel_many,
-    deadlines,
-    images_stay_where_they_are,
-    processor_seconds,
-    request,
-    same_refusals,
-    until,
-)
+from scripts.verify import fleet_checks as checks
 from scripts.verify.walkthrough import free_ports
 from trimserve.serve import in_process_server
 from trimserve.v1 import model_pb2, model_pb2_grpc
@@ -128,7 +118,7 @@ class Replicas:
         return not status.self_kv_bytes + status.cross_kv_bytes + status.num_waiting
 
 
-async def scale(front: Caller, replicas: Replicas) -> int:
+async def scale(front: checks.Caller, replicas: Replicas) -> int:
     """More requests than a replica runs make a second one come, fewer make it go; how many streams came whole."""
     streams: set[asyncio.Task[str]] = set()
     done = 0
@@ -136,9 +126,10 @@ async def scale(front: Caller, replicas: Replicas) -> int:
     async def keep(number: int, wanted: int) -> None:
         """So many streams at a time, until there are as many replicas as wanted."""
         nonlocal streams, done
-        scaled = asyncio.create_task(until(lambda: replicas.count() == wanted, f"{wanted} replicas"))
+        scaled = asyncio.create_task(checks.until(lambda: replicas.count() == wanted, f"{wanted} replicas"))
         while not scaled.done():
-            streams |= {asyncio.create_task(front.text(request(tokens=TOKENS))) for _ in range(number - len(streams))}
+            asked = [checks.request(tokens=TOKENS) for _ in range(number - len(streams))]
+            streams |= {asyncio.create_task(front.text(each)) for each in asked}
             ended, streams = await asyncio.wait(streams, return_when=asyncio.FIRST_COMPLETED)
             done += len([stream.result() for stream in ended])
         await scaled
@@ -158,16 +149,16 @@ def seconds_of_ray() -> float:
         try:
             words = (folder / "cmdline").read_bytes()
             if b"ray::" in words or b"/ray/" in words or b"haproxy" in words:
-                total += processor_seconds(int(folder.name))
+                total += checks.processor_seconds(int(folder.name))
         except OSError:  # it ended
             continue
     return total
 
 
-async def milliseconds_a_token(front: Caller) -> float:
+async def milliseconds_a_token(front: checks.Caller) -> float:
     """Processor time of all of Ray for a stream that is alone."""
     before = seconds_of_ray()
-    await front.text(request(tokens=TOKENS))
+    await front.text(checks.request(tokens=TOKENS))
     return (seconds_of_ray() - before) * 1e3 / TOKENS
 
 
@@ -175,21 +166,22 @@ async def verify(address: str, serve: Any, deploy: Callable[[int | None], None],
     """All of it."""
     replicas = Replicas(serve, address)
     with in_process_server() as server:
-        async with calling(address, METADATA) as front, calling(server.address) as direct:
+        async with checks.calling(address, METADATA) as front, checks.calling(server.address) as direct:
             if not is_haproxy:
                 await asyncio.to_thread(deploy, 2)
-                say(f"{await images_stay_where_they_are(front, replicas.image_cache_hits)}, by one of two replicas")
+                where = await checks.images_stay_where_they_are(front, replicas.image_cache_hits)
+                say(f"{where}, by one of two replicas")
             await asyncio.to_thread(deploy, None)
-            await until(lambda: replicas.count() == 1, "a replica")
-            await same_refusals(front, direct)
-            await deadlines(front, TOKENS)
+            await checks.until(lambda: replicas.count() == 1, "a replica")
+            await checks.same_refusals(front, direct)
+            await checks.deadlines(front, TOKENS)
             say("codes and details are as direct, deadlines end calls")
-            await until(replicas.is_idle, "no pages are held")
+            await checks.until(replicas.is_idle, "no pages are held")
             say(f"{await milliseconds_a_token(front):.2f} ms of processor a token, all of Ray together")
-            await cancel_many(front, TOKENS)
-            await until(replicas.is_idle, "no pages are held")
+            await checks.cancel_many(front, TOKENS)
+            await checks.until(replicas.is_idle, "no pages are held")
             say("cancelled streams leave no pages")
-            await until(lambda: replicas.count() == 1, "a replica")
+            await checks.until(lambda: replicas.count() == 1, "a replica")
             say(f"{await scale(front, replicas)} streams came whole meanwhile")
 
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.load import median_round, num_equal_answers, percentiles, ratios, summary
+from benchmarks.load import num_equal_answers, percentiles, ratios, summary
 from tests.benchmarks.conftest import Maker
 
 
@@ -47,17 +47,3 @@ def test_ratios_leave_out_a_rival_that_failed() -> None:
         "transformers_batched": {"errors": ["killed"]},
     }
     assert ratios(loads) == pytest.approx({"trimserve_over_transformers_sequential": 3.0})
-
-
-@pytest.mark.parametrize(
-    ("rates", "chosen"), [([7.0], 7.0), ([9.0, 5.0], 5.0), ([9.0, 5.0, 6.0], 6.0), ([4.0, 3.0, 2.0, 1.0], 2.0)]
-)
-def test_the_median_round_counts_and_the_slower_of_two(rates: list[float], chosen: float) -> None:
-    found = median_round([{"tokens_per_second": rate, "errors": []} for rate in rates])
-    assert found["tokens_per_second"] == chosen
-    assert found["tokens_per_second_of_rounds"] == sorted(rates)
-
-
-def test_a_round_with_errors_is_the_one_that_is_told() -> None:
-    fine = {"tokens_per_second": 5.0, "errors": []}
-    assert median_round([fine, fine, {"tokens_per_second": 9.0, "errors": ["lost"]}])["errors"] == ["lost"]

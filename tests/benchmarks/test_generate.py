@@ -13,10 +13,9 @@ from trimserve.model.loading import embedded_model_folder
 
 
 def test_every_phase_gets_its_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.argv", ["bench_generate", "--quick", "--out", str(tmp_path)])
+    monkeypatch.setattr("sys.argv", ["bench_generate", "--quick", "--out", str(tmp_path / "report.json")])
     bench_generate.main()
     report = json.loads((tmp_path / "report.json").read_text())
-    assert (tmp_path / "generate.png").stat().st_size > 10_000
     rows = report["rows"]
     assert {row["phase"] for row in rows} == {"vision", "prefill", "decode"}
     assert all(0 < row["ms"]["p10"] <= row["ms"]["median"] <= row["ms"]["p90"] for row in rows)
@@ -27,7 +26,7 @@ def test_every_phase_gets_its_figures(tmp_path: Path, monkeypatch: pytest.Monkey
         assert row["times_floor"] == pytest.approx(row["ms"]["median"] / floor, rel=0.05)
     kept = {row["setting"]: row["cross_rows"] for row in steps}
     assert kept["off"] > kept["default"] > kept["one_tile"]
-    table = bench_generate.table(report, "generate")
+    table = bench_generate.table(report)
     assert table.count("transformers, bfloat16") == 2 * 2
     assert f"({steps[0]['times_floor']:.2f})" in table
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import bench_layers, bench_learned, bench_policies
+from benchmarks import bench_learned, bench_policies
 from benchmarks.bench_policies import MOST_OF_PREFILL, RECOMMENDED
 from benchmarks.machine import about
 
@@ -67,22 +67,3 @@ def test_the_table_calls_slow_what_takes_more_even_where_the_image_is_encoded() 
         "| `cls` | 250.0 | 2 | 125.0 | 50.0% | 4.0% |",
         "| `cls`, merged | 250.0 | 2 | 125.0 | 50.0% | 6.0%, slow |",
     ]
-
-
-def test_layers_that_hold_less_are_told_with_their_rows_and_their_pages() -> None:
-    rows = [
-        {
-            "policy": policy,
-            "parameters": parameters,
-            "accuracy": 0.875,
-            "layer_rows": [260.0, 130.4, 0.0],
-            "held_bytes": 3072.0,
-        }
-        for policy, parameters in (("untrimmed", {}), ("todre", {"late_exit_threshold": 0.5}))
-    ]
-    lines = bench_layers.table({"rows": rows, "questions": 1200, "keep": 0.5}).splitlines()
-    assert lines[2:4] == [
-        "| untrimmed | 87.5% | 260, 130, 0 | 3 |",
-        "| `todre:late_exit_threshold=0.5` | 87.5% | 260, 130, 0 | 3 |",
-    ]
-    assert lines[-1].startswith("1,200 questions; means over them. `sparsevlm` keeps 50%")

@@ -84,7 +84,7 @@ def test_columns_tell_rows_by_formats_and_functions() -> None:
 def test_the_picture_is_a_png_with_a_row_for_each_model(report: dict[str, Any], tmp_path: Path) -> None:
     bench_serve.draw({**report, "models": report["models"] * 2}, tmp_path / "serve.png")
     with Image.open(tmp_path / "serve.png") as picture:
-        assert (picture.format, picture.size) == ("PNG", (2250, 1080))
+        assert (picture.format, picture.size) == ("PNG", (1650, 840))
 
 
 def test_serve_table_has_a_row_for_each_target(report: dict[str, Any]) -> None:
@@ -110,12 +110,12 @@ def test_bytes_tables_name_every_layout() -> None:
         "max_kept_fraction": 0.5,
         "max_new_tokens": 128,
         "requests": {"four_tiles": request, "text": {**request, "cross_bytes_over_transformers": None}},
-        "at_once": {"kv_bytes": 2**30, "four_tiles": {name: index for index, name in enumerate(layouts)}},
+        "at_once": {"kv_bytes": 2**28, "four_tiles": {name: index for index, name in enumerate(layouts)}},
     }
     table = bench_bytes.table({**about(1), "models": [model]})
     assert "| 4 tiles | 100 | 50 | 1.0 MiB | 2.0 MiB | 3.0 MiB | 4.0 MiB | 0.500 |" in table
     assert "| text | 100 | 50 | 1.0 MiB | 2.0 MiB | 3.0 MiB | 4.0 MiB |  |" in table
-    assert "at once in 1.0 GiB of KV" in table
+    assert "at once in 256.0 MiB of KV" in table
     assert "| 4 tiles | 0 | 1 | 2 | 3 |" in table
 
 

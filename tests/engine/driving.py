@@ -8,13 +8,13 @@ from pydantic import ByteSize
 
 from tests.engine.fake_model import FakeModel, request
 from tests.patience import PATIENCE_SECONDS
-from trimserve.api.chunks import GenerationChunk, TokenDelta
+from trimserve.api.chunks import GenerationChunk
 from trimserve.api.request import GenerationRequest
 from trimserve.config import EngineConfig
 from trimserve.engine.runner import Runner
 from trimserve.executor.local import LocalExecutor
 
-__all__ = ["LONG", "Gate", "collect", "held_bytes", "make_runner", "running", "text", "tokens"]
+__all__ = ["LONG", "Gate", "collect", "held_bytes", "make_runner", "running"]
 
 LONG = request("long", ignore_eos=True, max_new_tokens=120)
 
@@ -76,11 +76,3 @@ async def collect(runner: Runner, wanted: GenerationRequest, deadline: float | N
 def held_bytes(runner: Runner) -> int:
     status = runner.status()
     return status.self_kv_bytes + status.cross_kv_bytes + status.cross_kv_untrimmed_bytes
-
-
-def text(chunks: list[GenerationChunk]) -> str:
-    return "".join(chunk.text for chunk in chunks if isinstance(chunk, TokenDelta))
-
-
-def tokens(chunks: list[GenerationChunk]) -> list[int]:
-    return [token_id for chunk in chunks if isinstance(chunk, TokenDelta) for token_id in chunk.token_ids]

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from collections.abc import Sequence as SequenceOf
 from typing import Any, Protocol
 
 from tests.engine.fake_model import FakeModel
@@ -16,7 +17,7 @@ from trimserve.errors import TrimserveError
 from trimserve.executor.local import LocalExecutor
 from trimserve.executor.model import Model
 
-__all__ = ["Clock", "Output", "alone", "deltas", "finished", "make_engine", "run", "start", "text"]
+__all__ = ["Clock", "Output", "alone", "deltas", "finished", "make_engine", "run", "start", "text", "tokens"]
 
 
 class ProcessorAndModel(Processor, Model, Protocol):
@@ -79,12 +80,16 @@ def alone(model: FakeModel, wanted: GenerationRequest) -> Output:
     return output
 
 
-def deltas(output: Output) -> list[TokenDelta]:
+def deltas(output: SequenceOf[GenerationChunk | TrimserveError]) -> list[TokenDelta]:
     return [chunk for chunk in output if isinstance(chunk, TokenDelta)]
 
 
-def text(output: Output) -> str:
+def text(output: SequenceOf[GenerationChunk | TrimserveError]) -> str:
     return "".join(delta.text for delta in deltas(output))
+
+
+def tokens(output: SequenceOf[GenerationChunk | TrimserveError]) -> list[int]:
+    return [token_id for delta in deltas(output) for token_id in delta.token_ids]
 
 
 def finished(output: Output) -> Finished:

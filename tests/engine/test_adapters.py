@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 from pydantic import ByteSize
 
-from tests.engine.driving import LONG, Gate, collect, running, text, tokens
+from tests.engine.driving import LONG, Gate, collect, running
 from tests.engine.fake_model import FakeModel, request
+from tests.engine.stepping import text, tokens
 from tests.patience import until
 from trimserve.api.adapter import AdapterInfo
 from trimserve.api.chunks import GenerationChunk

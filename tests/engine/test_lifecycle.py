@@ -6,8 +6,9 @@ import time
 
 import pytest
 
-from tests.engine.driving import LONG, Gate, collect, held_bytes, make_runner, running, text
+from tests.engine.driving import LONG, Gate, collect, held_bytes, make_runner, running
 from tests.engine.fake_model import KILLS_THE_ENGINE, FakeModel, request
+from tests.engine.stepping import text
 from tests.patience import PATIENCE_SECONDS, until
 from trimserve.api.chunks import Finished, TokenDelta
 from trimserve.config import EngineConfig

@@ -13,10 +13,11 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image as PilImage
 
-from tests.engine.driving import Gate, collect, tokens
+from tests.engine.driving import Gate, collect
 from tests.engine.driving import running as running_fake
 from tests.engine.fake_model import FakeModel
 from tests.engine.fake_model import request as short
+from tests.engine.stepping import tokens
 from tests.engine.test_real_model import GREEDY, SAMPLED, noise
 from tests.patience import until
 from trimserve.api.chunks import Finished, GenerationChunk, ImageSelection, Started

@@ -9,8 +9,9 @@ from contextlib import asynccontextmanager, suppress
 import pytest
 import torch
 
-from tests.engine.driving import Gate, collect, running, text
+from tests.engine.driving import Gate, collect, running
 from tests.engine.fake_model import IMAGE, FakeModel, request
+from tests.engine.stepping import text
 from tests.patience import soon, until
 from trimserve.api.chunks import Started, TokenDelta
 from trimserve.api.prompt import ImageFile, TokenPrompt

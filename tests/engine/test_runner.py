@@ -6,7 +6,7 @@ from contextlib import aclosing
 
 import pytest
 
-from tests.engine.driving import LONG, Gate, collect, held_bytes, running, text, tokens
+from tests.engine.driving import LONG, Gate, collect, held_bytes, running
 from tests.engine.fake_model import (
     BREAKS_DECODE,
     BREAKS_PREFILL,
@@ -16,6 +16,7 @@ from tests.engine.fake_model import (
     FakeModel,
     request,
 )
+from tests.engine.stepping import text, tokens
 from tests.patience import until
 from trimserve.api.chunks import Finished, GenerationChunk, Started, TokenDelta
 from trimserve.api.prompt import ImageFile, RawPrompt, TokenPrompt

@@ -8,17 +8,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.mllama.configuration_mllama import MllamaTextConfig
 from transformers.models.mllama.modeling_mllama import MllamaRotaryEmbedding
 
+from benchmarks.models import ROPE
 from trimserve.model.rotary import RotaryAngles
 from trimserve.model.transformers_mllama import Rotary
-
-SCALED = {
-    "rope_type": "llama3",
-    "rope_theta": 500_000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
 
 
 class NoProducts(TorchDispatchMode):
@@ -31,7 +23,7 @@ class NoProducts(TorchDispatchMode):
 
 def rotary() -> MllamaRotaryEmbedding:
     text = MllamaTextConfig(
-        hidden_size=512, num_attention_heads=4, max_position_embeddings=131_072, rope_parameters=SCALED
+        hidden_size=512, num_attention_heads=4, max_position_embeddings=131_072, rope_parameters=ROPE
     )
     return MllamaRotaryEmbedding(text)
 

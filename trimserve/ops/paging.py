@@ -116,33 +116,14 @@ def paged_attention(
     return result
 
 
-def _fake_write_kv(pages: Tensor, layer: int, keys: Tensor, values: Tensor, slots: Tensor) -> None:
+def _fake_write(*_: object) -> None:  # everything is written in place
     return None
 
 
-def _fake_gather_kv(pages: Tensor, layer: int, keys: Tensor, values: Tensor, kept: Tensor, slots: Tensor) -> None:
-    return None
-
-
-def _fake_rotate_write_kv(
-    heads: Tensor, cosines: Tensor, sines: Tensor, pages: Tensor, layer: int, slots: Tensor
-) -> None:
-    return None
-
-
-def _fake_paged_attention(
-    q: Tensor,
-    pages: Tensor,
-    layer: int,
-    tables: Tensor,
-    lengths: Tensor,
-    scale: float,
-    bias: Tensor | None = None,
-) -> Tensor:
+def _fake_paged_attention(q: Tensor, *_: object) -> Tensor:
     return q.new_empty(q.shape)
 
 
-torch.library.register_fake("trimserve::write_kv", _fake_write_kv)
-torch.library.register_fake("trimserve::gather_kv", _fake_gather_kv)
-torch.library.register_fake("trimserve::rotate_write_kv", _fake_rotate_write_kv)
+for _op in ("write_kv", "gather_kv", "rotate_write_kv"):
+    torch.library.register_fake(f"trimserve::{_op}", _fake_write)
 torch.library.register_fake("trimserve::paged_attention", _fake_paged_attention)

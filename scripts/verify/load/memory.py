@@ -1,13 +1,13 @@
 """Watches the resident memory of a process, and says whether it grows."""
 
 import asyncio
-import re
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
+
+from benchmarks.machine import memory_bytes
 
 __all__ = ["Growth", "Sample", "growth", "watched_memory"]
 
@@ -73,6 +73,6 @@ async def watched_memory(pid: int) -> AsyncIterator[list[Sample]]:
 
 
 def _rss_bytes(pid: int) -> int:
-    found = re.search(r"^VmRSS:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
-    assert found is not None, "the process has ended"
-    return int(found[1]) * 1024
+    num_bytes = memory_bytes(pid, "VmRSS")
+    assert num_bytes is not None, "the process has ended"
+    return num_bytes

@@ -11,58 +11,34 @@ from tests.patience import line_of
 from tests.server.conftest import Loopback, rich_status
 from tests.server.fakes import CHUNKS, DELTAS, STARTED, Script, chat_request
 from trimserve import errors
-from trimserve.errors import (
-    AdapterError,
-    AdapterExists,
-    CannotListen,
-    CheckpointError,
-    CredentialsError,
-    DeadlinePassed,
-    EngineBusy,
-    EngineStopped,
-    InvalidRequest,
-    MessageLate,
-    MessageTooLarge,
-    OutOfMemory,
-    PermissionDenied,
-    RankFailed,
-    RequestFailed,
-    TooFast,
-    TooManyBytes,
-    TooManyCalls,
-    TrimserveError,
-    Unauthenticated,
-    UnknownAdapter,
-    UnknownMethod,
-    UnknownService,
-)
+from trimserve.errors import TrimserveError
 from trimserve.server.grpc.responses import fold
 from trimserve.server.grpc.statuses import STATUS, status_of
 from trimserve.v1 import generation_pb2 as pb
 
 ROWS = [
-    (InvalidRequest("raw_prompt", "too long"), grpc.StatusCode.INVALID_ARGUMENT, "INVALID_REQUEST"),
-    (MessageTooLarge("inflates to more"), grpc.StatusCode.RESOURCE_EXHAUSTED, "MESSAGE_TOO_LARGE"),
-    (UnknownMethod("no such method"), grpc.StatusCode.UNIMPLEMENTED, "UNKNOWN_METHOD"),
-    (EngineBusy("64 wait", retry_after_seconds=2.5), grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL"),
-    (OutOfMemory("no memory for 2 GiB"), grpc.StatusCode.RESOURCE_EXHAUSTED, "OUT_OF_MEMORY"),
-    (EngineStopped("draining"), grpc.StatusCode.UNAVAILABLE, "ENGINE_STOPPED"),
-    (RankFailed("rank 1 was ended by SIGKILL"), grpc.StatusCode.UNAVAILABLE, "ENGINE_STOPPED"),
-    (DeadlinePassed("late"), grpc.StatusCode.DEADLINE_EXCEEDED, "DEADLINE_PASSED"),
-    (MessageLate("no body"), grpc.StatusCode.DEADLINE_EXCEEDED, "DEADLINE_PASSED"),
-    (RequestFailed("NaN in the logits"), grpc.StatusCode.INTERNAL, "REQUEST_FAILED"),
-    (CheckpointError("not an Mllama"), grpc.StatusCode.FAILED_PRECONDITION, "CHECKPOINT_REFUSED"),
-    (AdapterError("a rank that does not fit"), grpc.StatusCode.FAILED_PRECONDITION, "ADAPTER_REFUSED"),
-    (UnknownAdapter("not loaded"), grpc.StatusCode.NOT_FOUND, "ADAPTER_NOT_FOUND"),
-    (AdapterExists("loaded"), grpc.StatusCode.ALREADY_EXISTS, "ADAPTER_EXISTS"),
-    (Unauthenticated("no token"), grpc.StatusCode.UNAUTHENTICATED, "UNAUTHENTICATED"),
-    (PermissionDenied("not yours"), grpc.StatusCode.PERMISSION_DENIED, "PERMISSION_DENIED"),
-    (TooManyCalls("server", "a_knob", 3), grpc.StatusCode.RESOURCE_EXHAUSTED, "TOO_MANY_CALLS"),
-    (TooManyBytes("no room"), grpc.StatusCode.RESOURCE_EXHAUSTED, "TOO_MANY_BYTES"),
-    (TooFast("shop", "a_knob", 3, 1.5), grpc.StatusCode.RESOURCE_EXHAUSTED, "TOO_FAST"),
-    (UnknownService("no such service"), grpc.StatusCode.NOT_FOUND, "UNKNOWN_SERVICE"),
-    (CredentialsError("no PEM"), grpc.StatusCode.FAILED_PRECONDITION, "CREDENTIALS_REFUSED"),
-    (CannotListen("the port is taken"), grpc.StatusCode.FAILED_PRECONDITION, "CANNOT_LISTEN"),
+    (errors.InvalidRequest("raw_prompt", "too long"), grpc.StatusCode.INVALID_ARGUMENT, "INVALID_REQUEST"),
+    (errors.MessageTooLarge("inflates to more"), grpc.StatusCode.RESOURCE_EXHAUSTED, "MESSAGE_TOO_LARGE"),
+    (errors.UnknownMethod("no such method"), grpc.StatusCode.UNIMPLEMENTED, "UNKNOWN_METHOD"),
+    (errors.EngineBusy("64 wait", retry_after_seconds=2.5), grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL"),
+    (errors.OutOfMemory("no memory for 2 GiB"), grpc.StatusCode.RESOURCE_EXHAUSTED, "OUT_OF_MEMORY"),
+    (errors.EngineStopped("draining"), grpc.StatusCode.UNAVAILABLE, "ENGINE_STOPPED"),
+    (errors.RankFailed("rank 1 was ended by SIGKILL"), grpc.StatusCode.UNAVAILABLE, "ENGINE_STOPPED"),
+    (errors.DeadlinePassed("late"), grpc.StatusCode.DEADLINE_EXCEEDED, "DEADLINE_PASSED"),
+    (errors.MessageLate("no body"), grpc.StatusCode.DEADLINE_EXCEEDED, "DEADLINE_PASSED"),
+    (errors.RequestFailed("NaN in the logits"), grpc.StatusCode.INTERNAL, "REQUEST_FAILED"),
+    (errors.CheckpointError("not an Mllama"), grpc.StatusCode.FAILED_PRECONDITION, "CHECKPOINT_REFUSED"),
+    (errors.AdapterError("a rank that does not fit"), grpc.StatusCode.FAILED_PRECONDITION, "ADAPTER_REFUSED"),
+    (errors.UnknownAdapter("not loaded"), grpc.StatusCode.NOT_FOUND, "ADAPTER_NOT_FOUND"),
+    (errors.AdapterExists("loaded"), grpc.StatusCode.ALREADY_EXISTS, "ADAPTER_EXISTS"),
+    (errors.Unauthenticated("no token"), grpc.StatusCode.UNAUTHENTICATED, "UNAUTHENTICATED"),
+    (errors.PermissionDenied("not yours"), grpc.StatusCode.PERMISSION_DENIED, "PERMISSION_DENIED"),
+    (errors.TooManyCalls("server", "a_knob", 3), grpc.StatusCode.RESOURCE_EXHAUSTED, "TOO_MANY_CALLS"),
+    (errors.TooManyBytes("no room"), grpc.StatusCode.RESOURCE_EXHAUSTED, "TOO_MANY_BYTES"),
+    (errors.TooFast("shop", "a_knob", 3, 1.5), grpc.StatusCode.RESOURCE_EXHAUSTED, "TOO_FAST"),
+    (errors.UnknownService("no such service"), grpc.StatusCode.NOT_FOUND, "UNKNOWN_SERVICE"),
+    (errors.CredentialsError("no PEM"), grpc.StatusCode.FAILED_PRECONDITION, "CREDENTIALS_REFUSED"),
+    (errors.CannotListen("the port is taken"), grpc.StatusCode.FAILED_PRECONDITION, "CANNOT_LISTEN"),
     (ZeroDivisionError("secret"), grpc.StatusCode.INTERNAL, "INTERNAL"),
 ]
 
@@ -141,7 +117,7 @@ async def test_an_unforeseen_error_tells_nothing_but_the_request_and_is_logged(
 
 
 async def test_a_full_queue_says_when_to_try_again(loopback: Loopback) -> None:
-    loopback.runner.script = (EngineBusy("64 wait", retry_after_seconds=2.5),)
+    loopback.runner.script = (errors.EngineBusy("64 wait", retry_after_seconds=2.5),)
     caught = await failure(loopback, "Generate")
     _, (_, retry) = details(caught)
     assert isinstance(retry, error_details_pb2.RetryInfo)
@@ -150,7 +126,7 @@ async def test_a_full_queue_says_when_to_try_again(loopback: Loopback) -> None:
 
 
 async def test_an_error_names_the_id_that_the_server_drew(loopback: Loopback) -> None:
-    loopback.runner.script = (RequestFailed("NaN"),)
+    loopback.runner.script = (errors.RequestFailed("NaN"),)
     _, info = await failed(loopback.generation.Generate(chat_request()))
     assert info.metadata["request_id"] == loopback.runner.requests[0].request_id
 
@@ -171,7 +147,7 @@ async def test_a_call_goes_by_the_id_of_its_request_or_its_header_and_is_told_it
     assert (await call.trailing_metadata())["x-request-id"] == expected
     assert loopback.runner.requests[0].request_id == expected
     assert (await line_of("rpc", caplog))["request_id"] == expected
-    loopback.runner.script = (RequestFailed("NaN"),)
+    loopback.runner.script = (errors.RequestFailed("NaN"),)
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await loopback.generation.Generate(request, metadata=(("x-request-id", header),))
     error_id = caught.value.trailing_metadata()["x-request-id"]
@@ -187,7 +163,7 @@ async def test_an_id_that_is_refused_is_not_repeated(loopback: Loopback) -> None
 
 
 def test_a_long_message_is_cut_between_characters() -> None:
-    status = status_of(RequestFailed("☃" * 1000), "mine")
+    status = status_of(errors.RequestFailed("☃" * 1000), "mine")
     assert status.message == "☃" * 170
 
 

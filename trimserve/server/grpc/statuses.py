@@ -9,57 +9,34 @@ from google.protobuf.message import Message
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
-from trimserve.errors import (
-    AdapterError,
-    AdapterExists,
-    CannotListen,
-    CheckpointError,
-    CredentialsError,
-    DeadlinePassed,
-    EngineBusy,
-    EngineStopped,
-    InvalidRequest,
-    MessageLate,
-    MessageTooLarge,
-    OutOfMemory,
-    PermissionDenied,
-    RankFailed,
-    RequestFailed,
-    TooFast,
-    TooManyBytes,
-    TooManyCalls,
-    TrimserveError,
-    Unauthenticated,
-    UnknownAdapter,
-    UnknownMethod,
-    UnknownService,
-)
+from trimserve import errors
+from trimserve.errors import TrimserveError
 
 __all__ = ["DOMAIN", "REQUEST_ID_KEY", "STATUS", "code_of", "status_of", "trailer"]
 
 STATUS: Mapping[type[TrimserveError], grpc.StatusCode] = {
-    InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,  # the caller can fix it
-    MessageTooLarge: grpc.StatusCode.RESOURCE_EXHAUSTED,  # what gRPC itself says of a message that is too large
-    UnknownMethod: grpc.StatusCode.UNIMPLEMENTED,
-    UnknownService: grpc.StatusCode.NOT_FOUND,  # as the health protocol says
-    Unauthenticated: grpc.StatusCode.UNAUTHENTICATED,
-    PermissionDenied: grpc.StatusCode.PERMISSION_DENIED,
-    EngineBusy: grpc.StatusCode.RESOURCE_EXHAUSTED,  # retry later
-    OutOfMemory: grpc.StatusCode.RESOURCE_EXHAUSTED,  # retry later
-    TooManyCalls: grpc.StatusCode.RESOURCE_EXHAUSTED,  # retry later
-    TooManyBytes: grpc.StatusCode.RESOURCE_EXHAUSTED,  # retry later
-    TooFast: grpc.StatusCode.RESOURCE_EXHAUSTED,  # retry later
-    EngineStopped: grpc.StatusCode.UNAVAILABLE,  # another replica may serve it
-    RankFailed: grpc.StatusCode.UNAVAILABLE,  # the engine ends with it
-    DeadlinePassed: grpc.StatusCode.DEADLINE_EXCEEDED,
-    MessageLate: grpc.StatusCode.DEADLINE_EXCEEDED,
-    RequestFailed: grpc.StatusCode.INTERNAL,  # this request only
-    CheckpointError: grpc.StatusCode.FAILED_PRECONDITION,  # at load time, before there are RPCs
-    AdapterError: grpc.StatusCode.FAILED_PRECONDITION,  # the folder must be another, or mended
-    UnknownAdapter: grpc.StatusCode.NOT_FOUND,
-    AdapterExists: grpc.StatusCode.ALREADY_EXISTS,
-    CredentialsError: grpc.StatusCode.FAILED_PRECONDITION,  # at start
-    CannotListen: grpc.StatusCode.FAILED_PRECONDITION,  # the same
+    errors.InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,  # the caller can fix it
+    errors.MessageTooLarge: grpc.StatusCode.RESOURCE_EXHAUSTED,  # what gRPC itself says of a message that is too large
+    errors.UnknownMethod: grpc.StatusCode.UNIMPLEMENTED,
+    errors.UnknownService: grpc.StatusCode.NOT_FOUND,  # as the health protocol says
+    errors.Unauthenticated: grpc.StatusCode.UNAUTHENTICATED,
+    errors.PermissionDenied: grpc.StatusCode.PERMISSION_DENIED,
+    errors.EngineBusy: grpc.StatusCode.RESOURCE_EXHAUSTED,  # retry later
+    errors.OutOfMemory: grpc.StatusCode.RESOURCE_EXHAUSTED,  # retry later
+    errors.TooManyCalls: grpc.StatusCode.RESOURCE_EXHAUSTED,  # retry later
+    errors.TooManyBytes: grpc.StatusCode.RESOURCE_EXHAUSTED,  # retry later
+    errors.TooFast: grpc.StatusCode.RESOURCE_EXHAUSTED,  # retry later
+    errors.EngineStopped: grpc.StatusCode.UNAVAILABLE,  # another replica may serve it
+    errors.RankFailed: grpc.StatusCode.UNAVAILABLE,  # the engine ends with it
+    errors.DeadlinePassed: grpc.StatusCode.DEADLINE_EXCEEDED,
+    errors.MessageLate: grpc.StatusCode.DEADLINE_EXCEEDED,
+    errors.RequestFailed: grpc.StatusCode.INTERNAL,  # this request only
+    errors.CheckpointError: grpc.StatusCode.FAILED_PRECONDITION,  # at load time, before there are RPCs
+    errors.AdapterError: grpc.StatusCode.FAILED_PRECONDITION,  # the folder must be another, or mended
+    errors.UnknownAdapter: grpc.StatusCode.NOT_FOUND,
+    errors.AdapterExists: grpc.StatusCode.ALREADY_EXISTS,
+    errors.CredentialsError: grpc.StatusCode.FAILED_PRECONDITION,  # at start
+    errors.CannotListen: grpc.StatusCode.FAILED_PRECONDITION,  # the same
 }
 """Any other exception is INTERNAL and tells only the request id; its stack is logged."""
 
@@ -105,7 +82,7 @@ def trailer(error: Exception, request_id: str) -> tuple[str, tuple[tuple[str, st
     """
     status = rpc_status.to_status(status_of(error, request_id))
     metadata: tuple[tuple[str, str | bytes], ...] = (*status.trailing_metadata, (REQUEST_ID_KEY, request_id))
-    if isinstance(error, EngineBusy):
+    if isinstance(error, errors.EngineBusy):
         metadata += (("grpc-retry-pushback-ms", str(_retry_milliseconds(error))),)
     return status.details, metadata
 
@@ -116,10 +93,10 @@ def _cut(message: str) -> str:
 
 def _details(error: Exception) -> list[Message]:
     match error:
-        case InvalidRequest():
+        case errors.InvalidRequest():
             violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=_cut(error.message))
             return [error_details_pb2.BadRequest(field_violations=[violation])]
-        case EngineBusy():
+        case errors.EngineBusy():
             delay = Duration()
             delay.FromMilliseconds(_retry_milliseconds(error))
             return [error_details_pb2.RetryInfo(retry_delay=delay), *_quota(error)]
@@ -127,13 +104,13 @@ def _details(error: Exception) -> list[Message]:
             return []
 
 
-def _quota(error: EngineBusy) -> list[Message]:
-    if not isinstance(error, TooManyCalls | TooFast):
+def _quota(error: errors.EngineBusy) -> list[Message]:
+    if not isinstance(error, errors.TooManyCalls | errors.TooFast):
         return []
     limit = f"{error.knob} is {error.limit}"
     violation = error_details_pb2.QuotaFailure.Violation(subject=error.subject, description=limit)
     return [error_details_pb2.QuotaFailure(violations=[violation])]
 
 
-def _retry_milliseconds(error: EngineBusy) -> int:
+def _retry_milliseconds(error: errors.EngineBusy) -> int:
     return math.ceil(error.retry_after_seconds * 1000)  # not before there is room

@@ -7,57 +7,34 @@ import math
 from collections.abc import Mapping
 from http import HTTPStatus
 
-from trimserve.errors import (
-    AdapterError,
-    AdapterExists,
-    CannotListen,
-    CheckpointError,
-    CredentialsError,
-    DeadlinePassed,
-    EngineBusy,
-    EngineStopped,
-    InvalidRequest,
-    MessageLate,
-    MessageTooLarge,
-    OutOfMemory,
-    PermissionDenied,
-    RankFailed,
-    RequestFailed,
-    TooFast,
-    TooManyBytes,
-    TooManyCalls,
-    TrimserveError,
-    Unauthenticated,
-    UnknownAdapter,
-    UnknownMethod,
-    UnknownService,
-)
+from trimserve import errors
+from trimserve.errors import TrimserveError
 
 __all__ = ["CLIENT_LEFT", "STATUS", "error_body", "headers_of", "status_of"]
 
 STATUS: Mapping[type[TrimserveError], HTTPStatus] = {
-    InvalidRequest: HTTPStatus.BAD_REQUEST,
-    MessageTooLarge: HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
-    UnknownMethod: HTTPStatus.NOT_FOUND,
-    UnknownService: HTTPStatus.NOT_FOUND,
-    Unauthenticated: HTTPStatus.UNAUTHORIZED,
-    PermissionDenied: HTTPStatus.FORBIDDEN,
-    EngineBusy: HTTPStatus.TOO_MANY_REQUESTS,  # retry later
-    OutOfMemory: HTTPStatus.TOO_MANY_REQUESTS,  # retry later
-    TooManyCalls: HTTPStatus.TOO_MANY_REQUESTS,  # retry later
-    TooManyBytes: HTTPStatus.TOO_MANY_REQUESTS,  # retry later
-    TooFast: HTTPStatus.TOO_MANY_REQUESTS,  # retry later
-    EngineStopped: HTTPStatus.SERVICE_UNAVAILABLE,  # another replica may serve it
-    RankFailed: HTTPStatus.SERVICE_UNAVAILABLE,  # the engine ends with it
-    DeadlinePassed: HTTPStatus.GATEWAY_TIMEOUT,
-    MessageLate: HTTPStatus.REQUEST_TIMEOUT,
-    RequestFailed: HTTPStatus.INTERNAL_SERVER_ERROR,  # this request only
-    CheckpointError: HTTPStatus.CONFLICT,  # at load time, before there are requests
-    AdapterError: HTTPStatus.CONFLICT,
-    UnknownAdapter: HTTPStatus.NOT_FOUND,
-    AdapterExists: HTTPStatus.CONFLICT,
-    CredentialsError: HTTPStatus.CONFLICT,  # at start
-    CannotListen: HTTPStatus.CONFLICT,  # the same
+    errors.InvalidRequest: HTTPStatus.BAD_REQUEST,
+    errors.MessageTooLarge: HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+    errors.UnknownMethod: HTTPStatus.NOT_FOUND,
+    errors.UnknownService: HTTPStatus.NOT_FOUND,
+    errors.Unauthenticated: HTTPStatus.UNAUTHORIZED,
+    errors.PermissionDenied: HTTPStatus.FORBIDDEN,
+    errors.EngineBusy: HTTPStatus.TOO_MANY_REQUESTS,  # retry later
+    errors.OutOfMemory: HTTPStatus.TOO_MANY_REQUESTS,  # retry later
+    errors.TooManyCalls: HTTPStatus.TOO_MANY_REQUESTS,  # retry later
+    errors.TooManyBytes: HTTPStatus.TOO_MANY_REQUESTS,  # retry later
+    errors.TooFast: HTTPStatus.TOO_MANY_REQUESTS,  # retry later
+    errors.EngineStopped: HTTPStatus.SERVICE_UNAVAILABLE,  # another replica may serve it
+    errors.RankFailed: HTTPStatus.SERVICE_UNAVAILABLE,  # the engine ends with it
+    errors.DeadlinePassed: HTTPStatus.GATEWAY_TIMEOUT,
+    errors.MessageLate: HTTPStatus.REQUEST_TIMEOUT,
+    errors.RequestFailed: HTTPStatus.INTERNAL_SERVER_ERROR,  # this request only
+    errors.CheckpointError: HTTPStatus.CONFLICT,  # at load time, before there are requests
+    errors.AdapterError: HTTPStatus.CONFLICT,
+    errors.UnknownAdapter: HTTPStatus.NOT_FOUND,
+    errors.AdapterExists: HTTPStatus.CONFLICT,
+    errors.CredentialsError: HTTPStatus.CONFLICT,  # at start
+    errors.CannotListen: HTTPStatus.CONFLICT,  # the same
 }
 """Any other exception is 500 and tells only the request id; its stack is logged."""
 
@@ -98,7 +75,7 @@ def error_body(error: Exception, request_id: str) -> dict[str, object]:
         "error": {
             "message": message.encode(errors="replace")[:MAX_MESSAGE_BYTES].decode(errors="ignore"),
             "type": TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error"),
-            "param": error.field if isinstance(error, InvalidRequest) else None,
+            "param": error.field if isinstance(error, errors.InvalidRequest) else None,
             "code": reason,
         }
     }
@@ -107,10 +84,10 @@ def error_body(error: Exception, request_id: str) -> dict[str, object]:
 def headers_of(error: Exception) -> dict[str, str]:
     """Headers that belong to an exception's status."""
     match error:
-        case EngineBusy():
+        case errors.EngineBusy():
             milliseconds = math.ceil(error.retry_after_seconds * 1000)  # not before there is room
             return {"retry-after": str(math.ceil(error.retry_after_seconds)), "retry-after-ms": str(milliseconds)}
-        case Unauthenticated():
+        case errors.Unauthenticated():
             return {"www-authenticate": "Bearer"}
         case _:
             return {}
