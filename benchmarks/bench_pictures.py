@@ -6,6 +6,7 @@
   features, by kind of picture; the differences are paired.
 - `backgrounds`: the same questions about the same busy scenes on two photographs each, untrimmed: whether they are
   answered from what lies on the photograph, or from the photograph.
+- `grey`: the same questions with a grey image, untrimmed: what the questions alone give away.
 - `default`: candidates that hold equally many rows, merged ones counted. At each budget the one is taken whose worst
   kind of picture loses least, on questions drawn with another seed than those that it is then measured on; beside it
   stand the paper's rule, which drops, and both controls. `calibrated` is the k_ratio that `trimserve eval --calibrate`
@@ -23,6 +24,7 @@ from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from benchmarks.held_out import bootstrap_of, held_out, is_right
 from benchmarks.report import command_line, finish, markdown, points
@@ -45,6 +47,8 @@ __all__ = [
     "best",
     "compared",
     "default_table",
+    "grey_table",
+    "lost_without",
     "main",
 ]
 
@@ -75,11 +79,9 @@ def compared(
     both = {"adaptive": adaptive, "fixed": fixed}
     right = {name: is_right(questions, answers) for name, answers in both.items()}
     held = {name: np.array([each.num_held / each.num_valid for each in answers]) for name, answers in both.items()}
-    kinds = np.array([question.kind for question in questions])
     bootstrap = bootstrap_of(questions)
     found = {}
-    for kind in (ALL_KINDS, *np.unique(kinds).tolist()):
-        where: NDArray[np.bool_] = np.ones(len(kinds), np.bool_) if kind == ALL_KINDS else kinds == kind
+    for kind, where in _by_kind(questions):
         found[kind] = {
             "num_questions": int(where.sum()),
             "held": {name: round(float(values[where].mean()), 4) for name, values in held.items()},
@@ -87,6 +89,14 @@ def compared(
             "gain": asdict(bootstrap.mean(right["adaptive"] - right["fixed"], where)),
         }
     return found
+
+
+def _by_kind(questions: Sequence[Question]) -> Iterator[tuple[str, NDArray[np.bool_]]]:
+    """All of them, then each kind: which questions are of it."""
+    kinds = np.array([question.kind for question in questions])
+    yield ALL_KINDS, np.ones(len(kinds), np.bool_)
+    for kind in np.unique(kinds).tolist():
+        yield kind, kinds == kind
 
 
 def adaptive_table(report: dict[str, Any]) -> str:
@@ -129,6 +139,45 @@ def backgrounds_table(report: dict[str, Any]) -> str:
         f"right on one background, {report['other']['value']:.1%} on another, a change of "
         f"{points(**report['change'])} points; {report['differing']['value']:.1%} of the answers differ."
     )
+
+
+def _grey(model: InProcess, num_questions: int) -> dict[str, Any]:
+    with held_out(num_questions, PICTURES) as questions, TemporaryDirectory() as folder:
+        blank = [replace(question, image=_grey_image(question.image, Path(folder))) for question in questions]
+        with_image, without = ([answer for [answer] in model.answers(asked, [])] for asked in (questions, blank))
+        return {"data": describe_questions(questions), "kinds": lost_without(questions, with_image, without)}
+
+
+def _grey_image(image: Path, folder: Path) -> Path:
+    """A grey image of the same size, in a folder."""
+    grey = folder / image.name
+    if not grey.exists():
+        with Image.open(image) as original:
+            Image.new("RGB", original.size, "grey").save(grey)
+    return grey
+
+
+def lost_without(
+    questions: Sequence[Question], with_image: Sequence[Answer], without: Sequence[Answer]
+) -> dict[str, dict[str, Any]]:
+    """For all questions and each kind: accuracy with the image and with a grey one, and its `change`."""
+    right, right_grey = is_right(questions, with_image), is_right(questions, without)
+    figures = {"image": right, "grey": right_grey, "change": right_grey - right}
+    bootstrap = bootstrap_of(questions)
+    return {
+        kind: {name: asdict(bootstrap.mean(values, where)) for name, values in figures.items()}
+        for kind, where in _by_kind(questions)
+    }
+
+
+def grey_table(report: dict[str, Any]) -> str:
+    """Accuracy with the image and with a grey one by kind of picture, as Markdown."""
+    rows = [
+        [kind, f"{found['image']['value']:.1%}", f"{found['grey']['value']:.1%}", points(**found["change"])]
+        for kind, found in report["kinds"].items()
+    ]
+    asked = f"{report['data']['num_questions']:,} questions; points, with 95 % intervals."
+    return f"{markdown(['picture', 'with the image', 'with a grey one', 'change'], rows)}\n\n{asked}"
 
 
 _ROWS: Final = (0.22, 0.33, 0.5)
@@ -230,6 +279,7 @@ def default_table(report: dict[str, Any]) -> str:
 _BENCHMARKS: Final = {
     "adaptive": (_adaptive, adaptive_table, 1000),
     "backgrounds": (_backgrounds, backgrounds_table, 500),
+    "grey": (_grey, grey_table, 500),
     "default": (_default, default_table, 600),
 }
 

@@ -272,6 +272,7 @@ TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     "policies-look-again": ("docs/policies.md", lambda: benchmark(bench_look_again, "policies/look_again.json")),
     "pictures": ("docs/pictures.md", lambda: compared(cost_by_picture, "pictures/report.json")),
     "pictures-adaptive": ("docs/pictures.md", lambda: of_pictures(bench_pictures.adaptive_table, "adaptive")),
+    "pictures-grey": ("docs/pictures.md", lambda: of_pictures(bench_pictures.grey_table, "grey")),
     "pictures-backgrounds": ("docs/pictures.md", lambda: of_pictures(bench_pictures.backgrounds_table, "backgrounds")),
     "pictures-default": ("docs/pictures.md", lambda: of_pictures(bench_pictures.default_table, "default")),
     "batch": ("docs/command-line.md", lambda: measured(batch_table, "make verify-batch", "batch.json")),

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from benchmarks.bench_pictures import Candidate, backgrounds, best, compared
+from benchmarks.bench_pictures import Candidate, backgrounds, best, compared, lost_without
 from trimserve.api.trim import FixedRatio
 from trimserve.evaluation.answers import Answer
 from trimserve.evaluation.dataset import ALL_KINDS, Question
@@ -35,6 +35,13 @@ def test_an_adaptive_budget_is_compared_with_the_fixed_one_by_kind() -> None:
     assert rows["busy"]["gain"] == {"value": 0.0, "low": 0.0, "high": 0.0}
     assert rows["busy"]["held"] == {"adaptive": 0.2, "fixed": 0.3}
     assert [rows[kind]["num_questions"] for kind in (ALL_KINDS, "busy", "object")] == [4, 2, 2]
+
+
+def test_what_the_image_is_worth_is_told_by_kind() -> None:
+    found = lost_without(QUESTIONS, _answers("cat", "cat", "cat", "dog"), _answers("dog", "cat", "dog", "dog"))
+    changes = {kind: figures["change"]["value"] for kind, figures in found.items()}
+    assert changes == {ALL_KINDS: -0.5, "busy": -0.5, "object": -0.5}
+    assert [found["busy"][name]["value"] for name in ("image", "grey")] == [0.5, 0.0]
 
 
 def test_the_default_is_what_loses_least_on_its_worst_kind() -> None:
