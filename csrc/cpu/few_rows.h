@@ -15,14 +15,19 @@ constexpr std::int64_t kFewRows = 48;
 constexpr int kFewColumns = 3;
 constexpr int kTilesAhead = 2;
 
+// Rows of a tile, at most.
+template <int kWidth>
+constexpr int kMostRows = kWidth == 16 ? 8 : 4;
+
 template <typename Operands>
 TRIMSERVE_INLINE bool is_few(const LinearArgs& args) {
   return Operands::kFewestRows <= args.num_rows && args.num_rows <= kFewRows;
 }
 
 // Rows of the group that begins at `row`; the last may be missing.
-TRIMSERVE_INLINE int rows_of_group(const LinearArgs& args, int width, std::int64_t row) {
-  return width == 16 && args.num_rows - row > 4 ? 8 : 4;
+template <int kWidth>
+TRIMSERVE_INLINE int rows_of_group(const LinearArgs& args, std::int64_t row) {
+  return args.num_rows - row > 4 ? kMostRows<kWidth> : 4;
 }
 
 // Floats of a packed row: registers, the last padded with zeros.
@@ -47,7 +52,7 @@ TRIMSERVE_INLINE void pack_few(const LinearArgs& args, float* packed) {
   typename Operands::Vector vector;
   const std::int64_t row_size = packed_row_size<Operands>(args);
   for (std::int64_t first = 0; first < args.num_rows;) {
-    const int num_rows = rows_of_group(args, kWidth, first);
+    const int num_rows = rows_of_group<kWidth>(args, first);
     for (int r = 0; r < num_rows; ++r) {
       const std::int64_t row = std::min(first + r, args.num_rows - 1);
       const auto* const x = static_cast<const typename Operands::Stored*>(args.x) + row * args.x_stride;
@@ -98,7 +103,7 @@ TRIMSERVE_INLINE void multiply_few_tile(const LinearArgs& args, const float* pac
   Vector w[kFewColumns];
   for (std::int64_t k = 0; k < whole; k += kSize) {
     unrolled<kFewColumns>([&](auto c) TRIMSERVE_INLINE_LAMBDA {
-      __builtin_prefetch(weight[c] + k + ahead, 0, 2);
+      __builtin_prefetch(weight[c] + k + ahead, 0, kSecondLevel);
       Operands::load(w[c], weight[c] + k);
     });
     add(k, w);
@@ -123,15 +128,14 @@ TRIMSERVE_INLINE void multiply_few_tile(const LinearArgs& args, const float* pac
 template <int kWidth, DType dtype, typename Operands>
 TRIMSERVE_INLINE void multiply_few(const LinearArgs& args, const float* packed, std::int64_t begin,
                                    std::int64_t end) {
-  constexpr int kMost = kWidth == 16 ? 8 : 4;
   const std::int64_t row_size = packed_row_size<Operands>(args);
   const std::int64_t end_column = std::min(end * kLinearColumns, args.num_outputs);
   for (std::int64_t column = begin * kLinearColumns; column < end_column; column += kFewColumns) {
     for (std::int64_t row = 0; row < args.num_rows;) {
       const float* const rows = packed + row * row_size;
-      const int num_rows = rows_of_group(args, kWidth, row);
-      if (num_rows == kMost) {
-        multiply_few_tile<kWidth, dtype, Operands, kMost>(args, rows, row, column, end_column);
+      const int num_rows = rows_of_group<kWidth>(args, row);
+      if (num_rows == kMostRows<kWidth>) {
+        multiply_few_tile<kWidth, dtype, Operands, kMostRows<kWidth>>(args, rows, row, column, end_column);
       } else {
         multiply_few_tile<kWidth, dtype, Operands, 4>(args, rows, row, column, end_column);
       }

@@ -15,7 +15,7 @@ namespace trimserve::cpu {
 
 constexpr std::int64_t kPanelVectors = 2;   // of outputs in a panel
 constexpr std::int64_t kPartEntries = 256;  // of a panel, which then stays in the first-level cache
-constexpr std::int64_t kMostGroups = 2 * kPartEntries / kUnit;
+constexpr std::int64_t kMostGroups = 2 * kPartEntries / kInt4Unit;
 static_assert(kPartEntries % kLongestGroup == 0);
 
 // Float32 products of one input and its weights.
@@ -93,7 +93,8 @@ struct PanelPart {
 // Of so many inputs of one output, whole units unless they are its last ones.
 template <WeightFormat format>
 TRIMSERVE_INLINE std::int64_t stored_bytes(const LinearArgs& args, std::int64_t num_inputs) {
-  if constexpr (format == WeightFormat::kInt4) return (num_inputs + kUnit - 1) / kUnit * kInt4UnitBytes;
+  if constexpr (format == WeightFormat::kInt4)
+    return (num_inputs + kInt4Unit - 1) / kInt4Unit * kInt4UnitBytes;
   if constexpr (format == WeightFormat::kInt8) return num_inputs;
   return num_inputs * (args.dtype == DType::kFloat32 ? 4 : 2);
 }
@@ -109,14 +110,14 @@ TRIMSERVE_INLINE const std::byte* stored_at(const LinearArgs& args, std::int64_t
 template <int kWidth, WeightFormat format>
 TRIMSERVE_INLINE void read_unit(const std::byte* stored, std::int64_t num_left, std::int8_t* unit) {
   if constexpr (format == WeightFormat::kInt8) {
-    if (num_left >= kUnit) {
-      std::memcpy(unit, stored, kUnit);
+    if (num_left >= kInt4Unit) {
+      std::memcpy(unit, stored, kInt4Unit);
     } else {
-      std::memset(unit, 0, kUnit);
+      std::memset(unit, 0, kInt4Unit);
       std::memcpy(unit, stored, num_left);
     }
   } else {
-    typedef std::int8_t Bytes __attribute__((vector_size(kUnit)));
+    typedef std::int8_t Bytes __attribute__((vector_size(kInt4Unit)));
     Simd<8>::Bits halves;  // in one vector, so that one store has what is loaded next
     if constexpr (kWidth == 4) {
       Simd<4>::Bits half;
@@ -137,15 +138,15 @@ TRIMSERVE_INLINE void read_unit(const std::byte* stored, std::int64_t num_left, 
 template <int kWidth, typename Products, WeightFormat format>
 TRIMSERVE_INLINE void fill_quantized_panel(const LinearArgs& args, const PanelPart& part,
                                            typename Products::Register* panel) {
-  constexpr int kEntries = kUnit / Products::kInputs, kChunks = kEntries / kWidth;
+  constexpr int kEntries = kInt4Unit / Products::kInputs, kChunks = kEntries / kWidth;
   for (std::int64_t v = 0; v < kPanelVectors; ++v) {
     const std::byte* stored[kWidth];
     for (std::int64_t lane = 0; lane < kWidth; ++lane) {
       const std::int64_t output = part.first_output + std::min(v * kWidth + lane, part.num_outputs - 1);
       stored[lane] = stored_at<format>(args, output, part.first_input);
     }
-    for (std::int64_t k = 0; k < part.num_inputs; k += kUnit) {
-      std::int8_t units[kWidth][kUnit];
+    for (std::int64_t k = 0; k < part.num_inputs; k += kInt4Unit) {
+      std::int8_t units[kWidth][kInt4Unit];
       for (std::int64_t lane = 0; lane < kWidth; ++lane)
         read_unit<kWidth, format>(stored[lane] + stored_bytes<format>(args, k), part.num_inputs - k,
                                   units[lane]);

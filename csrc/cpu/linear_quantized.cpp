@@ -28,8 +28,6 @@ constexpr std::int64_t kRowGroups = 512;
 constexpr std::int64_t kQuad = 4;            // outputs that all rows pass together
 constexpr std::int64_t kOutputsAhead = 8;    // to prefetch
 constexpr std::int64_t kBytesAhead = 16384;  // for a row that is alone, at least
-// Where prefetches go, as __builtin_prefetch counts: the first-level cache has fewer places for misses.
-constexpr int kSecondLevel = 2;
 
 // Some inputs of some outputs.
 struct Part {

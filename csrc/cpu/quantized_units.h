@@ -10,35 +10,43 @@
 
 namespace trimserve::cpu {
 
-constexpr int kUnit = kInt4Unit;
 constexpr std::int64_t kLongestGroup = 128;
 
 // A scale in all lanes.
 template <int kWidth>
 struct Broadcast {
-  explicit Broadcast(std::int64_t) {}
+  TRIMSERVE_INLINE explicit Broadcast(std::int64_t) {}
   TRIMSERVE_INLINE void operator()(typename Simd<kWidth>::Floats& lanes, const float* scale) const {
     lanes = typename Simd<kWidth>::Floats{} + *scale;
   }
 };
 
-// How float32 and float16 rows are multiplied.
-template <int kWidth>
-struct FloatMath {
-  using Element = float;
-  using First = float;
-  using Inputs = typename Simd<kWidth>::Floats;    // a register of a row
-  using Register = typename Simd<kWidth>::Floats;  // of weights
-  using Sums = typename Simd<kWidth>::Floats;
-  using Spread = Broadcast<kWidth>;
-  static constexpr int kInputs = kWidth;     // of a register
-  static constexpr bool kHasScales = false;  // of the rows' groups
-  static constexpr bool kIsBytes = false;
+// Elements of a row as they lie in the registers that they are multiplied in.
+template <typename Stored, typename Lanes>
+struct AsRegisters {
+  using Element = Stored;
+  using Inputs = Lanes;    // a register of a row
+  using Register = Lanes;  // of weights
+  static constexpr int kInputs = sizeof(Lanes) / sizeof(Stored);
 
   TRIMSERVE_INLINE static void pack(std::byte* packed, const Element (&x)[kInputs]) {
     std::memcpy(packed, x, sizeof x);
   }
   TRIMSERVE_INLINE static void load(Inputs& x, const std::byte* packed) { std::memcpy(&x, packed, sizeof x); }
+};
+
+// How float32 and float16 rows are multiplied.
+template <int kWidth>
+struct FloatMath : AsRegisters<float, typename Simd<kWidth>::Floats> {
+  using Base = AsRegisters<float, typename Simd<kWidth>::Floats>;
+  using Base::kInputs;
+  using typename Base::Element, typename Base::Inputs, typename Base::Register;
+  using First = float;
+  using Sums = typename Simd<kWidth>::Floats;
+  using Spread = Broadcast<kWidth>;
+  static constexpr bool kHasScales = false;  // of the rows' groups
+  static constexpr bool kIsBytes = false;
+
   // What the sums of weights that are stored plus kOffset begin with: -kOffset times the inputs' sum, shared out. In a
   // single lane it would be added up along all of K before it cancels, and cost the accuracy of inputs whose mean is
   // not 0.
@@ -63,21 +71,16 @@ struct FloatMath {
 // the inputs fit in a register, and sums of a group are exact. Where bytes can be multiplied ByteMath takes its place
 // for int4 weights (quantized_bytes.h).
 template <int kWidth>
-struct WordMath {
-  using Element = std::int16_t;
+struct WordMath : AsRegisters<std::int16_t, typename Simd<kWidth>::Bits> {
+  using Base = AsRegisters<std::int16_t, typename Simd<kWidth>::Bits>;
+  using Base::kInputs;
+  using typename Base::Element, typename Base::Inputs, typename Base::Register;
   using First = std::int32_t;
-  using Inputs = typename Simd<kWidth>::Bits;
-  using Register = typename Simd<kWidth>::Bits;
   using Sums = typename Simd<kWidth>::Ints;
   using Spread = Broadcast<kWidth>;
-  static constexpr int kInputs = 2 * kWidth;
   static constexpr bool kHasScales = true;
   static constexpr bool kIsBytes = false;
 
-  TRIMSERVE_INLINE static void pack(std::byte* packed, const Element (&x)[kInputs]) {
-    std::memcpy(packed, x, sizeof x);
-  }
-  TRIMSERVE_INLINE static void load(Inputs& x, const std::byte* packed) { std::memcpy(&x, packed, sizeof x); }
   // As of FloatMath, to whole numbers: in every other one of 16 lanes.
   template <int kOffset>
   TRIMSERVE_INLINE static void count(First& first, const Element (&x)[kInputs]) {
