@@ -23,8 +23,7 @@ constexpr std::int64_t kRowsAtOnce = 32;    // whose sums stay in the second-lev
 constexpr std::int64_t kPartBytes = 16384;  // of all these rows: half of the first-level cache
 constexpr std::int64_t kPartInputs = 4096;  // of one row, at most
 constexpr std::int64_t kMostGroups = kPartInputs / kInt4Unit;
-constexpr std::int64_t kRowBytes = 20480;  // of a row that stays in the first-level cache
-constexpr std::int64_t kRowGroups = 512;
+constexpr std::int64_t kRowBytes = 20480;    // of a row that stays in the first-level cache
 constexpr std::int64_t kQuad = 4;            // outputs that all rows pass together
 constexpr std::int64_t kOutputsAhead = 8;    // to prefetch
 constexpr std::int64_t kBytesAhead = 16384;  // for a row that is alone, at least
@@ -266,27 +265,23 @@ TRIMSERVE_INLINE void multiply_block(const LinearArgs& args, const std::byte* ro
 
 // A block of outputs times a row that is alone, kColumns at a time. ahead: as of Part.
 template <int kWidth, typename Math, typename Unit, int kColumns>
-TRIMSERVE_INLINE void multiply_row(const LinearArgs& args, const std::byte* packed, std::int64_t row,
+TRIMSERVE_INLINE void multiply_row(const LinearArgs& args, const LoneRow<Math, Unit>& x, std::int64_t row,
                                    std::int64_t first_output, std::int64_t ahead) {
   const std::int64_t row_bytes = Unit::bytes(args.num_inputs), group = scale_group<Unit>(args);
   const std::int64_t num_groups = divide_up(args.num_inputs, group), stride = divide_up(num_groups, 4) * 4;
   const std::int64_t num_outputs = std::min(kLinearColumns, args.num_outputs - first_output);
   const auto* const weight = static_cast<const std::byte*>(args.weight) + first_output * row_bytes;
-  const auto* const heads =
-      reinterpret_cast<const Head<Math>*>(packed + PackedRow<Math, Unit>(args).element_bytes);
-  float of_row[kRowGroups], scales[kColumns * kRowGroups + 3];  // the latter are read four at a time
-  for (std::int64_t g = 0; Math::kHasScales && g < num_groups; ++g)
-    of_row[g] = heads[g * group / Unit::kGroup].scales[g * group % Unit::kGroup / group];
+  float scales[kColumns * LoneRow<Math, Unit>::kMostGroups + 3];  // which are read four at a time
   alignas(64) float sums[kLinearColumns * kWidth] = {};
   for (std::int64_t c = 0; c < num_outputs; c += kColumns) {
-    Part part{weight + c * row_bytes, row_bytes, num_outputs - c, ahead, args.num_inputs, of_row, 0, group};
+    Part part{weight + c * row_bytes, row_bytes, num_outputs - c, ahead, args.num_inputs, x.scales, 0, group};
     if (Unit::kIsInt4) {
       take_scales(args, first_output + c, kColumns, 0, num_groups, stride,
-                  Math::kHasScales ? of_row : nullptr, scales);
+                  Math::kHasScales ? x.scales : nullptr, scales);
       part.scales = scales;
       part.scales_stride = stride;
     }
-    add_tile<kWidth, Math, Unit, 1, kColumns, true>(part, packed, heads, sums + c * kWidth);
+    add_tile<kWidth, Math, Unit, 1, kColumns, true>(part, x.elements, x.heads, sums + c * kWidth);
   }
   at_dtype(args.dtype, [&](auto dtype) TRIMSERVE_INLINE_LAMBDA {
     store_rows<kWidth, Unit::kIsInt4, dtype>(args, row, 1, first_output, sums);
@@ -298,16 +293,16 @@ TRIMSERVE_INLINE void multiply_row(const LinearArgs& args, const std::byte* pack
 // though: several outputs share it. So do they for bytes, where a core reads more of the row than of the weight and
 // fetches nothing ahead: there outputs ahead are prefetched, too.
 template <int kWidth, typename Math, typename Unit>
-TRIMSERVE_INLINE void multiply_row(const LinearArgs& args, const std::byte* packed, std::int64_t row,
+TRIMSERVE_INLINE void multiply_row(const LinearArgs& args, const LoneRow<Math, Unit>& x, std::int64_t row,
                                    std::int64_t first_output) {
   if constexpr (Math::kIsBytes) {
     const std::int64_t bytes = kQuad * Unit::bytes(args.num_inputs);
     const std::int64_t ahead = divide_up(kBytesAhead, bytes) * bytes;
-    multiply_row<kWidth, Math, Unit, kQuad>(args, packed, row, first_output, ahead);
+    multiply_row<kWidth, Math, Unit, kQuad>(args, x, row, first_output, ahead);
   } else if (PackedRow<Math, Unit>(args).num_bytes <= kRowBytes) {
-    multiply_row<kWidth, Math, Unit, 1>(args, packed, row, first_output, 0);
+    multiply_row<kWidth, Math, Unit, 1>(args, x, row, first_output, 0);
   } else {
-    multiply_row<kWidth, Math, Unit, kWidth == 16 ? 8 : 4>(args, packed, row, first_output, 0);
+    multiply_row<kWidth, Math, Unit, kWidth == 16 ? 8 : 4>(args, x, row, first_output, 0);
   }
 }
 
@@ -369,15 +364,17 @@ void linear_quantized(const LinearArgs& args, const float* packed, std::int64_t 
     for (std::int64_t row = 0; row < args.num_rows; row += kRowsAtOnce) {
       const std::int64_t num_rows = std::min(kRowsAtOnce, args.num_rows - row);
       // To read a row of floats takes longer than to read int4 weights: a tile's outputs share it.
-      const bool is_alone = num_rows == 1 && (Math::kHasScales || !Unit::kIsInt4) &&
-                            divide_up(args.num_inputs, scale_group<Unit>(args)) <= kRowGroups;
-      for (std::int64_t block = begin; block < end; ++block) {
-        if (is_alone) {
-          multiply_row<width, Math, Unit>(args, rows + row * num_bytes, row, block * kLinearColumns);
-        } else {
-          multiply_block<width, Math, Unit>(args, rows + row * num_bytes, row, num_rows,
-                                            block * kLinearColumns);
-        }
+      const bool is_alone =
+          num_rows == 1 && (Math::kHasScales || !Unit::kIsInt4) &&
+          divide_up(args.num_inputs, scale_group<Unit>(args)) <= LoneRow<Math, Unit>::kMostGroups;
+      const std::byte* const first = rows + row * num_bytes;
+      if (is_alone) {
+        const LoneRow<Math, Unit> x(args, first);
+        for (std::int64_t block = begin; block < end; ++block)
+          multiply_row<width, Math, Unit>(args, x, row, block * kLinearColumns);
+      } else {
+        for (std::int64_t block = begin; block < end; ++block)
+          multiply_block<width, Math, Unit>(args, first, row, num_rows, block * kLinearColumns);
       }
     }
   });

@@ -45,6 +45,25 @@ struct PackedRow {
             64) {}
 };
 
+// A packed row that is alone.
+template <typename Math, typename Unit>
+struct LoneRow {
+  static constexpr std::int64_t kMostGroups = 512;
+
+  const std::byte* elements;
+  const Head<Math>* heads;
+  float scales[kMostGroups];  // of its inputs, one for each group of the weights
+
+  LoneRow(const LinearArgs& args, const std::byte* packed)
+      : elements(packed),
+        heads(reinterpret_cast<const Head<Math>*>(packed + PackedRow<Math, Unit>(args).element_bytes)) {
+    const std::int64_t of_head = Unit::kGroup / scale_group<Unit>(args);
+    const std::int64_t num_groups = divide_up(args.num_inputs, scale_group<Unit>(args));
+    for (std::int64_t g = 0; Math::kHasScales && g < num_groups; g += of_head)
+      std::copy_n(heads[g / of_head].scales, std::min(of_head, num_groups - g), scales + g);
+  }
+};
+
 // The power of two that makes 16 bits of a group's inputs, less than 32640; NaN if one of them is not finite, 0 if all
 // are.
 TRIMSERVE_INLINE float scale_of(const float* values, std::int64_t count) {
