@@ -37,7 +37,7 @@ def _steps(folder: Path, batches: Sequence[int], num_pairs: int) -> list[dict[st
         pairs = seconds_in_pairs(own, int8, num_pairs)
         own_seconds, int8_seconds = medians(pairs, 6)
         bytes_ratio = round(asked[1].kv_bytes(batch) / asked[0].kv_bytes(batch), 4)
-        row = {"batch": batch, "bfloat16_ms": 1e3 * own_seconds, "int8_ms": 1e3 * int8_seconds}
+        row = {"batch": batch, "bfloat16_ms": round(1e3 * own_seconds, 3), "int8_ms": round(1e3 * int8_seconds, 3)}
         noted(rows, row | speedup(pairs) | {"bytes_ratio": bytes_ratio})
     return rows
 
