@@ -99,6 +99,7 @@ def table(report: dict[str, Any]) -> str:
         "peak memory": lambda row: f"{row['peak_bytes'] / 2**30:.1f} GiB",
         "first token, new image, s": "{first_token_seconds_of_new_image:,.1f}",
         "same image, s": "{first_token_seconds_of_same_image:,.1f}",
+        "reads, GB/s": lambda row: f"{median(row['read_bytes_per_second']) / 1e9:.0f}",
         "step, ms (times its bytes)": lambda row: f"{median(row['step_ms']):,.0f} ({row['step_over_floor']:.2f})",
     }
     return f"{tabulated(report['rows'], columns)}\n\n{origin(report)}"
