@@ -102,6 +102,14 @@ def test_kept_features_make_room_for_more_requests_and_all_of_one_are_needed_to_
     assert trimmed["num_requests"] > untrimmed["num_requests"]
 
 
+def test_trimmed_int8_pages_hold_four_times_the_requests_of_transformers(llama_11b: Path) -> None:
+    options = ("--kv-dtype", "int8", "--kept-fraction", 0.45, "--tokens", 64)
+    plan = planned("--model", llama_11b, "--memory", "40GiB", *options)
+    bytes_of_row = 2 * 8 * 128 * 2  # a key and a value of 8 heads of 128 in bfloat16
+    theirs = (8 * 4 * 1601 + 32 * 64) * bytes_of_row  # all features of 4 tiles in 8 layers, the text in 32
+    assert theirs > 4 * (plan["self_kv_bytes_per_request"] + plan["cross_kv_bytes_per_request"])
+
+
 def test_tensor_parallel_devices_divide_linear_layers_and_keys_and_values(llama_11b: Path) -> None:
     options = ("--model", llama_11b, "--gpu-memory")
     assert planned(*options, "18GiB", fits=False)["limit"] == "the weights are larger than the memory"
