@@ -2,11 +2,9 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
-import pytest
-
-__all__ = ["PATIENCE_SECONDS", "line_of", "soon", "until"]
+__all__ = ["PATIENCE_SECONDS", "soon", "until"]
 
 PATIENCE_SECONDS = 60
 
@@ -23,10 +21,3 @@ async def until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(PATIENCE_SECONDS):
         while not condition():  # noqa: ASYNC110  # what is waited for happens on another thread, or has no event
             await asyncio.sleep(0.001)
-
-
-async def line_of(call: str, caplog: pytest.LogCaptureFixture) -> dict[str, Any]:
-    """Fields of the one line that tells of a call, `rpc` or `http`: it comes after the caller has its answer."""
-    await until(lambda: call in caplog.messages)
-    (record,) = (record for record in caplog.records if record.message == call)
-    return record.__dict__

@@ -7,9 +7,9 @@ import grpc
 import pytest
 from google.rpc import error_details_pb2, status_pb2
 
-from tests.patience import line_of
 from tests.server.conftest import Loopback, rich_status
 from tests.server.fakes import CHUNKS, DELTAS, STARTED, Script, chat_request
+from tests.server.logged import line_of
 from trimserve import errors
 from trimserve.errors import TrimserveError
 from trimserve.server.grpc.responses import fold

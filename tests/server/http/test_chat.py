@@ -10,9 +10,10 @@ from typing import Any
 import openai
 import pytest
 
-from tests.patience import line_of, soon
+from tests.patience import soon
 from tests.server.fakes import CHUNKS, DEFAULTS, DELTAS, FINISHED, INFO, STARTED, FakeRunner, Pause
 from tests.server.http.conftest import Door, open_door
+from tests.server.logged import line_of
 from trimserve.api.chunks import FinishReason, TokenDelta, TokenLogprob
 from trimserve.api.constraint import JsonObject, JsonSchema
 from trimserve.api.prompt import ChatPrompt, ImageFile, Message, Text
