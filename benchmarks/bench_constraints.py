@@ -3,7 +3,7 @@
     python -m benchmarks.bench_constraints [--steps 400] [--rounds 5] [--out FILE]
 
 Two engines over the embedded model take turns, a step each, so that both meet the same moments of the machine. Both
-sample at temperature 1; the engine is driven without service and sockets, on one thread.
+sample at temperature 1; the engine is driven without service and sockets.
 """
 
 import json
@@ -13,7 +13,8 @@ from typing import Final
 from benchmarks.measure import medians, seconds_in_pairs
 from benchmarks.ours import chat
 from benchmarks.report import command_line, finish
-from tests.engine.stepping import make_engine, start, tokens
+from tests.engine.stepping import Output, make_engine, start, tokens
+from trimserve.api.chunks import TokenDelta
 from trimserve.api.constraint import Constraint, JsonSchema
 from trimserve.api.request import GenerationRequest
 from trimserve.api.sampling import SamplingParams
@@ -41,21 +42,24 @@ _SCHEMA: Final = {  # long enough that no answer is complete while it is measure
 
 def _round(model: Mllama, num_steps: int) -> tuple[float, float]:
     """Median seconds of a step of each engine."""
-    plain, constrained = (_running(model, constraint) for constraint in (None, JsonSchema(json.dumps(_SCHEMA))))
+    (plain, outputs), (constrained, others) = (
+        _running(model, each) for each in (None, JsonSchema(json.dumps(_SCHEMA)))
+    )
     pairs = seconds_in_pairs(plain.step, constrained.step, num_steps)
-    assert all(engine.has_work for engine in (plain, constrained)), "a request ended while it was measured"
+    ends = [output[-1] for output in (*outputs, *others)]
+    assert all(isinstance(end, TokenDelta) for end in ends), "a request ended while it was measured"
     return medians(pairs, 6)
 
 
-def _running(model: Mllama, constraint: Constraint | None) -> Engine:
+def _running(model: Mllama, constraint: Constraint | None) -> tuple[Engine, list[Output]]:
     engine, outputs = make_engine(model, max_batch=_BATCH), []
     for seed in range(_BATCH):
         sampling = SamplingParams(max_new_tokens=1500, ignore_eos=True, temperature=1.0, seed=seed)
         trim, prompt = TrimRequest(k_ratio=0.2), chat("Say something.")
         outputs.append(start(engine, GenerationRequest(f"{seed}", prompt, sampling, trim, constraint=constraint))[1])
-    while sum(len(tokens(output)) for output in outputs) < _BATCH * _WARM_UP_STEPS:
+    while engine.has_work and sum(len(tokens(output)) for output in outputs) < _BATCH * _WARM_UP_STEPS:
         engine.step()
-    return engine
+    return engine, outputs
 
 
 def main() -> None:

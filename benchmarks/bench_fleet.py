@@ -70,7 +70,7 @@ def main() -> None:
     with (
         server_process("--num-threads", str(arguments.threads)) as server,
         envoy([int(server.address.rpartition(":")[2])]) as (proxy, pid),
-        ray_serve(is_haproxy=arguments.haproxy) as (address, serve, deploy),
+        ray_serve(is_haproxy=arguments.haproxy, num_threads=arguments.threads) as (address, serve, deploy),
     ):
         deploy(1)
         asyncio.run(until(lambda: Replicas(serve, address).count() == 1, "a replica"))

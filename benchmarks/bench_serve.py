@@ -77,8 +77,6 @@ class Plan:
     concurrency: int = 16
     """Clients of the closed loop, and requests of one of transformers' batches."""
     max_new_tokens: int = 128
-    repeated_share: float = 0.5
-    """Of the images, as `make_workload` has it."""
     open_loop_load: float = 0.7
     """Rate of the open loop as a share of the rate that the closed loop reached."""
     num_probe_images: int = 3
@@ -135,8 +133,8 @@ class _Comparison:
         ):
             yield asking(client, self._plan.max_new_tokens, self._model.trim(is_on=is_trimmed)), server.pid
 
-    def _closed_loop(self, name: str, ask: Ask, pid: int) -> list[Exchange]:
-        ask(_WARM_UP)
+    def _closed_loop(self, name: str, ask: Ask, pid: int, warm_up: Item = _WARM_UP) -> list[Exchange]:
+        ask(warm_up)
         exchanges = closed_loop(ask, self._items, self._plan.concurrency)
         self._loaded(name, {**summary(exchanges), "peak_rss_bytes": memory_bytes(pid)})
         return exchanges
@@ -210,7 +208,7 @@ class _Comparison:
     def _transformers_serve(self, venv: Path) -> None:
         try:
             with transformers_serve(venv, self._model.checkpoint, **self._options) as (ask, pid):
-                self._closed_loop("transformers_serve", ask, pid)
+                self._closed_loop("transformers_serve", ask, pid, self._items[0])
         except (ServerFailed, OSError) as error:
             self._loaded("transformers_serve", {"errors": [str(error)]})
 
@@ -271,7 +269,7 @@ def _table_of_model(model: dict[str, Any]) -> str:
     waits = " and ".join(f"{images[kind]['repeated_over_first']:.2f} ({_PROBED[kind]})" for kind in _PROBED)
     share = f"{latency['added_over_bare_step']:.0%}"
     lines = [
-        f"**{model['model']}**: {asked}, {plan['repeated_share']:.0%} of the images repeated; milliseconds:",
+        f"**{model['model']}**: {asked}, half of the images repeated; milliseconds:",
         "",
         markdown(head, rows),
         "",

@@ -25,7 +25,7 @@ import torch
 from benchmarks.measure import in_pairs, medians, speedup
 from benchmarks.models import BENCH_MODEL, bench_model
 from benchmarks.report import Columns, command_line, finish, noted, origin, tabulated, times
-from tests.engine.stepping import make_engine, start, tokens
+from tests.engine.stepping import finished, make_engine, start, tokens
 from trimserve.api.constraint import Regex
 from trimserve.api.prompt import TokenPrompt
 from trimserve.api.request import GenerationRequest
@@ -116,7 +116,9 @@ class _Engine:
         """Answer a batch of requests; tokens a second of its decode steps."""
         asked = [start(self.engine, case.request(first + each, num_tokens)) for each in range(case.batch)]
         outputs = [output for _, output in asked]
-        while not all(map(tokens, outputs)):  # a step reads all prompts that there are places for
+        while self.engine.has_work and not all(
+            map(tokens, outputs)
+        ):  # a step reads all prompts that there are places for
             self.engine.step()
         num_before, num_steps = sum(len(tokens(output)) for output in outputs), 0
         began = time.thread_time()
@@ -124,6 +126,8 @@ class _Engine:
             self.engine.step()
             num_steps += 1
         seconds = time.thread_time() - began
+        for output in outputs:
+            finished(output)  # rather than failed
         self.num_steps.append(num_steps)
         self.answers.append([tokens(output) for output in outputs])
         return (sum(map(len, self.answers[-1])) - num_before) / seconds
@@ -184,6 +188,8 @@ def main() -> None:
     """Measure and write."""
     options = {"pairs": 15, "tokens": 192, "cases": [case.name for case in _CASES], "dtype": ("float32", "bfloat16")}
     arguments = command_line(__doc__, "speculation.json", bench_model=BENCH_MODEL, **options)
+    if arguments.threads != 1:
+        raise SystemExit(f"--threads: must be 1, since seconds are the thread's own, got {arguments.threads}")
     config = ModelConfig(model=str(bench_model(arguments.bench_model)), dtype=arguments.dtype)
     model = load_model(config, EngineConfig())
     _count_up(model)

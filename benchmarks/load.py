@@ -171,13 +171,14 @@ def open_loop(ask: Ask, items: Sequence[Item], arrivals: Sequence[float]) -> lis
     """
     start = time.monotonic()
 
-    def client(item: Item, arrival: float) -> Exchange:
+    def client(expected: tuple[Item, float]) -> Exchange:
+        item, arrival = expected
         due = start + arrival
         time.sleep(max(0.0, due - time.monotonic()))
         return _exchange(ask, item, due)
 
     with ThreadPoolExecutor(len(items)) as clients:
-        return list(clients.map(client, items, arrivals))
+        return list(clients.map(client, zip(items, arrivals, strict=True)))
 
 
 def _exchange(ask: Ask, item: Item, sent: float) -> Exchange:

@@ -41,7 +41,7 @@ _HELP: Final = {
     "quick": "little of everything, to see whether it works",
     "questions": "how many",
     "pairs": "measured of both sides in turn",
-    "runs": "timed calls of each, at least 2",
+    "runs": "timed calls of each",
 }
 
 

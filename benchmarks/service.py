@@ -30,7 +30,7 @@ def request_of(item: Item, max_new_tokens: int, trim: pb.TrimOptions) -> pb.Gene
 
 
 def asking(client: Client, max_new_tokens: int, trim: pb.TrimOptions) -> Ask:
-    """What streams the answers to such requests."""
+    """What streams the answers to such requests; that a call was tried again, as clients do, counts as waiting."""
 
     def ask(item: Item) -> Answer:
         arrivals: list[float] = []

@@ -21,11 +21,13 @@ class Target:
     num_asking: int = 0
     most_asking: int = 0
     order: list[int] = field(default_factory=list)
+    asked: dict[int, float] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def ask(self, item: Item) -> Answer:
         with self.lock:
             self.order.append(item.index)
+            self.asked[item.index] = time.monotonic()
             self.num_asking += 1
             self.most_asking = max(self.most_asking, self.num_asking)
         time.sleep(self.seconds)
@@ -53,6 +55,7 @@ def test_an_open_loop_sends_on_time_whatever_became_of_those_before(make: Maker)
     assert target.most_asking == 4
     gaps = [exchange.sent - exchanges[0].sent for exchange in exchanges]
     assert gaps == pytest.approx([0.0, 0.005, 0.01, 0.015])
+    assert all(target.asked[exchange.item.index] >= exchange.sent for exchange in exchanges)
 
 
 def test_waiting_in_an_open_loop_counts_from_when_the_request_was_due(make: Maker) -> None:
