@@ -278,7 +278,7 @@ def default_table(report: dict[str, Any]) -> str:
 
 _BENCHMARKS: Final = {
     "adaptive": (_adaptive, adaptive_table, 1000),
-    "backgrounds": (_backgrounds, backgrounds_table, 500),
+    "backgrounds": (_backgrounds, backgrounds_table, 2000),
     "grey": (_grey, grey_table, 500),
     "default": (_default, default_table, 600),
 }

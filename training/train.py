@@ -45,7 +45,7 @@ class Settings:
 
     steps: int = 4000
     minutes: float | None = None
-    """Processor time that the cosine ends at, instead of `steps`: a run that is stopped for a while loses none."""
+    """Processor time of all threads that the cosine ends at, instead of `steps`: a run that is stopped loses none."""
     seed: int = 1
     rows: int = 20
     """Images in a batch."""
@@ -238,7 +238,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder of the run: state.pt and log.jsonl")
     parser.add_argument("--steps", type=int, default=Settings.steps)
-    parser.add_argument("--minutes", type=float, help="end by processor time, not steps; with --resume, a new end")
+    parser.add_argument(
+        "--minutes", type=float, help="end by processor time of all threads, not steps; with --resume, a new end"
+    )
     parser.add_argument("--rows", type=int, default=Settings.rows, help="images in a batch")
     parser.add_argument("--learning-rate", type=float, default=Settings.learning_rate)
     parser.add_argument("--muon-learning-rate", type=float, default=Settings.muon_learning_rate)
