@@ -174,7 +174,7 @@ def open_loop(ask: Ask, items: Sequence[Item], arrivals: Sequence[float]) -> lis
     def client(expected: tuple[Item, float]) -> Exchange:
         item, arrival = expected
         due = start + arrival
-        time.sleep(max(0.0, due - time.monotonic()))
+        time.sleep(max(0.0, due - time.monotonic()))  # requests come by the clock
         return _exchange(ask, item, due)
 
     with ThreadPoolExecutor(len(items)) as clients:

@@ -13,8 +13,9 @@
 
 namespace trimserve::cpu {
 
-constexpr std::int64_t kPanelVectors = 2;   // of outputs in a panel
-constexpr std::int64_t kPartEntries = 256;  // of a panel, which then stays in the first-level cache
+constexpr std::int64_t kPanelVectors = 2;        // of outputs in a panel
+constexpr std::int64_t kPartEntries = 256;       // of a panel, which then stays in the first-level cache
+constexpr std::int64_t kReadInputs = kInt4Unit;  // of an output that are read at once, in every format
 constexpr std::int64_t kMostGroups = 2 * kPartEntries / kInt4Unit;
 static_assert(kPartEntries % kLongestGroup == 0);
 
@@ -110,14 +111,14 @@ TRIMSERVE_INLINE const std::byte* stored_at(const LinearArgs& args, std::int64_t
 template <int kWidth, WeightFormat format>
 TRIMSERVE_INLINE void read_unit(const std::byte* stored, std::int64_t num_left, std::int8_t* unit) {
   if constexpr (format == WeightFormat::kInt8) {
-    if (num_left >= kInt4Unit) {
-      std::memcpy(unit, stored, kInt4Unit);
+    if (num_left >= kReadInputs) {
+      std::memcpy(unit, stored, kReadInputs);
     } else {
-      std::memset(unit, 0, kInt4Unit);
+      std::memset(unit, 0, kReadInputs);
       std::memcpy(unit, stored, num_left);
     }
   } else {
-    typedef std::int8_t Bytes __attribute__((vector_size(kInt4Unit)));
+    typedef std::int8_t Bytes __attribute__((vector_size(kReadInputs)));
     Simd<8>::Bits halves;  // in one vector, so that one store has what is loaded next
     if constexpr (kWidth == 4) {
       Simd<4>::Bits half;
@@ -138,15 +139,15 @@ TRIMSERVE_INLINE void read_unit(const std::byte* stored, std::int64_t num_left, 
 template <int kWidth, typename Products, WeightFormat format>
 TRIMSERVE_INLINE void fill_quantized_panel(const LinearArgs& args, const PanelPart& part,
                                            typename Products::Register* panel) {
-  constexpr int kEntries = kInt4Unit / Products::kInputs, kChunks = kEntries / kWidth;
+  constexpr int kEntries = kReadInputs / Products::kInputs, kChunks = kEntries / kWidth;
   for (std::int64_t v = 0; v < kPanelVectors; ++v) {
     const std::byte* stored[kWidth];
     for (std::int64_t lane = 0; lane < kWidth; ++lane) {
       const std::int64_t output = part.first_output + std::min(v * kWidth + lane, part.num_outputs - 1);
       stored[lane] = stored_at<format>(args, output, part.first_input);
     }
-    for (std::int64_t k = 0; k < part.num_inputs; k += kInt4Unit) {
-      std::int8_t units[kWidth][kInt4Unit];
+    for (std::int64_t k = 0; k < part.num_inputs; k += kReadInputs) {
+      std::int8_t units[kWidth][kReadInputs];
       for (std::int64_t lane = 0; lane < kWidth; ++lane)
         read_unit<kWidth, format>(stored[lane] + stored_bytes<format>(args, k), part.num_inputs - k,
                                   units[lane]);

@@ -30,7 +30,7 @@ class Target:
             self.asked[item.index] = time.monotonic()
             self.num_asking += 1
             self.most_asking = max(self.most_asking, self.num_asking)
-        time.sleep(self.seconds)
+        time.sleep(self.seconds)  # so that the others ask meanwhile
         with self.lock:
             self.num_asking -= 1
         return Answer(error="refused") if item.index == 2 else Answer((time.monotonic(),), 1)
