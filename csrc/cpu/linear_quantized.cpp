@@ -118,10 +118,9 @@ TRIMSERVE_INLINE void add_tile(const Part& part, const std::byte* elements, cons
         weight[c] = padded[c];
       });
     } else if (part.ahead) {
-      // Lines come in pairs, but too late for bytes.
-      constexpr int kFetched = Math::kIsBytes ? 64 : 128, kFetches = (kGroupBytes + kFetched - 1) / kFetched;
-      unrolled<kColumns * kFetches>([&](auto i) TRIMSERVE_INLINE_LAMBDA {
-        __builtin_prefetch(weight[i / kFetches] + part.ahead + i % kFetches * kFetched, 0, kSecondLevel);
+      constexpr int kLine = 64, kLines = (kGroupBytes + kLine - 1) / kLine;
+      unrolled<kColumns * kLines>([&](auto i) TRIMSERVE_INLINE_LAMBDA {
+        __builtin_prefetch(weight[i / kLines] + part.ahead + i % kLines * kLine, 0, kSecondLevel);
       });
     }
     unrolled<kColumns / kAtOnce>([&](auto strip) TRIMSERVE_INLINE_LAMBDA {
