@@ -58,7 +58,7 @@ TRIMSERVE_INLINE void add_tile(const Part& part, const std::byte* elements, cons
   const auto place = [](int i) TRIMSERVE_INLINE_LAMBDA {
     return (i / kColumns * kLinearColumns + i % kColumns) * kWidth;
   };
-  const typename Math::Spread spread(part.group);
+  const typename Math::Spread spread(Unit::kGroup / part.group);
   Floats so_far[kRows * kColumns];
   unrolled<kRows * kColumns>([&](auto i)
                                  TRIMSERVE_INLINE_LAMBDA { Simd<kWidth>::load(so_far[i], sums + place(i)); });
@@ -118,10 +118,9 @@ TRIMSERVE_INLINE void add_tile(const Part& part, const std::byte* elements, cons
         weight[c] = padded[c];
       });
     } else if (part.ahead) {
-      // Lines come in pairs.
-      constexpr int kPair = 128, kPairs = (kGroupBytes + kPair - 1) / kPair;
-      unrolled<kColumns * kPairs>([&](auto i) TRIMSERVE_INLINE_LAMBDA {
-        __builtin_prefetch(weight[i / kPairs] + part.ahead + i % kPairs * kPair, 0, kSecondLevel);
+      constexpr int kLine = 64, kLines = (kGroupBytes + kLine - 1) / kLine;
+      unrolled<kColumns * kLines>([&](auto i) TRIMSERVE_INLINE_LAMBDA {
+        __builtin_prefetch(weight[i / kLines] + part.ahead + i % kLines * kLine, 0, kSecondLevel);
       });
     }
     unrolled<kColumns / kAtOnce>([&](auto strip) TRIMSERVE_INLINE_LAMBDA {
@@ -312,6 +311,8 @@ void at_units(const LinearArgs& args, const Body& body) {
 #ifdef __x86_64__
   if (args.format == WeightFormat::kInt4 && args.dtype == DType::kBFloat16 && has_byte_products()) {
     return with_avx512([&](auto width) TRIMSERVE_INLINE_LAMBDA {
+      if (args.group == 64)
+        return body(width, std::type_identity<ByteMath>(), std::type_identity<Int4Bytes64>());
       body(width, std::type_identity<ByteMath>(), std::type_identity<Int4Bytes>());
     });
   }

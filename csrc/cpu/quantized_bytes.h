@@ -10,11 +10,11 @@
 
 namespace trimserve::cpu {
 
-// The scales of groups of 32, 64 or 128 inputs, each in the lanes that its inputs are added up in.
-class SpreadByGroup {
+// Four scales, two or one, each in the lanes that its inputs are added up in.
+class SpreadByQuarter {
  public:
-  TRIMSERVE_INLINE explicit SpreadByGroup(std::int64_t group)
-      : places_(Places{0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3} >> static_cast<int>(group / 64)) {}
+  TRIMSERVE_INLINE explicit SpreadByQuarter(std::int64_t num_scales)
+      : places_(Places{0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3} >> static_cast<int>(2 / num_scales)) {}
   TRIMSERVE_INLINE void operator()(Simd<16>::Floats& lanes, const float* scales) const {
     typedef float Four __attribute__((vector_size(16), aligned(4), may_alias));
     asm("vbroadcastf32x4 %1, %0\n\tvpermilps %2, %0, %0"
@@ -40,7 +40,7 @@ struct ByteMath {
   struct Sums {
     Simd<16>::Ints high, low;
   };
-  using Spread = SpreadByGroup;
+  using Spread = SpreadByQuarter;
   static constexpr int kInputs = 64;
   static constexpr bool kHasScales = true;
   static constexpr bool kIsBytes = true;
@@ -86,7 +86,7 @@ struct Int4Bytes {
   using Opened = ByteMath::Register;
   static constexpr bool kIsInt4 = true;
   static constexpr int kOffset = 8;
-  static constexpr std::int64_t kGroup = kLongestGroup;
+  static constexpr std::int64_t kGroup = 128;
   static constexpr std::int64_t kInputs = 128, kBytes = kInputs / 2;
 
   static constexpr std::int64_t bytes(std::int64_t num_inputs) { return int4_bytes(num_inputs); }
@@ -100,6 +100,37 @@ struct Int4Bytes {
   template <int kRegister>
   TRIMSERVE_INLINE static void take(ByteMath::Register& w, const Opened& unit) {
     w = unit >> 4 * kRegister & 0x0f0f0f0fu;
+  }
+};
+
+// Of groups of 64 inputs, four at once: of each, both quarters that it lies in are moved to the same place of two
+// registers, so that all their products are added up before they are scaled.
+struct Int4Bytes64 {
+  struct Opened {
+    ByteMath::Register left, right;
+  };
+  static constexpr bool kIsInt4 = true;
+  static constexpr int kOffset = 8;
+  static constexpr std::int64_t kGroup = 256;
+  static constexpr std::int64_t kInputs = 256, kBytes = kInputs / 2;
+
+  static constexpr std::int64_t bytes(std::int64_t num_inputs) { return int4_bytes(num_inputs); }
+  static constexpr int input(int r, int i) { return (i / 16 * 2 + r / 2) * 32 + r % 2 * 16 + i % 16; }
+  static constexpr float factor(int) { return 1.0f; }
+
+  TRIMSERVE_INLINE static void open(Opened& unit, const std::byte* source) {
+    ByteMath::Register first, second;
+    std::memcpy(&first, source, sizeof first);
+    std::memcpy(&second, source + sizeof first, sizeof second);
+    unit.left =
+        __builtin_shufflevector(first, second, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27);
+    unit.right =
+        __builtin_shufflevector(first, second, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+  }
+
+  template <int kRegister>
+  TRIMSERVE_INLINE static void take(ByteMath::Register& w, const Opened& unit) {
+    w = (kRegister / 2 ? unit.right : unit.left) >> 4 * (kRegister % 2) & 0x0f0f0f0fu;
   }
 };
 

@@ -26,8 +26,8 @@ inline std::int64_t rows_of_tile(std::int64_t num_rows) { return num_rows >= 4 ?
 // Of a row and a group of its inputs.
 template <typename Math>
 struct Head {
-  typename Math::First first;               // what the group's sum begins with, if weights have an offset
-  float scales[kLongestGroup / kInt4Unit];  // of the inputs, one for each group of the weights
+  typename Math::First first;  // what the group's sum begins with, if weights have an offset
+  float scales[kMostScales];   // of the inputs, one for each group of the weights
 };
 
 // A packed row has its elements, whole groups of them, and then the heads of these. Rows of a tile are interleaved,

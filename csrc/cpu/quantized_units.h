@@ -10,7 +10,8 @@
 
 namespace trimserve::cpu {
 
-constexpr std::int64_t kLongestGroup = 128;
+constexpr std::int64_t kLongestGroup = 256;  // of inputs whose products are added up before they are scaled
+constexpr std::int64_t kMostScales = 4;      // of such a group
 
 // A scale in all lanes.
 template <int kWidth>
@@ -131,7 +132,7 @@ struct Int8Unit {
   using Opened = const std::int8_t*;
   static constexpr bool kIsInt4 = false;
   static constexpr int kOffset = 0;
-  static constexpr std::int64_t kGroup = kLongestGroup;
+  static constexpr std::int64_t kGroup = 128;
   static constexpr std::int64_t kInputs = 32, kBytes = kInputs;
 
   static constexpr std::int64_t bytes(std::int64_t num_inputs) { return num_inputs; }
