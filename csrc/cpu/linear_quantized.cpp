@@ -289,20 +289,19 @@ TRIMSERVE_INLINE void multiply_row(const LinearArgs& args, const LoneRow<Math, U
 
 // One by one, outputs are read in memory order, at full bandwidth, without prefetches: along a long sequence of
 // addresses a core fetches ahead by itself. A row that the first-level cache cannot hold is read again for each,
-// though: several outputs share it. So do they for bytes, where a core reads more of the row than of the weight and
-// fetches nothing ahead: there outputs ahead are prefetched, too.
+// though: several outputs share it. So do they for bytes, where a core reads more of the row than of the weight.
+// Between outputs side by side a core fetches too little ahead: those behind them are prefetched.
 template <int kWidth, typename Math, typename Unit>
 TRIMSERVE_INLINE void multiply_row(const LinearArgs& args, const LoneRow<Math, Unit>& x, std::int64_t row,
                                    std::int64_t first_output) {
-  if constexpr (Math::kIsBytes) {
-    const std::int64_t bytes = kQuad * Unit::bytes(args.num_inputs);
-    const std::int64_t ahead = divide_up(kBytesAhead, bytes) * bytes;
-    multiply_row<kWidth, Math, Unit, kQuad>(args, x, row, first_output, ahead);
-  } else if (PackedRow<Math, Unit>(args).num_bytes <= kRowBytes) {
-    multiply_row<kWidth, Math, Unit, 1>(args, x, row, first_output, 0);
-  } else {
-    multiply_row<kWidth, Math, Unit, kWidth == 16 ? 8 : 4>(args, x, row, first_output, 0);
+  if constexpr (!Math::kIsBytes) {
+    if (PackedRow<Math, Unit>(args).num_bytes <= kRowBytes)
+      return multiply_row<kWidth, Math, Unit, 1>(args, x, row, first_output, 0);
   }
+  constexpr int kColumns = kWidth == 16 && !Math::kIsBytes ? 8 : 4;
+  const std::int64_t bytes = std::max<std::int64_t>(kColumns * Unit::bytes(args.num_inputs), 1);
+  multiply_row<kWidth, Math, Unit, kColumns>(args, x, row, first_output,
+                                             divide_up(kBytesAhead, bytes) * bytes);
 }
 
 // Calls body with the width, how rows are multiplied and what units of weights are.

@@ -59,6 +59,13 @@ def test_rows_are_multiplied_with_every_row_of_the_weight(op: Callable[..., Tens
     assert op(x, weight.to(torch.int8), torch.tensor([10.0, 0.5])).tolist() == [[10, 4], [0, 0]]
 
 
+@pytest.mark.parametrize(("op", "form"), OPS_AND_FORMS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_rows", [1, 2, 16])
+def test_products_without_inputs_are_0(op: Callable[..., Tensor], num_rows: int, dtype: torch.dtype, form: str) -> None:
+    assert torch.equal(op(*draw(num_rows, 5, 0, dtype, form)), torch.zeros(num_rows, 5, dtype=dtype))
+
+
 @pytest.mark.parametrize("num_rows", [1, 3])
 def test_int4_sums_keep_their_accuracy_where_inputs_have_a_mean(num_rows: int) -> None:
     x, weight, scales = draw(num_rows, 32, 8192, form="int4")
