@@ -29,7 +29,7 @@ __all__ = [
 ]
 
 DATA_VERSION = 2
-"""Rises with every change that alters what a seed generates."""
+"""Rises with every change that alters which held-out examples a seed generates."""
 
 TEXT_ONLY: tuple[Turn, ...] = (
     Turn("Hello!", "Hello! Show me an image and ask about it.", "text_only"),
@@ -56,7 +56,7 @@ PICTURES: tuple[str, ...] = ("scene", "busy", "object", "page", "chart")
 SCENES_ONLY: Mapping[str, float] = {"scene": 1.0}
 """What the first edition was trained on, and is measured on."""
 
-TRAINING_PICTURES: Mapping[str, float] = {"scene": 0.22, "busy": 0.2, "object": 0.18, "page": 0.3, "chart": 0.1}
+TRAINING_PICTURES: Mapping[str, float] = {"scene": 0.3, "busy": 0.14, "object": 0.25, "page": 0.25, "chart": 0.06}
 """How often training shows each kind of picture."""
 
 

@@ -1,14 +1,17 @@
 """Objects to recognise: drawings and photographs of stamps and emoji, several of every class.
 
-Every fourth picture of a class is held out: its class is known then, the picture is not.
+Every fourth picture of a class is held out: its class is known then, the picture is not. Training shows clip art too.
 """
 
 import random
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
+import numpy as np
 from PIL import Image, ImageDraw, ImageEnhance, ImageFont, ImageOps
 
+from training.clip_art import clip_art
 from training.scenes import Split
 from training.sources import find_files, packages_folder
 
@@ -16,6 +19,9 @@ __all__ = ["ANIMALS", "CLASSES", "Sticker", "draw_sticker", "object_ids", "sampl
 
 _LONG_SIDE = 96
 """Pixels that stamps and emoji are shrunk to."""
+
+_EXAMINED = "examined"
+"""How files begin of which every fourth is held out; sorts before clip art's."""
 
 _EMOJI_SIZE = 109
 """The only size that Noto's bitmaps have."""
@@ -87,6 +93,10 @@ class Sticker:
     saturation: float = 1.0
     stretch: float = 1.0
     """Factor of the width."""
+    hue: int = 0
+    """How far colours are turned around their circle of 256."""
+    shear: float = 0.0
+    """Pixels to the right for each pixel down."""
 
     @property
     def box(self) -> tuple[float, float, float, float]:
@@ -96,7 +106,7 @@ class Sticker:
 
 
 def sample_sticker(rng: random.Random, split: Split, name: str, x: int, y: int, size: int) -> Sticker:
-    """Draw an object of a class; training turns, mirrors and tints its few pictures.
+    """Draw an object of a class; training turns, mirrors, bends and tints its few pictures.
 
     Args:
         rng: the only source of chance.
@@ -109,9 +119,12 @@ def sample_sticker(rng: random.Random, split: Split, name: str, x: int, y: int, 
     instance = rng.choice(object_ids(split)[name])
     if split == "held_out":
         return Sticker(name, instance, x, y, size)
-    degrees = rng.uniform(-20, 20) if rng.random() < 0.6 else 0.0
-    light, colour, stretch = rng.uniform(0.75, 1.15), rng.uniform(0.5, 1.3), rng.uniform(0.8, 1.2)
-    return Sticker(name, instance, x, y, size, rng.random() < 0.5, degrees, light, colour, stretch)
+    degrees = rng.uniform(-30, 30) if rng.random() < 0.6 else 0.0
+    light, colour, stretch = rng.uniform(0.65, 1.25), rng.uniform(0.2, 1.5), rng.uniform(0.7, 1.4)
+    hue = rng.randrange(256) if rng.random() < 0.3 else rng.randint(-10, 10) % 256
+    shear = rng.uniform(-0.3, 0.3) if rng.random() < 0.5 else 0.0
+    is_flipped = rng.random() < 0.5
+    return Sticker(name, instance, x, y, size, is_flipped, degrees, light, colour, stretch, hue, shear)
 
 
 def draw_sticker(image: Image.Image, sticker: Sticker) -> None:
@@ -121,39 +134,66 @@ def draw_sticker(image: Image.Image, sticker: Sticker) -> None:
     scale = sticker.size / max(wide, high)
     shown = shown.resize((max(1, int(wide * scale)), max(1, int(high * scale))), Image.Resampling.BOX)
     shown = ImageOps.mirror(shown) if sticker.is_flipped else shown
+    shown = _sheared(shown, sticker.shear) if sticker.shear else shown
     if sticker.degrees:
         shown = shown.rotate(sticker.degrees, Image.Resampling.BILINEAR, expand=True)
-    tinted = shown.convert("RGB")
+    place = sticker.x - shown.width // 2, sticker.y - shown.height // 2
+    image.paste(_tinted(shown.convert("RGB"), sticker), place, shown.getchannel("A"))
+
+
+def _sheared(picture: Image.Image, shear: float) -> Image.Image:
+    """A picture whose rows are moved, each by `shear` pixels more than the one above, on so much more room."""
+    lowest = shear * picture.height
+    source_of = (1, -shear, min(0.0, lowest), 0, 1, 0)  # x and y from those of the result
+    size = picture.width + int(abs(lowest)), picture.height
+    return picture.transform(size, Image.Transform.AFFINE, source_of, Image.Resampling.BILINEAR)
+
+
+def _tinted(picture: Image.Image, sticker: Sticker) -> Image.Image:
+    if sticker.hue:
+        turned = np.array(picture.convert("HSV"))
+        turned[..., 0] += np.uint8(sticker.hue)
+        picture = Image.fromarray(turned, "HSV").convert("RGB")
     if sticker.saturation != 1:
-        tinted = ImageEnhance.Color(tinted).enhance(sticker.saturation)
-    if sticker.brightness != 1:
-        tinted = ImageEnhance.Brightness(tinted).enhance(sticker.brightness)
-    image.paste(tinted, (sticker.x - shown.width // 2, sticker.y - shown.height // 2), shown.getchannel("A"))
+        picture = ImageEnhance.Color(picture).enhance(sticker.saturation)
+    return picture if sticker.brightness == 1 else ImageEnhance.Brightness(picture).enhance(sticker.brightness)
 
 
 @cache
 def object_ids(split: Split) -> dict[str, list[int]]:
     """For each class, the pictures that a split may show."""
     return {
-        name: [index for index in range(len(pictures)) if (index % 4 == 2) == (split == "held_out")]
-        for name, pictures in _pictures().items()
+        name: [
+            index
+            for index, path in enumerate(_files(name))
+            if (path.name.startswith(_EXAMINED) and index % 4 == 2) == (split == "held_out")
+        ]
+        for name in CLASSES
     }
 
 
 @cache
 def _pictures() -> dict[str, list[Image.Image]]:
-    folder = packages_folder() / "objects"
+    return {name: [Image.open(path).convert("RGBA") for path in _files(name)] for name in CLASSES}
+
+
+def _files(name: str) -> list[Path]:
+    """Pictures of a class as small files: first those that are examined, then clip art."""
+    folder = packages_folder() / "cut_out" / name
     if not folder.is_dir():
         part = folder.with_suffix(".part")
-        for name in CLASSES:
-            (part / name).mkdir(parents=True, exist_ok=True)
-            for index, picture in enumerate([*_stamps(name), *_emoji(name)]):
-                box = picture.getchannel("A").getbbox()
-                picture = picture.crop(box)
-                picture.thumbnail((_LONG_SIDE, _LONG_SIDE), Image.Resampling.LANCZOS)
-                picture.save(part / name / f"{index:03}.png")
+        part.mkdir(parents=True, exist_ok=True)
+        _write(part, _EXAMINED, [*_stamps(name), *_emoji(name)])
+        _write(part, "more", [Image.open(path).convert("RGBA") for path in clip_art(name)])
         part.replace(folder)
-    return {name: [Image.open(path).convert("RGBA") for path in sorted((folder / name).iterdir())] for name in CLASSES}
+    return sorted(folder.iterdir())
+
+
+def _write(folder: Path, prefix: str, pictures: list[Image.Image]) -> None:
+    for index, picture in enumerate(pictures):
+        cut = picture.crop(picture.getchannel("A").getbbox())
+        cut.thumbnail((_LONG_SIDE, _LONG_SIDE), Image.Resampling.LANCZOS)
+        cut.save(folder / f"{prefix}{index:03}.png")
 
 
 def _stamps(name: str) -> list[Image.Image]:

@@ -264,11 +264,11 @@ KINDS: dict[str, tuple[Callable[[random.Random, Scene], Turn | None], float]] = 
 TRAINING_EMPHASIS: dict[str, float] = {
     "colour": 0.4,
     "shape": 0.4,
-    "count": 2.0,
+    "count": 3.0,
     "yes_no": 1.5,
-    "position": 1.2,
-    "sign": 1.2,
-    "description": 1.5,
+    "position": 1.5,
+    "sign": 1.5,
+    "description": 2.5,
     "digits": 4.0,
     "word": 4.0,
 }

@@ -15,6 +15,7 @@ __all__ = ["PACKAGES", "find_files", "main", "packages_folder"]
 
 PACKAGES: dict[str, str] = {
     "tuxpaint-stamps-default": "2022.06.04-1",
+    "openclipart-png": "1:0.18+dfsg-19",
     "fonts-noto-color-emoji": "2.042-0+deb12u1",
     "plasma-workspace-wallpapers": "4:5.27.5-2",
     "gnome-backgrounds": "43.1-1",
