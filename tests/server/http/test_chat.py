@@ -101,6 +101,13 @@ async def test_messages_arrive_with_their_roles_parts_and_images(door: Door) -> 
     )
 
 
+async def test_base64_in_lines_is_an_image(door: Door) -> None:
+    picture = PNG * 20
+    url = "data:image/png;base64," + base64.encodebytes(picture).decode().replace("\n", "\r\n")
+    await ask(door, messages=[{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}])
+    assert door.runner.requests[0].prompt == ChatPrompt((Message("user", (ImageFile(picture),)),))
+
+
 async def test_sampling_fields_arrive_and_unset_ones_are_the_checkpoints(door: Door) -> None:
     await ask(door, user="me", metadata={"a": "b"}, tools=[], n=1, response_format={"type": "text"})
     sampling = door.runner.requests[-1].sampling
@@ -211,9 +218,14 @@ def url(address: object) -> dict[str, object]:
     return part({"type": "image_url", "image_url": {"url": address}})
 
 
+def format_of(schema: object) -> dict[str, object]:
+    """A format of JSON."""
+    return {"type": "json_schema", "json_schema": {"name": "it", "schema": schema}}
+
+
 def schema(wanted: object) -> dict[str, object]:
     """Fields that ask for JSON."""
-    return {"response_format": {"type": "json_schema", "json_schema": {"name": "it", "schema": wanted}}}
+    return {"response_format": format_of(wanted)}
 
 
 REFUSED: list[tuple[dict[str, object], str, str]] = [
@@ -244,6 +256,12 @@ REFUSED: list[tuple[dict[str, object], str, str]] = [
     ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "[0, 20]"),
     ({"response_format": {"type": "xml"}}, "response_format.type", "json_object, json_schema, got 'xml'"),
     ({"response_format": {"type": "json_schema"}}, "response_format.json_schema.schema", "got none"),
+    (
+        {"response_format": {"type": "json_object", "schema": {"type": "object"}}},
+        "response_format.schema",
+        "not supported",
+    ),
+    ({"response_format": {**format_of({}), "type": "json_object"}}, "response_format.json_schema", "unless type is"),
     (schema(None), "response_format.json_schema.schema", "got none"),
     (schema("{}"), "response_format.json_schema.schema", "should be an object"),
     (schema({"enum": ["x" * 70_000]}), "response_format.json_schema.schema", "65536 bytes"),
