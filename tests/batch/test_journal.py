@@ -60,6 +60,8 @@ def test_wherever_a_kill_cuts_the_file_each_line_is_whole_and_there_once(
     [
         ('{"index": 0, "input": "x"}\nmy notes\n', "line 2 was not written by a batch"),
         ('{"prompt": "?"}\n', "line 1 was not written by a batch"),
+        ('{"prompt": "?"}', "line 1 was not written by a batch"),
+        ('{"index": 0, "input": "x"}\nmy notes', "line 2 was not written by a batch"),
         ("[]\n", "line 1 was not written by a batch"),
         ('{"index": 0, "input": "x"}\n' * 2, "line 2 is the second one with index 0"),
     ],

@@ -54,7 +54,7 @@ def test_a_regular_expression_matches_the_whole_answer(seed: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "option", ['say "so"', "back\\slash", "new\nline", "ünï 😀", "<|end|>", "/x/", "a | b", "[0-9]"]
+    "option", ['say "so"', "back\\slash", "new\nline", "ünï 😀", "<|end|>", "/x/", "a | b", "[0-9]", "\x7f\0\x85"]
 )
 def test_a_choice_is_text_and_not_syntax(option: str) -> None:
     assert text(answer(constrained(Choice((option,))))) == option
@@ -168,6 +168,9 @@ def test_a_sequence_that_was_dropped_goes_on_within_its_form_over_a_pipe() -> No
         (JsonSchema('{"type": "string"}, {}'), "json_schema: .*Extra data"),
         (JsonSchema("{"), "json_schema: "),
         (JsonSchema('{"const": NaN}'), "json_schema: .*NaN"),
+        (JsonSchema('{"x-guidance": [1]}'), r"json_schema: .*x-guidance must be an object, got \[1\]"),
+        (JsonSchema('{"$ref": "#"}'), r"json_schema: cannot be followed: no token satisfies it\Z"),
+        (Regex(r"[^\x00-\x{10FFFF}]"), r"regex: cannot be followed: no token satisfies it\Z"),
         (JsonSchema('{"items":' * 10_000), "json_schema: .*nested too deeply"),
         (Regex("(a"), r"regex: cannot be followed: invalid regex .*: regex parse error: unclosed group\Z"),
         (

@@ -6,6 +6,7 @@ import re
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import replace
 
 import grpc
@@ -364,3 +365,21 @@ def test_the_status_of_a_closed_event_loop_cannot_be_read() -> None:
 async def test_openmetrics_is_served_to_who_asks(loopback: Loopback) -> None:
     _, text = await asyncio.to_thread(get, loopback, "/metrics", "application/openmetrics-text; version=1.0.0")
     assert text.endswith("# EOF\n")
+
+
+@pytest.mark.parametrize("version", ["next", '"1.0.0"', "1.0.0-rc", "0.0.1", "1.0.0;escaping=none", "9" * 5000])
+async def test_any_version_that_a_scraper_asks_for_is_answered(loopback: Loopback, version: str) -> None:
+    accept = f"application/openmetrics-text;version={version},text/plain;q=0"
+    status, _ = await asyncio.to_thread(get, loopback, "/metrics", accept)
+    assert status == http.HTTPStatus.OK
+
+
+@pytest.mark.parametrize(("encoding", "is_packed"), [("gzip", True), ("gzip;q=0, *", False), ("br, gzip; q=0.1", True)])
+async def test_metrics_are_packed_for_who_takes_it(loopback: Loopback, encoding: str, is_packed: bool) -> None:
+    def asked() -> str | None:
+        connection = http.client.HTTPConnection(str(loopback.server.metrics_address), timeout=PATIENCE_SECONDS)
+        with closing(connection):
+            connection.request("GET", "/metrics", headers={"Accept-Encoding": encoding})
+            return connection.getresponse().headers["content-encoding"]
+
+    assert await asyncio.to_thread(asked) == ("gzip" if is_packed else None)

@@ -68,6 +68,10 @@ def test_a_page_is_told_its_query_and_headers(server: SmallHttpServer) -> None:
     assert ask(server, path="/query?a=1&b=2", headers={"X-More": "3"})[:2] == (200, b"a=1&b=2 3")
 
 
+def test_a_page_may_be_asked_for_by_its_whole_address(server: SmallHttpServer) -> None:
+    assert ask(server, path="http://here:80/query?a=http://b", headers={"X-More": "3"})[1] == b"a=http://b 3"
+
+
 def test_head_has_the_status_and_the_headers_of_get_and_no_content(server: SmallHttpServer) -> None:
     status, content, headers = ask(server, "HEAD")
     assert (status, content) == (200, b"")

@@ -17,6 +17,10 @@ from trimserve.batch.lines import Line
 __all__ = ["Journal", "JournalError"]
 
 
+_BEGINNING = b'{"index": '
+"""Of every line."""
+
+
 class JournalError(Exception):
     """The output file cannot be continued; says why, and which file."""
 
@@ -110,7 +114,7 @@ class Journal:
         self._file.seek(0)
         with self._path.open("rb") as file:
             for number, line in enumerate(file, 1):
-                if not line.endswith(b"\n"):
+                if not line.endswith(b"\n") and _BEGINNING.startswith(line[: len(_BEGINNING)]):
                     break
                 self._read_line(number, line)
                 end += len(line)

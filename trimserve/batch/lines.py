@@ -96,12 +96,16 @@ def parse(line: Line, folder: Path) -> Question:
 
 def _document(line: Line) -> Json:
     try:
-        document = json.loads(line.content)
+        document = json.loads(line.content, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         raise InvalidRequest("line", f"must be a JSON object: {error}") from None
     if not isinstance(document, dict):
         raise InvalidRequest("line", f"must be a JSON object, got {type(document).__name__}")
     return document
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON")  # and as an `id` it would break a line of the output
 
 
 def _from_prompt(document: Json, folder: Path) -> tuple[pb.GenerateRequest, list[str | None]]:

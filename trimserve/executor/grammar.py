@@ -45,6 +45,11 @@ _POINTER: Final = re.compile(r"(?<=regex parse error):\n.*\nerror(?=: )", re.DOT
 
 _EXCERPT: Final = re.compile(r"\Aat \d+\(\d+\): (failed to compile JSON schema: )?|\n +1 \| .*", re.DOTALL)
 
+_NO_TOKEN: Final = "no token satisfies it"
+
+_REASONS: Final = {"NoExtension": _NO_TOKEN, "NoExtensionBias": _NO_TOKEN}
+"""What llguidance's names for the end of a matcher mean, where it has no other words for an error."""
+
 _WHITESPACE: Final = r"[ \n\r\t]{0,32}"
 """Between tokens of JSON: room for indented documents, and an end to a model that writes nothing else."""
 
@@ -125,7 +130,7 @@ class Grammars:
         if matcher.is_error():
             raise refusal(constraint, matcher.get_error())
         if not can_begin:
-            raise refusal(constraint, "no token satisfies it")
+            raise refusal(constraint, _NO_TOKEN)
         return matcher
 
 
@@ -137,6 +142,7 @@ def refusal(constraint: Constraint, words: str) -> InvalidRequest:
         words: llguidance's.
     """
     words = words.removesuffix("<non-verbose/>").strip()
+    words = _REASONS.get(words, words)
     if not isinstance(constraint, LarkGrammar):  # the position, and the excerpt, are of what we made of it
         words = " ".join(_POINTER.sub("", _EXCERPT.sub("", words)).split())
     cut = words if len(words) <= _MAX_WORDS else f"{words[:_MAX_WORDS]}..."
@@ -172,6 +178,8 @@ def _json_grammar(schema: object) -> str:
     if schema is not False:
         document = {} if schema is True else schema
         own = document.get("x-guidance", {})  # llguidance's options, which a schema may carry
+        if not isinstance(own, dict):
+            raise ValueError(f"x-guidance must be an object, got {json.dumps(own)[:64]}")
         schema = {**document, "x-guidance": {"whitespace_pattern": _WHITESPACE, **own}}
     return f"{_NO_FORCING}start: %json {json.dumps(schema)}"
 
@@ -195,7 +203,7 @@ def _no_constant(name: str) -> object:
 
 
 def _lark_text(option: str) -> str:
-    return json.dumps(option, ensure_ascii=False)
+    return json.dumps(option)  # ASCII: Lark takes some characters in text as escapes only
 
 
 def _num_bytes(constraint: Constraint) -> int:

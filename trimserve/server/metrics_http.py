@@ -4,6 +4,7 @@
 accepted, and what was accepted gets done.
 """
 
+import re
 from collections.abc import Awaitable, Callable
 from http import HTTPStatus
 from wsgiref.types import WSGIEnvironment
@@ -16,6 +17,12 @@ from trimserve.server.metrics import Metrics
 from trimserve.server.small_http import Page, Question, SmallHttpServer
 
 __all__ = ["MetricsServer"]
+
+REFUSED = re.compile(r"[^,]*; *q=0(?:\.0*)? *(?=,|\Z)")
+"""What a scraper does not take, in a list of what it does."""
+
+ODD_VERSION = re.compile(r"; *version=(?!\d{1,4}(?:\.\d{1,4})* *(?:[;,]|\Z))[^;,]*", re.ASCII)
+"""A version at which prometheus_client fails; without one it takes its own."""
 
 
 class MetricsServer:
@@ -66,9 +73,14 @@ class MetricsServer:
         environ: WSGIEnvironment = {"REQUEST_METHOD": "GET", "PATH_INFO": "/metrics", "QUERY_STRING": question.query}
         for name in ("accept", "accept-encoding"):
             if name in question.headers:
-                environ[f"HTTP_{name.upper().replace('-', '_')}"] = question.headers[name]
+                environ[f"HTTP_{name.upper().replace('-', '_')}"] = _taken(question.headers[name])
         headers: dict[str, str] = {}
         with self._http.spare_descriptor():  # to look at files, of the process and of credentials
             self._metrics.refresh(status)
             content = b"".join(self._exposition(environ, lambda _status, pairs: headers.update(pairs)))
         return Page(HTTPStatus.OK, content, headers)
+
+
+def _taken(accepted: str) -> str:
+    """A list of what a scraper takes, such as the header `accept`, in words that prometheus_client reads."""
+    return ODD_VERSION.sub("", REFUSED.sub("", accepted.replace('"', "")))

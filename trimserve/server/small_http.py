@@ -7,6 +7,7 @@ connection has one request and a few seconds for all of it. It knows no page.
 
 import asyncio
 import logging
+import re
 import socket
 import threading
 from collections.abc import Awaitable, Callable, Mapping
@@ -20,7 +21,7 @@ import h11
 from trimserve.server.descriptors import SpareDescriptors, are_exhausted
 from trimserve.server.listening import socket_family
 
-__all__ = ["Page", "Pages", "Question", "SmallHttpServer"]
+__all__ = ["Page", "Pages", "Question", "SmallHttpServer", "path_of"]
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +38,9 @@ MAX_HEADER_BYTES = 16 * 1024
 """Of a request line and its headers."""
 
 CHUNK_BYTES = 16 * 1024
+
+AUTHORITY = re.compile(r"\Ahttps?://[^/]*", re.IGNORECASE)
+"""What comes before the path in a target that is a whole address, as clients send who take a server for a proxy."""
 
 PAUSE_SECONDS = 0.05
 """Before accepting again where the system could not."""
@@ -72,6 +76,16 @@ class Page:
 
 Pages = Callable[[Question], Awaitable[Page]]
 """Answers a question, on the server's thread."""
+
+
+def path_of(target: str) -> str:
+    """The path that a request asks for, beginning with a slash.
+
+    Args:
+        target: of the request, without a query.
+    """
+    path = AUTHORITY.sub("", target)
+    return path if path.startswith("/") else f"/{path}"
 
 
 class SmallHttpServer:
@@ -191,7 +205,8 @@ class SmallHttpServer:
             self._answered[task] = None
         if request.method not in (b"GET", b"HEAD"):
             return replace(Page.of(HTTPStatus.METHOD_NOT_ALLOWED), headers={"Allow": "GET, HEAD"})
-        path, _, query = request.target.decode("latin-1").partition("?")
+        target, _, query = request.target.decode("latin-1").partition("?")
+        path = path_of(target)
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in request.headers}
         try:
             return await self._pages(Question(path, query, headers))

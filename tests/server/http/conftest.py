@@ -3,6 +3,7 @@
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 from openai import AsyncOpenAI
@@ -13,6 +14,8 @@ from trimserve.config import Config, ServerConfig
 from trimserve.serve import make_server
 from trimserve.server.lifecycle import Server
 from trimserve.server.running import running_server
+
+HELLO: list[Any] = [{"role": "user", "content": "Hello"}]
 
 
 @dataclass
@@ -47,3 +50,9 @@ async def open_door(runner: FakeRunner | None = None, *, token: str = "none", **
 async def door() -> AsyncIterator[Door]:
     async with open_door() as each:
         yield each
+
+
+async def ask(door: Door, **fields: Any) -> Any:
+    """A whole answer."""
+    asked: Any = {"model": "fake", "messages": HELLO, **fields}
+    return await door.client.chat.completions.create(**asked)

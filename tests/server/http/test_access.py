@@ -11,9 +11,8 @@ import trustme
 
 from tests.patience import until
 from tests.server.fakes import FakeRunner
-from tests.server.http.conftest import Door, open_door
+from tests.server.http.conftest import Door, ask, open_door
 from tests.server.http.raw import HELLO, connected
-from tests.server.http.test_chat import ask
 from tests.server.test_access import GENERATION, MODEL, entry, write
 from tests.server.test_tls import Files
 from trimserve.server.http.connection import _client_of

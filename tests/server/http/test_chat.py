@@ -12,7 +12,7 @@ import pytest
 
 from tests.patience import soon
 from tests.server.fakes import CHUNKS, DEFAULTS, DELTAS, FINISHED, INFO, STARTED, FakeRunner, Pause
-from tests.server.http.conftest import Door, open_door
+from tests.server.http.conftest import Door, ask, open_door
 from tests.server.logged import line_of
 from trimserve.api.chunks import FinishReason, TokenDelta, TokenLogprob
 from trimserve.api.constraint import JsonObject, JsonSchema
@@ -30,16 +30,9 @@ from trimserve.errors import (
 from trimserve.server.grpc import statuses as grpc_statuses
 from trimserve.server.http import statuses as http_statuses
 
-HELLO: list[Any] = [{"role": "user", "content": "Hello"}]
 ANSWER = "".join(delta.text for delta in DELTAS)
 PNG = b"\x89PNG not really"
 IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + base64.b64encode(PNG).decode()}}
-
-
-async def ask(door: Door, **fields: Any) -> Any:
-    """A whole answer."""
-    asked: Any = {"model": "fake", "messages": HELLO, **fields}
-    return await door.client.chat.completions.create(**asked)
 
 
 async def test_a_whole_answer_has_text_usage_and_the_account(door: Door) -> None:
@@ -99,6 +92,13 @@ async def test_messages_arrive_with_their_roles_parts_and_images(door: Door) -> 
             Message("user", (Text(""),)),
         )
     )
+
+
+async def test_base64_in_lines_is_an_image(door: Door) -> None:
+    picture = PNG * 20
+    url = "data:image/png;base64," + base64.encodebytes(picture).decode().replace("\n", "\r\n")
+    await ask(door, messages=[{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}])
+    assert door.runner.requests[0].prompt == ChatPrompt((Message("user", (ImageFile(picture),)),))
 
 
 async def test_sampling_fields_arrive_and_unset_ones_are_the_checkpoints(door: Door) -> None:
@@ -199,80 +199,6 @@ async def test_an_adapter_is_named_as_the_model(door: Door) -> None:
     assert (answer.model, door.runner.requests[0].adapter) == ("birds", "birds")
     assert [model.id async for model in door.client.models.list()] == ["fake", "birds"]
     assert (await door.client.models.retrieve("birds")).id == "birds"
-
-
-def part(content: object) -> dict[str, object]:
-    """Fields with a message of one part."""
-    return {"messages": [{"role": "user", "content": [content]}]}
-
-
-def url(address: object) -> dict[str, object]:
-    """Fields with an image."""
-    return part({"type": "image_url", "image_url": {"url": address}})
-
-
-def schema(wanted: object) -> dict[str, object]:
-    """Fields that ask for JSON."""
-    return {"response_format": {"type": "json_schema", "json_schema": {"name": "it", "schema": wanted}}}
-
-
-REFUSED: list[tuple[dict[str, object], str, str]] = [
-    ({"messages": []}, "messages", "at least 1"),
-    ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role", "'tool'"),
-    ({"messages": [{"role": "user"}]}, "messages[0].content", "null"),
-    ({"messages": [{"role": "user", "content": []}]}, "messages[0].content", "at least 1"),
-    ({"messages": [{"role": "user", "content": "x", "tool_calls": [{}]}]}, "messages[0].tool_calls", "not supported"),
-    (part({"type": "input_audio"}), "messages[0].content[0].type", "input_audio"),
-    (part({"type": "text", "text": 5}), "messages[0].content[0].text", "string"),
-    (url("https://example.com/cat.png"), "messages[0].content[0].image_url.url", "no address is fetched"),
-    (url("file:///etc/passwd"), "messages[0].content[0].image_url.url", "no address is fetched"),
-    (url("data:image/png;base64,?"), "messages[0].content[0].image_url.url", "base64"),
-    (url("data:image/png;base64,"), "messages[0].content[0].image_url.url", "bytes"),
-    (url("data:image/png;base64," + "AAAA" * 400), "messages[0].content[0].image_url.url", "1000 bytes"),
-    ({"temperature": -1}, "temperature", "[0, 100]"),
-    ({"temperature": "hot"}, "temperature", "number"),
-    ({"top_p": 0}, "top_p", "(0, 1]"),
-    ({"max_tokens": 0}, "max_completion_tokens", "[1, 128]"),
-    ({"max_tokens": 1, "max_completion_tokens": 2}, "max_tokens", "1 and 2"),
-    ({"n": 17}, "n", "[1, 16]"),
-    ({"n": -1}, "n", "greater than or equal to 0"),
-    ({"stop": ["x"] * 17}, "stop", "at most 16"),
-    ({"seed": -1}, "seed", "greater than or equal to 0"),
-    ({"logit_bias": {"1000": 1}}, "logit_bias[1000]", "[0, 999]"),
-    ({"logit_bias": {"cat": 1}}, "logit_bias.cat", "integer"),
-    ({"top_logprobs": 2}, "top_logprobs", "logprobs is true"),
-    ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "[0, 20]"),
-    ({"response_format": {"type": "xml"}}, "response_format.type", "json_object, json_schema, got 'xml'"),
-    ({"response_format": {"type": "json_schema"}}, "response_format.json_schema.schema", "got none"),
-    (schema(None), "response_format.json_schema.schema", "got none"),
-    (schema("{}"), "response_format.json_schema.schema", "should be an object"),
-    (schema({"enum": ["x" * 70_000]}), "response_format.json_schema.schema", "65536 bytes"),
-    ({"tools": [{"type": "function"}]}, "tools", "not supported"),
-    ({"modalities": ["audio"]}, "modalities", "audio"),
-    ({"stream_options": {"include_usage": True}}, "stream_options", "stream is true"),
-    ({"guided_regex": "a*"}, "guided_regex", "not supported"),
-    ({"trimserve": {"trim": {"k_ratio": 2}}}, "trimserve.trim.k_ratio", "(0, 1]"),
-    ({"trimserve": {"trim": {"k": 2}}}, "trimserve.trim", "no field named"),
-    ({"trimserve": {"trim": {"policy": "best"}}}, "trimserve.trim.policy", "must be one of"),
-    ({"trimserve": {"k_ratio": 0.2}}, "trimserve.k_ratio", "not supported"),
-    ({"trimserve": {"priority": 1001}}, "trimserve.priority", "[-1000, 1000]"),
-]
-
-
-@pytest.mark.parametrize(("fields", "param", "words"), REFUSED, ids=[f"{param}-{words}" for _, param, words in REFUSED])
-async def test_what_is_wrong_is_refused_by_its_openai_name(
-    door: Door, fields: dict[str, object], param: str, words: str
-) -> None:
-    own = {name: value for name, value in fields.items() if name == "messages"}
-    with pytest.raises(openai.BadRequestError) as caught:
-        await ask(door, **own, extra_body={name: value for name, value in fields.items() if name not in own})
-    assert (caught.value.param, caught.value.code, caught.value.type) == (
-        param,
-        "INVALID_REQUEST",
-        "invalid_request_error",
-    )
-    assert words in caught.value.message
-    assert not door.runner.requests
 
 
 FAILURES: list[tuple[Exception, type[openai.APIStatusError], str]] = [

@@ -124,6 +124,25 @@ async def test_what_is_no_http_is_told_so(door: Door) -> None:
         assert await client.is_closed()
 
 
+@pytest.mark.parametrize(
+    ("target", "status"),
+    [
+        ("http://here:80/health", 200),
+        ("HTTPS://here/health?x=/", 200),
+        ("http://here", 404),
+        ("*", 404),
+        ("/a%0Ab", 404),
+        ("/v1/models/a%0Ab", 404),
+    ],
+)
+async def test_a_target_of_any_form_is_answered_in_json(door: Door, target: str, status: int) -> None:
+    async with connected(door.address) as client:
+        client.send(f"GET {target} HTTP/1.1\r\nhost: here\r\n\r\n".encode())
+        answered, content = await client.answer()
+        assert answered == status
+        assert status == 200 or content["error"]["code"] == "UNKNOWN_METHOD"
+
+
 async def test_five_hundred_idle_connections_hold_up_no_door(door: Door) -> None:
     async with AsyncExitStack() as stack:
         for _ in range(100):  # 500 in `make verify-http`

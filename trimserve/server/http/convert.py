@@ -156,13 +156,18 @@ def _image(url: str, field: str) -> bytes:
     if begin is None:
         # Fetching what a client names would let it reach whatever this machine reaches.
         raise InvalidRequest(field, f"must be data:image/...;base64,... (no address is fetched), got {url[:64]!r}")
+    text = "".join(url[begin.end() :].split())  # browsers skip spaces and line ends, which some encoders write
     try:
-        return binascii.a2b_base64(url[begin.end() :], strict_mode=True)
+        return binascii.a2b_base64(text, strict_mode=True)
     except ValueError as error:
         raise InvalidRequest(field, f"must be valid base64: {error}") from None
 
 
 def _constrain(message: pb.GenerateRequest, wanted: ResponseFormat) -> None:
+    if wanted.json_schema is not None and wanted.type in ("text", "json_object"):
+        raise InvalidRequest(
+            "response_format.json_schema", f"must be unset unless type is json_schema, got {wanted.type}"
+        )
     match wanted.type:
         case "text":
             pass

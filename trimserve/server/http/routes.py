@@ -7,8 +7,7 @@ from functools import partial
 from http import HTTPStatus
 from typing import Any, TypeVar
 
-from starlette.applications import Starlette
-from starlette.routing import Route
+from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from trimserve.api.chunks import GenerationChunk
@@ -24,6 +23,7 @@ from trimserve.server.http.inbox import Inbox
 from trimserve.server.http.schema import ChatRequest, parse
 from trimserve.server.observer import RequestObserver
 from trimserve.server.offload import LARGE_BYTES
+from trimserve.server.small_http import path_of
 from trimserve.v1 import generation_pb2, model_pb2
 
 __all__ = ["Routes"]
@@ -55,15 +55,22 @@ class Routes:
 
     def app(self) -> ASGIApp:
         """The ASGI application."""
-        return Starlette(
+        unknown = self._endpoint("other", self._unknown)
+        router = Router(
             routes=[
                 self._route("POST", "/v1/chat/completions", self._chat),
                 self._route("GET", "/v1/models", self._models),
                 self._route("GET", "/v1/models/{model:path}", self._model),
                 self._route("GET", "/health", self._health),
-                Route("/{path:path}", self._endpoint("other", self._unknown)),
-            ]
+                Route("/{path:path}", unknown),  # of other methods, too
+            ],
+            default=unknown,  # where a path has a line end
         )
+
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            await router({**scope, "path": path_of(scope["path"])}, receive, send)
+
+        return app
 
     def _route(self, method: str, path: str, handler: Handler) -> Route:
         return Route(path, self._endpoint(path, handler), methods=[method])

@@ -179,10 +179,9 @@ def parse(body: bytes) -> ChatRequest:
 
 def _refuse_unknown(request: ChatRequest) -> None:
     _check_extra(request, "", HARMLESS)
-    for name in ("stream_options", "response_format", "trimserve"):
+    for name in ("response_format", "trimserve"):  # how a stream is told changes no answer
         if (inner := getattr(request, name)) is not None:
-            # A format has fields of its own, and a stream more or less to tell: neither is a reason to refuse.
-            _check_extra(inner, f"{name}.", frozenset(inner.model_extra or ()) if name != "trimserve" else frozenset())
+            _check_extra(inner, f"{name}.", frozenset())
     for index, message in enumerate(request.messages):
         _check_extra(message, f"messages[{index}].", frozenset({"annotations"}))
 
