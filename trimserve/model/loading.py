@@ -27,6 +27,7 @@ from trimserve.model.mllama import Mllama
 from trimserve.model.processor import Processor
 from trimserve.model.quantization import WeightFormat
 from trimserve.model.ranks import ALONE, Ranks, Shard
+from trimserve.model.rotary import check_rotary
 from trimserve.model.sharding import check_shares
 from trimserve.model.trained_file import load_trained_files, methods_of
 from trimserve.model.transformers_mllama import decoder_linears, step_modules
@@ -173,6 +174,7 @@ def describe_checkpoint(
         CheckpointError: something that cannot be honoured.
     """
     text, vision = text_config(checkpoint.config), vision_config(checkpoint.config)
+    check_rotary(checkpoint.folder / "config.json", checkpoint.config)
     dtype = checkpoint.dtype(config.dtype)
     dtype_name = str(dtype).removeprefix("torch.")
     kv_dtype = dtype_name if config.kv_dtype == "auto" else config.kv_dtype
