@@ -317,3 +317,9 @@ def test_a_loaded_model_multiplies_float32_unrounded() -> None:
         assert not torch.backends.cuda.matmul.allow_tf32
     finally:
         torch.set_float32_matmul_precision(before)
+def test_weights_of_another_width_are_refused_before_memory_is_taken(checkpoint: Path) -> None:
+    edit_json(checkpoint / "config.json", lambda c: c["text_config"].update(intermediate_size=2**30))
+    with pytest.raises(CheckpointError, match=r"mlp\.\w+_proj\.weight must be \[\d+, \d+\], got \["):
+        load(checkpoint)
+
+
