@@ -109,6 +109,11 @@ def test_metas_own_folder_is_refused_saying_what_to_take_instead(tmp_path: Path,
             lambda c: c.update(quantization_config={"quant_method": "awq"}),
             r"config\.json: quantization_config with quant_method awq is not supported",
         ),
+        (
+            "config.json",
+            lambda c: c.update(transformers_weights="other.safetensors"),
+            r"config\.json: transformers_weights must be model\.safetensors, if anything, got other\.safetensors",
+        ),
         ("config.json", lambda c: c.update(dtype="nonsense"), "nonsense"),
         ("config.json", lambda c: c["text_config"].update(hidden_size="wide"), "wide"),
         ("config.json", lambda c: c["text_config"].update(num_hidden_layers=6), "parameters are in no file"),
@@ -133,9 +138,12 @@ def test_a_checkpoint_that_cannot_be_honoured_is_refused_by_name(
         load(checkpoint)
 
 
-def test_an_adapter_is_refused(checkpoint: Path) -> None:
+@pytest.mark.parametrize("has_config", [True, False])
+def test_an_adapter_is_refused_saying_how_to_load_it(checkpoint: Path, has_config: bool) -> None:
     (checkpoint / "adapter_config.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="adapters are not supported"):
+    if not has_config:
+        (checkpoint / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=f"makes it an adapter: .* --adapter NAME={checkpoint}"):
         load(checkpoint)
 
 
@@ -284,6 +292,12 @@ def test_the_recommended_trimming_comes_from_the_knobs_then_the_checkpoint_then_
     assert defaults(k_ratio=0.5, merge_ratio=0.0) == (0.5, 0.0)
 
 
+def test_weights_of_another_width_are_refused_before_memory_is_taken(checkpoint: Path) -> None:
+    edit_json(checkpoint / "config.json", lambda c: c["text_config"].update(intermediate_size=2**30))
+    with pytest.raises(CheckpointError, match=r"mlp\.\w+_proj\.weight must be \[\d+, \d+\], got \["):
+        load(checkpoint)
+
+
 PEAK = """
 import pathlib, sys, torch
 from transformers import MllamaConfig
@@ -317,9 +331,3 @@ def test_a_loaded_model_multiplies_float32_unrounded() -> None:
         assert not torch.backends.cuda.matmul.allow_tf32
     finally:
         torch.set_float32_matmul_precision(before)
-def test_weights_of_another_width_are_refused_before_memory_is_taken(checkpoint: Path) -> None:
-    edit_json(checkpoint / "config.json", lambda c: c["text_config"].update(intermediate_size=2**30))
-    with pytest.raises(CheckpointError, match=r"mlp\.\w+_proj\.weight must be \[\d+, \d+\], got \["):
-        load(checkpoint)
-
-

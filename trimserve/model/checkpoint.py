@@ -21,7 +21,7 @@ from trimserve.model.formats.table import check_method
 from trimserve.model.geometry import check_geometry
 from trimserve.model.hub import snapshot
 from trimserve.model.json_object import read_json
-from trimserve.model.stored_tensors import StoredTensor, has_weights, stored_tensors
+from trimserve.model.stored_tensors import WHOLE, StoredTensor, has_weights, stored_tensors
 
 __all__ = [
     "EMBEDDED_MODEL",
@@ -204,14 +204,17 @@ def _why_no_config(folder: Path) -> str:
 
 def _read_config(folder: Path) -> MllamaConfig:
     file = folder / "config.json"
+    if (folder / "adapter_config.json").exists():
+        what_to_take = f"take the model that it was trained on, with --adapter NAME={folder}, or merge it"
+        raise CheckpointError(f"{folder}: adapter_config.json makes it an adapter: {what_to_take}")
     if not file.exists():
         raise CheckpointError(f"{folder}: {_why_no_config(folder)}")
     raw = read_json(file)
     if raw.get("model_type") != "mllama":
         raise CheckpointError(f"{folder}: model_type must be mllama, got {raw.get('model_type')}")
     check_method(file, raw.get("quantization_config"))
-    if (folder / "adapter_config.json").exists():
-        raise CheckpointError(f"{folder}: adapter_config.json: adapters are not supported; merge it into the weights")
+    if (weights := raw.get("transformers_weights")) not in (None, WHOLE):
+        raise CheckpointError(f"{file}: transformers_weights must be {WHOLE}, if anything, got {weights}")
     try:
         config = MllamaConfig.from_pretrained(folder)
     except Exception as error:  # transformers raises whatever it meets in a broken file
