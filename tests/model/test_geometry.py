@@ -54,7 +54,8 @@ LONG_ROPE = {
         ("text_config", "rope_parameters", LONG_ROPE, "rope_type longrope is not supported"),
         ("vision_config", "norm_eps", -1.0, "norm_eps must be finite and at least 0, got -1.0"),
         ("vision_config", "hidden_act", "none", "hidden_act must be one that transformers has, got none"),
-        ("text_config", "intermediate_size", 2**62, "transformers makes no model of it: RuntimeError: "),
+        ("text_config", "max_position_embeddings", 2**40, "max_position_embeddings must be at most 2147483647, got"),
+        ("text_config", "hidden_size", 16 * (2**27 - 1), "transformers makes no model of it: RuntimeError: "),
     ],
 )
 def test_what_no_model_can_have_is_refused_by_its_name(

@@ -165,6 +165,9 @@ def test_only_safetensors_are_read(checkpoint: Path) -> None:
         ("trimserve.json", b'{"k_ratio": "many"}', "k_ratio: .*valid number.*, got 'many'"),
         ("generation_config.json", b'{"max_new_tokens": 0}', "max_new_tokens: .*, got 0"),
         ("generation_config.json", b'{"temperature": -1}', "temperature: .*, got -1"),
+        ("generation_config.json", b'{"top_k": 4294967296}', "top_k: .*less than or equal to 4294967295"),
+        ("generation_config.json", b'{"max_new_tokens": 4294967296}', "max_new_tokens: .*less than or equal to"),
+        ("generation_config.json", b'{"eos_token_id": -1}', r"eos_token_id must be in \[0, 2\^32\), got -1"),
     ],
 )
 def test_a_broken_file_is_named(checkpoint: Path, file: str, content: bytes, message: str) -> None:
@@ -172,6 +175,14 @@ def test_a_broken_file_is_named(checkpoint: Path, file: str, content: bytes, mes
     with pytest.raises(CheckpointError, match=message) as caught:
         load(checkpoint)
     assert file in str(caught.value)
+
+
+def test_the_configs_end_of_an_answer_is_no_negative_token(checkpoint: Path) -> None:
+    edit_json(checkpoint / "config.json", lambda c: c["text_config"].update(eos_token_id=[3, -1]))
+    assert load(checkpoint).info.generation_defaults.eos_token_ids  # generation_config.json goes before it
+    (checkpoint / "generation_config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"text_config\.eos_token_id must be in \[0, 2\^32\), got \[3, -1\]"):
+        load(checkpoint)
 
 
 def test_truncated_weights_are_refused(checkpoint: Path) -> None:

@@ -39,6 +39,7 @@ EMBEDDED_MODEL = "trimserve-tiny"
 
 _SMALL_FILES = ("*.json", "*.jinja")
 _HASHED_BYTES = 1 << 20
+_UINT32 = 2**32 - 1
 _COMPUTED_IN = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
@@ -49,10 +50,10 @@ class GenerationJson(BaseModel):
     """Without it generation is greedy, whatever the filters say."""
     temperature: float = Field(1.0, ge=0, le=100)
     top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int = Field(0, ge=0)
+    top_k: int = Field(0, ge=0, le=_UINT32)
     min_p: float = Field(0.0, ge=0, le=1)
     repetition_penalty: float = Field(1.0, ge=0.01, le=100)
-    max_new_tokens: int | None = Field(None, ge=1)
+    max_new_tokens: int | None = Field(None, ge=1, le=_UINT32)
     eos_token_id: int | list[int] | None = None
 
 
