@@ -168,6 +168,7 @@ def test_only_safetensors_are_read(checkpoint: Path) -> None:
         ("generation_config.json", b'{"top_k": 4294967296}', "top_k: .*less than or equal to 4294967295"),
         ("generation_config.json", b'{"max_new_tokens": 4294967296}', "max_new_tokens: .*less than or equal to"),
         ("generation_config.json", b'{"eos_token_id": -1}', r"eos_token_id must be in \[0, 2\^32\), got -1"),
+        ("generation_config.json", b"[" * 100_000, "not readable as JSON"),
     ],
 )
 def test_a_broken_file_is_named(checkpoint: Path, file: str, content: bytes, message: str) -> None:
@@ -175,6 +176,14 @@ def test_a_broken_file_is_named(checkpoint: Path, file: str, content: bytes, mes
     with pytest.raises(CheckpointError, match=message) as caught:
         load(checkpoint)
     assert file in str(caught.value)
+
+
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json", "chat_template.jinja", "model.safetensors"])
+def test_a_link_that_leads_nowhere_is_named(checkpoint: Path, file: str) -> None:
+    (checkpoint / file).unlink(missing_ok=True)
+    (checkpoint / file).symlink_to("../../blobs/0123")
+    with pytest.raises(CheckpointError, match=f"{checkpoint}/{file}: cannot be read: No such file or directory"):
+        load(checkpoint)
 
 
 def test_the_configs_end_of_an_answer_is_no_negative_token(checkpoint: Path) -> None:
@@ -236,6 +245,11 @@ def test_a_description_needs_no_weights_and_is_that_of_the_loaded_model(checkpoi
 def test_a_path_that_is_not_there_is_not_taken_for_a_hub_id() -> None:
     with pytest.raises(CheckpointError, match=r"\./nope: no such folder"):
         load("./nope")
+
+
+def test_the_home_of_nobody_is_refused() -> None:
+    with pytest.raises(CheckpointError, match="~nobody-at-all/model: no such folder: Could not determine home"):
+        load("~nobody-at-all/model")
 
 
 def test_a_folder_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

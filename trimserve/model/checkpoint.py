@@ -153,7 +153,10 @@ def _named_dtypes(config: MllamaConfig) -> tuple[torch.dtype | None, ...]:
 
 def _locate(model: str, revision: str | None, with_weights: bool) -> tuple[Path, str, str]:
     """Folder, id and revision of a checkpoint."""
-    folder = embedded_model_folder() if model == EMBEDDED_MODEL else Path(model).expanduser()
+    try:
+        folder = embedded_model_folder() if model == EMBEDDED_MODEL else Path(model).expanduser()
+    except RuntimeError as error:  # nobody has that name, or the process has no home
+        raise CheckpointError(f"{model}: no such folder: {error}") from error
     if folder.is_dir():
         if revision is not None:
             raise CheckpointError(f"revision {revision}: {folder} is a folder; only hub models have revisions")
@@ -170,12 +173,15 @@ def _content_hash(folder: Path) -> str:
     digest = hashlib.sha256()
     patterns = (*_SMALL_FILES, "*.safetensors")
     for file in sorted(file for pattern in patterns for file in folder.glob(pattern)):
-        size = file.stat().st_size
-        digest.update(f"{file.name}:{size}".encode())
-        with file.open("rb") as stream:
-            digest.update(stream.read(_HASHED_BYTES))
-            stream.seek(max(0, size - _HASHED_BYTES))
-            digest.update(stream.read())
+        try:
+            size = file.stat().st_size
+            digest.update(f"{file.name}:{size}".encode())
+            with file.open("rb") as stream:
+                digest.update(stream.read(_HASHED_BYTES))
+                stream.seek(max(0, size - _HASHED_BYTES))
+                digest.update(stream.read())
+        except OSError as error:  # such as a link into a cache that was not copied along
+            raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from error
     return digest.hexdigest()[:16]
 
 
