@@ -22,6 +22,9 @@ Quantize = Literal["none", "int8", "int4"]
 KvDtype = Literal["auto", "int8"]
 Port = Annotated[int, Field(ge=0, le=65535)]
 
+_MOST = 10**9
+"""Of what is counted: messages have 32 bits for it."""
+
 
 class _Knobs(BaseModel):
     """What the sections have in common."""
@@ -126,9 +129,12 @@ class ModelConfig(_Knobs):
 class EngineConfig(_Knobs):
     """How much the engine takes on."""
 
-    max_batch: int = Field(default=16, ge=1, description="Most requests that decode together.")
+    max_batch: int = Field(default=16, ge=1, le=_MOST, description="Most requests that decode together.")
     max_queue: int = Field(
-        default=64, ge=1, description="Most requests that wait; one more is refused with RESOURCE_EXHAUSTED."
+        default=64,
+        ge=1,
+        le=_MOST,
+        description="Most requests that wait; one more is refused with RESOURCE_EXHAUSTED.",
     )
     kv_cache_bytes: ByteSize | None = Field(
         default=None,
@@ -160,23 +166,26 @@ class EngineConfig(_Knobs):
         description="Seconds after which a decode step, or a layer of a prefill, counts as hung: health says "
         "NOT_SERVING and the process ends with the cause. The same holds for an event loop that stalls for as long.",
     )
-    max_images: int = Field(default=8, ge=1, description="Most images of one request.")
+    max_images: int = Field(default=8, ge=1, le=_MOST, description="Most images of one request.")
     max_image_bytes: int = Field(default=32 * 2**20, ge=1, description="Most bytes of one encoded image file.")
     max_image_pixels: int = Field(
         default=50_000_000,
         ge=1,
+        le=_MOST,
         description="Most pixels of one decoded image; a larger one counts as a decompression bomb. The limit also "
         "bounds the memory and processor time of the decoder.",
     )
     num_preprocess_workers: int = Field(
         default=2,
         ge=1,
+        le=1024,
         description="Threads that tokenise prompts, and as many that prepare images, each with a process that decodes "
         "the files.",
     )
     num_threads: int | None = Field(
         default=None,
         ge=1,
+        le=1024,
         description="Threads of one op on the CPU, in each of `tensor_parallel` processes. Unset is PyTorch's choice, "
         "`OMP_NUM_THREADS` or all cores, which the processes share.",
     )

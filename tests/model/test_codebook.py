@@ -40,6 +40,13 @@ def test_a_codebook_of_another_model_is_refused(
         load_codebook(file, INFO, "inputs")
 
 
+def test_a_codebook_that_is_not_finite_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "codebook.safetensors"
+    save_codebook(file, PROTOTYPES / 0, INFO, "inputs")
+    with pytest.raises(CheckpointError, match=r"codebook\.safetensors: prototypes must be finite"):
+        load_codebook(file, INFO, "inputs")
+
+
 def test_files_that_are_no_codebook_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="cannot be read"):
         load_codebook(tmp_path / "none", INFO, "inputs")

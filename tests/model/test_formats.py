@@ -97,6 +97,21 @@ def test_groups_may_be_in_any_order_in_packed_weights(tmp_path: Path) -> None:
     assert torch.equal(layer.floats(slice(0, 20)), numbers.round() * scales[:, groups.flip(0).long()])
 
 
+@pytest.mark.parametrize("spelled", [{"format": "gptq_v2"}, {"checkpoint_format": "GPTQ_V2", "format": "gptq"}])
+def test_gptqs_version_is_found_where_transformers_finds_it(spelled: dict[str, str], tmp_path: Path) -> None:
+    fixture = next(file for file in FIXTURES if file.stem == "gptq_v2")
+    config = {name: value for name, value in config_of(fixture).items() if not name.endswith("format")}
+    layer, expected = layer_of(load_file(fixture), {**config, **spelled}, tmp_path)
+    assert layer is not None
+    assert torch.equal(layer.floats(slice(0, len(expected))), expected)
+
+
+def test_an_unknown_version_of_gptq_is_refused(tmp_path: Path) -> None:
+    fixture = next(file for file in FIXTURES if file.stem == "gptq_v2")
+    with pytest.raises(CheckpointError, match="format of quantization_config must be gptq or gptq_v2, got marlin"):
+        layer_of(load_file(fixture), {**config_of(fixture), "checkpoint_format": "marlin"}, tmp_path)
+
+
 def test_a_layer_that_is_not_quantized_is_no_formats(tmp_path: Path) -> None:
     tensors = {"layer.weight": torch.ones(4, 8), "layer.bias": torch.ones(4), "expected": torch.ones(4, 8)}
     assert layer_of(tensors, {}, tmp_path)[0] is None

@@ -109,6 +109,11 @@ def test_metas_own_folder_is_refused_saying_what_to_take_instead(tmp_path: Path,
             lambda c: c.update(quantization_config={"quant_method": "awq"}),
             r"config\.json: quantization_config with quant_method awq is not supported",
         ),
+        (
+            "config.json",
+            lambda c: c.update(transformers_weights="other.safetensors"),
+            r"config\.json: transformers_weights must be model\.safetensors, if anything, got other\.safetensors",
+        ),
         ("config.json", lambda c: c.update(dtype="nonsense"), "nonsense"),
         ("config.json", lambda c: c["text_config"].update(hidden_size="wide"), "wide"),
         ("config.json", lambda c: c["text_config"].update(num_hidden_layers=6), "parameters are in no file"),
@@ -133,9 +138,12 @@ def test_a_checkpoint_that_cannot_be_honoured_is_refused_by_name(
         load(checkpoint)
 
 
-def test_an_adapter_is_refused(checkpoint: Path) -> None:
+@pytest.mark.parametrize("has_config", [True, False])
+def test_an_adapter_is_refused_saying_how_to_load_it(checkpoint: Path, has_config: bool) -> None:
     (checkpoint / "adapter_config.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="adapters are not supported"):
+    if not has_config:
+        (checkpoint / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=f"makes it an adapter: .* --adapter NAME={checkpoint}"):
         load(checkpoint)
 
 
@@ -157,6 +165,10 @@ def test_only_safetensors_are_read(checkpoint: Path) -> None:
         ("trimserve.json", b'{"k_ratio": "many"}', "k_ratio: .*valid number.*, got 'many'"),
         ("generation_config.json", b'{"max_new_tokens": 0}', "max_new_tokens: .*, got 0"),
         ("generation_config.json", b'{"temperature": -1}', "temperature: .*, got -1"),
+        ("generation_config.json", b'{"top_k": 4294967296}', "top_k: .*less than or equal to 4294967295"),
+        ("generation_config.json", b'{"max_new_tokens": 4294967296}', "max_new_tokens: .*less than or equal to"),
+        ("generation_config.json", b'{"eos_token_id": -1}', r"eos_token_id must be in \[0, 2\^32\), got -1"),
+        ("generation_config.json", b"[" * 100_000, "not readable as JSON"),
     ],
 )
 def test_a_broken_file_is_named(checkpoint: Path, file: str, content: bytes, message: str) -> None:
@@ -164,6 +176,22 @@ def test_a_broken_file_is_named(checkpoint: Path, file: str, content: bytes, mes
     with pytest.raises(CheckpointError, match=message) as caught:
         load(checkpoint)
     assert file in str(caught.value)
+
+
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json", "chat_template.jinja", "model.safetensors"])
+def test_a_link_that_leads_nowhere_is_named(checkpoint: Path, file: str) -> None:
+    (checkpoint / file).unlink(missing_ok=True)
+    (checkpoint / file).symlink_to("../../blobs/0123")
+    with pytest.raises(CheckpointError, match=f"{checkpoint}/{file}: cannot be read: No such file or directory"):
+        load(checkpoint)
+
+
+def test_the_configs_end_of_an_answer_is_no_negative_token(checkpoint: Path) -> None:
+    edit_json(checkpoint / "config.json", lambda c: c["text_config"].update(eos_token_id=[3, -1]))
+    assert load(checkpoint).info.generation_defaults.eos_token_ids  # generation_config.json goes before it
+    (checkpoint / "generation_config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"text_config\.eos_token_id must be in \[0, 2\^32\), got \[3, -1\]"):
+        load(checkpoint)
 
 
 def test_truncated_weights_are_refused(checkpoint: Path) -> None:
@@ -217,6 +245,11 @@ def test_a_description_needs_no_weights_and_is_that_of_the_loaded_model(checkpoi
 def test_a_path_that_is_not_there_is_not_taken_for_a_hub_id() -> None:
     with pytest.raises(CheckpointError, match=r"\./nope: no such folder"):
         load("./nope")
+
+
+def test_the_home_of_nobody_is_refused() -> None:
+    with pytest.raises(CheckpointError, match="~nobody-at-all/model: no such folder: Could not determine home"):
+        load("~nobody-at-all/model")
 
 
 def test_a_folder_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -282,6 +315,12 @@ def test_the_recommended_trimming_comes_from_the_knobs_then_the_checkpoint_then_
     (checkpoint / "trimserve.json").write_text('{"k_ratio": 0.35, "merge_ratio": 0.1}')
     assert defaults() == (0.35, 0.1)
     assert defaults(k_ratio=0.5, merge_ratio=0.0) == (0.5, 0.0)
+
+
+def test_weights_of_another_width_are_refused_before_memory_is_taken(checkpoint: Path) -> None:
+    edit_json(checkpoint / "config.json", lambda c: c["text_config"].update(intermediate_size=2**30))
+    with pytest.raises(CheckpointError, match=r"mlp\.\w+_proj\.weight must be \[\d+, \d+\], got \["):
+        load(checkpoint)
 
 
 PEAK = """

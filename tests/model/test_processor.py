@@ -293,6 +293,25 @@ def test_missing_files_refuse_the_checkpoint(
         load(tmp_path, info)
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"image_mean": [0.5]}, "takes no image: mean must have 3 elements"),
+        ({"rescale_factor": None}, "takes no image: .*rescale_factor"),
+        ({"resample": 99}, "takes no image: Unknown resampling filter"),
+        ({"image_std": [0.0, 0.0, 0.0]}, r"must give finite pixels, got .*'image_std': .0\.0, 0\.0, 0\.0"),
+    ],
+)
+def test_an_image_processor_that_works_for_no_image_refuses_the_checkpoint(
+    folder: Path, info: ModelInfo, tmp_path: Path, settings: dict[str, object], message: str
+) -> None:
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    file = tmp_path / "preprocessor_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **settings}))
+    with pytest.raises(CheckpointError, match=message):
+        load(tmp_path, info)
+
+
 def test_broken_tokenizer_refuses_the_checkpoint(folder: Path, info: ModelInfo, tmp_path: Path) -> None:
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     (tmp_path / "tokenizer.json").write_text('{"model": 7}')

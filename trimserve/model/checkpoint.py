@@ -21,7 +21,7 @@ from trimserve.model.formats.table import check_method
 from trimserve.model.geometry import check_geometry
 from trimserve.model.hub import snapshot
 from trimserve.model.json_object import read_json
-from trimserve.model.stored_tensors import StoredTensor, has_weights, stored_tensors
+from trimserve.model.stored_tensors import WHOLE, StoredTensor, has_weights, stored_tensors
 
 __all__ = [
     "EMBEDDED_MODEL",
@@ -39,6 +39,7 @@ EMBEDDED_MODEL = "trimserve-tiny"
 
 _SMALL_FILES = ("*.json", "*.jinja")
 _HASHED_BYTES = 1 << 20
+_UINT32 = 2**32 - 1
 _COMPUTED_IN = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
@@ -49,10 +50,10 @@ class GenerationJson(BaseModel):
     """Without it generation is greedy, whatever the filters say."""
     temperature: float = Field(1.0, ge=0, le=100)
     top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int = Field(0, ge=0)
+    top_k: int = Field(0, ge=0, le=_UINT32)
     min_p: float = Field(0.0, ge=0, le=1)
     repetition_penalty: float = Field(1.0, ge=0.01, le=100)
-    max_new_tokens: int | None = Field(None, ge=1)
+    max_new_tokens: int | None = Field(None, ge=1, le=_UINT32)
     eos_token_id: int | list[int] | None = None
 
 
@@ -152,7 +153,10 @@ def _named_dtypes(config: MllamaConfig) -> tuple[torch.dtype | None, ...]:
 
 def _locate(model: str, revision: str | None, with_weights: bool) -> tuple[Path, str, str]:
     """Folder, id and revision of a checkpoint."""
-    folder = embedded_model_folder() if model == EMBEDDED_MODEL else Path(model).expanduser()
+    try:
+        folder = embedded_model_folder() if model == EMBEDDED_MODEL else Path(model).expanduser()
+    except RuntimeError as error:  # nobody has that name, or the process has no home
+        raise CheckpointError(f"{model}: no such folder: {error}") from error
     if folder.is_dir():
         if revision is not None:
             raise CheckpointError(f"revision {revision}: {folder} is a folder; only hub models have revisions")
@@ -169,12 +173,15 @@ def _content_hash(folder: Path) -> str:
     digest = hashlib.sha256()
     patterns = (*_SMALL_FILES, "*.safetensors")
     for file in sorted(file for pattern in patterns for file in folder.glob(pattern)):
-        size = file.stat().st_size
-        digest.update(f"{file.name}:{size}".encode())
-        with file.open("rb") as stream:
-            digest.update(stream.read(_HASHED_BYTES))
-            stream.seek(max(0, size - _HASHED_BYTES))
-            digest.update(stream.read())
+        try:
+            size = file.stat().st_size
+            digest.update(f"{file.name}:{size}".encode())
+            with file.open("rb") as stream:
+                digest.update(stream.read(_HASHED_BYTES))
+                stream.seek(max(0, size - _HASHED_BYTES))
+                digest.update(stream.read())
+        except OSError as error:  # such as a link into a cache that was not copied along
+            raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from error
     return digest.hexdigest()[:16]
 
 
@@ -204,14 +211,17 @@ def _why_no_config(folder: Path) -> str:
 
 def _read_config(folder: Path) -> MllamaConfig:
     file = folder / "config.json"
+    if (folder / "adapter_config.json").exists():
+        what_to_take = f"take the model that it was trained on, with --adapter NAME={folder}, or merge it"
+        raise CheckpointError(f"{folder}: adapter_config.json makes it an adapter: {what_to_take}")
     if not file.exists():
         raise CheckpointError(f"{folder}: {_why_no_config(folder)}")
     raw = read_json(file)
     if raw.get("model_type") != "mllama":
         raise CheckpointError(f"{folder}: model_type must be mllama, got {raw.get('model_type')}")
     check_method(file, raw.get("quantization_config"))
-    if (folder / "adapter_config.json").exists():
-        raise CheckpointError(f"{folder}: adapter_config.json: adapters are not supported; merge it into the weights")
+    if (weights := raw.get("transformers_weights")) not in (None, WHOLE):
+        raise CheckpointError(f"{file}: transformers_weights must be {WHOLE}, if anything, got {weights}")
     try:
         config = MllamaConfig.from_pretrained(folder)
     except Exception as error:  # transformers raises whatever it meets in a broken file

@@ -41,7 +41,7 @@ def load_codebook(file: Path, info: ModelInfo, intermediate_features: str) -> Te
     Returns:
         float32 [P, hidden_size], each of length 1.
     Raises:
-        CheckpointError: no such file, not a codebook, or another model's.
+        CheckpointError: no such file, not a codebook, another model's, or numbers that are not finite.
     """
     try:
         with safe_open(file, framework="pt") as content:
@@ -60,6 +60,8 @@ def load_codebook(file: Path, info: ModelInfo, intermediate_features: str) -> Te
     if prototypes.ndim != 2 or prototypes.shape[1] != info.hidden_size or not len(prototypes):
         shape = list(prototypes.shape)
         raise CheckpointError(f"codebook {file}: must be [P, {info.hidden_size}], got {shape}")
+    if not prototypes.isfinite().all():
+        raise CheckpointError(f"codebook {file}: {_TENSOR} must be finite")
     return prototypes.to(info.device, torch.float32)
 
 

@@ -27,6 +27,7 @@ from trimserve.model.mllama import Mllama
 from trimserve.model.processor import Processor
 from trimserve.model.quantization import WeightFormat
 from trimserve.model.ranks import ALONE, Ranks, Shard
+from trimserve.model.rotary import check_rotary
 from trimserve.model.sharding import check_shares
 from trimserve.model.trained_file import load_trained_files, methods_of
 from trimserve.model.transformers_mllama import decoder_linears, step_modules
@@ -173,6 +174,7 @@ def describe_checkpoint(
         CheckpointError: something that cannot be honoured.
     """
     text, vision = text_config(checkpoint.config), vision_config(checkpoint.config)
+    check_rotary(checkpoint.folder / "config.json", checkpoint.config)
     dtype = checkpoint.dtype(config.dtype)
     dtype_name = str(dtype).removeprefix("torch.")
     kv_dtype = dtype_name if config.kv_dtype == "auto" else config.kv_dtype
@@ -286,9 +288,6 @@ def _max_model_len(limit: int, wanted: int | None) -> int:
 
 def _generation_defaults(checkpoint: Checkpoint) -> GenerationDefaults:
     generation = checkpoint.generation
-    eos = generation.eos_token_id
-    if eos is None:
-        eos = text_config(checkpoint.config).eos_token_id
     return GenerationDefaults(
         temperature=generation.temperature if generation.do_sample else 0.0,
         top_p=generation.top_p if generation.do_sample else 1.0,
@@ -296,5 +295,16 @@ def _generation_defaults(checkpoint: Checkpoint) -> GenerationDefaults:
         min_p=generation.min_p if generation.do_sample else 0.0,
         repetition_penalty=generation.repetition_penalty,
         max_new_tokens=generation.max_new_tokens or _MAX_NEW_TOKENS,
-        eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
+        eos_token_ids=_eos_token_ids(checkpoint),
     )
+
+
+def _eos_token_ids(checkpoint: Checkpoint) -> tuple[int, ...]:
+    """Some may be past the vocabulary and end nothing, but -1 would be the last token of it."""
+    name, eos = "generation_config.json: eos_token_id", checkpoint.generation.eos_token_id
+    if eos is None:
+        name, eos = "config.json: text_config.eos_token_id", text_config(checkpoint.config).eos_token_id
+    ids = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
+    if not all(0 <= id_ < 2**32 for id_ in ids):
+        raise CheckpointError(f"{checkpoint.folder}/{name} must be in [0, 2^32), got {eos}")
+    return ids

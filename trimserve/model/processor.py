@@ -9,6 +9,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Final
 
+import numpy as np
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
@@ -235,4 +236,17 @@ def _load_image_processor(folder: Path, info: ModelInfo) -> MllamaImageProcessor
             f"{folder}: the image processor cuts up to {max_tiles} tiles of {size[0]} x {size[1]} pixels, "
             f"the vision config takes {info.max_tiles} of {info.tile_size} x {info.tile_size}"
         )
+    _try(folder, processor)
     return processor
+
+
+def _try(folder: Path, processor: MllamaImageProcessorPil) -> None:
+    """Prepare a white pixel, so that settings that work for no image are told at load and not by each request."""
+    try:
+        with np.errstate(all="ignore"):
+            white = prepare_image(np.full((1, 1, 3), 255, dtype=np.uint8), processor)
+    except Exception as error:  # as above
+        raise CheckpointError(f"{folder}: the image processor takes no image: {error}") from error
+    if not white.pixel_values.isfinite().all():
+        settings = {name: getattr(processor, name) for name in ("image_mean", "image_std", "rescale_factor")}
+        raise CheckpointError(f"{folder}: the image processor must give finite pixels, got {settings}")

@@ -1,16 +1,42 @@
 """Angles of the rotary position embedding, computed once for each position."""
 
+import math
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from transformers import MllamaConfig
 
-from trimserve.model.transformers_mllama import Rotary
+from trimserve.errors import CheckpointError
+from trimserve.model.checkpoint import text_config
+from trimserve.model.transformers_mllama import Rotary, rotary_of
 from trimserve.ops.upload import upload_ids
 
-__all__ = ["RotaryAngles", "Rotation"]
+__all__ = ["RotaryAngles", "Rotation", "check_rotary"]
 
 _FEWEST = 256
+
+
+def check_rotary(file: Path, config: MllamaConfig) -> None:
+    """Refuse parameters of the rotary embedding that give no angles, or others to a longer prompt.
+
+    Args:
+        file: that the config was read from, for the error.
+        config: of a checkpoint.
+    Raises:
+        CheckpointError: names the parameters.
+    """
+    parameters = text_config(config).rope_parameters
+    field = f"{file}: text_config.rope_parameters"
+    if isinstance(parameters, dict) and parameters.get("rope_type") == "longrope":
+        raise CheckpointError(f"{field}: rope_type longrope is not supported: longer prompts have other angles")
+    try:
+        rotary = rotary_of(config)
+    except Exception as error:  # transformers raises whatever it meets
+        raise CheckpointError(f"{field}: {type(error).__name__}: {error}, got {parameters}") from error
+    if not rotary.frequencies.isfinite().all() or not math.isfinite(rotary.scaling):
+        raise CheckpointError(f"{field} must give finite angles, got {parameters}")
 
 
 class Rotation(NamedTuple):

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from transformers import MllamaConfig, MllamaForConditionalGeneration
+from transformers.activations import ACT2FN
 from transformers.models.mllama.modeling_mllama import (
     MllamaCrossAttentionDecoderLayer,
     MllamaRotaryEmbedding,
@@ -22,7 +23,8 @@ from transformers.models.mllama.modeling_mllama import (
     MllamaVisionEncoderLayer,
 )
 
-from trimserve.model.checkpoint import text_config
+from trimserve.errors import CheckpointError
+from trimserve.model.checkpoint import text_config, vision_config
 
 __all__ = [
     "CrossLayerParts",
@@ -39,6 +41,7 @@ __all__ = [
     "feature_kv_module_names",
     "fused_linears",
     "meta_model",
+    "rotary_of",
     "step_modules",
     "vision_layer_parts",
     "vision_module_names",
@@ -161,10 +164,26 @@ class VisionParts:
 
 
 def meta_model(config: MllamaConfig, dtype: torch.dtype) -> MllamaForConditionalGeneration:
-    """The model of a config on the meta device; its parameters have the names of a current checkpoint's tensors."""
-    with torch.device("meta"):
-        model: MllamaForConditionalGeneration = MllamaForConditionalGeneration._from_config(config, dtype=dtype)
+    """The model of a config on the meta device; its parameters have the names of a current checkpoint's tensors.
+
+    Raises:
+        CheckpointError: transformers makes no model of the config.
+    """
+    file, activation = f"{config.name_or_path}/config.json", vision_config(config).hidden_act
+    if activation not in ACT2FN:
+        raise CheckpointError(f"{file}: vision_config.hidden_act must be one that transformers has, got {activation}")
+    try:
+        with torch.device("meta"):
+            model: MllamaForConditionalGeneration = MllamaForConditionalGeneration._from_config(config, dtype=dtype)
+    except Exception as error:  # whatever it meets
+        raise CheckpointError(f"{file}: transformers makes no model of it: {type(error).__name__}: {error}") from error
     return model
+
+
+def rotary_of(config: MllamaConfig) -> Rotary:
+    """The rotary position embedding of a config; raises whatever transformers meets in its parameters."""
+    rotary = MllamaRotaryEmbedding(text_config(config))
+    return Rotary(rotary.inv_freq, rotary.attention_scaling)
 
 
 def compute_rotary(model: MllamaForConditionalGeneration, device: torch.device) -> None:

@@ -81,24 +81,26 @@ def load_weights(
     tensors = stored_tensors(folder)
     described = meta_model(config, dtype)
     quantized, used = _quantized(described, tensors)
-    stored = _stored_formats(described, quantized) if device.type == "cpu" else {}
-    model = allocated_model(config, dtype, device, quantize, stored, shard)
     shapes = {name: place.shape for name, place in _places(described)}
-    of_rank = shares(described, shard)
-    places = dict(_places(model))
-    unknown = tensors.keys() - places.keys() - used
+    unknown = tensors.keys() - shapes.keys() - used
     if unknown:
         raise CheckpointError(f"{tensors[min(unknown)]} is not part of an Mllama with this config.json")
-    missing = [name for name in places if name not in tensors and name.removesuffix(".weight") not in quantized]
+    plain = [name for name in shapes if name.removesuffix(".weight") not in quantized]
+    missing = [name for name in plain if name not in tensors]
     if missing:
         raise CheckpointError(f"{folder}: {len(missing)} parameters are in no file, the first is {min(missing)}")
-    for name, place in places.items():
+    for name in plain:  # before memory is taken, of which a config of another model may want any amount
+        _check(tensors[name], shapes[name])
+    stored = _stored_formats(described, quantized) if device.type == "cpu" else {}
+    model = allocated_model(config, dtype, device, quantize, stored, shard)
+    of_rank = shares(described, shard)
+    for name, place in _places(model):
         layer = quantized.pop(name.removesuffix(".weight"), None) if name.endswith(".weight") else None
         share = of_rank.get(name.removesuffix(".weight"), WHOLE)
         if layer is not None:
             _read_quantized(layer, place, share)
         else:
-            _read(tensors[name], shapes[name], place, share)
+            _read(tensors[name], place, share)
     return model
 
 
@@ -265,12 +267,16 @@ def _format(layer: QuantizedLinear | None) -> WeightFormat | None:
     return int4_format(layer.scale_dtype, layer.group_size) if isinstance(layer, Int4Linear) else None
 
 
-def _read(tensor: StoredTensor, shape: tuple[int, ...], place: _Place, share: Share) -> None:
-    """Copy a share of one tensor of this shape, and quantize it if there are scales."""
+def _check(tensor: StoredTensor, shape: tuple[int, ...]) -> None:
+    """Refuse a tensor that is not the floats of this shape."""
     if tensor.shape != shape:
         raise CheckpointError(f"{tensor} must be {list(shape)}, got {list(tensor.shape)}")
     if tensor.dtype not in (*FLOATS, "F64"):
         raise CheckpointError(f"{tensor} is {tensor.dtype} without the scales of a quantized weight beside it")
+
+
+def _read(tensor: StoredTensor, place: _Place, share: Share) -> None:
+    """Copy a share of one tensor, and quantize it if there are scales."""
     for part in row_slices(place.shape):
         rows = _rows(part, share)
         if place.scales is None and share.columns != WHOLE.columns:

@@ -26,6 +26,13 @@ NUM_HALF_OPEN = 1000
 NUM_MALFORMED = 10_000
 
 
+async def test_limits_beyond_what_grpc_counts_to_are_none() -> None:
+    month = 30 * 24 * 3600
+    lengths = {"max_connection_age_seconds": month, "drain_grace_seconds": month}
+    async with serving(max_message_bytes=3 * 2**30, max_concurrent_rpcs=2**31, **lengths) as loopback:
+        await health(loopback.channel).Check(health_pb2.HealthCheckRequest())
+
+
 async def test_a_client_that_vanishes_without_a_word_frees_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transport, "PING_TIMEOUT_SECONDS", 0.5)
     monkeypatch.setattr(transport, "KEEPALIVE_SECONDS", 1.0)

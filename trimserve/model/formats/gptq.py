@@ -6,16 +6,20 @@ which is still what most write, stores zero points less one.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
+from trimserve.errors import CheckpointError
 from trimserve.model.formats.packed import INT4_GROUPS, INT4_ZERO, scaled, unpack
 from trimserve.model.formats.quantized_linear import FLOATS, LinearParts
 from trimserve.model.stored_tensors import StoredTensor
 
 __all__ = ["Gptq", "GptqInt4"]
+
+_ZERO_OFFSETS: Final = {"gptq": 1, "gptq_v2": 0}
+"""What stored zero points lack, by version."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +59,7 @@ class Gptq:
         parts.get("scales", FLOATS, (num_groups, outputs))
         group = parts.groups("g_idx", scale, num_groups)
         zero_point = parts.get("qzeros", ("I32",), (num_groups, outputs * num_bits // 32))
-        layer = cls(weight, zero_point, scale, group, num_bits, _zero_offset(config))
+        layer = cls(weight, zero_point, scale, group, num_bits, _zero_offset(weight, config))
         may_be_int4 = num_bits == 4 and group is None and inputs / num_groups in INT4_GROUPS
         is_int4 = may_be_int4 and bool((layer.zero_points(slice(None)) == INT4_ZERO).all())
         return GptqInt4(weight, zero_point, scale, group, num_bits, layer.zero_offset) if is_int4 else layer
@@ -102,7 +106,12 @@ class GptqInt4(Gptq):
         return numbers - INT4_ZERO, self.scale.read(slice(None), rows).T
 
 
-def _zero_offset(config: Mapping[str, Any]) -> int:
+def _zero_offset(weight: StoredTensor, config: Mapping[str, Any]) -> int:
     if config.get("quant_method") == "auto-round":
         return 1 if config.get("packing_format") == "auto_round:auto_gptq" else 0
-    return 0 if config.get("checkpoint_format") == "gptq_v2" else 1
+    version = config.get("checkpoint_format") or config.get("format") or "gptq"  # as transformers looks for it
+    offset = _ZERO_OFFSETS.get(str(version).lower())
+    if offset is None:
+        known = " or ".join(_ZERO_OFFSETS)
+        raise CheckpointError(f"{weight}: format of quantization_config must be {known}, got {version}")
+    return offset

@@ -43,6 +43,9 @@ MAX_PENDING_RPCS = 8192
 """Calls that have arrived and have not been looked at yet; gRPC cancels what is above, and by default at random from
 1000 on."""
 
+_INT_MAX = 2**31 - 1
+"""gRPC counts no further, and takes it for no limit."""
+
 
 def server_options(config: ServerConfig) -> list[tuple[str, int]]:
     """Arguments of `grpc.aio.server`.
@@ -77,7 +80,7 @@ def server_options(config: ServerConfig) -> list[tuple[str, int]]:
             ("grpc.max_connection_age_ms", _ms(config.max_connection_age_seconds)),
             ("grpc.max_connection_age_grace_ms", _ms(config.drain_grace_seconds)),
         ]
-    return options
+    return [(name, min(value, _INT_MAX)) for name, value in options]
 
 
 def _max_connections() -> int:
