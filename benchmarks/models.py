@@ -11,7 +11,6 @@ import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
 from typing import Any, Final
 
@@ -49,7 +48,6 @@ BENCH_MODEL: Final = Path("out/bench-model")
 REAL_SIZE_MODEL: Final = Path("out/real-size-model")
 """Where benchmarks look for the checkpoints when nobody says otherwise."""
 
-_WIDTHS: Final = ("hidden_size", "intermediate_size", "vision_output_dim")
 _GATE: Final = 0.5
 _IMAGE_TOKEN: Final = "<|image|>"
 _COPIED: Final = ("chat_template.jinja", "tokenizer_config.json")
@@ -104,14 +102,10 @@ def max_kept_fraction() -> float:
     return fraction
 
 
-def bench_model(folder: Path, narrower: int = 1) -> Path:
-    """The folder of `bench`, which is written if it is not there; a guide's widths are divided by `narrower`."""
+def bench_model(folder: Path) -> Path:
+    """The folder of `bench`, which is written if it is not there."""
     if not (folder / "config.json").exists():
-        geometry = read_json(GEOMETRY)
-        for part, name in product(("vision_config", "text_config"), _WIDTHS):
-            if name in geometry[part]:
-                geometry[part][name] //= narrower
-        _write_model(folder, geometry, torch.float32, _SHARD_BYTES)
+        _write_model(folder, read_json(GEOMETRY), torch.float32, _SHARD_BYTES)
     return folder
 
 
