@@ -97,7 +97,8 @@ def test_serve_table_has_a_row_for_each_target(report: dict[str, Any]) -> None:
 
 def test_bytes_tables_name_every_layout() -> None:
     sizes = {"self": 2**20, "cross": 2**20, "total": 2**21}
-    layouts = ("trimserve", "trimserve_untrimmed", "transformers", "sglang_layout")
+    layouts = ("trimserve", "trimserve_untrimmed", "transformers")
+    counts = {name: index for index, name in enumerate(layouts)}
     request = {
         "features": {"padding": 0, "valid": 100, "kept": 40, "merged": 10},
         "bytes": {name: {**sizes, "total": (1 + index) * 2**20} for index, name in enumerate(layouts)},
@@ -109,14 +110,12 @@ def test_bytes_tables_name_every_layout() -> None:
         "k_ratio": 0.2,
         "max_kept_fraction": 0.5,
         "max_new_tokens": 128,
-        "requests": {"four_tiles": request, "text": {**request, "cross_bytes_over_transformers": None}},
-        "at_once": {"kv_bytes": 2**28, "four_tiles": {name: index for index, name in enumerate(layouts)}},
+        "requests": {"four_tiles": request, "one_tile": request},
+        "at_once": {"kv_bytes": 2**28, **dict.fromkeys(("four_tiles", "one_tile"), counts)},
     }
     table = bench_bytes.table({**about(1), "models": [model]})
-    assert "| 4 tiles | 100 | 50 | 1.0 MiB | 2.0 MiB | 3.0 MiB | 4.0 MiB | 0.500 |" in table
-    assert "| text | 100 | 50 | 1.0 MiB | 2.0 MiB | 3.0 MiB | 4.0 MiB |  |" in table
+    assert "| 4 tiles | 100 | 50 | 1.0 MiB (0) | 2.0 MiB (1) | 3.0 MiB (2) | 0.500 |" in table
     assert "at once in 256.0 MiB of KV" in table
-    assert "| 4 tiles | 0 | 1 | 2 | 3 |" in table
 
 
 def test_what_was_not_measured_is_said_to_be_so() -> None:
