@@ -21,13 +21,10 @@ from trimserve.model import huge_pages
 __all__ = [
     "Floor",
     "bandwidth",
+    "beside",
     "in_pairs",
     "interval",
-    "medians",
-    "peak_extra_bytes",
-    "seconds_in_pairs",
     "seconds_of",
-    "speedup",
     "spread",
     "stream",
     "time_calls",
@@ -46,11 +43,11 @@ _LEAST, _MOST = 3, 200
 _NUM_RESAMPLED = 2000
 
 
-def seconds_of(call: Call) -> float:
-    """How long a call takes."""
-    start = time.perf_counter()
+def seconds_of(call: Call, clock: Callable[[], float] = time.perf_counter) -> float:
+    """How long a call takes, by a clock."""
+    start = clock()
     call()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def spread(samples: Sequence[float], digits: int = 4) -> dict[str, float]:
@@ -85,21 +82,17 @@ def in_pairs(one: Callable[[int], float], other: Callable[[int], float], num_pai
     return pairs[1:]
 
 
-def seconds_in_pairs(one: Call, other: Call, num_pairs: int) -> list[tuple[float, float]]:
-    """Seconds of two calls; see `in_pairs`."""
-    return in_pairs(lambda _: seconds_of(one), lambda _: seconds_of(other), num_pairs)
-
-
-def medians(pairs: Sequence[tuple[float, float]], digits: int = 5) -> tuple[float, float]:
-    """Of both sides."""
-    one, other = (statistics.median(side) for side in zip(*pairs, strict=True))
-    return round(one, digits), round(other, digits)
-
-
-def speedup(pairs: Sequence[tuple[float, float]]) -> dict[str, Any]:
-    """How many times the second figure of a pair the first is: `speedup`, the median, and its 95 % `interval`."""
+def beside(theirs: Call, ours: Call, num_pairs: int, clock: Callable[[], float] = time.perf_counter) -> dict[str, Any]:
+    """Median seconds of two calls that take turns, and how many times as fast ours is, with its 95 % `interval`."""
+    pairs = in_pairs(lambda _: seconds_of(theirs, clock), lambda _: seconds_of(ours, clock), num_pairs)
+    their_seconds, seconds = (round(statistics.median(side), 5) for side in zip(*pairs, strict=True))
     ratios = [one / other for one, other in pairs]
-    return {"speedup": round(statistics.median(ratios), 4), "interval": interval(ratios)}
+    return {
+        "seconds": seconds,
+        "transformers_seconds": their_seconds,
+        "speedup": round(statistics.median(ratios), 4),
+        "interval": interval(ratios),
+    }
 
 
 def time_calls(call: Call, seconds: float) -> dict[str, float]:
