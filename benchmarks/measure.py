@@ -1,21 +1,16 @@
-"""Times of calls that take turns, what is made of them, bandwidth and peak memory. It knows no op and no model.
+"""Times of calls that take turns, what is made of them, and bandwidth. It knows no op and no model.
 
 Everything happens on the device where new tensors are made.
 """
 
-import ctypes
-import gc
-import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 
-from benchmarks.machine import memory_bytes
 from trimserve.model import huge_pages
 
 __all__ = [
@@ -180,23 +175,3 @@ def bandwidth(floor: Floor, runs: int) -> float:
     call, num_bytes = stream(floor)
     [milliseconds] = time_cold([call], runs)
     return num_bytes / milliseconds["median"] * 1e3
-
-
-def peak_extra_bytes(call: Callable[[], torch.Tensor]) -> int | None:
-    """Most memory that a call held at once beyond its result; None where the system does not tell (not Linux)."""
-    if _is_gpu():
-        call()
-        torch.cuda.reset_peak_memory_stats()
-        held = torch.cuda.memory_allocated()
-        num_bytes = call().nbytes
-        return torch.cuda.max_memory_allocated() - held - num_bytes
-    pid, reset = os.getpid(), Path("/proc/self/clear_refs")
-    if not reset.exists():
-        return None
-    call()
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # memory that the allocator kept for later would hide what is taken again
-    reset.write_text("5")  # sets the peak to what is held now
-    before = memory_bytes(pid, "VmRSS")
-    num_bytes = call().nbytes
-    return max(0, (memory_bytes(pid) or 0) - (before or 0) - num_bytes)

@@ -1,8 +1,8 @@
 """The models that are measured: the embedded one, `bench`, and one as large as Llama-3.2-Vision 11B.
 
 `bench` has random weights and is small enough for a CPU: tiles are 560 pixels wide and have 1601 visual features each,
-as in the 11B model; the decoder is ten layers deep. The large one has the 11B model's geometry, tensor names and
-vocabulary. Their text makes no sense, but costs what a model of that shape costs. Gates are open and weights are scaled
+as in the 11B model; the decoder is ten layers deep. The large one has the 11B model's geometry and vocabulary. Their
+text makes no sense, but costs what a model of that shape costs. Gates are open and weights are scaled
 so that logits vary and depend on the image. Equal seeds give equal weights. Neither is to be committed: they take
 780 MB and 20 GiB.
 """
@@ -55,12 +55,6 @@ _IMAGE_TOKEN: Final = "<|image|>"
 _COPIED: Final = ("chat_template.jinja", "tokenizer_config.json")
 _IMAGE_PROCESSORS: Final = ("preprocessor_config.json", "processor_config.json")
 _SHARD_BYTES: Final = 2 << 30
-_NAMES_OF_META: Final = {
-    "model.language_model.": "language_model.model.",
-    "lm_head.": "language_model.lm_head.",
-    "model.vision_model.": "vision_model.",
-    "model.multi_modal_projector.": "multi_modal_projector.",
-}
 ROPE: Final = {
     "rope_type": "llama3",
     "rope_theta": 500_000.0,
@@ -153,8 +147,7 @@ def _shards(config: MllamaConfig, dtype: torch.dtype, shard_bytes: int) -> Itera
             shard = {}
         weight = torch.empty(parameter.shape, dtype=dtype)
         _draw(name, weight, generator)
-        start = next((ours for ours in _NAMES_OF_META if name.startswith(ours)), "")
-        shard[_NAMES_OF_META.get(start, "") + name.removeprefix(start)] = weight
+        shard[name] = weight
     yield shard
 
 

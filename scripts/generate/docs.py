@@ -263,7 +263,6 @@ TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     "policies-by-kind": ("docs/policies.md", lambda: compared(accuracy_by_kind)),
     "policies-parameters": ("docs/policies.md", lambda: measured(parameters_found, *CALIBRATE)),
     "pictures": ("docs/pictures.md", lambda: compared(cost_by_picture, "pictures/report.json")),
-    "pictures-adaptive": ("docs/pictures.md", lambda: of_pictures(bench_pictures.adaptive_table, "adaptive")),
     "pictures-grey": ("docs/pictures.md", lambda: of_pictures(bench_pictures.grey_table, "grey")),
     "pictures-backgrounds": ("docs/pictures.md", lambda: of_pictures(bench_pictures.backgrounds_table, "backgrounds")),
     "pictures-default": ("docs/pictures.md", lambda: of_pictures(bench_pictures.default_table, "default")),

@@ -1,4 +1,4 @@
-"""From exchanges to report, picture and tables."""
+"""From exchanges to report and tables."""
 
 import json
 from dataclasses import asdict
@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image
 
 from benchmarks import bench_bytes, bench_serve
-from benchmarks.load import ratios, summary
+from benchmarks.load import summary
 from benchmarks.machine import about
 from benchmarks.report import command_line, finish, tabulated
 from scripts.generate.docs import measured
@@ -33,7 +32,6 @@ def report(make: Maker) -> dict[str, Any]:
         "model": "embedded",
         "max_kept_fraction": None,
         "loads": loads,
-        "ratios": ratios(loads),
         "repeated_images": {"four_tiles": image, "one_tile": image},
         "added_latency": {**latency, "added_seconds_per_token": 0.001, "added_over_bare_step": 0.1},
         "untrimmed_answers_and_transformers": {"num_compared": 2, "num_equal_answers": 2},
@@ -79,12 +77,6 @@ def test_columns_tell_rows_by_formats_and_functions() -> None:
         "| one | 1.2 | 3 |",
         "| two | 1,000.0 | 3 |",
     ]
-
-
-def test_the_picture_is_a_png_with_a_row_for_each_model(report: dict[str, Any], tmp_path: Path) -> None:
-    bench_serve.draw({**report, "models": report["models"] * 2}, tmp_path / "serve.png")
-    with Image.open(tmp_path / "serve.png") as picture:
-        assert (picture.format, picture.size) == ("PNG", (1650, 840))
 
 
 def test_serve_table_has_a_row_for_each_target(report: dict[str, Any]) -> None:
