@@ -2,184 +2,146 @@
 
     python -m benchmarks.bench_bytes [--bench-model DIR] [--out FILE] [--quick]
 
-Requests with a 4-tile image, a 1-tile image, two 4-tile images and text alone, trimmed and untrimmed. trimserve's bytes
-come from the account of a running server, transformers' from the tensors of its cache. SGLang's are computed from its
-layout: an image takes the slots of a full canvas, padding tiles among them, and a slot spans all layers, self- and
-cross-attention alike. The figures are bytes, not times, so the machine need not be quiet.
+Requests about an image of four tiles and about one of one tile, trimmed and untrimmed. trimserve's bytes come from the
+account of an engine, which is what a server tells, transformers' from the tensors of its cache. The figures are bytes,
+not times, so the machine need not be quiet.
 """
 
 import random
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
 from typing import Any, Final
 
-from benchmarks.load import Item, Kind, picture_of
+import torch
+
+from benchmarks.load import Kind, picture_of
 from benchmarks.models import BENCH_MODEL, MODELS, UnderTest, under_test
+from benchmarks.ours import chat, recommended
 from benchmarks.report import command_line, finish, markdown, noted, origin
-from benchmarks.rival import CacheBytes, Transformers
-from benchmarks.service import request_of, running_server
-from trimserve.api.info import ModelInfo
-from trimserve.client import Client
+from benchmarks.rival import Rival
+from tests.engine.stepping import Output, make_engine, start, tokens
+from tests.model.peer import Peer
+from trimserve.api.chunks import Started
+from trimserve.api.request import GenerationRequest
+from trimserve.api.sampling import SamplingParams
 from trimserve.config import EngineConfig, ModelConfig
+from trimserve.engine.engine import Engine
 from trimserve.engine.memory import prefill_scratch_bytes
-from trimserve.model.loading import describe_model
-from trimserve.v1 import generation_pb2 as pb
+from trimserve.engine.sequence import Sequence, SequenceState
+from trimserve.evaluation.answers import UNTRIMMED
+from trimserve.model.loading import load_model
 
-__all__ = ["main", "sglang_bytes", "table"]
+__all__ = ["main", "table"]
 
-_CASES: Final[dict[str, tuple[Kind, ...]]] = {
-    "four_tiles": ("four_tiles",),
-    "one_tile": ("one_tile",),
-    "two_images": ("four_tiles", "four_tiles"),
-    "text": (),
-}
-"""The images of each request."""
-
-_NAMES: Final = {"four_tiles": "4 tiles", "one_tile": "1 tile", "two_images": "2 images of 4 tiles", "text": "text"}
+_KINDS: Final[dict[Kind, str]] = {"four_tiles": "4 tiles", "one_tile": "1 tile"}
 _LAYOUTS: Final = {
     "trimserve": "trimserve",
     "trimserve_untrimmed": "trimserve, untrimmed",
     "transformers": "transformers",
-    "sglang_layout": "SGLang's layout",
 }
-_OURS: Final = {"trimserve": True, "trimserve_untrimmed": False}
-_COUNTED: Final = ("four_tiles", "one_tile")
+_OURS: Final = ("trimserve", "trimserve_untrimmed")
 _QUESTION: Final = "What is in the image? Answer in one sentence and name every colour."
-_MAX_IMAGES: Final = max(map(len, _CASES.values()))
 _PEERS_AT_ONCE: Final = 8
 """Requests are counted in the bytes that so many requests with a 4-tile image take in transformers' caches."""
 _ALL_AT_ONCE_SECONDS: Final = 3600
 """A slice of prefill so long that whatever fits is in before the first decode step."""
-_MORE_TOKENS: Final = 64
-"""Beyond those that are asked for, so that a request still runs when its account is asked for."""
+_ENOUGH_BYTES: Final = 2**27
+"""Of KV for one request, and of encoded images."""
 
 
 class _Account:
     """What is known of one model; all figures are bytes or counts."""
 
-    def __init__(self, model: UnderTest, max_new_tokens: int, num_threads: int) -> None:
-        self._model = model
-        self._options = {"num_threads": num_threads, "max_new_tokens": max_new_tokens}
-        self._info = describe_model(ModelConfig(model=str(model.checkpoint)), EngineConfig(max_images=_MAX_IMAGES))
-        self._items = {name: _item(name, self._info.tile_size) for name in _CASES}
+    def __init__(self, model: UnderTest, num_tokens: int) -> None:
+        """Load a model, whose answers have so many tokens."""
+        self._under_test, self._num_tokens = model, num_tokens
+        self._model = load_model(ModelConfig(model=str(model.checkpoint)), EngineConfig())
+        self._trims = dict(zip(_OURS, (recommended(self._model.info, model.max_kept_fraction), UNTRIMMED), strict=True))
+        self._pictures = {kind: picture_of(kind, random.Random(kind), self._model.info.tile_size) for kind in _KINDS}
 
+    @torch.inference_mode()
     def run(self) -> dict[str, Any]:
         """Everything, as plain data."""
-        info, requests = self._info, self._requests()
+        info, requests = self._model.info, self._requests()
         kv_bytes = _PEERS_AT_ONCE * requests["four_tiles"]["bytes"]["transformers"]["total"]
         return {
-            "model": self._model.name,
+            "model": self._under_test.name,
             "dtype": info.dtype,
             "k_ratio": info.default_k_ratio,
             "merge_ratio": info.default_merge_ratio,
-            "max_kept_fraction": self._model.max_kept_fraction,
-            "max_new_tokens": self._options["max_new_tokens"],
+            "max_kept_fraction": self._under_test.max_kept_fraction,
+            "max_new_tokens": self._num_tokens,
             "prefill_scratch_bytes": prefill_scratch_bytes(info),
             "requests": requests,
             "at_once": {
                 "kv_bytes": kv_bytes,
-                **{name: self._at_once(name, requests[name]["bytes"], kv_bytes) for name in _COUNTED},
+                **{kind: self._at_once(kind, requests[kind]["bytes"], kv_bytes) for kind in _KINDS},
             },
         }
 
     def _requests(self) -> dict[str, Any]:
-        found: dict[str, Any] = {name: {"bytes": {}} for name in self._items}
-        with Transformers(self._model.checkpoint, **self._options) as rival:
-            caches = {name: rival.cache_bytes(item) for name, item in self._items.items()}
-        for layout in _OURS:
-            with self._serving() as client:
-                for name in self._items:
-                    request = self._request(name, layout, _MORE_TOKENS)
-                    found[name]["bytes"][layout], started = _held(client, request)
-                    if layout == "trimserve":
-                        found[name] |= _features(started, caches[name], found[name]["bytes"][layout])
-        for name, figures in found.items():
-            num_positions = figures["num_prompt_tokens"] + self._options["max_new_tokens"]
-            figures["bytes"]["transformers"] = _bytes(caches[name].self_attention, caches[name].cross)
-            figures["bytes"]["sglang_layout"] = sglang_bytes(self._info, len(_CASES[name]), num_positions)
+        found: dict[str, Any] = {}
+        peer = Peer(self._under_test.checkpoint)
+        for kind, picture in self._pictures.items():
+            held = {layout: self._held(kind, layout) for layout in _OURS}
+            sizes = {layout: num_bytes for layout, (num_bytes, _) in held.items()}
+            sizes["transformers"] = _bytes(*Rival.asked(peer, _QUESTION, picture).cache_bytes(self._num_tokens))
+            ratio = sizes["trimserve"]["cross"] / sizes["transformers"]["cross"]
+            found[kind] = {
+                "bytes": sizes,
+                **_features(held["trimserve"][1]),
+                "cross_bytes_over_transformers": round(ratio, 4),
+            }
         return found
 
-    def _at_once(self, name: str, of_one: dict[str, dict[str, int]], kv_bytes: int) -> dict[str, int]:
-        found = {layout: kv_bytes // of_one[layout]["total"] for layout in ("transformers", "sglang_layout")}
-        pool = kv_bytes + prefill_scratch_bytes(self._info)
+    def _held(self, kind: Kind, layout: str) -> tuple[dict[str, int], Started]:
+        """What one request holds when its answer is complete but for one token."""
+        engine, [(_, output)] = self._asked(kind, layout, 1, _ENOUGH_BYTES)
+        _decode(engine, output, self._num_tokens)
+        [started] = (chunk for chunk in output if isinstance(chunk, Started))
+        return _bytes(engine.pool.used_self_bytes, engine.pool.used_cross_bytes), started
+
+    def _at_once(self, kind: Kind, of_one: dict[str, dict[str, int]], kv_bytes: int) -> dict[str, int]:
+        """How many of equal requests run at the same time when half of the first answer is there."""
+        found = {"transformers": kv_bytes // of_one["transformers"]["total"]}
         for layout in _OURS:
             most = 2 * (kv_bytes // of_one[layout]["total"]) + 2  # half an answer takes no less than half of the pages
-            flags = ("--kv-cache-bytes", pool, "--max-batch", most, "--prefill-slice-seconds", _ALL_AT_ONCE_SECONDS)
-            with self._serving(*flags) as client:
-                found[layout] = _num_at_once(client, self._request(name, layout), most)
+            engine, asked = self._asked(kind, layout, most, kv_bytes)
+            _decode(engine, asked[0][1], self._num_tokens // 2)
+            found[layout] = sum(sequence.state is SequenceState.RUNNING for sequence, _ in asked)
+            assert found[layout] < most, f"{most} requests are too few to fill the pool"
         return found
 
-    @contextmanager
-    def _serving(self, *flags: object) -> Iterator[Client]:
-        num_threads, flags = self._options["num_threads"], ("--max-images", _MAX_IMAGES, *flags)
-        server = running_server(self._model.checkpoint, num_threads=num_threads, flags=flags)
-        with server as process, Client(process.address) as client:
-            yield client
-
-    def _request(self, name: str, layout: str, more_tokens: int = 0) -> pb.GenerateRequest:
-        tokens = self._options["max_new_tokens"] + more_tokens
-        return request_of(self._items[name], tokens, self._model.trim(is_on=_OURS[layout]))
-
-
-def _held(client: Client, request: pb.GenerateRequest) -> tuple[dict[str, int], pb.Started]:
-    """What a request holds by the server's account shortly before its end; the server has nothing else to do."""
-    num_tokens, started, stream = 0, pb.Started(), client.stream(request)
-    for event in stream:
-        num_tokens += len(event.delta.token_ids)
-        if event.HasField("started"):
-            started = event.started
-        elif num_tokens >= request.sampling.max_new_tokens - _MORE_TOKENS:
-            break
-    status = client.status()  # while the stream, which ends with this function, is still open
-    assert status.num_running == 1, f"{status.num_running} requests run, one was asked about"
-    return _bytes(status.self_kv_bytes, status.cross_kv_bytes), started
+    def _asked(
+        self, kind: Kind, layout: str, num_requests: int, kv_bytes: int
+    ) -> tuple[Engine, list[tuple[Sequence, Output]]]:
+        engine = make_engine(
+            self._model,
+            max_batch=num_requests,
+            kv_cache_bytes=kv_bytes + prefill_scratch_bytes(self._model.info),
+            image_cache_bytes=_ENOUGH_BYTES,
+            prefill_slice_seconds=_ALL_AT_ONCE_SECONDS,
+        )
+        sampling = SamplingParams(max_new_tokens=self._num_tokens + 1, ignore_eos=True, temperature=0.0)
+        prompt, trim = chat(_QUESTION, self._pictures[kind]), self._trims[layout]
+        requests = (GenerationRequest(f"{number}", prompt, sampling, trim) for number in range(num_requests))
+        return engine, [start(engine, request) for request in requests]
 
 
-def _num_at_once(client: Client, request: pb.GenerateRequest, num_clients: int) -> int:
-    """How many of equal requests run at the same time; there are more clients than can."""
-
-    def ask() -> int:
-        """Go on until half of the answer is there, when whatever fits has come in, then look how many run."""
-        num_tokens, stream = 0, client.stream(request)
-        while num_tokens <= request.sampling.max_new_tokens // 2:
-            num_tokens += len(next(stream).delta.token_ids)
-        status = client.status()
-        assert status.num_waiting, f"{num_clients} clients are too few to fill the pool"
-        return status.num_running
-
-    with ThreadPoolExecutor(num_clients) as clients:
-        answers = [clients.submit(ask) for _ in range(num_clients)]
-        first = next(as_completed(answers))
-        client.close()  # the others need not go on
-    return first.result()
+def _decode(engine: Engine, output: Output, num_tokens: int) -> None:
+    """Step until an answer has so many tokens."""
+    while engine.has_work and len(tokens(output)) < num_tokens:
+        engine.step()
+    assert len(tokens(output)) == num_tokens, output[-1]
 
 
-def _features(started: pb.Started, cache: CacheBytes, held: dict[str, int]) -> dict[str, Any]:
-    kinds = ("padding", "valid", "kept", "merged")
-    return {
-        "num_prompt_tokens": started.num_prompt_tokens,
-        "features": {name: sum(getattr(image, f"{name}_features") for image in started.images) for name in kinds},
-        "cross_bytes_over_transformers": round(held["cross"] / cache.cross, 4) if cache.cross else None,
-    }
-
-
-def sglang_bytes(info: ModelInfo, num_images: int, num_positions: int) -> dict[str, int]:
-    """What SGLang 0.5.23 holds of a request, by its layout: one slot of every layer for each token and each feature.
-
-    An image takes the features of a full canvas, whatever its size; positions are tokens of prompt and answer.
-    """
-    slot = (info.num_self_attention_layers + info.num_cross_attention_layers) * info.kv_bytes_per_position
-    return _bytes(num_positions * slot, num_images * info.max_tiles * info.features_per_tile * slot)
+def _features(started: Started) -> dict[str, Any]:
+    [image] = started.images
+    names = ("padding", "valid", "kept", "merged")
+    features = {name: getattr(image, f"{name}_features") for name in names}
+    return {"num_prompt_tokens": started.num_prompt_tokens, "features": features}
 
 
 def _bytes(of_self: int, cross: int) -> dict[str, int]:
     return {"self": of_self, "cross": cross, "total": of_self + cross}
-
-
-def _item(name: str, tile_size: int) -> Item:
-    rng, kinds = random.Random(name), _CASES[name]
-    return Item(0, next(iter(kinds), "text"), _QUESTION, tuple(picture_of(kind, rng, tile_size) for kind in kinds))
 
 
 def _size(num_bytes: int) -> str:
@@ -195,21 +157,16 @@ def table(report: dict[str, Any]) -> str:
 def _table_of_model(model: dict[str, Any]) -> str:
     cap = f", at most {model['max_kept_fraction']:.0%} of the features kept" if model["max_kept_fraction"] else ""
     title = f"**{model['model']}** ({model['dtype']}, k_ratio {model['k_ratio']:g}{cap})"
-    rows = []
-    for name, request in model["requests"].items():
+    at_once, rows = model["at_once"], []
+    for kind, name in _KINDS.items():
+        request = model["requests"][kind]
         features, ratio = request["features"], request["cross_bytes_over_transformers"]
-        sizes = [_size(request["bytes"][layout]["total"]) for layout in _LAYOUTS]
-        held = features["kept"] + features["merged"]
-        rows.append([_NAMES[name], features["valid"], held, *sizes, "" if ratio is None else f"{ratio:.3f}"])
-    at_once = model["at_once"]
-    counts = [[_NAMES[name], *(of[layout] for layout in _LAYOUTS)] for name, of in at_once.items() if name in _NAMES]
-    parts = [
-        f"{title}, answers of {model['max_new_tokens']} tokens; one request holds:",
-        markdown(["request", "features", "held", *_LAYOUTS.values(), "cross KV over transformers'"], rows),
-        f"Requests that run at once in {_size(at_once['kv_bytes'])} of KV:",
-        markdown(["request", *_LAYOUTS.values()], counts),
-    ]
-    return "\n\n".join(parts)
+        sizes = [f"{_size(request['bytes'][layout]['total'])} ({at_once[kind][layout]})" for layout in _LAYOUTS]
+        rows.append([name, features["valid"], features["kept"] + features["merged"], *sizes, f"{ratio:.3f}"])
+    asked = f"answers of {model['max_new_tokens']} tokens"
+    told = f"{title}, {asked}; what one request holds (how many run at once in {_size(at_once['kv_bytes'])} of KV):"
+    head = ["request", "features", "held", *_LAYOUTS.values(), "cross KV over transformers'"]
+    return f"{told}\n\n{markdown(head, rows)}"
 
 
 def main() -> None:
@@ -217,8 +174,8 @@ def main() -> None:
     arguments = command_line(__doc__, "bytes.json", bench_model=BENCH_MODEL, quick=False)
     models: list[dict[str, Any]] = []
     for name in MODELS[:1] if arguments.quick else MODELS:
-        model, tokens = under_test(name, arguments.bench_model), 32 if arguments.quick else 128
-        noted(models, _Account(model, tokens, arguments.threads).run())
+        model, num_tokens = under_test(name, arguments.bench_model), 32 if arguments.quick else 128
+        noted(models, _Account(model, num_tokens).run())
     finish(arguments, {"models": models})
 
 

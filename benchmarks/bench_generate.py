@@ -5,25 +5,23 @@
 The geometry is `bench`'s (`models.py`). A question about an image of four tiles is asked untrimmed (`off`) and trimmed
 (`default`), one about an image of one tile trimmed (`one_tile`); images are encoded and prompts read one at a time, as
 the engine does. Every sequence of a batch holds keys and values in pages of its own. transformers pads each image to a
-full canvas; its step is timed with the cache that grows and sdpa, and with a static cache and `torch.compile`. The
-floor of a step is the larger of the bytes of weights, keys and values over the read bandwidth and of the products over
-the rate of products (`floor.py`); a step and a read of much memory take turns.
+full canvas; its step has the cache that grows, and sdpa. The floor of a step is the larger of the bytes of weights,
+keys and values over the read bandwidth and of the products over the rate of products (`floor.py`); a step and a read of
+much memory take turns.
 
 Logits are compared first.
 """
 
-import io
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import torch
-from PIL import Image
 
 from benchmarks.floor import Floor, StepShape
 from benchmarks.measure import stream, time_calls, time_in_turns
 from benchmarks.models import BENCH_MODEL, bench_model, max_kept_fraction
-from benchmarks.ours import QUESTION, SETTINGS, Asked, Ours, Setting
+from benchmarks.ours import QUESTION, SETTINGS, Asked, Ours
 from benchmarks.report import command_line, finish, markdown, noted, origin, precision
 from benchmarks.rival import Rival
 from tests.model.peer import Peer
@@ -55,7 +53,6 @@ _SETTINGS: Final = {"off": "4 tiles, untrimmed", "default": "4 tiles", "one_tile
 _LINES: Final = (  # of the table: engine, dtype, quantize
     *(("trimserve", *variant) for variant in _VARIANTS),
     ("transformers", "float32", "none"),
-    ("transformers, compiled", "float32", "none"),
     ("transformers", "bfloat16", "none"),
 )
 
@@ -68,8 +65,6 @@ class _Plan(NamedTuple):
     """Of the features that trimmed settings keep."""
     batches: Sequence[int] = (1, 4, 8, 16, 32)
     variants: Sequence[_Variant] = _VARIANTS
-    compiled_batches: Sequence[int] = (1, 8)
-    """Each is compiled anew."""
     seconds: float = 1.0
     """Of every figure."""
 
@@ -108,40 +103,25 @@ def _ours(plan: _Plan, variant: _Variant) -> Iterator[Row]:
 def _theirs(plan: _Plan, peer: Peer, dtype: Dtype) -> Iterator[Row]:
     peer.model.to(getattr(torch, dtype))
     for name in ("off", "one_tile"):  # `default` has the prompt of `off`
-        rival = _rival(peer, SETTINGS[name])
+        rival = _rival(peer, name)
         row = {"engine": "transformers", "dtype": dtype, "quantize": "none", "setting": name}
         for phase in phases(rival, plan.batches, plan.timed):
             yield row | phase
-        for batch in plan.compiled_batches if (name, dtype) == ("off", "float32") else ():
-            compiled = row | {"engine": "transformers, compiled", "phase": "decode", "batch": batch}
-            try:
-                yield compiled | {"ms": plan.timed(rival.compiled_step(batch))}
-            except Exception as error:  # noqa: BLE001 - the compiler's own, of whatever kind
-                yield compiled | {"error": f"{type(error).__name__}: {str(error)[:300]}"}
 
 
-def _rival(peer: Peer, setting: Setting) -> Rival:
-    """A setting's question, whose image gets a full canvas of tiles."""
-    image = Image.open(io.BytesIO(setting.picture(peer.model.config.vision_config.image_size)))
-    return Rival(peer.model, peer.inputs(_their_token_ids(peer), [image]))
-
-
-def _their_token_ids(peer: Peer) -> list[int]:
-    content = [{"type": "image"}, {"type": "text", "text": QUESTION}]
-    text = peer.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    token_ids: list[int] = peer.processor.tokenizer(text, add_special_tokens=False).input_ids
-    return token_ids
+def _rival(peer: Peer, name: str) -> Rival:
+    return Rival.asked(peer, QUESTION, SETTINGS[name].picture(peer.model.config.vision_config.image_size))
 
 
 @torch.inference_mode()
 def _compare(plan: _Plan, peer: Peer) -> Row:
     """Both models' logits of the untrimmed prompt, in float32; `AssertionError` if they differ."""
     asked = Ours.load(plan.folder, 1, dtype="float32").ask(SETTINGS["off"])
-    expected = _rival(peer, SETTINGS["off"]).logits
-    difference = float((asked.logits - expected).abs().max())
-    assert _their_token_ids(peer) == list(asked.prompt.token_ids)
+    rival = _rival(peer, "off")
+    difference = float((asked.logits - rival.logits).abs().max())
+    assert rival.token_ids == list(asked.prompt.token_ids)
     assert difference < _LOGITS
-    return {"largest_logit_difference": round(difference, 6), "logit_std": round(float(expected.std()), 3)}
+    return {"largest_logit_difference": round(difference, 6), "logit_std": round(float(rival.logits.std()), 3)}
 
 
 def _rows(plan: _Plan, peer: Peer) -> Iterator[Row]:
@@ -178,8 +158,6 @@ def table(report: dict[str, Any]) -> str:
 
 
 def _step(row: dict[str, Any]) -> str:
-    if "ms" not in row:
-        return "failed"
     floor = f" ({row['times_floor']:.2f})" if "times_floor" in row else ""
     return f"{row['ms']['median']:,.1f}{floor}"
 
@@ -189,7 +167,7 @@ def main() -> None:
     arguments = command_line(__doc__, "generate/report.json", bench_model=BENCH_MODEL, quick=False)
     if arguments.quick:
         folder, few = embedded_model_folder(), _VARIANTS[:3]
-        plan = _Plan(folder, None, batches=(1, 2), variants=few, compiled_batches=(), seconds=0.01)
+        plan = _Plan(folder, None, batches=(1, 2), variants=few, seconds=0.01)
     else:
         plan = _Plan(bench_model(arguments.bench_model), max_kept_fraction())
     peer = Peer(plan.folder)

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 import torch
 
-from benchmarks.measure import peak_extra_bytes, stream, time_cold
+from benchmarks.measure import stream, time_cold
 from benchmarks.ops_cases import GEOMETRY, Case, make_cases
 from benchmarks.report import command_line, finish, noted
 from trimserve import ops
@@ -58,8 +58,6 @@ def _measure(case: Case, threads: int, runs: int) -> dict[str, Any]:
         reached = case.num_bytes / ours["median"] * 1e3
         row |= {"floor": case.floor, "floor_bytes_per_second": round(possible)}
         row |= {"bandwidth_ratio": round(reached / possible, 3)}
-    if case.matrix_bytes:
-        row |= {"peak_extra_bytes": peak_extra_bytes(case.run), "matrix_bytes": case.matrix_bytes}
     return row
 
 

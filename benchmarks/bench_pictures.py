@@ -1,16 +1,13 @@
-"""What trimming does to harder pictures: budgets that differ by image, other backgrounds, one way for every kind.
+"""What is in harder pictures, and trimming does to them: other backgrounds, no picture, one way for every kind.
 
-    python -m benchmarks.bench_pictures [--subject adaptive ...] [--questions N] [--model DIR] [--out DIR]
+    python -m benchmarks.bench_pictures [--subject backgrounds ...] [--questions N] [--model DIR] [--out DIR]
 
-- `adaptive`: `trimmed` under `top_p` and `knee`, and under a fixed budget that keeps the same mean share of the
-  features, by kind of picture; the differences are paired.
 - `backgrounds`: the same questions about the same busy scenes on two photographs each, untrimmed: whether they are
   answered from what lies on the photograph, or from the photograph.
 - `grey`: the same questions with a grey image, untrimmed: what the questions alone give away.
 - `default`: candidates that hold equally many rows, merged ones counted. At each budget the one is taken whose worst
   kind of picture loses least, on questions drawn with another seed than those that it is then measured on; beside it
-  stand the paper's rule, which drops, and both controls. `calibrated` is the k_ratio that `trimserve eval --calibrate`
-  finds without knowing what is right.
+  stand the paper's rule, which drops, and both controls.
 
 Each asks a number of questions of its own where none is given, the embedded model where no other is named. No times are
 measured: a busy machine does no harm.
@@ -30,10 +27,10 @@ from benchmarks.held_out import bootstrap_of, held_out, is_right
 from benchmarks.report import command_line, finish, markdown, points
 from training.backgrounds import BACKGROUNDS, write_backgrounds
 from training.examples import PICTURES
-from trimserve.api.trim import Budget, FixedRatio, Knee, TopP, TrimRequest
+from trimserve.api.trim import FixedRatio, TrimRequest
 from trimserve.config import EngineConfig, ModelConfig
 from trimserve.evaluation.answers import Answer
-from trimserve.evaluation.curve import calibrate, measure_curve
+from trimserve.evaluation.curve import measure_curve
 from trimserve.evaluation.dataset import ALL_KINDS, Question, describe_questions, load_questions
 from trimserve.evaluation.in_process import InProcess
 from trimserve.evaluation.report import Row, variant
@@ -41,54 +38,14 @@ from trimserve.model.loading import load_model
 
 __all__ = [
     "Candidate",
-    "adaptive_table",
     "backgrounds",
     "backgrounds_table",
     "best",
-    "compared",
     "default_table",
     "grey_table",
     "lost_without",
     "main",
 ]
-
-_ADAPTIVE: Final[dict[str, Budget]] = {**{f"top_p {p}": TopP(p) for p in (0.5, 0.7, 0.9)}, "knee": Knee()}
-_MERGE_RATIOS: Final = (0.0, 0.1)
-
-
-def _adaptive(model: InProcess, num_questions: int) -> dict[str, Any]:
-    with held_out(num_questions, PICTURES) as questions:
-        wanted = [TrimRequest(budget=budget) for budget in _ADAPTIVE.values()]
-        asked = model.answers(questions, wanted, max_new_tokens=1)
-        kept = np.array([[each.num_held / each.num_valid for each in answers[1:]] for answers in asked]).mean(axis=0)
-        rows = []
-        for merge_ratio in _MERGE_RATIOS:
-            adaptive = [replace(trim, merge_ratio=merge_ratio) for trim in wanted]
-            fixed = [replace(trim, budget=FixedRatio(float(share))) for trim, share in zip(adaptive, kept, strict=True)]
-            columns = list(zip(*model.answers(questions, [*adaptive, *fixed]), strict=True))[1:]
-            for number, name in enumerate(_ADAPTIVE):
-                kinds = compared(questions, columns[number], columns[len(_ADAPTIVE) + number])
-                rows.append({"budget": name, "merge_ratio": merge_ratio, "kinds": kinds})
-        return {"data": describe_questions(questions), "rows": rows}
-
-
-def compared(
-    questions: Sequence[Question], adaptive: Sequence[Answer], fixed: Sequence[Answer]
-) -> dict[str, dict[str, Any]]:
-    """For all questions and each kind: mean shares held, accuracies, and `gain`, adaptive minus fixed."""
-    both = {"adaptive": adaptive, "fixed": fixed}
-    right = {name: is_right(questions, answers) for name, answers in both.items()}
-    held = {name: np.array([each.num_held / each.num_valid for each in answers]) for name, answers in both.items()}
-    bootstrap = bootstrap_of(questions)
-    found = {}
-    for kind, where in _by_kind(questions):
-        found[kind] = {
-            "num_questions": int(where.sum()),
-            "held": {name: round(float(values[where].mean()), 4) for name, values in held.items()},
-            "accuracy": {name: asdict(bootstrap.mean(values, where)) for name, values in right.items()},
-            "gain": asdict(bootstrap.mean(right["adaptive"] - right["fixed"], where)),
-        }
-    return found
 
 
 def _by_kind(questions: Sequence[Question]) -> Iterator[tuple[str, NDArray[np.bool_]]]:
@@ -97,19 +54,6 @@ def _by_kind(questions: Sequence[Question]) -> Iterator[tuple[str, NDArray[np.bo
     yield ALL_KINDS, np.ones(len(kinds), np.bool_)
     for kind in np.unique(kinds).tolist():
         yield kind, kinds == kind
-
-
-def adaptive_table(report: dict[str, Any]) -> str:
-    """Gains over the fixed budget in points, as Markdown."""
-    kinds = list(report["rows"][0]["kinds"])
-    rows = []
-    for row in report["rows"]:
-        held = row["kinds"][ALL_KINDS]["held"]
-        shares = f"{held['adaptive']:.0%}, fixed {held['fixed']:.0%}"
-        gains = [points(**row["kinds"][kind]["gain"]) for kind in kinds]
-        rows.append([row["budget"], f"{row['merge_ratio']:g}", shares, *gains])
-    head = ["budget", "merge_ratio", "holds", *kinds]
-    return f"{markdown(head, rows)}\n\n{report['data']['num_questions']:,} questions; points, with 95 % intervals."
 
 
 def _backgrounds(model: InProcess, num_questions: int) -> dict[str, Any]:
@@ -182,7 +126,6 @@ def grey_table(report: dict[str, Any]) -> str:
 
 _ROWS: Final = (0.22, 0.33, 0.5)
 """Rows held, as shares of an image's features."""
-_MAX_KL = 0.02
 _SEED = 3  # of the questions to choose by; those of the comparison have 0
 
 
@@ -225,12 +168,10 @@ def _default(model: InProcess, num_questions: int) -> dict[str, Any]:
         tried = list(_measured(model, own, _CANDIDATES))
         chosen = {rows: best([each for each in tried if each["rows"] == rows]) for rows in _ROWS}
         shown = {_PUBLISHED.name, *chosen.values(), *(control.name for control in _CONTROLS)}
-        calibrated = calibrate(model, own[: len(own) // 3], _MAX_KL, TrimRequest(merge_ratio=0.1))
         return {
             "chosen_by": describe_questions(own),
             "data": describe_questions(questions),
             "chosen": [{"rows": rows, "name": name} for rows, name in chosen.items()],
-            "calibrated": {"max_kl": _MAX_KL, "merge_ratio": 0.1, **asdict(calibrated)},
             "tried": tried,
             "measured": list(_measured(model, questions, [each for each in _CANDIDATES if each.name in shown])),
         }
@@ -268,16 +209,11 @@ def default_table(report: dict[str, Any]) -> str:
             shown = f"**{each['name']}**" if is_chosen else each["name"]
             changes = (points(**each["changes"][kind]) for kind in kinds)
             rows.append([f"{each['rows']:.0%}", shown, f"{each['held']:.0%}", *changes])
-    found = report["calibrated"]
-    last = next((probe for probe in found["probes"] if probe["k_ratio"] == found["k_ratio"]), None)
-    share = "" if last is None else f", which holds {last['kept_fraction']:.0%}"
-    calibrated = f"Calibrated for a KL of {found['max_kl']:g}: `k_ratio` {found['k_ratio']:g}{share}."
     asked = f"{report['data']['num_questions']:,} questions, others than those it was chosen by; points from untrimmed."
-    return f"{markdown(['rows', 'way', 'holds', *kinds], rows, words=2)}\n\n{asked} {calibrated}"
+    return f"{markdown(['rows', 'way', 'holds', *kinds], rows, words=2)}\n\n{asked}"
 
 
 _BENCHMARKS: Final = {
-    "adaptive": (_adaptive, adaptive_table, 1000),
     "backgrounds": (_backgrounds, backgrounds_table, 2000),
     "grey": (_grey, grey_table, 500),
     "default": (_default, default_table, 600),

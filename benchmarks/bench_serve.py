@@ -10,12 +10,12 @@ For each model, on the same number of threads and with the same requests:
 - open loop: requests come at random times, at a share of the rate that the closed loop reached;
 - probes of an idle server: what the service adds to a token, and what a repeated image saves.
 
-End tokens are ignored everywhere, so every answer has as many tokens. Results: `report.json` and `serve.png`.
+End tokens are ignored everywhere, so every answer has as many tokens. Writes `report.json`.
 """
 
 import random
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -24,8 +24,6 @@ from statistics import fmean, median
 from typing import Any, Final
 
 import torch
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from benchmarks.load import (
     Ask,
@@ -38,21 +36,20 @@ from benchmarks.load import (
     open_loop,
     picture_of,
     poisson_arrivals,
-    ratios,
     summary,
 )
 from benchmarks.machine import memory_bytes
 from benchmarks.models import BENCH_MODEL, MODELS, UnderTest, under_test
-from benchmarks.ours import Asked, Ours, chat, recommended
+from benchmarks.ours import QUESTION, SETTINGS, Ours
 from benchmarks.report import command_line, finish, markdown, origin
 from benchmarks.rival import Transformers, transformers_serve
 from benchmarks.service import asking, running_server
 from trimserve.client import Client
 from trimserve.config import EngineConfig, ModelConfig
-from trimserve.model.loading import describe_model, load_model
+from trimserve.model.loading import describe_model
 from trimserve.process import ServerFailed
 
-__all__ = ["Plan", "draw", "main", "table"]
+__all__ = ["Plan", "main", "table"]
 
 _WARM_UP: Final = Item(0, "text", "Hello?", ())
 """Asked before a load is timed, as transformers answers a request before its own is."""
@@ -66,7 +63,6 @@ _NAMES: Final = {
     "transformers_serve": "`transformers serve`",
     "trimserve_open_loop": "trimserve, open loop",
 }
-_FIRST: Final = "time_to_first_token_seconds"
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +110,6 @@ class _Comparison:
             "model": self._model.name,
             "max_kept_fraction": self._model.max_kept_fraction,
             "loads": self._loads,
-            "ratios": ratios(self._loads),
             **probes,
             "num_untrimmed_answers_as_transformers": num_equal_answers(untrimmed, exchanges),
             "plan": asdict(self._plan),
@@ -167,22 +162,27 @@ class _Comparison:
             }
         return found
 
+    @torch.inference_mode()
     def _added_latency(self, ask: Ask) -> dict[str, Any]:
         """Seconds per token through the service at batch 1 beside the bare decode step of the same model, in turns.
 
         Medians of the rounds' means, because several tokens may come in one message.
         """
-        item = next(item for item in self._items if item.kind == "four_tiles")
-        bare = _bare_model(self._model, self._plan, item)
+        setting, plan = SETTINGS["default"], self._plan
+        torch.set_num_threads(plan.num_threads)
+        ours = Ours.load(self._model.checkpoint, 1, plan.max_new_tokens)
+        bare = ours.ask(setting, self._model.max_kept_fraction)
+        item = Item(0, "four_tiles", QUESTION, (setting.picture(self._tile_size),))
         num_tokens = ask(item).num_tokens  # also the first use of the image
+        bare.answer(4)  # warms up
         served, steps = [], []
-        for _ in range(self._plan.latency_rounds):
+        for _ in range(plan.latency_rounds):
             [exchange] = closed_loop(ask, [item], 1)
             served.append(exchange.time_per_output_token)
-            steps.append(fmean(bare(num_tokens - 1)))
+            steps.append(fmean(bare.answer(num_tokens - 1)))
         service, step = median(served), median(steps)
         return {
-            "rounds": self._plan.latency_rounds,
+            "rounds": plan.latency_rounds,
             "tokens_per_round": num_tokens,
             "service_seconds_per_token": round(service, 6),
             "bare_step_seconds": round(step, 6),
@@ -217,54 +217,19 @@ class _Comparison:
         return {"num_threads": self._plan.num_threads, "max_new_tokens": self._plan.max_new_tokens}
 
 
-@torch.inference_mode()
-def _bare_model(model: UnderTest, plan: Plan, item: Item) -> Callable[[int], list[float]]:
-    """The model in this process, an item prefilled; gives seconds of so many decode steps."""
-    torch.set_num_threads(plan.num_threads)
-    ours = Ours(load_model(ModelConfig(model=str(model.checkpoint)), EngineConfig()), 1, plan.max_new_tokens)
-    prompt = ours.model.prepare(chat(item.question, *item.images))
-    asked = Asked(ours, prompt, recommended(ours.model.info, model.max_kept_fraction))
-    asked.answer(4)
-    return torch.inference_mode()(asked.answer)
-
-
-def draw(report: dict[str, Any], path: Path) -> None:
-    """A picture with a row for each model: throughput, and waiting for the first token."""
-    models = report["models"]
-    figure = Figure(figsize=(11, 0.6 + 2.5 * len(models)), dpi=150, layout="constrained")
-    for row, model in zip(figure.subplots(len(models), 2, squeeze=False), models, strict=True):
-        loads = [(_NAMES[name].strip("`"), load) for name, load in model["loads"].items() if "open_loop" not in name]
-        rates = {name: load["tokens_per_second"] for name, load in loads if "tokens_per_second" in load}
-        waits = {name: load[_FIRST]["p50"] for name, load in loads if load.get(_FIRST)}
-        _bars(row[0], f"{model['model']}: tokens per second, {model['plan']['concurrency']} clients", rates, "{:,.0f}")
-        _bars(row[1], "seconds to the first token, median", waits, "{:.2g}")
-    figure.suptitle(f"{origin(report)} Same requests, same dtype, one run.", fontsize=9)
-    figure.savefig(path)
-
-
-def _bars(axes: Axes, title: str, values: dict[str, float], form: str) -> None:
-    colours = ["#0a6fb8" if name.startswith("trimserve") else "#a9b2bd" for name in values]
-    axes.bar_label(axes.barh([*values], [*values.values()], color=colours), fmt=form, padding=3)
-    axes.set_title(title, loc="left", fontsize=10)
-    axes.invert_yaxis()
-    axes.margins(x=0.25)
-    axes.set_xticks([])
-    axes.spines[["top", "right", "bottom"]].set_visible(False)
-
-
 def table(report: dict[str, Any]) -> str:
     """Rates and latencies under load by target, and the probes of an idle server, as Markdown."""
-    picture = "![tokens per second and waiting by target](../benchmarks/results/serve/serve.png)"
-    return "\n\n".join([picture, *(_table_of_model(model) for model in report["models"]), origin(report)])
+    return "\n\n".join([*(_table_of_model(model) for model in report["models"]), origin(report)])
 
 
 def _table_of_model(model: dict[str, Any]) -> str:
-    plan, over, latency, images = (model[name] for name in ("plan", "ratios", "added_latency", "repeated_images"))
+    plan, loads, latency, images = (model[name] for name in ("plan", "loads", "added_latency", "repeated_images"))
     asked = f"{plan['num_requests']} requests of {plan['max_new_tokens']} tokens, {plan['concurrency']} clients"
     head = ["target", "tokens/s", "first token p50", "p99", "between messages p50", "p99", "whole answer p50", "p99"]
-    rows = [[name, *_cells(model["loads"][key])] for key, name in _NAMES.items() if key in model["loads"]]
-    rates = {name: over.get(f"trimserve_over_{key}") for key, name in _NAMES.items()}
-    told = ", ".join(f"{rate:.1f} times that of {name}" for name, rate in rates.items() if rate)
+    rows = [[name, *_cells(loads[key])] for key, name in _NAMES.items() if key in loads]
+    rates = {key: load["tokens_per_second"] for key, load in loads.items() if not load["errors"]}
+    rivals = [key for key in _NAMES if {key, "trimserve"} <= rates.keys() and key.startswith("transformers")]
+    told = ", ".join(f"{rates['trimserve'] / rates[key]:.1f} times that of {_NAMES[key]}" for key in rivals)
     added, step = (f"{1e3 * latency[name]:.2f} ms" for name in ("added_seconds_per_token", "bare_step_seconds"))
     waits = " and ".join(f"{images[kind]['repeated_over_first']:.2f} ({_PROBED[kind]})" for kind in _PROBED)
     share = f"{latency['added_over_bare_step']:.0%}"
@@ -298,9 +263,7 @@ def main() -> None:
         plan = replace(_QUICK if arguments.quick else _PLANS[name], num_threads=arguments.threads)
         comparison = _Comparison(under_test(name, arguments.bench_model), plan, arguments.rival_venv)
         models.append(comparison.run())
-    report = finish(arguments, {"models": models}, "report.json")
-    draw(report, arguments.out / "serve.png")
-    print(table(report), file=sys.stderr)
+    print(table(finish(arguments, {"models": models}, "report.json")), file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ asked; it stamps each message that brings tokens. All times are `time.monotonic(
 import io
 import random
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
@@ -30,7 +30,6 @@ __all__ = [
     "percentiles",
     "picture_of",
     "poisson_arrivals",
-    "ratios",
     "summary",
 ]
 
@@ -222,19 +221,3 @@ def num_equal_answers(ours: Sequence[Exchange], theirs: Sequence[Exchange]) -> i
     """How many answers to the same items are the same to the last token; both targets tell token ids."""
     pairs = ((one.answer, other.answer) for one, other in zip(ours, theirs, strict=True))
     return sum(one.error is None and one.token_ids == other.token_ids for one, other in pairs)
-
-
-def ratios(loads: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
-    """Tokens per second of each of our closed loops over each rival's; rivals that failed a request are left out.
-
-    Args:
-        loads: summaries by target; ours begin with `trimserve`, the others' with `transformers`.
-    """
-    rates = {name: load["tokens_per_second"] for name, load in loads.items() if not load["errors"]}
-    return {
-        f"{ours}_over_{rival}": round(rates[ours] / rate, 3)
-        for ours in ("trimserve", "trimserve_untrimmed")
-        if ours in rates
-        for rival, rate in rates.items()
-        if rival.startswith("transformers")
-    }

@@ -1,33 +1,25 @@
-"""Times of calls that take turns, what is made of them, bandwidth and peak memory. It knows no op and no model.
+"""Times of calls that take turns, what is made of them, and bandwidth. It knows no op and no model.
 
 Everything happens on the device where new tensors are made.
 """
 
-import ctypes
-import gc
-import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 
-from benchmarks.machine import memory_bytes
 from trimserve.model import huge_pages
 
 __all__ = [
     "Floor",
     "bandwidth",
+    "beside",
     "in_pairs",
     "interval",
-    "medians",
-    "peak_extra_bytes",
-    "seconds_in_pairs",
     "seconds_of",
-    "speedup",
     "spread",
     "stream",
     "time_calls",
@@ -46,11 +38,11 @@ _LEAST, _MOST = 3, 200
 _NUM_RESAMPLED = 2000
 
 
-def seconds_of(call: Call) -> float:
-    """How long a call takes."""
-    start = time.perf_counter()
+def seconds_of(call: Call, clock: Callable[[], float] = time.perf_counter) -> float:
+    """How long a call takes, by a clock."""
+    start = clock()
     call()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def spread(samples: Sequence[float], digits: int = 4) -> dict[str, float]:
@@ -85,21 +77,17 @@ def in_pairs(one: Callable[[int], float], other: Callable[[int], float], num_pai
     return pairs[1:]
 
 
-def seconds_in_pairs(one: Call, other: Call, num_pairs: int) -> list[tuple[float, float]]:
-    """Seconds of two calls; see `in_pairs`."""
-    return in_pairs(lambda _: seconds_of(one), lambda _: seconds_of(other), num_pairs)
-
-
-def medians(pairs: Sequence[tuple[float, float]], digits: int = 5) -> tuple[float, float]:
-    """Of both sides."""
-    one, other = (statistics.median(side) for side in zip(*pairs, strict=True))
-    return round(one, digits), round(other, digits)
-
-
-def speedup(pairs: Sequence[tuple[float, float]]) -> dict[str, Any]:
-    """How many times the second figure of a pair the first is: `speedup`, the median, and its 95 % `interval`."""
+def beside(theirs: Call, ours: Call, num_pairs: int, clock: Callable[[], float] = time.perf_counter) -> dict[str, Any]:
+    """Median seconds of two calls that take turns, and how many times as fast ours is, with its 95 % `interval`."""
+    pairs = in_pairs(lambda _: seconds_of(theirs, clock), lambda _: seconds_of(ours, clock), num_pairs)
+    their_seconds, seconds = (round(statistics.median(side), 5) for side in zip(*pairs, strict=True))
     ratios = [one / other for one, other in pairs]
-    return {"speedup": round(statistics.median(ratios), 4), "interval": interval(ratios)}
+    return {
+        "seconds": seconds,
+        "transformers_seconds": their_seconds,
+        "speedup": round(statistics.median(ratios), 4),
+        "interval": interval(ratios),
+    }
 
 
 def time_calls(call: Call, seconds: float) -> dict[str, float]:
@@ -187,23 +175,3 @@ def bandwidth(floor: Floor, runs: int) -> float:
     call, num_bytes = stream(floor)
     [milliseconds] = time_cold([call], runs)
     return num_bytes / milliseconds["median"] * 1e3
-
-
-def peak_extra_bytes(call: Callable[[], torch.Tensor]) -> int | None:
-    """Most memory that a call held at once beyond its result; None where the system does not tell (not Linux)."""
-    if _is_gpu():
-        call()
-        torch.cuda.reset_peak_memory_stats()
-        held = torch.cuda.memory_allocated()
-        num_bytes = call().nbytes
-        return torch.cuda.max_memory_allocated() - held - num_bytes
-    pid, reset = os.getpid(), Path("/proc/self/clear_refs")
-    if not reset.exists():
-        return None
-    call()
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # memory that the allocator kept for later would hide what is taken again
-    reset.write_text("5")  # sets the peak to what is held now
-    before = memory_bytes(pid, "VmRSS")
-    num_bytes = call().nbytes
-    return max(0, (memory_bytes(pid) or 0) - (before or 0) - num_bytes)

@@ -1,8 +1,8 @@
 """The models that are measured: the embedded one, `bench`, and one as large as Llama-3.2-Vision 11B.
 
 `bench` has random weights and is small enough for a CPU: tiles are 560 pixels wide and have 1601 visual features each,
-as in the 11B model; the decoder is ten layers deep. The large one has the 11B model's geometry, tensor names and
-vocabulary. Their text makes no sense, but costs what a model of that shape costs. Gates are open and weights are scaled
+as in the 11B model; the decoder is ten layers deep. The large one has the 11B model's geometry and vocabulary. Their
+text makes no sense, but costs what a model of that shape costs. Gates are open and weights are scaled
 so that logits vary and depend on the image. Equal seeds give equal weights. Neither is to be committed: they take
 780 MB and 20 GiB.
 """
@@ -11,7 +11,6 @@ import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
 from typing import Any, Final
 
@@ -24,6 +23,7 @@ from trimserve.model.checkpoint import text_config, vision_config
 from trimserve.model.json_object import read_json
 from trimserve.model.loading import embedded_model_folder
 from trimserve.model.transformers_mllama import meta_model
+from trimserve.model.weights import allocated_model
 from trimserve.v1 import generation_pb2 as pb
 
 __all__ = [
@@ -35,6 +35,7 @@ __all__ = [
     "UnderTest",
     "bench_model",
     "draw_weights",
+    "drawn_model",
     "max_kept_fraction",
     "under_test",
     "write_real_size_model",
@@ -49,18 +50,11 @@ BENCH_MODEL: Final = Path("out/bench-model")
 REAL_SIZE_MODEL: Final = Path("out/real-size-model")
 """Where benchmarks look for the checkpoints when nobody says otherwise."""
 
-_WIDTHS: Final = ("hidden_size", "intermediate_size", "vision_output_dim")
 _GATE: Final = 0.5
 _IMAGE_TOKEN: Final = "<|image|>"
 _COPIED: Final = ("chat_template.jinja", "tokenizer_config.json")
 _IMAGE_PROCESSORS: Final = ("preprocessor_config.json", "processor_config.json")
 _SHARD_BYTES: Final = 2 << 30
-_NAMES_OF_META: Final = {
-    "model.language_model.": "language_model.model.",
-    "lm_head.": "language_model.lm_head.",
-    "model.vision_model.": "vision_model.",
-    "model.multi_modal_projector.": "multi_modal_projector.",
-}
 ROPE: Final = {
     "rope_type": "llama3",
     "rope_theta": 500_000.0,
@@ -70,6 +64,12 @@ ROPE: Final = {
     "original_max_position_embeddings": 8192,
 }
 """How the 11B model's positions are scaled."""
+
+_SMALL: Final[dict[str, Any]] = {
+    "vision_config": {"hidden_size": 16, "attention_heads": 1, "num_hidden_layers": 1, "vision_output_dim": 32},
+    "text_config": {"hidden_size": 16, "num_attention_heads": 1, "num_hidden_layers": 1, "cross_attention_layers": []},
+}
+"""Parts of a model that are not run."""
 
 _REAL_SIZE: Final = {"text_config": {"rope_parameters": ROPE}, "vision_config": {}, "trim": {"k_ratio": 0.2}}
 """For the rest transformers' defaults are the 11B model's."""
@@ -104,14 +104,10 @@ def max_kept_fraction() -> float:
     return fraction
 
 
-def bench_model(folder: Path, narrower: int = 1) -> Path:
-    """The folder of `bench`, which is written if it is not there; a guide's widths are divided by `narrower`."""
+def bench_model(folder: Path) -> Path:
+    """The folder of `bench`, which is written if it is not there."""
     if not (folder / "config.json").exists():
-        geometry = read_json(GEOMETRY)
-        for part, name in product(("vision_config", "text_config"), _WIDTHS):
-            if name in geometry[part]:
-                geometry[part][name] //= narrower
-        _write_model(folder, geometry, torch.float32, _SHARD_BYTES)
+        _write_model(folder, read_json(GEOMETRY), torch.float32, _SHARD_BYTES)
     return folder
 
 
@@ -151,9 +147,21 @@ def _shards(config: MllamaConfig, dtype: torch.dtype, shard_bytes: int) -> Itera
             shard = {}
         weight = torch.empty(parameter.shape, dtype=dtype)
         _draw(name, weight, generator)
-        start = next((ours for ours in _NAMES_OF_META if name.startswith(ours)), "")
-        shard[_NAMES_OF_META.get(start, "") + name.removeprefix(start)] = weight
+        shard[name] = weight
     yield shard
+
+
+def drawn_model(dtype: torch.dtype, **parts: dict[str, Any]) -> MllamaForConditionalGeneration:
+    """A model in this process, on the CPU, of which a part is run, with random weights.
+
+    Args:
+        dtype: of the weights.
+        parts: `vision_config` or `text_config` of the part that is run; transformers' defaults are the 11B model's. The
+            other part is small.
+    """
+    model = allocated_model(MllamaConfig(**{**_SMALL, **parts}), dtype, torch.device("cpu"))
+    draw_weights(model)
+    return model
 
 
 def draw_weights(model: MllamaForConditionalGeneration, seed: int = 0) -> None:

@@ -51,8 +51,6 @@ class Case:
     """Least traffic with memory."""
     floor: Floor | None = None
     """Whose bandwidth bounds it; None: bound by arithmetic."""
-    matrix_bytes: int | None = None
-    """Of the intermediate tensor that the op does without; its peak extra memory is then measured."""
 
     def run(self) -> Any:
         """The op, once."""
@@ -103,10 +101,8 @@ def _selection_cases(draw: _Drawn) -> Iterator[Case]:
     arguments = (q, keys, visibility, _SCALE)
     scores = ops.headwise_scores(*arguments)
     torch.testing.assert_close(scores, reference.headwise_scores(*arguments), **HEADWISE_SCORES)
-    moved, matrix_bytes = q.nbytes + keys.nbytes + scores.nbytes, 4 * _HEADS * _ROWS * _FEATURES
-    torch_scores = partial(_scores_in_torch, q, keys)
-    named = "bmm + softmax + mean"
-    yield Case("headwise_scores", "", draw.dtype, arguments, named, torch_scores, moved, None, matrix_bytes)
+    moved, torch_scores = q.nbytes + keys.nbytes + scores.nbytes, partial(_scores_in_torch, q, keys)
+    yield Case("headwise_scores", "", draw.dtype, arguments, "bmm + softmax + mean", torch_scores, moved)
     if draw.dtype != torch.float32:  # scores are float32 whatever the model's dtype is
         return
     picked = (scores, [_FEATURES], [_PICKS])

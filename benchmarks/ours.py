@@ -87,9 +87,9 @@ class Ours:
         self.pool = OwnPages(info, int((most + 1) * (of_text + of_image) * _SLACK) + 2**24)
 
     @classmethod
-    def load(cls, folder: Path, most: int, **knobs: Any) -> "Ours":
+    def load(cls, folder: Path, most: int, answer_tokens: int = 16, **knobs: Any) -> "Ours":
         """Load a checkpoint; `knobs` are those of `ModelConfig`."""
-        return cls(load_model(ModelConfig(model=str(folder), **knobs), EngineConfig()), most)
+        return cls(load_model(ModelConfig(model=str(folder), **knobs), EngineConfig()), most, answer_tokens)
 
     def ask(self, setting: Setting, max_kept_fraction: float | None = None) -> "Asked":
         """Encode and prefill a setting, whose trimming has a cap."""

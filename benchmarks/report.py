@@ -40,7 +40,6 @@ _HELP: Final = {
     "model": "folder of a checkpoint",
     "quick": "little of everything, to see whether it works",
     "questions": "how many",
-    "pairs": "measured of both sides in turn",
     "runs": "timed calls of each",
 }
 

@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from functools import cached_property, partial
 from inspect import signature
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import torch
 from PIL import Image
@@ -32,16 +32,15 @@ from transformers.generation.streamers import BaseStreamer
 
 from benchmarks.load import Answer, Ask, Item
 from benchmarks.measure import seconds_of
+from tests.model.peer import Peer
 from training.mended import mend
 from trimserve.process import ServerFailed
 
-__all__ = ["CACHE", "CacheBytes", "Rival", "Transformers", "cache_of", "transformers_serve"]
+__all__ = ["CACHE", "Rival", "Transformers", "cache_of", "transformers_serve"]
 
 CACHE: Final = "cache" if "cache" in signature(MllamaForConditionalGeneration.forward).parameters else "past_key_values"
 """What the KV cache is called, as an argument and in outputs: `cache` from transformers 5.24 on."""
 
-_ROOM: Final = 16
-"""Positions of a static cache behind the prompt."""
 _NO_END: Final = -1
 """An end token that is never drawn; transformers warns of it, and does as it should."""
 
@@ -58,6 +57,20 @@ class Rival:
         """Take `MllamaForConditionalGeneration`, mended, and what its processor makes of a prompt with one image."""
         self.model = model
         self._inputs = inputs | {"pixel_values": inputs["pixel_values"].to(model.dtype)}
+
+    @classmethod
+    def asked(cls, peer: Peer, question: str, image: bytes) -> "Rival":
+        """A user's question about an image, which gets a full canvas of tiles."""
+        content = [{"type": "image"}, {"type": "text", "text": question}]
+        text = peer.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        token_ids = peer.processor.tokenizer(text, add_special_tokens=False).input_ids
+        return cls(peer.model, peer.inputs(token_ids, [Image.open(io.BytesIO(image))]))
+
+    @property
+    def token_ids(self) -> list[int]:
+        """Of the prompt."""
+        token_ids: list[int] = self._inputs["input_ids"][0].tolist()
+        return token_ids
 
     def encode(self) -> Tensor:
         """The image's features [tiles, features of a tile, D]."""
@@ -92,7 +105,7 @@ class Rival:
         grown.batch_repeat_interleave(batch)
         length, device = self._inputs["input_ids"].shape[1], self.model.device
         token_ids = torch.full((batch, 1), 5, device=device)
-        sees = self._sees(batch)
+        sees = self._inputs["cross_attention_mask"][:, -1:].repeat(batch, 1, 1, 1)
 
         def run() -> Tensor:
             nonlocal length
@@ -109,40 +122,13 @@ class Rival:
 
         return run
 
-    def compiled_step(self, batch: int) -> Callable[[], Tensor]:
-        """The same with a static cache and `torch.compile`, from transformers 5.18 on; always the same position."""
-        length = self._inputs["input_ids"].shape[1]
-        options = {"max_new_tokens": _ROOM, "min_new_tokens": 2, "do_sample": False, "return_dict_in_generate": True}
-        cache = cache_of(self.model.generate(**self._inputs, **options, cache_implementation="static"))
-        for layer in cache.layers:
-            layer.keys, layer.values = (part.repeat_interleave(batch, 0) for part in (layer.keys, layer.values))
-        texts = [layer for layer in cache.layers if layer.keys.shape[2] == length + _ROOM - 1]
-        inputs = {
-            "input_ids": torch.full((batch, 1), 5),
-            "cross_attention_mask": self._sees(batch),
-            "use_cache": True,
-            "attention_mask": torch.ones(batch, length + _ROOM - 1, dtype=torch.int64),
-            "position_ids": torch.full((batch, 1), length),
-        }
-        forward: Callable[..., Any] = torch.compile(self.model.forward, dynamic=False)
-
-        def run() -> Tensor:
-            for layer in texts:
-                layer.cumulative_length.fill_(length)
-            logits: Tensor = forward(**inputs, **{CACHE: cache}).logits
-            return logits
-
-        return run
-
-    def _sees(self, batch: int) -> Tensor:
-        return self._inputs["cross_attention_mask"][:, -1:].repeat(batch, 1, 1, 1)
-
-
-class CacheBytes(NamedTuple):
-    """What transformers' cache holds of one request when its answer is complete, counted from its tensors."""
-
-    cross: int
-    self_attention: int
+    def cache_bytes(self, num_tokens: int) -> tuple[int, int]:
+        """What the tensors of the cache hold, of self- and of cross-attention, when an answer is complete."""
+        output = self.model.generate(**self._inputs, **_options(num_tokens), return_dict_in_generate=True)
+        layers = cache_of(output).layers
+        sizes = [layer.keys.nbytes + layer.values.nbytes if layer.is_initialized else 0 for layer in layers]
+        cross = sum(sizes[index] for index in self.model.config.text_config.cross_attention_layers)
+        return sum(sizes) - cross, cross
 
 
 class Transformers:
@@ -174,10 +160,6 @@ class Transformers:
     def batch(self, items: Sequence[Item]) -> float:
         """Generate for several items in one call, prompts padded on the left; the seconds that it took."""
         return self._process.submit(_generate_batch, items, self._max_new_tokens).result()
-
-    def cache_bytes(self, item: Item) -> CacheBytes:
-        """Answer one item and measure the cache that is left."""
-        return self._process.submit(_cache_bytes, item, self._max_new_tokens).result()
 
     def warm_up(self, item: Item) -> int:
         """Load the model and make it run once; the process's id."""
@@ -214,7 +196,7 @@ class _Clock(BaseStreamer):
 
 def _generate(item: Item, max_new_tokens: int) -> Answer:
     clock = _Clock()
-    token_ids, _ = _answer([item], max_new_tokens, streamer=clock)
+    token_ids = _answer([item], max_new_tokens, streamer=clock)
     return Answer(tuple(clock.stamps[1:]), len(token_ids), tuple(token_ids))
 
 
@@ -222,19 +204,13 @@ def _generate_batch(items: Sequence[Item], max_new_tokens: int) -> float:
     return seconds_of(lambda: _answer(items, max_new_tokens))
 
 
-def _cache_bytes(item: Item, max_new_tokens: int) -> CacheBytes:
-    _, cache = _answer([item], max_new_tokens)
-    sizes = [layer.keys.nbytes + layer.values.nbytes if layer.is_initialized else 0 for layer in cache.layers]
-    cross = sum(sizes[index] for index in _loaded[0].config.text_config.cross_attention_layers)
-    return CacheBytes(cross, sum(sizes) - cross)
-
-
 @torch.inference_mode()
-def _answer(items: Sequence[Item], max_new_tokens: int, **options: Any) -> tuple[list[int], Any]:
-    """Token ids of the first item's answer, and the cache."""
+def _answer(items: Sequence[Item], max_new_tokens: int, **options: Any) -> list[int]:
+    """Token ids of the first item's answer."""
     inputs = _inputs(items)
-    output = _loaded[0].generate(**inputs, **_options(max_new_tokens), **options, return_dict_in_generate=True)
-    return output.sequences[0, inputs["input_ids"].shape[1] :].tolist(), cache_of(output)
+    sequences = _loaded[0].generate(**inputs, **_options(max_new_tokens), **options)
+    token_ids: list[int] = sequences[0, inputs["input_ids"].shape[1] :].tolist()
+    return token_ids
 
 
 def _inputs(items: Sequence[Item]) -> BatchFeature:

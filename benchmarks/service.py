@@ -12,7 +12,7 @@ from trimserve.client import Client, make_request
 from trimserve.process import ServerProcess, server_process
 from trimserve.v1 import generation_pb2 as pb
 
-__all__ = ["asking", "request_of", "running_server"]
+__all__ = ["asking", "running_server"]
 
 
 def running_server(
@@ -23,20 +23,18 @@ def running_server(
     return server_process(*map(str, ("--num-threads", num_threads, "--log-level", "warning", *flags, *checkpoint)))
 
 
-def request_of(item: Item, max_new_tokens: int, trim: pb.TrimOptions) -> pb.GenerateRequest:
-    """A greedy request whose answer has so many tokens, exactly: end tokens are ignored."""
-    sampling = pb.SamplingParams(max_new_tokens=max_new_tokens, ignore_eos=True, temperature=0)
-    return make_request(item.question, item.images, sampling=sampling, trim=trim)
-
-
 def asking(client: Client, max_new_tokens: int, trim: pb.TrimOptions) -> Ask:
-    """What streams the answers to such requests; that a call was tried again, as clients do, counts as waiting."""
+    """What streams greedy answers of so many tokens, exactly: end tokens are ignored.
+
+    That a call was tried again, as clients do, counts as waiting.
+    """
+    sampling = pb.SamplingParams(max_new_tokens=max_new_tokens, ignore_eos=True, temperature=0)
 
     def ask(item: Item) -> Answer:
         arrivals: list[float] = []
         token_ids: list[int] = []
         try:
-            for event in client.stream(request_of(item, max_new_tokens, trim)):
+            for event in client.stream(make_request(item.question, item.images, sampling=sampling, trim=trim)):
                 if event.delta.token_ids:
                     arrivals.append(time.monotonic())
                     token_ids += event.delta.token_ids

@@ -30,16 +30,11 @@ from benchmarks import (
     bench_bytes,
     bench_fleet,
     bench_generate,
-    bench_kv_int8,
-    bench_learned,
-    bench_look_again,
     bench_pictures,
-    bench_policies,
     bench_precision,
     bench_quantized,
     bench_real_size,
     bench_serve,
-    bench_speculation,
     bench_vision,
 )
 from benchmarks.report import RESULTS
@@ -267,11 +262,7 @@ TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     "policies": ("docs/policies.md", lambda: compared(accuracy_by_policy)),
     "policies-by-kind": ("docs/policies.md", lambda: compared(accuracy_by_kind)),
     "policies-parameters": ("docs/policies.md", lambda: measured(parameters_found, *CALIBRATE)),
-    "policies-speed": ("docs/policies.md", lambda: benchmark(bench_policies, "policies/speed.json")),
-    "policies-learned": ("docs/policies.md", lambda: benchmark(bench_learned, "policies/learned.json")),
-    "policies-look-again": ("docs/policies.md", lambda: benchmark(bench_look_again, "policies/look_again.json")),
     "pictures": ("docs/pictures.md", lambda: compared(cost_by_picture, "pictures/report.json")),
-    "pictures-adaptive": ("docs/pictures.md", lambda: of_pictures(bench_pictures.adaptive_table, "adaptive")),
     "pictures-grey": ("docs/pictures.md", lambda: of_pictures(bench_pictures.grey_table, "grey")),
     "pictures-backgrounds": ("docs/pictures.md", lambda: of_pictures(bench_pictures.backgrounds_table, "backgrounds")),
     "pictures-default": ("docs/pictures.md", lambda: of_pictures(bench_pictures.default_table, "default")),
@@ -287,9 +278,7 @@ TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     "precision": ("docs/performance.md", lambda: benchmark(bench_precision, "precision.json")),
     "quantized": ("docs/performance.md", lambda: benchmark(bench_quantized, "quantized.json")),
     "real-size": ("docs/performance.md", lambda: benchmark(bench_real_size, "real_size.json")),
-    "kv-int8": ("docs/performance.md", lambda: benchmark(bench_kv_int8, "kv_int8.json")),
     "vision": ("docs/performance.md", lambda: benchmark(bench_vision, "vision.json")),
-    "speculation": ("docs/performance.md", lambda: benchmark(bench_speculation, "speculation.json")),
 }
 """Marker name -> document, and what generates the text."""
 

@@ -1,10 +1,6 @@
 """What exchanges come to, on examples worked by hand."""
 
-from typing import Any
-
-import pytest
-
-from benchmarks.load import num_equal_answers, percentiles, ratios, summary
+from benchmarks.load import num_equal_answers, percentiles, summary
 from tests.benchmarks.conftest import Maker
 
 
@@ -37,13 +33,3 @@ def test_answers_are_equal_to_the_last_token_or_not_at_all(make: Maker) -> None:
     theirs = [make.exchange(0.0, 1.0, token_ids=(1, 9, 3)), make.exchange(0.0, 1.0, token_ids=(4, 5, 6))]
     assert num_equal_answers(ours, theirs) == 1
     assert num_equal_answers([make.failure(0.0, 1.0)], [make.failure(0.0, 1.0)]) == 0
-
-
-def test_ratios_leave_out_a_rival_that_failed() -> None:
-    loads: dict[str, dict[str, Any]] = {
-        "trimserve": {"tokens_per_second": 90.0, "errors": []},
-        "transformers_sequential": {"tokens_per_second": 30.0, "errors": []},
-        "transformers_serve": {"tokens_per_second": 80.0, "errors": ["500"]},
-        "transformers_batched": {"errors": ["killed"]},
-    }
-    assert ratios(loads) == pytest.approx({"trimserve_over_transformers_sequential": 3.0})

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from benchmarks.bench_pictures import Candidate, backgrounds, best, compared, lost_without
+from benchmarks.bench_pictures import Candidate, backgrounds, best, lost_without
 from trimserve.api.trim import FixedRatio
 from trimserve.evaluation.answers import Answer
 from trimserve.evaluation.dataset import ALL_KINDS, Question
@@ -13,8 +13,8 @@ QUESTIONS = [
 ]
 
 
-def _answers(*texts: str, num_held: int = 20) -> list[Answer]:
-    return [Answer(text, num_valid=100, num_held=num_held, divergence=0.0) for text in texts]
+def _answers(*texts: str) -> list[Answer]:
+    return [Answer(text, num_valid=100, num_held=20, divergence=0.0) for text in texts]
 
 
 def test_a_change_of_background_is_told_apart_from_a_change_of_what_is_right() -> None:
@@ -26,15 +26,6 @@ def test_a_change_of_background_is_told_apart_from_a_change_of_what_is_right() -
         "change": -0.25,
         "differing": 0.5,
     }
-
-
-def test_an_adaptive_budget_is_compared_with_the_fixed_one_by_kind() -> None:
-    rows = compared(QUESTIONS, _answers("cat", "cat", "dog", "cat"), _answers("dog", "cat", "dog", "cat", num_held=30))
-    assert rows[ALL_KINDS]["gain"]["value"] == 0.25
-    assert rows["object"]["gain"]["value"] == 0.5
-    assert rows["busy"]["gain"] == {"value": 0.0, "low": 0.0, "high": 0.0}
-    assert rows["busy"]["held"] == {"adaptive": 0.2, "fixed": 0.3}
-    assert [rows[kind]["num_questions"] for kind in (ALL_KINDS, "busy", "object")] == [4, 2, 2]
 
 
 def test_what_the_image_is_worth_is_told_by_kind() -> None:

@@ -43,7 +43,6 @@ def test_a_checkpoint_in_shards_is_served_with_quantized_weights(
     write_real_size_model(folder, small_geometry(), shard_bytes=1 << 20)
     names = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
     assert len(set(names.values())) > 1
-    assert {"language_model.model.embed_tokens.weight", "vision_model.class_embedding"} < set(names)
     assert describe_model(ModelConfig(model=str(folder)), EngineConfig()).dtype == "bfloat16"
     options = ["--model", str(folder), "--quantize", "int4", "--tokens", "4", "--threads", "1", "--out", str(file)]
     monkeypatch.setattr("sys.argv", ["bench_real_size", *options])

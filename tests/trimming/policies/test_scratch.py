@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.measure import peak_extra_bytes
+from tests.peak_memory import assert_takes_at_most
 from tests.trimming.policies.trained import drawn_modules
+from trimserve import ops
 from trimserve.api.trim import FixedRatio
 from trimserve.trimming.budget import Allowance
 from trimserve.trimming.encoded_image import EncodedImage, Observation
@@ -21,10 +22,6 @@ from trimserve.trimming.trained import Shape
 
 TILES, SIZE, WIDTH = 4, 785, 512
 """A tile of 28 x 28 patches."""
-
-NOISE = 12 * 2**20
-"""Of resident memory, which moves in pages and by what the allocator holds back: 9 MiB were seen at the end of the
-whole suite, whose allocations leave the heap in pieces."""
 
 
 def features() -> Tensor:
@@ -84,12 +81,13 @@ def test_merging_takes_no_more_than_is_set_aside() -> None:
     assert_set_aside(lambda: group_dropped(rows[:, None], kept, (TILES * SIZE,), SIZE, 0.1).members)
 
 
+def test_scores_do_without_the_weights_of_all_heads_and_rows() -> None:
+    num_rows, num_features, num_heads = 64, 6400, 32
+    queries, keys = torch.randn(num_rows, num_heads, 16), torch.randn(num_features, 8, 16)
+    visibility = torch.tensor([[0, num_features]] * num_rows, dtype=torch.int32)
+    weights_bytes = 4 * num_rows * num_features * num_heads
+    assert_takes_at_most(lambda: ops.headwise_scores(queries, keys, visibility, 0.25), weights_bytes // 4)
+
+
 def assert_set_aside(call: Callable[[], Tensor], is_set_aside: int = scratch_bytes(TILES, SIZE, WIDTH)) -> None:
-    is_set_aside += NOISE
-    for _ in range(3):  # pages that a busy system took away may come back during a call, and are counted
-        taken = peak_extra_bytes(call)
-        if taken is None:
-            pytest.skip("this system does not tell peak memory")
-        if taken <= is_set_aside:
-            return
-    pytest.fail(f"{taken} bytes are taken, {is_set_aside} set aside")
+    assert_takes_at_most(call, is_set_aside)
