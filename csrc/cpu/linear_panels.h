@@ -17,7 +17,7 @@ constexpr std::int64_t kPanelVectors = 2;        // of outputs in a panel
 constexpr std::int64_t kPartEntries = 256;       // of a panel, which then stays in the first-level cache
 constexpr std::int64_t kReadInputs = kInt4Unit;  // of an output that are read at once, in every format
 constexpr std::int64_t kMostGroups = 2 * kPartEntries / kInt4Unit;
-static_assert(kPartEntries % kLongestGroup == 0);
+static_assert(kPartEntries % kMostAdded == 0);
 
 // Float32 products of one input and its weights.
 template <int kWidth>

@@ -202,7 +202,7 @@ TRIMSERVE_INLINE void store_rows(const LinearArgs& args, std::int64_t first_row,
 template <typename Math>
 std::int64_t part_size(std::int64_t num_rows) {
   const std::int64_t size = kPartBytes / static_cast<std::int64_t>(sizeof(typename Math::Element)) / num_rows;
-  return std::clamp(size / kLongestGroup * kLongestGroup, kLongestGroup, kPartInputs);
+  return std::clamp(size / kMostAdded * kMostAdded, kMostAdded, kPartInputs);
 }
 
 // One quad of outputs, along a part of K, times all rows of a block.
@@ -245,7 +245,7 @@ TRIMSERVE_INLINE void multiply_block(const LinearArgs& args, const std::byte* ro
       const std::int64_t inputs_ahead = !is_next ? 0 : is_last ? -k : size;
       const bool has_next = first_row == 0 && first_output + c + outputs_ahead + kQuad <= args.num_outputs;
       const std::int64_t ahead =
-          outputs_ahead * row_bytes + inputs_ahead / kLongestGroup * Unit::bytes(kLongestGroup);
+          outputs_ahead * row_bytes + inputs_ahead / kMostAdded * Unit::bytes(kMostAdded);
       const Part quad{weight + (first_output + c) * row_bytes,
                       row_bytes,
                       args.num_outputs - first_output - c,
@@ -290,7 +290,7 @@ TRIMSERVE_INLINE void multiply_row(const LinearArgs& args, const LoneRow<Math, U
 // One by one, outputs are read in memory order, at full bandwidth, without prefetches: along a long sequence of
 // addresses a core fetches ahead by itself. A row that the first-level cache cannot hold is read again for each,
 // though: several outputs share it. So do they for bytes, where a core reads more of the row than of the weight.
-// Between outputs side by side a core fetches too little ahead: those behind them are prefetched.
+// A core fetches little ahead where it reads several outputs at once, so the next ones are prefetched.
 template <int kWidth, typename Math, typename Unit>
 TRIMSERVE_INLINE void multiply_row(const LinearArgs& args, const LoneRow<Math, Unit>& x, std::int64_t row,
                                    std::int64_t first_output) {

@@ -10,11 +10,11 @@
 
 namespace trimserve::cpu {
 
-// Four scales, two or one, each in the lanes that its inputs are added up in.
+// Four scales, each in the lanes that its inputs are added up in, or one in all.
 class SpreadByQuarter {
  public:
   TRIMSERVE_INLINE explicit SpreadByQuarter(std::int64_t num_scales)
-      : places_(Places{0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3} >> static_cast<int>(2 / num_scales)) {}
+      : places_(Places{0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3} >> (num_scales == 1 ? 2 : 0)) {}
   TRIMSERVE_INLINE void operator()(Simd<16>::Floats& lanes, const float* scales) const {
     typedef float Four __attribute__((vector_size(16), aligned(4), may_alias));
     asm("vbroadcastf32x4 %1, %0\n\tvpermilps %2, %0, %0"
@@ -103,8 +103,8 @@ struct Int4Bytes {
   }
 };
 
-// Of groups of 64 inputs, four at once: of each, both quarters that it lies in are moved to the same place of two
-// registers, so that all their products are added up before they are scaled.
+// Four groups of 64 inputs at once. A group fills two neighbouring quarters: one goes to `left`, the other to the same
+// place of `right`, so that all its products are added up in the same lanes.
 struct Int4Bytes64 {
   struct Opened {
     ByteMath::Register left, right;

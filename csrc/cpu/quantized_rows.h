@@ -94,7 +94,7 @@ template <typename Math, typename Unit>
 TRIMSERVE_INLINE void pack_group(const float* values, std::int64_t stride, std::int64_t group,
                                  std::byte* elements, Head<Math>& head) {
   using Element = typename Math::Element;
-  Element rounded[kLongestGroup];
+  Element rounded[Unit::kGroup];
   head = Head<Math>{};
   if constexpr (Math::kHasScales) {
     for (std::int64_t k = 0; k < Unit::kGroup; k += group) {
@@ -127,7 +127,7 @@ TRIMSERVE_INLINE void pack_row(const LinearArgs& args, std::int64_t row, std::in
   std::byte* elements = tile + r * sizeof(typename Math::Inputs);
   auto* head = reinterpret_cast<Head<Math>*>(tile + num_rows * PackedRow<Math, Unit>(args).element_bytes) + r;
   for (std::int64_t k = 0; k < args.num_inputs; k += Unit::kGroup, head += num_rows) {
-    float values[kLongestGroup] = {};
+    float values[Unit::kGroup] = {};
     const std::int64_t count = std::min(Unit::kGroup, args.num_inputs - k);
     for (std::int64_t i = 0; i < count; ++i) values[i] = x[k + i].to_float();
     pack_group<Math, Unit>(values, num_rows, scale_group<Unit>(args), elements, *head);

@@ -10,8 +10,8 @@
 
 namespace trimserve::cpu {
 
-constexpr std::int64_t kLongestGroup = 256;  // of inputs whose products are added up before they are scaled
-constexpr std::int64_t kMostScales = 4;      // of such a group
+constexpr std::int64_t kMostAdded = 256;  // inputs whose products are added up before they are scaled
+constexpr std::int64_t kMostScales = 4;   // of those
 
 // A scale in all lanes.
 template <int kWidth>
