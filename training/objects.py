@@ -4,9 +4,9 @@ Every fourth picture of a class is held out: its class is known then, the pictur
 """
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageEnhance, ImageFont, ImageOps
@@ -19,9 +19,6 @@ __all__ = ["ANIMALS", "CLASSES", "Sticker", "draw_sticker", "object_ids", "sampl
 
 _LONG_SIDE = 96
 """Pixels that stamps and emoji are shrunk to."""
-
-_EXAMINED = "examined"
-"""How files begin of which every fourth is held out; sorts before clip art's."""
 
 _EMOJI_SIZE = 109
 """The only size that Noto's bitmaps have."""
@@ -129,7 +126,7 @@ def sample_sticker(rng: random.Random, split: Split, name: str, x: int, y: int, 
 
 def draw_sticker(image: Image.Image, sticker: Sticker) -> None:
     """Lay an object on a picture."""
-    shown = _pictures()[sticker.name][sticker.instance]
+    shown = _picture(sticker.name, sticker.instance)
     wide, high = shown.width * sticker.stretch, shown.height
     scale = sticker.size / max(wide, high)
     shown = shown.resize((max(1, int(wide * scale)), max(1, int(high * scale))), Image.Resampling.BOX)
@@ -161,39 +158,43 @@ def _tinted(picture: Image.Image, sticker: Sticker) -> Image.Image:
 
 @cache
 def object_ids(split: Split) -> dict[str, list[int]]:
-    """For each class, the pictures that a split may show."""
-    return {
-        name: [
-            index
-            for index, path in enumerate(_files(name))
-            if (path.name.startswith(_EXAMINED) and index % 4 == 2) == (split == "held_out")
-        ]
-        for name in CLASSES
-    }
+    """For each class, the pictures that a split may show; clip art comes after those of which some are held out."""
+    found = {}
+    for name in CLASSES:
+        examined = range(len(_examined(name)))
+        found[name] = [index for index in examined if (index % 4 == 2) == (split == "held_out")]
+        if split == "train":
+            found[name] += range(len(examined), len(examined) + len(_more(name)))
+    return found
+
+
+def _picture(name: str, instance: int) -> Image.Image:
+    examined = _examined(name)
+    return examined[instance] if instance < len(examined) else _more(name)[instance - len(examined)]
 
 
 @cache
-def _pictures() -> dict[str, list[Image.Image]]:
-    return {name: [Image.open(path).convert("RGBA") for path in _files(name)] for name in CLASSES}
+def _examined(name: str) -> list[Image.Image]:
+    return _cut_out(f"{name}/examined", lambda: [*_stamps(name), *_emoji(name)])
 
 
-def _files(name: str) -> list[Path]:
-    """Pictures of a class as small files: first those that are examined, then clip art."""
-    folder = packages_folder() / "cut_out" / name
+@cache
+def _more(name: str) -> list[Image.Image]:
+    return _cut_out(f"{name}/more", lambda: [Image.open(path).convert("RGBA") for path in clip_art(name)])
+
+
+def _cut_out(place: str, draw: Callable[[], list[Image.Image]]) -> list[Image.Image]:
+    """Small pictures without their margins, which are kept in a folder."""
+    folder = packages_folder() / "cut_out" / place
     if not folder.is_dir():
         part = folder.with_suffix(".part")
         part.mkdir(parents=True, exist_ok=True)
-        _write(part, _EXAMINED, [*_stamps(name), *_emoji(name)])
-        _write(part, "more", [Image.open(path).convert("RGBA") for path in clip_art(name)])
+        for index, picture in enumerate(draw()):
+            cut = picture.crop(picture.getchannel("A").getbbox())
+            cut.thumbnail((_LONG_SIDE, _LONG_SIDE), Image.Resampling.LANCZOS)
+            cut.save(part / f"{index:03}.png")
         part.replace(folder)
-    return sorted(folder.iterdir())
-
-
-def _write(folder: Path, prefix: str, pictures: list[Image.Image]) -> None:
-    for index, picture in enumerate(pictures):
-        cut = picture.crop(picture.getchannel("A").getbbox())
-        cut.thumbnail((_LONG_SIDE, _LONG_SIDE), Image.Resampling.LANCZOS)
-        cut.save(folder / f"{prefix}{index:03}.png")
+    return [Image.open(path).convert("RGBA") for path in sorted(folder.iterdir())]
 
 
 def _stamps(name: str) -> list[Image.Image]:

@@ -3,13 +3,15 @@
 import random
 import re
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from training.charts import Chart, ask_chart_questions, sample_chart
 from training.examples import PICTURES, example_rng, generate_example
 from training.marks import NUM_MARKS
 from training.object_pictures import ask_object_questions, sample_object_picture
-from training.objects import CLASSES, object_ids
+from training.objects import CLASSES, Sticker, draw_sticker, object_ids
 from training.pages import ask_page_questions, sample_page
 from training.photographs import photograph_ids
 from training.scenes import Split
@@ -73,8 +75,19 @@ def test_held_out_objects_and_photographs_are_never_in_train() -> None:
         assert train
         assert held_out
         assert not train & held_out
+        assert held_out == {index for index in train | held_out if index % 4 == 2 and index <= max(held_out)}
     assert photograph_ids("held_out")
     assert not {*photograph_ids("train")} & {*photograph_ids("held_out")}
+
+
+@NEEDS_PACKAGES
+@pytest.mark.parametrize("shear", [-0.3, 0.3])
+def test_a_sheared_object_is_whole(shear: float) -> None:
+    plain, sheared = Image.new("RGB", (400, 400)), Image.new("RGB", (400, 400))
+    draw_sticker(plain, Sticker("flag", 0, 200, 200, 200))
+    draw_sticker(sheared, Sticker("flag", 0, 200, 200, 200, shear=shear))
+    areas = [np.asarray(image.convert("L")).astype(bool).sum() for image in (plain, sheared)]
+    assert areas[1] == pytest.approx(areas[0], rel=0.03)
 
 
 @NEEDS_PACKAGES
