@@ -1,4 +1,4 @@
-"""What is in harder pictures, and trimming does to them: other backgrounds, no picture, one way for every kind.
+"""What answers about harder pictures depend on, and which way of trimming is best for every kind of them.
 
     python -m benchmarks.bench_pictures [--subject backgrounds ...] [--questions N] [--model DIR] [--out DIR]
 

@@ -2,9 +2,8 @@
 
 `bench` has random weights and is small enough for a CPU: tiles are 560 pixels wide and have 1601 visual features each,
 as in the 11B model; the decoder is ten layers deep. The large one has the 11B model's geometry and vocabulary. Their
-text makes no sense, but costs what a model of that shape costs. Gates are open and weights are scaled
-so that logits vary and depend on the image. Equal seeds give equal weights. Neither is to be committed: they take
-780 MB and 20 GiB.
+text makes no sense, but costs what a model of that shape costs. Gates are open and weights are scaled so that logits
+vary and depend on the image. Equal seeds give equal weights. Neither is to be committed: they take 780 MB and 20 GiB.
 """
 
 import json

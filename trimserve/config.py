@@ -22,8 +22,8 @@ Quantize = Literal["none", "int8", "int4"]
 KvDtype = Literal["auto", "int8"]
 Port = Annotated[int, Field(ge=0, le=65535)]
 
-_MOST = 10**9
-"""Of what is counted: messages have 32 bits for it."""
+_LARGEST_COUNT = 10**9
+"""Fields of messages have 32 bits."""
 
 
 class _Knobs(BaseModel):
@@ -129,11 +129,11 @@ class ModelConfig(_Knobs):
 class EngineConfig(_Knobs):
     """How much the engine takes on."""
 
-    max_batch: int = Field(default=16, ge=1, le=_MOST, description="Most requests that decode together.")
+    max_batch: int = Field(default=16, ge=1, le=_LARGEST_COUNT, description="Most requests that decode together.")
     max_queue: int = Field(
         default=64,
         ge=1,
-        le=_MOST,
+        le=_LARGEST_COUNT,
         description="Most requests that wait; one more is refused with RESOURCE_EXHAUSTED.",
     )
     kv_cache_bytes: ByteSize | None = Field(
@@ -166,12 +166,12 @@ class EngineConfig(_Knobs):
         description="Seconds after which a decode step, or a layer of a prefill, counts as hung: health says "
         "NOT_SERVING and the process ends with the cause. The same holds for an event loop that stalls for as long.",
     )
-    max_images: int = Field(default=8, ge=1, le=_MOST, description="Most images of one request.")
+    max_images: int = Field(default=8, ge=1, le=_LARGEST_COUNT, description="Most images of one request.")
     max_image_bytes: int = Field(default=32 * 2**20, ge=1, description="Most bytes of one encoded image file.")
     max_image_pixels: int = Field(
         default=50_000_000,
         ge=1,
-        le=_MOST,
+        le=_LARGEST_COUNT,
         description="Most pixels of one decoded image; a larger one counts as a decompression bomb. The limit also "
         "bounds the memory and processor time of the decoder.",
     )

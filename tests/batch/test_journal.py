@@ -55,6 +55,16 @@ def test_wherever_a_kill_cuts_the_file_each_line_is_whole_and_there_once(
     assert sorted(indices(path)) == [0, 1, 2, 3]
 
 
+def test_zeros_that_a_crash_left_behind_the_last_line_are_cut_off(tmp_path: Path) -> None:
+    path = tmp_path / "out.jsonl"
+    write(path, LINES[:2])
+    whole = path.read_bytes()
+    path.write_bytes(whole + bytes(512))
+    with Journal(path) as journal:
+        assert len(journal) == 2
+    assert path.read_bytes() == whole
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -66,6 +66,7 @@ def test_images_are_read_wherever_a_message_has_some(folder: Path) -> None:
     [
         (b"{", "line: must be a JSON object: "),
         (b'{"id": NaN, "prompt": "?"}', "line: must be a JSON object: NaN is no JSON"),
+        (b'{"id": 1e999, "prompt": "?"}', "line: must be a JSON object: 1e999 is too large"),
         (b"\xff", "line: must be a JSON object: "),
         (b"[" * 100_000, "line: must be a JSON object: "),
         ([], "line: must be a JSON object, got list"),

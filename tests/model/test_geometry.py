@@ -12,6 +12,7 @@ from trimserve.config import EngineConfig, ModelConfig
 from trimserve.errors import CheckpointError
 from trimserve.model.loading import describe_model, embedded_model_folder
 
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "attention_factor": "x"}
 LONG_ROPE = {
     "rope_type": "longrope",
     "rope_theta": 1e4,
@@ -51,6 +52,7 @@ LONG_ROPE = {
         ("text_config", "rope_parameters", {"rope_type": "none"}, "rope_parameters: KeyError: 'none', got {"),
         ("text_config", "rope_parameters", {"rope_type": "default", "rope_theta": "1e4"}, "TypeError: "),
         ("text_config", "rope_parameters", {"rope_type": "default", "rope_theta": 0}, "must give finite angles, got {"),
+        ("text_config", "rope_parameters", YARN, "rope_parameters: TypeError: "),
         ("text_config", "rope_parameters", LONG_ROPE, "rope_type longrope is not supported"),
         ("vision_config", "norm_eps", -1.0, "norm_eps must be finite and at least 0, got -1.0"),
         ("vision_config", "hidden_act", "none", "hidden_act must be one that transformers has, got none"),
@@ -67,7 +69,8 @@ def test_what_no_model_can_have_is_refused_by_its_name(
     (config if part is None else config[part])[field] = value
     (folder / "config.json").unlink()
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match=r"/config\.json: ") as caught:
+    with pytest.raises(CheckpointError) as caught:
         describe_model(ModelConfig(model=str(folder)), EngineConfig())
+    assert str(caught.value).startswith(f"{folder}/config.json: ")
     assert part is None or f"{part}." in str(caught.value) or "makes no model" in str(caught.value)
     assert message in str(caught.value)

@@ -370,11 +370,24 @@ async def test_openmetrics_is_served_to_who_asks(loopback: Loopback) -> None:
 @pytest.mark.parametrize("version", ["next", '"1.0.0"', "1.0.0-rc", "0.0.1", "1.0.0;escaping=none", "9" * 5000])
 async def test_any_version_that_a_scraper_asks_for_is_answered(loopback: Loopback, version: str) -> None:
     accept = f"application/openmetrics-text;version={version},text/plain;q=0"
-    status, _ = await asyncio.to_thread(get, loopback, "/metrics", accept)
+    status, text = await asyncio.to_thread(get, loopback, "/metrics", accept)
     assert status == http.HTTPStatus.OK
+    assert text.endswith("# EOF\n") == (version != "0.0.1")  # which is older than OpenMetrics
 
 
-@pytest.mark.parametrize(("encoding", "is_packed"), [("gzip", True), ("gzip;q=0, *", False), ("br, gzip; q=0.1", True)])
+@pytest.mark.parametrize(
+    "accept", ["application/openmetrics-text; version=1.0.0;\tQ=0.0, text/plain", "text/plain;\tversion=next"]
+)
+async def test_openmetrics_is_not_served_to_who_refuses_it(loopback: Loopback, accept: str) -> None:
+    status, text = await asyncio.to_thread(get, loopback, "/metrics", accept)
+    assert status == http.HTTPStatus.OK
+    assert not text.endswith("# EOF\n")
+
+
+@pytest.mark.parametrize(
+    ("encoding", "is_packed"),
+    [("gzip", True), ("gzip;q=0, *", False), ("gzip;\tQ=0;x=1", False), ("br, gzip; q=0.1", True)],
+)
 async def test_metrics_are_packed_for_who_takes_it(loopback: Loopback, encoding: str, is_packed: bool) -> None:
     def asked() -> str | None:
         connection = http.client.HTTPConnection(str(loopback.server.metrics_address), timeout=PATIENCE_SECONDS)

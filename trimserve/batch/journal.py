@@ -114,7 +114,7 @@ class Journal:
         self._file.seek(0)
         with self._path.open("rb") as file:
             for number, line in enumerate(file, 1):
-                if not line.endswith(b"\n") and _BEGINNING.startswith(line[: len(_BEGINNING)]):
+                if not line.endswith(b"\n") and _is_torn(line):
                     break
                 self._read_line(number, line)
                 end += len(line)
@@ -137,3 +137,8 @@ class Journal:
     def _note(self, document: Mapping[str, Any]) -> None:
         self._done[document["index"]] = document["input"]
         self.num_errors += "error" in document
+
+
+def _is_torn(line: bytes) -> bool:
+    """Whether an unfinished line may be what a crash left: the beginning of ours, or zeros where it would be."""
+    return _BEGINNING.startswith(line[: len(_BEGINNING)]) or not line.strip(b"\0")

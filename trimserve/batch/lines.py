@@ -6,6 +6,7 @@ or as {"path": ...}; and `prompt`, with `system` and `images`, is short for a co
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,7 +97,7 @@ def parse(line: Line, folder: Path) -> Question:
 
 def _document(line: Line) -> Json:
     try:
-        document = json.loads(line.content, parse_constant=_no_constant)
+        document = json.loads(line.content, parse_constant=_no_constant, parse_float=_finite)
     except (ValueError, RecursionError) as error:
         raise InvalidRequest("line", f"must be a JSON object: {error}") from None
     if not isinstance(document, dict):
@@ -106,6 +107,13 @@ def _document(line: Line) -> Json:
 
 def _no_constant(name: str) -> Any:
     raise ValueError(f"{name} is no JSON")  # and as an `id` it would break a line of the output
+
+
+def _finite(number: str) -> float:
+    value = float(number)
+    if not math.isfinite(value):
+        raise ValueError(f"{number[:64]} is too large")
+    return value
 
 
 def _from_prompt(document: Json, folder: Path) -> tuple[pb.GenerateRequest, list[str | None]]:

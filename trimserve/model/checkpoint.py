@@ -21,7 +21,7 @@ from trimserve.model.formats.table import check_method
 from trimserve.model.geometry import check_geometry
 from trimserve.model.hub import snapshot
 from trimserve.model.json_object import read_json
-from trimserve.model.stored_tensors import WHOLE, StoredTensor, has_weights, stored_tensors
+from trimserve.model.stored_tensors import StoredTensor, has_weights, stored_tensors, weights_file
 
 __all__ = [
     "EMBEDDED_MODEL",
@@ -220,12 +220,14 @@ def _read_config(folder: Path) -> MllamaConfig:
     if raw.get("model_type") != "mllama":
         raise CheckpointError(f"{folder}: model_type must be mllama, got {raw.get('model_type')}")
     check_method(file, raw.get("quantization_config"))
-    if (weights := raw.get("transformers_weights")) not in (None, WHOLE):
-        raise CheckpointError(f"{file}: transformers_weights must be {WHOLE}, if anything, got {weights}")
+    read = weights_file(folder)
+    if (weights := raw.get("transformers_weights")) not in (None, read):
+        raise CheckpointError(f"{file}: transformers_weights must be {read}, if anything, got {weights}")
     try:
         config = MllamaConfig.from_pretrained(folder)
     except Exception as error:  # transformers raises whatever it meets in a broken file
         raise CheckpointError(f"{file}: {error}") from error
+    config.name_or_path = str(folder)  # which errors name
     if (activation := text_config(config).hidden_act) != "silu":
         raise CheckpointError(f"{file}: text_config.hidden_act must be silu, got {activation}")
     vision = vision_config(config)

@@ -37,8 +37,8 @@ _MULTIPLES: Final = (
     ("vision_config", "hidden_size", "attention_heads"),
     ("vision_config", "image_size", "patch_size"),
 )
-_MOST: Final = 2**31 - 1
-"""Of what is counted; messages have 32 bits for it."""
+_LARGEST_COUNT: Final = 2**31 - 1
+"""Fields of messages have 32 bits."""
 _EPSILONS: Final = (("text_config", "rms_norm_eps"), ("vision_config", "norm_eps"))
 _TOKENS_BESIDE: Final = 8
 """Rows of the token embedding beyond the vocabulary."""
@@ -60,8 +60,8 @@ def check_geometry(file: Path, config: MllamaConfig) -> None:
 def _complaints(config: Any) -> Iterator[str]:
     for part, names in _COUNTS.items():
         for name in names:
-            if not 1 <= (value := getattr(getattr(config, part), name)) <= _MOST:
-                yield f"{part}.{name} must be {'at least 1' if value < 1 else f'at most {_MOST}'}, got {value}"
+            if not 1 <= (value := getattr(getattr(config, part), name)) <= _LARGEST_COUNT:
+                yield f"{part}.{name} must be {'at least 1' if value < 1 else f'at most {_LARGEST_COUNT}'}, got {value}"
     for part, name, divisor in _MULTIPLES:
         whole, each = (getattr(getattr(config, part), field) for field in (name, divisor))
         if whole % each:

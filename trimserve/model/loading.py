@@ -300,7 +300,7 @@ def _generation_defaults(checkpoint: Checkpoint) -> GenerationDefaults:
 
 
 def _eos_token_ids(checkpoint: Checkpoint) -> tuple[int, ...]:
-    """Some may be past the vocabulary and end nothing, but -1 would be the last token of it."""
+    """The tokens that end an answer. An id past the vocabulary ends none; -1 would mean the vocabulary's last token."""
     name, eos = "generation_config.json: eos_token_id", checkpoint.generation.eos_token_id
     if eos is None:
         name, eos = "config.json: text_config.eos_token_id", text_config(checkpoint.config).eos_token_id

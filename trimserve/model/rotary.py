@@ -33,9 +33,10 @@ def check_rotary(file: Path, config: MllamaConfig) -> None:
         raise CheckpointError(f"{field}: rope_type longrope is not supported: longer prompts have other angles")
     try:
         rotary = rotary_of(config)
+        is_finite = bool(rotary.frequencies.isfinite().all()) and math.isfinite(rotary.scaling)
     except Exception as error:  # transformers raises whatever it meets
         raise CheckpointError(f"{field}: {type(error).__name__}: {error}, got {parameters}") from error
-    if not rotary.frequencies.isfinite().all() or not math.isfinite(rotary.scaling):
+    if not is_finite:
         raise CheckpointError(f"{field} must give finite angles, got {parameters}")
 
 

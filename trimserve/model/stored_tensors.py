@@ -16,11 +16,9 @@ from torch import Tensor
 from trimserve.errors import CheckpointError
 from trimserve.model.json_object import read_json
 
-__all__ = ["WHOLE", "StoredTensor", "current_name", "has_weights", "row_slices", "stored_tensors"]
+__all__ = ["StoredTensor", "current_name", "has_weights", "row_slices", "stored_tensors", "weights_file"]
 
-WHOLE = "model.safetensors"
-"""The file of a checkpoint in one piece."""
-
+_WHOLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 
 _SLICE_BYTES = 8 << 20
@@ -115,16 +113,21 @@ def stored_tensors(folder: Path) -> Mapping[str, StoredTensor]:
     return tensors
 
 
+def weights_file(folder: Path) -> str:
+    """Name of the file that a checkpoint's weights are found by: all of them, or an index of shards."""
+    return _WHOLE if (folder / _WHOLE).exists() or not (folder / _INDEX).exists() else _INDEX
+
+
 def _files(folder: Path) -> list[Path]:
     index = folder / _INDEX
-    if (folder / WHOLE).exists():
-        return [folder / WHOLE]
+    if (folder / _WHOLE).exists():
+        return [folder / _WHOLE]
     if not index.exists():
         others = sorted(file.name for file in folder.glob("*.safetensors"))
         if others:
             found = f"{others[0]} and {len(others) - 1} others" if len(others) > 1 else others[0]
-            raise CheckpointError(f"{folder}: has {found}, but neither {WHOLE} nor {_INDEX}, which would name them")
-        raise CheckpointError(f"{folder}: no {WHOLE}; only safetensors checkpoints are read")
+            raise CheckpointError(f"{folder}: has {found}, but neither {_WHOLE} nor {_INDEX}, which would name them")
+        raise CheckpointError(f"{folder}: no {_WHOLE}; only safetensors checkpoints are read")
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict):
         raise CheckpointError(f"{index}: must have an object weight_map")

@@ -89,7 +89,7 @@ def load_weights(
     missing = [name for name in plain if name not in tensors]
     if missing:
         raise CheckpointError(f"{folder}: {len(missing)} parameters are in no file, the first is {min(missing)}")
-    for name in plain:  # before memory is taken, of which a config of another model may want any amount
+    for name in plain:  # first, because a config.json of a larger model would take its memory
         _check(tensors[name], shapes[name])
     stored = _stored_formats(described, quantized) if device.type == "cpu" else {}
     model = allocated_model(config, dtype, device, quantize, stored, shard)

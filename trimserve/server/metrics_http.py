@@ -18,11 +18,11 @@ from trimserve.server.small_http import Page, Question, SmallHttpServer
 
 __all__ = ["MetricsServer"]
 
-REFUSED = re.compile(r"[^,]*; *q=0(?:\.0*)? *(?=,|\Z)")
-"""What a scraper does not take, in a list of what it does."""
+REFUSED = re.compile(r"q=0(?:\.0*)?", re.IGNORECASE)
+"""Parameter of what a scraper does not take."""
 
-ODD_VERSION = re.compile(r"; *version=(?!\d{1,4}(?:\.\d{1,4})* *(?:[;,]|\Z))[^;,]*", re.ASCII)
-"""A version at which prometheus_client fails; without one it takes its own."""
+VERSION = re.compile(r"version=(?!\d{1,4}(?:\.\d{1,4})*\Z)", re.IGNORECASE | re.ASCII)
+"""How a version begins at which prometheus_client fails; without one it takes its own."""
 
 
 class MetricsServer:
@@ -83,4 +83,9 @@ class MetricsServer:
 
 def _taken(accepted: str) -> str:
     """A list of what a scraper takes, such as the header `accept`, in words that prometheus_client reads."""
-    return ODD_VERSION.sub("", REFUSED.sub("", accepted.replace('"', "")))
+    taken = []
+    for each in accepted.replace('"', "").split(","):
+        parameters = [parameter.strip() for parameter in each.split(";")]
+        if not any(map(REFUSED.fullmatch, parameters)):
+            taken.append(";".join(parameter for parameter in parameters if not VERSION.match(parameter)))
+    return ",".join(taken)

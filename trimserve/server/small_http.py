@@ -82,7 +82,7 @@ def path_of(target: str) -> str:
     """The path that a request asks for, beginning with a slash.
 
     Args:
-        target: of the request, without a query.
+        target: of the request, without a query; as it was sent, or decoded.
     """
     path = AUTHORITY.sub("", target)
     return path if path.startswith("/") else f"/{path}"

@@ -89,3 +89,9 @@ async def test_what_is_wrong_is_refused_by_its_openai_name(
     )
     assert words in caught.value.message
     assert not door.runner.requests
+
+
+async def test_what_changes_no_answer_is_let_through(door: Door) -> None:
+    await ask(door, extra_body={**schema({"type": "string"}), "user": "me", "stream": False})
+    await ask(door, extra_body={"response_format": {**format_of({"type": "string"}), "strict": True}})
+    assert len(door.runner.requests) == 2

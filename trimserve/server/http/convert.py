@@ -26,6 +26,9 @@ ROLES = {"system": pb.ROLE_SYSTEM, "developer": pb.ROLE_SYSTEM, "user": pb.ROLE_
 DATA_URI = re.compile(r"data:[\w.+/-]*(?:;[\w.+=-]+)*;base64,", re.ASCII | re.IGNORECASE)
 """What comes before an image's bytes; what they are is read from themselves."""
 
+_SKIPPED = b" \t\r\n\f\v"
+"""Within base64, as browsers do: some encoders write lines."""
+
 SAME_NAMES = (
     *("temperature", "top_p", "min_p", "top_k", "repetition_penalty", "presence_penalty", "frequency_penalty"),
     *("seed", "ignore_eos"),
@@ -156,7 +159,7 @@ def _image(url: str, field: str) -> bytes:
     if begin is None:
         # Fetching what a client names would let it reach whatever this machine reaches.
         raise InvalidRequest(field, f"must be data:image/...;base64,... (no address is fetched), got {url[:64]!r}")
-    text = "".join(url[begin.end() :].split())  # browsers skip spaces and line ends, which some encoders write
+    text = url[begin.end() :].encode("ascii", "replace").translate(None, _SKIPPED)
     try:
         return binascii.a2b_base64(text, strict_mode=True)
     except ValueError as error:

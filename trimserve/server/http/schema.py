@@ -33,6 +33,9 @@ HARMLESS = frozenset(
 )
 """Fields of a request that change no answer of this server."""
 
+HARMLESS_WITHIN = {"response_format": frozenset({"strict", "name", "description"}), "trimserve": frozenset[str]()}
+"""The same of objects in it; how a stream is told, `stream_options`, changes no answer at all."""
+
 MAX_VALUES = 2**18
 """Commas, brackets and braces in a request's JSON, in texts too: what is parsed takes a hundred bytes for each."""
 
@@ -179,9 +182,9 @@ def parse(body: bytes) -> ChatRequest:
 
 def _refuse_unknown(request: ChatRequest) -> None:
     _check_extra(request, "", HARMLESS)
-    for name in ("response_format", "trimserve"):  # how a stream is told changes no answer
+    for name, harmless in HARMLESS_WITHIN.items():
         if (inner := getattr(request, name)) is not None:
-            _check_extra(inner, f"{name}.", frozenset())
+            _check_extra(inner, f"{name}.", harmless)
     for index, message in enumerate(request.messages):
         _check_extra(message, f"messages[{index}].", frozenset({"annotations"}))
 
