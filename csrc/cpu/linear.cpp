@@ -14,8 +14,8 @@ namespace trimserve::cpu {
 namespace {
 
 // kRows rows of x times kColumns rows of the weight, summed along K except across lanes. Rows from num_rows on and
-// columns from num_columns on are not read. `ahead` is the weight to prefetch meanwhile, or null: a single row needs
-// none, since a core fetches ahead by itself along a few outputs.
+// columns from num_columns on are not read. `ahead` is the weight to prefetch meanwhile, or null: that of a single row
+// is read as fast as it comes, and goes to the second-level cache, which has more places for misses.
 template <int kWidth, typename Operands, int kRows>
 TRIMSERVE_INLINE void multiply(const typename Operands::Stored* x, std::int64_t x_stride,
                                std::int64_t num_rows, const typename Operands::StoredWeight* weight,
@@ -51,7 +51,8 @@ TRIMSERVE_INLINE void multiply(const typename Operands::Stored* x, std::int64_t 
     const auto step = [&](std::int64_t k) TRIMSERVE_INLINE_LAMBDA {
       if (ahead) {
         unrolled<kAtOnce>([&](auto c) TRIMSERVE_INLINE_LAMBDA {
-          __builtin_prefetch(ahead + (kFirst + c) * num_inputs + k);
+          __builtin_prefetch(ahead + (kFirst + c) * num_inputs + k, 0,
+                             kRows == 1 ? kSecondLevel : kFirstLevel);
         });
       }
       add(k,
@@ -78,7 +79,7 @@ TRIMSERVE_INLINE void multiply_tile(const LinearArgs& args, std::int64_t row, st
   const std::int64_t num_columns = std::min<std::int64_t>(kColumns, args.num_outputs - column);
   const auto* const x = static_cast<const typename Operands::Stored*>(args.x) + row * args.x_stride;
   const auto* const weight = static_cast<const Weight*>(args.weight) + column * args.num_inputs;
-  const bool has_next = kRows > 1 && is_first && column + 2 * kColumns <= args.num_outputs;
+  const bool has_next = is_first && column + 2 * kColumns <= args.num_outputs;
   typename Operands::Floats sums[kWidth];
   multiply<kWidth, Operands, kRows>(x, args.x_stride, num_rows, weight, num_columns, args.num_inputs,
                                     has_next ? weight + kColumns * args.num_inputs : nullptr, sums);

@@ -26,7 +26,7 @@ constexpr std::int64_t kMostGroups = kPartInputs / kInt4Unit;
 constexpr std::int64_t kRowBytes = 20480;    // of a row that stays in the first-level cache
 constexpr std::int64_t kQuad = 4;            // outputs that all rows pass together
 constexpr std::int64_t kOutputsAhead = 8;    // to prefetch
-constexpr std::int64_t kBytesAhead = 16384;  // for a row that is alone, at least
+constexpr std::int64_t kBytesAhead = 16384;  // to prefetch for a row that is alone, at least
 
 // Some inputs of some outputs.
 struct Part {
@@ -287,16 +287,15 @@ TRIMSERVE_INLINE void multiply_row(const LinearArgs& args, const LoneRow<Math, U
   });
 }
 
-// One by one, outputs are read in memory order, at full bandwidth, without prefetches: along a long sequence of
-// addresses a core fetches ahead by itself. A row that the first-level cache cannot hold is read again for each,
-// though: several outputs share it. So do they for bytes, where a core reads more of the row than of the weight.
-// A core fetches little ahead where it reads several outputs at once, so the next ones are prefetched.
+// One by one, outputs are read in memory order. A row that the first-level cache cannot hold is read again for each,
+// though: several outputs share it. So do they for bytes, where a core reads more of the row than of the weight. What
+// comes next is prefetched: a core fetches too little ahead by itself where memory is slow to answer.
 template <int kWidth, typename Math, typename Unit>
 TRIMSERVE_INLINE void multiply_row(const LinearArgs& args, const LoneRow<Math, Unit>& x, std::int64_t row,
                                    std::int64_t first_output) {
   if constexpr (!Math::kIsBytes) {
     if (PackedRow<Math, Unit>(args).num_bytes <= kRowBytes)
-      return multiply_row<kWidth, Math, Unit, 1>(args, x, row, first_output, 0);
+      return multiply_row<kWidth, Math, Unit, 1>(args, x, row, first_output, kBytesAhead);
   }
   constexpr int kColumns = kWidth == 16 && !Math::kIsBytes ? 8 : 4;
   const std::int64_t bytes = std::max<std::int64_t>(kColumns * Unit::bytes(args.num_inputs), 1);

@@ -30,7 +30,7 @@
 namespace trimserve::cpu {
 
 // Where prefetches go, as __builtin_prefetch counts: the first-level cache has fewer places for misses.
-constexpr int kSecondLevel = 2;
+constexpr int kFirstLevel = 3, kSecondLevel = 2;
 
 // What ATEN_CPU_CAPABILITY, torch's own switch, allows: "default", "avx2", "avx512" (which is without AVX512_BF16 and
 // AVX512_VNNI), or empty for whatever the machine has.
