@@ -194,6 +194,10 @@ async def test_tokens_change_while_the_server_runs(file: Path, caplog: pytest.Lo
         ("[clients.a]\ntoken_sha256 = ['plain']", "clients.a.token_sha256.0: String should match"),
         (entry("a", "t", services=("Other",)), r"clients.a.services: .*got Other"),
         (entry("a", "t") + "service = 'x'", "clients.a.service: Extra inputs are not permitted"),
+        (
+            entry("a", "t") + entry("b", "u") + entry("c", "t"),
+            "clients: Value error, a and c must have different tokens",
+        ),
     ],
 )
 def test_a_file_that_says_something_else_is_refused_at_start(tmp_path: Path, text: str | None, message: str) -> None:

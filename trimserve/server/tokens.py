@@ -74,6 +74,16 @@ class _Clients(BaseModel):
 
     clients: dict[Name, _Entry]
 
+    @field_validator("clients")
+    @classmethod
+    def _differ(cls, clients: dict[str, _Entry]) -> dict[str, _Entry]:
+        owners: dict[str, str] = {}
+        for name, entry in clients.items():
+            for digest in entry.token_sha256:
+                if owners.setdefault(digest, name) != name:
+                    raise ValueError(f"{owners[digest]} and {name} must have different tokens, got {digest[:8]}...")
+        return clients
+
 
 @dataclass(frozen=True, slots=True)
 class Caller:
