@@ -287,15 +287,16 @@ TRIMSERVE_INLINE void multiply_row(const LinearArgs& args, const LoneRow<Math, U
   });
 }
 
-// One by one, outputs are read in memory order. A row that the first-level cache cannot hold is read again for each,
-// though: several outputs share it. So do they for bytes, where a core reads more of the row than of the weight. What
-// comes next is prefetched: a core fetches too little ahead by itself where memory is slow to answer.
+// One by one, outputs are read in memory order, without prefetches: along a long sequence of addresses a core fetches
+// ahead by itself. A row that the first-level cache cannot hold is read again for each, though: several outputs share
+// it. So do they for bytes, where a core reads more of the row than of the weight. Along several sequences it fetches
+// too little ahead: what comes next is prefetched.
 template <int kWidth, typename Math, typename Unit>
 TRIMSERVE_INLINE void multiply_row(const LinearArgs& args, const LoneRow<Math, Unit>& x, std::int64_t row,
                                    std::int64_t first_output) {
   if constexpr (!Math::kIsBytes) {
     if (PackedRow<Math, Unit>(args).num_bytes <= kRowBytes)
-      return multiply_row<kWidth, Math, Unit, 1>(args, x, row, first_output, kBytesAhead);
+      return multiply_row<kWidth, Math, Unit, 1>(args, x, row, first_output, 0);
   }
   constexpr int kColumns = kWidth == 16 && !Math::kIsBytes ? 8 : 4;
   const std::int64_t bytes = std::max<std::int64_t>(kColumns * Unit::bytes(args.num_inputs), 1);
