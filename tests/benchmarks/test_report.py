@@ -87,6 +87,13 @@ def test_serve_table_has_a_row_for_each_target(report: dict[str, Any]) -> None:
     assert "adds 1.00 ms to a token at batch 1, 10% of the bare decode step of 10.00 ms" in table
 
 
+def test_a_rival_that_did_not_answer_every_request_is_not_compared(report: dict[str, Any]) -> None:
+    loads = report["models"][0]["loads"]
+    assert "times that of transformers, one at a time" in bench_serve.table(report)
+    loads["transformers_sequential"]["errors"] = ["one of two failed"]
+    assert "No rival answered every request" in bench_serve.table(report)
+
+
 def test_bytes_tables_name_every_layout() -> None:
     sizes = {"self": 2**20, "cross": 2**20, "total": 2**21}
     layouts = ("trimserve", "trimserve_untrimmed", "transformers")

@@ -7,7 +7,6 @@ connection has one request and a few seconds for all of it. It knows no page.
 
 import asyncio
 import logging
-import re
 import socket
 import threading
 from collections.abc import Awaitable, Callable, Mapping
@@ -20,8 +19,9 @@ import h11
 
 from trimserve.server.descriptors import SpareDescriptors, are_exhausted
 from trimserve.server.listening import socket_family
+from trimserve.server.target import path_of
 
-__all__ = ["Page", "Pages", "Question", "SmallHttpServer", "path_of"]
+__all__ = ["Page", "Pages", "Question", "SmallHttpServer"]
 
 log = logging.getLogger(__name__)
 
@@ -38,9 +38,6 @@ MAX_HEADER_BYTES = 16 * 1024
 """Of a request line and its headers."""
 
 CHUNK_BYTES = 16 * 1024
-
-AUTHORITY = re.compile(r"\Ahttps?://[^/]*", re.IGNORECASE)
-"""What comes before the path in a target that is a whole address, as clients send who take a server for a proxy."""
 
 PAUSE_SECONDS = 0.05
 """Before accepting again where the system could not."""
@@ -76,16 +73,6 @@ class Page:
 
 Pages = Callable[[Question], Awaitable[Page]]
 """Answers a question, on the server's thread."""
-
-
-def path_of(target: str) -> str:
-    """The path that a request asks for, beginning with a slash.
-
-    Args:
-        target: of the request, without a query; as it was sent, or decoded.
-    """
-    path = AUTHORITY.sub("", target)
-    return path if path.startswith("/") else f"/{path}"
 
 
 class SmallHttpServer:

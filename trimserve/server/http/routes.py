@@ -23,7 +23,7 @@ from trimserve.server.http.inbox import Inbox
 from trimserve.server.http.schema import ChatRequest, parse
 from trimserve.server.observer import RequestObserver
 from trimserve.server.offload import LARGE_BYTES
-from trimserve.server.small_http import path_of
+from trimserve.server.target import path_of
 from trimserve.v1 import generation_pb2, model_pb2
 
 __all__ = ["Routes"]
