@@ -1,6 +1,7 @@
 """Objects to recognise: drawings and photographs of stamps and emoji, several of every class.
 
-Every fourth picture of a class is held out: its class is known then, the picture is not. Training shows clip art too.
+Every fourth picture of a class is held out: its class is known then, the picture is not. Training shows clip art and
+other designers' emoji too, of those signs that are not held out.
 """
 
 import random
@@ -12,6 +13,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageEnhance, ImageFont, ImageOps
 
 from training.clip_art import clip_art
+from training.emoji import other_emoji
 from training.scenes import Split
 from training.sources import find_files, packages_folder
 
@@ -158,14 +160,20 @@ def _tinted(picture: Image.Image, sticker: Sticker) -> Image.Image:
 
 @cache
 def object_ids(split: Split) -> dict[str, list[int]]:
-    """For each class, the pictures that a split may show; clip art comes after those of which some are held out."""
+    """For each class, the pictures that a split may show; what only training shows comes last."""
     found = {}
     for name in CLASSES:
         examined = range(len(_examined(name)))
-        found[name] = [index for index in examined if (index % 4 == 2) == (split == "held_out")]
+        found[name] = [index for index in examined if _is_held_out(index) == (split == "held_out")]
         if split == "train":
-            found[name] += range(len(examined), len(examined) + len(_more(name)))
+            more = range(len(examined), len(examined) + len(_more(name)))
+            # Photographs are among the stamps alone: shown about as often as all that is drawn.
+            found[name] = [*found[name] * max(1, round(len(more) / len(found[name]))), *more]
     return found
+
+
+def _is_held_out(index: int) -> bool:
+    return index % 4 == 2
 
 
 def _picture(name: str, instance: int) -> Image.Image:
@@ -180,7 +188,16 @@ def _examined(name: str) -> list[Image.Image]:
 
 @cache
 def _more(name: str) -> list[Image.Image]:
-    return _cut_out(f"{name}/more", lambda: [Image.open(path).convert("RGBA") for path in clip_art(name)])
+    return _cut_out(f"{name}/more", lambda: [*_clip_art(name), *_other_emoji(name)])
+
+
+def _clip_art(name: str) -> list[Image.Image]:
+    return [Image.open(path).convert("RGBA") for path in clip_art(name)]
+
+
+def _other_emoji(name: str) -> list[Image.Image]:
+    first = len(_stamps(name))
+    return other_emoji([sign for index, sign in enumerate(_signs(name), first) if not _is_held_out(index)])
 
 
 def _cut_out(place: str, draw: Callable[[], list[Image.Image]]) -> list[Image.Image]:
@@ -206,17 +223,19 @@ def _stamps(name: str) -> list[Image.Image]:
     return [Image.open(path).convert("RGBA") for path in dict.fromkeys(files) if "mirror" not in path.stem]
 
 
+def _signs(name: str) -> list[str]:
+    """The emoji of a class."""
+    if name != "flag":
+        return list(_EMOJI.get(name, ""))
+    pairs = zip(_FLAGS[::2], _FLAGS[1::2], strict=True)
+    return ["".join(chr(0x1F1E6 + ord(letter) - ord("A")) for letter in pair) for pair in pairs]
+
+
 def _emoji(name: str) -> list[Image.Image]:
-    signs = list(_EMOJI.get(name, ""))
-    if name == "flag":
-        signs = [
-            "".join(chr(0x1F1E6 + ord(letter) - ord("A")) for letter in pair)
-            for pair in zip(_FLAGS[::2], _FLAGS[1::2], strict=True)
-        ]
     path = find_files("fonts-noto-color-emoji", "usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")[0]
     font = ImageFont.truetype(path, _EMOJI_SIZE)
     drawn = []
-    for sign in signs:
+    for sign in _signs(name):
         picture = Image.new("RGBA", (160, 160))
         ImageDraw.Draw(picture).text((10, 10), sign, font=font, embedded_color=True)
         drawn.append(picture)

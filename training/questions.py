@@ -264,11 +264,11 @@ KINDS: dict[str, tuple[Callable[[random.Random, Scene], Turn | None], float]] = 
 TRAINING_EMPHASIS: dict[str, float] = {
     "colour": 0.4,
     "shape": 0.4,
-    "count": 3.0,
-    "yes_no": 1.5,
+    "count": 4.0,
+    "yes_no": 2.0,
     "position": 1.5,
     "sign": 1.5,
-    "description": 2.5,
+    "description": 4.0,
     "digits": 4.0,
     "word": 4.0,
 }

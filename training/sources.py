@@ -1,17 +1,19 @@
 """Fetches what harder pictures are made of, by package name: `python -m training.sources`.
 
-Debian packages are downloaded and unpacked, not installed, into a folder that git ignores; nothing of them is
-committed. Needs `apt-get` and `dpkg-deb` of Debian 12. README.md lists the licences. It knows packages and files,
+Packages of Debian and npm are downloaded and unpacked, not installed, into a folder that git ignores; nothing of them
+is committed. Needs `apt-get` and `dpkg-deb` of Debian 12. README.md lists the licences. It knows packages and files,
 and nothing of what is done with them.
 """
 
 import os
 import shutil
 import subprocess
+import tarfile
 import tempfile
 from pathlib import Path
+from urllib.request import urlretrieve
 
-__all__ = ["PACKAGES", "find_files", "main", "packages_folder"]
+__all__ = ["NPM_PACKAGES", "PACKAGES", "find_files", "main", "packages_folder"]
 
 PACKAGES: dict[str, str] = {
     "tuxpaint-stamps-default": "2022.06.04-1",
@@ -22,8 +24,18 @@ PACKAGES: dict[str, str] = {
     "fonts-dejavu-core": "2.37-6",
     "fonts-freefont-ttf": "20120503-10",
     "fonts-liberation": "1:1.07.4-11",
+    "ruby-gemojione": "3.3.0-1",
 }
 """Debian package and version. Photographs come with scikit-image and scikit-learn as well."""
+
+NPM_PACKAGES: dict[str, str] = {
+    "fluentui-emoji": "1.3.0",
+    "openmoji": "17.0.0",
+    "@twemoji/svg": "15.0.0",
+}
+"""npm package and version."""
+
+_NPM_REGISTRY = "https://registry.npmjs.org"
 
 
 def packages_folder() -> Path:
@@ -35,7 +47,7 @@ def find_files(package: str, pattern: str) -> list[Path]:
     """Files of a package, which is fetched first where it is not there.
 
     Args:
-        package: a key of `PACKAGES`.
+        package: a key of `PACKAGES` or `NPM_PACKAGES`.
         pattern: below the package's root, as `Path.glob` takes it.
     Returns:
         The files in order of their names; at least one.
@@ -46,7 +58,8 @@ def find_files(package: str, pattern: str) -> list[Path]:
     root = _unpacked(package)
     found = sorted(path for path in root.glob(pattern) if path.is_file())
     if not found:
-        raise FileNotFoundError(f"{package} {PACKAGES[package]}: no file matches {pattern!r}")
+        version = {**PACKAGES, **NPM_PACKAGES}[package]
+        raise FileNotFoundError(f"{package} {version}: no file matches {pattern!r}")
     return found
 
 
@@ -57,11 +70,27 @@ def _unpacked(package: str) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as name:
         part = Path(name)
-        _run(["apt-get", "download", f"{package}={PACKAGES[package]}"], part)
-        archive = next(part.glob("*.deb"))
-        _run(["dpkg-deb", "-x", archive.name, "files"], part)
+        if package in NPM_PACKAGES:
+            _fetch_from_npm(package, part)
+        else:
+            _fetch_from_debian(package, part)
         shutil.move(part / "files", target)
     return target
+
+
+def _fetch_from_debian(package: str, folder: Path) -> None:
+    _run(["apt-get", "download", f"{package}={PACKAGES[package]}"], folder)
+    _run(["dpkg-deb", "-x", next(folder.glob("*.deb")).name, "files"], folder)
+
+
+def _fetch_from_npm(package: str, folder: Path) -> None:
+    address = f"{_NPM_REGISTRY}/{package}/-/{package.rpartition('/')[2]}-{NPM_PACKAGES[package]}.tgz"
+    try:
+        archive, _ = urlretrieve(address, folder / "package.tgz")
+    except OSError as error:
+        raise RuntimeError(f"{address}: {error}") from error
+    with tarfile.open(archive) as files:
+        files.extractall(folder / "files", filter="data")
 
 
 def _run(command: list[str], folder: Path) -> None:
@@ -75,7 +104,7 @@ def _run(command: list[str], folder: Path) -> None:
 
 def main() -> None:
     """Command line: fetch every package."""
-    for package in PACKAGES:
+    for package in (*PACKAGES, *NPM_PACKAGES):
         print(_unpacked(package))
 
 
