@@ -2,7 +2,7 @@
 
     python -m benchmarks.bench_serve [--bench-model DIR] [--rival-venv VENV] [--out DIR] [--quick]
 
-For each model, on the same number of threads and with the same requests:
+For each model, in the same dtype, on the same number of threads and with the same requests:
 
 - closed loop: a fixed number of clients with one request at a time each; trimmed, untrimmed, and against transformers:
   `generate` in a process of its own, one request at a time; `generate` of as many requests at once as there are
@@ -45,7 +45,7 @@ from benchmarks.report import command_line, finish, markdown, origin
 from benchmarks.rival import Transformers, transformers_serve
 from benchmarks.service import asking, running_server
 from trimserve.client import Client
-from trimserve.config import EngineConfig, ModelConfig
+from trimserve.config import Dtype, EngineConfig, ModelConfig
 from trimserve.model.loading import describe_model
 from trimserve.process import ServerFailed
 
@@ -79,10 +79,12 @@ class Plan:
     latency_rounds: int = 5
     num_threads: int = 1
     """Of one op, in every process; the load generator takes another core."""
+    dtype: Dtype = "float32"
+    """What everyone computes in."""
 
 
-_PLANS: Final = {"embedded": Plan(192), "bench": Plan(16)}
-"""One at a time, `bench` takes transformers ten seconds a request."""
+_PLANS: Final = (("embedded", Plan(192)), ("bench", Plan(16)), ("bench", Plan(16, dtype="bfloat16")))
+"""What is asked of which model. One at a time, `bench` takes transformers up to ten seconds a request."""
 _QUICK: Final = Plan(6, concurrency=3, max_new_tokens=8, num_probe_images=1, latency_rounds=1)
 
 
@@ -123,7 +125,9 @@ class _Comparison:
     def _serving(self, *, is_trimmed: bool) -> Iterator[tuple[Ask, int]]:
         """A fresh server, which has seen no image yet: what asks it, and its process id."""
         with (
-            running_server(self._model.checkpoint, num_threads=self._plan.num_threads) as server,
+            running_server(
+                self._model.checkpoint, num_threads=self._plan.num_threads, flags=("--dtype", self._plan.dtype)
+            ) as server,
             Client(server.address) as client,
         ):
             yield asking(client, self._plan.max_new_tokens, self._model.trim(is_on=is_trimmed)), server.pid
@@ -170,7 +174,7 @@ class _Comparison:
         """
         setting, plan = SETTINGS["default"], self._plan
         torch.set_num_threads(plan.num_threads)
-        ours = Ours.load(self._model.checkpoint, 1, plan.max_new_tokens)
+        ours = Ours.load(self._model.checkpoint, 1, plan.max_new_tokens, dtype=plan.dtype)
         bare = ours.ask(setting, self._model.max_kept_fraction)
         item = Item(0, "four_tiles", QUESTION, (setting.picture(self._tile_size),))
         num_tokens = ask(item).num_tokens  # also the first use of the image
@@ -213,8 +217,12 @@ class _Comparison:
             self._loaded("transformers_serve", {"errors": [str(error)]})
 
     @property
-    def _options(self) -> dict[str, int]:
-        return {"num_threads": self._plan.num_threads, "max_new_tokens": self._plan.max_new_tokens}
+    def _options(self) -> dict[str, Any]:
+        return {
+            "dtype": self._plan.dtype,
+            "num_threads": self._plan.num_threads,
+            "max_new_tokens": self._plan.max_new_tokens,
+        }
 
 
 def table(report: dict[str, Any]) -> str:
@@ -234,7 +242,7 @@ def _table_of_model(model: dict[str, Any]) -> str:
     waits = " and ".join(f"{images[kind]['repeated_over_first']:.2f} ({_PROBED[kind]})" for kind in _PROBED)
     share = f"{latency['added_over_bare_step']:.0%}"
     lines = [
-        f"**{model['model']}**: {asked}, half of the images repeated; milliseconds:",
+        f"**{model['model']}** in {plan['dtype']}: {asked}, half of the images repeated; milliseconds:",
         "",
         markdown(head, rows),
         "",
@@ -259,8 +267,11 @@ def main() -> None:
     """Measure and write."""
     arguments = command_line(__doc__, "serve", bench_model=BENCH_MODEL, models=[*MODELS], rival_venv=None, quick=False)
     models = []
-    for name in arguments.models:
-        plan = replace(_QUICK if arguments.quick else _PLANS[name], num_threads=arguments.threads)
+    for name, full in _PLANS:
+        if name not in arguments.models:
+            continue
+        asked = replace(_QUICK, dtype=full.dtype) if arguments.quick else full
+        plan = replace(asked, num_threads=arguments.threads)
         comparison = _Comparison(under_test(name, arguments.bench_model), plan, arguments.rival_venv)
         models.append(comparison.run())
     print(table(finish(arguments, {"models": models}, "report.json")), file=sys.stderr)

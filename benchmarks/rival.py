@@ -34,6 +34,7 @@ from benchmarks.load import Answer, Ask, Item
 from benchmarks.measure import seconds_of
 from tests.model.peer import Peer
 from training.mended import mend
+from trimserve.config import Dtype
 from trimserve.process import ServerFailed
 
 __all__ = ["CACHE", "Rival", "Transformers", "cache_of", "transformers_serve"]
@@ -134,17 +135,18 @@ class Rival:
 class Transformers:
     """A process that calls `generate`; a context manager."""
 
-    def __init__(self, model: Path, *, num_threads: int, max_new_tokens: int) -> None:
+    def __init__(self, model: Path, *, dtype: Dtype, num_threads: int, max_new_tokens: int) -> None:
         """Start it when first asked.
 
         Args:
             model: folder of a checkpoint.
+            dtype: what it computes in.
             num_threads: of one op.
             max_new_tokens: of every answer, exactly: end tokens are ignored.
         """
         self._max_new_tokens = max_new_tokens
         self._process = ProcessPoolExecutor(
-            1, multiprocessing.get_context("spawn"), initializer=_load, initargs=(model, num_threads)
+            1, multiprocessing.get_context("spawn"), initializer=_load, initargs=(model, dtype, num_threads)
         )
 
     def __enter__(self) -> "Transformers":
@@ -172,10 +174,10 @@ class Transformers:
 _loaded: Any = None  # model and processor: a worker process has no other place to keep them
 
 
-def _load(folder: Path, num_threads: int) -> None:
+def _load(folder: Path, dtype: Dtype, num_threads: int) -> None:
     global _loaded
     torch.set_num_threads(num_threads)
-    model = MllamaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    model = MllamaForConditionalGeneration.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
     processor = AutoProcessor.from_pretrained(folder)
     processor.tokenizer.padding_side = "left"
     _loaded = mend(model), processor
@@ -214,7 +216,7 @@ def _answer(items: Sequence[Item], max_new_tokens: int, **options: Any) -> list[
 
 
 def _inputs(items: Sequence[Item]) -> BatchFeature:
-    processor = _loaded[1]
+    model, processor = _loaded
     texts, images = [], []
     for item in items:
         content = [*({"type": "image"} for _ in item.images), {"type": "text", "text": item.question}]
@@ -224,7 +226,7 @@ def _inputs(items: Sequence[Item]) -> BatchFeature:
     inputs: BatchFeature = processor(
         images=shown, text=texts, padding=True, add_special_tokens=False, return_tensors="pt"
     )
-    return inputs
+    return inputs.to(model.dtype)  # of integers it leaves the dtype
 
 
 def _options(max_new_tokens: int) -> dict[str, Any]:
@@ -235,12 +237,15 @@ def _options(max_new_tokens: int) -> dict[str, Any]:
 
 
 @contextmanager
-def transformers_serve(venv: Path, model: Path, *, num_threads: int, max_new_tokens: int) -> Iterator[tuple[Ask, int]]:
+def transformers_serve(
+    venv: Path, model: Path, *, dtype: Dtype, num_threads: int, max_new_tokens: int
+) -> Iterator[tuple[Ask, int]]:
     """Run `transformers serve` until the block ends: what asks it, streaming, and its process id.
 
     Args:
         venv: an environment with `transformers[serving]`.
         model: folder of a checkpoint.
+        dtype: what it computes in.
         num_threads: of one op.
         max_new_tokens: of every answer, exactly: end tokens are ignored.
     Raises:
@@ -248,7 +253,7 @@ def transformers_serve(venv: Path, model: Path, *, num_threads: int, max_new_tok
     """
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    command = [str(venv / "bin/transformers"), "serve", str(model.absolute()), "--device", "cpu"]
+    command = [str(venv / "bin/transformers"), "serve", str(model.absolute()), "--device", "cpu", "--dtype", dtype]
     command += ["--host", "127.0.0.1", "--port", str(port)]
     environment = os.environ | {"OMP_NUM_THREADS": str(num_threads), "HF_HUB_OFFLINE": "1"}
     options = json.dumps(_options(max_new_tokens) | {"pad_token_id": 0})
