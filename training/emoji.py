@@ -51,6 +51,6 @@ def _file_names(sign: str) -> tuple[str, str]:
 def _draw(path: Path) -> Image.Image:
     if path.suffix == ".png":
         return Image.open(path).convert("RGBA")
-    import resvg_py  # training alone needs it
+    import resvg_py  # nothing else needs it
 
     return Image.open(io.BytesIO(resvg_py.svg_to_bytes(svg_path=str(path), width=_WIDTH))).convert("RGBA")

@@ -2,6 +2,7 @@
 
 import random
 import re
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -19,7 +20,8 @@ from training.sources import packages_folder
 from training.words import HELD_OUT_WORDS
 
 NEEDS_PACKAGES = pytest.mark.skipif(
-    not packages_folder().is_dir(), reason="needs Debian's packages: python -m training.sources"
+    not packages_folder().is_dir() or find_spec("resvg_py") is None,
+    reason="needs resvg-py, and packages: python -m training.sources",
 )
 SPLITS: tuple[Split, Split] = ("train", "held_out")
 
