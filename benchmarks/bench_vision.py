@@ -11,17 +11,21 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor
+from transformers import MllamaConfig
 from transformers.models.mllama.modeling_mllama import _prepare_aspect_ratio_attention_mask
 
 from benchmarks.measure import beside
-from benchmarks.models import drawn_model
+from benchmarks.models import draw_weights
 from benchmarks.report import Columns, command_line, finish, noted, origin, tabulated, times
 from trimserve.model.transformers_mllama import vision_parts
 from trimserve.model.vision import ImageRows, VisionLayer
 from trimserve.model.vision_observer import VisionObserver
+from trimserve.model.weights import allocated_model
 
 __all__ = ["main", "table"]
 
+_NO_TEXT: Final = {"hidden_size": 16, "num_attention_heads": 1, "num_hidden_layers": 1, "cross_attention_layers": []}
+"""A decoder that is not run."""
 _ROW_ALIGNMENT: Final = 8
 _MOST_TILES: Final = 4
 _MOST_DIFFERENCE: Final = {torch.float32: 1e-5, torch.bfloat16: 0.03}
@@ -31,7 +35,11 @@ _MOST_DIFFERENCE: Final = {torch.float32: 1e-5, torch.bfloat16: 0.03}
 def _encoder(dtype: torch.dtype, num_layers: int) -> Any:
     """The model of transformers, of whose encoder the last layers are run."""
     layers = {"num_hidden_layers": 1, "num_global_layers": num_layers, "intermediate_layers_indices": [0]}
-    return drawn_model(dtype, vision_config={"image_size": 560, "vision_output_dim": 2560, **layers})
+    vision = {"image_size": 560, "vision_output_dim": 2560, **layers}
+    config = MllamaConfig(vision_config=vision, text_config=_NO_TEXT)
+    model = allocated_model(config, dtype, torch.device("cpu"))
+    draw_weights(model)
+    return model
 
 
 def _beside_transformers(model: Any, num_tiles: int, runs: int) -> dict[str, Any]:

@@ -22,7 +22,6 @@ from trimserve.model.checkpoint import text_config, vision_config
 from trimserve.model.json_object import read_json
 from trimserve.model.loading import embedded_model_folder
 from trimserve.model.transformers_mllama import meta_model
-from trimserve.model.weights import allocated_model
 from trimserve.v1 import generation_pb2 as pb
 
 __all__ = [
@@ -34,7 +33,6 @@ __all__ = [
     "UnderTest",
     "bench_model",
     "draw_weights",
-    "drawn_model",
     "max_kept_fraction",
     "under_test",
     "write_real_size_model",
@@ -63,12 +61,6 @@ ROPE: Final = {
     "original_max_position_embeddings": 8192,
 }
 """How the 11B model's positions are scaled."""
-
-_SMALL: Final[dict[str, Any]] = {
-    "vision_config": {"hidden_size": 16, "attention_heads": 1, "num_hidden_layers": 1, "vision_output_dim": 32},
-    "text_config": {"hidden_size": 16, "num_attention_heads": 1, "num_hidden_layers": 1, "cross_attention_layers": []},
-}
-"""Parts of a model that are not run."""
 
 _REAL_SIZE: Final = {"text_config": {"rope_parameters": ROPE}, "vision_config": {}, "trim": {"k_ratio": 0.2}}
 """For the rest transformers' defaults are the 11B model's."""
@@ -148,19 +140,6 @@ def _shards(config: MllamaConfig, dtype: torch.dtype, shard_bytes: int) -> Itera
         _draw(name, weight, generator)
         shard[name] = weight
     yield shard
-
-
-def drawn_model(dtype: torch.dtype, **parts: dict[str, Any]) -> MllamaForConditionalGeneration:
-    """A model in this process, on the CPU, of which a part is run, with random weights.
-
-    Args:
-        dtype: of the weights.
-        parts: `vision_config` or `text_config` of the part that is run; transformers' defaults are the 11B model's. The
-            other part is small.
-    """
-    model = allocated_model(MllamaConfig(**{**_SMALL, **parts}), dtype, torch.device("cpu"))
-    draw_weights(model)
-    return model
 
 
 def draw_weights(model: MllamaForConditionalGeneration, seed: int = 0) -> None:

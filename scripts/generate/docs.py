@@ -28,7 +28,6 @@ from google.protobuf.descriptor_pb2 import (
 
 from benchmarks import (
     bench_bytes,
-    bench_fleet,
     bench_generate,
     bench_pictures,
     bench_precision,
@@ -267,7 +266,6 @@ TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     "pictures-backgrounds": ("docs/pictures.md", lambda: of_pictures(bench_pictures.backgrounds_table, "backgrounds")),
     "pictures-default": ("docs/pictures.md", lambda: of_pictures(bench_pictures.default_table, "default")),
     "batch": ("docs/command-line.md", lambda: measured(batch_table, "make verify-batch", "batch.json")),
-    "fleet": ("docs/fleet.md", lambda: benchmark(bench_fleet, "fleet.json")),
     "bytes": ("docs/performance.md", lambda: benchmark(bench_bytes, "bytes.json")),
     "serve": ("docs/performance.md", lambda: benchmark(bench_serve, "serve/report.json")),
     "generate": ("docs/performance.md", lambda: benchmark(bench_generate, "generate/report.json")),
