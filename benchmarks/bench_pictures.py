@@ -1,6 +1,6 @@
 """What answers about harder pictures depend on.
 
-    python -m benchmarks.bench_pictures [--subject backgrounds ...] [--questions N] [--model DIR] [--out DIR]
+    python -m benchmarks.bench_pictures [--questions N] [--model DIR] [--out DIR]
 
 - `backgrounds`: the same questions about the same busy scenes on two photographs each, untrimmed: whether they are
   answered from what lies on the photograph, or from the photograph.
@@ -19,10 +19,10 @@ from typing import Any, Final
 import numpy as np
 from PIL import Image
 
-from benchmarks.held_out import held_out
 from benchmarks.report import command_line, finish, markdown, points
 from training.backgrounds import BACKGROUNDS, write_backgrounds
 from training.examples import PICTURES
+from training.heldout import held_out
 from trimserve.config import EngineConfig, ModelConfig
 from trimserve.evaluation.answers import Answer
 from trimserve.evaluation.dataset import Question, describe_questions, load_questions
@@ -109,10 +109,9 @@ _BENCHMARKS: Final = {
 
 def main() -> None:
     """Ask, write, tell."""
-    arguments = command_line(__doc__, "pictures", subject=[*_BENCHMARKS], questions=None, model=None)
+    arguments = command_line(__doc__, "pictures", questions=None, model=None)
     model = InProcess(load_model(ModelConfig(model=arguments.model, dtype="float32"), EngineConfig()))
-    for name in arguments.subject:
-        measure, table, num_questions = _BENCHMARKS[name]
+    for name, (measure, table, num_questions) in _BENCHMARKS.items():
         found = measure(model, int(arguments.questions or num_questions))
         print(table(finish(arguments, {"model": model.describe(), **found}, f"{name}.json")))
 

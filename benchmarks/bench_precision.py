@@ -14,9 +14,9 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.held_out import held_out
 from benchmarks.ours import encoded, recommended
 from benchmarks.report import Columns, command_line, finish, noted, precision, tabulated
+from training.heldout import held_out
 from trimserve.api.trim import TrimRequest
 from trimserve.config import Dtype, EngineConfig, ModelConfig, Quantize
 from trimserve.evaluation.answers import UNTRIMMED, Answer

@@ -238,7 +238,7 @@ def compared(table: Callable[[Report], str], name: str = "policies/report.json")
 
 def of_pictures(table: Callable[..., str], subject: str) -> str:
     """A table of what was measured about harder pictures."""
-    return measured(table, f"python -m benchmarks.bench_pictures --subject {subject}", f"pictures/{subject}.json")
+    return measured(table, "python -m benchmarks.bench_pictures", f"pictures/{subject}.json")
 
 
 BYTES = ("python -m benchmarks.bench_bytes", "bytes.json", "trimming/report.json")
