@@ -6,7 +6,6 @@ text makes no sense, but costs what a model of that shape costs. Gates are open 
 vary and depend on the image. Equal seeds give equal weights. Neither is to be committed: they take 780 MB and 20 GiB.
 """
 
-import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import GenerationConfig, MllamaConfig, MllamaForConditionalGeneration
 
+from benchmarks.report import write_json
 from trimserve.model.checkpoint import text_config, vision_config
 from trimserve.model.json_object import read_json
 from trimserve.model.loading import embedded_model_folder
@@ -47,10 +47,7 @@ BENCH_MODEL: Final = Path("out/bench-model")
 REAL_SIZE_MODEL: Final = Path("out/real-size-model")
 """Where benchmarks look for the checkpoints when nobody says otherwise."""
 
-_GATE: Final = 0.5
 _IMAGE_TOKEN: Final = "<|image|>"
-_COPIED: Final = ("chat_template.jinja", "tokenizer_config.json")
-_IMAGE_PROCESSORS: Final = ("preprocessor_config.json", "processor_config.json")
 _SHARD_BYTES: Final = 2 << 30
 ROPE: Final = {
     "rope_type": "llama3",
@@ -126,7 +123,7 @@ def _write_model(folder: Path, geometry: dict[str, Any], dtype: torch.dtype, sha
         name = f"model-{index:05}.safetensors"
         save_file(shard, folder / name, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(shard, name)
-    _write(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
+    write_json({"metadata": {}, "weight_map": weight_map}, folder / "model.safetensors.index.json")
 
 
 def _shards(config: MllamaConfig, dtype: torch.dtype, shard_bytes: int) -> Iterator[dict[str, Tensor]]:
@@ -142,9 +139,9 @@ def _shards(config: MllamaConfig, dtype: torch.dtype, shard_bytes: int) -> Itera
     yield shard
 
 
-def draw_weights(model: MllamaForConditionalGeneration, seed: int = 0) -> None:
-    """Give every parameter values, on its device; equal seeds give equal ones on equal devices."""
-    generator = torch.Generator(model.device).manual_seed(seed)
+def draw_weights(model: MllamaForConditionalGeneration) -> None:
+    """Give every parameter values, on its device; the same ones on equal devices."""
+    generator = torch.Generator(model.device).manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             _draw(name, parameter, generator)
@@ -152,7 +149,7 @@ def draw_weights(model: MllamaForConditionalGeneration, seed: int = 0) -> None:
 
 def _draw(name: str, parameter: Tensor, generator: torch.Generator) -> None:
     if "gate" in name.rsplit(".", 1)[-1]:
-        parameter.fill_(_GATE)
+        parameter.fill_(0.5)
     elif "norm" in name:
         parameter.fill_(0.0 if name.endswith("bias") else 1.0)
     elif name.endswith("bias"):
@@ -169,17 +166,17 @@ def _write_small_files(folder: Path, config: MllamaConfig, k_ratio: float) -> No
     """Tokenizer, processor and trimming of a checkpoint."""
     folder.mkdir(parents=True, exist_ok=True)
     source, vision = embedded_model_folder(), vision_config(config)
-    for name in _COPIED:
+    for name in ("chat_template.jinja", "tokenizer_config.json"):
         shutil.copy(source / name, folder / name)
-    for name in _IMAGE_PROCESSORS:
+    for name in ("preprocessor_config.json", "processor_config.json"):
         document = read_json(source / name)
         processor = document.get("image_processor", document)
         processor["size"] = {"height": vision.image_size, "width": vision.image_size}
         processor["max_image_tiles"] = vision.max_num_tiles
-        _write(folder / name, document)
+        write_json(document, folder / name)
     tokenizer = _enlarged(read_json(source / "tokenizer.json"), text_config(config).vocab_size)
-    _write(folder / "tokenizer.json", tokenizer)
-    _write(folder / "trimserve.json", {"k_ratio": k_ratio})
+    write_json(tokenizer, folder / "tokenizer.json")
+    write_json({"k_ratio": k_ratio}, folder / "trimserve.json")
 
 
 def _enlarged(tokenizer: dict[str, Any], vocab_size: int) -> dict[str, Any]:
@@ -201,7 +198,3 @@ def _enlarged(tokenizer: dict[str, Any], vocab_size: int) -> dict[str, Any]:
 def _invented_word(index: int) -> str:
     letters = (chr(ord("a") + index // 26**place % 26) for place in range(4))
     return f"Ġq{''.join(letters)}"  # Ġ is a space in byte-level vocabularies
-
-
-def _write(path: Path, document: dict[str, Any]) -> None:
-    path.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
