@@ -196,7 +196,6 @@ bench-ops: build  ## measure the ops and a layer of the vision encoder, in four 
 	$(BIN)/python -m benchmarks.bench_vision --runs 2
 
 bench: bench-ops  ## measure ops, and try the other benchmarks (docs/performance.md measures with them)
-	$(BIN)/python -m benchmarks.bench_prefill --rows 64 --runs 2 --out out/bench/prefill.json
 	$(BIN)/python -m benchmarks.bench_generate --quick --out out/bench/generate.json
 	$(BIN)/python -m benchmarks.bench_serve --quick --models embedded --out out/bench/serve
 	$(BIN)/python -m benchmarks.bench_bytes --quick --out out/bench/bytes.json

@@ -60,8 +60,10 @@ class _Account:
     @torch.inference_mode()
     def run(self) -> dict[str, Any]:
         """Everything, as plain data."""
-        info, requests = self._model.info, self._requests()
+        info, peer = self._model.info, Peer(self._under_test.checkpoint)
+        requests = {kind: self._request(kind, peer) for kind in _KINDS}
         kv_bytes = _PEERS_AT_ONCE * requests["four_tiles"]["bytes"]["transformers"]["total"]
+        at_once = {kind: self._at_once(kind, requests[kind]["bytes"], kv_bytes) for kind in _KINDS}
         return {
             "model": self._under_test.name,
             "dtype": info.dtype,
@@ -69,35 +71,25 @@ class _Account:
             "merge_ratio": info.default_merge_ratio,
             "max_kept_fraction": self._under_test.max_kept_fraction,
             "max_new_tokens": self._num_tokens,
-            "prefill_scratch_bytes": prefill_scratch_bytes(info),
             "requests": requests,
-            "at_once": {
-                "kv_bytes": kv_bytes,
-                **{kind: self._at_once(kind, requests[kind]["bytes"], kv_bytes) for kind in _KINDS},
-            },
+            "at_once": {"kv_bytes": kv_bytes, **at_once},
         }
 
-    def _requests(self) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        peer = Peer(self._under_test.checkpoint)
-        for kind, picture in self._pictures.items():
-            held = {layout: self._held(kind, layout) for layout in _OURS}
-            sizes = {layout: num_bytes for layout, (num_bytes, _) in held.items()}
-            sizes["transformers"] = _bytes(*Rival.asked(peer, _QUESTION, picture).cache_bytes(self._num_tokens))
-            ratio = sizes["trimserve"]["cross"] / sizes["transformers"]["cross"]
-            found[kind] = {
-                "bytes": sizes,
-                **_features(held["trimserve"][1]),
-                "cross_bytes_over_transformers": round(ratio, 4),
-            }
-        return found
-
-    def _held(self, kind: Kind, layout: str) -> tuple[dict[str, int], Started]:
-        """What one request holds when its answer is complete but for one token."""
-        engine, [(_, output)] = self._asked(kind, layout, 1, _ENOUGH_BYTES)
-        _decode(engine, output, self._num_tokens)
-        [started] = (chunk for chunk in output if isinstance(chunk, Started))
-        return _bytes(engine.pool.used_self_bytes, engine.pool.used_cross_bytes), started
+    def _request(self, kind: Kind, peer: Peer) -> dict[str, Any]:
+        """What one request holds when its answer is complete; trimserve's but for the last token."""
+        sizes = {}
+        for layout in reversed(_OURS):  # features are told of the trimmed one, which is last
+            engine, [(_, output)] = self._asked(kind, layout, 1, _ENOUGH_BYTES)
+            _decode(engine, output, self._num_tokens)
+            sizes[layout] = _bytes(engine.pool.used_self_bytes, engine.pool.used_cross_bytes)
+        [image] = next(chunk.images for chunk in output if isinstance(chunk, Started))
+        rival = Rival.asked(peer, _QUESTION, self._pictures[kind])
+        sizes["transformers"] = _bytes(*rival.cache_bytes(self._num_tokens))
+        return {
+            "bytes": sizes,
+            "features": {name: getattr(image, f"{name}_features") for name in ("valid", "kept", "merged")},
+            "cross_bytes_over_transformers": round(sizes["trimserve"]["cross"] / sizes["transformers"]["cross"], 4),
+        }
 
     def _at_once(self, kind: Kind, of_one: dict[str, dict[str, int]], kv_bytes: int) -> dict[str, int]:
         """How many of equal requests run at the same time when half of the first answer is there."""
@@ -131,13 +123,6 @@ def _decode(engine: Engine, output: Output, num_tokens: int) -> None:
     while engine.has_work and len(tokens(output)) < num_tokens:
         engine.step()
     assert len(tokens(output)) == num_tokens, output[-1]
-
-
-def _features(started: Started) -> dict[str, Any]:
-    [image] = started.images
-    names = ("padding", "valid", "kept", "merged")
-    features = {name: getattr(image, f"{name}_features") for name in names}
-    return {"num_prompt_tokens": started.num_prompt_tokens, "features": features}
 
 
 def _bytes(of_self: int, cross: int) -> dict[str, int]:

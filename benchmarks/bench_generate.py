@@ -13,6 +13,7 @@ Logits are compared first.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -36,25 +37,14 @@ _LOGITS = 1e-2
 Row = dict[str, Any]
 
 
-class _Variant(NamedTuple):
-    """How our model is stored."""
-
-    dtype: Dtype
-    quantize: Quantize
-
-
-_VARIANTS: Final = (
-    _Variant("float32", "none"),
-    _Variant("bfloat16", "none"),
-    _Variant("float32", "int8"),
-    _Variant("bfloat16", "int8"),
+_VARIANTS: Final[tuple[tuple[Dtype, Quantize], ...]] = (
+    ("float32", "none"),
+    ("bfloat16", "none"),
+    ("float32", "int8"),
+    ("bfloat16", "int8"),
 )
+"""How our model is stored."""
 _SETTINGS: Final = {"off": "4 tiles, untrimmed", "default": "4 tiles", "one_tile": "1 tile"}
-_LINES: Final = (  # of the table: engine, dtype, quantize
-    *(("trimserve", *variant) for variant in _VARIANTS),
-    ("transformers", "float32", "none"),
-    ("transformers", "bfloat16", "none"),
-)
 
 
 class _Plan(NamedTuple):
@@ -64,13 +54,9 @@ class _Plan(NamedTuple):
     cap: float | None
     """Of the features that trimmed settings keep."""
     batches: Sequence[int] = (1, 4, 8, 16, 32)
-    variants: Sequence[_Variant] = _VARIANTS
+    variants: Sequence[tuple[Dtype, Quantize]] = _VARIANTS
     seconds: float = 1.0
     """Of every figure."""
-
-    def timed(self, call: Callable[[], Any]) -> dict[str, float]:
-        """Milliseconds of a call."""
-        return time_calls(call, self.seconds)
 
 
 def phases(asked: Asked | Rival, batches: Sequence[int], timed: Callable[[Callable[[], Any]], Any]) -> Iterator[Row]:
@@ -82,14 +68,14 @@ def phases(asked: Asked | Rival, batches: Sequence[int], timed: Callable[[Callab
 
 
 @torch.inference_mode()
-def _ours(plan: _Plan, variant: _Variant) -> Iterator[Row]:
-    ours = Ours.load(plan.folder, max(plan.batches), **variant._asdict())
-    shape = StepShape.of_checkpoint(plan.folder, getattr(torch, variant.dtype), variant.quantize)
+def _ours(plan: _Plan, dtype: Dtype, quantize: Quantize) -> Iterator[Row]:
+    ours = Ours.load(plan.folder, max(plan.batches), dtype=dtype, quantize=quantize)
+    shape = StepShape.of_checkpoint(plan.folder, getattr(torch, dtype), quantize)
     for name, setting in SETTINGS.items():
         asked = ours.ask(setting, plan.cap)
-        row = {"engine": "trimserve", **variant._asdict(), "setting": name}
+        row: Row = {"engine": "trimserve", "dtype": dtype, "quantize": quantize, "setting": name}
         row |= {"prompt_tokens": len(asked.prompt.token_ids), "cross_rows": asked.cross_rows}
-        for phase in phases(asked, (), plan.timed) if variant.quantize == "none" else ():
+        for phase in phases(asked, (), partial(time_calls, seconds=plan.seconds)) if quantize == "none" else ():
             yield row | phase
         read, read_bytes = stream("read")
         for batch in plan.batches:
@@ -105,7 +91,7 @@ def _theirs(plan: _Plan, peer: Peer, dtype: Dtype) -> Iterator[Row]:
     for name in ("off", "one_tile"):  # `default` has the prompt of `off`
         rival = _rival(peer, name)
         row = {"engine": "transformers", "dtype": dtype, "quantize": "none", "setting": name}
-        for phase in phases(rival, plan.batches, plan.timed):
+        for phase in phases(rival, plan.batches, partial(time_calls, seconds=plan.seconds)):
             yield row | phase
 
 
@@ -126,40 +112,39 @@ def _compare(plan: _Plan, peer: Peer) -> Row:
 
 def _rows(plan: _Plan, peer: Peer) -> Iterator[Row]:
     for variant in plan.variants:
-        yield from _ours(plan, variant)
-    for dtype in dict.fromkeys(variant.dtype for variant in plan.variants):
+        yield from _ours(plan, *variant)
+    for dtype in dict.fromkeys(dtype for dtype, _ in plan.variants):
         yield from _theirs(plan, peer, dtype)
 
 
 def table(report: dict[str, Any]) -> str:
     """Milliseconds of a decode step by batch, and of vision and prefill, as Markdown."""
-    steps = [row for row in report["rows"] if row["phase"] == "decode"]
-    batches = sorted({row["batch"] for row in steps})
-    of_steps, of_phases = [], []
-    for engine, dtype, quantize in _LINES:
-        for setting, request in _SETTINGS.items():
-            wanted = {"engine": engine, "dtype": dtype, "quantize": quantize, "setting": setting}
-            cells = {row["batch"]: _step(row) for row in steps if wanted.items() <= row.items()}
-            if cells:
-                of_steps.append([f"{engine}, {precision(wanted)}", request, *(cells.get(each, "") for each in batches)])
-            found = {row["phase"]: row for row in report["rows"] if wanted.items() <= row.items()}
-            if "prefill" in found:
-                phases = [
-                    f"{found[name]['ms']['median']:,.0f}" if name in found else "" for name in ("vision", "prefill")
-                ]
-                of_phases.append([f"{engine}, {dtype}", request, *phases])
-    head = ["decode step, ms (times its floor)", "request", *(f"batch {batch}" for batch in batches)]
-    parts = [
-        markdown(head, of_steps, words=2),
-        markdown(["ms", "request", "vision", "prefill"], of_phases, words=2),
-        origin(report),
-    ]
-    return "\n\n".join(parts)
+    lines: dict[tuple[str, str], dict[str, str]] = {}
+    for row in report["rows"]:
+        if row["engine"] in ("trimserve", "transformers"):  # older reports have a third
+            names = f"{row['engine']}, {precision(row)}", _SETTINGS[row["setting"]]
+            lines.setdefault(names, {})[_column(row)] = _cell(row)
+    steps = list(dict.fromkeys(_column(row) for row in report["rows"] if row["phase"] == "decode"))
+    parts = {"decode step, ms (times its floor)": steps, "ms": ["vision", "prefill"]}
+    return "\n\n".join([*(_part(head, lines, columns) for head, columns in parts.items()), origin(report)])
 
 
-def _step(row: dict[str, Any]) -> str:
+def _column(row: Row) -> str:
+    return f"batch {row['batch']}" if row["phase"] == "decode" else str(row["phase"])
+
+
+def _cell(row: Row) -> str:
     floor = f" ({row['times_floor']:.2f})" if "times_floor" in row else ""
-    return f"{row['ms']['median']:,.1f}{floor}"
+    return f"{row['ms']['median']:,.{1 if row['phase'] == 'decode' else 0}f}{floor}"
+
+
+def _part(head: str, lines: dict[tuple[str, str], dict[str, str]], columns: Sequence[str]) -> str:
+    rows = [
+        [*names, *(cells.get(column, "") for column in columns)]
+        for names, cells in lines.items()
+        if cells.keys() & {*columns}
+    ]
+    return markdown([head, "request", *columns], rows, words=2)
 
 
 def main() -> None:

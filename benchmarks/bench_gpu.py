@@ -12,8 +12,7 @@ weights, keys and values that it reads over the bandwidth of reading, measured h
 Logits are compared first. Each row is told at once, so that a failure loses none.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -46,7 +45,7 @@ from trimserve.model.prepared import PreparedImage, PreparedPrompt
 from trimserve.model.processor import Processor
 from trimserve.model.weights import allocated_model
 
-__all__ = ["Plan", "main", "measure"]
+__all__ = ["main", "measure"]
 
 _PROMPT_TOKENS: Final = 64
 _MAX_MODEL_LEN: Final = 4096
@@ -54,48 +53,22 @@ _LEAST_COSINE: Final = 0.99
 """Between both models' logits, of bfloat16 weights."""
 _TRIMMED: Final = TrimRequest(k_ratio=0.2, max_kept_fraction=0.5)
 
-Row = dict[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What is measured, and how long."""
-
-    config: MllamaConfig
-    device: Device
-    batches: Sequence[int] = (1, 4, 8, 16, 32)
-    seconds: float = 1.0
-    """Of every figure."""
-
-    def timed(self, call: Callable[[], Any]) -> dict[str, float]:
-        """Milliseconds of a call, the device's work included."""
-
-        def run() -> None:
-            call()
-            if self.device == "cuda":
-                torch.cuda.synchronize()
-
-        return time_calls(run, self.seconds)
-
 
 class _Both:
     """One set of weights, run by trimserve and by transformers."""
 
-    def __init__(self, plan: Plan) -> None:
-        knobs = ModelConfig(
-            device=plan.device,
-            dtype="bfloat16",
-            max_model_len=min(_MAX_MODEL_LEN, text_config(plan.config).max_position_embeddings),
-        )
+    def __init__(self, config: MllamaConfig, device: Device, most: int) -> None:
+        """Draw the weights; up to `most` sequences decode together."""
+        max_model_len = min(_MAX_MODEL_LEN, text_config(config).max_position_embeddings)
+        knobs = ModelConfig(device=device, dtype="bfloat16", max_model_len=max_model_len)
         generation, trimming = GenerationJson.model_validate({}), TrimserveJson.model_validate({})
-        checkpoint = Checkpoint("random", "0", Path(), plan.config, generation, trimming)
+        checkpoint = Checkpoint("random", "0", Path(), config, generation, trimming)
         info = describe_checkpoint(checkpoint, knobs, EngineConfig(max_images=1))
-        self.theirs: Any = allocated_model(plan.config, torch.bfloat16, torch.device(info.device))
+        self.theirs: Any = allocated_model(config, torch.bfloat16, torch.device(info.device))
         draw_weights(self.theirs)
         # Prompts are drawn, too: no processor is asked, so the embedded model's stands in.
         embedded = describe_model(ModelConfig(), EngineConfig())
         processor = Processor.from_pretrained(embedded_model_folder(), embedded, max_image_pixels=info.tile_size**2)
-        most = max(plan.batches)
         self.ours = Ours(Mllama(self.theirs, processor, info), most)
         mend(self.theirs)
         self.ours.model.warm_up_decode(self.ours.pool.pages, most)
@@ -132,26 +105,49 @@ class _Both:
 
 
 @torch.inference_mode()
-def measure(plan: Plan) -> dict[str, Any]:
+def measure(
+    config: MllamaConfig, device: Device, seconds: float, batches: Sequence[int] = (1, 4, 8, 16, 32)
+) -> dict[str, Any]:
     """Everything but the machine.
 
     Args:
-        plan: what, and how long.
+        config: of the model.
+        device: where both run.
+        seconds: of every figure.
+        batches: of decode steps.
     Raises:
         AssertionError: the logits of both models are not alike.
     """
-    both = _Both(plan)
-    alike = _likeness(both)
+    both = _Both(config, device, max(batches))
+    asked, rival = both.asked(SETTINGS["off"]), both.rival()
+    asked.release()
+    alike = float(F.cosine_similarity(asked.logits.float(), rival.logits.float(), dim=0))
     assert alike >= _LEAST_COSINE, f"the cosine of both models' logits is {alike}"
     with torch.device(both.ours.model.info.device):
         per_second = bandwidth("read", 15)
-    rows: list[Row] = []
-    for row in _rows(both, plan, per_second):
-        noted(rows, row)
-    theirs = {(row["phase"], row["batch"]): row["ms"]["median"] for row in rows if row["engine"] == "transformers"}
-    for row in rows:
-        if row["engine"] == "trimserve":
-            row["speedup"] = round(theirs[row["phase"], row["batch"]] / row["ms"]["median"], 2)
+
+    def timed(call: Callable[[], Any]) -> dict[str, float]:
+        """Milliseconds of a call, the device's work included."""
+
+        def run() -> None:
+            call()
+            if device == "cuda":
+                torch.cuda.synchronize()
+
+        return time_calls(run, seconds)
+
+    rows: list[dict[str, Any]] = []
+    for name, setting in SETTINGS.items():
+        asked = both.asked(setting)
+        row = {"engine": "trimserve", "setting": name, "cross_rows": asked.cross_rows}
+        for phase in phases(asked, batches, timed):
+            if phase["phase"] == "decode":
+                floor = (both.weight_bytes + asked.kv_bytes(phase["batch"])) / per_second * 1e3
+                phase |= {"floor_ms": round(floor, 3), "times_floor": round(phase["ms"]["median"] / floor, 3)}
+            noted(rows, row | phase)
+        asked.release()
+    for phase in phases(rival, batches, timed):
+        noted(rows, {"engine": "transformers", "setting": "off"} | phase)
     return {
         "max_kept_fraction": _TRIMMED.max_kept_fraction,
         "read_bytes_per_second": round(per_second),
@@ -160,33 +156,12 @@ def measure(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _likeness(both: _Both) -> float:
-    asked, rival = both.asked(SETTINGS["off"]), both.rival()
-    asked.release()
-    return float(F.cosine_similarity(asked.logits.float(), rival.logits.float(), dim=0))
-
-
-def _rows(both: _Both, plan: Plan, per_second: float) -> Iterator[Row]:
-    for name, setting in SETTINGS.items():
-        asked = both.asked(setting)
-        row = {"engine": "trimserve", "setting": name, "cross_rows": asked.cross_rows}
-        for phase in phases(asked, plan.batches, plan.timed):
-            if phase["phase"] == "decode":
-                floor = (both.weight_bytes + asked.kv_bytes(phase["batch"])) / per_second * 1e3
-                taken = phase["ms"]["median"]
-                phase |= {"floor_ms": round(floor, 3), "times_floor": round(taken / floor, 3)}
-            yield row | phase
-        asked.release()
-    for phase in phases(both.rival(), plan.batches, plan.timed):
-        yield {"engine": "transformers", "setting": "off"} | phase
-
-
 def main() -> None:
     """Measure and write."""
     arguments = command_line(__doc__, "gpu.json", seconds=1.0, threads=torch.get_num_threads())
     # What transformers takes where nothing is said, with the tiles of the instruction-tuned checkpoint.
     config = MllamaConfig(vision_config={"image_size": 560}, image_token_index=128256)
-    measured = measure(Plan(config, "cuda", seconds=arguments.seconds))
+    measured = measure(config, "cuda", arguments.seconds)
     finish(arguments, {"gpu": torch.cuda.get_device_name(), "model": "11b", "dtype": "bfloat16", **measured})
 
 

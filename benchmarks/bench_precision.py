@@ -14,9 +14,9 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.held_out import bootstrap_of, held_out, is_right
 from benchmarks.ours import encoded, recommended
 from benchmarks.report import Columns, command_line, finish, noted, precision, tabulated
+from training.heldout import held_out
 from trimserve.api.trim import TrimRequest
 from trimserve.config import Dtype, EngineConfig, ModelConfig, Quantize
 from trimserve.evaluation.answers import UNTRIMMED, Answer
@@ -24,6 +24,7 @@ from trimserve.evaluation.dataset import Question
 from trimserve.evaluation.in_process import InProcess, prepare_question
 from trimserve.evaluation.metrics import kl_divergence
 from trimserve.evaluation.pages import OwnPages
+from trimserve.evaluation.report import bootstrap_of, is_right
 from trimserve.model.interruptible import run_through
 from trimserve.model.loading import load_model
 from trimserve.model.mllama import Mllama

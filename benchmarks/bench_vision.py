@@ -1,37 +1,47 @@
 """Times layers of the vision encoder against transformers', at the geometry of Llama-3.2-Vision 11B.
 
-    python -m benchmarks.bench_vision [--runs 3] [--layers 4] [--threads 1 2] [--out FILE]
+    python -m benchmarks.bench_vision [--runs 3] [--threads 1] [--out FILE]
 
 One image of one tile and one of four, in float32 and in bfloat16; the ratio has the 95 % interval of the median of the
 pairs that were timed in turn. The weights are random. Outputs are compared first.
 """
 
 from functools import reduce
+from itertools import product
 from typing import Any, Final
 
 import torch
 from torch import Tensor
+from transformers import MllamaConfig
 from transformers.models.mllama.modeling_mllama import _prepare_aspect_ratio_attention_mask
 
 from benchmarks.measure import beside
-from benchmarks.models import drawn_model
-from benchmarks.report import Columns, command_line, finish, noted, origin, tabulated, times
+from benchmarks.models import draw_weights
+from benchmarks.report import Columns, command_line, finish, noted, origin, tabulated
 from trimserve.model.transformers_mllama import vision_parts
 from trimserve.model.vision import ImageRows, VisionLayer
 from trimserve.model.vision_observer import VisionObserver
+from trimserve.model.weights import allocated_model
 
 __all__ = ["main", "table"]
 
+_NO_TEXT: Final = {"hidden_size": 16, "num_attention_heads": 1, "num_hidden_layers": 1, "cross_attention_layers": []}
+"""A decoder that is not run."""
+_NUM_LAYERS: Final = 4
 _ROW_ALIGNMENT: Final = 8
 _MOST_TILES: Final = 4
 _MOST_DIFFERENCE: Final = {torch.float32: 1e-5, torch.bfloat16: 0.03}
 """Root mean square over outputs whose own is several; of bfloat16 what both sides' rounding comes to."""
 
 
-def _encoder(dtype: torch.dtype, num_layers: int) -> Any:
+def _encoder(dtype: torch.dtype) -> Any:
     """The model of transformers, of whose encoder the last layers are run."""
-    layers = {"num_hidden_layers": 1, "num_global_layers": num_layers, "intermediate_layers_indices": [0]}
-    return drawn_model(dtype, vision_config={"image_size": 560, "vision_output_dim": 2560, **layers})
+    layers = {"num_hidden_layers": 1, "num_global_layers": _NUM_LAYERS, "intermediate_layers_indices": [0]}
+    vision = {"image_size": 560, "vision_output_dim": 2560, **layers}
+    config = MllamaConfig(vision_config=vision, text_config=_NO_TEXT)
+    model = allocated_model(config, dtype, torch.device("cpu"))
+    draw_weights(model)
+    return model
 
 
 def _beside_transformers(model: Any, num_tiles: int, runs: int) -> dict[str, Any]:
@@ -73,7 +83,7 @@ def table(report: dict[str, Any]) -> str:
         "dtype": "{dtype}",
         "trimserve, s": "{seconds:.2f}",
         "transformers, s": "{transformers_seconds:.2f}",
-        "times as fast [95 %]": times,
+        "times as fast [95 %]": "{speedup:.2f} [{interval[0]:.2f}, {interval[1]:.2f}]",
     }
     return f"{tabulated(report['results'], columns)}\n\n{origin(report)}"
 
@@ -81,16 +91,13 @@ def table(report: dict[str, Any]) -> str:
 @torch.inference_mode()
 def main() -> None:
     """Compare, time, write."""
-    arguments = command_line(__doc__, "vision.json", runs=3, layers=4, threads=[1, 2])
+    arguments = command_line(__doc__, "vision.json", runs=3)
     torch.manual_seed(0)
-    encoders = [_encoder(dtype, arguments.layers) for dtype in _MOST_DIFFERENCE]
+    encoders = [_encoder(dtype) for dtype in _MOST_DIFFERENCE]
     results: list[dict[str, Any]] = []
-    for threads in arguments.threads:
-        torch.set_num_threads(threads)
-        for encoder in encoders:
-            for tiles in (1, _MOST_TILES):
-                row = _beside_transformers(encoder, tiles, arguments.runs)
-                noted(results, {"threads": threads, "tiles": tiles, **row})
+    for encoder, tiles in product(encoders, (1, _MOST_TILES)):
+        row = _beside_transformers(encoder, tiles, arguments.runs)
+        noted(results, {"threads": arguments.threads, "tiles": tiles, **row})
     finish(arguments, {"results": results})
 
 

@@ -38,11 +38,11 @@ _LEAST, _MOST = 3, 200
 _NUM_RESAMPLED = 2000
 
 
-def seconds_of(call: Call, clock: Callable[[], float] = time.perf_counter) -> float:
-    """How long a call takes, by a clock."""
-    start = clock()
+def seconds_of(call: Call) -> float:
+    """How long a call takes."""
+    start = time.perf_counter()
     call()
-    return clock() - start
+    return time.perf_counter() - start
 
 
 def spread(samples: Sequence[float], digits: int = 4) -> dict[str, float]:
@@ -77,9 +77,9 @@ def in_pairs(one: Callable[[int], float], other: Callable[[int], float], num_pai
     return pairs[1:]
 
 
-def beside(theirs: Call, ours: Call, num_pairs: int, clock: Callable[[], float] = time.perf_counter) -> dict[str, Any]:
+def beside(theirs: Call, ours: Call, num_pairs: int) -> dict[str, Any]:
     """Median seconds of two calls that take turns, and how many times as fast ours is, with its 95 % `interval`."""
-    pairs = in_pairs(lambda _: seconds_of(theirs, clock), lambda _: seconds_of(ours, clock), num_pairs)
+    pairs = in_pairs(lambda _: seconds_of(theirs), lambda _: seconds_of(ours), num_pairs)
     their_seconds, seconds = (round(statistics.median(side), 5) for side in zip(*pairs, strict=True))
     ratios = [one / other for one, other in pairs]
     return {

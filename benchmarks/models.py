@@ -6,7 +6,6 @@ text makes no sense, but costs what a model of that shape costs. Gates are open 
 vary and depend on the image. Equal seeds give equal weights. Neither is to be committed: they take 780 MB and 20 GiB.
 """
 
-import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,11 +17,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import GenerationConfig, MllamaConfig, MllamaForConditionalGeneration
 
+from benchmarks.report import write_json
 from trimserve.model.checkpoint import text_config, vision_config
 from trimserve.model.json_object import read_json
 from trimserve.model.loading import embedded_model_folder
 from trimserve.model.transformers_mllama import meta_model
-from trimserve.model.weights import allocated_model
 from trimserve.v1 import generation_pb2 as pb
 
 __all__ = [
@@ -34,7 +33,6 @@ __all__ = [
     "UnderTest",
     "bench_model",
     "draw_weights",
-    "drawn_model",
     "max_kept_fraction",
     "under_test",
     "write_real_size_model",
@@ -49,10 +47,7 @@ BENCH_MODEL: Final = Path("out/bench-model")
 REAL_SIZE_MODEL: Final = Path("out/real-size-model")
 """Where benchmarks look for the checkpoints when nobody says otherwise."""
 
-_GATE: Final = 0.5
 _IMAGE_TOKEN: Final = "<|image|>"
-_COPIED: Final = ("chat_template.jinja", "tokenizer_config.json")
-_IMAGE_PROCESSORS: Final = ("preprocessor_config.json", "processor_config.json")
 _SHARD_BYTES: Final = 2 << 30
 ROPE: Final = {
     "rope_type": "llama3",
@@ -63,12 +58,6 @@ ROPE: Final = {
     "original_max_position_embeddings": 8192,
 }
 """How the 11B model's positions are scaled."""
-
-_SMALL: Final[dict[str, Any]] = {
-    "vision_config": {"hidden_size": 16, "attention_heads": 1, "num_hidden_layers": 1, "vision_output_dim": 32},
-    "text_config": {"hidden_size": 16, "num_attention_heads": 1, "num_hidden_layers": 1, "cross_attention_layers": []},
-}
-"""Parts of a model that are not run."""
 
 _REAL_SIZE: Final = {"text_config": {"rope_parameters": ROPE}, "vision_config": {}, "trim": {"k_ratio": 0.2}}
 """For the rest transformers' defaults are the 11B model's."""
@@ -134,7 +123,7 @@ def _write_model(folder: Path, geometry: dict[str, Any], dtype: torch.dtype, sha
         name = f"model-{index:05}.safetensors"
         save_file(shard, folder / name, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(shard, name)
-    _write(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
+    write_json({"metadata": {}, "weight_map": weight_map}, folder / "model.safetensors.index.json")
 
 
 def _shards(config: MllamaConfig, dtype: torch.dtype, shard_bytes: int) -> Iterator[dict[str, Tensor]]:
@@ -150,22 +139,9 @@ def _shards(config: MllamaConfig, dtype: torch.dtype, shard_bytes: int) -> Itera
     yield shard
 
 
-def drawn_model(dtype: torch.dtype, **parts: dict[str, Any]) -> MllamaForConditionalGeneration:
-    """A model in this process, on the CPU, of which a part is run, with random weights.
-
-    Args:
-        dtype: of the weights.
-        parts: `vision_config` or `text_config` of the part that is run; transformers' defaults are the 11B model's. The
-            other part is small.
-    """
-    model = allocated_model(MllamaConfig(**{**_SMALL, **parts}), dtype, torch.device("cpu"))
-    draw_weights(model)
-    return model
-
-
-def draw_weights(model: MllamaForConditionalGeneration, seed: int = 0) -> None:
-    """Give every parameter values, on its device; equal seeds give equal ones on equal devices."""
-    generator = torch.Generator(model.device).manual_seed(seed)
+def draw_weights(model: MllamaForConditionalGeneration) -> None:
+    """Give every parameter values, on its device; the same ones on equal devices."""
+    generator = torch.Generator(model.device).manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             _draw(name, parameter, generator)
@@ -173,7 +149,7 @@ def draw_weights(model: MllamaForConditionalGeneration, seed: int = 0) -> None:
 
 def _draw(name: str, parameter: Tensor, generator: torch.Generator) -> None:
     if "gate" in name.rsplit(".", 1)[-1]:
-        parameter.fill_(_GATE)
+        parameter.fill_(0.5)
     elif "norm" in name:
         parameter.fill_(0.0 if name.endswith("bias") else 1.0)
     elif name.endswith("bias"):
@@ -190,17 +166,17 @@ def _write_small_files(folder: Path, config: MllamaConfig, k_ratio: float) -> No
     """Tokenizer, processor and trimming of a checkpoint."""
     folder.mkdir(parents=True, exist_ok=True)
     source, vision = embedded_model_folder(), vision_config(config)
-    for name in _COPIED:
+    for name in ("chat_template.jinja", "tokenizer_config.json"):
         shutil.copy(source / name, folder / name)
-    for name in _IMAGE_PROCESSORS:
+    for name in ("preprocessor_config.json", "processor_config.json"):
         document = read_json(source / name)
         processor = document.get("image_processor", document)
         processor["size"] = {"height": vision.image_size, "width": vision.image_size}
         processor["max_image_tiles"] = vision.max_num_tiles
-        _write(folder / name, document)
+        write_json(document, folder / name)
     tokenizer = _enlarged(read_json(source / "tokenizer.json"), text_config(config).vocab_size)
-    _write(folder / "tokenizer.json", tokenizer)
-    _write(folder / "trimserve.json", {"k_ratio": k_ratio})
+    write_json(tokenizer, folder / "tokenizer.json")
+    write_json({"k_ratio": k_ratio}, folder / "trimserve.json")
 
 
 def _enlarged(tokenizer: dict[str, Any], vocab_size: int) -> dict[str, Any]:
@@ -222,7 +198,3 @@ def _enlarged(tokenizer: dict[str, Any], vocab_size: int) -> dict[str, Any]:
 def _invented_word(index: int) -> str:
     letters = (chr(ord("a") + index // 26**place % 26) for place in range(4))
     return f"Ġq{''.join(letters)}"  # Ġ is a space in byte-level vocabularies
-
-
-def _write(path: Path, document: dict[str, Any]) -> None:
-    path.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -24,16 +24,10 @@ from trimserve.ops import PAGE_POSITIONS, reference
 
 __all__ = ["GEOMETRY", "Case", "make_cases"]
 
-_ROWS, _FEATURES, _HEADS, _KV_HEADS, _HEAD_DIM = 64, 4 * 1601, 32, 8, 128
-_PICKS = 1281  # k_ratio 0.2
-_BATCH = 8
-_TEXT_LENGTH = 128
-_SCALE = _HEAD_DIM**-0.5
-_SHAPE = (_ROWS, _FEATURES, _HEADS, _KV_HEADS, _HEAD_DIM, _PICKS, _BATCH)
-GEOMETRY: Final = dict(zip(("T", "N", "H", "Hkv", "Dh", "K", "B"), _SHAPE, strict=True))
-
-
-_VISION_ROWS, _PROMPT_ROWS = 4 * 1608, 2048
+GEOMETRY: Final = {"T": 64, "N": 4 * 1601, "H": 32, "Hkv": 8, "Dh": 128, "K": 1281, "B": 8}  # K: k_ratio 0.2
+_ROWS, _FEATURES, _HEADS, _KV_HEADS, _HEAD_DIM, _PICKS, _BATCH = GEOMETRY.values()
+_SCALE: Final = _HEAD_DIM**-0.5
+_TEXT_LENGTH, _VISION_ROWS, _PROMPT_ROWS = 128, 4 * 1608, 2048
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,37 +51,22 @@ class Case:
         return getattr(ops, self.op)(*self.arguments)
 
 
-class _Drawn:
-    """Values of a dtype on the default device, the same each time."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype = dtype
-        self.generator = torch.Generator(torch.get_default_device()).manual_seed(0)
-
-    def __call__(self, *shape: int) -> Tensor:
-        return torch.randn(*shape, generator=self.generator).to(self.dtype)
-
-    def order(self, length: int, dtype: torch.dtype = torch.int64) -> Tensor:
-        """A permutation."""
-        return torch.randperm(length, generator=self.generator, dtype=dtype)
-
-
 def make_cases(dtype: torch.dtype) -> Iterator[Case]:
     """Cases of all ops on the default device, one after another, so that only one holds its tensors.
 
     Raises:
         AssertionError: an op differs from its reference.
     """
-    draw = _Drawn(dtype)
-    yield from _selection_cases(draw)
-    yield from _writing_cases(draw)
+    torch.manual_seed(0)
+    yield from _selection_cases(dtype)
+    yield from _writing_cases(dtype)
     for batch, length in product((1, _BATCH), (_TEXT_LENGTH, _FEATURES // 2)):
-        yield _paged_attention_case(draw, batch, length)
+        yield _paged_attention_case(dtype, batch, length)
     if torch.get_default_device().type == "cpu":  # of ops that have no CUDA kernel
-        yield _attention_case(draw, (_VISION_ROWS, 16, 16, 80), is_causal=False)
-        yield _attention_case(draw, (_PROMPT_ROWS, _HEADS, _KV_HEADS, _HEAD_DIM), is_causal=True)
+        yield _attention_case(dtype, (_VISION_ROWS, 16, 16, 80), is_causal=False)
+        yield _attention_case(dtype, (_PROMPT_ROWS, _HEADS, _KV_HEADS, _HEAD_DIM), is_causal=True)
         for num_rows, int8 in product((1, _BATCH, 4 * _BATCH), (False, True)):
-            yield _linear_case(draw, num_rows, int8=int8)
+            yield _linear_case(dtype, num_rows, int8=int8)
 
 
 def _on_huge_pages(tensor: Tensor) -> Tensor:
@@ -95,15 +74,18 @@ def _on_huge_pages(tensor: Tensor) -> Tensor:
     return huge_pages.empty(tensor.shape, tensor.dtype, tensor.device).copy_(tensor)
 
 
-def _selection_cases(draw: _Drawn) -> Iterator[Case]:
-    q, keys = draw(_ROWS, _HEADS, _HEAD_DIM), draw(_FEATURES, _KV_HEADS, _HEAD_DIM)
+def _selection_cases(dtype: torch.dtype) -> Iterator[Case]:
+    q, keys = (
+        torch.randn(_ROWS, _HEADS, _HEAD_DIM, dtype=dtype),
+        torch.randn(_FEATURES, _KV_HEADS, _HEAD_DIM, dtype=dtype),
+    )
     visibility = torch.tensor([[0, _FEATURES]], dtype=torch.int32).expand(_ROWS, 2)
     arguments = (q, keys, visibility, _SCALE)
     scores = ops.headwise_scores(*arguments)
     torch.testing.assert_close(scores, reference.headwise_scores(*arguments), **HEADWISE_SCORES)
     moved, torch_scores = q.nbytes + keys.nbytes + scores.nbytes, partial(_scores_in_torch, q, keys)
-    yield Case("headwise_scores", "", draw.dtype, arguments, "bmm + softmax + mean", torch_scores, moved)
-    if draw.dtype != torch.float32:  # scores are float32 whatever the model's dtype is
+    yield Case("headwise_scores", "", dtype, arguments, "bmm + softmax + mean", torch_scores, moved)
+    if dtype != torch.float32:  # scores are float32 whatever the model's dtype is
         return
     picked = (scores, [_FEATURES], [_PICKS])
     picks = ops.headwise_topk(*picked)
@@ -127,21 +109,21 @@ def _scores_in_torch(q: Tensor, k: Tensor) -> Tensor:
     return weights.mean(dim=1)
 
 
-def _writing_cases(draw: _Drawn) -> Iterator[Case]:
+def _writing_cases(dtype: torch.dtype) -> Iterator[Case]:
     rows = _FEATURES // 2
-    keys, values = draw(2, _FEATURES, _KV_HEADS, _HEAD_DIM)
-    kept = draw.order(_FEATURES)[:rows].sort().values
+    keys, values = torch.randn(2, _FEATURES, _KV_HEADS, _HEAD_DIM, dtype=dtype)
+    kept = torch.randperm(_FEATURES)[:rows].sort().values
     shape = (-(-rows // PAGE_POSITIONS), 1, 2, _KV_HEADS, PAGE_POSITIONS, _HEAD_DIM)
-    pages, expected = _on_huge_pages(torch.zeros(shape, dtype=draw.dtype)), torch.zeros(shape, dtype=draw.dtype)
+    pages, expected = _on_huge_pages(torch.zeros(shape, dtype=dtype)), torch.zeros(shape, dtype=dtype)
     position = torch.arange(rows)
-    slots = draw.order(len(pages))[position // PAGE_POSITIONS] * PAGE_POSITIONS + position % PAGE_POSITIONS
+    slots = torch.randperm(len(pages))[position // PAGE_POSITIONS] * PAGE_POSITIONS + position % PAGE_POSITIONS
     num_bytes = 2 * rows * (keys[0].nbytes + values[0].nbytes)
     for op, detail, *arguments in (
         ("write_kv", f"{rows} rows", keys[:rows], values[:rows], slots),
         ("gather_kv", "half kept", keys, values, kept, slots),
     ):
         in_torch = partial(getattr(reference, op), pages, 0, *arguments)
-        case = Case(op, detail, draw.dtype, (pages, 0, *arguments), "advanced indexing", in_torch, num_bytes, "copy")
+        case = Case(op, detail, dtype, (pages, 0, *arguments), "advanced indexing", in_torch, num_bytes, "copy")
         getattr(reference, op)(expected.zero_(), 0, *arguments)
         pages.zero_()
         case.run()
@@ -149,22 +131,22 @@ def _writing_cases(draw: _Drawn) -> Iterator[Case]:
         yield case
 
 
-def _paged_attention_case(draw: _Drawn, batch: int, length: int) -> Case:
+def _paged_attention_case(dtype: torch.dtype, batch: int, length: int) -> Case:
     per_sequence = -(-length // PAGE_POSITIONS)
-    q = draw(batch, _HEADS, _HEAD_DIM)
-    pages = _on_huge_pages(draw(batch * per_sequence, 1, 2, _KV_HEADS, PAGE_POSITIONS, _HEAD_DIM))
-    tables = draw.order(len(pages), torch.int32).view(batch, per_sequence)
+    q = torch.randn(batch, _HEADS, _HEAD_DIM, dtype=dtype)
+    pages = _on_huge_pages(torch.randn(batch * per_sequence, 1, 2, _KV_HEADS, PAGE_POSITIONS, _HEAD_DIM, dtype=dtype))
+    tables = torch.randperm(len(pages), dtype=torch.int32).view(batch, per_sequence)
     arguments = (q, pages, 0, tables, torch.full((batch,), length, dtype=torch.int32), _SCALE)
     attended = ops.paged_attention(*arguments)
     first = (q[:1], pages, 0, tables[:1], arguments[4][:1], _SCALE)
-    torch.testing.assert_close(attended[:1], reference.paged_attention(*first), **PAGED_ATTENTION[draw.dtype])
+    torch.testing.assert_close(attended[:1], reference.paged_attention(*first), **PAGED_ATTENTION[dtype])
     # The same keys and values as transformers caches them, [B, Hkv, length, Dh].
     together = pages[tables.long(), 0].permute(2, 0, 3, 1, 4, 5).flatten(3, 4)[..., :length, :].contiguous()
     in_torch = partial(_attention_in_torch, q, *together)
     torch.testing.assert_close(in_torch(), attended, rtol=1e-2, atol=1e-2)
     detail = f"length {length}, batch {batch}"
     floor: Floor | None = "read" if length > _TEXT_LENGTH else None  # so few bytes take less time than the call
-    return Case("paged_attention", detail, draw.dtype, arguments, "repeat_kv + sdpa", in_torch, together.nbytes, floor)
+    return Case("paged_attention", detail, dtype, arguments, "repeat_kv + sdpa", in_torch, together.nbytes, floor)
 
 
 def _attention_in_torch(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
@@ -175,38 +157,38 @@ def _attention_in_torch(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     return attended[:, :, 0]
 
 
-def _attention_case(draw: _Drawn, shape: tuple[int, int, int, int], *, is_causal: bool) -> Case:
+def _attention_case(dtype: torch.dtype, shape: tuple[int, int, int, int], *, is_causal: bool) -> Case:
     """The vision encoder of an image of four tiles, or a prompt; a shape is (T, H, Hkv, Dh)."""
     num_rows, num_heads, num_kv_heads, head_dim = shape
-    q = draw(num_rows, num_heads, head_dim)
-    k, v = draw(2, num_rows, num_kv_heads, head_dim)
+    q = torch.randn(num_rows, num_heads, head_dim, dtype=dtype)
+    k, v = torch.randn(2, num_rows, num_kv_heads, head_dim, dtype=dtype)
     rows = torch.arange(num_rows, dtype=torch.int32)
     ends = rows + 1 if is_causal else torch.full_like(rows, num_rows)
     visibility = torch.stack([torch.zeros_like(rows), ends], dim=1)
     arguments = (q, k, v, visibility, head_dim**-0.5)
-    some = torch.randint(num_rows, (16,), generator=draw.generator)
+    some = torch.randint(num_rows, (16,))
     expected, _ = reference.attention(q[some], k, v, visibility[some], arguments[4])
-    torch.testing.assert_close(ops.attention(*arguments)[0][some], expected, **MANY_ROWS_ATTENTION[draw.dtype])
+    torch.testing.assert_close(ops.attention(*arguments)[0][some], expected, **MANY_ROWS_ATTENTION[dtype])
     queries, keys, values = (part.transpose(0, 1)[None].contiguous() for part in (q, k, v))
     has_groups = num_heads != num_kv_heads
     in_torch = partial(
         F.scaled_dot_product_attention, queries, keys, values, is_causal=is_causal, enable_gqa=has_groups
     )
     detail = f"{num_rows} rows of a {'prompt' if is_causal else 'vision encoder'}"
-    return Case("attention", detail, draw.dtype, arguments, "sdpa", in_torch, 2 * q.nbytes + k.nbytes + v.nbytes)
+    return Case("attention", detail, dtype, arguments, "sdpa", in_torch, 2 * q.nbytes + k.nbytes + v.nbytes)
 
 
-def _linear_case(draw: _Drawn, num_rows: int, *, int8: bool) -> Case:
+def _linear_case(dtype: torch.dtype, num_rows: int, *, int8: bool) -> Case:
     """int8 beside what model/projection.py does on a GPU."""
     size = _HEADS * _HEAD_DIM
-    x, weight = draw(num_rows, size), draw(size, size)
+    x, weight = torch.randn(num_rows, size, dtype=dtype), torch.randn(size, size, dtype=dtype)
     arguments = (x, *(to_int8(weight) if int8 else (_on_huge_pages(weight),)))
     outputs = ops.linear(*arguments)
-    tolerance = (LINEAR_QUANTIZED if int8 else LINEAR)[draw.dtype]
+    tolerance = (LINEAR_QUANTIZED if int8 else LINEAR)[dtype]
     torch.testing.assert_close(outputs, reference.linear(*arguments), **tolerance)
     named = "weights made floats + linear" if int8 else "linear"
     in_torch = partial(multiply_int8 if int8 else F.linear, *arguments)
     num_bytes = sum(tensor.nbytes for tensor in (*arguments, outputs))
     floor: Floor | None = "read" if num_rows == 1 else None
     detail = f"{num_rows} rows of {size}{', int8 weights' if int8 else ''}"
-    return Case("linear", detail, draw.dtype, arguments, named, in_torch, num_bytes, floor)
+    return Case("linear", detail, dtype, arguments, named, in_torch, num_bytes, floor)

@@ -23,7 +23,6 @@ __all__ = [
     "points",
     "precision",
     "tabulated",
-    "times",
     "write_json",
 ]
 
@@ -50,8 +49,8 @@ def command_line(doc: str | None, out: str, **defaults: Any) -> argparse.Namespa
     Args:
         doc: of the benchmark.
         out: default of `--out`, in `RESULTS`.
-        defaults: of its other options: False is a switch; a list several values, of its own where these are texts; a
-            tuple a choice whose first is the default; None a text or nothing.
+        defaults: of its other options: False is a switch; a list several values, of its own where these are texts;
+            None a text or nothing.
     """
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=doc, formatter_class=form)
@@ -59,8 +58,6 @@ def command_line(doc: str | None, out: str, **defaults: Any) -> argparse.Namespa
         how: dict[str, Any] = {"default": default}
         if default is False:
             how["action"] = "store_true"
-        elif isinstance(default, tuple):
-            how |= {"default": default[0], "choices": default}
         elif isinstance(default, list):
             how |= {"nargs": "+", "type": type(default[0]), "choices": default if isinstance(default[0], str) else None}
         elif default is not None:
@@ -73,8 +70,7 @@ def command_line(doc: str | None, out: str, **defaults: Any) -> argparse.Namespa
 
 
 def _most_threads(arguments: argparse.Namespace) -> int:
-    threads = arguments.threads
-    return max(threads) if isinstance(threads, list) else int(threads)
+    return max(arguments.threads) if isinstance(arguments.threads, list) else int(arguments.threads)
 
 
 def noted(rows: list[dict[str, Any]], row: dict[str, Any]) -> None:
@@ -145,12 +141,6 @@ def precision(row: dict[str, Any]) -> str:
     """How a row's weights are stored."""
     dtype, quantize = row["dtype"], row["quantize"]
     return str(dtype) if quantize == "none" else f"{quantize}, {dtype}"
-
-
-def times(row: dict[str, Any]) -> str:
-    """A row's `speedup` with its interval."""
-    low, high = row["interval"]
-    return f"{row['speedup']:.2f} [{low:.2f}, {high:.2f}]"
 
 
 def points(value: float, low: float, high: float) -> str:

@@ -7,15 +7,18 @@ With `--pictures all` every kind of picture comes equally often, and a question'
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import get_args
 
 from training.examples import PICTURES, SCENES_ONLY, example_rng, generate_example
 from training.scenes import Split
+from trimserve.evaluation.dataset import Question, load_questions
 
-__all__ = ["main", "write_held_out"]
+__all__ = ["held_out", "main", "write_held_out"]
 
 
 def write_held_out(
@@ -48,6 +51,13 @@ def write_held_out(
     path = folder / "questions.jsonl"
     path.write_text("\n".join(lines[:num_questions]) + "\n")
     return path
+
+
+@contextmanager
+def held_out(num_questions: int, pictures: Sequence[str] = ()) -> Iterator[list[Question]]:
+    """The questions of `write_held_out`, loaded, while the block runs."""
+    with TemporaryDirectory() as folder:
+        yield load_questions(write_held_out(Path(folder), num_questions, pictures=pictures))
 
 
 def main() -> None:

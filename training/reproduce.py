@@ -6,7 +6,6 @@ with the `--model` that it is about.
 """
 
 import argparse
-import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,12 +15,12 @@ from rich.progress import Progress
 from rich.table import Table
 
 from training.examples import PICTURES
-from training.heldout import write_held_out
+from training.heldout import held_out
 from training.readme import EVALUATION
 from trimserve.api.trim import FixedRatio, TrimRequest
 from trimserve.config import EngineConfig, ModelConfig
 from trimserve.evaluation.curve import measure_curve
-from trimserve.evaluation.dataset import ALL_KINDS, load_questions
+from trimserve.evaluation.dataset import ALL_KINDS
 from trimserve.evaluation.in_process import InProcess
 from trimserve.evaluation.report import UNTRIMMED_POLICY, Report, Row
 from trimserve.model.loading import describe_model, load_model
@@ -42,8 +41,8 @@ def main() -> None:
     config = ModelConfig(model=arguments.model, dtype="float32")
     pictures = PICTURES if {*committed.data["kinds"]} <= {*PICTURES} else ()
     trims = list(_some_settings(committed, config))
-    with tempfile.TemporaryDirectory() as folder, Progress(console=Console(stderr=True)) as progress:
-        questions = load_questions(write_held_out(Path(folder), committed.data["num_questions"], pictures=pictures))
+    num_questions = committed.data["num_questions"]
+    with held_out(num_questions, pictures) as questions, Progress(console=Console(stderr=True)) as progress:
         task = progress.add_task("questions", total=len(questions))
         model = InProcess(load_model(config, EngineConfig()))
         measured = measure_curve(model, questions, trims, on_question=lambda: progress.advance(task))

@@ -28,7 +28,6 @@ from google.protobuf.descriptor_pb2 import (
 
 from benchmarks import (
     bench_bytes,
-    bench_fleet,
     bench_generate,
     bench_pictures,
     bench_precision,
@@ -239,7 +238,7 @@ def compared(table: Callable[[Report], str], name: str = "policies/report.json")
 
 def of_pictures(table: Callable[..., str], subject: str) -> str:
     """A table of what was measured about harder pictures."""
-    return measured(table, f"python -m benchmarks.bench_pictures --subject {subject}", f"pictures/{subject}.json")
+    return measured(table, "python -m benchmarks.bench_pictures", f"pictures/{subject}.json")
 
 
 BYTES = ("python -m benchmarks.bench_bytes", "bytes.json", "trimming/report.json")
@@ -265,9 +264,7 @@ TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     "pictures": ("docs/pictures.md", lambda: compared(cost_by_picture, "pictures/report.json")),
     "pictures-grey": ("docs/pictures.md", lambda: of_pictures(bench_pictures.grey_table, "grey")),
     "pictures-backgrounds": ("docs/pictures.md", lambda: of_pictures(bench_pictures.backgrounds_table, "backgrounds")),
-    "pictures-default": ("docs/pictures.md", lambda: of_pictures(bench_pictures.default_table, "default")),
     "batch": ("docs/command-line.md", lambda: measured(batch_table, "make verify-batch", "batch.json")),
-    "fleet": ("docs/fleet.md", lambda: benchmark(bench_fleet, "fleet.json")),
     "bytes": ("docs/performance.md", lambda: benchmark(bench_bytes, "bytes.json")),
     "serve": ("docs/performance.md", lambda: benchmark(bench_serve, "serve/report.json")),
     "generate": ("docs/performance.md", lambda: benchmark(bench_generate, "generate/report.json")),

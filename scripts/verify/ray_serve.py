@@ -33,7 +33,7 @@ TOKENS = 1500
 
 
 @contextmanager
-def ray_serve(*, is_haproxy: bool, num_threads: int = 1) -> Iterator[tuple[str, Any, Callable[[int | None], None]]]:
+def ray_serve(*, is_haproxy: bool) -> Iterator[tuple[str, Any, Callable[[int | None], None]]]:
     """A Ray of its own: the address of gRPC, Serve, and what deploys so many replicas, or as many as it takes."""
     # Workers find what is found here.
     os.environ["PYTHONPATH"] = os.pathsep.join([str(FOLDER), str(ROOT), os.environ.get("PYTHONPATH", "")])
@@ -63,7 +63,7 @@ def ray_serve(*, is_haproxy: bool, num_threads: int = 1) -> Iterator[tuple[str, 
             metrics_interval_s=0.5,
             policy=AutoscalingPolicy(policy_function="deployment:by_queue"),
         )
-        engine = {"max_batch": MAX_BATCH, "max_queue": 512, "num_threads": num_threads}
+        engine = {"max_batch": MAX_BATCH, "max_queue": 512, "num_threads": 1}
 
         def deploy(num_replicas: int | None) -> None:
             scaling = None if num_replicas else quick

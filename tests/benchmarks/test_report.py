@@ -56,16 +56,15 @@ def test_options_are_what_their_defaults_are(monkeypatch: pytest.MonkeyPatch) ->
         "runs": 3,
         "quick": False,
         "names": ["a", "b"],
-        "dtype": ("float32", "bfloat16"),
         "bench_model": Path("x"),
     }
     monkeypatch.setattr("sys.argv", ["bench", "--runs", "5", "--bench-model", "y"])
     found = command_line("", "file.json", **options, rival=None)
     assert (found.runs, found.bench_model, found.threads) == (5, Path("y"), 1)
-    assert (found.quick, found.names, found.dtype, found.rival) == (False, ["a", "b"], "float32", None)
-    monkeypatch.setattr("sys.argv", ["bench", "--quick", "--names", "b", "--dtype", "bfloat16", "--rival", "z"])
+    assert (found.quick, found.names, found.rival) == (False, ["a", "b"], None)
+    monkeypatch.setattr("sys.argv", ["bench", "--quick", "--names", "b", "--rival", "z"])
     found = command_line("", "file.json", **options, rival=None)
-    assert (found.quick, found.names, found.dtype, found.rival) == (True, ["b"], "bfloat16", "z")
+    assert (found.quick, found.names, found.rival) == (True, ["b"], "z")
 
 
 def test_columns_tell_rows_by_formats_and_functions() -> None:

@@ -11,8 +11,10 @@ from trimserve.ops import reference
 
 __all__ = [
     "LAYOUTS",
+    "AttentionInputs",
     "assert_same",
     "assert_writes_as_reference",
+    "draw_attention",
     "misaligned",
     "seeded",
     "threads",
@@ -21,9 +23,32 @@ __all__ = [
 ]
 
 
+AttentionInputs = tuple[Tensor, Tensor, Tensor, Tensor, float, Tensor | None]
+"""What `ops.attention` takes: q, k, v, visibility, scale, bias."""
+
+
 def seeded(seed: int) -> torch.Generator:
     """Random numbers on the device where new tensors are made."""
     return torch.Generator(torch.get_default_device()).manual_seed(seed)
+
+
+def draw_attention(
+    num_rows: int,
+    num_keys: int,
+    num_heads: int = 4,
+    num_kv_heads: int = 2,
+    head_dim: int = 16,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> AttentionInputs:
+    """Random logits with a standard deviation of about 4, a random bias, and random ranges, some empty."""
+    generator = seeded(seed)
+    q = torch.randn(num_rows, num_heads, head_dim, generator=generator) * 4
+    k = torch.randn(num_keys, num_kv_heads, head_dim, generator=generator)
+    ends = torch.randint(0, num_keys + 1, (num_rows, 2), generator=generator, dtype=torch.int32)
+    v = torch.randn(k.shape, generator=generator)
+    bias = torch.randn(num_keys, generator=generator)
+    return q.to(dtype), k.to(dtype), v.to(dtype), ends.sort(dim=1).values, head_dim**-0.5, bias
 
 
 @contextmanager

@@ -10,32 +10,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from tests.ops.arrays import LAYOUTS, misaligned, seeded, threads
+from tests.ops.arrays import LAYOUTS, AttentionInputs, draw_attention, misaligned, threads
 from tests.ops.refusals import assert_refused
 from tests.tolerances import MANY_ROWS_ATTENTION, PAGED_ATTENTION
 from trimserve.ops import attention, reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 BLOCK_KEYS = 128
-Inputs = tuple[Tensor, Tensor, Tensor, Tensor, float, Tensor | None]
-
-
-def draw(
-    num_rows: int,
-    num_keys: int,
-    num_heads: int = 4,
-    num_kv_heads: int = 2,
-    head_dim: int = 16,
-    dtype: torch.dtype = torch.float32,
-    seed: int = 0,
-) -> Inputs:
-    """Random logits with a standard deviation of about 4, a random bias, and random ranges, some empty."""
-    generator = seeded(seed)
-    q = torch.randn(num_rows, num_heads, head_dim, generator=generator) * 4
-    k, v = torch.randn(2, num_keys, num_kv_heads, head_dim, generator=generator)
-    ends = torch.randint(0, num_keys + 1, (num_rows, 2), generator=generator, dtype=torch.int32)
-    bias = torch.randn(num_keys, generator=generator)
-    return q.to(dtype), k.to(dtype), v.to(dtype), ends.sort(dim=1).values, head_dim**-0.5, bias
 
 
 def everything(num_rows: int, num_keys: int) -> Tensor:
@@ -43,7 +24,7 @@ def everything(num_rows: int, num_keys: int) -> Tensor:
     return torch.tensor([[0, num_keys]], dtype=torch.int32).expand(num_rows, 2)
 
 
-def assert_equals_reference(inputs: Inputs) -> None:
+def assert_equals_reference(inputs: AttentionInputs) -> None:
     attended, log_sums = attention(*inputs)
     expected, expected_sums = reference.attention(*inputs)
     torch.testing.assert_close(attended, expected, equal_nan=True, **MANY_ROWS_ATTENTION[attended.dtype])
@@ -106,7 +87,7 @@ def test_query_heads_share_their_group_s_kv_head() -> None:
 def test_equals_reference(
     num_rows: int, num_keys: int, num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype
 ) -> None:
-    inputs = draw(num_rows, num_keys, num_heads, num_kv_heads, head_dim, dtype)
+    inputs = draw_attention(num_rows, num_keys, num_heads, num_kv_heads, head_dim, dtype)
     assert_equals_reference(inputs)
     assert_equals_reference((*inputs[:5], None))
 
@@ -123,12 +104,14 @@ def test_equals_reference(
 def test_equals_reference_on_any_shape(
     num_rows: int, num_keys: int, num_kv_heads: int, group: int, head_dim: int, dtype: torch.dtype, seed: int
 ) -> None:
-    assert_equals_reference(draw(num_rows, num_keys, group * num_kv_heads, num_kv_heads, head_dim, dtype, seed))
+    assert_equals_reference(
+        draw_attention(num_rows, num_keys, group * num_kv_heads, num_kv_heads, head_dim, dtype, seed)
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_causal_ranges_equal_torch_s_attention(dtype: torch.dtype) -> None:
-    q, k, v, _, scale, _ = draw(300, 300, 4, 4, 32, dtype)
+    q, k, v, _, scale, _ = draw_attention(300, 300, 4, 4, 32, dtype)
     rows = torch.arange(300, dtype=torch.int32)
     attended, _ = attention(q, k, v, torch.stack([torch.zeros_like(rows), rows + 1], dim=1), scale)
     queries, keys, values = (part.double().transpose(0, 1) for part in (q, k, v))
@@ -137,7 +120,7 @@ def test_causal_ranges_equal_torch_s_attention(dtype: torch.dtype) -> None:
 
 
 def test_large_logits_do_not_overflow() -> None:
-    q, k, v, ranges, _, _ = draw(60, 300)
+    q, k, v, ranges, _, _ = draw_attention(60, 300)
     for scale in (1000.0, -1000.0):
         assert_equals_reference((q, k, v, ranges, scale, None))
 
@@ -145,7 +128,7 @@ def test_large_logits_do_not_overflow() -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_spoiled_key_spoils_only_the_rows_that_see_it(value: float, dtype: torch.dtype) -> None:
-    q, k, v, _, scale, _ = draw(2, 300, dtype=dtype)
+    q, k, v, _, scale, _ = draw_attention(2, 300, dtype=dtype)
     k[250] = value
     ranges = torch.tensor([[0, 250], [100, 300]], dtype=torch.int32)
     attended, log_sums = attention(q, k, v, ranges, scale)
@@ -155,7 +138,7 @@ def test_a_spoiled_key_spoils_only_the_rows_that_see_it(value: float, dtype: tor
 
 
 def test_a_spoiled_query_spoils_only_its_row_and_head() -> None:
-    q, k, v, ranges, scale, _ = draw(60, 40)
+    q, k, v, ranges, scale, _ = draw_attention(60, 40)
     ranges[5] = torch.tensor([0, 40])
     expected, _ = attention(q, k, v, ranges, scale)
     q[5, 3, 2] = math.nan
@@ -166,7 +149,7 @@ def test_a_spoiled_query_spoils_only_its_row_and_head() -> None:
 
 
 def test_minus_infinite_logits_weigh_nothing() -> None:
-    q, k, v, _, scale, _ = draw(60, 300)
+    q, k, v, _, scale, _ = draw_attention(60, 300)
     bias = torch.zeros(300)
     bias[:200] = -math.inf  # a whole block of keys and a part of the next
     attended, log_sums = attention(q, k, v, everything(60, 300), scale, bias)
@@ -176,7 +159,7 @@ def test_minus_infinite_logits_weigh_nothing() -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layout_does_not_matter(layout: Callable[[Tensor], Tensor]) -> None:
-    q, k, v, ranges, scale, bias = draw(9, 140)
+    q, k, v, ranges, scale, bias = draw_attention(9, 140)
     assert bias is not None
     found = attention(layout(q), layout(k), layout(v), layout(ranges), scale, layout(bias))
     for part, expected in zip(found, attention(q, k, v, ranges, scale, bias), strict=True):
@@ -185,7 +168,7 @@ def test_layout_does_not_matter(layout: Callable[[Tensor], Tensor]) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_reads_only_its_inputs(dtype: torch.dtype) -> None:
-    q, k, v, ranges, scale, bias = draw(9, 137, head_dim=13, dtype=dtype)
+    q, k, v, ranges, scale, bias = draw_attention(9, 137, head_dim=13, dtype=dtype)
     assert bias is not None
     expected, expected_sums = attention(q, k, v, ranges, scale, bias)
     for offset in range(18):
@@ -199,7 +182,7 @@ def test_reads_only_its_inputs(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_row_gets_the_same_bits_alone_and_in_any_company(dtype: torch.dtype) -> None:
-    q, k, v, ranges, scale, bias = draw(130, 300, head_dim=40, dtype=dtype)
+    q, k, v, ranges, scale, bias = draw_attention(130, 300, head_dim=40, dtype=dtype)
     attended, log_sums = attention(q, k, v, ranges, scale, bias)
     for some in (torch.tensor([7]), torch.arange(100, 117), torch.arange(129, -1, -1)):
         of_some, sums_of_some = attention(q[some], k, v, ranges[some], scale, bias)
@@ -208,14 +191,14 @@ def test_a_row_gets_the_same_bits_alone_and_in_any_company(dtype: torch.dtype) -
 
 
 def test_any_number_of_threads_gives_the_same_bits() -> None:
-    inputs = draw(300, 260)
+    inputs = draw_attention(300, 260)
     alone = attention(*inputs)
     with threads(3):
         assert all(map(torch.equal, attention(*inputs), alone))
 
 
 Q, K, R = torch.zeros(3, 4, 8), torch.zeros(5, 2, 8), torch.zeros(3, 2, dtype=torch.int32)
-REFUSALS: list[tuple[Inputs, str]] = [
+REFUSALS: list[tuple[AttentionInputs, str]] = [
     ((Q.double(), K, K, R, 1.0, None), "q must be float32, bfloat16 or float16 [T, H, Dh], got float64 [3, 4, 8]"),
     ((Q, K[..., :7], K, R, 1.0, None), "k must be float32 [N, Hkv, 8] like q, got float32 [5, 2, 7]"),
     ((Q, K, K.half(), R, 1.0, None), "v must be float32 [N, Hkv, Dh] like k, got float16 [5, 2, 8]"),
@@ -231,10 +214,10 @@ REFUSALS: list[tuple[Inputs, str]] = [
 
 
 @pytest.mark.parametrize(("arguments", "message"), REFUSALS)
-def test_refuses_with_its_reason(arguments: Inputs, message: str) -> None:
+def test_refuses_with_its_reason(arguments: AttentionInputs, message: str) -> None:
     assert_refused(attention, arguments, message)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_opcheck(dtype: torch.dtype) -> None:
-    torch.library.opcheck(torch.ops.trimserve.attention.default, draw(5, 40, dtype=dtype))
+    torch.library.opcheck(torch.ops.trimserve.attention.default, draw_attention(5, 40, dtype=dtype))

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.ops.arrays import LAYOUTS, misaligned, seeded, threads
+from tests.ops.arrays import LAYOUTS, draw_attention, misaligned, threads
 from tests.ops.refusals import refusing
 from tests.tolerances import HEADWISE_SCORES
 from trimserve.ops import headwise_scores, reference
@@ -20,21 +21,10 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 Inputs = tuple[Tensor, Tensor, Tensor, float]
 
 
-def draw(
-    num_rows: int,
-    num_features: int,
-    num_heads: int = 4,
-    num_kv_heads: int = 2,
-    head_dim: int = 16,
-    dtype: torch.dtype = torch.float32,
-    seed: int = 0,
-) -> Inputs:
-    """Random logits with a standard deviation of about 4, and random ranges, some empty."""
-    generator = seeded(seed)
-    q = torch.randn(num_rows, num_heads, head_dim, generator=generator) * 4
-    k = torch.randn(num_features, num_kv_heads, head_dim, generator=generator)
-    ends = torch.randint(0, num_features + 1, (num_rows, 2), generator=generator, dtype=torch.int32)
-    return q.to(dtype), k.to(dtype), ends.sort(dim=1).values, head_dim**-0.5
+def draw(*sizes: Any, **others: Any) -> Inputs:
+    """What `draw_attention` makes of the same, without values and bias."""
+    q, k, _, visibility, scale, _ = draw_attention(*sizes, **others)
+    return q, k, visibility, scale
 
 
 def assert_equals_reference(inputs: Inputs) -> None:

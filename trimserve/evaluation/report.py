@@ -24,7 +24,18 @@ from trimserve.evaluation.answers import Answer
 from trimserve.evaluation.dataset import ALL_KINDS, Question
 from trimserve.evaluation.metrics import Bootstrap, Estimate, is_match
 
-__all__ = ["UNTRIMMED_POLICY", "Advantage", "Report", "Row", "about_this_run", "make_report", "variant"]
+__all__ = [
+    "UNTRIMMED_POLICY",
+    "Advantage",
+    "Report",
+    "Row",
+    "about_this_run",
+    "bootstrap_of",
+    "is_right",
+    "make_report",
+    "variant",
+    "where_by_kind",
+]
 
 UNTRIMMED_POLICY = "untrimmed"
 """Name of the row that everything is compared with."""
@@ -217,26 +228,34 @@ class _Setting(NamedTuple):
     parameters: dict[str, float] = {}  # noqa: RUF012 - nobody changes it
 
 
+def is_right(questions: Sequence[Question], answers: Sequence[Answer]) -> NDArray[np.float64]:
+    """1 for each question that is answered rightly, else 0: [Q]."""
+    pairs = zip(questions, answers, strict=True)
+    return np.array([is_match(answer.text, question.answer or "") for question, answer in pairs], np.float64)
+
+
+def bootstrap_of(questions: Sequence[Question]) -> Bootstrap:
+    """Intervals over the images that questions are about."""
+    numbers = {image: number for number, image in enumerate(dict.fromkeys(q.image for q in questions))}
+    return Bootstrap(np.array([numbers[question.image] for question in questions]))
+
+
+def where_by_kind(questions: Sequence[Question]) -> dict[str, NDArray[np.bool_]]:
+    """Which questions are of each kind, [Q], those of `ALL_KINDS` first."""
+    kinds = np.array([question.kind for question in questions])
+    where = {ALL_KINDS: np.ones(len(questions), dtype=np.bool_)}
+    return where | {str(kind): kinds == kind for kind in np.unique(kinds) if kind}
+
+
 class _Table:
     """Figures of every question under every setting; column 0 is untrimmed."""
 
     def __init__(self, questions: Sequence[Question], answers: Sequence[Sequence[Answer]]) -> None:
-        self._is_right = np.array(
-            [
-                [is_match(answer.text, question.answer or "") for answer in row]
-                for question, row in zip(questions, answers, strict=True)
-            ],
-            dtype=np.float64,
-        )
+        self._is_right = np.stack([is_right(questions, column) for column in zip(*answers, strict=True)], axis=1)
         self._kept = np.array([[answer.num_held / answer.num_valid for answer in row] for row in answers])
         self._divergence = np.array([[answer.divergence for answer in row] for row in answers])
-        numbers = {image: number for number, image in enumerate(dict.fromkeys(q.image for q in questions))}
-        self._bootstrap = Bootstrap(np.array([numbers[question.image] for question in questions]))
-        kinds = np.array([question.kind for question in questions])
-        self._where: dict[str, NDArray[np.bool_]] = {
-            ALL_KINDS: np.ones(len(questions), dtype=np.bool_),
-            **{str(kind): kinds == kind for kind in np.unique(kinds) if kind},
-        }
+        self._bootstrap = bootstrap_of(questions)
+        self._where = where_by_kind(questions)
 
     @property
     def kinds(self) -> list[str]:

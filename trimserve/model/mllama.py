@@ -230,15 +230,10 @@ class Mllama:
 
     @torch.inference_mode()
     def prompt_rows(
-        self,
-        prompt: PreparedPrompt,
-        images: Sequence[EncodedImage],
-        trim: TrimPlan,
-        kv: KeyValues,
-        stored: KeptSets | None = None,
+        self, prompt: PreparedPrompt, images: Sequence[EncodedImage], trim: TrimPlan, kv: KeyValues
     ) -> SequenceRows:
         """A prompt as rows of a ragged batch; what is chosen before the decoder is chosen. See `ToPrefill`."""
-        return run_through(self._prompt_rows(ToPrefill(prompt, images, trim, kv, stored)))
+        return run_through(self._prompt_rows(ToPrefill(prompt, images, trim, kv)))
 
     @torch.inference_mode()
     def look(
