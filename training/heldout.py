@@ -54,10 +54,10 @@ def write_held_out(
 
 
 @contextmanager
-def held_out(num_questions: int, pictures: Sequence[str] = ()) -> Iterator[list[Question]]:
+def held_out(num_questions: int, pictures: Sequence[str] = (), seed: int = 0) -> Iterator[list[Question]]:
     """The questions of `write_held_out`, loaded, while the block runs."""
     with TemporaryDirectory() as folder:
-        yield load_questions(write_held_out(Path(folder), num_questions, pictures=pictures))
+        yield load_questions(write_held_out(Path(folder), num_questions, seed, pictures))
 
 
 def main() -> None:

@@ -28,6 +28,7 @@ from google.protobuf.descriptor_pb2 import (
 
 from benchmarks import (
     bench_bytes,
+    bench_default,
     bench_generate,
     bench_pictures,
     bench_precision,
@@ -264,6 +265,7 @@ TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     "pictures": ("docs/pictures.md", lambda: compared(cost_by_picture, "pictures/report.json")),
     "pictures-grey": ("docs/pictures.md", lambda: of_pictures(bench_pictures.grey_table, "grey")),
     "pictures-backgrounds": ("docs/pictures.md", lambda: of_pictures(bench_pictures.backgrounds_table, "backgrounds")),
+    "pictures-default": ("docs/pictures.md", lambda: benchmark(bench_default, "pictures/default.json")),
     "batch": ("docs/command-line.md", lambda: measured(batch_table, "make verify-batch", "batch.json")),
     "bytes": ("docs/performance.md", lambda: benchmark(bench_bytes, "bytes.json")),
     "serve": ("docs/performance.md", lambda: benchmark(bench_serve, "serve/report.json")),
