@@ -25,10 +25,11 @@ constexpr std::int64_t kRowsAtOnce = 32;    // whose sums stay in the second-lev
 constexpr std::int64_t kPartBytes = 16384;  // of all these rows: half of the first-level cache
 constexpr std::int64_t kPartInputs = 4096;  // of one row, at most
 constexpr std::int64_t kMostGroups = kPartInputs / kInt4Unit;
-constexpr std::int64_t kRowBytes = 20480;    // of a row that stays in the first-level cache
-constexpr std::int64_t kLargeCache = 49152;  // first-level, of cores that read two vectors of 64 bytes a cycle
-constexpr std::int64_t kQuad = 4;            // outputs that all rows pass together
-constexpr std::int64_t kOutputsAhead = 8;    // to prefetch
+constexpr std::int64_t kRowBytes = 20480;  // of a row that stays in the first-level cache
+constexpr std::int64_t kLargeCache =
+    49152;                                 // first-level, of cores that read two vectors of 64 bytes a cycle
+constexpr std::int64_t kQuad = 4;          // outputs that all rows pass together
+constexpr std::int64_t kOutputsAhead = 8;  // to prefetch
 constexpr std::int64_t kBytesAhead = 16384;  // to prefetch for a row that is alone, at least
 
 // Some inputs of some outputs.
