@@ -9,6 +9,8 @@
 
 #include "linear_quantized.h"
 
+#include <unistd.h>
+
 #include <algorithm>
 #include <cstring>
 
@@ -23,9 +25,11 @@ constexpr std::int64_t kRowsAtOnce = 32;    // whose sums stay in the second-lev
 constexpr std::int64_t kPartBytes = 16384;  // of all these rows: half of the first-level cache
 constexpr std::int64_t kPartInputs = 4096;  // of one row, at most
 constexpr std::int64_t kMostGroups = kPartInputs / kInt4Unit;
-constexpr std::int64_t kRowBytes = 20480;    // of a row that stays in the first-level cache
-constexpr std::int64_t kQuad = 4;            // outputs that all rows pass together
-constexpr std::int64_t kOutputsAhead = 8;    // to prefetch
+constexpr std::int64_t kRowBytes = 20480;  // of a row that stays in the first-level cache
+constexpr std::int64_t kLargeCache =
+    49152;                                 // first-level, of cores that read two vectors of 64 bytes a cycle
+constexpr std::int64_t kQuad = 4;          // outputs that all rows pass together
+constexpr std::int64_t kOutputsAhead = 8;  // to prefetch
 constexpr std::int64_t kBytesAhead = 16384;  // to prefetch for a row that is alone, at least
 
 // Some inputs of some outputs.
@@ -262,6 +266,15 @@ TRIMSERVE_INLINE void multiply_block(const LinearArgs& args, const std::byte* ro
   });
 }
 
+// Of a core's data; the least that is common where the system does not tell.
+std::int64_t first_level_bytes() {
+#ifdef _SC_LEVEL1_DCACHE_SIZE
+  static const std::int64_t told = sysconf(_SC_LEVEL1_DCACHE_SIZE);
+  if (told > 0) return told;
+#endif
+  return 32768;
+}
+
 // A block of outputs times a row that is alone, kColumns at a time. ahead: as of Part.
 template <int kWidth, typename Math, typename Unit, int kColumns>
 TRIMSERVE_INLINE void multiply_row(const LinearArgs& args, const LoneRow<Math, Unit>& x, std::int64_t row,
@@ -289,15 +302,14 @@ TRIMSERVE_INLINE void multiply_row(const LinearArgs& args, const LoneRow<Math, U
 
 // One by one, outputs are read in memory order, without prefetches: along a long sequence of addresses a core fetches
 // ahead by itself. A row that the first-level cache cannot hold is read again for each, though: several outputs share
-// it. So do they for bytes, where a core reads more of the row than of the weight. Along several sequences it fetches
-// too little ahead: what comes next is prefetched.
+// it. So do they for bytes where a core reads one vector a cycle, since it reads more of the row than of the weight.
+// Along several sequences it fetches too little ahead: what comes next is prefetched.
 template <int kWidth, typename Math, typename Unit>
 TRIMSERVE_INLINE void multiply_row(const LinearArgs& args, const LoneRow<Math, Unit>& x, std::int64_t row,
                                    std::int64_t first_output) {
-  if constexpr (!Math::kIsBytes) {
-    if (PackedRow<Math, Unit>(args).num_bytes <= kRowBytes)
-      return multiply_row<kWidth, Math, Unit, 1>(args, x, row, first_output, 0);
-  }
+  const bool is_in_order = !Math::kIsBytes || first_level_bytes() >= kLargeCache;
+  if (is_in_order && PackedRow<Math, Unit>(args).num_bytes <= kRowBytes)
+    return multiply_row<kWidth, Math, Unit, 1>(args, x, row, first_output, 0);
   constexpr int kColumns = kWidth == 16 && !Math::kIsBytes ? 8 : 4;
   const std::int64_t bytes = std::max<std::int64_t>(kColumns * Unit::bytes(args.num_inputs), 1);
   multiply_row<kWidth, Math, Unit, kColumns>(args, x, row, first_output,
