@@ -191,9 +191,8 @@ docs: build  ## regenerate the tables of docs/ and README.md, and the dashboard
 	$(BIN)/python -m scripts.generate.docs
 	$(BIN)/python -m scripts.generate.dashboards
 
-bench-ops: build  ## measure the ops and a layer of the vision encoder, in four minutes; leave the machine alone
+bench-ops: build  ## measure the ops, in two minutes; leave the machine alone
 	$(BIN)/python -m benchmarks.bench_ops
-	$(BIN)/python -m benchmarks.bench_vision --runs 2
 
 bench: bench-ops  ## measure ops, and try the other benchmarks (docs/performance.md measures with them)
 	$(BIN)/python -m benchmarks.bench_generate --quick --out out/bench/generate.json

@@ -3,7 +3,6 @@
 Everything happens on the device where new tensors are made.
 """
 
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -16,9 +15,6 @@ from trimserve.model import huge_pages
 __all__ = [
     "Floor",
     "bandwidth",
-    "beside",
-    "in_pairs",
-    "interval",
     "seconds_of",
     "spread",
     "stream",
@@ -35,7 +31,6 @@ _FLUSH_BYTES = {"cpu": 64 * 2**20, "cuda": 256 * 2**20}  # more than the caches 
 _STREAM_BYTES = 256 * 2**20
 _SLOW_MILLISECONDS, _FEW_RUNS = 100, 5
 _LEAST, _MOST = 3, 200
-_NUM_RESAMPLED = 2000
 
 
 def seconds_of(call: Call) -> float:
@@ -49,45 +44,6 @@ def spread(samples: Sequence[float], digits: int = 4) -> dict[str, float]:
     """Median, 10th and 90th percentile."""
     found = np.percentile(samples, (50, 10, 90))
     return {name: round(float(value), digits) for name, value in zip(("median", "p10", "p90"), found, strict=True)}
-
-
-def interval(ratios: Sequence[float]) -> tuple[float, float]:
-    """95 % interval of the median of some ratios by bootstrap."""
-    resampled = np.random.default_rng(0).choice(ratios, (_NUM_RESAMPLED, len(ratios)))
-    low, high = np.percentile(np.median(resampled, axis=1), (2.5, 97.5))
-    return round(float(low), 4), round(float(high), 4)
-
-
-def in_pairs(one: Callable[[int], float], other: Callable[[int], float], num_pairs: int) -> list[tuple[float, float]]:
-    """Figures of two that are measured back to back, so that both meet the same moments of the machine.
-
-    Args:
-        one: gives a figure; gets the number of the pair: 0 warms up and does not count.
-        other: the same; it is first in every second pair.
-        num_pairs: at least 1, beside the one that warms up.
-    """
-    pairs = []
-    for number in range(num_pairs + 1):
-        if number % 2:
-            found = one(number), other(number)
-        else:
-            second = other(number)
-            found = one(number), second
-        pairs.append(found)
-    return pairs[1:]
-
-
-def beside(theirs: Call, ours: Call, num_pairs: int) -> dict[str, Any]:
-    """Median seconds of two calls that take turns, and how many times as fast ours is, with its 95 % `interval`."""
-    pairs = in_pairs(lambda _: seconds_of(theirs), lambda _: seconds_of(ours), num_pairs)
-    their_seconds, seconds = (round(statistics.median(side), 5) for side in zip(*pairs, strict=True))
-    ratios = [one / other for one, other in pairs]
-    return {
-        "seconds": seconds,
-        "transformers_seconds": their_seconds,
-        "speedup": round(statistics.median(ratios), 4),
-        "interval": interval(ratios),
-    }
 
 
 def time_calls(call: Call, seconds: float) -> dict[str, float]:

@@ -35,7 +35,6 @@ from benchmarks import (
     bench_quantized,
     bench_real_size,
     bench_serve,
-    bench_vision,
 )
 from benchmarks.report import RESULTS
 from scripts.generate.picture_tables import cost_by_picture
@@ -277,7 +276,6 @@ TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     "precision": ("docs/performance.md", lambda: benchmark(bench_precision, "precision.json")),
     "quantized": ("docs/performance.md", lambda: benchmark(bench_quantized, "quantized.json")),
     "real-size": ("docs/performance.md", lambda: benchmark(bench_real_size, "real_size.json")),
-    "vision": ("docs/performance.md", lambda: benchmark(bench_vision, "vision.json")),
 }
 """Marker name -> document, and what generates the text."""
 

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any, Final
@@ -23,7 +23,7 @@ from typing import Any, Final
 import grpc
 
 from benchmarks.load import draw_picture
-from benchmarks.measure import in_pairs, seconds_of
+from benchmarks.measure import seconds_of
 from benchmarks.report import command_line, finish
 from benchmarks.service import running_server
 from trimserve.batch.lines import parse, read_lines
@@ -31,7 +31,7 @@ from trimserve.client import channel_options
 from trimserve.v1 import generation_pb2 as pb
 from trimserve.v1 import generation_pb2_grpc
 
-__all__ = ["main"]
+__all__ = ["in_pairs", "main"]
 
 _LEAST_RATIO: Final = 0.95
 _CONCURRENCY: Final = 32
@@ -107,6 +107,25 @@ def _kill_and_go_on(address: str, folder: Path, texts: Sequence[str]) -> dict[st
 def _num_lines(path: Path) -> int:
     """Whole lines of a file that may not be there yet."""
     return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def in_pairs(one: Callable[[int], float], other: Callable[[int], float], num_pairs: int) -> list[tuple[float, float]]:
+    """Figures of two that are measured back to back, so that both meet the same moments of the machine.
+
+    Args:
+        one: gives a figure; gets the number of the pair: 0 warms up and does not count.
+        other: the same; it is first in every second pair.
+        num_pairs: at least 1, beside the one that warms up.
+    """
+    pairs = []
+    for number in range(num_pairs + 1):
+        if number % 2:
+            found = one(number), other(number)
+        else:
+            second = other(number)
+            found = one(number), second
+        pairs.append(found)
+    return pairs[1:]
 
 
 def main() -> None:

@@ -31,24 +31,6 @@ def test_a_copy_moves_its_bytes_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     assert copy().sum().item() == 1024
 
 
-def test_pairs_are_measured_back_to_back_and_each_is_first_in_turn() -> None:
-    asked: list[tuple[str, int]] = []
-
-    def figure(name: str, number: int) -> float:
-        asked.append((name, number))
-        return float(number)
-
-    pairs = measure.in_pairs(lambda number: figure("one", number), lambda number: -figure("other", number), 2)
-    assert pairs == [(1.0, -1.0), (2.0, -2.0)]
-    assert asked == [("other", 0), ("one", 0), ("one", 1), ("other", 1), ("other", 2), ("one", 2)]
-
-
-def test_the_interval_holds_the_median_and_is_narrow_where_ratios_agree() -> None:
-    low, high = measure.interval([1.0, 1.1, 1.2, 1.3, 9.0])
-    assert 1.0 <= low <= 1.2 <= high <= 9.0
-    assert measure.interval([1.5] * 5) == (1.5, 1.5)
-
-
 def test_a_single_sample_has_no_spread() -> None:
     assert measure.spread([2.0]) == {"median": 2.0, "p10": 2.0, "p90": 2.0}
     assert measure.spread([float(each) for each in range(11)]) == {"median": 5.0, "p10": 1.0, "p90": 9.0}
