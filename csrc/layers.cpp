@@ -34,7 +34,8 @@ void share_out(std::int64_t num_blocks, std::int64_t blocks_per_thread, std::int
     std::int64_t end;
   };
   const std::int64_t most = std::min<std::int64_t>(torch::stable::get_num_threads(), kMostThreads);
-  const std::int64_t num_threads = std::clamp<std::int64_t>(num_blocks / blocks_per_thread, 1, most);
+  const std::int64_t num_threads =
+      std::clamp<std::int64_t>(divide_up(num_blocks, blocks_per_thread), 1, most);
   Range ranges[kMostThreads];
   for (std::int64_t i = 0; i < num_threads; ++i) {
     ranges[i].next = num_blocks * i / num_threads;
