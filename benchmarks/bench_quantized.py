@@ -86,7 +86,7 @@ def table(report: dict[str, Any]) -> str:
         "products, ms": "{products_floor_ms:.1f}",
         "times the larger": "{over_floor:.2f}",
     }
-    rows = [row for row in report["rows"] if "rows" in row]  # older reports have ratios, too
+    rows = report["rows"]
     steps = {(row["dtype"], row["quantize"]): row["milliseconds"]["median"] for row in rows if row["phase"] == "step"}
     dtypes = dict.fromkeys(dtype for dtype, _ in steps)
     told = " and ".join(f"{steps[dtype, 'int8'] / steps[dtype, 'int4']:.2f} with {dtype} rows" for dtype in dtypes)

@@ -240,7 +240,7 @@ def _table_of_model(model: dict[str, Any]) -> str:
     told = ", ".join(f"{rates['trimserve'] / rates[key]:.1f} times that of {_NAMES[key]}" for key in rivals)
     added, step = (f"{1e3 * latency[name]:.2f} ms" for name in ("added_seconds_per_token", "bare_step_seconds"))
     waits = " and ".join(f"{images[kind]['repeated_over_first']:.2f} ({_PROBED[kind]})" for kind in _PROBED)
-    share = f"{latency['added_over_bare_step']:.0%}"
+    share, equal = f"{latency['added_over_bare_step']:.0%}", model["num_untrimmed_answers_as_transformers"]
     lines = [
         f"**{model['model']}** in {plan['dtype']}: {asked}, half of the images repeated; milliseconds:",
         "",
@@ -249,6 +249,7 @@ def _table_of_model(model: dict[str, Any]) -> str:
         f"- Rate of trimserve: {told}." if told else "- No rival answered every request.",
         f"- First token of another question on an image, over that of the first question on it: {waits}.",
         f"- The service adds {added} to a token at batch 1, {share} of the bare decode step of {step}.",
+        f"- Untrimmed, {equal} of {plan['num_requests']} answers are those of transformers to the last token.",
     ]
     return "\n".join(lines)
 

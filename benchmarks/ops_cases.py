@@ -75,10 +75,8 @@ def _on_huge_pages(tensor: Tensor) -> Tensor:
 
 
 def _selection_cases(dtype: torch.dtype) -> Iterator[Case]:
-    q, keys = (
-        torch.randn(_ROWS, _HEADS, _HEAD_DIM, dtype=dtype),
-        torch.randn(_FEATURES, _KV_HEADS, _HEAD_DIM, dtype=dtype),
-    )
+    q = torch.randn(_ROWS, _HEADS, _HEAD_DIM, dtype=dtype)
+    keys = torch.randn(_FEATURES, _KV_HEADS, _HEAD_DIM, dtype=dtype)
     visibility = torch.tensor([[0, _FEATURES]], dtype=torch.int32).expand(_ROWS, 2)
     arguments = (q, keys, visibility, _SCALE)
     scores = ops.headwise_scores(*arguments)

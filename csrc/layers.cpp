@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <vector>
 
 #include "op_args.h"
 #include "op_checks.h"
@@ -18,25 +19,25 @@ WeightFormat format_of(const Tensor& weight) {
                                       : WeightFormat::kFloats;
 }
 
-constexpr std::int64_t kMostShared = 15;  // rows whose products take no longer than to read the weight
-constexpr std::int64_t kTurnBytes = 1024 * 1024;  // of a weight that a thread takes at once
+constexpr std::int64_t kMostShared = 15;            // rows that mostly wait for the weight (ADR-0023)
+constexpr std::int64_t kBytesAtOnce = 1024 * 1024;  // of a weight that a thread takes, int4 counted as bytes
 
 std::int64_t divide_up(std::int64_t size, std::int64_t part) { return (size + part - 1) / part; }
 
-// Calls body for all blocks. Each thread has a range, which it passes from begin to end, some blocks a turn, and then
-// takes turns of those who are behind: memory is not equally fast from every core at every moment.
+// Calls body for all blocks. Each thread passes a range of its own from begin to end, some blocks at a time, and then
+// helps those that are behind: memory is not equally fast from every core at every moment (ADR-0023).
 template <typename Body>
-void share_out(std::int64_t num_blocks, std::int64_t blocks_per_thread, std::int64_t blocks_per_turn,
+void share_out(std::int64_t num_blocks, std::int64_t blocks_per_thread, std::int64_t blocks_at_once,
                const Body& body) {
-  constexpr std::int64_t kMostThreads = 64;
   struct alignas(64) Range {
     std::atomic<std::int64_t> next;
     std::int64_t end;
   };
-  const std::int64_t most = std::min<std::int64_t>(torch::stable::get_num_threads(), kMostThreads);
+  const std::int64_t most = torch::stable::get_num_threads();
   const std::int64_t num_threads =
       std::clamp<std::int64_t>(divide_up(num_blocks, blocks_per_thread), 1, most);
-  Range ranges[kMostThreads];
+  if (num_threads == 1) return body(0, num_blocks);
+  std::vector<Range> ranges(num_threads);
   for (std::int64_t i = 0; i < num_threads; ++i) {
     ranges[i].next = num_blocks * i / num_threads;
     ranges[i].end = num_blocks * (i + 1) / num_threads;
@@ -44,8 +45,9 @@ void share_out(std::int64_t num_blocks, std::int64_t blocks_per_thread, std::int
   torch::stable::parallel_for(0, num_threads, 1, [&](std::int64_t first, std::int64_t) {
     for (std::int64_t i = 0; i < num_threads; ++i) {
       Range& range = ranges[(first + i) % num_threads];
-      for (std::int64_t begin; (begin = range.next.fetch_add(blocks_per_turn)) < range.end;)
-        body(begin, std::min(begin + blocks_per_turn, range.end));
+      for (std::int64_t begin;
+           (begin = range.next.fetch_add(blocks_at_once, std::memory_order_relaxed)) < range.end;)
+        body(begin, std::min(begin + blocks_at_once, range.end));
     }
   });
 }
@@ -65,11 +67,12 @@ void multiply_rows(LinearArgs args, std::int64_t first_row, std::int64_t num_row
   const std::int64_t blocks_per_thread =
       kGrainBytes / (block_bytes * std::min<std::int64_t>(num_rows, 16) + 1) + 1;
   const std::int64_t num_blocks = divide_up(args.num_outputs, kLinearColumns);
-  const auto multiply = [&](std::int64_t begin, std::int64_t end) {
+  const auto multiply_blocks = [&](std::int64_t begin, std::int64_t end) {
     cpu::linear(args, packed_size > 0 ? packed.get() : nullptr, begin, end);
   };
-  if (num_rows > kMostShared) return torch::stable::parallel_for(0, num_blocks, blocks_per_thread, multiply);
-  share_out(num_blocks, blocks_per_thread, kTurnBytes / (block_bytes + 1) + 1, multiply);
+  if (num_rows > kMostShared)
+    return torch::stable::parallel_for(0, num_blocks, blocks_per_thread, multiply_blocks);
+  share_out(num_blocks, blocks_per_thread, kBytesAtOnce / (block_bytes + 1) + 1, multiply_blocks);
 }
 
 // output = gate * x weight^T, or output += gate * x weight^T. Scales, if any, multiply the weight.

@@ -4,20 +4,22 @@ Every fourth picture of a class is held out: its class is known then, the pictur
 other designers' emoji too, of those signs that are not held out.
 """
 
+import hashlib
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageEnhance, ImageFont, ImageOps
 
 from training.clip_art import clip_art
-from training.emoji import other_emoji
+from training.emoji import draw_emoji, other_emoji
 from training.scenes import Split
 from training.sources import find_files, packages_folder
 
-__all__ = ["ANIMALS", "CLASSES", "Sticker", "draw_sticker", "object_ids", "sample_sticker"]
+__all__ = ["ANIMALS", "CLASSES", "Sticker", "draw_sticker", "emoji_signs", "object_ids", "sample_sticker"]
 
 _LONG_SIDE = 96
 """Pixels that stamps and emoji are shrunk to."""
@@ -167,7 +169,7 @@ def object_ids(split: Split) -> dict[str, list[int]]:
         found[name] = [index for index in examined if _is_held_out(index) == (split == "held_out")]
         if split == "train":
             more = range(len(examined), len(examined) + len(_more(name)))
-            # Photographs are among the stamps alone: shown about as often as all that is drawn.
+            # All photographs are among the examined: these come about as often as what only training shows.
             found[name] = [*found[name] * max(1, round(len(more) / len(found[name]))), *more]
     return found
 
@@ -183,21 +185,14 @@ def _picture(name: str, instance: int) -> Image.Image:
 
 @cache
 def _examined(name: str) -> list[Image.Image]:
-    return _cut_out(f"{name}/examined", lambda: [*_stamps(name), *_emoji(name)])
+    return _cut_out(f"{name}/examined", lambda: [*map(_open, _stamps(name)), *_emoji(name)])
 
 
 @cache
 def _more(name: str) -> list[Image.Image]:
-    return _cut_out(f"{name}/more", lambda: [*_clip_art(name), *_other_emoji(name)])
-
-
-def _clip_art(name: str) -> list[Image.Image]:
-    return [Image.open(path).convert("RGBA") for path in clip_art(name)]
-
-
-def _other_emoji(name: str) -> list[Image.Image]:
-    first = len(_stamps(name))
-    return other_emoji([sign for index, sign in enumerate(_signs(name), first) if not _is_held_out(index)])
+    clips, drawings = clip_art(name), other_emoji(emoji_signs(name, "train"))
+    chosen = hashlib.sha256("\n".join(path.name for path in (*clips, *drawings)).encode()).hexdigest()
+    return _cut_out(f"{name}/more-{chosen[:8]}", lambda: [*map(_open, clips), *map(draw_emoji, drawings)])
 
 
 def _cut_out(place: str, draw: Callable[[], list[Image.Image]]) -> list[Image.Image]:
@@ -211,20 +206,34 @@ def _cut_out(place: str, draw: Callable[[], list[Image.Image]]) -> list[Image.Im
             cut.thumbnail((_LONG_SIDE, _LONG_SIDE), Image.Resampling.LANCZOS)
             cut.save(part / f"{index:03}.png")
         part.replace(folder)
-    return [Image.open(path).convert("RGBA") for path in sorted(folder.iterdir())]
+    return [_open(path) for path in sorted(folder.iterdir())]
 
 
-def _stamps(name: str) -> list[Image.Image]:
+def _open(path: Path) -> Image.Image:
+    return Image.open(path).convert("RGBA")
+
+
+def _stamps(name: str) -> list[Path]:
     files = [
         path
         for pattern in _STAMPS.get(name, ())
         for path in find_files("tuxpaint-stamps-default", f"usr/share/tuxpaint/stamps/{pattern}")
     ]
-    return [Image.open(path).convert("RGBA") for path in dict.fromkeys(files) if "mirror" not in path.stem]
+    return [path for path in dict.fromkeys(files) if "mirror" not in path.stem]
+
+
+def emoji_signs(name: str, split: Split) -> list[str]:
+    """The emoji of a class that a split may show.
+
+    Args:
+        name: one of `CLASSES`.
+        split: whose.
+    """
+    first = len(_stamps(name))
+    return [sign for index, sign in enumerate(_signs(name), first) if _is_held_out(index) == (split == "held_out")]
 
 
 def _signs(name: str) -> list[str]:
-    """The emoji of a class."""
     if name != "flag":
         return list(_EMOJI.get(name, ""))
     pairs = zip(_FLAGS[::2], _FLAGS[1::2], strict=True)

@@ -5,13 +5,16 @@ is committed. Needs `apt-get` and `dpkg-deb` of Debian 12. README.md lists the l
 and nothing of what is done with them.
 """
 
+import base64
+import hashlib
+import io
 import os
 import shutil
 import subprocess
 import tarfile
 import tempfile
 from pathlib import Path
-from urllib.request import urlretrieve
+from urllib.request import urlopen
 
 __all__ = ["NPM_PACKAGES", "PACKAGES", "find_files", "main", "packages_folder"]
 
@@ -36,6 +39,13 @@ NPM_PACKAGES: dict[str, str] = {
 """npm package and version."""
 
 _NPM_REGISTRY = "https://registry.npmjs.org"
+_SHA512 = {
+    "fluentui-emoji": "JTXXwqIie2rWTgOkIJDJxr0WtwTz2WU4kdOq8buLVThYwQ264aFR2jdTyuon2oEbLqqGMT64zI4btyn1saB2xw==",
+    "openmoji": "EBnYrNGdcdw+OSXmENeNE1yBNRu6tOraTmoOyUbJkTmvT/+XETp8RZLSJFzD3lrPc5N9CzsyPnRTk0Vp4UaI9w==",
+    "@twemoji/svg": "ZSPef2B6nBaYnfgdTbAy4jgW95o7pi2xPGwGCU+WMTxo7J6B1lMPTWwSq/wTuiMq+N0khQ90CcvYp1wFoQpo/w==",
+}
+"""Of the archives, in base64; apt checks Debian's by itself."""
+_SECONDS = 60.0
 
 
 def packages_folder() -> Path:
@@ -86,10 +96,14 @@ def _fetch_from_debian(package: str, folder: Path) -> None:
 def _fetch_from_npm(package: str, folder: Path) -> None:
     address = f"{_NPM_REGISTRY}/{package}/-/{package.rpartition('/')[2]}-{NPM_PACKAGES[package]}.tgz"
     try:
-        archive, _ = urlretrieve(address, folder / "package.tgz")
+        with urlopen(address, timeout=_SECONDS) as answer:
+            archive = answer.read()
     except OSError as error:
         raise RuntimeError(f"{address}: {error}") from error
-    with tarfile.open(archive) as files:
+    found = base64.b64encode(hashlib.sha512(archive).digest()).decode()
+    if found != _SHA512[package]:
+        raise RuntimeError(f"{address}: its SHA-512 must be {_SHA512[package]}, got {found}")
+    with tarfile.open(fileobj=io.BytesIO(archive)) as files:
         files.extractall(folder / "files", filter="data")
 
 

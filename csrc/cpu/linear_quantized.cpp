@@ -266,13 +266,14 @@ TRIMSERVE_INLINE void multiply_block(const LinearArgs& args, const std::byte* ro
   });
 }
 
-// Of a core's data; the least that is common where the system does not tell.
-std::int64_t first_level_bytes() {
+// Whether a core reads two vectors of 64 bytes a cycle: no system tells, but those with 48 KiB of first-level cache do.
+bool reads_two_vectors() {
 #ifdef _SC_LEVEL1_DCACHE_SIZE
-  static const std::int64_t told = sysconf(_SC_LEVEL1_DCACHE_SIZE);
-  if (told > 0) return told;
+  static const bool does = sysconf(_SC_LEVEL1_DCACHE_SIZE) >= 48 * 1024;
+  return does;
+#else
+  return false;
 #endif
-  return 32768;
 }
 
 // A block of outputs times a row that is alone, kColumns at a time. ahead: as of Part.
@@ -307,7 +308,7 @@ TRIMSERVE_INLINE void multiply_row(const LinearArgs& args, const LoneRow<Math, U
 template <int kWidth, typename Math, typename Unit>
 TRIMSERVE_INLINE void multiply_row(const LinearArgs& args, const LoneRow<Math, Unit>& x, std::int64_t row,
                                    std::int64_t first_output) {
-  const bool is_in_order = !Math::kIsBytes || first_level_bytes() >= kLargeCache;
+  const bool is_in_order = !Math::kIsBytes || reads_two_vectors();
   if (is_in_order && PackedRow<Math, Unit>(args).num_bytes <= kRowBytes)
     return multiply_row<kWidth, Math, Unit, 1>(args, x, row, first_output, 0);
   constexpr int kColumns = kWidth == 16 && !Math::kIsBytes ? 8 : 4;

@@ -2,9 +2,7 @@
 
 from pathlib import Path
 
-from benchmarks.bench_default import Candidate, best
 from benchmarks.bench_pictures import backgrounds, lost_without
-from trimserve.api.trim import FixedRatio
 from trimserve.evaluation.answers import Answer
 from trimserve.evaluation.dataset import ALL_KINDS, Question
 
@@ -34,16 +32,3 @@ def test_what_the_image_is_worth_is_told_by_kind() -> None:
     changes = {kind: figures["change"]["value"] for kind, figures in found.items()}
     assert changes == {ALL_KINDS: -0.5, "busy": -0.5, "object": -0.5}
     assert [found["busy"][name]["value"] for name in ("image", "grey")] == [0.5, 0.0]
-
-
-def test_the_default_is_what_loses_least_on_its_worst_kind() -> None:
-    tried = [
-        {"name": "uneven", "changes": {"busy": {"value": 0.0}, "page": {"value": -0.2}}},
-        {"name": "even", "changes": {"busy": {"value": -0.05}, "page": {"value": -0.05}}},
-    ]
-    assert best(tried) == "even"
-
-
-def test_merged_rows_count_in_what_a_candidate_holds() -> None:
-    budget = Candidate("trimmed", 0.1).holding(0.28).budget
-    assert budget == FixedRatio(0.2)

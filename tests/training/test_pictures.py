@@ -2,27 +2,24 @@
 
 import random
 import re
-from importlib.util import find_spec
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from training.charts import Chart, ask_chart_questions, sample_chart
+from training.emoji import other_emoji
 from training.examples import PICTURES, example_rng, generate_example
 from training.marks import NUM_MARKS
 from training.object_pictures import ask_object_questions, sample_object_picture
-from training.objects import CLASSES, Sticker, draw_sticker, object_ids
+from training.objects import CLASSES, Sticker, draw_sticker, emoji_signs, object_ids
 from training.pages import ask_page_questions, sample_page
 from training.photographs import photograph_ids
 from training.scenes import Split
 from training.sources import packages_folder
 from training.words import HELD_OUT_WORDS
 
-NEEDS_PACKAGES = pytest.mark.skipif(
-    not packages_folder().is_dir() or find_spec("resvg_py") is None,
-    reason="needs resvg-py, and packages: python -m training.sources",
-)
+NEEDS_PACKAGES = pytest.mark.skipif(not packages_folder().is_dir(), reason="needs python -m training.sources")
 SPLITS: tuple[Split, Split] = ("train", "held_out")
 
 
@@ -68,6 +65,13 @@ def test_the_same_seed_draws_the_same_picture_with_marks_inside(picture: str) ->
         assert one.picture == picture
         assert all(0 < mark.number < NUM_MARKS for mark in one.marks)
         assert all(mark.box[0] < one.size[0] and mark.box[1] < one.size[1] for mark in one.marks)
+
+
+@NEEDS_PACKAGES
+@pytest.mark.parametrize("name", CLASSES)
+def test_training_shows_no_design_of_an_emoji_that_is_held_out(name: str) -> None:
+    train, held_out = (set(other_emoji(emoji_signs(name, split))) for split in SPLITS)
+    assert not train & held_out
 
 
 @NEEDS_PACKAGES

@@ -241,7 +241,7 @@ def bootstrap_of(questions: Sequence[Question]) -> Bootstrap:
 
 
 def where_by_kind(questions: Sequence[Question]) -> dict[str, NDArray[np.bool_]]:
-    """Which questions are of each kind, [Q], those of `ALL_KINDS` first."""
+    """A mask [Q] for all questions, as `ALL_KINDS`, then one for each kind."""
     kinds = np.array([question.kind for question in questions])
     where = {ALL_KINDS: np.ones(len(questions), dtype=np.bool_)}
     return where | {str(kind): kinds == kind for kind in np.unique(kinds) if kind}
