@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 # The release that is tested, and where builds of it without CUDA are (an unpinned torch from PyPI brings gigabytes
-# of CUDA). For a CUDA build: make build TORCH_INDEX=https://download.pytorch.org/whl/cu130
+# of CUDA). With CUDA: TORCH_INDEX=https://download.pytorch.org/whl/cu130, and the ops as docs/start.md#on-a-gpu says.
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 

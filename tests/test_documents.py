@@ -71,7 +71,7 @@ def test_commands_name_real_targets_programs_subcommands_and_flags(monkeypatch: 
     group = typer.main.get_command(app)
     checked = set()
     for command in COMMANDS:
-        program, *words = command.split()
+        program, *words = re.sub(r"^[A-Z_]+=\S+ ", "", command).split()  # without a variable that is set for it
         match program.rpartition("/")[2], *words:
             case "make", target:
                 assert target in targets, command

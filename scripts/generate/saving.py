@@ -20,7 +20,7 @@ def headline(of_bytes: dict[str, Any], of_trimming: dict[str, Any]) -> str:
     return "\n".join(
         [
             "| saved and paid, embedded model | |\n|---|---|",
-            f"| cross-attention KV of an image, beside transformers' | {held} |",
+            f"| cross-attention KV of an image, as a share of transformers' | {held} |",
             f"| requests with a 4-tile image at once, in equal memory | {at_once['trimserve']}, {counts} |",
             f"| exact answers to {row['num_questions']:,} held-out questions | {right} |",
         ]

@@ -1,6 +1,7 @@
 """Every metric, declared once: name, meaning, labels with their known values, buckets.
 
-Here are those of calls and requests; `engine_metrics.py` has what the engine holds, `process_metrics.py` the process.
+Here are those of RPCs and requests; `engine_metrics.py` has what the engine holds, `process_metrics.py` the process and
+the calls that were refused.
 `docs/metrics.md` is generated from all three. Series of known label values start at 0, so that rates work from the
 first event. One process serves one model, so only `trimserve_model_info` names it. `observer.py` and the transports
 update what is declared here; the names of policies and RPCs are handed in.

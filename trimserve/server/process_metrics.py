@@ -74,8 +74,8 @@ class ProcessMetrics(Declarations):
     def _declare_callers(self) -> None:
         self.refused_calls = self._counter(
             "trimserve_refused_calls_total",
-            "Calls that ended before their message was read, health checks and methods that do not exist among them: "
-            "no token, more than the client or the server has room for, or a message that is late, too large or none.",
+            "Calls that were refused before a request was read from their message: without a token, beyond a limit, or "
+            "with a message that is late, too large, malformed or missing. Health checks and unknown methods count.",
             {"reason": REFUSALS},
         )
         self.health_watches = self._gauge("trimserve_health_watches", "Health watches that are open now.")
