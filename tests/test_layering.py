@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parent.parent / "trimserve"
 MODULES = sorted(ROOT.rglob("*.py"))
 
-PLAIN = {"api", "config", "errors", "loopback"}
+PLAIN = {"api", "config", "errors", "loopback", "validation"}
 """What everyone may import."""
 
 ARROW = ["ops", "trimming", "model", "executor", "engine"]
@@ -31,6 +31,7 @@ MAY_IMPORT = {
     "environment": set(),
     "process": set(),
     "v1": set(),
+    "validation": set(),
     "config": {"api", "loopback"},
     "imaging": {"errors", "parent"},
     # the arrow
@@ -45,7 +46,7 @@ MAY_IMPORT = {
     "client": {"loopback", "v1"},
     "options": set(),
     "connection": {"client", "options", "refusal"},
-    "knobs": {"config", "options"},
+    "knobs": {"config", "options", "validation"},
     "refusal": set(),
     "image_files": {"errors", "refusal", "v1"},
     "batch": {"client", "errors", "image_files", "refusal", "v1"},

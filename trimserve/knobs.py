@@ -14,6 +14,7 @@ from pydantic import BaseModel, ByteSize, ValidationError
 
 from trimserve.config import Config, EngineConfig, ModelConfig, ServerConfig
 from trimserve.options import Command, with_options
+from trimserve.validation import complaint
 
 __all__ = ["adapter_of", "is_knob", "with_knobs"]
 
@@ -63,7 +64,7 @@ def adapter_of(adapter: str | None, config: Config, *, is_served: bool) -> tuple
     try:
         model = ModelConfig(**{**dict(config.model), "adapter": (adapter,)})
     except ValidationError as error:
-        raise typer.BadParameter(f"{error.errors()[0]['msg']}, got {adapter!r}", param_hint="--adapter") from None
+        raise typer.BadParameter(complaint(error.errors()[0]), param_hint="--adapter") from None
     return name, config.model_copy(update={"model": model})
 
 
@@ -124,4 +125,4 @@ def _config(knobs: Mapping[str, Any]) -> Config:
         first = error.errors()[0]
         _, knob, *_ = first["loc"]  # behind the section; of a knob that is given again, its index follows
         option = "--" + str(knob).replace("_", "-")
-        raise typer.BadParameter(f"{first['msg']}, got {first['input']!r}", param_hint=option) from None
+        raise typer.BadParameter(complaint(first), param_hint=option) from None

@@ -112,6 +112,29 @@ def test_alpha_is_composited_over_white(
     assert decoded.getpixel((1, 0)) == opaque
 
 
+@pytest.mark.parametrize(
+    ("depth", "colour_type", "row", "key", "shown"),
+    [  # the first sample is the transparent one
+        (1, 0, b"\x80", (1,), (255, 0)),
+        (2, 0, b"\x70", (1,), (255, 255)),
+        (2, 0, b"\x60", (1,), (255, 170)),
+        (4, 0, b"\x5a", (5,), (255, 170)),
+        (4, 0, b"\x5a", (0xFF5,), (255, 170)),  # only as many bits as there are count
+        (8, 0, b"\x05\x55", (5,), (255, 85)),
+        (16, 0, b"\x12\x34\x01\x01", (0x1234,), (255, 1)),
+        (8, 2, b"\1\2\3\5\5\5", (1, 2, 3), (255, 5)),
+        (16, 2, struct.pack(">6H", 291, 547, 803, 0x505, 0x505, 0x505), (291, 547, 803), (255, 5)),
+    ],
+)
+def test_a_transparent_colour_of_a_png_is_found_at_any_depth(
+    depth: int, colour_type: int, row: bytes, key: tuple[int, ...], shown: tuple[int, int]
+) -> None:
+    data = png(2, 1, depth, colour_type, b"\0" + row)
+    transparency = chunk(b"tRNS", struct.pack(f">{len(key)}H", *key))
+    decoded = decode(data[:33] + transparency + data[33:])
+    assert [decoded.getpixel((x, 0)) for x in (0, 1)] == [(level,) * 3 for level in shown]
+
+
 def test_half_transparent_black_is_grey() -> None:
     decoded = decode(encode(Image.new("RGBA", (3, 3), (0, 0, 0, 128))))
     assert decoded.getpixel((1, 1)) == (127, 127, 127)

@@ -191,12 +191,12 @@ async def test_tokens_change_while_the_server_runs(file: Path, caplog: pytest.Lo
         ("", "clients: Field required"),
         ("[clients.a]", "clients.a.token_sha256: Field required"),
         ("[clients.a]\ntoken_sha256 = []", "clients.a.token_sha256: List should have at least 1 item"),
-        ("[clients.a]\ntoken_sha256 = ['plain']", "clients.a.token_sha256.0: String should match"),
+        ("[clients.a]\ntoken_sha256 = ['plain']", r"clients.a.token_sha256.0: String should match pattern '[^']*'$"),
         (entry("a", "t", services=("Other",)), r"clients.a.services: .*got Other"),
         (entry("a", "t") + "service = 'x'", "clients.a.service: Extra inputs are not permitted"),
         (
             entry("a", "t") + entry("b", "u") + entry("c", "t"),
-            "clients: Value error, a and c must have different tokens",
+            "clients: a and c must have different tokens",
         ),
     ],
 )

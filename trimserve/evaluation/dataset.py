@@ -12,6 +12,8 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, Field, ValidationError
 
+from trimserve.validation import complaint
+
 __all__ = ["ALL_KINDS", "DatasetError", "Question", "describe_questions", "load_questions"]
 
 ALL_KINDS = "all"
@@ -99,7 +101,7 @@ def _question(line: str, folder: Path, source: str, need_answer: bool) -> Questi
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"])
-        raise DatasetError(f"{source}: {field + ': ' if field else ''}{first['msg']}") from None
+        raise DatasetError(f"{source}: {field + ': ' if field else ''}{complaint(first)}") from None
     if read.kind == ALL_KINDS:
         raise DatasetError(f"{source}: kind: must not be {ALL_KINDS!r}, which stands for all questions")
     if need_answer and read.answer is None:

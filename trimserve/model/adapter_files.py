@@ -28,6 +28,7 @@ from trimserve.model.transformers_mllama import (
     feature_kv_module_names,
     vision_module_names,
 )
+from trimserve.validation import complaint
 
 __all__ = ["CONFIG_FILE", "WEIGHTS_FILE", "read_adapter"]
 
@@ -162,7 +163,7 @@ def _read_config(file: Path) -> _Config:
     except ValidationError as error:
         first = error.errors()[0]
         setting = ".".join(map(str, first["loc"]))
-        raise AdapterError(f"{file}: {setting}: {first['msg']}, got {first['input']!r}") from error
+        raise AdapterError(f"{file}: {setting}: {complaint(first)}") from error
     except CheckpointError as error:
         raise AdapterError(str(error)) from error
     if config.peft_type != "LORA":

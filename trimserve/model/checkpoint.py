@@ -22,6 +22,7 @@ from trimserve.model.geometry import check_geometry
 from trimserve.model.hub import snapshot
 from trimserve.model.json_object import read_json
 from trimserve.model.stored_tensors import StoredTensor, has_weights, stored_tensors, weights_file
+from trimserve.validation import complaint
 
 __all__ = [
     "EMBEDDED_MODEL",
@@ -195,7 +196,7 @@ def _validated(schema: type[Json], file: Path) -> Json:
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(map(str, first["loc"]))
-        raise CheckpointError(f"{file}: {field}: {first['msg']}, got {first['input']!r}") from error
+        raise CheckpointError(f"{file}: {field}: {complaint(first)}") from error
 
 
 def _why_no_config(folder: Path) -> str:

@@ -26,6 +26,7 @@ from trimserve.api.bounds import BOUNDS
 from trimserve.errors import CredentialsError, PermissionDenied, Unauthenticated
 from trimserve.server.metrics import Metrics
 from trimserve.server.reloaded import Reloaded
+from trimserve.validation import complaint
 
 __all__ = ["Caller", "Tokens"]
 
@@ -162,7 +163,8 @@ def _read(path: Path, services: Collection[str], unnamed: Collection[str]) -> tu
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
-        raise CredentialsError(f"{path} (--auth-file): {where}: {first['msg']}") from None
+        words = complaint(first, is_secret="token_sha256" in first["loc"])
+        raise CredentialsError(f"{path} (--auth-file): {where}: {words}") from None
     except (OSError, ValueError) as error:
         raise CredentialsError(f"{path} (--auth-file) must be TOML with clients: {error}") from error
     return tuple(

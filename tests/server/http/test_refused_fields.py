@@ -33,23 +33,23 @@ REFUSED: list[tuple[dict[str, object], str, str]] = [
     ({"messages": [{"role": "user", "content": []}]}, "messages[0].content", "at least 1"),
     ({"messages": [{"role": "user", "content": "x", "tool_calls": [{}]}]}, "messages[0].tool_calls", "not supported"),
     (part({"type": "input_audio"}), "messages[0].content[0].type", "input_audio"),
-    (part({"type": "text", "text": 5}), "messages[0].content[0].text", "string"),
+    (part({"type": "text", "text": 5}), "messages[0].content[0].text", "valid string, got 5"),
     (url("https://example.com/cat.png"), "messages[0].content[0].image_url.url", "no address is fetched"),
     (url("file:///etc/passwd"), "messages[0].content[0].image_url.url", "no address is fetched"),
     (url("data:image/png;base64,?"), "messages[0].content[0].image_url.url", "base64"),
     (url("data:image/png;base64,"), "messages[0].content[0].image_url.url", "bytes"),
     (url("data:image/png;base64," + "AAAA" * 400), "messages[0].content[0].image_url.url", "1000 bytes"),
     ({"temperature": -1}, "temperature", "[0, 100]"),
-    ({"temperature": "hot"}, "temperature", "number"),
+    ({"temperature": "hot"}, "temperature", "number, got 'hot'"),
     ({"top_p": 0}, "top_p", "(0, 1]"),
     ({"max_tokens": 0}, "max_completion_tokens", "[1, 128]"),
     ({"max_tokens": 1, "max_completion_tokens": 2}, "max_tokens", "1 and 2"),
     ({"n": 17}, "n", "[1, 16]"),
-    ({"n": -1}, "n", "greater than or equal to 0"),
+    ({"n": -1}, "n", "greater than or equal to 0, got -1"),
     ({"stop": ["x"] * 17}, "stop", "at most 16"),
     ({"seed": -1}, "seed", "greater than or equal to 0"),
     ({"logit_bias": {"1000": 1}}, "logit_bias[1000]", "[0, 999]"),
-    ({"logit_bias": {"cat": 1}}, "logit_bias.cat", "integer"),
+    ({"logit_bias": {"cat": 1}}, "logit_bias.cat", "integer, got 'cat'"),
     ({"top_logprobs": 2}, "top_logprobs", "logprobs is true"),
     ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "[0, 20]"),
     ({"response_format": {"type": "xml"}}, "response_format.type", "json_object, json_schema, got 'xml'"),
@@ -61,7 +61,9 @@ REFUSED: list[tuple[dict[str, object], str, str]] = [
     ),
     ({"response_format": {**format_of({}), "type": "json_object"}}, "response_format.json_schema", "unless type is"),
     (schema(None), "response_format.json_schema.schema", "got none"),
-    (schema("{}"), "response_format.json_schema.schema", "should be an object"),
+    (schema("{}"), "response_format.json_schema.schema", "should be an object, got '{}'"),
+    ({"trimserve": [1]}, "trimserve", "an object, got a list of 1"),
+    ({"logprobs": None, "stop": {"a": 1}}, "stop", "got an object of 1"),
     (schema({"enum": ["x" * 70_000]}), "response_format.json_schema.schema", "65536 bytes"),
     ({"tools": [{"type": "function"}]}, "tools", "not supported"),
     ({"modalities": ["audio"]}, "modalities", "audio"),
@@ -95,3 +97,14 @@ async def test_what_changes_no_answer_is_let_through(door: Door) -> None:
     await ask(door, extra_body={**schema({"type": "string"}), "user": "me", "stream": False})
     await ask(door, extra_body={"response_format": {**format_of({"type": "string"}), "strict": True}})
     assert len(door.runner.requests) == 2
+
+
+async def test_what_was_got_is_shortened_and_of_an_image_not_told(door: Door) -> None:
+    for field, value, words in (
+        ("temperature", "x" * 10_000, f"got '{'x' * 80}'..."),
+        ("stop", 10**1000, "got 1" + "0" * 79),
+        ("messages", part({"type": "image_url", "image_url": "data:image/png;base64,iVBOR"})["messages"], "an object"),
+    ):
+        with pytest.raises(openai.BadRequestError) as caught:
+            await ask(door, extra_body={field: value})
+        assert str(caught.value.body["message"]).endswith(words)  # type: ignore[index]  # OpenAI's error object

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
 
 from trimserve.errors import InvalidRequest
+from trimserve.validation import complaint
 
 __all__ = [
     "ChatRequest",
@@ -173,9 +174,10 @@ def parse(body: bytes) -> ChatRequest:
     try:
         request = ChatRequest.model_validate_json(body)
     except ValidationError as error:
-        errors = error.errors(include_url=False, include_context=False, include_input=False)
+        errors = error.errors(include_url=False, include_context=False)
         deepest = max(errors, key=lambda each: len(each["loc"]))  # of a union, the type that was meant
-        raise InvalidRequest(_path(deepest["loc"]), deepest["msg"]) from None
+        words = complaint(deepest, is_secret="image_url" in deepest["loc"])
+        raise InvalidRequest(_path(deepest["loc"]), words) from None
     _refuse_unknown(request)
     return request
 
