@@ -303,6 +303,32 @@ def test_unset_sampling_follows_generation_config(checkpoint: Path) -> None:
     assert (sampled.temperature, sampled.top_p, sampled.max_new_tokens) == (0.6, 0.9, 7)
 
 
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"suppress_tokens": [3, 4], "min_new_tokens": 2}, {"suppress_tokens": "[3, 4]", "min_new_tokens": "2"}),
+        ({"begin_suppress_tokens": [*range(9)]}, {"begin_suppress_tokens": "[0, 1, 2, 3, 4, 5, ...]"}),
+        ({"num_beams": 4, "stop_strings": "END"}, {"num_beams": "4", "stop_strings": "'END'"}),
+        ({"num_beams": 1, "suppress_tokens": [], "no_repeat_ngram_size": 0, "guidance_scale": None}, {}),
+        ({"forced_bos_token_id": 1, "length_penalty": 2.0, "pad_token_id": 1, "cache_implementation": "static"}, {}),
+        ({"max_length": 131072}, {"max_length": "131072"}),
+        ({"max_length": 131072, "max_new_tokens": 7}, {}),
+        ({"do_sample": False, "typical_p": 0.9}, {}),
+        ({"do_sample": True, "typical_p": 0.9, "eta_cutoff": 0.0}, {"typical_p": "0.9"}),
+    ],
+)
+def test_settings_of_generation_that_have_no_effect_are_logged_at_load(
+    checkpoint: Path, caplog: pytest.LogCaptureFixture, change: dict[str, Any], expected: dict[str, str]
+) -> None:
+    edit_json(checkpoint / "generation_config.json", lambda c: c.update(change))
+    load(checkpoint)
+    told = {record.__dict__["field"]: record.__dict__["value"] for record in caplog.records}
+    assert told == expected
+    for record, (name, value) in zip(caplog.records, expected.items(), strict=True):
+        end = f"generation_config.json: {name} has no effect here, got {value}"
+        assert record.getMessage() == f"{checkpoint}/{end}"
+
+
 def test_prompts_are_prepared_without_weights_as_beside_the_model(checkpoint: Path) -> None:
     prompt = RawPrompt("a few words")
     expected = load(checkpoint).processor.prepare(prompt)

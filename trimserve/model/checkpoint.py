@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, Final, TypeVar
 
 import torch
 from pydantic import BaseModel, Field, ValidationError
@@ -43,7 +43,26 @@ _UINT32 = 2**32 - 1
 _COMPUTED_IN = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
-class GenerationJson(BaseModel):
+_FOLLOWED_BY_TRANSFORMERS: Final = (
+    *("bad_words_ids", "begin_suppress_tokens", "constraints", "dola_layers", "encoder_no_repeat_ngram_size"),
+    *("encoder_repetition_penalty", "exponential_decay_length_penalty", "force_words_ids", "forced_eos_token_id"),
+    *("guidance_scale", "max_length", "max_time", "min_length", "min_new_tokens", "no_repeat_ngram_size", "num_beams"),
+    *("num_return_sequences", "penalty_alpha", "sequence_bias", "stop_strings", "suppress_tokens", "token_healing"),
+    "watermarking_config",
+)
+"""Settings that change what transformers generates, and nothing here.
+
+`forced_bos_token_id` is not among them: transformers follows it after a prompt of a single token only.
+"""
+
+_FOLLOWED_IN_SAMPLING: Final = ("epsilon_cutoff", "eta_cutoff", "top_h", "typical_p")
+"""The same, where `do_sample` is true."""
+
+_OFF_AT_1: Final = ("encoder_repetition_penalty", "guidance_scale", "num_beams", "num_return_sequences", "typical_p")
+"""Those that 1 turns off; others are off where they are 0, false or empty."""
+
+
+class GenerationJson(BaseModel, extra="allow"):
     """What trimserve reads of `generation_config.json`; null is the same as not there."""
 
     do_sample: bool = False
@@ -55,6 +74,15 @@ class GenerationJson(BaseModel):
     repetition_penalty: float = Field(1.0, ge=0.01, le=100)
     max_new_tokens: int | None = Field(None, ge=1, le=_UINT32)
     eos_token_id: int | list[int] | None = None
+
+    @property
+    def without_effect(self) -> Mapping[str, Any]:
+        """Settings that transformers follows and trimserve does not, where they ask for something."""
+        names = {*_FOLLOWED_BY_TRANSFORMERS, *(_FOLLOWED_IN_SAMPLING if self.do_sample else ())}
+        if self.max_new_tokens is not None:
+            names.remove("max_length")  # which gives way
+        found = {name: value for name, value in (self.model_extra or {}).items() if name in names and value}
+        return {name: value for name, value in found.items() if value != 1 or name not in _OFF_AT_1}
 
 
 class TrimserveJson(BaseModel):

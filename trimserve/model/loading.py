@@ -1,5 +1,7 @@
 """From a checkpoint to a model that is ready to serve, or only to a description of it."""
 
+import logging
+import reprlib
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -44,6 +46,8 @@ __all__ = [
     "load_model",
     "load_processor",
 ]
+
+log = logging.getLogger(__name__)
 
 _MAX_NEW_TOKENS: Final = 256
 """Of an answer, when neither the request nor the checkpoint says."""
@@ -90,6 +94,8 @@ def load_model(config: ModelConfig, limits: EngineConfig, decode: Decode | None 
     checkpoint = open_checkpoint(config.model, config.revision, with_weights=True)
     info = _of_rank(describe_checkpoint(checkpoint, config, limits), ranks)
     processor = _processor(checkpoint, info, limits, decode)
+    if ranks.shard.rank == 0:
+        _warn_of_what_has_no_effect(checkpoint)
     prototypes = guide = None
     if config.codebook is not None:
         prototypes = load_codebook(config.codebook, info, config.intermediate_features)
@@ -297,6 +303,13 @@ def _generation_defaults(checkpoint: Checkpoint) -> GenerationDefaults:
         max_new_tokens=generation.max_new_tokens or _MAX_NEW_TOKENS,
         eos_token_ids=_eos_token_ids(checkpoint),
     )
+
+
+def _warn_of_what_has_no_effect(checkpoint: Checkpoint) -> None:
+    file = checkpoint.folder / "generation_config.json"
+    for name, value in checkpoint.generation.without_effect.items():
+        said = reprlib.repr(value)
+        log.warning("%s: %s has no effect here, got %s", file, name, said, extra={"field": name, "value": said})
 
 
 def _eos_token_ids(checkpoint: Checkpoint) -> tuple[int, ...]:
