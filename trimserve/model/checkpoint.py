@@ -58,12 +58,16 @@ _FOLLOWED_BY_TRANSFORMERS: Final = (
 _FOLLOWED_IN_SAMPLING: Final = ("epsilon_cutoff", "eta_cutoff", "top_h", "typical_p")
 """The same, where `do_sample` is true."""
 
-_OFF_AT_1: Final = ("encoder_repetition_penalty", "guidance_scale", "num_beams", "num_return_sequences", "typical_p")
-"""Those that 1 turns off; others are off where they are 0, false or empty."""
+_OFF: Final = {
+    **dict.fromkeys(("encoder_repetition_penalty", "guidance_scale", "num_beams", "num_return_sequences"), 1),
+    "typical_p": 1,
+    "max_length": 20,
+}
+"""Values that ask for nothing, beside 0, false and what is empty; older releases saved them all in `config.json`."""
 
 
 class GenerationJson(BaseModel, extra="allow"):
-    """What trimserve reads of `generation_config.json`; null is the same as not there."""
+    """What trimserve reads of `Checkpoint.generation_file`; null is the same as not there."""
 
     do_sample: bool = False
     """Without it generation is greedy, whatever the filters say."""
@@ -82,7 +86,7 @@ class GenerationJson(BaseModel, extra="allow"):
         if self.max_new_tokens is not None:
             names.remove("max_length")  # which gives way
         found = {name: value for name, value in (self.model_extra or {}).items() if name in names and value}
-        return {name: value for name, value in found.items() if value != 1 or name not in _OFF_AT_1}
+        return {name: value for name, value in found.items() if value != _OFF.get(name)}
 
 
 class TrimserveJson(BaseModel):
@@ -109,6 +113,11 @@ class Checkpoint:
     tensors: Mapping[str, StoredTensor] = field(default_factory=dict)
     """What the weight files hold, if something has to be known of them: a dtype that the config does not name, or which
     layers are quantized. Empty for a hub checkpoint that was not downloaded."""
+
+    @property
+    def generation_file(self) -> Path:
+        """What says how to generate: `generation_config.json`, else `config.json`, as older releases saved it."""
+        return _generation_file(self.folder)
 
     def dtype(self, name: str) -> torch.dtype:
         """The dtype that a knob names; `auto` is the checkpoint's own.
@@ -155,8 +164,8 @@ def open_checkpoint(model: str | None, revision: str | None, *, with_weights: bo
         revision=found_revision,
         folder=folder,
         config=config,
-        generation=_validated(GenerationJson, folder / "generation_config.json"),
-        trimserve=_validated(TrimserveJson, folder / "trimserve.json"),
+        generation=_generation(folder),
+        trimserve=_trimserve(folder),
         tensors=stored_tensors(folder) if needs_headers and has_weights(folder) else {},
     )
 
@@ -216,10 +225,31 @@ def _content_hash(folder: Path) -> str:
 Json = TypeVar("Json", bound=BaseModel)
 
 
-def _validated(schema: type[Json], file: Path) -> Json:
+def _generation_file(folder: Path) -> Path:
+    file = folder / "generation_config.json"
+    return file if file.exists() else folder / "config.json"
+
+
+def _generation(folder: Path) -> GenerationJson:
+    """What is said at the top of `config.json` goes before what its decoder's part says."""
+    file = _generation_file(folder)
+    content = read_json(file)
+    of_decoder = content.get("text_config") if file.name == "config.json" else None
+    return _validated(GenerationJson, file, (of_decoder or {}) | _without_null(content))
+
+
+def _trimserve(folder: Path) -> TrimserveJson:
+    file = folder / "trimserve.json"
+    return _validated(TrimserveJson, file, read_json(file) if file.exists() else {})
+
+
+def _without_null(content: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in content.items() if value is not None}
+
+
+def _validated(schema: type[Json], file: Path, content: Mapping[str, Any]) -> Json:
     try:
-        content = read_json(file) if file.exists() else {}
-        return schema.model_validate({name: value for name, value in content.items() if value is not None})
+        return schema.model_validate(_without_null(content))
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(map(str, first["loc"]))

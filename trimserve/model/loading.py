@@ -306,7 +306,7 @@ def _generation_defaults(checkpoint: Checkpoint) -> GenerationDefaults:
 
 
 def _warn_of_what_has_no_effect(checkpoint: Checkpoint) -> None:
-    file = checkpoint.folder / "generation_config.json"
+    file = checkpoint.generation_file
     for name, value in checkpoint.generation.without_effect.items():
         said = reprlib.repr(value)
         log.warning("%s: %s has no effect here, got %s", file, name, said, extra={"field": name, "value": said})
@@ -314,8 +314,8 @@ def _warn_of_what_has_no_effect(checkpoint: Checkpoint) -> None:
 
 def _eos_token_ids(checkpoint: Checkpoint) -> tuple[int, ...]:
     """The tokens that end an answer. An id past the vocabulary ends none; -1 would mean the vocabulary's last token."""
-    name, eos = "generation_config.json: eos_token_id", checkpoint.generation.eos_token_id
-    if eos is None:
+    name, eos = f"{checkpoint.generation_file.name}: eos_token_id", checkpoint.generation.eos_token_id
+    if eos is None:  # not said at all, or by a config.json beside a generation_config.json
         name, eos = "config.json: text_config.eos_token_id", text_config(checkpoint.config).eos_token_id
     ids = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
     if not all(0 <= id_ < 2**32 for id_ in ids):
