@@ -1,6 +1,7 @@
 """What loading accepts, what it refuses by name, and what it costs."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from trimserve import ops
 from trimserve.api.prompt import RawPrompt
 from trimserve.config import EngineConfig, ModelConfig
 from trimserve.errors import CheckpointError
+from trimserve.model.checkpoint import open_checkpoint
 from trimserve.model.loading import describe_model, load_model, load_processor
 from trimserve.model.mllama import Mllama
 from trimserve.model.weights import fused_weight, load_weights
@@ -196,6 +198,12 @@ def test_a_link_that_leads_nowhere_is_named(checkpoint: Path, file: str) -> None
     (checkpoint / file).symlink_to("../../blobs/0123")
     with pytest.raises(CheckpointError, match=f"{checkpoint}/{file}: cannot be read: No such file or directory"):
         load(checkpoint)
+
+
+def test_names_of_files_and_folders_may_be_any_bytes(checkpoint: Path) -> None:
+    (checkpoint / os.fsdecode(b"caf\xe9.json")).write_text("{}")
+    folder = checkpoint.rename(checkpoint.parent / os.fsdecode(b"caf\xe9"))
+    assert open_checkpoint(str(folder), None, with_weights=True).model_id == "caf\N{REPLACEMENT CHARACTER}"
 
 
 def test_the_configs_end_of_an_answer_is_no_negative_token(checkpoint: Path) -> None:

@@ -4,6 +4,7 @@ Only JSON is read here and only safetensors in `weights.py`: no code of a checkp
 """
 
 import hashlib
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -197,7 +198,8 @@ def _locate(model: str, revision: str | None, with_weights: bool) -> tuple[Path,
     if folder.is_dir():
         if revision is not None:
             raise CheckpointError(f"revision {revision}: {folder} is a folder; only hub models have revisions")
-        return folder, folder.resolve().name, _content_hash(folder)
+        name = os.fsencode(folder.resolve().name).decode(errors="replace")  # of any bytes, but messages are UTF-8
+        return folder, name, _content_hash(folder)
     if model.startswith((".", "/", "~")):
         raise CheckpointError(f"{model}: no such folder")
     patterns = [*_SMALL_FILES, "*.safetensors"] if with_weights else [*_SMALL_FILES]
@@ -212,7 +214,7 @@ def _content_hash(folder: Path) -> str:
     for file in sorted(file for pattern in patterns for file in folder.glob(pattern)):
         try:
             size = file.stat().st_size
-            digest.update(f"{file.name}:{size}".encode())
+            digest.update(os.fsencode(f"{file.name}:{size}"))
             with file.open("rb") as stream:
                 digest.update(stream.read(_HASHED_BYTES))
                 stream.seek(max(0, size - _HASHED_BYTES))
