@@ -54,6 +54,47 @@ def test_a_bad_value_is_refused_by_the_name_of_its_knob(
         section(**{knob: value})
 
 
+@pytest.mark.parametrize(
+    ("section", "knob"),
+    [
+        (ModelConfig, "codebook"),
+        (ServerConfig, "tls_cert"),
+        (ServerConfig, "tls_key"),
+        (ServerConfig, "tls_client_ca"),
+        (ServerConfig, "auth_file"),
+    ],
+)
+def test_a_file_may_be_in_the_home(
+    section: Callable[..., BaseModel], knob: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", "/home/somebody")
+    beside = {"tls_cert": "c", "tls_key": "k"} if knob.startswith("tls") else {}
+    assert getattr(section(**{**beside, knob: "~/file"}), knob) == Path("/home/somebody/file")
+    with pytest.raises(ValidationError, match="must be in a home that there is"):
+        section(**{**beside, knob: "~nobody-at-all/file"})
+
+
+def test_files_and_adapters_that_are_given_again_may_be_in_the_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/somebody")
+    config = ModelConfig(adapter=("one=~/lora", "two=/lora"), compressor=("~/file",))  # type: ignore[arg-type]
+    assert config.adapters == {"one": Path("/home/somebody/lora"), "two": Path("/lora")}
+    assert config.compressor == (Path("/home/somebody/file"),)
+    with pytest.raises(ValidationError, match="must be in a home that there is"):
+        ModelConfig(adapter=("one=~nobody-at-all/lora",))
+
+
+@pytest.mark.parametrize(("written", "host"), [("[::1]", "::1"), ("::1", "::1"), ("127.0.0.1", "127.0.0.1")])
+def test_an_ipv6_host_may_have_brackets(written: str, host: str) -> None:
+    assert ServerConfig(host=written).host == host
+
+
+def test_every_knob_in_bytes_takes_units() -> None:
+    for section in (ModelConfig, EngineConfig, ServerConfig):
+        for knob in section.model_fields:
+            if knob.endswith("_bytes"):
+                assert getattr(section(**{knob: "2MiB"}), knob) == 2 * 2**20, knob  # type: ignore[arg-type]
+
+
 def test_a_config_does_not_change() -> None:
     with pytest.raises(ValidationError, match="frozen"):
         Config().engine.max_batch = 1

@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import AfterValidator, BaseModel, ByteSize, ConfigDict, Field, ValidationInfo, field_validator
 
 from trimserve.api.adapter import ADAPTER_NAME, ADAPTER_NAME_RULE
 from trimserve.loopback import is_loopback
@@ -21,6 +21,17 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Quantize = Literal["none", "int8", "int4"]
 KvDtype = Literal["auto", "int8"]
 Port = Annotated[int, Field(ge=0, le=65535)]
+
+
+def _of_home(path: Path) -> Path:
+    """Put a home in the place of `~`, which no shell does in `--knob=~/file`, nor anything in a unit's environment."""
+    try:
+        return path.expanduser()
+    except RuntimeError as error:  # nobody has that name, or the process has no home
+        raise ValueError(f"must be in a home that there is: {error}") from error
+
+
+File = Annotated[Path, AfterValidator(_of_home)]
 
 _LARGEST_COUNT = 10**9
 """Fields of messages have 32 bits."""
@@ -85,12 +96,12 @@ class ModelConfig(_Knobs):
         description="Default budget per head, for requests that name none; unset is the value of the checkpoint's "
         "`trimserve.json`, or 0.2 without one.",
     )
-    codebook: Path | None = Field(
+    codebook: File | None = Field(
         default=None,
         description="File of prototypes for the policy `codebook`, built for this very model by `trimserve codebook "
         "build`; unset refuses that policy.",
     )
-    compressor: tuple[Path, ...] = Field(
+    compressor: tuple[File, ...] = Field(
         default=(),
         description="A file that `trimserve train-compressor` wrote for this very model; its policy is refused without "
         "it. Give it again for each other policy; in the environment with spaces between several.",
@@ -114,7 +125,7 @@ class ModelConfig(_Knobs):
     def adapters(self) -> dict[str, Path]:
         """The folders of `adapter` by name."""
         pairs = (each.partition("=") for each in self.adapter)
-        return {name: Path(folder) for name, _, folder in pairs}
+        return {name: _of_home(Path(folder)) for name, _, folder in pairs}
 
     @field_validator("adapter")
     @classmethod
@@ -123,6 +134,8 @@ class ModelConfig(_Knobs):
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"must name each adapter once, {name} is there {names.count(name)} times")
+        for each in adapters:
+            _of_home(Path(each.partition("=")[2]))
         return adapters
 
 
@@ -167,7 +180,9 @@ class EngineConfig(_Knobs):
         "NOT_SERVING and the process ends with the cause. The same holds for an event loop that stalls for as long.",
     )
     max_images: int = Field(default=8, ge=1, le=_LARGEST_COUNT, description="Most images of one request.")
-    max_image_bytes: int = Field(default=32 * 2**20, ge=1, description="Most bytes of one encoded image file.")
+    max_image_bytes: ByteSize = Field(
+        default=ByteSize(32 * 2**20), ge=1, description="Most bytes of one encoded image file."
+    )
     max_image_pixels: int = Field(
         default=50_000_000,
         ge=1,
@@ -211,19 +226,19 @@ class ServerConfig(_Knobs):
         description="Port of HTTP in the shape of OpenAI's API, with the same limits, tokens and TLS; 0 is any free "
         "one, unset is none. Needs `pip install 'trimserve[http]'`.",
     )
-    tls_cert: Path | None = Field(
+    tls_cert: File | None = Field(
         default=None,
         description="PEM file with the certificate chain of the gRPC and the HTTP port, which then take TLS only. Like "
         "the other files of this section, it is read again when it changes.",
     )
-    tls_key: Path | None = Field(
+    tls_key: File | None = Field(
         default=None, validate_default=True, description="PEM file with the unencrypted key of `tls_cert`."
     )
-    tls_client_ca: Path | None = Field(
+    tls_client_ca: File | None = Field(
         default=None,
         description="PEM file with certificates of authorities; clients must then show one that these signed (mTLS).",
     )
-    auth_file: Path | None = Field(
+    auth_file: File | None = Field(
         default=None,
         description="TOML file with the clients that may call, by digests of their tokens; unset lets everybody call. "
         "Health checks need no token.",
@@ -236,10 +251,10 @@ class ServerConfig(_Knobs):
     metrics_port: Port = Field(
         default=9464, description="Port of `/metrics`, `/healthz` and `/readyz`; 0 is any free one."
     )
-    max_message_bytes: int = Field(
-        default=64 * 2**20,
+    max_message_bytes: ByteSize = Field(
+        default=ByteSize(64 * 2**20),
         ge=4096,
-        description="Bytes of one gRPC message, either way, and of the body of an HTTP request; more is "
+        description="Bytes of one gRPC message, either way, and of the body of an HTTP request, at least 4096; more is "
         "RESOURCE_EXHAUSTED. Messages that are arriving (each counts as this many bytes) or whose images are not yet "
         "decoded take at most 16 times as much, those of one client at most half of that; other calls wait for room, "
         "up to `receive_timeout_seconds`.",
@@ -284,6 +299,12 @@ class ServerConfig(_Knobs):
         description="Collector that takes traces as OTLP over gRPC, such as `http://localhost:4317`; unset is no "
         "traces. Needs `pip install 'trimserve[tracing]'`; OpenTelemetry's own variables (`OTEL_*`) set the rest.",
     )
+
+    @field_validator("host")
+    @classmethod
+    def _without_brackets(cls, host: str) -> str:
+        """An IPv6 address as sockets take it, also where it is written as beside a port."""
+        return host[1:-1] if host.startswith("[") and host.endswith("]") else host
 
     @field_validator("http_port")
     @classmethod

@@ -265,6 +265,8 @@ def test_a_checkpoint_may_have_no_template(variant: Callable[..., Path]) -> None
         ((LEGACY, additional), "cannot read the chat template: .*conflicting files"),
         ((write("chat_template.json", {"chat_template": "{% if"}),), r"chat_template\.json: the chat template cannot"),
         ((write("chat_template.jinja", "{% if"),), r"chat_template\.jinja: the chat template cannot be used"),
+        ((write("chat_template.jinja", EITHER + r'{{ "\ud83d" }}'),), r"writes \\ud83d, half of a surrogate pair"),
+        ((write("chat_template.json", {"chat_template": EITHER + "\ude00"}),), r"writes \\ude00, half of a surrogate"),
     ],
 )
 def test_a_template_that_cannot_be_used_is_refused_by_its_file(

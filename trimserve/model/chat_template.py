@@ -31,6 +31,9 @@ TEMPLATE_DATE: Final = "26 Jul 2024"
 _STRINGIFIED = re.compile(r"""["']type["']: ?["'](text|image)["']""")
 """What a list of parts looks like where a template takes it for a string."""
 
+_HALF_PAIR = re.compile(r"[\ud800-\udfff]")
+"""Half of a surrogate pair, which escapes can write and no encoding of text has."""
+
 
 @dataclass(frozen=True, slots=True)
 class TemplateMessage:
@@ -177,6 +180,9 @@ class ChatTemplate:
             )
         except Exception as error:  # a template can raise whatever Python does
             raise InvalidRequest("chat.messages", f"the chat template refuses them: {error}") from error
+        if half := _HALF_PAIR.search(rendered):
+            written = f"\\u{ord(half[0]):x}"
+            raise InvalidRequest("chat.messages", f"the chat template writes {written}, half of a surrogate pair")
         if _STRINGIFIED.search(rendered):
             raise InvalidRequest("chat.messages", "the chat template takes text alone where they have an image")
         position = 0

@@ -4,10 +4,11 @@ Only JSON is read here and only safetensors in `weights.py`: no code of a checkp
 """
 
 import hashlib
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, Final, TypeVar
 
 import torch
 from pydantic import BaseModel, Field, ValidationError
@@ -44,8 +45,31 @@ _UINT32 = 2**32 - 1
 _COMPUTED_IN = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
-class GenerationJson(BaseModel):
-    """What trimserve reads of `generation_config.json`; null is the same as not there."""
+_FOLLOWED_BY_TRANSFORMERS: Final = (
+    *("bad_words_ids", "begin_suppress_tokens", "constraints", "dola_layers", "encoder_no_repeat_ngram_size"),
+    *("encoder_repetition_penalty", "exponential_decay_length_penalty", "force_words_ids", "forced_eos_token_id"),
+    *("guidance_scale", "max_length", "max_time", "min_length", "min_new_tokens", "no_repeat_ngram_size", "num_beams"),
+    *("num_return_sequences", "penalty_alpha", "sequence_bias", "stop_strings", "suppress_tokens", "token_healing"),
+    "watermarking_config",
+)
+"""Settings that change what transformers generates, and nothing here.
+
+`forced_bos_token_id` is not among them: transformers follows it after a prompt of a single token only.
+"""
+
+_FOLLOWED_IN_SAMPLING: Final = ("epsilon_cutoff", "eta_cutoff", "top_h", "typical_p")
+"""The same, where `do_sample` is true."""
+
+_OFF: Final = {
+    **dict.fromkeys(("encoder_repetition_penalty", "guidance_scale", "num_beams", "num_return_sequences"), 1),
+    "typical_p": 1,
+    "max_length": 20,
+}
+"""Values that ask for nothing, beside 0, false and what is empty; older releases saved them all in `config.json`."""
+
+
+class GenerationJson(BaseModel, extra="allow"):
+    """What trimserve reads of `Checkpoint.generation_file`; null is the same as not there."""
 
     do_sample: bool = False
     """Without it generation is greedy, whatever the filters say."""
@@ -56,6 +80,15 @@ class GenerationJson(BaseModel):
     repetition_penalty: float = Field(1.0, ge=0.01, le=100)
     max_new_tokens: int | None = Field(None, ge=1, le=_UINT32)
     eos_token_id: int | list[int] | None = None
+
+    @property
+    def without_effect(self) -> Mapping[str, Any]:
+        """Settings that transformers follows and trimserve does not, where they ask for something."""
+        names = {*_FOLLOWED_BY_TRANSFORMERS, *(_FOLLOWED_IN_SAMPLING if self.do_sample else ())}
+        if self.max_new_tokens is not None:
+            names.remove("max_length")  # which gives way
+        found = {name: value for name, value in (self.model_extra or {}).items() if name in names and value}
+        return {name: value for name, value in found.items() if value != _OFF.get(name)}
 
 
 class TrimserveJson(BaseModel):
@@ -82,6 +115,11 @@ class Checkpoint:
     tensors: Mapping[str, StoredTensor] = field(default_factory=dict)
     """What the weight files hold, if something has to be known of them: a dtype that the config does not name, or which
     layers are quantized. Empty for a hub checkpoint that was not downloaded."""
+
+    @property
+    def generation_file(self) -> Path:
+        """What says how to generate: `generation_config.json`, else `config.json`, as older releases saved it."""
+        return _generation_file(self.folder)
 
     def dtype(self, name: str) -> torch.dtype:
         """The dtype that a knob names; `auto` is the checkpoint's own.
@@ -128,8 +166,8 @@ def open_checkpoint(model: str | None, revision: str | None, *, with_weights: bo
         revision=found_revision,
         folder=folder,
         config=config,
-        generation=_validated(GenerationJson, folder / "generation_config.json"),
-        trimserve=_validated(TrimserveJson, folder / "trimserve.json"),
+        generation=_generation(folder),
+        trimserve=_trimserve(folder),
         tensors=stored_tensors(folder) if needs_headers and has_weights(folder) else {},
     )
 
@@ -161,7 +199,8 @@ def _locate(model: str, revision: str | None, with_weights: bool) -> tuple[Path,
     if folder.is_dir():
         if revision is not None:
             raise CheckpointError(f"revision {revision}: {folder} is a folder; only hub models have revisions")
-        return folder, folder.resolve().name, _content_hash(folder)
+        name = os.fsencode(folder.resolve().name).decode(errors="replace")  # of any bytes, but messages are UTF-8
+        return folder, name, _content_hash(folder)
     if model.startswith((".", "/", "~")):
         raise CheckpointError(f"{model}: no such folder")
     patterns = [*_SMALL_FILES, "*.safetensors"] if with_weights else [*_SMALL_FILES]
@@ -176,7 +215,7 @@ def _content_hash(folder: Path) -> str:
     for file in sorted(file for pattern in patterns for file in folder.glob(pattern)):
         try:
             size = file.stat().st_size
-            digest.update(f"{file.name}:{size}".encode())
+            digest.update(os.fsencode(f"{file.name}:{size}"))
             with file.open("rb") as stream:
                 digest.update(stream.read(_HASHED_BYTES))
                 stream.seek(max(0, size - _HASHED_BYTES))
@@ -189,10 +228,31 @@ def _content_hash(folder: Path) -> str:
 Json = TypeVar("Json", bound=BaseModel)
 
 
-def _validated(schema: type[Json], file: Path) -> Json:
+def _generation_file(folder: Path) -> Path:
+    file = folder / "generation_config.json"
+    return file if file.exists() else folder / "config.json"
+
+
+def _generation(folder: Path) -> GenerationJson:
+    """What is said at the top of `config.json` goes before what its decoder's part says."""
+    file = _generation_file(folder)
+    content = read_json(file)
+    of_decoder = content.get("text_config") if file.name == "config.json" else None
+    return _validated(GenerationJson, file, (of_decoder or {}) | _without_null(content))
+
+
+def _trimserve(folder: Path) -> TrimserveJson:
+    file = folder / "trimserve.json"
+    return _validated(TrimserveJson, file, read_json(file) if file.exists() else {})
+
+
+def _without_null(content: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in content.items() if value is not None}
+
+
+def _validated(schema: type[Json], file: Path, content: Mapping[str, Any]) -> Json:
     try:
-        content = read_json(file) if file.exists() else {}
-        return schema.model_validate({name: value for name, value in content.items() if value is not None})
+        return schema.model_validate(_without_null(content))
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(map(str, first["loc"]))

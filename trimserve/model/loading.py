@@ -1,5 +1,7 @@
 """From a checkpoint to a model that is ready to serve, or only to a description of it."""
 
+import logging
+import reprlib
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -44,6 +46,8 @@ __all__ = [
     "load_model",
     "load_processor",
 ]
+
+log = logging.getLogger(__name__)
 
 _MAX_NEW_TOKENS: Final = 256
 """Of an answer, when neither the request nor the checkpoint says."""
@@ -90,6 +94,8 @@ def load_model(config: ModelConfig, limits: EngineConfig, decode: Decode | None 
     checkpoint = open_checkpoint(config.model, config.revision, with_weights=True)
     info = _of_rank(describe_checkpoint(checkpoint, config, limits), ranks)
     processor = _processor(checkpoint, info, limits, decode)
+    if ranks.shard.rank == 0:
+        _warn_of_what_has_no_effect(checkpoint)
     prototypes = guide = None
     if config.codebook is not None:
         prototypes = load_codebook(config.codebook, info, config.intermediate_features)
@@ -299,10 +305,17 @@ def _generation_defaults(checkpoint: Checkpoint) -> GenerationDefaults:
     )
 
 
+def _warn_of_what_has_no_effect(checkpoint: Checkpoint) -> None:
+    file = checkpoint.generation_file
+    for name, value in checkpoint.generation.without_effect.items():
+        said = reprlib.repr(value)
+        log.warning("%s: %s has no effect here, got %s", file, name, said, extra={"field": name, "value": said})
+
+
 def _eos_token_ids(checkpoint: Checkpoint) -> tuple[int, ...]:
     """The tokens that end an answer. An id past the vocabulary ends none; -1 would mean the vocabulary's last token."""
-    name, eos = "generation_config.json: eos_token_id", checkpoint.generation.eos_token_id
-    if eos is None:
+    name, eos = f"{checkpoint.generation_file.name}: eos_token_id", checkpoint.generation.eos_token_id
+    if eos is None:  # not said at all, or by a config.json beside a generation_config.json
         name, eos = "config.json: text_config.eos_token_id", text_config(checkpoint.config).eos_token_id
     ids = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
     if not all(0 <= id_ < 2**32 for id_ in ids):
