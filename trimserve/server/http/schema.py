@@ -5,7 +5,7 @@ by name, because it could change the answer, unless it is null or empty, or one 
 nothing: a client learns at once that the server has no such thing.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
 
@@ -39,6 +39,13 @@ HARMLESS_WITHIN = {"response_format": frozenset({"strict", "name", "description"
 
 MAX_VALUES = 2**18
 """Commas, brackets and braces in a request's JSON, in texts too: what is parsed takes a hundred bytes for each."""
+
+MAX_TOLD = 100
+"""Wrong values that are looked at, of which one is told: each of many thousand would take a kilobyte."""
+
+Element = TypeVar("Element")
+ListOf = Annotated[list[Element], Field(fail_fast=True)]
+"""A list that is refused at its first wrong element."""
 
 Uint32 = Annotated[int, Field(ge=0, le=2**32 - 1)]
 Uint64 = Annotated[int, Field(ge=0, le=2**64 - 1)]
@@ -92,7 +99,7 @@ class Message(_Shape):
     """One turn of a chat; a `name` is not shown to the model."""
 
     role: str
-    content: str | list[Part] | None = None
+    content: str | ListOf[Part] | None = None
     name: str | None = None
 
 
@@ -133,7 +140,7 @@ class ChatRequest(_Shape):
     """The body of `POST /v1/chat/completions`."""
 
     model: str
-    messages: list[Message]
+    messages: ListOf[Message]
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     n: Uint32 | None = None
@@ -147,16 +154,16 @@ class ChatRequest(_Shape):
     logprobs: bool | None = None
     top_logprobs: Uint32 | None = None
     seed: Uint64 | None = None
-    stop: str | list[str] | None = None
+    stop: str | ListOf[str] | None = None
     response_format: ResponseFormat | None = None
-    modalities: list[str] | None = None
+    modalities: ListOf[str] | None = None
     # Not OpenAI's, but what other servers of its shape take, under the names that tools use.
     top_k: Uint32 | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
     min_tokens: Uint32 | None = None
     ignore_eos: bool | None = None
-    stop_token_ids: list[Uint32] | None = None
+    stop_token_ids: ListOf[Uint32] | None = None
     trimserve: Extension | None = None
 
 
@@ -174,6 +181,8 @@ def parse(body: bytes) -> ChatRequest:
     try:
         request = ChatRequest.model_validate_json(body)
     except ValidationError as error:
+        if (count := error.error_count()) > MAX_TOLD:
+            raise InvalidRequest("body", f"must have at most {MAX_TOLD} values of wrong types, got {count}") from None
         errors = error.errors(include_url=False, include_context=False)
         deepest = max(errors, key=lambda each: len(each["loc"]))  # of a union, the type that was meant
         words = complaint(deepest, is_secret="image_url" in deepest["loc"])
