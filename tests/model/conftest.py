@@ -1,5 +1,6 @@
 """A random checkpoint as trimserve and as the peer load it, shared by the tests of this folder."""
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -79,3 +80,10 @@ def equipped(pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Pair:
 def pair(make_pair: Callable[..., Pair]) -> Pair:
     """The usual geometry."""
     return make_pair(Geometry())
+
+
+@pytest.fixture
+def checkpoint(pair: Pair, tmp_path: Path) -> Path:
+    """A folder that loads; tests break it."""
+    shutil.copytree(pair.folder, tmp_path, dirs_exist_ok=True)
+    return tmp_path

@@ -8,6 +8,8 @@ from dataclasses import replace
 from enum import Enum, auto
 from pathlib import Path
 
+from pydantic import ByteSize
+
 from tests.model_info import SMALL
 from trimserve.api.adapter import AdapterInfo, LoadedAdapter
 from trimserve.api.chunks import (
@@ -68,7 +70,7 @@ INFO = replace(
 )
 
 CONFIG = Config(
-    engine=EngineConfig(max_image_bytes=1000, max_image_pixels=5000),
+    engine=EngineConfig(max_image_bytes=ByteSize(1000), max_image_pixels=5000),
     server=ServerConfig(port=0, metrics_port=0),
 )
 

@@ -50,7 +50,11 @@ REFUSED: list[tuple[dict[str, object], str, str]] = [
     ({"seed": -1}, "seed", "greater than or equal to 0"),
     ({"logit_bias": {"1000": 1}}, "logit_bias[1000]", "[0, 999]"),
     ({"stop": ["x", 1, *[2] * 1000]}, "stop[1]", "valid string, got 1"),
-    ({"logit_bias": {f"cat{number}": 1 for number in range(101)}}, "body", "at most 100 values of wrong types, got 101"),
+    (
+        {"logit_bias": {f"cat{number}": 1 for number in range(101)}},
+        "body",
+        "at most 100 values of wrong types, got 101",
+    ),
     ({"logit_bias": {"cat": 1}}, "logit_bias.cat", "integer, got 'cat'"),
     ({"top_logprobs": 2}, "top_logprobs", "logprobs is true"),
     ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "[0, 20]"),
