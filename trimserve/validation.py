@@ -3,9 +3,8 @@
 One place for requests, configuration and files. It knows none of them.
 """
 
+from collections.abc import Mapping
 from typing import Final
-
-from pydantic_core import ErrorDetails
 
 __all__ = ["complaint"]
 
@@ -18,14 +17,14 @@ _SAYS_ALL: Final = frozenset({"missing", "json_invalid", "too_short", "too_long"
 _GOT: Final = ", got "
 
 
-def complaint(error: ErrorDetails, *, is_secret: bool = False) -> str:
+def complaint(error: Mapping[str, object], *, is_secret: bool = False) -> str:
     """What a value must be, and what it is.
 
     Args:
-        error: one of a ValidationError, with its input.
+        error: one of `ValidationError.errors()`, with its input.
         is_secret: whether to tell of the value only that it is wrong.
     """
-    message = error["msg"].removeprefix("Value error, ")
+    message = str(error["msg"]).removeprefix("Value error, ")
     if is_secret or error["type"] in _SAYS_ALL or _GOT in message:
         return message
     return f"{message}{_GOT}{_shown(error['input'])}"
