@@ -20,7 +20,7 @@ _FOLDERS: dict[str, str] = {
 }
 """Package, and the folder of its pictures."""
 
-_OTHERS = {"grinning-face-with-smiling-eyes"}
+_MISNAMED = {"grinning-face-with-smiling-eyes"}
 """Names that Fluent gives another sign than Unicode does."""
 
 _WIDTH = 128
@@ -52,7 +52,7 @@ def _file_names(sign: str) -> list[str]:
     if len(sign) > 1:
         return [code_points]
     name = unicodedata.name(sign).lower().replace(" ", "-")
-    return [code_points] if name in _OTHERS else [code_points, name]
+    return [code_points] if name in _MISNAMED else [code_points, name]
 
 
 def draw_emoji(path: Path) -> Image.Image:

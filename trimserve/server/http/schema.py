@@ -40,8 +40,8 @@ HARMLESS_WITHIN = {"response_format": frozenset({"strict", "name", "description"
 MAX_VALUES = 2**18
 """Commas, brackets and braces in a request's JSON, in texts too: what is parsed takes a hundred bytes for each."""
 
-MAX_TOLD = 100
-"""Wrong values that are looked at, of which one is told: each of many thousand would take a kilobyte."""
+MAX_WRONG = 100
+"""Of a body of which one wrong value is told; more are only counted, since each takes about a kilobyte to look at."""
 
 Element = TypeVar("Element")
 ListOf = Annotated[list[Element], Field(fail_fast=True)]
@@ -181,8 +181,8 @@ def parse(body: bytes) -> ChatRequest:
     try:
         request = ChatRequest.model_validate_json(body)
     except ValidationError as error:
-        if (count := error.error_count()) > MAX_TOLD:
-            raise InvalidRequest("body", f"must have at most {MAX_TOLD} values of wrong types, got {count}") from None
+        if (count := error.error_count()) > MAX_WRONG:
+            raise InvalidRequest("body", f"must have at most {MAX_WRONG} values of wrong types, got {count}") from None
         errors = error.errors(include_url=False, include_context=False)
         deepest = max(errors, key=lambda each: len(each["loc"]))  # of a union, the type that was meant
         words = complaint(deepest, is_secret="image_url" in deepest["loc"])
